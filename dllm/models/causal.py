@@ -1,0 +1,27 @@
+"""Autoregressive Llama, Qwen2 and Qwen3 in the same backbone: twins and verifiers trained or tested beside a dLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dllm.models.config import ModelConfig
+from dllm.models.family import Family, RawConfig, standard, write_standard
+
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+
+def read(raw: RawConfig) -> ModelConfig:
+    raw.expect(**({"attention_bias": False} if raw.architecture != "Qwen2ForCausalLM" else {}))
+    return standard(
+        raw, "causal", causal=True, shift=1, mask_id=None,
+        qkv_bias=raw.architecture == "Qwen2ForCausalLM", qk_norm=raw.architecture == "Qwen3ForCausalLM",
+    )  # fmt: skip
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    values = {**write_standard(config), "model_type": MODEL_TYPES[config.architecture]}
+    values.pop("mask_token_id")
+    return values
+
+
+FAMILY = Family(name="causal", architectures=tuple(MODEL_TYPES), read=read, write=write)

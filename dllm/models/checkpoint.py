@@ -1,0 +1,211 @@
+"""Safetensors in and out, with a strict account: every expected tensor once, nothing left over, right shapes, finite.
+
+Tensors are streamed one at a time into parameters allocated in their final dtype and place, so the host never holds
+more than the model and one tensor. Rotary tables are no part of a checkpoint: the backbone computes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dllm.errors import DllmError
+from dllm.models.config import ModelConfig
+from dllm.models.family import Family
+from dllm.models.layout import Layout, Piece
+from dllm.models.transformer import Transformer
+
+INDEX = "model.safetensors.index.json"
+DERIVED = re.compile(r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$")  # tables that old writers stored
+Place = Callable[[str], torch.device]  # parameter name -> where it goes
+
+
+def build(config: ModelConfig) -> Transformer:
+    """A transformer on the meta device: shapes, no memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def load_weights(
+    folder: Path, family: Family, config: ModelConfig, dtype: torch.dtype | None, place: Place
+) -> Transformer:
+    """A transformer with the weights of `folder`, cast to `dtype` (None: as stored) one tensor at a time.
+
+    Errors: missing, unexpected or duplicated tensors, wrong shapes, truncated files, NaN or infinite values.
+    """
+    model, table = build(config), family.layout(config)
+    where = _account(folder, table, _tied_head(family, config))
+    parameters = dict(model.named_parameters())
+    filled: dict[str, Tensor] = {}
+    broken: list[str] = []
+    for name, tensor in _stream(where):
+        pieces = table.get(name)
+        if pieces is None:  # a tied head that was stored as well: checked below
+            continue
+        _check_shape(name, tensor, pieces, parameters)
+        if not _finite(tensor):
+            broken.append(name)
+        for piece in pieces:
+            if piece.parameter not in filled:
+                kind = _dtype(piece.parameter, dtype or tensor.dtype)
+                shape = parameters[piece.parameter].shape
+                filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
+            part = tensor if piece.rows is None else tensor[piece.rows]
+            filled[piece.parameter][piece.index].copy_(part)
+    if broken:
+        raise DllmError(f"NaN or infinite values in {_some(broken)} of {folder}")
+    for name, value in filled.items():
+        assign(model, name, value, parameters[name].requires_grad)
+    _check_tied_head(where, family, config, model)
+    return model
+
+
+def assign(model: nn.Module, name: str, value: Tensor, requires_grad: bool = True) -> None:
+    """Put `value` in the place of a parameter, whatever device that one was on."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=requires_grad))
+
+
+def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Write the official tensors; above `shard_bytes` as numbered shards with an index."""
+    parameters, table = dict(model.named_parameters()), family.layout(model.config)
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, pieces in table.items():
+        size = sum(_part(parameters, p).nbytes for p in pieces)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: _assemble(parameters, table[name]) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(_part(parameters, p).nbytes for pieces in table.values() for p in pieces)
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2), encoding="utf-8"
+        )
+
+
+def _part(parameters: dict[str, nn.Parameter], piece: Piece) -> Tensor:
+    value = parameters[piece.parameter].detach()
+    return value[piece.index] if piece.index else value
+
+
+def _assemble(parameters: dict[str, nn.Parameter], pieces: tuple[Piece, ...]) -> Tensor:
+    parts = [_part(parameters, p) for p in pieces]
+    return (parts[0].clone() if len(parts) == 1 else torch.cat(parts)).cpu().contiguous()
+
+
+def _account(folder: Path, table: Layout, optional: str | None) -> dict[str, Path]:
+    """The file of every tensor; raises unless the files hold exactly the tensors of `table`."""
+    where: dict[str, Path] = {}
+    for file, indexed in _files(folder):
+        with _open(file) as shard:
+            names = [n for n in shard.keys() if not DERIVED.search(n)]  # noqa: SIM118
+        if twice := [n for n in names if n in where]:
+            raise DllmError(f"{_some(twice)} stored twice: in {where[twice[0]].name} and in {file.name}")
+        if indexed is not None and (absent := indexed - set(names)):
+            raise DllmError(f"{INDEX} places {_some(absent)} in {file.name}, which does not hold it")
+        where.update(dict.fromkeys(names, file))
+    missing = table.keys() - where.keys()
+    extra = where.keys() - table.keys() - {optional}
+    if missing or extra:
+        parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
+        raise DllmError(f"the checkpoint {folder} {' and '.join(parts)}")
+    return where
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
+    """Weight files with the tensors that the index places in each (None without an index)."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DllmError(f"{index} is not a shard index: {error}") from error
+        for name in sorted(set(weight_map.values())):
+            file = folder / name
+            if file.parent != folder or not file.is_file():
+                raise DllmError(f"the shard {name} named in {index} is absent")
+            yield file, {t for t, f in weight_map.items() if f == name and not DERIVED.search(t)}
+    elif single.is_file():
+        yield single, None
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise DllmError(f"{folder} holds pickled weights, which can run code when read; convert them to safetensors")
+    else:
+        raise DllmError(f"{folder} holds no model.safetensors and no {INDEX}")
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise DllmError(f"{file} is truncated or no safetensors file: {error}") from error
+
+
+def _stream(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    large = sum(file.stat().st_size for file in set(where.values())) > 10**9
+    with tqdm(total=len(where), desc="loading", unit="tensor", disable=not large) as bar:
+        for file in dict.fromkeys(where.values()):
+            with _open(file) as shard:
+                for name in (n for n, f in where.items() if f == file):
+                    yield name, shard.get_tensor(name)
+                    bar.update()
+
+
+def _check_shape(name: str, tensor: Tensor, pieces: tuple[Piece, ...], parameters: dict[str, nn.Parameter]) -> None:
+    shapes = [_part(parameters, p).shape for p in pieces]
+    expected = (sum(s[0] for s in shapes), *shapes[0][1:])
+    if tuple(tensor.shape) != expected:
+        raise DllmError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {expected}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """A sum is finite iff its terms are, unless it overflows; only then look at every element."""
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype != torch.float64 else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def _dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:
+    """The choice of experts is sensitive: its bias stays in float32."""
+    return torch.float32 if parameter.endswith("expert_bias") and dtype.itemsize < 4 else dtype
+
+
+def _tied_head(family: Family, config: ModelConfig) -> str | None:
+    """The name under which some writers store the head of a tied model a second time."""
+    if not config.tied:
+        return None
+    return next(n for n, p in family.layout(replace(config, tied=False)).items() if p[0].parameter == "lm_head.weight")
+
+
+def _check_tied_head(where: dict[str, Path], family: Family, config: ModelConfig, model: Transformer) -> None:
+    name = _tied_head(family, config)
+    if name is None or name not in where:
+        return
+    with _open(where[name]) as shard:
+        head = shard.get_tensor(name)
+    embedding = model.embed_tokens.weight.detach()
+    if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
+        raise DllmError(f"the configuration ties head and embedding, but {name} differs from the embedding")
+
+
+def _some(names: object, limit: int = 4) -> str:
+    """The first few names and how many more."""
+    every = sorted(names)  # type: ignore[call-overload]
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more

@@ -1,0 +1,46 @@
+"""Dream-7B, Dream-Coder, DiffuCoder (arXiv 2508.15487, 2506.20639): Qwen2, bidirectional, logits shifted by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dllm.models.config import ModelConfig
+from dllm.models.family import Family, Message, RawConfig, standard, write_standard
+
+REASONER = "DreamForCausalLM"  # the block-causal variant without a shift: alignment belongs to the checkpoint
+
+
+def read(raw: RawConfig) -> ModelConfig:
+    reasoner = raw.architecture == REASONER
+    return standard(
+        raw, "dream", qkv_bias=True, shift=0 if reasoner else 1,
+        block_size=(raw.get("block_size") or 32) if reasoner else None,
+    )  # fmt: skip
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **write_standard(config),
+        "model_type": "Dream",
+        "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    }
+
+
+def chatml(messages: list[Message]) -> str:
+    """Qwen2.5's template with its default system line."""
+    if not messages or messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+    turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return f"{turns}<|im_start|>assistant\n"
+
+
+FAMILY = Family(
+    name="dream",
+    architectures=("DreamModel", REASONER),
+    read=read,
+    write=write,
+    mask_id=151666,
+    turn_end="<|im_end|>",
+    turn_end_id=151645,
+    chat=chatml,
+)

@@ -1,0 +1,134 @@
+"""What a family is: names of its classes, a config reader and writer, tensor names, special tokens, chat text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dllm.errors import DllmError
+from dllm.models.config import ModelConfig
+from dllm.models.layout import Layout, Names, layout
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of checkpoints; `mask_id` and `turn_end_id` are those of its published vocabulary."""
+
+    name: str
+    architectures: tuple[str, ...]
+    read: Callable[[RawConfig], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    names: Names = field(default_factory=Names)
+    mask_id: int | None = None
+    mask_by_constant: bool = False  # the published tokenizer contradicts itself: the constant decides
+    turn_end: str | None = None
+    turn_end_id: int | None = None
+    chat: Callable[[list[Message]], str] | None = None  # text of a conversation where the tokenizer has no template
+
+    def layout(self, config: ModelConfig) -> Layout:
+        return layout(config, self.names)
+
+
+class RawConfig(dict[str, Any]):
+    """config.json with errors that say which key is missing or cannot be honoured."""
+
+    name = ""  # id or folder the checkpoint came from; some families write the block size there
+
+    @property
+    def architecture(self) -> str:
+        return (self.get("architectures") or [""])[0]
+
+    def need(self, key: str) -> Any:
+        if self.get(key) is None:
+            raise DllmError(f"config.json of this {self.architecture} checkpoint lacks {key!r}")
+        return self[key]
+
+    def expect(self, **values: Any) -> None:
+        """Switches that the backbone does not have must be off: each key absent, null or equal to the given value."""
+        for key, value in values.items():
+            if self.get(key) not in (None, value):
+                raise DllmError(
+                    f"config.json has {key}={self[key]!r}, supported for {self.architecture}: {value!r}; "
+                    'backend="transformers" may run this checkpoint'
+                )
+
+    @property
+    def rope_theta(self) -> float:
+        """Rotary base; scaled rotary embeddings (YaRN, NTK, llama3 ...) are refused, not ignored."""
+        rope = self.get("rope_parameters") or {}
+        scaling = self.get("rope_scaling") or rope
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise DllmError(f'rope scaling {kind!r} is not supported; backend="transformers" may run this checkpoint')
+        theta = rope.get("rope_theta", self.get("rope_theta"))
+        if theta is None or theta <= 0:
+            raise DllmError(f"config.json of this {self.architecture} checkpoint lacks 'rope_theta'")
+        return float(theta)
+
+
+def standard(raw: RawConfig, family: str, **switches: Any) -> ModelConfig:
+    """Read the usual transformers keys (hidden_size, num_hidden_layers ...); `switches` override what is read."""
+    raw.expect(hidden_act="silu", use_sliding_window=False, mlp_bias=False)
+    heads = raw.need("num_attention_heads")
+    hidden = raw.need("hidden_size")
+    values: dict[str, Any] = {
+        "vocab_size": raw.need("vocab_size"),
+        "embedding_rows": raw.need("vocab_size"),
+        "hidden_size": hidden,
+        "n_layers": raw.need("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": raw.get("head_dim") or hidden // heads,
+        "intermediate_size": switches.get("intermediate_size") or raw.need("intermediate_size"),
+        "norm_eps": float(raw.need("rms_norm_eps")),
+        "rope_theta": raw.rope_theta,
+        "tied": bool(raw.get("tie_word_embeddings", False)),
+        "max_positions": raw.need("max_position_embeddings"),
+        **special_ids(raw),
+    }
+    return ModelConfig(family=family, architecture=raw.architecture, raw=dict(raw), **{**values, **switches})
+
+
+def special_ids(raw: RawConfig) -> dict[str, Any]:
+    """Ids that config.json itself names; the hub adds the other sources."""
+    eos = raw.get("eos_token_id")
+    return {
+        "mask_id": raw.get("mask_token_id"),
+        "eos_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "pad_id": raw.get("pad_token_id"),
+        "bos_id": raw.get("bos_token_id"),
+    }
+
+
+def write_special_ids(config: ModelConfig) -> dict[str, Any]:
+    eos = list(config.eos_ids)
+    return {
+        "mask_token_id": config.mask_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.pad_id,
+        "bos_token_id": config.bos_id,
+    }
+
+
+def write_standard(config: ModelConfig) -> dict[str, Any]:
+    """The usual transformers keys of a config; the inverse of `standard`."""
+    return {
+        "architectures": [config.architecture],
+        "vocab_size": config.embedding_rows,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied,
+        "max_position_embeddings": config.max_positions,
+        "attention_bias": config.qkv_bias,
+        **write_special_ids(config),
+    }

@@ -1,0 +1,198 @@
+"""From a name to a model: the embedded one, a folder, or a Hugging Face id. Loading executes no code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm.errors import DllmError, unknown
+from dllm.models.checkpoint import load_weights
+from dllm.models.config import ModelConfig
+from dllm.models.families import family_of
+from dllm.models.family import RawConfig
+from dllm.models.model import Model
+from dllm.models.special import resolve
+
+__all__ = ["Model", "load", "load_verifier"]
+
+log = logging.getLogger(__name__)
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = ("tiny", "tiny-ar")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no code, no pickles
+DTYPES = {
+    "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    backend: str = "native",
+    mask_id: int | None = None,
+    eos_ids: int | Sequence[int] | None = None,
+    block_size: int | None = None,
+    tokenizer: Any = None,
+    device_map: Any = None,
+    quantization: str | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Load a masked-diffusion model: "tiny" (embedded), a checkpoint folder, or a Hugging Face id.
+
+    dtype         None: as stored on an accelerator, float32 on the CPU; "auto": as stored; or a name or torch dtype.
+    device        "cuda", "mps", "cpu", or "auto": the best there is.
+    mask_id, eos_ids, block_size   settle what the checkpoint's files leave open or contradict.
+    """
+    folder = locate(name_or_path, revision)
+    raw = read_json_config(folder, str(name_or_path))
+    place = pick_device(device)
+    family = family_of(raw)
+    config = _with_block(family.read(raw), block_size)
+    tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+    config = resolve(config, family, tokenizer, _optional_json(folder / "generation_config.json"), mask_id, eos_ids)
+    try:
+        transformer = load_weights(folder, family, config, pick_dtype(dtype, place), lambda _: place)
+    except torch.OutOfMemoryError as error:
+        raise DllmError(f"{name_or_path} does not fit on {place}: {error}; try a smaller dtype or device_map") from error
+    return Model(config, transformer.eval(), tokenizer)
+
+
+def _with_block(config: ModelConfig, block_size: int | None) -> ModelConfig:
+    if block_size is None:
+        return config
+    if config.block_size is None:
+        raise DllmError(f"{config.architecture} attends to everything; block_size= is for block-causal models")
+    if block_size < 1:
+        raise DllmError(f"block_size must be positive, not {block_size}")
+    return replace(config, block_size=block_size)
+
+
+def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, device: str = "auto") -> Any:
+    """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or one already loaded."""
+    if not isinstance(name_or_path, (str, Path)):
+        return name_or_path
+    from transformers import AutoModelForCausalLM
+
+    folder, place = locate(name_or_path, None), pick_device(device)
+    kind = pick_dtype(dtype, place)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if kind is None else kind, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DllmError(f"{name_or_path} is no causal language model that transformers can load: {error}") from error
+    return model.to(place).eval()
+
+
+def locate(name: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint, downloaded if it is a Hugging Face id."""
+    if name in EMBEDDED:
+        folder = ASSETS / str(name)
+        if not (folder / "config.json").is_file():
+            raise DllmError(f"the embedded model {name!r} is not in this installation; name a folder or a Hugging Face id")
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DllmError(f"{name} is a file; a checkpoint is a folder with config.json and safetensors")
+    if isinstance(name, Path) or name.startswith((".", "/", "~")):
+        raise DllmError(f"no such folder: {name}")
+    if HUB_ID.fullmatch(name):
+        return _download(name, revision)
+    if re.fullmatch(r"[\w.-]+", name):
+        raise unknown("model", name, EMBEDDED, hint=_near(name))
+    raise DllmError(f"{name[:60]!r} is neither a folder nor a Hugging Face id; a prompt is passed as prompt=...")
+
+
+def _near(name: str) -> str:
+    error = str(unknown("model", name, EMBEDDED))
+    return f"{error.split(repr(name), 1)[1]}; or name a folder or a Hugging Face id (a prompt is passed as prompt=...)"
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except Exception as error:  # the many network and authorisation errors of several libraries
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DllmError(f"{name} is no folder here and could not be fetched from the Hugging Face hub: {first}") from error
+
+
+def read_json_config(folder: Path, name: str = "") -> RawConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DllmError(f"{folder} is no checkpoint: it has no config.json")
+    raw = RawConfig(_optional_json(path))
+    raw.name = name
+    return raw
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DllmError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DllmError(f"{path} does not hold a JSON object")
+    return value
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder from its data files alone; None when it has none."""
+    if (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():  # Dream ships only Qwen2's BPE files
+        from transformers import Qwen2Tokenizer as Tokenizer
+    else:
+        return None
+    try:
+        return Tokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise DllmError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise unknown("device", str(device), ("auto", "cuda", "mps", "cpu")) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise DllmError('device="cuda" was asked for, but torch sees no CUDA device; use device="cpu" or "auto"')
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise DllmError(f"there is no device {place}: torch sees {torch.cuda.device_count()}")
+    if place.type == "mps" and not _has_mps():
+        raise DllmError('device="mps" was asked for, but torch sees none; use device="cpu" or "auto"')
+    return place
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """None = as stored, which is slow and coarse on a CPU (bf16), so there the default is float32."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, [*DTYPES, "auto"])
+    return DTYPES[dtype]

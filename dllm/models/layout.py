@@ -1,0 +1,108 @@
+"""Where each official tensor lives in the backbone: one table a family, used in both directions (load and save)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dllm.models.config import ModelConfig
+
+
+class Piece(NamedTuple):
+    """Part of a backbone parameter that an official tensor holds."""
+
+    parameter: str
+    index: tuple[int | slice, ...] = ()  # which part of the parameter; () = all of it
+    rows: slice | None = None  # which rows of the official tensor; None = all of them
+
+
+Layout = dict[str, tuple[Piece, ...]]  # official name -> its pieces
+
+
+@dataclass(frozen=True)
+class Names:
+    """Official names of the parts; the defaults are those of Llama, Qwen2, Qwen3 and Qwen3-MoE in transformers."""
+
+    embed: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    layer: str = "model.layers.{}"
+    input_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    qkv: str | None = None  # one fused projection, rows ordered queries, keys, values
+    o: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    router_bias: str = "mlp.gate.expert_bias"
+    expert: str = "mlp.experts.{}"
+    shared: str = "mlp.shared_experts"
+
+
+def layout(config: ModelConfig, names: Names) -> Layout:
+    """Every official tensor of a checkpoint with the parts of the backbone that it fills."""
+    table: Layout = {f"{names.embed}.weight": (Piece("embed_tokens.weight"),)}
+    for i in range(config.n_layers):
+        official, own = names.layer.format(i), f"layers.{i}"
+        parts = {**_attention(config, names), **(_moe(config, names) if config.is_moe_layer(i) else _mlp(names))}
+        for name, pieces in parts.items():
+            table[f"{official}.{name}"] = tuple(p._replace(parameter=f"{own}.{p.parameter}") for p in pieces)
+    table[f"{names.norm}.weight"] = (Piece("norm.weight"),)
+    if not config.tied:
+        table[f"{names.head}.weight"] = (Piece("lm_head.weight"),)
+    return table
+
+
+def _attention(config: ModelConfig, names: Names) -> Layout:
+    table: Layout = {
+        f"{names.input_norm}.weight": (Piece("input_layernorm.weight"),),
+        f"{names.o}.weight": (Piece("self_attn.o_proj.weight"),),
+        f"{names.mlp_norm}.weight": (Piece("post_attention_layernorm.weight"),),
+    }
+    for kind in ["weight", "bias"] if config.qkv_bias else ["weight"]:
+        if names.qkv is not None:
+            table[f"{names.qkv}.{kind}"] = tuple(_fused(config, kind))
+        else:
+            for part, name in zip("qkv", (names.q, names.k, names.v), strict=True):
+                table[f"{name}.{kind}"] = (Piece(f"self_attn.{part}_proj.{kind}"),)
+    if config.qk_norm:
+        table[f"{names.q_norm}.weight"] = (Piece("self_attn.q_norm.weight"),)
+        table[f"{names.k_norm}.weight"] = (Piece("self_attn.k_norm.weight"),)
+    return table
+
+
+def _fused(config: ModelConfig, kind: str) -> Iterator[Piece]:
+    start = 0
+    for part, heads in zip("qkv", (config.n_heads, config.n_kv_heads, config.n_kv_heads), strict=True):
+        end = start + heads * config.head_dim
+        yield Piece(f"self_attn.{part}_proj.{kind}", rows=slice(start, end))
+        start = end
+
+
+def _mlp(names: Names) -> Layout:
+    parts = (("gate_proj", names.gate), ("up_proj", names.up), ("down_proj", names.down))
+    return {f"{name}.weight": (Piece(f"mlp.{part}.weight"),) for part, name in parts}
+
+
+def _moe(config: ModelConfig, names: Names) -> Layout:
+    assert config.moe is not None
+    width = config.moe.intermediate_size
+    table: Layout = {f"{names.router}.weight": (Piece("mlp.gate.weight"),)}
+    if config.moe.expert_bias:
+        table[names.router_bias] = (Piece("mlp.gate.expert_bias"),)
+    for e in range(config.moe.n_experts):
+        expert = names.expert.format(e)
+        table[f"{expert}.gate_proj.weight"] = (Piece("mlp.gate_up_proj", (e, slice(0, width))),)
+        table[f"{expert}.up_proj.weight"] = (Piece("mlp.gate_up_proj", (e, slice(width, 2 * width))),)
+        table[f"{expert}.down_proj.weight"] = (Piece("mlp.down_proj", (e,)),)
+    if config.moe.shared_size:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            table[f"{names.shared}.{part}.weight"] = (Piece(f"mlp.shared_experts.{part}.weight"),)
+    return table

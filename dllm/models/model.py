@@ -1,0 +1,156 @@
+"""`Model`: a transformer with its tokenizer and special ids, as the engine, the samplers and the drafters see it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm.errors import DllmError
+from dllm.models.checkpoint import save_weights
+from dllm.models.config import ModelConfig
+from dllm.models.families import FAMILIES
+from dllm.models.transformer import KVStore, Transformer
+
+
+class Model:
+    """A loaded or freshly built masked-diffusion (or causal) model.
+
+    `transformer` is the nn.Module to train; `forward` and `logits` are for decoding and record no gradients. Row
+    `source(pos)` of `forward` predicts position `pos`, whether or not the checkpoint is shifted.
+    """
+
+    supports_cache = True
+
+    def __init__(self, config: ModelConfig, transformer: Transformer | None = None, tokenizer: Any = None) -> None:
+        self.config = config
+        self.transformer = Transformer(config) if transformer is None else transformer
+        self.tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.transformer.parameters())
+        return f"Model({self.config.architecture}, {size / 1e6:.3g} M parameters, {self.dtype}, {self.device})"
+
+    @property
+    def family(self) -> str:
+        return self.config.family
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.norm.weight.dtype
+
+    @property
+    def shift(self) -> int:
+        return self.config.shift
+
+    @property
+    def block_size(self) -> int | None:
+        return self.config.block_size
+
+    @property
+    def mask_id(self) -> int | None:
+        return self.config.mask_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self.config.eos_ids
+
+    @property
+    def pad_id(self) -> int | None:
+        return self.config.pad_id
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.config.bos_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_positions
+
+    @torch.no_grad()
+    def forward(
+        self,
+        ids: Tensor,
+        pos: Tensor | None = None,
+        *,
+        fresh: Tensor | None = None,
+        keep: Tensor | None = None,
+        visible: Tensor | None = None,
+        lane: Tensor | None = None,
+        store: KVStore | None = None,
+    ) -> Tensor:
+        """Hidden states (N, Q, D); see `Transformer.forward`."""
+        return self.transformer(ids, pos, fresh=fresh, keep=keep, visible=visible, lane=lane, store=store)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocab_size) in at least float32; the mask token can never be predicted."""
+        logits = self.transformer.head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.mask_id is not None and self.mask_id < logits.shape[-1]:
+            logits[..., self.mask_id] = -torch.inf
+        return logits
+
+    def source(self, pos: Tensor) -> Tensor:
+        """Position whose hidden state predicts `pos`; position 0 of a shifted model reads itself."""
+        return (pos - self.shift).clamp(min=0)
+
+    def new_store(self, lanes: int, slots: int) -> KVStore:
+        """An empty key/value store for `lanes` rows of up to `slots` positions."""
+        return KVStore.allocate(self.config, lanes, slots, self.dtype, self.device)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation up to the opening of the assistant's turn, by the tokenizer's or the family's template."""
+        if self.tokenizer is None:
+            raise DllmError("this model has no tokenizer: pass the prompt as ids")
+        if self.tokenizer.chat_template:
+            ids = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return list(ids)
+        template = FAMILIES[self.family].chat if self.family in FAMILIES else None
+        if template is None:
+            raise DllmError(f"neither the tokenizer nor the family {self.family} has a chat template: pass plain text")
+        return list(self.tokenizer(template(list(messages)), add_special_tokens=False)["input_ids"])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+        """Move or cast in place; returns the model itself."""
+        self.transformer.to(device=device, dtype=dtype)
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        family = FAMILIES[self.family]
+        save_weights(self.transformer, family, folder)
+        dtype = str(self.dtype).removeprefix("torch.")
+        values = {**self.config.raw, **family.write(self.config), "torch_dtype": dtype}
+        values.pop("dtype", None)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        return folder
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with configuration, dtype or weights (up to 4096 values of each are read)."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, value in sorted(self.transformer.named_parameters()):
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 4096)]
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(sample.cpu().double().numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""Mixture-of-experts MLP with the experts stacked: tokens are sorted by expert, one grouped product per projection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm.models.config import MoEConfig
+
+
+def route(scores: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Choose experts: router logits (T, E) in at least float32 -> expert ids (T, k) and their weights (T, k).
+
+    Softmax scores (LLaDA-MoE keeps them as they are, SDAR-MoE renormalises) or sigmoid scores with a choice limited
+    to the best groups (LLaDA2). The bias changes the choice only.
+    """
+    weights = scores.softmax(-1) if moe.score == "softmax" else scores.sigmoid()  # (T, E)
+    choice = weights if bias is None else weights + bias
+    if moe.n_groups > 1:
+        grouped = choice.unflatten(-1, (moe.n_groups, -1))  # (T, G, E/G)
+        best = grouped.topk(2, -1).values.sum(-1).topk(moe.topk_groups, -1).indices  # (T, topk_groups)
+        open_groups = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        choice = grouped.masked_fill(~open_groups[..., None], -torch.inf).flatten(-2)
+    experts = choice.topk(moe.top_k, -1).indices
+    chosen = weights.gather(-1, experts)
+    if moe.renormalize:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return experts, chosen * moe.scale
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x (R, H), sorted by expert, times their expert's weight (E, O, H) -> (R, O); `ends` (E,) closes segments."""
+    if x.dtype != torch.float64 and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends.int())
+    bounds = [0, *ends.tolist()]
+    used = [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
+    return torch.cat([F.linear(x[a:b], weight[e]) for e, a, b in used])
+
+
+class Router(nn.Module):
+    """The expert scores: a linear map computed in at least float32."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(moe.n_experts, hidden_size))
+        self.expert_bias = nn.Parameter(torch.zeros(moe.n_experts), requires_grad=False) if moe.expert_bias else None
+
+
+class MoE(nn.Module):
+    """`sum_k w_k * expert_k(x) + shared(x)`; gate and up projections of an expert are stacked in one tensor."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.moe = moe
+        self.gate = Router(hidden_size, moe)
+        self.gate_up_proj = nn.Parameter(torch.empty(moe.n_experts, 2 * moe.intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(moe.n_experts, hidden_size, moe.intermediate_size))
+        self.shared_experts = shared
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
+        flat = x.flatten(0, -2)  # (T, H)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scores = F.linear(flat.to(wide), self.gate.weight.to(wide))
+        experts, weights = route(scores, self.gate.expert_bias, self.moe)  # (T, k)
+        order = experts.flatten().argsort(stable=True)  # (T*k,) rows of the flattened choice, sorted by expert
+        ends = experts.flatten().bincount(minlength=self.moe.n_experts).cumsum(0)  # (E,)
+        token = order // self.moe.top_k
+        gate, up = grouped_linear(flat[token], self.gate_up_proj, ends).chunk(2, -1)
+        y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (T*k, H)
+        y = y * weights.flatten()[order, None].to(y.dtype)
+        out = torch.zeros_like(flat).index_add_(0, token, y).view_as(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x)

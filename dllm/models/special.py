@@ -1,0 +1,99 @@
+"""Special ids from all their sources, resolved once: mask, end-of-text set, padding, beginning, usable vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dllm.errors import DllmError
+from dllm.models.config import ModelConfig
+from dllm.models.family import Family
+
+MASK_STRINGS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "<MASK>", "<[MASK]>", "|<MASK>|")
+
+
+def resolve(
+    config: ModelConfig,
+    family: Family,
+    tokenizer: Any = None,
+    generation: Mapping[str, Any] | None = None,
+    mask_id: int | None = None,
+    eos_ids: int | Sequence[int] | None = None,
+) -> ModelConfig:
+    """`config` with its special ids settled; an argument settles what the files leave open or contradict.
+
+    Errors: no mask id anywhere, sources that disagree, a mask id that is out of range, an end or the padding.
+    """
+    generation = generation or {}
+    vocab = tokenizer.get_vocab() if tokenizer is not None else {}
+    if not config.causal:
+        config = replace(config, mask_id=_mask(config, family, tokenizer, vocab, mask_id))
+    ends = _ids(eos_ids) if eos_ids is not None else _ends(config, family, tokenizer, vocab, generation)
+    pad = config.pad_id if config.pad_id is not None else getattr(tokenizer, "pad_token_id", None)
+    begins = (getattr(tokenizer, "bos_token_id", None), config.bos_id, generation.get("bos_token_id"))
+    highest = max(vocab.values()) if vocab else config.vocab_size - 1
+    config = replace(
+        config,
+        eos_ids=ends,
+        pad_id=pad if pad is not None else (ends[0] if ends else None),
+        bos_id=next((b for b in begins if b is not None), None),
+        vocab_size=min(config.vocab_size, max([highest, *ends]) + 1),  # padding rows of the embedding mean nothing
+    )
+    _check(config)
+    return config
+
+
+def _mask(
+    config: ModelConfig, family: Family, tokenizer: Any, vocab: Mapping[str, int], explicit: int | None
+) -> int:
+    if explicit is not None:
+        return explicit
+    sources: dict[str, int | None] = {
+        "config.json": config.mask_id,
+        "the tokenizer": getattr(tokenizer, "mask_token_id", None),
+    }
+    found = {name: i for name, i in sources.items() if i is not None}
+    if not found:
+        found = {f"the token {s}": vocab[s] for s in MASK_STRINGS if s in vocab}
+    if not found and family.mask_id is not None and family.mask_id < config.embedding_rows:
+        found = {f"the family {family.name}": family.mask_id}
+    if not found:
+        raise DllmError("this checkpoint names no mask token; pass mask_id=, for example dllm.load(..., mask_id=126336)")
+    if len(set(found.values())) > 1:
+        if family.mask_by_constant and family.mask_id in {*found.values(), *(vocab.get(s) for s in MASK_STRINGS)}:
+            return family.mask_id  # type: ignore[return-value]
+        said = ", ".join(f"{name} says {i}" for name, i in found.items())
+        raise DllmError(f"the mask id is contradictory: {said}; pass mask_id= to settle it")
+    return next(iter(found.values()))
+
+
+def _ends(
+    config: ModelConfig, family: Family, tokenizer: Any, vocab: Mapping[str, int], generation: Mapping[str, Any]
+) -> tuple[int, ...]:
+    ends = [*config.eos_ids, *_ids(generation.get("eos_token_id"))]
+    if not ends:
+        ends = [*_ids(getattr(tokenizer, "eos_token_id", None))]
+    if family.turn_end in vocab:
+        ends.append(vocab[family.turn_end])
+    elif family.turn_end_id is not None and config.mask_id == family.mask_id:  # the published vocabulary, unnamed there
+        ends.append(family.turn_end_id)
+    return tuple(dict.fromkeys(ends))
+
+
+def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _check(config: ModelConfig) -> None:
+    rows, mask = config.embedding_rows, config.mask_id
+    if bad := [e for e in config.eos_ids if not 0 <= e < rows]:
+        raise DllmError(f"end-of-text id {bad[0]} is outside the {rows} rows of the embedding; pass eos_ids=")
+    if mask is None:
+        return
+    if not 0 <= mask < rows:
+        raise DllmError(f"mask id {mask} is outside the {rows} rows of the embedding; pass mask_id=")
+    if mask in config.eos_ids:
+        raise DllmError(f"mask id {mask} is also an end-of-text id; pass mask_id= or eos_ids=")
+    if mask == config.pad_id:
+        raise DllmError(f"mask id {mask} is also the padding id; pass mask_id=")
