@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dllm.errors import DllmError
-from dllm.models import causal, dream, llada
+from dllm.models import causal, dream, fast_dllm, illada, llada, llada2, llada_moe, sdar
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family, RawConfig
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llada, dream, causal)
+    module.FAMILY.name: module.FAMILY
+    for module in (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
 }
 
 

@@ -1,0 +1,29 @@
+"""Fast-dLLM v2 1.5B and 7B (arXiv 2509.26328): Qwen2, block-causal in blocks of 32 and logits shifted by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dllm.models.config import ModelConfig
+from dllm.models.dream import chatml
+from dllm.models.family import Family, RawConfig, standard, write_standard
+
+
+def read(raw: RawConfig) -> ModelConfig:
+    return standard(raw, "fast_dllm", qkv_bias=True, shift=1, block_size=raw.get("bd_size") or 32)
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    return {**write_standard(config), "model_type": "Fast_dLLM_Qwen", "bd_size": config.block_size}
+
+
+FAMILY = Family(
+    name="fast_dllm",
+    architectures=("Fast_dLLM_QwenForCausalLM",),
+    read=read,
+    write=write,
+    mask_id=151665,  # in the published code, not in the config
+    turn_end="<|im_end|>",
+    turn_end_id=151645,
+    chat=chatml,
+)

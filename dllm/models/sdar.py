@@ -1,0 +1,75 @@
+"""SDAR 1.7B to 30B-A3B (arXiv 2510.06303) and TraDo: Qwen3 or Qwen3-MoE, block-causal with small blocks, no shift."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from dllm.models.config import ModelConfig, MoEConfig
+from dllm.models.family import Family, RawConfig, standard, write_standard
+
+log = logging.getLogger(__name__)
+BLOCK = 4  # of the main release; other variants carry theirs in the name (-b8 ... -b64)
+
+
+def read(raw: RawConfig) -> ModelConfig:
+    moe = _moe(raw) if raw.get("num_experts") else None
+    raw.expect(attention_bias=False)
+    return standard(raw, "sdar", qk_norm=True, block_size=_block(raw), moe=moe)
+
+
+def _block(raw: RawConfig) -> int:
+    """From the config, else from the name, else the released default, which is said."""
+    if raw.get("block_size"):
+        return int(raw["block_size"])
+    if named := re.search(r"-b(\d+)(?!\w)", raw.name):
+        return int(named[1])
+    log.warning("config.json has no block_size: assuming %d; pass block_size= for another variant", BLOCK)
+    return BLOCK
+
+
+def _moe(raw: RawConfig) -> MoEConfig:
+    step, layers = raw.get("decoder_sparse_step") or 1, raw.need("num_hidden_layers")
+    dense = {i for i in range(layers) if (i + 1) % step} | set(raw.get("mlp_only_layers") or ())
+    return MoEConfig(
+        n_experts=raw.need("num_experts"),
+        top_k=raw.need("num_experts_per_tok"),
+        intermediate_size=raw.need("moe_intermediate_size"),
+        renormalize=bool(raw.get("norm_topk_prob", True)),
+        dense_layers=tuple(sorted(dense)),
+    )
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    values = {**write_standard(config), "model_type": "sdar", "block_size": config.block_size}
+    if config.moe is not None:
+        values |= {
+            "model_type": "sdar_moe",
+            "num_experts": config.moe.n_experts,
+            "num_experts_per_tok": config.moe.top_k,
+            "moe_intermediate_size": config.moe.intermediate_size,
+            "norm_topk_prob": config.moe.renormalize,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(config.moe.dense_layers),
+        }
+    return values
+
+
+def chat(messages: Any) -> str:
+    """Qwen3's template without a default system line."""
+    turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return f"{turns}<|im_start|>assistant\n"
+
+
+FAMILY = Family(
+    name="sdar",
+    architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
+    read=read,
+    write=write,
+    mask_id=151669,
+    mask_by_constant=True,
+    turn_end="<|im_end|>",
+    turn_end_id=151645,
+    chat=chat,
+)
