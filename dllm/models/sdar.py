@@ -14,7 +14,7 @@ BLOCK = 4  # of the main release; other variants carry theirs in the name (-b8 .
 
 
 def read(raw: RawConfig) -> ModelConfig:
-    moe = _moe(raw) if raw.get("num_experts") else None
+    moe = _moe(raw) if raw.architecture == "SDARMoeForCausalLM" or raw.get("num_experts") else None
     raw.expect(attention_bias=False)
     return standard(raw, "sdar", qk_norm=True, block_size=_block(raw), moe=moe)
 
