@@ -1,0 +1,263 @@
+"""The engine: one pure `step`, one `decode` loop. Follow a token from here.
+
+    window.open -> policy.plan -> model.forward -> Prediction -> step -> State -> retire, refill
+
+Rows are independent: a row's window, refresh, noise, counters and exit never depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.cache import Policy, full_plan
+from dllm.canvas import Canvas, Decision, Plan, State, Window, splice_columns
+from dllm.errors import DllmError
+from dllm.meter import Meter
+from dllm.prediction import Law, Prediction
+from dllm.samplers.base import Sampler, View, best
+
+if TYPE_CHECKING:
+    from dllm.models.hub import Model
+
+
+class Tick(NamedTuple):
+    """What the loop shows to its observers after every tick: rows, their new state, what was decided."""
+
+    request: list[int]  # request index of each row
+    before: Canvas
+    state: State
+    window: Window
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loop needs to know beside model, sampler and cache."""
+
+    law: Law = Law()
+    suppress: tuple[int, ...] = ()  # ids that are never predicted
+    min_new_tokens: int = 0
+    eos_ids: tuple[int, ...] = ()
+    max_nfe: int | None = None  # forwards a row may take; None: 4 per column of its window, and 64
+
+
+def step(s: Sampler, state: State, window: Window, pred: Prediction) -> State:
+    """The whole step but the forward. Pure: equal arguments give equal states."""
+    view = View(state, window)
+    if hasattr(s.window, "narrow"):
+        s.window.narrow(view, pred)
+    soft = pred
+    for adjust in s.adjust:  # for selection only
+        soft = adjust(view, soft)
+    score = s.score(view, soft)
+    chosen = s.select(view, soft, score) & view.live
+    if not s.needs.may_idle:  # progress: the best candidate where nothing was chosen
+        chosen = chosen | (best(score, view.live) & ~chosen.any(1, keepdim=True))
+    d = view.commit(chosen, soft.token)
+    for amend in s.amend:  # raw predictions
+        d = amend(view, pred, d)
+    return advance(view, pred, d)
+
+
+def advance(view: View, pred: Prediction, d: Decision) -> State:
+    """The state after a decision. A fill that the forward did not cover asks for a closing forward."""
+    state, canvas = view.state, view.canvas.apply(d)
+    closing, done = state.closing, d.done
+    if d.fill is not None:
+        canvas, filled = fill(canvas, pred, d.fill)
+        closing, done = d.fill & ~filled, done | filled
+    cached, columns = view.window.epoch, view.columns
+    if d.edits:
+        edited = torch.zeros_like(state.done)
+        edited[[row for row, *_ in d.edits]] = True
+        cached = torch.where(edited, -1, cached)
+        columns = {key: splice_columns(leaf, d) for key, leaf in columns.items()}
+    done = done | ~canvas.masked.any(1)
+    return State(canvas, state.step + 1, state.seed, cached, done, closing, view.memory, columns)
+
+
+def fill(canvas: Canvas, pred: Prediction, rows: Tensor) -> tuple[Canvas, Tensor]:
+    """Write the prediction at every mask of `rows` (B,) bool; also the rows that could be filled."""
+    if not bool(rows.any()):
+        return canvas, rows
+    masked = canvas.masked & rows[:, None]
+    width = int(masked.sum(1).max())
+    order = (~masked).int().argsort(dim=1, stable=True)[:, : max(width, 1)]
+    cols = torch.where(masked.gather(1, order), order, -1)
+    wide = pred.at(cols)
+    if wide is None:
+        return canvas, torch.zeros_like(rows)
+    at, ok = cols.clamp(min=0), cols >= 0
+    spare = torch.where(ok, at, canvas.ids.shape[1])
+    token = torch.cat([canvas.ids, canvas.ids[:, :1]], 1).scatter(1, spare, wide.token)[:, :-1]
+    return canvas._replace(ids=torch.where(masked, token, canvas.ids), masked=canvas.masked & ~masked), rows
+
+
+class Answer:
+    """Hidden states of one forward, read at any column that it covered."""
+
+    def __init__(self, model: Model, s: Sampler, options: Options, state: State, plan: Plan, hidden: Tensor) -> None:
+        self.model, self.s, self.options, self.state, self.plan = model, s, options, state, plan
+        self.hidden = hidden  # (N, Q, D)
+
+    def read(self, cols: Tensor) -> Prediction | None:
+        """The prediction at `cols` (B, W); None where some column was not covered."""
+        row = self._query(self.model.source(cols))
+        if row is None:
+            return None
+        return self._predict(cols, row)
+
+    def _query(self, source: Tensor) -> Tensor | None:
+        """(B, W) index of the query that holds each source position; padding reads query 0."""
+        pos = self.plan.pos[: len(source)]
+        if self.plan.refresh:
+            return source  # a full forward: query index = position
+        length = self.state.canvas.ids.shape[1]
+        queries = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
+        table = pos.new_full((pos.shape[0], length + 1), -1).scatter(1, torch.where(pos < 0, length, pos), queries)
+        return table.gather(1, source)
+
+    def _predict(self, cols: Tensor, row: Tensor) -> Prediction | None:
+        if not self.plan.refresh and bool(((row < 0) & (cols >= 0)).any()):
+            return None
+        hidden, row = self.hidden, row.clamp(min=0)
+        copies = hidden.shape[0] // row.shape[0]
+        index = row.repeat(copies, 1) if copies > 1 else row
+        picked = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits = self.model.logits(picked)  # (N, W, V)
+        if self.s.inputs is not None:
+            logits = self.s.inputs.reduce(logits)
+            logits[..., self.model.mask_id] = -torch.inf
+        state, options = self.state, self.options
+        if options.suppress:
+            logits[..., list(options.suppress)] = -torch.inf
+        if options.min_new_tokens and options.eos_ids:
+            early = cols < (state.canvas.start + options.min_new_tokens)[:, None]
+            for eos in options.eos_ids:
+                logits[..., eos].masked_fill_(early, -torch.inf)
+        return Prediction(logits, cols, law=options.law, seed=state.seed, step=state.step, more=self.read)
+
+
+class Runner:
+    """Runs plans: expands the inputs, calls the model, counts, and gives the prediction a step reads."""
+
+    def __init__(self, model: Model, s: Sampler, options: Options, meter: Meter, store: Any) -> None:
+        self.model, self.s, self.options, self.meter, self.store = model, s, options, meter, store
+        self.finite = torch.ones((), dtype=torch.bool, device=model.device)  # of all predictions so far
+
+    def __call__(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Prediction:
+        answer = self.forward(state, window, plan, requests)
+        pred = answer.read(window.reads)
+        if pred is None:
+            raise RuntimeError(f"cache plan does not cover the columns that sampler {self.s.name!r} reads")
+        top = pred.logits.gather(-1, pred.argmax[..., None])
+        self.finite = self.finite & torch.isfinite(top).all()
+        return pred
+
+    def forward(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Answer:
+        fed = plan if self.s.inputs is None else self.s.inputs.expand(plan, state, window)
+        self.meter.forward(requests, fed)
+        hidden = self.model.forward(
+            fed.ids,
+            fed.pos,
+            fresh=fed.fresh,
+            keep=fed.keep,
+            visible=fed.visible,
+            lane=fed.lane,
+            store=self.store if fed.stored else None,
+        )
+        return Answer(self.model, self.s, self.options, state, fed, hidden)
+
+
+def decode(
+    model: Model,
+    s: Sampler,
+    policy: Policy,
+    queue: State,
+    *,
+    batch_size: int,
+    options: Options,
+    meter: Meter,
+    runner: type[Runner] = Runner,
+) -> Iterator[Tick]:
+    """Decode every row of `queue`, at most `batch_size` at a time; a finished row makes room for the next one.
+
+    Yields after each tick. Errors: NaN logits in mid-decode.
+    """
+    total, copies = queue.rows, s.inputs.copies if s.inputs is not None else 1
+    size = min(batch_size, total)
+    store = model.new_store(size * copies, int(queue.canvas.ids.shape[1])) if policy.stored else None
+    run = runner(model, s, options, meter, store)
+    caps = [options.max_nfe or 4 * w + 64 for w in (queue.canvas.length - queue.canvas.start).tolist()]
+    request, waiting = list(range(size)), size
+    state, lane = queue.take(torch.arange(size, device=queue.step.device)), torch.arange(size, device=queue.step.device)
+    closing = [False] * size
+    with torch.inference_mode():
+        while request:
+            before = state.canvas
+            if any(closing):
+                rows = torch.tensor([i for i, c in enumerate(closing) if c], device=lane.device)
+                ids = [request[i] for i in rows.tolist()]
+                state, win = state.put(rows, close(run, state.take(rows), ids)), empty(state)
+            else:
+                state, win = s.window.open(state)
+                for extra in s.reads:
+                    win = win._replace(reads=torch.cat([win.reads, extra(state, win)], 1))
+                for rows, plan in policy.plan(state, win, lane, model.shift):
+                    if rows is None:
+                        state = step(s, state, win, run(state, win, plan, request))
+                    else:
+                        sub, sub_win = state.take(rows), win.take(rows)
+                        pred = run(sub, sub_win, plan, [request[i] for i in rows.tolist()])
+                        state = state.put(rows, step(s, sub, sub_win, pred))
+            yield Tick(request, before, state, win)
+            # the host sync of the tick
+            done, closing, finite = torch.stack([state.done, state.closing, run.finite.expand_as(state.done)]).tolist()
+            if not finite[0]:
+                raise DllmError(
+                    "the model returned NaN or infinite logits: load it in float32 or bfloat16, or check the checkpoint"
+                )
+            meter.finish(r for r, d in zip(request, done, strict=True) if d)
+            for i, r in enumerate(request):
+                if not done[i] and meter.nfe[r] >= caps[r] - 1 and not closing[i]:
+                    closing[i] = True
+                    meter.capped.add(r)
+            if any(done):
+                state, lane, request, closing, waiting = refill(queue, state, lane, request, closing, done, waiting)
+
+
+def close(run: Runner, state: State, requests: list[int]) -> State:
+    """One full forward that fills whatever is still masked in these rows."""
+    plan = full_plan(state)
+    answer = run.forward(state, empty(state), plan, requests)
+    blank = answer.read(torch.zeros_like(state.step)[:, None])
+    assert blank is not None
+    canvas, _ = fill(state.canvas, blank, torch.ones_like(state.done))
+    return state._replace(canvas=canvas, step=state.step + 1, done=torch.ones_like(state.done), closing=~state.done & False)
+
+
+def empty(state: State) -> Window:
+    """The window of a closing forward: nothing is committed through it."""
+    zero = torch.zeros_like(state.step)
+    return Window(lo=zero, hi=zero, reads=zero[:, None] - 1, epoch=state.cached)
+
+
+def refill(
+    queue: State, state: State, lane: Tensor, request: list[int], closing: list[bool], done: list[bool], waiting: int
+) -> tuple[State, Tensor, list[int], list[bool], int]:
+    """Drop the finished rows and let waiting ones take over their lanes."""
+    keep = [i for i, d in enumerate(done) if not d]
+    free = [lane[i] for i, d in enumerate(done) if d]
+    entering = list(range(waiting, min(waiting + len(free), queue.rows)))
+    index = torch.tensor(keep, dtype=torch.long, device=lane.device)
+    state, lane = state.take(index), lane[index]
+    if entering:
+        state = state.cat(queue.take(torch.tensor(entering, device=lane.device)))
+        lane = torch.cat([lane, torch.stack(free[: len(entering)])])
+    request = [request[i] for i in keep] + entering
+    return state, lane, request, [closing[i] for i in keep] + [False] * len(entering), waiting + len(entering)
+

@@ -1,0 +1,588 @@
+"""The front door: `generate`, `stream`, `score`. Prompts in, outputs out; the only place that tokenises."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm import cache as caches
+from dllm.canvas import Canvas, State
+from dllm.engine import Options, Tick, decode
+from dllm.errors import DllmError, unknown
+from dllm.guidance import Guidance
+from dllm.meter import Meter
+from dllm.models.hub import Model, load
+from dllm.prediction import Law, Prediction
+from dllm.samplers import registry
+from dllm.samplers.base import Bundle, Context, Sampler, View
+from dllm.stopping import Stop
+from dllm.trace import Trace, changes
+
+log = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class FamilyDefaults:
+    """What a call uses where it says nothing."""
+
+    sampler: str = "confidence"
+    block_length: int | None = 32  # None: the model's own block, else the whole window
+
+
+# LLaDA's instruct scores use blocks; Dream decodes the whole window on its own schedule; block-causal models decode their
+# own blocks by threshold, at the values of their model cards.
+DEFAULTS: dict[str, FamilyDefaults] = {
+    "dream": FamilyDefaults("dream", None),
+    "sdar": FamilyDefaults("threshold:tau=0.85", None),
+    "sdar_moe": FamilyDefaults("threshold:tau=0.85", None),
+    "llada2": FamilyDefaults("threshold:tau=0.95", None),
+    "fast_dllm_v2": FamilyDefaults("threshold:tau=0.9", None),
+}
+
+# names of other codes -> ours
+RENAMED = {
+    "gen_length": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "remasking": "sampler",
+    "alg": "sampler",
+    "algorithm": "sampler",
+    "diffusion_steps": "steps",
+    "threshold": "sampler='threshold:tau=...'",
+    "factor": "sampler='factor:f=...'",
+    "use_cache": "cache='prefix'",
+    "dual_cache": "cache='dual'",
+    "cfg": "cfg_scale",
+    "mask_id": "dllm.load(..., mask_id=...)",
+    "num_return_sequences": "n",
+    "do_sample": "temperature",
+    "stop_strings": "stop",
+    "eos_token_id": "eos",
+    "generator": "seed",
+    "alg_temp": "sampler='dream:alg_temp=...'",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Every decoding argument with its default. Errors name the argument and what it may be."""
+
+    sampler: Any = None
+    cache: Any = None
+    max_new_tokens: int | None = None
+    block_length: int | None = None
+    steps: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    gumbel: bool = False
+    cfg_scale: float = 0.0
+    seed: int = 0
+    n: int = 1
+    stop: str | Sequence[str] | None = None
+    eos: int | Sequence[int] | None = None
+    min_new_tokens: int = 0
+    suppress_tokens: Sequence[int] = ()
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    early_stop: bool = True
+    lookahead: int | str | dict[str, Any] | None = None
+    batch_size: int = 8
+    chat: bool | None = None
+    infill: bool = False
+    trace: bool = False
+    compile: bool = False
+    max_nfe: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "block_length", "steps", "top_k", "n", "batch_size", "max_nfe"):
+            value = getattr(self, name)
+            if value is None and name not in ("n", "batch_size"):
+                continue
+            lowest = 0 if name == "max_new_tokens" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise DllmError(f"{name}={value!r} must be an integer of at least {lowest}")
+        if not self.temperature >= 0:
+            raise DllmError(f"temperature={self.temperature!r} must be 0 (greedy) or positive")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise DllmError(f"top_p={self.top_p!r} must be in (0, 1]")
+        if self.min_new_tokens < 0:
+            raise DllmError(f"min_new_tokens={self.min_new_tokens!r} must not be negative")
+        if self.cfg_scale < 0:
+            raise DllmError(f"cfg_scale={self.cfg_scale!r} must be 0 (off) or positive")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Arguments:
+        known = set(cls.__dataclass_fields__)
+        for name in given:
+            if name not in known:
+                hint = f": here it is {RENAMED[name]}" if name in RENAMED else ""
+                raise unknown("argument", name, known, hint=hint)
+        return cls(**given)
+
+
+@dataclass
+class Output:
+    """The answer to one prompt."""
+
+    text: str
+    sequences: list[int]  # ids with the prompt; what an early stop left undecoded is not in it
+    tokens: list[int]  # generated ids up to the stop, without it
+    nfe: int  # forwards of this row
+    calls: int  # batched forwards of the whole call
+    finish_reason: str  # stop | length | cap
+    seconds: float  # from the start of the call to this row's last forward
+    prefill_seconds: float  # of these, to the row's first answer
+    positions: int  # recomputed positions: nfe_equiv = positions / canvas length
+    canvas_length: int
+    sampler: str
+    cache: str
+    seed: int
+    trace: Trace | None = None
+    lossless: bool | None = None  # with lookahead: whether identity with the plain call is guaranteed
+    stats: dict[str, Any] = field(default_factory=dict)  # of the lookahead
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Generated tokens up to the stop for each forward; 0 for an empty answer."""
+        return len(self.tokens) / self.nfe if self.nfe else 0.0
+
+    @property
+    def nfe_equiv(self) -> float:
+        """Cost in full forwards of this row's canvas."""
+        return self.positions / self.canvas_length if self.canvas_length else 0.0
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.seconds - self.prefill_seconds
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Event(NamedTuple):
+    """One piece of a stream."""
+
+    index: int  # of the prompt
+    text: str  # newly final: it will not change any more
+    draft: str | None  # what is written behind it and may still change; None unless asked for
+    nfe: int
+    output: Output | None  # with the last event of a prompt
+
+
+# -- prompts --------------------------------------------------------------------------------------------------------
+
+
+def _kind(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, Tensor):
+        return "ids" if prompt.dim() == 1 else "list"
+    if isinstance(prompt, Mapping):
+        return "message"
+    if isinstance(prompt, int):
+        return "id"
+    if isinstance(prompt, Sequence) or hasattr(prompt, "tolist"):
+        kinds = {_kind(p) for p in prompt}
+        if kinds == {"id"}:
+            return "ids"
+        if kinds == {"message"}:
+            return "chat"
+        return "list"
+    raise DllmError(f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}")
+
+
+def as_list(prompt: Any) -> tuple[list[Any], bool]:
+    """The prompts of a call, and whether it was a single one. Errors: empty batch, mixed types."""
+    if _kind(prompt) != "list":
+        return [prompt], True
+    prompts = list(prompt)
+    if not prompts:
+        raise DllmError("the list of prompts is empty")
+    kinds = {"ids" if isinstance(p, Sequence) and not p and not isinstance(p, str) else _kind(p) for p in prompts}
+    if len(kinds) > 1 or kinds <= {"list", "message", "id"}:
+        raise DllmError(f"the prompts of one call must be of one type; got {', '.join(sorted(kinds))}")
+    return prompts, False
+
+
+def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
+    """Token ids of one prompt. Text goes through the chat template where the tokenizer has one (chat=None)."""
+    kind = _kind(prompt) if len(prompt) else ("text" if isinstance(prompt, str) else "ids")
+    if kind == "ids":
+        return [int(i) for i in prompt]
+    if model.tokenizer is None:
+        raise DllmError("this model has no tokenizer: pass the prompt as token ids")
+    if kind == "chat":
+        return model.chat(prompt)
+    if chat or (chat is None and getattr(model.tokenizer, "chat_template", None)):
+        return model.chat([{"role": "user", "content": prompt}])
+    return list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def _no_prompt(model: Model) -> list[int]:
+    """Unconditional generation starts from bos where the model is shifted, else from nothing."""
+    if not model.shift:
+        return []
+    if model.bos_id is None:
+        raise DllmError("this model predicts the next token and has no bos id: pass a prompt")
+    return [model.bos_id]
+
+
+# -- a call ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A call made ready: everything `decode` needs, and what turns its states into outputs."""
+
+    model: Model
+    args: Arguments
+    sampler: Sampler
+    policy: caches.Policy
+    options: Options
+    queue: State
+    prompts: list[list[int]]
+    stops: list[str]
+    single: bool
+
+    def ticks(self, meter: Meter) -> Iterator[Tick]:
+        size = min(self.args.batch_size, self.queue.rows)
+        try:
+            yield from decode(
+                self.model, self.sampler, self.policy, self.queue, batch_size=size, options=self.options, meter=meter
+            )
+        except torch.OutOfMemoryError as error:
+            hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
+            raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
+
+    def output(self, tick: Tick, row: int, meter: Meter, trace: Trace | None) -> Output:
+        request, canvas = tick.request[row], tick.state.canvas
+        length = int(canvas.length[row])
+        prompt, ids = self.prompts[request], canvas.ids[row, :length].tolist()
+        generated = ids if self.args.infill else ids[len(prompt) :]
+        begin = int(canvas.start[row]) - (0 if self.args.infill else len(prompt))
+        eos = {} if self.args.infill else set(self.options.eos_ids)
+        end = next((i for i, t in enumerate(generated[begin:], begin) if t in eos or t == canvas.mask_id), len(generated))
+        stopped = end < len(generated) and generated[end] in eos
+        tokens = generated[:end]
+        text = self.text(tokens)
+        cut = min((at for at in map(text.find, self.stops) if at >= 0), default=-1)
+        if cut >= 0:
+            tokens, text, stopped = self._up_to(tokens, cut), text[:cut], True
+        if self.args.early_stop and stopped:
+            ids = ids[: len(ids) - len(generated) + min(end + 1, len(generated))]
+        reason = "cap" if request in meter.capped else "stop" if stopped else "length"
+        return Output(
+            text=text,
+            sequences=ids,
+            tokens=tokens,
+            nfe=meter.nfe[request],
+            calls=meter.calls,
+            finish_reason=reason,
+            seconds=meter.seconds[request],
+            prefill_seconds=meter.first[request],
+            positions=meter.positions[request],
+            canvas_length=length,
+            sampler=self.sampler.name,
+            cache=self.policy.name,
+            seed=int(tick.state.seed[row]),
+            trace=trace,
+        )
+
+    def text(self, tokens: list[int]) -> str:
+        if self.model.tokenizer is None:
+            return ""
+        return self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _up_to(self, tokens: list[int], cut: int) -> list[int]:
+        """The shortest prefix of the tokens whose text reaches `cut` characters."""
+        return next((tokens[:i] for i in range(len(tokens) + 1) if len(self.text(tokens[:i])) >= cut), tokens)
+
+
+def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) -> Job:
+    """Check a call and lay out its canvases."""
+    args = Arguments.parse(given)
+    model = resolve_model(model)
+    if prompt is None:
+        prompts, single = [_no_prompt(model)], True
+    else:
+        listed, single = as_list(prompt)
+        prompts = [encode(model, p, args.chat) for p in listed]
+    if args.n > 1:
+        prompts, single = [p for p in prompts for _ in range(args.n)], False
+    if model.mask_id is None:
+        raise DllmError("this model has no mask id: it is not a masked-diffusion model")
+    defaults = DEFAULTS.get(model.family, FamilyDefaults())
+    canvas, window = lay_out(model, prompts, args)
+    block = args.block_length or defaults.block_length or model.block_size or window
+    eos = model.eos_ids if args.eos is None else (args.eos,) if isinstance(args.eos, int) else tuple(args.eos)
+    context = Context(
+        block_length=min(block, max(window, 1)),
+        steps=args.steps,
+        max_new_tokens=max(window, 1),
+        mask_id=model.mask_id,
+        eos_ids=eos,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        shift=model.shift,
+        tokenizer=model.tokenizer,
+        family=model.family,
+    )
+    policy = caches.policy(args.cache)
+    if policy.stored and not model.supports_cache:
+        raise DllmError(f"cache {policy.name!r} needs a native model; this one runs through transformers: use cache='none'")
+    stops = [args.stop] if isinstance(args.stop, str) else list(args.stop or ())
+    sampler = build_sampler(model, args, context, stops, defaults)
+    if sampler.needs.caches is not None and policy.name not in sampler.needs.caches:
+        usable = ", ".join(map(repr, sampler.needs.caches))
+        raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}; use {usable}")
+    suppress = tuple(args.suppress_tokens) + (eos if args.logits_eos_inf else ())
+    bad = [i for i in suppress if not 0 <= i < model.vocab_size]
+    if bad:
+        raise DllmError(f"suppress_tokens holds {bad[0]}, outside the vocabulary of {model.vocab_size}")
+    law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)
+    options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe)
+    seeds = torch.arange(len(prompts), device=model.device) + args.seed
+    memory, columns = sampler.start(canvas)
+    no = torch.zeros_like(seeds, dtype=torch.bool)
+    queue = State(canvas, torch.zeros_like(seeds), seeds, torch.full_like(seeds, -1), no, no, memory, columns)
+    return Job(model, args, sampler, policy, options, queue, prompts, stops, single)
+
+
+def resolve_model(model: Model | str | None) -> Model:
+    if model is None:
+        model = "tiny"
+    return load(model) if isinstance(model, str) else model
+
+
+def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Canvas, int]:
+    """The canvases of all requests, right-padded, and the widest generation window."""
+    mask = model.mask_id
+    assert mask is not None
+    longest = max(map(len, prompts))
+    room = model.max_positions - longest
+    default = 0 if args.infill else max(0, min(MAX_NEW_TOKENS, room))
+    new = default if args.max_new_tokens is None else args.max_new_tokens
+    if longest + new > model.max_positions:
+        raise DllmError(
+            f"a prompt of {longest} tokens and max_new_tokens={new} exceed the model's {model.max_positions} positions; "
+            f"at most {max(room, 0)} new tokens fit"
+        )
+    starts, rows = [], []
+    for index, prompt in enumerate(prompts):
+        bad = next((i for i in prompt if not 0 <= i < model.config.embedding_rows), None)
+        if bad is not None:
+            raise DllmError(f"prompt {index} holds the id {bad}, outside the vocabulary")
+        holes = [i for i, token in enumerate(prompt) if token == mask]
+        if holes and not args.infill:
+            raise DllmError(f"prompt {index} contains the mask token at position {holes[0]}; pass infill=True to fill it")
+        if args.infill and not holes and not new:
+            raise DllmError(f"infill=True, but prompt {index} contains no mask token ({mask})")
+        if model.shift and (not prompt or (holes and holes[0] == 0)):
+            raise DllmError(f"prompt {index}: a model with shifted logits cannot predict position 0; begin with a token")
+        starts.append(holes[0] if holes else len(prompt))
+        rows.append(prompt + [mask] * new)
+    width = max(map(len, rows))
+    length = torch.tensor([len(r) for r in rows])
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+    masked = (ids == mask) & (torch.arange(width) < length[:, None])
+    canvas = Canvas(ids, masked, ~masked, torch.tensor(starts), length, mask)
+    canvas = Canvas(*(x.to(model.device) if isinstance(x, Tensor) else x for x in canvas))
+    return canvas, int((length - torch.tensor(starts)).max())
+
+
+def build_sampler(
+    model: Model, args: Arguments, context: Context, stops: list[str], defaults: FamilyDefaults
+) -> Sampler:
+    """The sampler of a call: the named ones, then guidance, EOS options and stop rules."""
+    spec = args.sampler if args.sampler is not None else defaults.sampler
+    adjust = (EosLast(context.eos_ids),) if args.confidence_eos_eot_inf else ()
+    inputs = Guidance(args.cfg_scale, context.mask_id) if args.cfg_scale else None
+    sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust))
+    if args.early_stop and not args.infill:
+        if stops and model.tokenizer is None:
+            raise DllmError("stop strings need a tokenizer; this model has none")
+
+        def stopped(ids: list[int]) -> bool:
+            text = model.tokenizer.decode(ids, skip_special_tokens=True)
+            return any(s in text for s in stops)
+
+        stop = Stop(context.eos_ids, sampler.needs.revises, stopped if stops else None)
+        sampler = sampler._replace(amend=(*sampler.amend, stop))
+    return sampler
+
+
+@dataclass(frozen=True)
+class EosLast:
+    """Columns whose token is EOS or end-of-turn are committed last (LLaDA's `confidence_eos_eot_inf`)."""
+
+    eos_ids: tuple[int, ...]
+
+    def __call__(self, view: View, pred: Prediction) -> Prediction:
+        ends = torch.zeros_like(pred.token, dtype=torch.bool)
+        for eos in self.eos_ids:
+            ends |= pred.token == eos
+        return pred.rescored(torch.where(ends, 0.0, pred.confidence))
+
+
+# -- the three calls ------------------------------------------------------------------------------------------------
+
+
+def generate(model: Model | str | None = None, prompt: Any = None, **arguments: Any) -> Any:
+    """Decode one prompt or a list of prompts.
+
+    model: a loaded `Model`, a folder, a hub id, or None for the embedded model. prompt: text, ids, chat messages, or a
+    list of any one of these (a ragged batch); None generates unconditionally. Further arguments: see `Arguments`.
+
+    Returns one `Output` for one prompt, a list for a list (or for n > 1, prompt by prompt). Request i uses seed + i, so
+    a row is the same alone and in a batch. Errors: `DllmError`, one line.
+    """
+    job = prepare(model, prompt, arguments)
+    outputs: dict[int, Output] = {}
+    for event in _run(job, drafts=False):
+        if event.output is not None:
+            outputs[event.index] = event.output
+    for output in outputs.values():
+        output.calls = max(o.calls for o in outputs.values())
+    return outputs[0] if job.single else [outputs[i] for i in range(len(outputs))]
+
+
+def stream(
+    model: Model | str | None = None, prompt: Any = None, *, drafts: bool = False, **arguments: Any
+) -> Iterator[Event]:
+    """Decode and yield an `Event` whenever more text is final (or, with drafts, after every forward)."""
+    yield from _run(prepare(model, prompt, arguments), drafts=drafts, stream=True)
+
+
+def _run(job: Job, drafts: bool, stream: bool = False) -> Iterator[Event]:
+    meter = Meter(len(job.prompts), job.model.device)
+    traces = {i: new_trace(job, i) for i in range(len(job.prompts))} if job.args.trace else {}
+    sent = [""] * len(job.prompts)
+    if not int(job.queue.canvas.masked.sum()):
+        yield from _nothing_to_do(job, meter)
+        return
+    for tick in job.ticks(meter):
+        meter.tick(tick.request)
+        done = tick.state.done.tolist()
+        for row, request in enumerate(tick.request):
+            if traces:
+                record(traces[request], tick, row)
+            if done[row]:
+                meter.finish([request])
+                if traces:
+                    seal(traces[request], job, tick, row)
+                output = job.output(tick, row, meter, traces.get(request))
+                yield Event(request, output.text[len(sent[request]) :], "" if drafts else None, output.nfe, output)
+            elif stream:
+                final, draft = _progress(job, tick, row, drafts)
+                if len(final) > len(sent[request]) or drafts:
+                    yield Event(request, final[len(sent[request]) :], draft, meter.nfe[request], None)
+                    sent[request] = max(final, sent[request], key=len)
+
+
+def _progress(job: Job, tick: Tick, row: int, drafts: bool) -> tuple[str, str | None]:
+    """The final text of a row, and what is written behind it."""
+    canvas = tick.state.canvas
+    begin, length = len(job.prompts[tick.request[row]]), int(canvas.length[row])
+    end = int(canvas.first_masked()[row])
+    if job.sampler.needs.revises:
+        end = min(end, max(begin, int(tick.window.lo[row])))
+    ids = canvas.ids[row, :length].tolist()
+    final = job.text(ids[begin:end]).rstrip("\ufffd")
+    holding = max((len(s) for s in job.stops), default=1) - 1  # a stop string may be half written
+    final = final[: len(final) - holding] if holding else final
+    if not drafts:
+        return final, None
+    mask = job.model.mask_id
+    return final, "".join("▁" if t == mask else job.text([t]) for t in ids[end:])
+
+
+def _nothing_to_do(job: Job, meter: Meter) -> Iterator[Event]:
+    """max_new_tokens=0: the prompts come back as they are."""
+    no_window = torch.zeros_like(job.queue.step)
+    for i in range(len(job.prompts)):
+        rows = torch.tensor([i], device=no_window.device)
+        state = job.queue.take(rows)
+        tick = Tick([i], state.canvas, state, None)  # type: ignore[arg-type]
+        yield Event(i, "", None, 0, job.output(tick, 0, meter, None))
+
+
+def new_trace(job: Job, request: int) -> Trace:
+    return Trace(list(job.prompts[request]), job.queue.canvas.mask_id, job.sampler.name)
+
+
+def record(trace: Trace, tick: Tick, row: int) -> None:
+    """Add one forward to a row's trace."""
+    trace.commits.append(changes(tick.before, tick.state.canvas, row))
+    trace.windows.append([int(tick.window.lo[row]), int(tick.window.hi[row])])
+    trace.lengths.append(int(tick.state.canvas.length[row]))
+
+
+def seal(trace: Trace, job: Job, tick: Tick, row: int) -> None:
+    """Keep the final canvas and the text of its tokens."""
+    canvas = tick.state.canvas
+    trace.final = canvas.ids[row, : int(canvas.length[row])].tolist()
+    if job.model.tokenizer is not None:
+        ids = {*trace.final, *trace.prompt, *(t for pairs in trace.commits for _, t in pairs)} - {trace.mask_id}
+        trace.pieces = {i: job.model.tokenizer.decode([i]) for i in sorted(ids)}
+
+
+@torch.inference_mode()
+def score(
+    model: Model | str | None,
+    prompt: Any,
+    answer: Any,
+    *,
+    samples: int = 128,
+    batch_size: int = 32,
+    cfg_scale: float = 0.0,
+    seed: int = 0,
+    chat: bool | None = None,
+) -> float:
+    """Monte-Carlo lower bound of ln p(answer | prompt), in nats (LLaDA, arXiv 2502.09992, appendix B.5).
+
+    Each sample masks l of the L answer tokens, l stratified over 1..L, and weighs the log-probabilities at the masks by
+    L / l. The prompt stays whole. With cfg_scale the guided distribution is scored.
+    """
+    from dllm import noise  # noqa: PLC0415
+
+    model = resolve_model(model)
+    head = encode(model, prompt, chat) if prompt is not None else _no_prompt(model)
+    tail = encode(model, answer, False)
+    if not tail:
+        raise DllmError("the answer to score is empty")
+    if samples < 1 or batch_size < 1:
+        raise DllmError("samples and batch_size must be at least 1")
+    device, size = model.device, len(tail)
+    ids = torch.tensor(head + tail, device=device)
+    counts = 1 + (torch.arange(samples, device=device) * size + size // 2) // samples % size  # stratified over 1..L
+    columns = torch.arange(size, device=device)
+    keys = noise.uniform(
+        torch.full((1, 1), seed, device=device), torch.arange(samples, device=device)[:, None], columns[None], noise.ORDER
+    )
+    masked = keys.argsort(1).argsort(1) < counts[:, None]  # (samples, L)
+    source = model.source(columns + len(head))
+    total = 0.0
+    for part, count in zip(masked.split(batch_size), counts.split(batch_size), strict=True):
+        rows = ids.repeat(len(part), 1)
+        rows[:, len(head) :] = torch.where(part, model.mask_id, rows[:, len(head) :])
+        logits = model.logits(model.forward(rows, None)[:, source])
+        if cfg_scale:
+            blank = rows.clone()
+            blank[:, : len(head)] = model.mask_id
+            free = model.logits(model.forward(blank, None)[:, source])
+            logits = free + (cfg_scale + 1) * (logits - free)
+            logits[..., model.mask_id] = -torch.inf
+        log_p = logits.log_softmax(-1).gather(-1, ids[len(head) :].expand(len(part), -1)[..., None])[..., 0]
+        total += float(((log_p * part).sum(1).double() * size / count).sum())
+    return total / samples
+
+
+__all__ = ["Event", "Output", "generate", "score", "stream"]

@@ -1,0 +1,257 @@
+"""Slots, bundles and how bundles merge. A named sampler is one file with one bundle.
+
+Six slots make a sampler (docs/architecture.md):
+
+    window   which columns may be committed, which must be read, when a new cache epoch starts      one
+    inputs   what is fed to the model, and how its answers are folded back                          one
+    score    ranks the columns of the window, higher first                                          one
+    select   which candidates commit                                                                one
+    adjust   changes the prediction, for score and select only                                      chain
+    amend    changes the decision: exit, re-mask, edit, insert, stop                                chain
+
+A bundle *owns* slots and *assumes* defaults for others. In `a+b` an assumption yields to an owner; two owners of a
+single-choice slot clash. Order matters in the chains only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.canvas import Canvas, Decision, State, Window
+from dllm.errors import DllmError, unknown
+
+if TYPE_CHECKING:
+    from dllm.prediction import Prediction
+
+SINGLE = ("window", "inputs", "score", "select")
+CHAINS = ("adjust", "amend")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a bundle may know of the call it is built for."""
+
+    block_length: int
+    steps: int | None  # over the whole generation; None: one token a step
+    max_new_tokens: int
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    max_positions: int
+    shift: int = 0
+    tokenizer: Any = None
+    family: str = ""
+
+    @property
+    def budget(self) -> int:
+        return self.steps if self.steps is not None else self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a sampler asks of the engine and the caches; checked when the sampler is built."""
+
+    committed: bool = False  # reads committed columns of the window too
+    generation: bool = False  # keeps history over columns outside the window
+    extra_rows: int = 0  # additional query rows or branches a step
+    edits_length: bool = False
+    revises: bool = False  # may re-mask or edit what it wrote: no early stop inside a block
+    may_idle: bool = False  # a step without a commit is legal
+    stochastic: bool = False  # draws keyed noise even at temperature 0
+    filtered: bool = False  # confidences come from the law after temperature and filters
+    caches: tuple[str, ...] | None = None  # the caches it works with; None for all
+
+    def __or__(self, other: Needs) -> Needs:
+        values = {}
+        for f in dataclasses.fields(self):
+            a, b = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "caches":
+                values[f.name] = b if a is None else a if b is None else tuple(c for c in a if c in b)
+            elif f.name == "extra_rows":
+                values[f.name] = max(a, b)
+            else:
+                values[f.name] = a or b
+        return Needs(**values)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The slots a named sampler owns, and those it assumes."""
+
+    window: Any = None
+    inputs: Any = None
+    score: Callable[[View, Prediction], Tensor] | None = None
+    select: Callable[[View, Prediction, Tensor], Tensor] | None = None
+    adjust: tuple[Callable[[View, Prediction], Prediction], ...] = ()
+    amend: tuple[Callable[[View, Prediction, Decision], Decision], ...] = ()
+    assumes: dict[str, Any] = field(default_factory=dict)
+    needs: Needs = Needs()
+    memory: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-row leaves
+    columns: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-column leaves (B, L, ...)
+    reads: Callable[[State, Window], Tensor] | None = None  # extra columns to read (B, R), -1 for padding
+
+
+class Sampler(NamedTuple):
+    """Merged bundles: exactly what `step` runs."""
+
+    name: str
+    window: Any
+    inputs: Any  # None: the canvas as it is
+    score: Callable[[View, Prediction], Tensor]
+    select: Callable[[View, Prediction, Tensor], Tensor]
+    adjust: tuple[Callable[[View, Prediction], Prediction], ...]
+    amend: tuple[Callable[[View, Prediction, Decision], Decision], ...]
+    needs: Needs
+    starts: tuple[tuple[Any, Any], ...]  # (memory, columns) initialisers
+    reads: tuple[Callable[[State, Window], Tensor], ...]
+
+    def start(self, canvas: Canvas) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The initial memory of every slot for these rows."""
+        memory: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
+        for rows, cols in self.starts:
+            memory |= rows(canvas) if rows else {}
+            columns |= cols(canvas) if cols else {}
+        return memory, columns
+
+
+def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
+    """One sampler from named bundles; `defaults` fills what nobody owns or assumes."""
+    slots: dict[str, Any] = {}
+    for slot in SINGLE:
+        owners = [(name, b) for name, b in parts if getattr(b, slot) is not None]
+        if len(owners) > 1:
+            a, b = owners[0][0], owners[1][0]
+            raise DllmError(f"samplers {a!r} and {b!r} both decide the {slot}; keep one of them")
+        assumed = [b.assumes[slot] for _, b in parts if slot in b.assumes]
+        if owners:
+            slots[slot] = getattr(owners[0][1], slot)
+        else:
+            slots[slot] = assumed[0] if assumed else getattr(defaults, slot)
+    bundles = [b for _, b in parts] + [defaults]
+    needs = Needs()
+    for bundle in bundles:
+        needs = needs | bundle.needs
+    if needs.caches == ():
+        raise DllmError(f"{'+'.join(name for name, _ in parts)}: no cache serves all of these samplers together")
+    starts = [slots["window"]] + [b for b in bundles]
+    return Sampler(
+        name="+".join(name for name, _ in parts),
+        **slots,
+        adjust=tuple(f for b in bundles for f in b.adjust),
+        amend=tuple(f for b in bundles for f in b.amend),
+        needs=needs,
+        starts=tuple((s.memory, s.columns) for s in starts if s.memory or s.columns),
+        reads=tuple(b.reads for b in bundles if b.reads),
+    )
+
+
+class View:
+    """What the slots see of one step: aligned (B, W) tables over the columns the step reads.
+
+    `memory` and `columns` are copies: a slot assigns new tensors to their keys, never writes into a tensor.
+    """
+
+    def __init__(self, state: State, window: Window) -> None:
+        canvas, cols = state.canvas, window.reads
+        self.state = state
+        self.canvas = canvas
+        self.window = window
+        self.cols = cols  # (B, W) absolute columns, -1 for padding
+        self._at = cols.clamp(min=0)
+        self.masked = canvas.masked.gather(1, self._at) & (cols >= 0)  # (B, W)
+        self.live = self._inside(window.lo, window.hi) & self.masked  # (B, W) the candidates C
+        self.memory = dict(state.memory)
+        self.columns = dict(state.columns)
+
+    def _inside(self, lo: Tensor, hi: Tensor) -> Tensor:
+        return (self.cols >= lo[:, None]) & (self.cols < hi[:, None])
+
+    def narrow(self, lo: Tensor, hi: Tensor) -> None:
+        """Shrink the window after the forward (AdaBlock)."""
+        self.window = self.window._replace(lo=lo, hi=hi)
+        self.live = self._inside(lo, hi) & self.masked
+
+    def gather(self, table: Tensor) -> Tensor:
+        """A per-column table (B, L, ...) at the columns of this step: (B, W, ...)."""
+        index = self._at.view(*self._at.shape, *[1] * (table.dim() - 2)).expand(*self._at.shape, *table.shape[2:])
+        return table.gather(1, index)
+
+    def scatter(self, table: Tensor, values: Tensor, where: Tensor) -> Tensor:
+        """The per-column table with `values` (B, W) at the columns where `where` (B, W) holds."""
+        out = torch.cat([table, table[:, :1]], 1)  # one spare column takes what must not be written
+        index = torch.where(where & (self.cols >= 0), self.cols, table.shape[1])
+        return out.scatter(1, index, values.to(table.dtype))[:, :-1]
+
+    def commit(self, chosen: Tensor, token: Tensor) -> Decision:
+        """The decision that writes `token` (B, W) where `chosen` (B, W)."""
+        ids = self.canvas.ids
+        no = torch.zeros_like(self.state.done)
+        write = self.scatter(torch.zeros_like(self.canvas.masked), chosen, chosen)
+        return Decision(write=write, token=self.scatter(ids, token, chosen), done=no)
+
+
+def rank(score: Tensor, among: Tensor) -> Tensor:
+    """(B, W) 0-based rank of each candidate: highest score first, ties to the lowest position; W for the others."""
+    order = score.masked_fill(~among, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return torch.where(among, ranks, order.shape[1])
+
+
+def best(score: Tensor, among: Tensor) -> Tensor:
+    """(B, W) one-hot: the candidate of highest score, lowest position on ties; nothing where there is no candidate."""
+    top = score.masked_fill(~among, -torch.inf).argmax(1, keepdim=True)
+    return torch.zeros_like(among).scatter_(1, top, True) & among
+
+
+# -- parameters of a named sampler ----------------------------------------------------------------------------------
+
+
+def param(default: Any, why: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """A documented parameter: default, the reason for it, and the range that `__post_init__` enforces."""
+    return field(default=default, metadata={"why": why, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of the named samplers: a frozen dataclass of documented parameters that builds its bundle."""
+
+    name: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    cost: ClassVar[str] = "one row, the window's columns"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, meta = getattr(self, f.name), f.metadata
+            if not meta or value is None or callable(value):
+                continue
+            low, high, choices = meta["low"], meta["high"], meta["choices"]
+            if choices and value not in choices:
+                raise DllmError(f"{self.name}: {f.name}={value!r} must be one of {', '.join(map(repr, choices))}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if (low is not None or high is not None) and not number:
+                raise DllmError(f"{self.name}: {f.name}={value!r} must be a number")
+            if (low is not None and value < low) or (high is not None and value > high):
+                bounds = f"from {low}" if high is None else f"up to {high}" if low is None else f"in [{low}, {high}]"
+                raise DllmError(f"{self.name}: {f.name}={value!r} must be {bounds} (default {f.default!r})")
+
+    @classmethod
+    def build(cls, preset: str | None = None, **params: Any) -> Method:
+        """The method with these parameters on top of a named preset; unknown names are errors with the nearest one."""
+        if preset is not None and preset not in cls.presets:
+            raise unknown(f"preset of sampler {cls.name!r}", preset, cls.presets)
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in params:
+            if key not in known:
+                raise unknown(f"parameter of sampler {cls.name!r}", key, known)
+        return cls(**{**(cls.presets[preset] if preset else {}), **params})
+
+    def bundle(self, context: Context) -> Bundle:
+        raise NotImplementedError

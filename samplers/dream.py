@@ -1,0 +1,64 @@
+"""Dream's own schedule (arXiv 2508.15487): linear time, confidences under the filtered law, optional random order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm import noise
+from dllm.prediction import Prediction
+from dllm.samplers import quota
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.blocks import Blocks
+
+SCORES = {"maskgit_plus": quota.confidence, "topk_margin": quota.margin, "entropy": quota.entropy}
+
+
+@dataclass(frozen=True)
+class Dream(Method):
+    """At step i of T commit int(m (1 - t[i+1] / t[i])) of the m masks, t = linspace(1, eps, T + 1); the last step all.
+
+    `origin` instead commits each mask with probability 1 - t[i+1] / t[i]. The whole window is decoded at once unless
+    another sampler owns the window. A step may commit nothing, as in the reference.
+    """
+
+    alg: str = param("entropy", "the setting of Dream's published scores", choices=("origin", *SCORES))
+    alg_temp: float = param(0.0, "0 takes the best columns; above, columns are drawn from softmax(score / alg_temp)", low=0)
+    eps: float = param(1e-3, "Dream's generation config", low=0, high=1)
+
+    name: ClassVar[str] = "dream"
+    source: ClassVar[str] = "Dream, arXiv 2508.15487"
+
+    def bundle(self, context: Context) -> Bundle:
+        times = torch.linspace(1, self.eps, context.budget + 1)  # float32, as the reference
+
+        def count(view: View) -> Tensor:
+            """(B, 1) the share of the masks that this step transfers; 1 at the last step."""
+            i = view.state.step.clamp(max=len(times) - 2)
+            t = times.to(i.device)
+            return torch.where(i >= len(times) - 2, 1.0, 1 - t[i + 1] / t[i])[:, None]
+
+        def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
+            share = count(view)
+            if self.alg == "origin":
+                return _uniform(view, noise.TRANSFER) < share
+            n = (view.live.sum(1, keepdim=True) * share).long()
+            if self.alg_temp > 0:
+                u = _uniform(view, noise.ORDER)
+                score = score / self.alg_temp - torch.log(-torch.log(u))
+            return rank(score, view.live) < n
+
+        return Bundle(
+            score=SCORES.get(self.alg, quota.confidence),
+            select=select,
+            assumes={"window": Blocks(context.max_new_tokens)},
+            needs=Needs(filtered=True, may_idle=True, stochastic=self.alg == "origin" or self.alg_temp > 0),
+        )
+
+
+def _uniform(view: View, stream: int) -> Tensor:
+    state = view.state
+    return noise.uniform(state.seed[:, None], state.step[:, None], view.cols, stream)

@@ -1,0 +1,106 @@
+"""The fixed quota of LLaDA (arXiv 2502.09992) under four scores: confidence, margin, entropy, random.
+
+A block with m masks and T steps commits m // T columns a step, the first m % T steps one more. Steps that would commit
+nothing are skipped: they cannot change the canvas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm import noise
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, rank
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Commit the best `n` candidates; `steps` (None: one token a step) are spread over the row's blocks."""
+
+    steps: int | None
+    block_length: int
+
+    def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        return rank(score, view.live) < self.count(view)[:, None]
+
+    def count(self, view: View) -> Tensor:
+        """(B,) how many columns this step commits."""
+        if self.steps is None:
+            return torch.ones_like(view.state.step)
+        memory, canvas = view.memory, view.canvas
+        blocks = (canvas.length - canvas.start + self.block_length - 1) // self.block_length
+        index = (memory["window.lo"] - canvas.start) // self.block_length
+        masks = memory["window.masks"].clamp(min=1)
+        steps = self.steps // blocks + (index < self.steps % blocks)
+        steps = torch.minimum(steps.clamp(min=1), masks)
+        done = view.state.step - memory["window.step"]
+        return masks // steps + (done < masks % steps)
+
+
+def confidence(view: View, soft: Prediction) -> Tensor:
+    """Probability of the proposed token (in log, which still resolves values that round to one)."""
+    return soft.log_confidence
+
+
+def margin(view: View, soft: Prediction) -> Tensor:
+    """Best probability minus second best."""
+    return soft.margin
+
+
+def entropy(view: View, soft: Prediction) -> Tensor:
+    """Negative entropy in nats."""
+    return soft.negative_entropy
+
+
+def random(view: View, soft: Prediction) -> Tensor:
+    """A keyed uniform for each column and step."""
+    state = view.state
+    return noise.uniform(state.seed[:, None], state.step[:, None], view.cols, noise.ORDER)
+
+
+@dataclass(frozen=True)
+class Confidence(Method):
+    """Commit the quota's most confident columns (LLaDA's low-confidence remasking)."""
+
+    name: ClassVar[str] = "confidence"
+    source: ClassVar[str] = "LLaDA, arXiv 2502.09992"
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(score=confidence)
+
+
+@dataclass(frozen=True)
+class Margin(Method):
+    """Commit the quota's columns with the largest probability margin."""
+
+    name: ClassVar[str] = "margin"
+    source: ClassVar[str] = "Dream, arXiv 2508.15487 (topk_margin)"
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(score=margin)
+
+
+@dataclass(frozen=True)
+class Entropy(Method):
+    """Commit the quota's columns of lowest entropy."""
+
+    name: ClassVar[str] = "entropy"
+    source: ClassVar[str] = "Dream, arXiv 2508.15487 (entropy)"
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(score=entropy)
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Commit random columns of the block; the tokens are still the model's."""
+
+    name: ClassVar[str] = "random"
+    source: ClassVar[str] = "LLaDA, arXiv 2502.09992 (random remasking)"
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(score=random, needs=Needs(stochastic=True))

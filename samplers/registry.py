@@ -1,0 +1,120 @@
+"""Names of samplers, and how a specification becomes a sampler.
+
+    "threshold"                          a name
+    "factor:compat"                      a preset
+    "localleap:kappa=0.9,tau=0.75"       parameters
+    "adablock+credit+prophet"            a composition
+    {"name": "localleap", "tau": 0.75}   the same as a mapping; a list of these composes
+
+A sampler from another package joins through the entry point group `dllm.samplers` (docs/adding-a-sampler.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+import yaml
+
+from dllm.errors import DllmError, unknown
+from dllm.samplers.base import Bundle, Context, Method, Sampler, merge
+from dllm.samplers.blocks import Blocks
+from dllm.samplers.quota import Quota, confidence
+
+BUILTIN = {
+    "confidence": "quota:Confidence",
+    "margin": "quota:Margin",
+    "entropy": "quota:Entropy",
+    "random": "quota:Random",
+    "dream": "dream:Dream",
+    "threshold": "threshold:Threshold",
+    "factor": "threshold:Factor",
+    "eb": "eb:EB",
+}
+
+# what other codes call the same thing
+TRANSLATED = {
+    "low_confidence": "confidence",
+    "topk_margin": "margin",
+    "confidence_threshold": "threshold",
+    "maskgit_plus": "dream:alg=maskgit_plus",
+    "origin": "dream:alg=origin",
+    "eb_sampler": "eb",
+    "entropy_bounded": "eb",
+    "low_confidence_static": "confidence",
+    "low_confidence_dynamic": "threshold",
+}
+
+
+@cache
+def _external() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group="dllm.samplers")}
+
+
+def names() -> list[str]:
+    """All registered samplers, built-in ones in the order of the table."""
+    return [*BUILTIN, *(name for name in _external() if name not in BUILTIN)]
+
+
+def method(name: str) -> type[Method]:
+    """The class behind a name. Errors: unknown name, with the nearest one."""
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        return getattr(import_module(f"dllm.samplers.{module}"), attribute)
+    if name in _external():
+        return _external()[name].load()
+    if name in TRANSLATED:
+        raise unknown("sampler", name, names(), hint=f": here it is called {TRANSLATED[name]!r}")
+    raise unknown("sampler", name, names())
+
+
+Spec = str | dict[str, Any] | Method | Iterable[Any]
+
+
+def parse(spec: Spec) -> list[Method]:
+    """The methods that a specification names."""
+    if isinstance(spec, Method):
+        return [spec]
+    if isinstance(spec, str):
+        if not spec.strip():
+            raise DllmError(f"empty sampler name; known: {', '.join(names())}")
+        return [_parse_one(part) for part in spec.split("+")]
+    if isinstance(spec, dict):
+        params = dict(spec)
+        if "name" not in params:
+            raise DllmError(f"a sampler given as a mapping needs the key 'name'; got {sorted(params)}")
+        return [method(params.pop("name")).build(params.pop("preset", None), **params)]
+    return [m for part in spec for m in parse(part)]
+
+
+def _parse_one(text: str) -> Method:
+    name, _, rest = (piece.strip() for piece in text.partition(":"))
+    cls, preset, params = method(name), None, {}
+    for item in filter(None, (piece.strip() for piece in rest.split(","))):
+        key, equals, value = item.partition("=")
+        if equals:
+            params[key.strip()] = yaml.safe_load(value)
+        elif preset is None:
+            preset = key
+        else:
+            raise DllmError(f"sampler {name!r}: {item!r} is not of the form parameter=value")
+    return cls.build(preset, **params)
+
+
+def build(spec: Spec, context: Context, extra: Bundle = Bundle()) -> Sampler:
+    """The merged sampler of a specification; `extra` carries the slots that the call itself asks for."""
+    methods = parse(spec)
+    named = [m.name for m in methods]
+    for name in named:
+        if named.count(name) > 1:
+            raise DllmError(f"sampler {name!r} is named twice in {'+'.join(named)!r}")
+    parts = [(m.name, m.bundle(context)) for m in methods]
+    defaults = Bundle(
+        window=Blocks(context.block_length), score=confidence, select=Quota(context.steps, context.block_length)
+    )
+    if any(getattr(extra, slot) for slot in ("inputs", "adjust", "amend")):
+        parts.append(("this call", extra))
+    return merge(parts, defaults)

@@ -1,0 +1,69 @@
+"""Parallel decoding by confidence: `threshold` and `factor` (Fast-dLLM, arXiv 2505.22618)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, View, param, rank
+from dllm.samplers.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class Threshold(Method):
+    """Commit every candidate whose confidence reaches tau, and always the best one."""
+
+    tau: float = param(0.9, "Fast-dLLM's default, LLaDA and Dream", low=0)
+    tie: float = param(0.0, "candidates this close to the best one commit with it (dInfer: 1e-5)", low=0)
+
+    lone_opening: bool = param(False, "True: the forward that opens a block commits its first column only")
+
+    name: ClassVar[str] = "threshold"
+    source: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
+    # `fastdllm_dream`: the released code for shifted models fills the first column of a block in the opening forward,
+    # whatever its confidence, because its cached forwards cannot predict that column.
+    presets: ClassVar[dict] = {"dinfer": {"tie": 1e-5}, "fastdllm_dream": {"lone_opening": True}}
+
+    def bundle(self, context: Context) -> Bundle:
+        window = Blocks(context.block_length, lone_opening=True) if self.lone_opening else None
+        return Bundle(window=window, select=self.select)
+
+    def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        conf = soft.confidence
+        chosen = conf >= self.tau
+        if self.tie:
+            top = conf.masked_fill(~view.live, -torch.inf).amax(1, keepdim=True)
+            chosen = chosen | (conf >= top - self.tie)
+        return chosen
+
+
+@dataclass(frozen=True)
+class Factor(Method):
+    """Commit the longest prefix of the confidences c_1 >= c_2 >= ... with (n + 1)(1 - c_n) < f, and always the best one.
+
+    Preset `compat` reproduces the released code: a first failure at the last rank is committed too.
+    """
+
+    f: float = param(1.0, "Fast-dLLM's factor: the joint arg-max equals the product of the marginals below it", low=0)
+    compat: bool = param(False, "the paper's rule; True commits a first failure at the last rank as the code does")
+
+    name: ClassVar[str] = "factor"
+    source: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618, section 4"
+    presets: ClassVar[dict] = {"compat": {"compat": True}}
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(select=self.select)
+
+    def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        conf, live = soft.confidence, view.live
+        order = rank(soft.log_confidence, live)  # 0-based: n = order + 1
+        passes = (order == 0) | ((order + 2) * (1 - conf) < self.f)
+        worst = torch.where(live & ~passes, order, order.shape[1]).amin(1, keepdim=True)  # first failing rank
+        chosen = order < worst
+        if self.compat:
+            chosen = chosen | ((order == worst) & (worst == live.sum(1, keepdim=True) - 1))
+        return chosen

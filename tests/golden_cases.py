@@ -1,0 +1,129 @@
+"""The golden decodes: which arguments of ours reproduce each public code's parameters, and how a case is compared.
+
+The data and its provenance are described in `golden/README.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import dllm
+from dllm.models.hub import load
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@cache
+def model(checkpoint: str, dtype: str = "float64") -> Any:
+    return load(GOLDEN / "checkpoints" / checkpoint, dtype=dtype, device="cpu")
+
+
+def cases(*methods: str) -> list[tuple[str, str]]:
+    """(checkpoint, method) for every golden file of these methods."""
+    files = sorted((GOLDEN / "given").glob("*/*.json"))
+    return [(f.parent.name, f.stem) for f in files if f.stem in methods]
+
+
+@cache
+def read(checkpoint: str, method: str) -> list[dict[str, Any]]:
+    return json.loads((GOLDEN / "given" / checkpoint / f"{method}.json").read_text())["cases"]
+
+
+def _blocks(p: dict[str, Any]) -> dict[str, Any]:
+    return {"max_new_tokens": p["gen_length"], "block_length": p["block_length"], "early_stop": False}
+
+
+def _fastdllm(p: dict[str, Any], cache_: str) -> dict[str, Any]:
+    sampler = "confidence" if p["threshold"] is None else {"name": "threshold", "tau": p["threshold"]}
+    return {**_blocks(p), "steps": p["steps"], "sampler": sampler, "cache": cache_}
+
+
+def _dream(p: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "sampler": {"name": "dream", "alg": p["alg"], "alg_temp": p["alg_temp"] or 0, "eps": p["eps"]},
+        "max_new_tokens": p["max_new_tokens"],
+        "steps": p["steps"],
+        "temperature": p["temperature"],
+        "top_p": p["top_p"],
+        "top_k": p["top_k"],
+        "early_stop": False,
+    }
+
+
+def _fastdllm_dream(p: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "sampler": {"name": "threshold", "preset": "fastdllm_dream", "tau": p["threshold"]},
+        "max_new_tokens": p["max_new_tokens"],
+        "block_length": p["block_length"],
+        "cache": "dual" if p["dual_cache"] else "prefix",
+        "early_stop": False,
+    }
+
+
+# method -> parameters of the reference -> arguments of `dllm.generate`
+ARGUMENTS: dict[str, Any] = {
+    "llada_generate": lambda p: {
+        **_blocks(p),
+        "steps": p["steps"],
+        "sampler": {"low_confidence": "confidence", "random": "random"}[p["remasking"]],
+        "cfg_scale": p["cfg_scale"],
+        "temperature": p["temperature"],
+    },
+    "fastdllm_plain_quota": lambda p: _fastdllm(p, "none"),
+    "fastdllm_plain_threshold": lambda p: _fastdllm(p, "none"),
+    "fastdllm_prefix_quota": lambda p: _fastdllm(p, "prefix"),
+    "fastdllm_prefix_threshold": lambda p: _fastdllm(p, "prefix"),
+    "fastdllm_dual_quota": lambda p: _fastdllm(p, "dual"),
+    "fastdllm_dual_threshold": lambda p: _fastdllm(p, "dual"),
+    "factor_paper": lambda p: {**_blocks(p), "sampler": {"name": "factor", "f": p["factor"]}},
+    "factor_compat": lambda p: {**_blocks(p), "sampler": {"name": "factor", "preset": "compat", "f": p["factor"]}},
+    "eb_sampler": lambda p: {
+        "max_new_tokens": p["gen_length"],
+        "block_length": p["gen_length"],
+        "early_stop": False,
+        "cfg_scale": p["cfg_scale"],
+        "sampler": {"name": "eb", "gamma": p["gamma"]},
+    },
+    "dinfer_threshold": lambda p: {**_blocks(p), "sampler": {"name": "threshold", "preset": "dinfer", "tau": p["threshold"]}},
+    "dream_entropy": _dream,
+    "dream_maskgit_plus": _dream,
+    "dream_topk_margin": _dream,
+    "fastdllm_dream_dual": _fastdllm_dream,
+    "fastdllm_dream_prefix": _fastdllm_dream,
+}
+ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
+
+
+def decode(checkpoint: str, method: str, group: list[dict[str, Any]], batch_size: int = 1) -> list[Any]:
+    """Our decodes of cases that share their parameters, in one call."""
+    arguments = ARGUMENTS[method](group[0]["params"])
+    prompts = [case["prompt_ids"] for case in group]
+    return dllm.generate(model(checkpoint), prompts, **arguments, batch_size=batch_size, trace=True)
+
+
+def mismatch(case: dict[str, Any], out: Any) -> str | None:
+    """What differs between a golden case and our output: ids, forwards or commits. None where all agree."""
+    if out.sequences != case["output_ids"]:
+        return f"ids {out.sequences} != {case['output_ids']}"
+    if out.nfe != case["nfe"] - case.get("extra", {}).get("idle_forwards", 0):
+        return f"nfe {out.nfe} != {case['nfe']}"
+    if "commits" in case:
+        ours = [sorted(pairs) for pairs in out.trace.commits]
+        theirs = [sorted(pairs) for pairs in case["commits"]]
+        idle = case.get("extra", {}).get("idle_forwards", 0)
+        if idle:
+            ours, theirs = [p for p in ours if p], [p for p in theirs if p]
+        if ours != theirs:
+            return f"commits {ours} != {theirs}"
+    return None
+
+
+def groups(checkpoint: str, method: str) -> list[list[dict[str, Any]]]:
+    """The cases of a file, grouped by equal parameters (prompts differ: a ragged batch)."""
+    by_params: dict[str, list[dict[str, Any]]] = {}
+    for case in read(checkpoint, method):
+        by_params.setdefault(json.dumps(case["params"], sort_keys=True), []).append(case)
+    return list(by_params.values())
