@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Annotated
 
 import typer
 
 from dllm import __version__
+from dllm.cli import generate
 from dllm.errors import DllmError
 
 app = typer.Typer(
@@ -25,17 +28,27 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _main(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     pass
 
 
+app.command()(generate.generate)
+app.command()(generate.chat)
+app.command()(generate.trace)
+
+
 def main() -> None:
-    """Entry point of the console script: 0 success, 1 a user's mistake (one line), 130 interrupted."""
+    """Entry point of the console script: 0 success, 1 a user's mistake (one line), 2 usage, 130 interrupted."""
     try:
-        app()
+        app(standalone_mode=True)
     except DllmError as error:
         typer.echo(f"dllm: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("dllm: interrupted", err=True)
         sys.exit(130)
+    except BrokenPipeError:  # `dllm ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
