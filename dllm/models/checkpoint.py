@@ -135,7 +135,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = dict[str, str](json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise DllmError(f"{index} is not a shard index: {error}") from error
         for name in sorted(set(weight_map.values())):

@@ -104,10 +104,12 @@ def special_ids(raw: RawConfig) -> dict[str, Any]:
 
 
 def write_special_ids(config: ModelConfig) -> dict[str, Any]:
-    eos = list(config.eos_ids)
+    """config.json keeps the end-of-text id that it had; the whole set goes to generation_config.json."""
+    eos = config.raw.get("eos_token_id")
+    known = set(eos if isinstance(eos, list) else [eos]) <= set(config.eos_ids)
     return {
         "mask_token_id": config.mask_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "eos_token_id": eos if known else next(iter(config.eos_ids), None),
         "pad_token_id": config.pad_id,
         "bos_token_id": config.bos_id,
     }

@@ -121,26 +121,28 @@ class Model:
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
             return list(ids)
-        template = FAMILIES[self.family].chat if self.family in FAMILIES else None
-        if template is None:
-            raise DllmError(f"neither the tokenizer nor the family {self.family} has a chat template: pass plain text")
-        return list(self.tokenizer(template(list(messages)), add_special_tokens=False)["input_ids"])
+        family = FAMILIES.get(self.family)
+        if family is None or family.chat is None or family.turn_end not in self.tokenizer.get_vocab():
+            raise DllmError("this checkpoint has no chat template and its tokenizer no chat tokens: pass plain text")
+        return list(self.tokenizer(family.chat(list(messages)), add_special_tokens=False)["input_ids"])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
         """Move or cast in place; returns the model itself."""
         self.transformer.to(device=device, dtype=dtype)
         return self
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> Path:
         """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         family = FAMILIES[self.family]
-        save_weights(self.transformer, family, folder)
+        save_weights(self.transformer, family, folder, shard_bytes)
         dtype = str(self.dtype).removeprefix("torch.")
         values = {**self.config.raw, **family.write(self.config), "torch_dtype": dtype}
         values.pop("dtype", None)
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
+        for name, content in (("config.json", values), ("generation_config.json", generation)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         return folder

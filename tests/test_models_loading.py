@@ -1,0 +1,478 @@
+"""Loading, saving and every way a checkpoint can be wrong: one clear line each, and no code is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dllm.errors import DllmError
+from dllm.models.checkpoint import INDEX
+from dllm.models.config import ModelConfig
+from dllm.models.hub import load, load_verifier
+from dllm.models.model import Model
+from dllm.models.transformer import Transformer
+
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+MASKS = {"tiny-fast-dllm-v2-random": 158}
+NAMES = sorted(p.name for p in CHECKPOINTS.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A writable copy of the random LLaDA."""
+    return Path(shutil.copytree(CHECKPOINTS / "tiny-llada-random", tmp_path / "llada"))
+
+
+@pytest.fixture
+def moe(tmp_path) -> Path:
+    return Path(shutil.copytree(CHECKPOINTS / "tiny-llada-moe-random", tmp_path / "moe"))
+
+
+def cpu(path, **options) -> Model:
+    return load(path, device="cpu", **options)
+
+
+def edit(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "delete"}))
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split the weights in two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({n: tensors[n] for n in own}, folder / file)
+    (folder / "model.safetensors").unlink()
+    weight_map = {n: file for file, own in parts.items() for n in own}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_save_writes_the_official_tensors_back(name, tmp_path):
+    model = cpu(CHECKPOINTS / name, mask_id=MASKS.get(name))
+    model.save(tmp_path)
+    before, after = (load_file(p / "model.safetensors") for p in (CHECKPOINTS / name, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    again = cpu(tmp_path)
+    assert again.config == model.config and again.fingerprint() == model.fingerprint()
+    original = json.loads((CHECKPOINTS / name / "config.json").read_text())
+    written = json.loads((tmp_path / "config.json").read_text())
+    for key in ("architectures", "model_type", "eos_token_id", "vocab_size", "rope_theta"):
+        assert written.get(key) == original.get(key) or key not in original
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_written_from_scratch_is_read_back(name, tmp_path):
+    """Without the original config.json: a model built by the training code."""
+    from dataclasses import replace
+
+    model = cpu(CHECKPOINTS / name, mask_id=MASKS.get(name))
+    bare = Model(replace(model.config, raw={}), model.transformer, model.tokenizer)
+    assert cpu(bare.save(tmp_path)).config == model.config
+
+
+def test_shards_equal_one_file(folder, tmp_path):
+    whole = cpu(folder)
+    ids = torch.randint(0, 150, (1, 12))
+    split = whole.save(tmp_path / "split", shard_bytes=40_000)
+    assert len(list(split.glob("model-*-of-*.safetensors"))) > 1 and (split / INDEX).is_file()
+    assert not (split / "model.safetensors").exists()
+    assert torch.equal(cpu(split).forward(ids), whole.forward(ids))
+    shard(folder)
+    assert torch.equal(cpu(folder).forward(ids), whole.forward(ids))
+
+
+def test_dtypes(folder):
+    assert cpu(folder).dtype == torch.float32  # the default on a CPU
+    assert cpu(folder, dtype="bfloat16").dtype == torch.bfloat16
+    assert cpu(folder, dtype=torch.float64).dtype == torch.float64
+    cpu(folder, dtype="bf16").save(folder)
+    assert cpu(folder, dtype="auto").dtype == torch.bfloat16
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_fingerprint_tells_weights_and_configs_apart(folder):
+    one = cpu(folder).fingerprint()
+    assert one == cpu(folder).fingerprint() and len(one) == 16
+    rewrite(folder, lambda t: t["model.transformer.blocks.1.ff_out.weight"].mul_(1.001))
+    two = cpu(folder).fingerprint()
+    assert len({one, two, cpu(folder, eos_ids=5).fingerprint(), cpu(folder, dtype="float64").fingerprint()}) == 4
+
+
+def test_old_rotary_tables_in_a_file_are_ignored(folder):
+    rewrite(folder, lambda t: t.update({"model.transformer.blocks.0.rotary_emb.inv_freq": torch.full((6,), torch.nan)}))
+    cpu(folder)
+
+
+def test_a_head_stored_beside_a_tied_embedding(tmp_path):
+    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-llada-trained", tmp_path / "tied"))
+    name, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
+    rewrite(folder, lambda t: t.update({name: t[embedding].clone()}))
+    assert cpu(folder).config.tied
+    rewrite(folder, lambda t: t[name].mul_(2))
+    with pytest.raises(DllmError, match=r"ties head and embedding.*ff_out"):
+        cpu(folder)
+
+
+# --- wrong checkpoints ------------------------------------------------------------------------------------------------
+
+
+def test_missing_and_unexpected_tensors_are_named(folder):
+    rewrite(folder, lambda t: t.pop("model.transformer.ln_f.weight"))
+    with pytest.raises(DllmError, match=r"lacks model\.transformer\.ln_f\.weight"):
+        cpu(folder)
+    rewrite(folder, lambda t: t.update({"stray.weight": torch.ones(2)}))
+    with pytest.raises(DllmError, match=r"lacks .*ln_f\.weight and also holds stray\.weight"):
+        cpu(folder)
+
+
+def test_long_lists_are_cut(folder):
+    rewrite(folder, lambda t: [t.pop(n) for n in list(t)[:9]])
+    with pytest.raises(DllmError, match="and 5 more"):
+        cpu(folder)
+
+
+def test_wrong_shape(folder):
+    rewrite(folder, lambda t: t.update({"model.transformer.blocks.0.q_proj.weight": torch.ones(47, 48)}))
+    with pytest.raises(DllmError, match=r"blocks\.0\.q_proj\.weight has shape \(47, 48\).*\(48, 48\)"):
+        cpu(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_finite(folder, value):
+    rewrite(folder, lambda t: t["model.transformer.blocks.1.up_proj.weight"][3, 4].fill_(value))
+    with pytest.raises(DllmError, match=r"NaN or infinite values in model\.transformer\.blocks\.1\.up_proj\.weight"):
+        cpu(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -10])
+def test_truncated(folder, size):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:size])
+    with pytest.raises(DllmError, match="truncated"):
+        cpu(folder)
+
+
+def test_pickles_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(DllmError, match="pickled weights.*safetensors"):
+        cpu(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DllmError, match=r"holds no model\.safetensors"):
+        cpu(folder)
+
+
+def test_absent_shard(folder):
+    shard(folder)
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(DllmError, match=r"shard b\.safetensors named in .* is absent"):
+        cpu(folder)
+
+
+def test_shard_outside_the_folder(folder):
+    weight_map = shard(folder)
+    weight_map["model.transformer.ln_f.weight"] = "../other.safetensors"
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(DllmError, match=r"shard \.\./other\.safetensors"):
+        cpu(folder)
+
+
+def test_tensor_in_two_shards(folder):
+    shard(folder)
+    a, b = load_file(folder / "a.safetensors"), load_file(folder / "b.safetensors")
+    name = next(iter(a))
+    save_file({**b, name: a[name]}, folder / "b.safetensors")
+    with pytest.raises(DllmError, match="stored twice"):
+        cpu(folder)
+
+
+def test_index_that_promises_too_much(folder):
+    weight_map = shard(folder)
+    a = load_file(folder / "a.safetensors")
+    name = next(iter(a))
+    del a[name]
+    save_file(a, folder / "a.safetensors")
+    assert weight_map[name] == "a.safetensors"
+    with pytest.raises(DllmError, match="does not hold it"):
+        cpu(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "{}"])
+def test_broken_index(folder, content):
+    shard(folder)
+    (folder / INDEX).write_text(content)
+    with pytest.raises(DllmError, match="not a shard index"):
+        cpu(folder)
+
+
+def test_missing_and_duplicated_experts(moe):
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    rewrite(moe, lambda t: t.update({"model.layers.1.mlp.experts.6.up_proj.weight": t.pop(name)}))
+    with pytest.raises(DllmError, match=r"lacks .*experts\.3\.up_proj.* also holds .*experts\.6\.up_proj"):
+        cpu(moe)
+    rewrite(moe, lambda t: t.update({name: t["model.layers.1.mlp.experts.2.up_proj.weight"].clone()}))
+    with pytest.raises(DllmError, match=r"also holds .*experts\.6\.up_proj"):
+        cpu(moe)
+
+
+# --- wrong configs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_config_that_is_no_json_object(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(DllmError, match=r"config\.json"):
+        cpu(folder)
+
+
+def test_unknown_family_names_the_other_backend(folder):
+    edit(folder, architectures=["NewDiffusionLM"])
+    with pytest.raises(DllmError, match=r"'NewDiffusionLM'.*backend=\"transformers\""):
+        cpu(folder)
+    edit(folder, architectures="delete")
+    with pytest.raises(DllmError, match="no architecture"):
+        cpu(folder)
+
+
+def test_model_type_is_not_trusted():
+    assert cpu(CHECKPOINTS / "tiny-llada-moe-random").family == "llada_moe"  # its model_type is "llada"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tiny-llada-random", {"alibi": True}, "alibi=True"),
+        ("tiny-llada-random", {"block_group_size": 2}, "block_group_size=2"),
+        ("tiny-llada-random", {"scale_logits": True}, "scale_logits=True"),
+        ("tiny-llada-random", {"d_model": "delete"}, "lacks 'd_model'"),
+        ("tiny-dream-random", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ("tiny-dream-random", {"rope_parameters": {"rope_type": "llama3"}}, "rope scaling 'llama3'"),
+        ("tiny-dream-random", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("tiny-dream-random", {"rope_theta": "delete"}, "lacks 'rope_theta'"),
+        ("tiny-llada-moe-random", {"rope_theta": -1}, "lacks 'rope_theta'"),
+        ("tiny-llada-moe-random", {"num_experts": "delete"}, "lacks 'num_experts'"),
+        ("tiny-llada2-random", {"use_bias": True}, "use_bias=True"),
+        ("tiny-llada2-random", {"use_bias": "delete"}, "lacks 'use_bias'"),
+        ("tiny-llada2-random", {"score_function": "softmax"}, "score_function='softmax'"),
+    ],
+)
+def test_what_the_backbone_cannot_do_is_refused(tmp_path, name, change, message):
+    folder = Path(shutil.copytree(CHECKPOINTS / name, tmp_path / name))
+    edit(folder, **change)
+    with pytest.raises(DllmError, match=message):
+        cpu(folder)
+
+
+def test_block_size_from_config_name_or_default(tmp_path, caplog):
+    named = Path(shutil.copytree(CHECKPOINTS / "tiny-sdar-random", tmp_path / "SDAR-8B-Chat-b16"))
+    assert cpu(named).block_size == 4  # the config decides
+    edit(named, block_size="delete")
+    assert cpu(named).block_size == 16
+    plain = Path(shutil.copytree(named, tmp_path / "SDAR"))
+    with caplog.at_level("WARNING"):
+        assert cpu(plain).block_size == 4
+    assert "no block_size" in caplog.text
+    assert cpu(plain, block_size=8).block_size == 8
+    with pytest.raises(DllmError, match="must be positive"):
+        cpu(plain, block_size=0)
+    with pytest.raises(DllmError, match="attends to everything"):
+        cpu(CHECKPOINTS / "tiny-llada-random", block_size=8)
+
+
+# --- special ids ------------------------------------------------------------------------------------------------------
+
+
+def test_mask_id_from_nowhere(folder):
+    edit(folder, mask_token_id="delete")
+    with pytest.raises(DllmError, match="mask_id="):
+        cpu(folder)
+    assert cpu(folder, mask_id=158).mask_id == 158
+
+
+def test_mask_id_from_the_tokenizer(tmp_path):
+    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-llada-trained", tmp_path / "t"))
+    edit(folder, mask_token_id="delete")
+    assert cpu(folder).mask_id == 1
+
+
+def test_contradictory_mask_ids(tmp_path):
+    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-llada-trained", tmp_path / "t"))
+    edit(folder, mask_token_id=7)
+    with pytest.raises(DllmError, match=r"config\.json says 7, the tokenizer says 1; pass mask_id="):
+        cpu(folder)
+    assert cpu(folder, mask_id=1).mask_id == 1
+
+
+@pytest.mark.parametrize(("mask", "message"), [(500, "outside"), (-1, "outside"), (157, "end-of-text")])
+def test_impossible_mask_ids(folder, mask, message):
+    with pytest.raises(DllmError, match=f"mask id {mask} .*{message}"):
+        cpu(folder, mask_id=mask)
+
+
+def test_mask_that_is_the_padding(folder):
+    edit(folder, pad_token_id=158)
+    with pytest.raises(DllmError, match="padding"):
+        cpu(folder)
+
+
+def test_ends_are_a_set_from_all_sources(folder):
+    assert cpu(folder).eos_ids == (157,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [157, 3], "bos_token_id": 9}')
+    model = cpu(folder)
+    assert model.eos_ids == (157, 3) and model.bos_id == 9 and model.pad_id == 157
+    assert cpu(folder, eos_ids=[5, 6]).eos_ids == (5, 6)
+    with pytest.raises(DllmError, match="end-of-text id 999 is outside"):
+        cpu(folder, eos_ids=999)
+
+
+def test_published_vocabularies_bring_their_turn_end():
+    from dllm.models import dream, llada
+    from dllm.models.special import resolve
+
+    sizes = {"hidden_size": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8, "intermediate_size": 8}
+    config = ModelConfig("llada", "LLaDAModelLM", 126464, 126464, **sizes, mask_id=126336, eos_ids=(126081,))
+    assert resolve(config, llada.FAMILY).eos_ids == (126081, 126348)
+    config = ModelConfig("dream", "DreamModel", 152064, 152064, **sizes, eos_ids=(151643,), shift=1)
+    found = resolve(config, dream.FAMILY)  # no mask id in the files: the constant of the family
+    assert found.mask_id == 151666
+    assert resolve(found, dream.FAMILY).eos_ids == (151643, 151645)
+
+
+def test_rows_beyond_the_tokenizer_cannot_be_predicted(tmp_path):
+    """LLaDA stores 126464 rows for 126349 tokens."""
+    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-llada-trained", tmp_path / "t"))
+    name = "model.transformer.wte.weight"
+    rewrite(folder, lambda t: t.update({name: torch.cat([t[name], torch.ones(9, 128)])}))
+    edit(folder, vocab_size=264, embedding_size=264)
+    model = cpu(folder)
+    assert model.vocab_size == 255 and model.config.embedding_rows == 264
+    assert model.logits(model.forward(torch.tensor([[5, 1, 1]]))).shape[-1] == 255
+
+
+def test_chat(tmp_path):
+    model = cpu(CHECKPOINTS / "tiny-llada-trained")
+    with pytest.raises(DllmError, match="no chat tokens"):
+        model.chat([{"role": "user", "content": "12"}])
+    marks = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    model.tokenizer.add_tokens(marks, special_tokens=True)
+    begin, start, end, turn = model.tokenizer.convert_tokens_to_ids(marks)
+    ids = model.chat([{"role": "user", "content": " 12 "}])
+    assert [i for i in ids if i in (begin, start, end, turn)] == [begin, start, end, turn, start, end]
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert model.chat([{"role": "user", "content": "12"}]) == model.tokenizer("12")["input_ids"]
+    with pytest.raises(DllmError, match="no tokenizer"):
+        cpu(CHECKPOINTS / "tiny-llada-random").chat([{"role": "user", "content": "12"}])
+
+
+# --- names, devices, dtypes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Why is the sky blue?", "prompt="),
+        ("tinny", "did you mean 'tiny'"),
+        ("./nowhere", "no such folder"),
+        ("/nowhere/at/all", "no such folder"),
+    ],
+)
+def test_names_that_lead_nowhere(name, message):
+    with pytest.raises(DllmError, match=message):
+        cpu(name)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(DllmError, match=r"no checkpoint: it has no config\.json"):
+        cpu(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DllmError, match="is a file"):
+        cpu(tmp_path / "file")
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        assert not any("py" in p for p in kwargs["allow_patterns"])  # never code
+        raise OSError("no route to host\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(DllmError, match="someone/model .* no route to host$"):
+        cpu("someone/model")
+
+
+def test_hub_ids_are_downloaded(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(CHECKPOINTS / "tiny-llada-random")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert cpu("someone/model", revision="abc").family == "llada" and asked == [("someone/model", "abc")]
+
+
+def test_bad_options(folder):
+    with pytest.raises(DllmError, match=r"unknown dtype 'bfloat61'; did you mean 'bfloat16'"):
+        cpu(folder, dtype="bfloat61")
+    with pytest.raises(DllmError, match="unknown device"):
+        load(folder, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(DllmError, match="no CUDA device"):
+            load(folder, device="cuda")
+
+
+def test_out_of_memory_is_one_line(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 3 TiB")
+
+    monkeypatch.setattr("dllm.models.hub.load_weights", full)
+    with pytest.raises(DllmError, match="does not fit on cpu.*3 TiB"):
+        cpu(folder)
+
+
+def test_verifiers():
+    model = load_verifier(CHECKPOINTS / "tiny-qwen3-ar-random", device="cpu")
+    assert type(model).__name__ == "Qwen3ForCausalLM" and not model.training
+    assert load_verifier(model) is model
+    with pytest.raises(DllmError):
+        load_verifier(CHECKPOINTS / "tiny-llada-random", device="cpu")
+
+
+def test_no_memory_is_taken_before_the_weights_come(monkeypatch, folder):
+    """The module is built on the meta device and every parameter is replaced."""
+    seen = []
+    original = Transformer.__init__
+
+    def spy(self, config):
+        original(self, config)
+        seen.append(next(self.parameters()).device.type)
+
+    monkeypatch.setattr(Transformer, "__init__", spy)
+    model = cpu(folder)
+    assert seen == ["meta"] and all(p.device.type == "cpu" for p in model.transformer.parameters())
