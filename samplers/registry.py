@@ -33,6 +33,8 @@ BUILTIN = {
     "threshold": "threshold:Threshold",
     "factor": "threshold:Factor",
     "eb": "eb:EB",
+    "localleap": "localleap:LocalLeap",
+    "credit": "credit:Credit",
 }
 
 # what other codes call the same thing

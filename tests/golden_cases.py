@@ -93,6 +93,21 @@ ARGUMENTS: dict[str, Any] = {
     "dream_topk_margin": _dream,
     "fastdllm_dream_dual": _fastdllm_dream,
     "fastdllm_dream_prefix": _fastdllm_dream,
+    "localleap": lambda p: {
+        **_blocks(p),
+        "sampler": {"name": "localleap", "kappa": p["threshold"], "tau": p["relaxed_threshold"], "radius": p["radius"]},
+    },
+    "dinfer_credit": lambda p: {
+        **_blocks(p),
+        "sampler": {
+            "name": "credit",
+            "preset": "dinfer",
+            "alpha": p["credit_alpha"],
+            "beta": p["decay_beta"],
+            "gamma": p["boost_gamma"],
+            "tau": p["threshold"],
+        },
+    },
 }
 ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
 
