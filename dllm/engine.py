@@ -19,7 +19,7 @@ from dllm.canvas import Canvas, Decision, Plan, State, Window, splice_columns
 from dllm.errors import DllmError
 from dllm.meter import Meter
 from dllm.prediction import Law, Prediction
-from dllm.samplers.base import Sampler, View, best
+from dllm.samplers.base import Sampler, View, best, widen
 
 if TYPE_CHECKING:
     from dllm.models.hub import Model
@@ -206,7 +206,7 @@ def decode(
             else:
                 state, win = s.window.open(state)
                 for extra in s.reads:
-                    win = win._replace(reads=torch.cat([win.reads, extra(state, win)], 1))
+                    win = widen(win, extra(state, win))
                 for rows, plan in policy.plan(state, win, lane, model.shift):
                     if rows is None:
                         state = step(s, state, win, run(state, win, plan, request))

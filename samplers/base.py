@@ -11,6 +11,9 @@ Six slots make a sampler (docs/architecture.md):
 
 A bundle *owns* slots and *assumes* defaults for others. In `a+b` an assumption yields to an owner; two owners of a
 single-choice slot clash. Order matters in the chains only.
+
+A slot whose rule depends on what fills another one has a method `bind(slots)`: once the single slots are settled, the
+merge calls it with their mapping and uses what it returns (Prophet's progress, EOSER's schedule).
 """
 
 from __future__ import annotations
@@ -141,15 +144,26 @@ def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
     if needs.caches == ():
         raise DllmError(f"{'+'.join(name for name, _ in parts)}: no cache serves all of these samplers together")
     starts = [slots["window"]] + [b for b in bundles]
+    settled = {slot: _bind(f, slots) for slot, f in slots.items()}
     return Sampler(
         name="+".join(name for name, _ in parts),
-        **slots,
-        adjust=tuple(f for b in bundles for f in b.adjust),
-        amend=tuple(f for b in bundles for f in b.amend),
+        **settled,
+        adjust=tuple(_bind(f, settled) for b in bundles for f in b.adjust),
+        amend=tuple(_bind(f, settled) for b in bundles for f in b.amend),
         needs=needs,
         starts=tuple((s.memory, s.columns) for s in starts if s.memory or s.columns),
         reads=tuple(b.reads for b in bundles if b.reads),
     )
+
+
+def _bind(f: Any, slots: dict[str, Any]) -> Any:
+    return f.bind(slots) if hasattr(f, "bind") else f
+
+
+def widen(window: Window, extra: Tensor) -> Window:
+    """The window that also reads `extra` (B, R) columns; those that it reads already are dropped."""
+    seen = (extra[:, :, None] == window.reads[:, None]).any(-1)
+    return window._replace(reads=torch.cat([window.reads, torch.where(seen, -1, extra)], 1))
 
 
 class View:

@@ -70,7 +70,7 @@ class Credit(Method):
             token = pred.token
         mine = tokens == token[..., None]
         own = (pred.logits.gather(-1, token[..., None])[..., 0] - pred.lse).exp()  # p of the token
-        rest = (extra * ~mine).sum(-1) + torch.where(token == pred.argmax, own * pred._best[1], 1 - own)
+        rest = (extra * ~mine).sum(-1) + torch.where(token == pred.argmax, own * pred._best[-1], 1 - own)
         odds = rest / (own * torch.where(mine, boost, 1.0).amax(-1))
         return Fused(pred, odds, token)
 
@@ -93,7 +93,7 @@ class Credit(Method):
         first_free = free & (free.cumsum(-1) == 1)
         hit = live & torch.where(same.any(-1, keepdim=True), same, first_free)
         tokens = torch.where(hit, top, tokens)
-        credit = credit + torch.where(hit, pred._best[0][..., None] ** gamma, 0.0)
+        credit = credit + torch.where(hit, (1 + pred._best[-1])[..., None] ** -gamma, 0.0)
         for key, values in (("credit.token", tokens), ("credit.value", credit)):
             view.columns[key] = _store(view, view.columns[key], values)
         return tokens, credit

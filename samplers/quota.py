@@ -23,6 +23,7 @@ class Quota:
 
     steps: int | None
     block_length: int
+    scheduled: ClassVar[bool] = True  # the number of steps is known in advance
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         return rank(score, view.live) < self.count(view)[:, None]

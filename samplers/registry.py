@@ -35,6 +35,8 @@ BUILTIN = {
     "eb": "eb:EB",
     "localleap": "localleap:LocalLeap",
     "credit": "credit:Credit",
+    "prophet": "prophet:Prophet",
+    "sched": "prophet:Sched",
 }
 
 # what other codes call the same thing

@@ -108,14 +108,37 @@ ARGUMENTS: dict[str, Any] = {
             "tau": p["threshold"],
         },
     },
+    "prophet": lambda p: {
+        "infill": True,
+        "max_new_tokens": 0,
+        "block_length": p["block_length"],
+        "steps": p["steps"],
+        "early_stop": False,
+        "sampler": {
+            "name": "prophet",
+            "preset": "released",
+            **dict(zip(("high", "mid", "low"), p["early_exit_thresholds"].values(), strict=True)),
+        },
+    },
 }
 ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
+
+
+def prompt(case: dict[str, Any]) -> list[int]:
+    """The ids of the prompt; with constraints the whole canvas, where they are written already."""
+    p, ids = case["params"], case["prompt_ids"]
+    if not p.get("constraints"):
+        return ids
+    answer = [p["mask_id"]] * p["gen_length"]
+    for column, token in p["constraints"].items():
+        answer[int(column)] = token
+    return ids + answer
 
 
 def decode(checkpoint: str, method: str, group: list[dict[str, Any]], batch_size: int = 1) -> list[Any]:
     """Our decodes of cases that share their parameters, in one call."""
     arguments = ARGUMENTS[method](group[0]["params"])
-    prompts = [case["prompt_ids"] for case in group]
+    prompts = [prompt(case) for case in group]
     return dllm.generate(model(checkpoint), prompts, **arguments, batch_size=batch_size, trace=True)
 
 
