@@ -6,16 +6,21 @@ and top-p (Dream, arXiv 2508.15487). The mask id has logit -inf before it arrive
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dllm import noise
 
-CHUNK = 1 << 20  # logits handled at once when a law needs temporaries of their size
+# Logits handled at once where temporaries of their size are needed: what fits a CPU's cache, or keeps a GPU busy.
+CHUNK = {"cpu": 1 << 17}
+CHUNK_ELSEWHERE = 1 << 24
+
+NEGLIGIBLE = -1e30  # a forbidden token's logit where 0 * -inf must not be NaN
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,10 @@ class Prediction:
 
     # -- the token --------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def argmax(self) -> Tensor:
         """(B, W) the most probable token, lowest id on ties."""
-        return self.logits.argmax(-1)
+        return self._best[0]
 
     @property
     def token(self) -> Tensor:
@@ -116,26 +121,28 @@ class Prediction:
     def lse(self) -> Tensor:
         """(B, W) log-sum-exp of the raw logits."""
         top = self.argmax
-        return self.logits.gather(-1, top[..., None])[..., 0] + self._best[1].log1p()
+        return self.logits.gather(-1, top[..., None])[..., 0] + self._best[2].log1p()
 
     def probability_of(self, logit: Tensor) -> Tensor:
         """Raw probability of a token with this logit at the same columns."""
         return (logit - self.lse).exp()
 
+    def _chunks(self, *tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The logits, and (B, W) tables beside them, flattened and cut so that temporaries stay small."""
+        rows = max(1, CHUNK.get(self.logits.device.type, CHUNK_ELSEWHERE) // self.logits.shape[-1])
+        return zip(self.logits.flatten(0, 1).split(rows), *(t.flatten().split(rows) for t in tables), strict=True)
+
+    def _joined(self, parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(p).view(self.cols.shape) for p in zip(*parts, strict=True))
+
     @cached_property
-    def _best(self) -> tuple[Tensor, Tensor]:
-        """Probability of the arg-max, and the odds against it summed without cancellation."""
-        top = self.argmax[..., None]
-        probs = self.probs
-        best = probs.gather(-1, top)
-        probs.scatter_(-1, top, 0.0)
-        rest = probs.sum(-1)
-        probs.scatter_(-1, top, best)
-        return best[..., 0], rest / best[..., 0]
+    def _best(self) -> tuple[Tensor, ...]:
+        """The arg-max, its probability, and the odds against it summed without cancellation."""
+        return self._joined(_best_of(z) for (z,) in self._chunks())
 
     @cached_property
     def _raw(self) -> tuple[Tensor, Tensor]:
-        best, odds = self._best
+        _, best, odds = self._best
         if self.law.greedy:
             return best, -odds.log1p()
         log_p = self.logits.gather(-1, self.token[..., None])[..., 0] - self.lse
@@ -143,10 +150,8 @@ class Prediction:
 
     @cached_property
     def _raw_negative_entropy(self) -> Tensor:
-        probs = self.probs.flatten(0, 1)
-        rows = max(1, CHUNK // probs.shape[-1])
-        sums = [-torch.special.entr(chunk).sum(-1) for chunk in probs.split(rows)]
-        return torch.cat(sums).view(self.cols.shape)
+        (expected,) = self._joined(_expected_logit(z) for (z,) in self._chunks())
+        return expected - self.lse
 
     def rescored(self, confidence: Tensor, token: Tensor | None = None) -> Prediction:
         """The same prediction with another confidence (B, W), and perhaps another token, for selection only."""
@@ -159,26 +164,52 @@ class Prediction:
         return self.law.filtered and (self.law.trims or not self.law.greedy)
 
     @cached_property
-    def _filtered(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._draw[1], self._draw[2], self._draw[3]
+    def _filtered(self) -> tuple[Tensor, ...]:
+        return self._draw[1:]
 
     @cached_property
-    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw(self) -> tuple[Tensor, ...]:
         """Token, and confidence, margin and negative entropy under the filtered law; all (B, W)."""
-        shape, size = self.cols.shape, self.logits.shape[-1]
-        seed, step = (key[:, None].expand(shape).flatten() for key in (self.seed, self.step))
-        cols, logits = self.cols.flatten(), self.logits.flatten(0, 1)
-        rows = max(1, CHUNK // size)
-        parts = [
-            draw(chunk, self.law, *keys)
-            for chunk, *keys in zip(logits.split(rows), seed.split(rows), step.split(rows), cols.split(rows), strict=True)
-        ]
-        token, confidence, margin, negative_entropy = (torch.cat(p).view(shape) for p in zip(*parts, strict=True))
-        return token, confidence, margin, negative_entropy
+        shape = self.cols.shape
+        keys = self.seed[:, None].expand(shape), self.step[:, None].expand(shape), self.cols
+        return self._joined(draw(z, self.law, *key) for z, *key in self._chunks(*keys))
 
     def at(self, cols: Tensor) -> Prediction | None:
         """The same forward read at other columns (B, W'); None where the forward did not cover them."""
         return self.more(cols)
+
+
+def _best_of(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arg-max, its probability and the odds against it; (n, V) -> (n,) each."""
+    top = first_argmax(logits)
+    probs = logits.softmax(-1)
+    best = probs.gather(-1, top)
+    rest = probs.scatter_(-1, top, 0.0).sum(-1)
+    return top[:, 0], best[:, 0], rest / best[:, 0]
+
+
+def first_argmax(logits: Tensor, width: int = 512) -> Tensor:
+    """(n, 1) arg-max of (n, V), lowest id on ties. On a CPU `amax` is vectorised and `argmax` is not: find the stretch
+    of the vocabulary that holds the maximum, then look only there."""
+    n, size = logits.shape
+    if logits.device.type != "cpu" or size < 4 * width:
+        return logits.argmax(-1, keepdim=True)
+    whole = size // width * width
+    stretches = logits[:, :whole].view(n, -1, width)
+    peaks = stretches.amax(-1)  # (n, V / width)
+    at = peaks.argmax(-1, keepdim=True)
+    inner = stretches.gather(1, at[..., None].expand(-1, -1, width))[:, 0].argmax(-1, keepdim=True)
+    found = at * width + inner
+    if whole == size:
+        return found
+    tail = logits[:, whole:].argmax(-1, keepdim=True) + whole
+    better = logits.gather(1, tail) > peaks.gather(1, at)
+    return torch.where(better | logits.gather(1, tail).isnan(), tail, found)
+
+
+def _expected_logit(logits: Tensor) -> tuple[Tensor]:
+    """Sum of p z; (n, V) -> (n,)."""
+    return (torch.linalg.vecdot(logits.softmax(-1), logits.clamp(min=NEGLIGIBLE)),)
 
 
 class Rescored(Prediction):
@@ -205,48 +236,67 @@ class Rescored(Prediction):
 def draw(logits: Tensor, law: Law, seed: Tensor, step: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample one token a row from logits (n, V) under `law`, keyed by (seed, step, position), each (n,).
 
-    Temperature 0 takes the arg-max of the filtered distribution. Returns token, and its confidence, the margin and the
-    negative entropy of the filtered distribution (all (n,)). One uniform a row goes through the exact inverse CDF.
+    Temperature 0 takes the arg-max of the filtered distribution. Returns the token, and its confidence, the margin and
+    the negative entropy of the filtered distribution (all (n,)). One uniform a row goes through the exact inverse CDF.
     """
-    if law.temperature > 0:
-        logits = logits / law.temperature
-    probs, ids = _support(logits.softmax(-1), law)
+    probs = (logits / law.temperature if law.temperature > 0 else logits).softmax(-1)
+    if law.trims:
+        kept = support(probs, law)
+        probs = probs.mul_(kept)
+        probs /= probs.sum(-1, keepdim=True)
     if law.greedy:
-        choice = probs.argmax(-1, keepdim=True)
+        token = probs.argmax(-1)
     elif law.gumbel:
-        g = noise.gumbel_rows(seed, step, position, logits.shape[-1])
-        choice = (probs.double().log() + (g if ids is None else g.gather(-1, ids))).argmax(-1, keepdim=True)
+        token = (probs.double().log() + noise.gumbel_rows(seed, step, position, logits.shape[-1])).argmax(-1)
     else:
-        u = noise.uniform(seed, step, position)[:, None]
-        cdf = probs.double().cumsum(-1)
-        choice = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
-    top2 = probs.topk(min(2, probs.shape[-1]), dim=-1).values
-    margin = top2[:, 0] - top2[:, 1] if top2.shape[-1] == 2 else top2[:, 0]
-    token = choice if ids is None else ids.gather(-1, choice)
-    return token[:, 0], probs.gather(-1, choice)[:, 0], margin, -torch.special.entr(probs).sum(-1)
+        token = inverse_cdf(probs, noise.uniform(seed, step, position))
+    confidence = probs.gather(-1, token[:, None])[:, 0]
+    if not law.filtered:  # the raw law reads neither
+        return token, confidence, confidence, confidence
+    first, second = probs.topk(2, dim=-1).values.unbind(-1)
+    return token, confidence, first - second, -torch.special.entr(probs).sum(-1)
 
 
-def _support(probs: Tensor, law: Law) -> tuple[Tensor, Tensor | None]:
-    """Keep the tokens that top-p, then top-k allow: renormalised (n, K) probabilities and their ids (None: all).
+def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """(n,) the token whose interval of the cumulative distribution holds u (n,); probs (n, V), not necessarily summing
+    to one exactly. Two levels, so that only one stretch of the vocabulary is accumulated token by token."""
+    n, size = probs.shape
+    width = 512
+    stretches = F.pad(probs, (0, -size % width)).view(n, -1, width)
+    cdf = stretches.sum(-1, dtype=torch.float64).cumsum(-1)  # (n, V / width)
+    target = (u * cdf[:, -1])[:, None]
+    at = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)
+    before = torch.where(at > 0, cdf.gather(1, (at - 1).clamp(min=0)), 0.0)
+    inner = stretches.gather(1, at[..., None].expand(-1, -1, width))[:, 0].double().cumsum(-1)
+    within = torch.searchsorted(inner, target - before, right=True)
+    last = (inner < inner[:, -1:]).sum(-1, keepdim=True)  # the last token of the stretch with any mass
+    return (at * width + torch.minimum(within, last))[:, 0].clamp_(max=size - 1)
 
-    The nucleus is found by growing a partial top-k: a full sort of the vocabulary is never needed.
-    """
-    if not law.trims:
-        return probs, None
+
+def support(probs: Tensor, law: Law) -> Tensor:
+    """(n, V) bool: the tokens that top-p and top-k leave. The first is always kept, and so is the one that crosses
+    top-p. Ties at the boundary go to the lowest id."""
+    kept = torch.ones_like(probs, dtype=torch.bool)
     size = probs.shape[-1]
-    k = min(law.top_k or size, size)
-    if law.top_p is None or law.top_p >= 1:
-        values, ids = probs.topk(k, dim=-1)
-        return values / values.sum(-1, keepdim=True), ids
-    width = min(64, size)
-    while True:
-        values, ids = probs.topk(width, dim=-1)
-        mass = values.double().cumsum(-1)
-        if width >= min(k, size) or bool((mass[:, -1] > law.top_p).all()):
-            break
-        width = min(4 * width, size)
-    kept = (mass - values) <= law.top_p  # the token that crosses top_p stays, and so does the first
-    kept[:, 0] = True
-    kept[:, k:] = False
-    values = values * kept
-    return values / values.sum(-1, keepdim=True), ids
+    if law.top_k is not None and law.top_k < size:
+        kept = torch.zeros_like(kept).scatter_(-1, probs.topk(law.top_k, dim=-1).indices, True)
+    if law.top_p is not None and law.top_p < 1:
+        kept &= nucleus(probs, law.top_p)
+    return kept
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """(n, V) bool: the smallest set of most probable tokens whose mass exceeds top_p.
+
+    No sort of the vocabulary: masses are summed in bins of equal leading bits of the float32 probability (an order-
+    preserving key), and only the bin in which the mass crosses top_p is sorted.
+    """
+    key = (probs.float().view(torch.int32) >> 16).long()  # (n, V), higher is likelier
+    mass = torch.zeros(len(probs), 0x3F81, dtype=torch.float64, device=probs.device).scatter_add_(1, key, probs.double())
+    above = mass.flip(1).cumsum(1).flip(1) - mass  # (n, bins) mass of the likelier bins
+    edge = ((above <= top_p) & (mass > 0)).int().argmax(1, keepdim=True)  # the lowest bin that is reached
+    kept = key > edge
+    count = int((key == edge).sum(1).max())
+    values, ids = torch.where(key == edge, probs, -1.0).topk(count, dim=-1)
+    before = above.gather(1, edge) + values.double().clamp(min=0).cumsum(1) - values
+    return kept.scatter_(1, ids, (values > 0) & (before <= top_p) | kept.gather(1, ids))
