@@ -7,12 +7,13 @@ comes out unchanged: a word outside the vocabulary is spelled in bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from .tasks import Example
+from .tasks import Example, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,6 +52,13 @@ def build_tokenizer(examples: Iterable[Example], max_length: int = 512) -> PreTr
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@cache
+def embedded_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
+    """The tokenizer of the embedded pair, rebuilt from the training problems of the generators."""
+    sample = {"word_problems": 4000, "sudoku": 1, "functions": 4000}  # every word of the templates occurs many times
+    return build_tokenizer(chain.from_iterable(generate(name, "train", n) for name, n in sample.items()), max_length)
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:

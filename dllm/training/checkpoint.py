@@ -1,0 +1,85 @@
+"""Checkpoints that survive a kill and a full disk: written beside the old one, synced, then renamed over it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DllmError
+from .config import ScheduleSpec, TrainConfig, build
+
+FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule")  # may differ on resume
+
+
+def save_atomically(value: Any, path: Path) -> None:
+    """Write `value` to `path`; whatever fails, `path` holds the old content or the new, never a part of it."""
+    draft = path.with_name(path.name + ".new")
+    try:
+        with draft.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into RuntimeError
+        draft.unlink(missing_ok=True)
+        kept = "the checkpoint before it is kept" if path.exists() else "there was none before it"
+        raise DllmError(f"could not save {path}: {error}; {kept}. Free some space and go on with --resume") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path` (tensors and plain values only)."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DllmError(f"nothing to resume: no {path}; start without --resume") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise DllmError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def recipe(config: TrainConfig) -> dict[str, Any]:
+    """The recipe as plain values, as it is stored in a checkpoint."""
+    return _plain(asdict(config))
+
+
+def check_recipe(config: TrainConfig, saved: dict[str, Any], step: int) -> None:
+    """DllmError unless going on from `step` under `config` repeats the run that made the checkpoint.
+
+    The schedule may change where it has had no effect yet: a run can be prolonged before its decay.
+    """
+    mine = recipe(config)
+    differ = [k for k in _flat(mine) | _flat(saved) if _flat(mine).get(k) != _flat(saved).get(k)]
+    differ = [k for k in differ if k.split(".")[0] not in FREE]
+    old: ScheduleSpec = build(ScheduleSpec, saved["schedule"], "schedule")
+    if any(old.rate(s) != config.schedule.rate(s) for s in range(step)):
+        differ.append("schedule")
+    if differ:
+        names = ", ".join(f"{k} ({_flat(saved).get(k, 'unset')!r} there)" if k != "schedule" else k for k in sorted(differ))
+        raise DllmError(f"the checkpoint was made by another recipe: {names}; give that recipe, or another output folder")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,202 @@
+"""A training recipe: what `configs/train/*.yaml` may say. Unknown keys are errors that name the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ..errors import DllmError, unknown
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """`start`: a model to go on from ("tiny", a folder, a Hugging Face id); without it a new one of these sizes."""
+
+    start: str = ""
+    hidden_size: int = 128
+    layers: int = 6
+    heads: int = 4
+    intermediate_size: int = 352
+    max_positions: int = 512
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """`tasks`: weights of the built-in generators, or `jsonl`: a file of {"prompt", "answer"} lines.
+
+    Windows: rows end at a multiple of 8 tokens; a share `long` of them has a window of random length up to `window`, a share
+    `rare` one up to `max_window`. `chat`: prompts pass through the tokenizer's chat template, where it has one.
+    """
+
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    jsonl: str = ""
+    chat: bool = True
+    window: int = 64
+    max_window: int = 128
+    long: float = 0.3
+    rare: float = 0.03
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """`muon` (arXiv 2502.16982) for the matrices of the layers at `lr`, AdamW for the rest at `rest_lr`; or all `adamw`."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = 1e-2
+    rest_lr: float = 4e-3
+    weight_decay: float = 0.01  # of the matrices only
+    momentum: float = 0.95  # muon
+    betas: tuple[float, ...] = (0.9, 0.98)  # AdamW
+    clip: float = 1.0  # largest gradient norm
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The rate rises over `warmup` steps, stays, and falls linearly to zero over the last `decay` of `steps`."""
+
+    steps: int = 1000
+    warmup: int = 100
+    decay: int = 300
+
+    def rate(self, step: int) -> float:
+        """Multiplier of the learning rates at a step counted from 0."""
+        up = (step + 1) / self.warmup if self.warmup else 1.0
+        down = (self.steps - step) / self.decay if self.decay else 1.0
+        return max(0.0, min(1.0, up, down))
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters (arXiv 2106.09685) through peft: `rank` 0 trains every weight."""
+
+    rank: int = 0
+    alpha: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `batch_size` rows a forward, `accumulate` forwards a step; `output` holds checkpoint, log and model."""
+
+    output: str
+    objective: Literal["diffusion", "autoregressive"] = "diffusion"
+    loss: Literal["uniform", "elbo"] = "uniform"
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    lora: LoraSpec = LoraSpec()
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: mixed precision, weights stay float32
+    device: str = "auto"
+    threads: int = 0  # of the CPU; 0: as torch decides
+    log_every: int = 50
+    save_every: int = 200
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        data, schedule = self.data, self.schedule
+        if bool(data.tasks) == bool(data.jsonl):
+            raise DllmError("a recipe names its data once: data.tasks or data.jsonl")
+        if data.tasks and not all(w >= 0 for w in data.tasks.values()) or (data.tasks and not sum(data.tasks.values())):
+            raise DllmError("data.tasks: weights must not be negative, and one must be positive")
+        positive = {"batch_size": self.batch_size, "accumulate": self.accumulate, "schedule.steps": schedule.steps,
+                    "log_every": self.log_every, "save_every": self.save_every, "data.max_length": data.max_length,
+                    "optimizer.lr": self.optimizer.lr, "optimizer.rest_lr": self.optimizer.rest_lr,
+                    "optimizer.clip": self.optimizer.clip}  # fmt: skip
+        for name, value in positive.items():
+            if value <= 0:
+                raise DllmError(f"{name} must be positive, got {value}")
+        if schedule.decay > schedule.steps or min(schedule.decay, schedule.warmup) < 0:
+            raise DllmError(f"schedule: warmup and decay lie between 0 and steps ({schedule.steps})")
+        if not 0 <= data.long + data.rare <= 1 or min(data.long, data.rare) < 0:
+            raise DllmError("data.long and data.rare are shares: neither negative, together at most 1")
+        if self.lora.rank and not self.model.start:
+            raise DllmError("lora.rank needs a model to adapt: set model.start")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The recipe in a YAML file with `a.b=value` overrides applied."""
+    path = Path(path)
+    if not path.is_file():
+        raise DllmError(f"no recipe {path}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DllmError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise DllmError(f"{path}: a recipe is a mapping of keys")
+    for item in overrides:
+        _override(raw, item)
+    return build(TrainConfig, raw)
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    name, equals, text = item.partition("=")
+    if not equals or not name:
+        raise DllmError(f"--set takes key=value, got {item!r}")
+    *parents, last = name.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise DllmError(f"--set {item}: {parent!r} is a value, not a section")
+    try:
+        raw[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DllmError(f"--set {item}: the value is not valid YAML") from error
+
+
+def build(cls: Any, raw: Any, where: str = "") -> Any:
+    """A frozen dataclass from nested mappings; DllmError for unknown keys, missing keys and wrong types."""
+    if not isinstance(raw, Mapping):
+        raise DllmError(f"{where or 'recipe'}: expected keys, got {raw!r}")
+    types_ = get_type_hints(cls)
+    for key in raw:
+        if key not in types_:
+            raise unknown("key", f"{where}.{key}".lstrip("."), [f"{where}.{k}".lstrip(".") for k in types_])
+    required = [f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in raw]:
+        raise DllmError(f"the recipe lacks {', '.join(missing)}")
+    return cls(**{k: _value(types_[k], v, f"{where}.{k}".lstrip(".")) for k, v in raw.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, where)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise unknown(f"value of {where}", str(value), args)
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_value(args[0], v, where) for v in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {str(k): _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return _number(value, where)  # YAML reads 1e-3 as text
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    name = "a list" if origin is tuple else "keys with values" if origin in (Union, types.UnionType) else _name(kind)
+    raise DllmError(f"{where}: expected {name}, got {value!r}")
+
+
+def _number(value: int | str, where: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise DllmError(f"{where}: expected a number, got {value!r}") from None
+
+
+def _name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "keys with values")

@@ -1,0 +1,240 @@
+"""The training loop: resumable to the bit on one CPU, because a step depends on the state and its number alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import DllmError
+from ..models.config import ModelConfig
+from ..models.hub import load, pick_device
+from ..models.model import Model
+from ..models.transformer import Transformer
+from . import checkpoint
+from .config import DataSpec, ModelSpec, TrainConfig
+from .data import Batches, JsonLines, Pair, Source, TaskMix, Window
+from .log import Curve
+from .lora import add_lora, merge_lora
+from .objectives import Autoregressive, Diffusion, Loss
+from .optim import build_optimizers
+from .tasks import Example, task
+from .tokenizer import embedded_tokenizer
+
+logger = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.pt"
+
+
+class Trainer:
+    """One run of a recipe.
+
+    `resume` goes on from the checkpoint in `config.output`; without it the folder must hold none. `model` replaces the one
+    that the recipe describes.
+    """
+
+    def __init__(self, config: TrainConfig, resume: bool = False, model: Model | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.output)
+        self.path = self.folder / CHECKPOINT
+        saved = checkpoint.read(self.path) if resume else None
+        if saved is not None:
+            checkpoint.check_recipe(config, saved["recipe"], saved["step"])
+        elif self.path.exists():
+            raise DllmError(f"{self.path} exists: go on with --resume, or choose another output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.device = pick_device(config.device)
+        self.model = build_model(config) if model is None else model
+        self.model.to(self.device)
+        self.backbone: Transformer = self.model.transformer
+        if config.lora.rank:
+            add_lora(self.backbone, config.lora)
+        self.batches = make_batches(config, self.model)
+        self.objective = make_objective(config, self.model)
+        self.optimizers = build_optimizers(self.backbone, config.optimizer, config.schedule)
+        self.step = 0
+        if saved is not None:
+            self._restore(saved)
+        self.curve = Curve(self.folder, self.step, config.tensorboard)
+
+    def run(self) -> Model:
+        """Train to the last step, save the model in `output/model` in its family's layout, and return it."""
+        config, started, window = self.config, time.monotonic(), _Mean()
+        spent = self.curve.seconds
+        self.backbone.train()
+        feed = self.batches.from_step(self.step * config.accumulate)
+        steps = range(self.step, config.schedule.steps)
+        with tqdm(steps, initial=self.step, total=config.schedule.steps, desc="training", unit="step") as bar:
+            for step in bar:
+                for part in range(config.accumulate):
+                    window.add(self._backward(next(feed), step, part))
+                if not self.optimizers.step(step):
+                    self._fail(step, "gradient")
+                self.step = step + 1
+                if self.step % config.log_every == 0 or self.step == config.schedule.steps:
+                    loss, accuracy = window.take()
+                    rows = self.step * config.batch_size * config.accumulate
+                    seconds = spent + time.monotonic() - started
+                    rate = config.schedule.rate(step)
+                    self.curve.add(step=self.step, loss=loss, accuracy=accuracy, rate=rate, rows=rows, seconds=seconds)
+                    bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}")
+                if self.step % config.save_every == 0:
+                    self.save()
+        self.save()
+        return self.export()
+
+    def save(self) -> None:
+        """Write the checkpoint; the one before it survives any failure."""
+        state = {
+            "step": self.step,
+            "recipe": checkpoint.recipe(self.config),
+            "weights": {n: p.detach() for n, p in self.backbone.named_parameters() if p.requires_grad},
+            "optimizers": self.optimizers.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        checkpoint.save_atomically(state, self.path)
+
+    def export(self) -> Model:
+        """The model as it is now, adapters merged, also written to `output/model`."""
+        backbone = merge_lora(self.backbone) if self.config.lora.rank else self.backbone
+        model = Model(self.model.config, backbone.eval(), self.model.tokenizer)
+        model.save(self.folder / "model")
+        return model
+
+    def _backward(self, batch: Any, step: int, part: int) -> Loss:
+        generator = torch.Generator().manual_seed((self.config.seed << 40) + step * self.config.accumulate + part)
+        with _mixed(self.config.precision, self.device):
+            loss: Loss = self.objective(self.backbone, batch, generator)
+        if not math.isfinite(loss.value.item()):
+            self._fail(step, "loss")
+        (loss.value / self.config.accumulate).backward()
+        return loss
+
+    def _fail(self, step: int, what: str) -> None:
+        kept = f"the last good state is in {self.path}" if self.path.exists() else "no checkpoint had been written yet"
+        raise DllmError(f"step {step + 1}: the {what} is not finite; {kept}. Lower optimizer.lr or look at the data")
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        parameters = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
+        if parameters.keys() != saved["weights"].keys():
+            raise DllmError(f"{self.path} holds other weights than this recipe trains")
+        with torch.no_grad():
+            for name, value in saved["weights"].items():
+                parameters[name].copy_(value)
+        self.optimizers.load_state_dict(saved["optimizers"])
+        torch.set_rng_state(saved["random"])
+        if saved["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["random_cuda"], self.device)
+        self.step = saved["step"]
+        logger.info("going on from step %d of %s", self.step, self.path)
+
+
+def train(config: TrainConfig, resume: bool = False, model: Model | None = None) -> Model:
+    """Run a recipe from the start, or from its checkpoint; returns the trained model."""
+    return Trainer(config, resume, model).run()
+
+
+class _Mean:
+    """Running loss and accuracy since the last `take`."""
+
+    def __init__(self) -> None:
+        self.value, self.correct, self.tokens, self.n = 0.0, 0, 0, 0
+
+    def add(self, loss: Loss) -> None:
+        self.value += loss.value.item()
+        self.correct += int(loss.correct)
+        self.tokens += loss.tokens
+        self.n += 1
+
+    def take(self) -> tuple[float, float]:
+        mean = self.value / self.n, self.correct / max(1, self.tokens)
+        self.__init__()  # type: ignore[misc]
+        return mean
+
+
+def _mixed(precision: str, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def build_model(config: TrainConfig) -> Model:
+    """The model that a recipe starts from: a loaded one in float32, or a fresh one with the embedded tokenizer."""
+    spec = config.model
+    if spec.start:
+        return load(spec.start, dtype=torch.float32, device="cpu")
+    return fresh_model(spec, config.objective == "autoregressive")
+
+
+def fresh_model(spec: ModelSpec, causal: bool) -> Model:
+    """Random weights: LLaDA layout, or Llama layout for a causal twin. Residual outputs start smaller (GPT-2)."""
+    tokenizer = embedded_tokenizer(spec.max_positions)
+    if spec.hidden_size % (2 * spec.heads):
+        raise DllmError("model.hidden_size must be an even multiple of model.heads")
+    config = ModelConfig(
+        family="causal" if causal else "llada",
+        architecture="LlamaForCausalLM" if causal else "LLaDAModelLM",
+        vocab_size=len(tokenizer), embedding_rows=len(tokenizer),
+        hidden_size=spec.hidden_size, n_layers=spec.layers, n_heads=spec.heads, n_kv_heads=spec.heads,
+        head_dim=spec.hidden_size // spec.heads, intermediate_size=spec.intermediate_size, norm_eps=1e-5,
+        rope_theta=spec.rope_theta, rope_full_precision=not causal, max_positions=spec.max_positions,
+        shift=int(causal), causal=causal, mask_id=None if causal else tokenizer.mask_token_id,
+        eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    backbone = Transformer(config)
+    for name, parameter in backbone.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * spec.layers))
+    return Model(config, backbone, tokenizer)
+
+
+def make_objective(config: TrainConfig, model: Model) -> Callable[..., Loss]:
+    causal = model.config.causal
+    if causal != (config.objective == "autoregressive"):
+        kind = "causal" if causal else "masked-diffusion"
+        raise DllmError(f"objective {config.objective!r} does not fit a {kind} model")
+    if causal:
+        return Autoregressive()
+    assert model.mask_id is not None
+    return Diffusion(model.mask_id, config.loss)
+
+
+def make_batches(config: TrainConfig, model: Model) -> Batches:
+    if not model.eos_ids:
+        raise DllmError("training needs an end token: the model's configuration and tokenizer name none")
+    data = config.data
+    window = Window(data.window, data.max_window, data.long, data.rare)
+    longest = min(data.max_length, model.max_positions)
+    return Batches(_source(data), encoder(model, data.chat), model.eos_ids[0], config.batch_size, window, config.seed, longest)
+
+
+def _source(data: DataSpec) -> Source:
+    for name in data.tasks:
+        task(name)  # an unknown one is an error before training starts
+    return JsonLines(data.jsonl) if data.jsonl else TaskMix(data.tasks)
+
+
+def encoder(model: Model, chat: bool = True) -> Callable[[Example], Pair]:
+    """Example -> ids: the prompt as `generate` would feed it, the answer as plain text."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise DllmError("training on text needs a tokenizer: the model has none")
+    templated = chat and bool(tokenizer.chat_template)
+
+    def encode(example: Example) -> Pair:
+        if templated:
+            prompt = model.chat([{"role": "user", "content": example.prompt}])
+        else:
+            prompt = list(tokenizer(example.prompt, add_special_tokens=False)["input_ids"])
+        return Pair(prompt, list(tokenizer(example.answer, add_special_tokens=False)["input_ids"]))
+
+    return encode
