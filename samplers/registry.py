@@ -11,6 +11,7 @@ A sampler from another package joins through the entry point group `dllm.sampler
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
@@ -37,7 +38,10 @@ BUILTIN = {
     "credit": "credit:Credit",
     "prophet": "prophet:Prophet",
     "sched": "prophet:Sched",
+    "adablock": "adablock:AdaBlock",
 }
+
+COMMA = re.compile(r",(?![^\[]*\])")  # outside of a list: "adablock:delimiters=[8, 85],tau=0.8"
 
 # what other codes call the same thing
 TRANSLATED = {
@@ -97,7 +101,7 @@ def parse(spec: Spec) -> list[Method]:
 def _parse_one(text: str) -> Method:
     name, _, rest = (piece.strip() for piece in text.partition(":"))
     cls, preset, params = method(name), None, {}
-    for item in filter(None, (piece.strip() for piece in rest.split(","))):
+    for item in filter(None, (piece.strip() for piece in COMMA.split(rest))):
         key, equals, value = item.partition("=")
         if equals:
             params[key.strip()] = yaml.safe_load(value)

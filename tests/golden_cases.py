@@ -41,6 +41,21 @@ def _fastdllm(p: dict[str, Any], cache_: str) -> dict[str, Any]:
     return {**_blocks(p), "steps": p["steps"], "sampler": sampler, "cache": cache_}
 
 
+def _adablock(p: dict[str, Any], cache_: str) -> dict[str, Any]:
+    return {
+        "max_new_tokens": p["gen_length"],
+        "block_length": p["init_block_length"],
+        "early_stop": False,
+        "cache": cache_,
+        "sampler": {
+            "name": "adablock",
+            "delimiters": p["delimiter_ids"],
+            "tau_delimiter": p["delimiter_threshold"],
+            "tau": p["threshold"],
+        },
+    }
+
+
 def _dream(p: dict[str, Any]) -> dict[str, Any]:
     return {
         "sampler": {"name": "dream", "alg": p["alg"], "alg_temp": p["alg_temp"] or 0, "eps": p["eps"]},
@@ -61,6 +76,11 @@ def _fastdllm_dream(p: dict[str, Any]) -> dict[str, Any]:
         "cache": "dual" if p["dual_cache"] else "prefix",
         "early_stop": False,
     }
+
+
+def _dsb(p: dict[str, Any]) -> dict[str, Any]:
+    most = p["max_block_length"]
+    return {"name": "dsb", "tau": p["threshold"], "max_length": None if most < 0 else most}
 
 
 # method -> parameters of the reference -> arguments of `dllm.generate`
@@ -120,6 +140,33 @@ ARGUMENTS: dict[str, Any] = {
             **dict(zip(("high", "mid", "low"), p["early_exit_thresholds"].values(), strict=True)),
         },
     },
+    "adablock_none": lambda p: _adablock(p, "none"),
+    "adablock_prefix": lambda p: _adablock(p, "prefix"),
+    "adablock_dual": lambda p: _adablock(p, "dual"),
+}
+ARGUMENTS |= {
+    "klass": lambda p: {
+        **_blocks(p),
+        "steps": p["steps"],
+        "sampler": {
+            "name": "klass",
+            "history": "generation",
+            "kappa": p["conf_threshold"],
+            "epsilon": p["kl_threshold"],
+            "n": p["kl_history_length"],
+        },
+    },
+    "dinfer_hierarchy": lambda p: {
+        **_blocks(p),
+        "sampler": {"name": "hierarchy", "tau_high": p["threshold"], "tau_low": p["low_threshold"]},
+    },
+    "dsb_none": lambda p: {**_blocks(p), "sampler": _dsb(p)},
+    "dsb_cache": lambda p: {**_blocks(p), "sampler": _dsb(p), "cache": {"name": "dual", "left": p["prefix_window"]}},
+    "wino": lambda p: {
+        **_blocks(p),
+        "sampler": {"name": "wino", "tau_draft": p["threshold"], "tau_verify": p["threshold_back"]},
+    },
+    "saber": lambda p: {**_blocks(p), "sampler": {"name": "saber", "n": p["n"]}},
 }
 ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
 
