@@ -1,0 +1,370 @@
+"""How long a draft should be. A controller decides twice a round: how many slots to draft, and how much of the draft
+to submit.
+
+All of them are safe: a length never changes what is generated, only how fast. Lengths count drafted tokens; `room` is
+the most that the text may still take before the last token.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dllm.drafting.proposal import Proposal
+from dllm.errors import DllmError
+
+
+@dataclass
+class RoundStats:
+    """One round: lengths in tokens, times in seconds."""
+
+    k: int = 0  # slots drafted (carried ones included)
+    nodes: int = 0  # tokens submitted
+    l_gen: int = 0  # first end token in the raw draft, k without one
+    accepted: int = 0  # without the correction or bonus
+    emitted: int = 0
+    kind: str = "none"  # point, sampled, none
+    carried: bool = False
+    failed: bool = False
+    forwards: int = 0  # of the drafter
+    pending: int = 1  # text tokens fed beside the draft (the prompt in round one)
+    observed: list[tuple[int, float, bool]] = field(
+        default_factory=list
+    )  # (slot, confidence, accepted) of judged nodes
+    t_draft: float = 0.0
+    t_search: float = 0.0
+    t_verify: float = 0.0
+    t_commit: float = 0.0
+    t_other: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.t_draft + self.t_search + self.t_verify + self.t_commit + self.t_other
+
+
+class LengthController:
+    """The interface, and the controller that drafts as much as it may."""
+
+    k_max: int = 32
+
+    def fork(self) -> LengthController:
+        """A copy for another row or another text."""
+        return copy.deepcopy(self)
+
+    def next_k(self, room: int) -> int:
+        """Slots to draft now; 0 = a plain step."""
+        return min(self.k_max, room)
+
+    def more(self, conf: Sequence[float], room: int) -> int:
+        """Slots to add after a chunk with these confidences (chains only)."""
+        return 0
+
+    def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
+        """How many nodes to submit. Reads `proposal.conf` alone: for sampled drafts it must not depend on the draws."""
+        return len(proposal)
+
+    def keep(self, remaining: int, conf: Sequence[float]) -> bool:
+        """Is a carried-over rest worth more than a fresh draft?"""
+        return True
+
+    def update(self, r: RoundStats) -> None:
+        """Learn from a finished round."""
+
+
+class Fixed(LengthController):
+    """Always `k`."""
+
+    def __init__(self, k: int = 8) -> None:
+        self.k_max = _positive("k", k)
+
+
+class ADL(LengthController):
+    """Adaptive draft length of DiffuSpec (arXiv 2510.02358): k follows a moving average of the generated length.
+
+    k = clip(floor(Gbar) + delta [Abar >= Gbar], k_min, k_max), both averages with weight rho. Defaults are the paper's.
+    `count_bonus` counts the correction token in L_acc: without it Abar can never pass Gbar and k never grows.
+    `ema_init` "zero" is the printed rule, "first" starts both averages at the first round.
+    """
+
+    def __init__(
+        self,
+        k_min: int = 20,
+        k_max: int = 30,
+        delta: int = 10,
+        rho: float = 0.5,
+        count_bonus: bool = True,
+        ema_init: str = "zero",
+        k_first: int | None = None,
+    ) -> None:
+        if ema_init not in ("zero", "first"):
+            raise DllmError(f"ema_init is 'zero' or 'first', not {ema_init!r}")
+        if not 1 <= k_min <= k_max:
+            raise DllmError(f"adl needs 1 <= k_min <= k_max, got {k_min} and {k_max}")
+        self.k_min, self.k_max, self.delta, self.rho = k_min, k_max, delta, rho
+        self.count_bonus, self.ema_init = count_bonus, ema_init
+        self.k = k_max if k_first is None else k_first
+        self.gen = self.acc = 0.0
+        self.rounds = 0
+
+    def next_k(self, room: int) -> int:
+        return min(self.k, room)
+
+    def update(self, r: RoundStats) -> None:
+        if not r.k:
+            return
+        accepted = r.emitted if self.count_bonus else r.accepted
+        rho = 1.0 if self.ema_init == "first" and not self.rounds else self.rho
+        self.gen += rho * (r.l_gen - self.gen)
+        self.acc += rho * (accepted - self.acc)
+        self.rounds += 1
+        grow = self.delta if self.acc >= self.gen else 0
+        self.k = min(max(math.floor(self.gen) + grow, self.k_min), self.k_max)
+
+
+class FailFast(LengthController):
+    """Draft chunk after chunk while every new token is confident (FailFast, arXiv 2512.20573; defaults as released).
+
+    The chunk that holds the first doubtful token is still submitted.
+    """
+
+    def __init__(self, chunk: int = 10, tau: float = 0.45, k_max: int = 60) -> None:
+        self.chunk, self.tau, self.k_max = _positive("chunk", chunk), tau, _positive("k_max", k_max)
+
+    def next_k(self, room: int) -> int:
+        return min(self.chunk, room)
+
+    def more(self, conf: Sequence[float], room: int) -> int:
+        new = conf[-self.chunk :]
+        if not new or min(new) < self.tau or len(conf) % self.chunk:
+            return 0
+        return max(0, min(self.chunk, self.k_max - len(conf), room - len(conf)))
+
+
+class Heuristic(LengthController):
+    """The rule of transformers' assisted generation: two more after a full acceptance, else one less."""
+
+    def __init__(self, k: int = 5, k_max: int = 64) -> None:
+        self.k, self.k_max = _positive("k", k), k_max
+
+    def next_k(self, room: int) -> int:
+        return min(self.k, self.k_max, room)
+
+    def update(self, r: RoundStats) -> None:
+        if r.nodes:
+            self.k = min(self.k + 2, self.k_max) if r.accepted == r.nodes else max(1, self.k - 1)
+
+
+class RejectionThreshold(LengthController):
+    """Stop where the chance that something was rejected passes `h` (in the manner of SpecDec++, arXiv 2405.19715).
+
+    For a one-forward drafter the slots are already paid for: the rule trims what is submitted.
+    """
+
+    def __init__(self, h: float = 0.7, k_max: int = 32) -> None:
+        if not 0 < h <= 1:
+            raise DllmError(f"the rejection threshold lies in (0, 1], got {h}")
+        self.h, self.k_max = h, _positive("k_max", k_max)
+
+    def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
+        if not proposal.conf:
+            return len(proposal)
+        survival = proposal.survival()
+        return max(1, next((i for i, s in enumerate(survival) if 1 - s > self.h), len(survival)))
+
+
+class CostTable:
+    """Measured seconds by length: a moving average per bucket, linear in between, never decreasing."""
+
+    def __init__(self, rate: float = 0.1) -> None:
+        self.rate = rate
+        self.keys: list[int] = []
+        self.mean: dict[int, float] = {}
+        self.seen: dict[int, int] = {}
+        self._table: np.ndarray | None = None
+
+    @staticmethod
+    def bucket(n: int) -> int:
+        """Fine where lengths are short, coarse where they are long."""
+        if n <= 8:
+            return n
+        return 4 * round(n / 4) if n <= 32 else 16 * round(n / 16)
+
+    def add(self, n: int, seconds: float) -> None:
+        n = self.bucket(n)
+        if n not in self.mean:
+            insort(self.keys, n)
+            self.mean[n], self.seen[n] = seconds, 1
+        else:
+            self.seen[n] += 1
+            seconds = min(seconds, 3 * self.mean[n])  # a hiccup of the machine is no cost of the model
+            self.mean[n] += max(self.rate, 1 / self.seen[n]) * (seconds - self.mean[n])
+        self._table = None
+
+    def table(self, n: int) -> np.ndarray:
+        """Seconds for lengths 0..n."""
+        if self._table is None or len(self._table) <= n:
+            self._table = self._build(max(n, 64))
+        return self._table[: n + 1]
+
+    def _build(self, n: int) -> np.ndarray:
+        x = np.arange(n + 1, dtype=float)
+        if not self.keys:
+            return 1.0 + 0.02 * x  # unmeasured: a forward with a mild slope, in arbitrary units
+        values = np.maximum.accumulate([self.mean[k] for k in self.keys])
+        slope = 0.02 * values[0]
+        if len(self.keys) > 1:
+            slope = max(1e-9, (values[-1] - values[0]) / (self.keys[-1] - self.keys[0]))
+        out = np.interp(x, self.keys, values)
+        low = x < self.keys[0]
+        out[low] = np.maximum(values[0] * 0.5, values[0] - slope * (self.keys[0] - x[low]))
+        high = x > self.keys[-1]
+        out[high] = values[-1] + slope * (x[high] - self.keys[-1])
+        return out
+
+
+class Calibrator:
+    """Acceptance probability of a node from its slot and confidence: Beta counts per bin, prior = the confidence
+    itself.
+
+    The data are censored: nodes behind a rejection were never judged and are not fed. Prior strength 8, clipped to
+    [0.02, 0.98].
+    """
+
+    EDGES = (1, 2, 4, 8, 16)
+
+    def __init__(self, strength: float = 8.0) -> None:
+        self.strength = strength
+        self.hits = np.zeros((len(self.EDGES) + 1, 10))
+        self.tries = np.zeros_like(self.hits)
+
+    def _bin(self, slot: int, conf: float) -> tuple[int, int]:
+        return sum(slot >= e for e in self.EDGES), min(9, int(conf * 10))
+
+    def add(self, slot: int, conf: float, accepted: bool) -> None:
+        where = self._bin(slot, conf)
+        self.tries[where] += 1
+        self.hits[where] += accepted
+
+    def __call__(self, slot: int, conf: float) -> float:
+        where = self._bin(slot, conf)
+        a = (self.strength * conf + self.hits[where]) / (self.strength + self.tries[where])
+        return float(min(max(a, 0.02), 0.98))
+
+
+class CostAware(LengthController):
+    """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed.
+
+    E(k) = 1 + sum_i prod_{j<=i} a_j from calibrated confidences, T(k) from measured tables: real costs are staircases,
+    so every k is tried. Two decisions a round: slots to draft (from the acceptance record of each slot), nodes to
+    submit (from this draft's confidences). Where no k beats plain decoding, drafting pauses and is probed every `probe`
+    rounds.
+
+    The tables are learned while decoding; `calibrate` (dllm.drafting.loop) fills them beforehand.
+    """
+
+    def __init__(self, k_max: int = 32, probe: int = 32, margin: float = 0.02) -> None:
+        self.k_max, self.probe, self.margin = _positive("k_max", k_max), probe, margin
+        self.verify, self.draft = CostTable(), CostTable()
+        self.overhead = 0.0
+        self.calib, self.stale = Calibrator(), Calibrator()
+        self.hits, self.tries = np.zeros(k_max + 1), np.zeros(k_max + 1)
+        self.idle = 0  # rounds since drafting paused
+        self.paused = False
+
+    def fork(self) -> CostAware:
+        """Costs and calibration are shared (they belong to the pair of models), the pause is not."""
+        twin = copy.copy(self)
+        twin.idle, twin.paused = 0, False
+        return twin
+
+    def slots(self) -> np.ndarray:
+        """Acceptance of each slot 1..k_max given that the ones before were accepted."""
+        pooled = (4 * 0.8 + self.hits.sum()) / (4 + self.tries.sum())
+        return np.clip((4 * pooled + self.hits[1:]) / (4 + self.tries[1:]), 0.02, 0.98)
+
+    def rate(self, a: np.ndarray, drafted: np.ndarray | float) -> np.ndarray:
+        """Tokens per second for 0..len(a) submitted slots, `drafted` seconds spent on drafting them."""
+        reward = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(a))])
+        return reward / (drafted + self.verify.table(len(a) + 1)[1:] + self.overhead)
+
+    def next_k(self, room: int) -> int:
+        room = min(room, self.k_max)
+        if room <= 0:
+            return 0
+        rate = self.rate(self.slots()[:room], self.draft.table(room))
+        plain = 1 / float(self.verify.table(1)[1])
+        best = 1 + int(np.argmax(rate[1:]))
+        if rate[best] >= plain * (1 + self.margin * self.paused):
+            self.paused, self.idle = False, 0
+            return best
+        self.paused = True
+        self.idle += 1
+        return best if self.idle % self.probe == 0 else 0
+
+    def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
+        if not len(proposal) or not proposal.conf:
+            return len(proposal)
+        calib = self.stale if carried else self.calib
+        a = [calib(d - 1, c) for d, c in zip(proposal.depths, proposal.conf, strict=True)]
+        reward = 1 + np.concatenate([[0.0], np.cumsum(proposal.survival(a))])
+        spent = 0.0 if carried or not k else float(self.draft.table(k)[k])
+        cost = spent + self.verify.table(len(a) + 1)[1:] + self.overhead
+        best = int(np.argmax(reward / cost))
+        return max(best, 1) if self.paused else best  # a probe must be submitted, or nothing is learned
+
+    def keep(self, remaining: int, conf: Sequence[float]) -> bool:
+        a = np.array([self.stale(i, c) for i, c in enumerate(conf[:remaining])])
+        reuse = self.rate(a, 0.0).max()
+        k = self.k_max
+        fresh = self.rate(self.slots()[:k], self.draft.table(k)).max()
+        return bool(reuse >= fresh)
+
+    def update(self, r: RoundStats) -> None:
+        if r.pending == 1:
+            self.verify.add(1 + r.nodes, r.t_verify)
+            if r.k and not r.carried and not r.failed:
+                self.draft.add(r.k, r.t_draft)
+            if r.k:
+                self.overhead += 0.1 * (r.t_search + r.t_commit + r.t_other - self.overhead)
+        calib = self.stale if r.carried else self.calib
+        for slot, conf, accepted in r.observed:
+            calib.add(slot, conf, accepted)
+            if not r.carried and slot < self.k_max:
+                self.tries[slot + 1] += 1
+                self.hits[slot + 1] += accepted
+        if self.tries[1] > 512:  # forget slowly: texts differ
+            self.hits, self.tries = self.hits / 2, self.tries / 2
+
+
+def best_length(a: float, fixed: float, slope: float) -> int:
+    """k* for geometric acceptance `a` and T = fixed + slope k (spec: the smallest k whose successor does not pay)."""
+    if not 0 < a < 1:
+        raise DllmError(f"the acceptance rate lies in (0, 1), got {a}")
+    from scipy.special import lambertw
+
+    r, log = fixed / slope, -math.log(a)
+    beta = log / (1 - a)
+    y = -lambertw(-beta * math.exp(-beta - log * (r - 1)), k=-1).real / beta
+    return max(0, math.ceil((y - 1) / (1 - a) - r))
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise DllmError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+CONTROLLERS: dict[str, Any] = {
+    "fixed": Fixed,
+    "adl": ADL,
+    "failfast": FailFast,
+    "heuristic": Heuristic,
+    "rejection": RejectionThreshold,
+    "cost": CostAware,
+}

@@ -1,0 +1,78 @@
+"""What a drafter is. One method matters: `draft(ids, k)` returns a lattice (one forward of a dLLM) or a finished
+proposal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm.drafting.lattice import Lattice, build
+from dllm.drafting.proposal import Proposal
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the loop asks of a draft: fixed for one text."""
+
+    vocab: int  # of the verifier
+    eos: frozenset[int] = frozenset()
+    sampled: bool = False  # the search draws: hand over full rows
+    warp: Callable[[Tensor], Tensor] | None = (
+        None  # logits (k, V) of those rows: temperature, top-k, top-p as the verifier's
+    )
+    tau_mass: float = 0.8
+    m_max: int = 15
+    tree: int = 0  # node budget, 0 = chain
+    max_positions: int | None = None
+
+    def lattice(self, logits: Tensor, start: int, banned: Tensor | None = None) -> Lattice:
+        """The lattice of logits (k, V) in verifier ids: bans, then the verifier's own warpers where the search
+        samples."""
+        logits = fit(logits, self.vocab)
+        if banned is not None:
+            logits = logits.masked_fill(banned, float("-inf"))
+        if self.sampled and self.warp is not None:
+            logits = self.warp(logits.float())
+        return build(logits, start, tau_mass=self.tau_mass, m_max=self.m_max, keep=self.eos, with_rows=self.sampled)
+
+
+def fit(logits: Tensor, vocab: int) -> Tensor:
+    """Columns cut or padded to the verifier's vocabulary: embedding padding differs between checkpoints of one
+    tokenizer."""
+    if logits.shape[-1] >= vocab:
+        return logits[..., :vocab]
+    return torch.nn.functional.pad(logits, (0, vocab - logits.shape[-1]), value=float("-inf"))
+
+
+class Drafter:
+    """Base of all drafters. Ids are the verifier's everywhere.
+
+    `forwards` counts model forwards; `successors` asks the loop for the verifier's best eight tokens at every verified
+    node.
+    """
+
+    name = "drafter"
+    forwards = 0
+    successors = False
+    banned: frozenset[int] = frozenset()  # ids that must never reach the verifier (mask, pad, drafter-only specials)
+    need = Need(0)
+
+    def fork(self) -> Drafter:
+        """A drafter for one more text, sharing what may be shared (weights)."""
+        return copy.copy(self)
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        """A new text that starts with the prompt `ids`."""
+        self.need = need
+        self.forwards = 0
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+        """At most `k` tokens after `ids` (k nodes for a tree)."""
+        raise NotImplementedError
+
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+        """A round is over: `ids` ends with the `emitted` tokens."""

@@ -1,0 +1,150 @@
+"""The lattice of a one-forward draft: per slot, the few most probable tokens with their log-probabilities.
+
+All ids are the verifier's. Log-probabilities are normalised over the whole vocabulary after bans and before pruning,
+so that a column is honest about the mass it does not list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dllm.errors import DllmError
+
+Column = list[tuple[int, float]]
+
+
+class DraftFailure(RuntimeError):
+    """The drafter's logits are unusable (NaN, +inf): the round falls back to plain decoding and is counted."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """k slots of up to M candidates.
+
+    tokens (k, M) int64, -1 padded; logp (k, M) float32, -inf padded, descending; tail (k,) mass outside the kept set;
+    argmax (k,) the raw argmax draft; `start` the absolute position of slot 0; rows (k, V) the full log-probabilities
+    when factorised sampling needs them.
+    """
+
+    tokens: Tensor
+    logp: Tensor
+    tail: Tensor
+    argmax: Tensor
+    start: int
+    rows: Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        return len(self.argmax)
+
+    @cached_property
+    def columns(self) -> list[Column]:
+        """Plain lists: path search is a few thousand scalar operations, where tensors cost more than they save."""
+        return [
+            [(t, lp) for t, lp in zip(ts, lps, strict=True) if t >= 0]
+            for ts, lps in zip(self.tokens.tolist(), self.logp.tolist(), strict=True)
+        ]
+
+    @cached_property
+    def confidence(self) -> list[float]:
+        """Probability of the best candidate of each slot."""
+        return self.logp[:, 0].exp().tolist() if self.k else []
+
+    def suffix(self, n: int) -> Lattice:
+        """The slots from `n` on: what is left after `n` tokens were emitted.
+
+        The lattice is a function of the text before its first slot alone, hence any search over the rest is a legal
+        next draft: deterministic paths are point masses, and fresh draws from these rows have these rows as their law.
+        """
+        rows = None if self.rows is None else self.rows[n:]
+        return replace(
+            self,
+            tokens=self.tokens[n:],
+            logp=self.logp[n:],
+            tail=self.tail[n:],
+            argmax=self.argmax[n:],
+            start=self.start + n,
+            rows=rows,
+        )
+
+    def head(self, n: int) -> Lattice:
+        rows = None if self.rows is None else self.rows[:n]
+        return replace(
+            self, tokens=self.tokens[:n], logp=self.logp[:n], tail=self.tail[:n], argmax=self.argmax[:n], rows=rows
+        )
+
+    def first_eos(self, eos: Iterable[int]) -> int:
+        """L_gen of DiffuSpec: index of the first end token in the raw argmax draft, k if there is none."""
+        eos = set(eos)
+        return next((i for i, t in enumerate(self.argmax.tolist()) if t in eos), self.k)
+
+
+def build(
+    logits: Tensor,
+    start: int,
+    *,
+    tau_mass: float = 0.8,
+    m_max: int = 15,
+    keep: Iterable[int] = (),
+    banned: Tensor | None = None,
+    temperature: float = 1.0,
+    with_rows: bool = False,
+) -> Lattice:
+    """Prune logits (k, V) to a lattice (DiffuSpec, arXiv 2510.02358, section 3.2; defaults are the paper's).
+
+    Per slot: the smallest probability-sorted prefix with mass >= `tau_mass`, at most `m_max` tokens, plus every id of
+    `keep` (the end tokens) with its true log-probability. `banned` (V,) bool is excluded before the softmax. A slot
+    with nothing left ends the lattice. Raises DraftFailure on NaN or +inf.
+    """
+    if not 0 < tau_mass <= 1 or m_max < 1:
+        raise DllmError(f"tau_mass must lie in (0, 1] and m_max be at least 1, got {tau_mass} and {m_max}")
+    logits = logits.float()
+    if banned is not None:
+        logits = logits.masked_fill(banned[: logits.shape[-1]], float("-inf"))
+    best = logits.amax(-1) if logits.numel() else logits.new_zeros(0)
+    if torch.isnan(logits).any() or (best == float("inf")).any():
+        raise DraftFailure("the drafter returned NaN or infinite logits")
+    empty = (best == float("-inf")).nonzero()
+    if len(empty):
+        logits = logits[: int(empty[0])]
+    k, vocab = logits.shape
+    full = torch.log_softmax(logits / temperature, -1)  # (k, V)
+    logp, tokens = full.topk(min(m_max, vocab), -1)  # (k, M)
+    mass = logp.exp().cumsum(-1)
+    kept = (mass - logp.exp() < tau_mass) & (logp > float("-inf"))
+    kept[:, :1] = True
+    logp, tokens = logp.masked_fill(~kept, float("-inf")), tokens.masked_fill(~kept, -1)
+    tail = 1 - (mass * kept).amax(-1)
+    tokens, logp = _keep(tokens, logp, full, sorted({t for t in keep if 0 <= t < vocab}))
+    width = max(1, int((tokens >= 0).sum(-1).max())) if k else 1
+    argmax = full.argmax(-1) if k else tokens.new_zeros(0)
+    return Lattice(tokens[:, :width], logp[:, :width], tail, argmax, start, full if with_rows else None)
+
+
+def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: list[int]) -> tuple[Tensor, Tensor]:
+    """Append the ids of `keep` that pruning dropped; sorting moves the padding behind them."""
+    if not keep or not len(tokens):
+        return tokens, logp
+    ids = torch.tensor(keep, device=tokens.device).expand(len(tokens), -1)
+    extra = full.gather(1, ids)
+    present = (tokens[:, :, None] == ids[:, None, :]).any(1) | (extra == float("-inf"))
+    tokens = torch.cat([tokens, ids.masked_fill(present, -1)], 1)
+    logp = torch.cat([logp, extra.masked_fill(present, float("-inf"))], 1)
+    logp, order = logp.sort(dim=-1, descending=True, stable=True)
+    return tokens.gather(1, order), logp
+
+
+def from_columns(columns: list[Column], start: int = 0) -> Lattice:
+    """A lattice written out by hand: per slot a list of (token, log-probability)."""
+    width = max((len(c) for c in columns), default=1)
+    tokens = torch.full((len(columns), width), -1, dtype=torch.long)
+    logp = torch.full((len(columns), width), float("-inf"))
+    for i, column in enumerate(columns):
+        for j, (t, lp) in enumerate(sorted(column, key=lambda e: -e[1])):
+            tokens[i, j], logp[i, j] = t, lp
+    return Lattice(tokens, logp, 1 - logp.exp().sum(-1), tokens[:, 0], start)

@@ -1,0 +1,132 @@
+"""A causal proxy over token ids: what the n-gram statistics of the text so far say about the next token.
+
+A one-forward draft predicts its slots independently; the proxy restores some left-to-right consistency at the price of
+a dictionary lookup. It is built online from prompt and output (optionally from a user's corpus) over *ids*, never over
+strings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Protocol
+
+
+class CausalProxy(Protocol):
+    """log g(token | last tokens). `trust(state)` in [0, 1] says how much the state knows; 0 gives it no weight."""
+
+    def state(self, ids: Sequence[int]) -> Hashable: ...
+    def step(self, state: Any, token: int) -> Hashable: ...
+    def logp(self, state: Any, tokens: Sequence[int]) -> list[float]: ...
+    def trust(self, state: Any) -> float: ...
+    def update(self, ids: Sequence[int]) -> None: ...
+
+
+class NgramTable:
+    """Interpolated absolute discounting over token ids.
+
+    g(t | c) = max(n(c, t) - D, 0) / n(c) + D N(c) / n(c) g(t | c without its oldest token), down to 1 / V.
+    A state is the longest suffix of the text (at most order - 1 tokens) that was seen as a context: longer ones say
+    the same, which keeps the state space of the exact searches small. The text's own counts fade by `decay` per token;
+    a corpus does not.
+
+    `order` 3 as in DiffuSpec; `discount` 0.75 is the usual value for small counts; `kappa` observations give a trust
+    of 1/2.
+    """
+
+    def __init__(
+        self, vocab: int, order: int = 3, discount: float = 0.75, decay: float = 1.0, kappa: float = 2.0
+    ) -> None:
+        self.vocab, self.order, self.discount, self.decay, self.kappa = vocab, order, discount, decay, kappa
+        self.counts: dict[tuple[int, ...], dict[int, float]] = {}
+        self.total: dict[tuple[int, ...], float] = {}
+        self.unit = 1.0  # weight of a new observation: growing it is the same as fading the old ones
+        self.tail: tuple[int, ...] = ()
+
+    def update(self, ids: Sequence[int]) -> None:
+        """Append `ids` to the text and count them."""
+        for token in ids:
+            for n in range(min(len(self.tail), self.order - 1) + 1):
+                self._count(self.tail[len(self.tail) - n :], token, self.unit)
+            self.tail = (*self.tail, token)[-(self.order - 1) :] if self.order > 1 else ()
+            self.unit /= self.decay
+        if self.unit > 1e9:
+            self._rescale()
+
+    def fit(self, corpus: Iterable[Sequence[int]]) -> NgramTable:
+        """Count the documents of a corpus; the text starts empty again afterwards."""
+        for ids in corpus:
+            self.tail = ()
+            for i, token in enumerate(ids):
+                for n in range(min(i, self.order - 1) + 1):
+                    self._count(tuple(ids[i - n : i]), token, 1.0)
+        return self
+
+    def fork(self) -> NgramTable:
+        """An independent copy that starts a new text."""
+        twin = NgramTable(self.vocab, self.order, self.discount, self.decay, self.kappa)
+        twin.counts = {c: dict(n) for c, n in self.counts.items()}
+        twin.total, twin.unit = dict(self.total), self.unit
+        return twin
+
+    def _count(self, context: tuple[int, ...], token: int, weight: float) -> None:
+        row = self.counts.setdefault(context, {})
+        row[token] = row.get(token, 0.0) + weight
+        self.total[context] = self.total.get(context, 0.0) + weight
+
+    def _rescale(self) -> None:
+        for context, row in self.counts.items():
+            self.counts[context] = {t: n / self.unit for t, n in row.items()}
+            self.total[context] /= self.unit
+        self.unit = 1.0
+
+    def state(self, ids: Sequence[int]) -> tuple[int, ...]:
+        context = tuple(ids[-(self.order - 1) :]) if self.order > 1 else ()
+        while context and context not in self.counts:
+            context = context[1:]
+        return context
+
+    def step(self, state: tuple[int, ...], token: int) -> tuple[int, ...]:
+        return self.state((*state, token))
+
+    def trust(self, state: tuple[int, ...]) -> float:
+        if not state:  # unigrams say nothing about order
+            return 0.0
+        n = self.total[state] / self.unit
+        return n / (n + self.kappa)
+
+    def logp(self, state: tuple[int, ...], tokens: Sequence[int]) -> list[float]:
+        """log g of each token; always finite."""
+        return [math.log(self._prob(state, t)) for t in tokens]
+
+    def _prob(self, context: tuple[int, ...], token: int) -> float:
+        lower = 1.0 / self.vocab if not context else self._prob(context[1:], token)
+        row = self.counts.get(context)
+        if not row:
+            return lower
+        d, unit = self.discount, self.unit  # a faded count is worth less than one observation and loses less
+        n = row.get(token, 0.0)
+        taken = sum(min(n, unit) for n in row.values()) if self.decay < 1 else unit * len(row)
+        return (n - d * min(n, unit) + d * taken * lower) / self.total[context]
+
+
+class Uniform:
+    """The proxy that knows nothing: every search behaves as without one."""
+
+    def __init__(self, vocab: int) -> None:
+        self.flat = -math.log(vocab)
+
+    def state(self, ids: Sequence[int]) -> tuple[()]:
+        return ()
+
+    def step(self, state: tuple[()], token: int) -> tuple[()]:
+        return ()
+
+    def logp(self, state: tuple[()], tokens: Sequence[int]) -> list[float]:
+        return [self.flat] * len(tokens)
+
+    def trust(self, state: tuple[()]) -> float:
+        return 1.0
+
+    def update(self, ids: Sequence[int]) -> None:
+        return None

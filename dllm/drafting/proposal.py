@@ -1,0 +1,181 @@
+"""What a drafter hands to the verifier: a tree of tokens and how they came about.
+
+Losslessness is a property of (how the tokens were chosen, how they are accepted), never of the drafter. So the kind is
+part of the type: `point` tokens are a deterministic function of the text so far (argmax, beam, retrieval, any tree),
+`sampled` tokens were drawn from rows that travel with them. There is no third kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dllm.errors import DllmError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The laws the nodes of a sampled proposal were drawn from.
+
+    `prob` is (N, M) and sums to one along M; `index` (N, M) names the token of each entry, or is None when M is the
+    whole vocabulary. Row `i` is the law of node `i` given everything before it; siblings carry the same row.
+    """
+
+    prob: Tensor
+    index: Tensor | None = None
+
+    def dense(self, i: int, vocab: int) -> Tensor:
+        """Row `i` over the verifier's vocabulary: (V,) float64."""
+        row = self.prob[i].double()
+        if self.index is None:
+            return _fit(row, vocab)
+        return row.new_zeros(vocab).index_add_(0, self.index[i].clamp_min(0), row * (self.index[i] >= 0))
+
+    def head(self, n: int) -> Rows:
+        return Rows(self.prob[:n], None if self.index is None else self.index[:n])
+
+
+def _fit(row: Tensor, vocab: int) -> Tensor:
+    """A row of the drafter's width cut or padded to `vocab` columns (padding rows of an embedding differ between
+    models)."""
+    if row.shape[-1] >= vocab:
+        return row[:vocab]
+    return torch.cat([row, row.new_zeros(vocab - row.shape[-1])])
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """N drafted tokens, parents before children.
+
+    `parents[i]` is the node before node `i`, -1 for the last emitted token; a chain is -1, 0, 1, … `conf[i]` estimates
+    the probability that node `i` is accepted once its parent was (the length controllers read it). Siblings of a
+    sampled proposal are listed in the order in which they were drawn, without replacement.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    kind: Literal["point", "sampled"] = "point"
+    rows: Rows | None = None
+    conf: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("point", "sampled"):
+            raise DllmError(
+                f"a proposal is 'point' or 'sampled', not {self.kind!r}: no other kind can be verified exactly"
+            )
+        if len(self.parents) != len(self.tokens) or any(not -1 <= p < i for i, p in enumerate(self.parents)):
+            raise DllmError("a proposal needs one parent per token, parents before children, -1 at the root")
+        if (self.kind == "sampled") != (self.rows is not None):
+            raise DllmError("a sampled proposal carries the rows it was drawn from, a point proposal carries none")
+        if self.rows is not None and len(self.rows.prob) != len(self.tokens):
+            raise DllmError(f"{len(self.tokens)} sampled tokens came with {len(self.rows.prob)} rows")
+        if self.conf and len(self.conf) != len(self.tokens):
+            raise DllmError(f"{len(self.tokens)} tokens came with {len(self.conf)} confidences")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(-1, len(self.tokens) - 1))
+
+    @cached_property
+    def children(self) -> dict[int, list[int]]:
+        """node -> its children in order; the root is -1."""
+        table: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents):
+            table.setdefault(parent, []).append(node)
+        return table
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Distance from the root: 1 for a child of the last emitted token."""
+        out: list[int] = []
+        for parent in self.parents:
+            out.append(1 if parent < 0 else out[parent] + 1)
+        return tuple(out)
+
+    def survival(self, conf: Sequence[float] | None = None) -> list[float]:
+        """Probability that each node is reached and accepted: the product of `conf` along its path."""
+        out: list[float] = []
+        for parent, c in zip(self.parents, self.conf if conf is None else conf, strict=True):
+            out.append(c if parent < 0 else c * out[parent])
+        return out
+
+    def head(self, n: int) -> Proposal:
+        """The first `n` nodes (closed under parents because parents come first)."""
+        if n >= len(self):
+            return self
+        rows = None if self.rows is None else self.rows.head(n)
+        return Proposal(self.tokens[:n], self.parents[:n], self.kind, rows, self.conf[:n])
+
+    def within(self, room: int, eos: frozenset[int] = frozenset()) -> Proposal:
+        """The nodes at most `room` deep and not behind an end token."""
+        keep: list[int] = []
+        where = {-1: -1}
+        for i, (token, parent, depth) in enumerate(zip(self.tokens, self.parents, self.depths, strict=True)):
+            if depth <= room and parent in where:
+                keep.append(i)
+                if token not in eos:
+                    where[i] = len(keep) - 1
+        if len(keep) == len(self):
+            return self
+        if self.rows is not None:
+            index = None if self.rows.index is None else self.rows.index[keep]
+            rows: Rows | None = Rows(self.rows.prob[keep], index)
+        else:
+            rows = None
+        place = {old: i for i, old in enumerate(keep)} | {-1: -1}
+        return Proposal(
+            tuple(self.tokens[i] for i in keep),
+            tuple(place[self.parents[i]] for i in keep),
+            self.kind,
+            rows,
+            tuple(self.conf[i] for i in keep) if self.conf else (),
+        )
+
+    def then(self, other: Proposal) -> Proposal:
+        """This chain followed by a chain that was drafted after it (chunked drafting)."""
+        if not len(self):
+            return other
+        if not len(other):
+            return self
+        if not (self.is_chain and other.is_chain and self.kind == other.kind):
+            raise DllmError("only chains of one kind can be joined")
+        n = len(self)
+        rows = None
+        if self.rows is not None and other.rows is not None:
+            rows = _stack(self.rows, other.rows)
+        return Proposal(
+            self.tokens + other.tokens,
+            self.parents + tuple(p + n for p in other.parents),
+            self.kind,
+            rows,
+            self.conf + other.conf,
+        )
+
+
+def _stack(a: Rows, b: Rows) -> Rows:
+    if a.index is None and b.index is None:
+        return Rows(torch.cat([a.prob, b.prob]))
+    if a.index is None or b.index is None:
+        raise DllmError("dense and sparse rows cannot be joined")
+    width = max(a.prob.shape[1], b.prob.shape[1])
+
+    def pad(x: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+
+    return Rows(torch.cat([pad(a.prob, 0), pad(b.prob, 0)]), torch.cat([pad(a.index, -1), pad(b.index, -1)]))
+
+
+def chain(tokens: Sequence[int], conf: Sequence[float] = ()) -> Proposal:
+    """A deterministic chain."""
+    return Proposal(tuple(tokens), tuple(range(-1, len(tokens) - 1)), conf=tuple(conf))
+
+
+EMPTY = chain(())

@@ -1,0 +1,83 @@
+"""From what a user writes to the object: searches, controllers, drafters, verifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from torch import nn
+
+from dllm.drafting.drafters import Drafter
+from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
+from dllm.drafting.verifier import Verifier
+from dllm.errors import DllmError, unknown
+
+RETRIEVAL: dict[str, Any] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
+
+
+def named(kind: str, what: Any, table: Mapping[str, Any]) -> Any:
+    """
+    "name", "name:key=value,key=value", {"name": ..., key: value}, or an object that is passed through."""
+    if isinstance(what, Mapping):
+        options = dict(what)
+        if "name" not in options:
+            raise DllmError(f"a {kind} given as a mapping needs a 'name'")
+        name = options.pop("name")
+    elif isinstance(what, str):
+        name, _, rest = what.partition(":")
+        options = {}
+        for item in filter(None, rest.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise DllmError(f"{kind} option {item!r} is not key=value")
+            options[key.strip()] = yaml.safe_load(value)
+    else:
+        return what
+    if name not in table:
+        raise unknown(kind, name, table)
+    try:
+        return table[name](**options)
+    except TypeError as error:
+        raise DllmError(f"{kind} {name!r}: {str(error).split('__init__() ')[-1]}") from error
+
+
+def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
+    """A `Verifier` of a model, a name or a folder. One wrapper per model, so that its measurements last."""
+    if isinstance(what, Verifier):
+        return what if tokenizer is None else what.with_tokenizer(tokenizer)
+    if isinstance(what, str):
+        from dllm.models.hub import load_tokenizer, load_verifier, locate
+
+        tokenizer = load_tokenizer(locate(what, None)) if tokenizer is None else tokenizer
+        return Verifier(load_verifier(what), tokenizer)
+    known = getattr(what, "_dllm_verifier", None)
+    if known is None:
+        known = Verifier(what, tokenizer)
+        what._dllm_verifier = known
+    return known if tokenizer is None else known.with_tokenizer(tokenizer)
+
+
+def as_drafter(what: Any, verifier: Verifier | None = None) -> Any:
+    """A `Drafter` of a dLLM, an autoregressive model, a retrieval name, or None."""
+    if what is None or isinstance(what, Drafter):
+        return what
+    if isinstance(what, str) and what.split(":")[0] in RETRIEVAL:
+        return named("drafter", what, RETRIEVAL)
+    if isinstance(what, str | Mapping):
+        if isinstance(what, Mapping):
+            return named("drafter", what, RETRIEVAL)
+        from dllm.models.hub import load
+
+        what = load(what)
+    if isinstance(what, nn.Module):
+        from dllm.drafting.autoregressive import ARDrafter
+
+        return ARDrafter(what)
+    if hasattr(what, "mask_id") and hasattr(what, "logits"):
+        from dllm.drafting.diffusion import DiffusionDrafter
+
+        return DiffusionDrafter.shared(what, verifier)
+    raise DllmError(
+        f"a drafter is a dLLM, a causal LM, a Drafter, or one of {', '.join(RETRIEVAL)}; got {type(what).__name__}"
+    )

@@ -1,0 +1,233 @@
+"""Drafts without a model: what followed the last time the text said this. All of them are point proposals."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.lattice import Lattice
+from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.errors import DllmError
+
+
+class SuffixAutomaton:
+    """All substrings of a growing id sequence in O(1) amortised per token (Blumer et al. 1985).
+
+    `match` is the length of the longest suffix of the text that occurred before, `end` the index after that
+    occurrence: the most recent one known when the state was last matched.
+    """
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+        self.next: list[dict[int, int]] = [{}]
+        self.link, self.length, self.position = [-1], [0], [0]
+        self.last = self.state = 0
+        self.match = self.end = 0
+
+    def append(self, token: int) -> None:
+        self._follow(token)
+        self._extend(token)
+        while self.match and self.length[self.link[self.state]] >= self.match:
+            self.state = self.link[self.state]  # the extension may have split the matched state
+        self.end = self.position[self.state] if self.match else 0
+        if self.match:
+            self.position[self.state] = len(self.text)
+
+    def _follow(self, token: int) -> None:
+        """Move the match over the automaton of the text *before* the token."""
+        while self.state and token not in self.next[self.state]:
+            self.state = self.link[self.state]
+            self.match = self.length[self.state]
+        if token in self.next[self.state]:
+            self.state = self.next[self.state][token]
+            self.match += 1
+        else:
+            self.state = self.match = 0
+
+    def _extend(self, token: int) -> None:
+        self.text.append(token)
+        new = self._add(self.length[self.last] + 1, {}, len(self.text))
+        p = self.last
+        while p >= 0 and token not in self.next[p]:
+            self.next[p][token] = new
+            p = self.link[p]
+        if p < 0:
+            self.link[new] = 0
+        else:
+            q = self.next[p][token]
+            self.link[new] = q if self.length[p] + 1 == self.length[q] else self._split(p, q, token)
+        self.last = new
+
+    def _split(self, p: int, q: int, token: int) -> int:
+        clone = self._add(self.length[p] + 1, dict(self.next[q]), self.position[q])
+        self.link[clone] = self.link[q]
+        while p >= 0 and self.next[p].get(token) == q:
+            self.next[p][token] = clone
+            p = self.link[p]
+        self.link[q] = clone
+        return clone
+
+    def _add(self, length: int, following: dict[int, int], position: int) -> int:
+        self.next.append(following)
+        self.link.append(0)
+        self.length.append(length)
+        self.position.append(position)
+        return len(self.next) - 1
+
+    def continuation(self, k: int) -> list[int]:
+        """The `k` tokens after the match's earlier occurrence; it may run into itself, as a period does."""
+        if not self.match:
+            return []
+        out: list[int] = []
+        n = len(self.text)
+        for i in range(self.end, self.end + k):
+            out.append(self.text[i] if i < n else out[i - n])
+        return out
+
+
+class SuffixDrafter(Drafter):
+    """Copy what followed the longest repeated suffix of prompt and output (in the manner of SAM-Decoding,
+    SuffixDecoding).
+
+    `min_match` tokens must agree, else there is no draft. A longer match is trusted more: confidence m / (m + 1).
+    """
+
+    name = "suffix"
+
+    def __init__(self, min_match: int = 2) -> None:
+        self.min_match = min_match
+        self.automaton = SuffixAutomaton()
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        super().reset(ids, need)
+        self.automaton = SuffixAutomaton()
+        self._catch_up(ids)
+
+    def _catch_up(self, ids: Sequence[int]) -> None:
+        for token in ids[len(self.automaton.text) :]:
+            self.automaton.append(token)
+
+    @property
+    def match(self) -> int:
+        return self.automaton.match
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        self._catch_up(ids)
+        if self.automaton.match < self.min_match:
+            return EMPTY
+        tokens = _until(self.automaton.continuation(k), self.need.eos)
+        m = self.automaton.match
+        return chain(tokens, [m / (m + 1)] * len(tokens))
+
+
+class PromptLookup(Drafter):
+    """Copy what followed the last occurrence of the final n-gram, n from `max_ngram` down to `min_ngram` (PLD)."""
+
+    name = "lookup"
+
+    def __init__(self, max_ngram: int = 4, min_ngram: int = 1) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise DllmError(f"prompt lookup needs 1 <= min_ngram <= max_ngram, got {min_ngram} and {max_ngram}")
+        self.max_ngram, self.min_ngram = max_ngram, min_ngram
+        self.where: dict[tuple[int, ...], int] = {}
+        self.done = 0
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        super().reset(ids, need)
+        self.where, self.done = {}, 0
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        for end in range(self.done + 1, len(ids)):  # an n-gram counts once it has a successor
+            for n in range(self.min_ngram, min(self.max_ngram, end) + 1):
+                self.where[tuple(ids[end - n : end])] = end
+        self.done = max(self.done, len(ids) - 1)
+        for n in range(min(self.max_ngram, len(ids)), self.min_ngram - 1, -1):
+            found = self.where.get(tuple(ids[len(ids) - n :]))
+            if found is not None:
+                tokens = _until(list(ids[found : found + k]), self.need.eos)
+                return chain(tokens, [n / (n + 1)] * len(tokens))
+        return EMPTY
+
+
+class TokenRecycling(Drafter):
+    """A table of the verifier's best successors of every token, filled at every verified node, also rejected ones.
+
+    Drafts are trees (or the best chain) over the table, best first by the record of each rank (arXiv 2408.08696).
+    """
+
+    name = "recycle"
+    successors = True
+
+    def __init__(self, width: int = 8) -> None:
+        self.width = width
+        self.table: dict[int, list[int]] = {}
+        self.conf = [0.5 / (r + 1) ** 1.2 for r in range(width)]
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        super().reset(ids, need)
+        self.table = dict(self.table)
+
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+        for token, best in successors.items():
+            self.table[token] = best[: self.width]
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        budget = self.need.tree or k
+        if not self.need.tree:
+            tokens: list[int] = []
+            last = ids[-1]
+            while len(tokens) < k and last in self.table and last not in self.need.eos:
+                last = self.table[last][0]
+                tokens.append(last)
+            return chain(tokens, [self.conf[0]] * len(tokens))
+        out: list[tuple[int, int, float]] = []  # token, parent, confidence
+        heap = [(-c, r, -1, ids[-1], 1) for r, c in enumerate(self.conf)]
+        heapq.heapify(heap)
+        while heap and len(out) < budget:
+            minus, rank, parent, last, depth = heapq.heappop(heap)
+            following = self.table.get(last, [])
+            if rank >= len(following) or depth > k:
+                continue
+            token, node = following[rank], len(out)
+            out.append((token, parent, self.conf[rank]))
+            if token not in self.need.eos:
+                for r, c in enumerate(self.conf):
+                    heapq.heappush(heap, (minus * c, r, node, token, depth + 1))
+        return Proposal(tuple(o[0] for o in out), tuple(o[1] for o in out), conf=tuple(o[2] for o in out))
+
+
+class Fallback(Drafter):
+    """Retrieval where the text repeats itself (a match of `min_match` tokens), else the model: retrieval costs no
+    forward."""
+
+    def __init__(self, model: Drafter, retrieval: SuffixDrafter | None = None, min_match: int = 6) -> None:
+        self.model, self.retrieval, self.min_match = model, retrieval or SuffixDrafter(min_match), min_match
+        self.name = f"{self.retrieval.name}+{model.name}"
+        self.successors = model.successors
+
+    def fork(self) -> Fallback:
+        return Fallback(self.model.fork(), SuffixDrafter(self.retrieval.min_match), self.min_match)
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        super().reset(ids, need)
+        self.model.reset(ids, need)
+        self.retrieval.reset(ids, need)
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+        found = self.retrieval.draft(ids, k)
+        if len(found) and self.retrieval.match >= self.min_match:
+            return found
+        out = self.model.draft(ids, k, generator=generator)
+        self.forwards = self.model.forwards
+        return out
+
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+        self.model.observe(ids, emitted, successors)
+
+
+def _until(tokens: list[int], eos: frozenset[int]) -> list[int]:
+    """Cut behind the first end token."""
+    return tokens[: next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))]

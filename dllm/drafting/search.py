@@ -1,0 +1,417 @@
+"""From a lattice to a proposal.
+
+Every search sees the same edge weights, w(s, t) = q(t)^lam g(t | s)^(1 - lam): the drafter's marginal tempered by the
+causal proxy. An unknown context gives the proxy no weight (trust 0), so without text it changes nothing.
+
+The confidence of a *sampled* node is a property of its row, never of the token drawn: a controller that dropped
+unlikely draws would bias what remains, and the ratio test with it.
+
+| search | objective | result |
+|---|---|---|
+| argmax | best token per slot | point chain |
+| cps | sum of log w, beam (DiffuSpec) | point chain |
+| viterbi | sum of log w, exact | point chain |
+| eal | expected accepted length, exact | point chain |
+| sample | draws from the rows (DEER) | sampled chain |
+| cps_sample | draws from the normalised edge weights, left to right | sampled chain |
+| tree | the B most probable prefixes | point tree |
+| sample_tree | first slot without replacement, then chains | sampled tree |
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dllm.drafting.lattice import Lattice
+from dllm.drafting.ngram import CausalProxy
+from dllm.drafting.proposal import Proposal, Rows, chain
+from dllm.errors import DllmError
+
+Edge = tuple[int, float, Hashable]  # token, log weight, next state
+
+
+class PathSearch(Protocol):
+    """Choose what to verify. `ctx` are the ids before slot 0, `eos` the end tokens: a path has no successor after
+    one."""
+
+    sampled: bool
+
+    def __call__(
+        self,
+        lat: Lattice,
+        ctx: Sequence[int],
+        *,
+        eos: frozenset[int] = frozenset(),
+        proxy: CausalProxy | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Proposal: ...
+
+
+class Edges:
+    """The weighted graph behind a lattice: `out(i, s)` lists the edges of slot `i` from state `s`, cached."""
+
+    def __init__(self, lat: Lattice, ctx: Sequence[int], proxy: CausalProxy | None, lam: float) -> None:
+        self.columns, self.proxy, self.lam = lat.columns, proxy if lam < 1 else None, lam
+        self.root: Hashable = () if self.proxy is None else self.proxy.state(ctx)
+        self.cache: dict[tuple[int, Hashable], list[Edge]] = {}
+
+    def out(self, i: int, state: Hashable) -> list[Edge]:
+        key = (i, state)
+        if key not in self.cache:
+            self.cache[key] = self._weigh(self.columns[i], state)
+        return self.cache[key]
+
+    def _weigh(self, column: list[tuple[int, float]], state: Any) -> list[Edge]:
+        if self.proxy is None:
+            return [(t, lq, ()) for t, lq in column]
+        proxy, mix = self.proxy, (1 - self.lam) * self.proxy.trust(state)
+        if mix == 0:
+            return [(t, lq, proxy.step(state, t)) for t, lq in column]
+        tokens = [t for t, _ in column]
+        return [
+            (t, (1 - mix) * lq + mix * lg, proxy.step(state, t))
+            for (t, lq), lg in zip(column, proxy.logp(state, tokens), strict=True)
+        ]
+
+
+def _conf(edges: Edges, tokens: Sequence[int]) -> list[float]:
+    """The weight of each step of a path: the estimate of its acceptance."""
+    state, out = edges.root, []
+    for i, token in enumerate(tokens):
+        weight, state = next((w, s) for t, w, s in edges.out(i, state) if t == token)
+        out.append(math.exp(min(weight, 0.0)))
+    return out
+
+
+@dataclass(frozen=True)
+class Argmax:
+    """The most probable token of every slot."""
+
+    sampled = False
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        tokens = [column[0][0] for column in lat.columns]
+        n = next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))
+        return chain(tokens[:n], lat.confidence[:n])
+
+
+@dataclass(frozen=True)
+class CPSBeam:
+    """Causal-consistency path search (DiffuSpec, arXiv 2510.02358): beam over the sum of log weights.
+
+    Defaults of the paper: lam 0.5, beam 3. Ties go to the smaller token tuple. Sums of logs compare hypotheses of
+    unequal length, so an early end token is favoured; `eal` has no such bias.
+    """
+
+    lam: float = 0.5
+    beam: int = 3
+    sampled = False
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        edges = Edges(lat, ctx, proxy, self.lam)
+        beams: list[tuple[float, tuple[int, ...], Hashable, bool]] = [(0.0, (), edges.root, False)]
+        for i in range(lat.k):
+            grown = [b for b in beams if b[3]]
+            for score, tokens, state, done in beams:
+                if not done:
+                    grown += [(score + w, (*tokens, t), s, t in eos) for t, w, s in edges.out(i, state)]
+            beams = heapq.nsmallest(self.beam, grown, key=lambda b: (-b[0], b[1]))
+            if all(b[3] for b in beams):
+                break
+        tokens = beams[0][1]
+        return chain(tokens, _conf(edges, tokens))
+
+
+@dataclass(frozen=True)
+class Viterbi:
+    """The exact maximum of the beam's objective: dynamic programming over the proxy's states, any order."""
+
+    lam: float = 0.5
+    sampled = False
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        edges = Edges(lat, ctx, proxy, self.lam)
+        live: dict[Hashable, tuple[float, tuple[int, ...]]] = {edges.root: (0.0, ())}
+        done: list[tuple[float, tuple[int, ...]]] = []
+        for i in range(lat.k):
+            grown: dict[Hashable, tuple[float, tuple[int, ...]]] = {}
+            for state, (score, tokens) in live.items():
+                for t, w, s in edges.out(i, state):
+                    new = (score + w, (*tokens, t))
+                    if t in eos:
+                        done.append(new)
+                    elif s not in grown or (-new[0], new[1]) < (-grown[s][0], grown[s][1]):
+                        grown[s] = new
+            live = grown
+        _, tokens = min([*live.values(), *done], key=lambda h: (-h[0], h[1]))
+        return chain(tokens, _conf(edges, tokens))
+
+
+@dataclass(frozen=True)
+class EAL:
+    """The path with the largest expected accepted length, sum_i prod_{j<=i} w_j, exactly.
+
+    Backward recursion U_i(s) = max_t w(s, t) (1 + U_{i+1}(s')), U = 0 behind the lattice and behind an end token.
+    Longer lattices never lower the value, early end tokens win only when they are likely, and the first slots weigh
+    most: what a verifier rewards. `power` sharpens (> 1) or softens the weights towards acceptance probabilities.
+    """
+
+    lam: float = 0.5
+    power: float = 1.0
+    sampled = False
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        return self.solve(lat, ctx, eos=eos, proxy=proxy)[0]
+
+    def solve(self, lat, ctx, *, eos=frozenset(), proxy=None) -> tuple[Proposal, float]:
+        """The path and its value U_0, in tokens."""
+        edges = Edges(lat, ctx, proxy, self.lam)
+        layers: list[list[Hashable]] = [[edges.root]]
+        for i in range(lat.k):
+            layers.append(
+                list(dict.fromkeys(s for state in layers[i] for t, _, s in edges.out(i, state) if t not in eos))
+            )
+        value: dict[Hashable, float] = {}
+        choice: list[dict[Hashable, Edge]] = []
+        for i in range(lat.k - 1, -1, -1):
+            now: dict[Hashable, float] = {}
+            pick: dict[Hashable, Edge] = {}
+            for state in layers[i]:
+                best = -1.0
+                for edge in edges.out(i, state):
+                    t, w, s = edge
+                    gain = math.exp(min(self.power * w, 0.0)) * (1.0 + (0.0 if t in eos else value.get(s, 0.0)))
+                    if gain > best:
+                        best, pick[state] = gain, edge
+                now[state] = best
+            value = now
+            choice.append(pick)
+        tokens: list[int] = []
+        conf: list[float] = []
+        state = edges.root
+        for pick in reversed(choice):
+            t, w, state = pick[state]
+            tokens.append(t)
+            conf.append(math.exp(min(self.power * w, 0.0)))
+            if t in eos:
+                break
+        return chain(tokens, conf), value.get(edges.root, 0.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Independent draws from the rows of the lattice: DEER's draft (arXiv 2512.15176), exact under the ratio test.
+
+    Uses the full rows when the lattice has them, else the kept candidates, renormalised: whatever is drawn from is
+    what is handed over.
+    """
+
+    sampled = True
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        if not lat.k:
+            return chain(())
+        prob, index = _law(lat)
+        pick = torch.multinomial(prob, 1, generator=generator)  # (k, 1)
+        drawn = pick if index is None else index.gather(1, pick)
+        tokens = drawn[:, 0].tolist()
+        n = next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))
+        rows = Rows(prob, index).head(n)
+        return Proposal(tuple(tokens[:n]), tuple(range(-1, n - 1)), "sampled", rows, tuple(lat.confidence[:n]))
+
+
+def _law(lat: Lattice) -> tuple[Tensor, Tensor | None]:
+    """Probabilities to draw from, (k, M), and their ids (None = the vocabulary), on the CPU."""
+    if lat.rows is not None:
+        return lat.rows.exp().cpu(), None
+    return torch.softmax(lat.logp, -1).cpu(), lat.tokens.cpu()
+
+
+@dataclass(frozen=True)
+class CPSSample:
+    """Causal consistency and exactness at T > 0: draw left to right from r(t) ~ q(t)^lam g(t | state)^(1 - lam).
+
+    The row handed over is the true law of the token given the tokens before it, so the ratio test is exact.
+    """
+
+    lam: float = 0.5
+    sampled = True
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        edges = Edges(lat, ctx, proxy, self.lam)
+        width = max((len(c) for c in lat.columns), default=1)
+        prob, index = torch.zeros(lat.k, width), torch.full((lat.k, width), -1)
+        tokens: list[int] = []
+        state = edges.root
+        for i in range(lat.k):
+            out = edges.out(i, state)
+            row = torch.softmax(torch.tensor([w for _, w, _ in out]), 0)
+            pick = int(torch.multinomial(row, 1, generator=generator))
+            prob[i, : len(out)], index[i, : len(out)] = row, torch.tensor([t for t, _, _ in out])
+            token, _, state = out[pick]
+            tokens.append(token)
+            if token in eos:
+                break
+        n = len(tokens)
+        if not n:
+            return chain(())
+        rows = Rows(prob, index).head(n)
+        return Proposal(tuple(tokens), tuple(range(-1, n - 1)), "sampled", rows, tuple(lat.confidence[:n]))
+
+
+@dataclass(frozen=True)
+class BestFirstTree:
+    """The `budget` most probable prefixes of the lattice, found best first (DDTree, arXiv 2604.12989, when lam = 1).
+
+    Popping a node offers its next sibling and its first child; as weights are at most one the pop order is the order of
+    probability, so the set is closed under parents, optimal, and grows with the budget. `fanout` caps the children of
+    a node.
+    """
+
+    budget: int = 32
+    lam: float = 0.5
+    fanout: int = 8
+    sampled = False
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        edges = Edges(lat, ctx, proxy, self.lam)
+        ranked: dict[tuple[int, Hashable], list[Edge]] = {}
+
+        def children(depth: int, state: Hashable) -> list[Edge]:
+            key = (depth, state)
+            if key not in ranked:
+                ranked[key] = sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
+            return ranked[key]
+
+        tokens: list[int] = []
+        parents: list[int] = []
+        conf: list[float] = []
+        # (-log probability, tie break, depth, parent node, parent state, rank, log probability of the parent)
+        heap: list[tuple[float, int, int, int, Hashable, int, float]] = []
+        count = 0
+
+        def offer(depth: int, parent: int, state: Hashable, rank: int, base: float) -> None:
+            nonlocal count
+            if depth < lat.k and rank < len(children(depth, state)):
+                heapq.heappush(
+                    heap, (-(base + children(depth, state)[rank][1]), count, depth, parent, state, rank, base)
+                )
+                count += 1
+
+        offer(0, -1, edges.root, 0, 0.0)
+        while heap and len(tokens) < self.budget:
+            minus, _, depth, parent, state, rank, base = heapq.heappop(heap)
+            token, weight, following = children(depth, state)[rank]
+            node = len(tokens)
+            tokens.append(token)
+            parents.append(parent)
+            conf.append(math.exp(min(weight, 0.0)))
+            offer(depth, parent, state, rank + 1, base)
+            if token not in eos:
+                offer(depth + 1, node, following, 0, -minus)
+        return Proposal(tuple(tokens), tuple(parents), conf=tuple(conf))
+
+
+@dataclass(frozen=True)
+class SampleTree:
+    """`width` first tokens drawn without replacement, each continued by independent draws: recursive rejection is
+    exact."""
+
+    width: int = 3
+    depth: int = 8
+    sampled = True
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        if not lat.k:
+            return chain(())
+        prob, index = _law(lat.head(self.depth))
+        width = min(self.width, int((prob[0] > 0).sum()))
+        heads = torch.multinomial(prob[0], width, replacement=False, generator=generator).tolist()
+        tokens: list[int] = []
+        parents: list[int] = []
+        source: list[int] = []
+        conf: list[float] = []
+        for rank, head in enumerate(heads):
+            parent = -1
+            for slot in range(len(prob)):
+                pick = head if slot == 0 else int(torch.multinomial(prob[slot], 1, generator=generator))
+                token = pick if index is None else int(index[slot, pick])
+                tokens.append(token)
+                parents.append(parent)
+                source.append(slot)
+                conf.append(lat.confidence[slot] / (rank + 1 if slot == 0 else 1))
+                parent = len(tokens) - 1
+                if token in eos:
+                    break
+        rows = Rows(prob[source], None if index is None else index[source])
+        return Proposal(tuple(tokens), tuple(parents), "sampled", rows, tuple(conf))
+
+
+def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> Proposal:
+    """Trie union of two point proposals: at least the best `frac` of `budget` from `base`, the rest from `source`.
+
+    Siblings with one token merge and keep the larger confidence. Every node stays a point node, so the tree walk stays
+    exact.
+    """
+    if base.kind != "point" or source.kind != "point":
+        raise DllmError(
+            "only point proposals can be grafted: rows of a sampled tree would no longer describe its siblings"
+        )
+    trie = _Trie()
+    extra = min(len(source), budget - min(len(base), max(1, round(budget * frac))))
+    trie.insert(base.head(budget - extra))
+    trie.insert(source.head(extra))
+    return trie.proposal()
+
+
+@dataclass
+class _Trie:
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    conf: list[float] = field(default_factory=list)
+    where: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def insert(self, p: Proposal) -> None:
+        place: list[int] = []
+        for i, (token, parent) in enumerate(zip(p.tokens, p.parents, strict=True)):
+            key = (-1 if parent < 0 else place[parent], token)
+            if key not in self.where:
+                self.where[key] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(key[0])
+                self.conf.append(0.0)
+            node = self.where[key]
+            self.conf[node] = max(self.conf[node], p.conf[i] if p.conf else 0.0)
+            place.append(node)
+
+    def proposal(self) -> Proposal:
+        """Nodes by decreasing survival (a parent is never less likely than its child), so that `head` keeps the
+        best."""
+        raw = Proposal(tuple(self.tokens), tuple(self.parents), conf=tuple(self.conf))
+        survival = raw.survival()
+        order = sorted(range(len(raw)), key=lambda i: (-survival[i], raw.depths[i], i))
+        new = {old: i for i, old in enumerate(order)} | {-1: -1}
+        return Proposal(
+            tuple(raw.tokens[i] for i in order),
+            tuple(new[raw.parents[i]] for i in order),
+            conf=tuple(raw.conf[i] for i in order),
+        )
+
+
+SEARCHES: dict[str, Any] = {
+    "argmax": Argmax,
+    "cps": CPSBeam,
+    "viterbi": Viterbi,
+    "eal": EAL,
+    "sample": Sample,
+    "cps_sample": CPSSample,
+    "tree": BestFirstTree,
+    "sample_tree": SampleTree,
+}

@@ -1,0 +1,111 @@
+"""Tiny verifiers and scripted drafters for the tests of dllm.drafting."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from dllm.drafting.drafters import Drafter
+from dllm.drafting.lattice import from_columns
+from dllm.drafting.proposal import EMPTY, chain
+
+VOCAB = 40
+SMALL = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+KINDS = ("llama", "qwen3", "mistral-swa", "gemma3-mixed")
+
+
+def tiny_verifier(kind="llama", attn="sdpa", dtype=torch.float64, seed=0):
+    """A random causal LM whose greedy text is varied (large embeddings make the distributions peaked)."""
+    torch.manual_seed(seed + (kind == "gemma3-mixed"))  # its seed 0 repeats one token
+    if kind == "llama":
+        model = LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation=attn)
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM._from_config(Qwen3Config(**SMALL), attn_implementation=attn)
+    elif kind == "mistral-swa":
+        model = MistralForCausalLM._from_config(MistralConfig(**SMALL, sliding_window=7), attn_implementation=attn)
+    elif kind == "gemma3-mixed":
+        config = Gemma3TextConfig(
+            **{**SMALL, "num_hidden_layers": 3},
+            sliding_window=7,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+        model = Gemma3ForCausalLM._from_config(config, attn_implementation=attn)
+    else:
+        raise KeyError(kind)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            std = 0.4 if "embed" in name or "head" in name else 0.25
+            if kind.startswith("gemma") and "embed" in name:
+                std = 0.03  # tied and scaled: a larger one only ever repeats the last token
+            torch.nn.init.normal_(p, std=std)
+    return model.to(dtype).eval()
+
+
+def plain(model, ids, n, **kw):
+    """The verifier's own greedy text."""
+    mask = torch.ones(1, len(ids), dtype=torch.long)
+    out = model.generate(torch.tensor([ids]), attention_mask=mask, max_new_tokens=n, do_sample=False, **kw)
+    return out[0].tolist()
+
+
+def golden(name):
+    return AutoModelForCausalLM.from_pretrained(f"tests/golden/checkpoints/{name}", dtype=torch.float32).eval()
+
+
+class Script(Drafter):
+    """Drafts a known text: every slot right, none right, or every `period`-th wrong. As a lattice or as a finished
+    chain."""
+
+    name = "script"
+
+    def __init__(self, text, agree="always", lattice=True, period=3):
+        self.text, self.agree, self.lattice, self.period = list(text), agree, lattice, period
+
+    def draft(self, ids, k, *, generator=None):
+        self.forwards += 1
+        tokens = self.text[len(ids) : len(ids) + k]
+        columns = []
+        for i, right in enumerate(tokens):
+            wrong = (right + 1) % VOCAB
+            bad = self.agree == "never" or (self.agree == "sometimes" and (len(ids) + i) % self.period == 0)
+            best, other = (wrong, right) if bad else (right, wrong)
+            columns.append(
+                [(best, -0.2), ((right + 5) % VOCAB, -3.0)] + ([(other, -2.0)] if self.agree != "never" else [])
+            )
+        if self.lattice:
+            return from_columns(columns, len(ids))
+        return chain([c[0][0] for c in columns], [0.8] * len(columns))
+
+
+class Noise(Drafter):
+    """Random lattices: useless, but legal."""
+
+    name = "noise"
+
+    def __init__(self, seed=0, vocab=VOCAB):
+        self.generator, self.vocab = torch.Generator().manual_seed(seed), vocab
+
+    def draft(self, ids, k, *, generator=None):
+        self.forwards += 1
+        return self.need.lattice(3 * torch.randn(k, self.vocab, generator=self.generator), len(ids))
+
+
+class Silent(Drafter):
+    name = "silent"
+
+    def draft(self, ids, k, *, generator=None):
+        return EMPTY

@@ -1,0 +1,352 @@
+"""Lattice, searches, proxy, retrieval: hand examples of the papers, and brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm.drafting.lattice import DraftFailure, build, from_columns
+from dllm.drafting.ngram import NgramTable, Uniform
+from dllm.drafting.proposal import Proposal, Rows, chain
+from dllm.drafting.retrieval import SuffixAutomaton
+from dllm.drafting.search import (
+    EAL,
+    SEARCHES,
+    Argmax,
+    BestFirstTree,
+    CPSBeam,
+    CPSSample,
+    Edges,
+    Sample,
+    SampleTree,
+    Viterbi,
+    graft,
+)
+from dllm.errors import DllmError
+
+A, B, X, Y, DOT, BANG, EOS = range(7)
+LN = math.log
+COLUMNS = [[(A, LN(0.6)), (B, LN(0.4))], [(X, LN(0.55)), (Y, LN(0.45))], [(DOT, LN(0.9)), (BANG, LN(0.1))]]
+
+
+class Bigram:
+    """A proxy written out as a table; every context counts as known."""
+
+    def __init__(self, table, default=0.5):
+        self.table, self.default = table, default
+
+    def state(self, ids):
+        return ids[-1] if len(ids) else None
+
+    def step(self, state, token):
+        return token
+
+    def trust(self, state):
+        return 1.0
+
+    def logp(self, state, tokens):
+        return [LN(self.table.get((state, t), self.default)) for t in tokens]
+
+    def update(self, ids):
+        pass
+
+
+HAND = Bigram({(A, X): 0.1, (A, Y): 0.9, (B, X): 0.8, (B, Y): 0.2})
+
+
+# -- lattice
+
+
+def test_pruning_by_hand():
+    p = torch.tensor([[0.50, 0.25, 0.15, 0.06, 0.04]])
+    lat = build(p.log(), 7, tau_mass=0.8, keep=[3])
+    assert [t for t, _ in lat.columns[0]] == [0, 1, 2, 3] and lat.columns[0][3][1] == pytest.approx(LN(0.06))
+    assert lat.tail[0] == pytest.approx(0.10) and lat.start == 7
+    assert [t for t, _ in build(p.log(), 0, m_max=2, keep=[3]).columns[0]] == [0, 1, 3]
+
+
+def test_bans_come_before_the_softmax_and_an_empty_column_ends_the_draft():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 9.0], [1.0, 1.0, 1.0]])
+    banned = torch.tensor([False, False, True])
+    lat = build(logits, 0, tau_mass=1.0, banned=banned)
+    assert lat.k == 3 and all(t != 2 for c in lat.columns for t, _ in c)
+    assert sum(math.exp(lp) for _, lp in lat.columns[0]) == pytest.approx(1)
+    empty = torch.tensor([[1.0, 1.0, 1.0], [float("-inf"), float("-inf"), 3.0], [1.0, 1.0, 1.0]])
+    assert build(empty, 0, banned=banned).k == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_a_draft_failure(bad):
+    with pytest.raises(DraftFailure):
+        build(torch.tensor([[0.0, bad], [1.0, 1.0]]), 0)
+
+
+def test_suffix_and_rows():
+    lat = build(torch.randn(5, 9), 10, with_rows=True)
+    rest = lat.suffix(2)
+    assert rest.k == 3 and rest.start == 12 and rest.columns == lat.columns[2:] and torch.equal(rest.rows, lat.rows[2:])
+    assert lat.first_eos([int(lat.argmax[3])]) <= 3
+
+
+# -- searches by hand
+
+
+def score(columns, tokens, proxy, lam):
+    edges, total, state = Edges(from_columns(columns), (), proxy, lam), 0.0, None
+    state = edges.root
+    for i, token in enumerate(tokens):
+        w, state = next((w, s) for t, w, s in edges.out(i, state) if t == token)
+        total += w
+    return total
+
+
+def test_cps_by_hand():
+    lat = from_columns(COLUMNS)
+    expected = {(A, X): -2.4515, (A, Y): -1.4532, (B, X): -1.6145, (B, Y): -2.4079}
+    for path, value in expected.items():
+        assert score(COLUMNS, (*path, DOT), HAND, 0.5) == pytest.approx(value, abs=1e-4)
+        assert score(COLUMNS, (*path, BANG), HAND, 0.5) == pytest.approx(value - 1.0986, abs=1e-4)
+    assert CPSBeam()(lat, (), proxy=HAND).tokens == Viterbi()(lat, (), proxy=HAND).tokens == (A, Y, DOT)
+    assert Argmax()(lat, ()).tokens == (A, X, DOT)
+
+
+def test_the_beam_can_fail_and_viterbi_cannot():
+    lat = from_columns(COLUMNS[:2])
+    proxy = Bigram({(A, X): 0.05, (A, Y): 0.05, (B, X): 0.9, (B, Y): 0.2})
+    assert CPSBeam(beam=1)(lat, (), proxy=proxy).tokens == (A, X)
+    assert CPSBeam(beam=2)(lat, (), proxy=proxy).tokens == Viterbi()(lat, (), proxy=proxy).tokens == (B, X)
+    assert score(COLUMNS[:2], (A, X), proxy, 0.5) == pytest.approx(-2.3988, abs=1e-4)
+    assert score(COLUMNS[:2], (B, X), proxy, 0.5) == pytest.approx(-1.1563, abs=1e-4)
+
+
+def test_sum_of_logs_ends_early_and_eal_does_not():
+    columns = [[(A, LN(0.9)), (EOS, LN(0.1))], [(B, LN(0.3)), (EOS, LN(0.05))], [(X, LN(0.3)), (EOS, LN(0.05))]]
+    lat, eos = from_columns(columns), frozenset([EOS])
+    for search in (CPSBeam(lam=1.0), Viterbi(lam=1.0)):
+        assert search(lat, (), eos=eos).tokens == (EOS,)
+    path, value = EAL(lam=1.0).solve(lat, (), eos=eos)
+    assert path.tokens == (A, B, X) and value == pytest.approx(1.251)
+
+
+def test_eal_by_hand():
+    path, value = EAL().solve(from_columns(COLUMNS), (), proxy=HAND)
+    assert path.tokens == (A, Y, DOT) and value == pytest.approx(1.1301, abs=1e-4)
+
+
+# -- against brute force
+
+problem = st.integers(0, 10**6)
+
+
+def random_problem(seed, k=4, m=3, vocab=6):
+    r = random.Random(seed)
+    columns = []
+    for _ in range(k):
+        p = [r.random() + 0.05 for _ in range(m)]
+        columns.append([(t, LN(x / sum(p))) for t, x in zip(r.sample(range(vocab), m), p, strict=True)])
+    table = NgramTable(vocab, order=r.choice([2, 3, 4]), kappa=r.choice([0.5, 4.0]))
+    table.update([r.randrange(vocab) for _ in range(30)])
+    eos = frozenset(r.sample(range(vocab), r.choice([0, 1])))
+    ctx = [r.randrange(vocab) for _ in range(3)]
+    return from_columns(columns), table, eos, ctx
+
+
+def paths(lat, ctx, proxy, lam, eos):
+    """Every complete path with its step weights."""
+    edges = Edges(lat, ctx, proxy, lam)
+
+    def grow(i, state, tokens, weights):
+        if i == lat.k or (tokens and tokens[-1] in eos):
+            yield tuple(tokens), list(weights)
+            return
+        for t, w, s in edges.out(i, state):
+            yield from grow(i + 1, s, [*tokens, t], [*weights, w])
+
+    return list(grow(0, edges.root, [], []))
+
+
+def accepted_length(weights):
+    return sum(math.exp(sum(weights[: i + 1])) for i in range(len(weights)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem)
+def test_viterbi_and_eal_equal_brute_force_and_the_beam_is_below(seed):
+    lat, proxy, eos, ctx = random_problem(seed)
+    every = paths(lat, ctx, proxy, 0.5, eos)
+    weights = dict(every)
+    best = max(sum(w) for _, w in every)
+    v = Viterbi()(lat, ctx, eos=eos, proxy=proxy)
+    assert sum(weights[v.tokens]) == pytest.approx(best)
+    for beam in (1, 2, 3):
+        found = sum(weights[CPSBeam(beam=beam)(lat, ctx, eos=eos, proxy=proxy).tokens])
+        assert found <= best + 1e-9
+    wide = CPSBeam(beam=3**4)(lat, ctx, eos=eos, proxy=proxy)
+    assert sum(weights[wide.tokens]) == pytest.approx(best)
+    path, value = EAL().solve(lat, ctx, eos=eos, proxy=proxy)
+    assert value == pytest.approx(max(accepted_length(w) for _, w in every))
+    assert accepted_length(weights[path.tokens]) == pytest.approx(value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem)
+def test_longer_lattices_never_lower_the_expected_length(seed):
+    lat, proxy, eos, ctx = random_problem(seed)
+    values = [EAL().solve(lat.head(n), ctx, eos=eos, proxy=proxy)[1] for n in range(1, lat.k + 1)]
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(values))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem, st.integers(1, 14))
+def test_tree_is_the_most_probable_prefix_set(seed, budget):
+    lat, proxy, eos, ctx = random_problem(seed, k=3)
+    every = {}
+    for tokens, weights in paths(lat, ctx, proxy, 0.5, eos):
+        for n in range(1, len(tokens) + 1):
+            every[tokens[:n]] = math.exp(sum(weights[:n]))
+    tree = BestFirstTree(budget)(lat, ctx, eos=eos, proxy=proxy)
+    prefixes = node_paths(tree)
+    assert len(set(prefixes)) == len(tree) == min(budget, len(every))
+    assert all(p[:-1] in prefixes or len(p) == 1 for p in prefixes)
+    assert sum(every[p] for p in prefixes) == pytest.approx(sum(sorted(every.values(), reverse=True)[: len(tree)]))
+    assert tree.survival() == pytest.approx([every[p] for p in prefixes])
+    larger = node_paths(BestFirstTree(budget + 3)(lat, ctx, eos=eos, proxy=proxy))
+    assert larger[: len(prefixes)] == prefixes
+
+
+def node_paths(tree):
+    out = []
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        out.append((*(out[parent] if parent >= 0 else ()), token))
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem)
+def test_a_proxy_that_knows_nothing_changes_nothing(seed):
+    lat, _, _, ctx = random_problem(seed)
+    for search in (CPSBeam(), Viterbi(), EAL(), BestFirstTree(6)):
+        assert search(lat, ctx, proxy=NgramTable(6)).tokens == search(lat, ctx).tokens
+    for search in (CPSBeam(), Viterbi()):  # a uniform proxy scales every path alike
+        assert search(lat, ctx, proxy=Uniform(6)).tokens == search(lat, ctx).tokens
+
+
+def test_every_search_is_deterministic_under_a_seed():
+    lat, proxy, eos, ctx = random_problem(3)
+    for name, make in SEARCHES.items():
+        runs = [
+            make()(lat, ctx, eos=eos, proxy=proxy, generator=torch.Generator().manual_seed(5)).tokens for _ in range(2)
+        ]
+        assert runs[0] == runs[1], name
+
+
+@pytest.mark.parametrize("search", [Sample(), CPSSample(), SampleTree(2, 3)])
+def test_sampled_rows_are_the_law_of_the_draw(search):
+    """First-slot draws follow the row that is handed over; the confidence does not depend on the draw."""
+    lat, proxy, _, ctx = random_problem(11)
+    g = torch.Generator().manual_seed(0)
+    counts, rows, confs = Counter(), None, set()
+    for _ in range(4000):
+        p = search(lat, ctx, proxy=proxy, generator=g)
+        assert p.kind == "sampled"
+        counts[p.tokens[0]] += 1
+        rows = p.rows.dense(0, 6)
+        confs.add(p.conf)
+    assert len(confs) == 1
+    assert rows.sum() == pytest.approx(1)
+    for t in range(6):
+        assert counts[t] / 4000 == pytest.approx(float(rows[t]), abs=0.03)
+
+
+# -- proposals
+
+
+def test_only_point_and_sampled_exist():
+    with pytest.raises(DllmError, match=r"point.*sampled"):
+        Proposal((1,), (-1,), "soft")
+    with pytest.raises(DllmError, match="rows"):
+        Proposal((1,), (-1,), "sampled")
+    with pytest.raises(DllmError, match="rows"):
+        Proposal((1,), (-1,), "point", Rows(torch.ones(1, 1)))
+    with pytest.raises(DllmError, match="parents"):
+        Proposal((1, 2), (-1, 1))
+
+
+def test_within_cuts_depth_and_what_follows_an_end_token():
+    p = Proposal((1, 9, 2, 3, 4), (-1, -1, 0, 1, 2), conf=(0.5,) * 5)
+    assert p.within(9, frozenset([9])).tokens == (1, 9, 2, 4)
+    assert p.within(2).tokens == (1, 9, 2, 3) and p.within(2).parents == (-1, -1, 0, 1)
+    assert p.head(3).parents == (-1, -1, 0) and p.depths == (1, 1, 2, 2, 3)
+
+
+def test_graft_is_a_trie_union():
+    base = Proposal((1, 2, 3), (-1, 0, -1), conf=(0.6, 0.5, 0.3))
+    both = graft(base, chain((1, 7), (0.9, 0.9)), budget=5)
+    assert set(node_paths(both)) == {(1,), (1, 2), (3,), (1, 7)}
+    assert dict(zip(node_paths(both), both.conf, strict=True))[(1,)] == 0.9
+    with pytest.raises(DllmError, match="point"):
+        graft(Proposal((1,), (-1,), "sampled", Rows(torch.ones(1, 2))), base, 4)
+
+
+# -- the n-gram table
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 4), st.sampled_from([1.0, 0.9]))
+def test_ngram_rows_are_distributions(text, order, decay):
+    table = NgramTable(5, order, decay=decay)
+    table.update(text)
+    for state in [table.state(text), table.state(text[:-1]), ()]:
+        assert sum(math.exp(lp) for lp in table.logp(state, range(5))) == pytest.approx(1)
+
+
+def test_ngram_learns_backs_off_and_forgets():
+    table = NgramTable(50)
+    assert table.logp((), [3]) == pytest.approx([-LN(50)]) and table.trust(()) == 0
+    table.update([1, 2, 3, 1, 2, 3, 1, 2])
+    assert table.state([9, 1, 2]) == (1, 2) and table.state([9, 9, 2]) == (2,) and table.state([9]) == ()
+    assert table.logp((1, 2), [3])[0] > LN(0.5) > table.logp((1, 2), [4])[0]
+    fading = NgramTable(50, decay=0.5)
+    fading.update([1, 2, 7, 1, 2, 8])
+    assert fading.logp((1, 2), [8])[0] > fading.logp((1, 2), [7])[0]
+    fitted = NgramTable(50).fit([[4, 5], [4, 5]])
+    twin = fitted.fork()
+    twin.update([4, 6])
+    assert fitted.logp((4,), [5])[0] > LN(0.5) and fitted.counts != twin.counts
+
+
+# -- retrieval
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=40))
+def test_suffix_automaton_finds_the_longest_repeated_suffix(text):
+    sam = SuffixAutomaton()
+    for i, token in enumerate(text):
+        sam.append(token)
+        seen = text[: i + 1]
+        n = max(
+            (
+                m
+                for m in range(len(seen))
+                if any(seen[j : j + m] == seen[len(seen) - m :] for j in range(len(seen) - m))
+            ),
+            default=0,
+        )
+        assert sam.match == n
+        if n:
+            assert sam.end <= i and seen[sam.end - n : sam.end] == seen[len(seen) - n :]
+
+
+def test_a_continuation_runs_into_itself():
+    sam = SuffixAutomaton()
+    for token in [1, 2, 3, 1, 2, 3, 1]:
+        sam.append(token)
+    assert sam.continuation(7) == [2, 3, 1, 2, 3, 1, 2]
