@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class Prediction:
         seed: Tensor | None = None,
         step: Tensor | None = None,
         more: Callable[[Tensor], Prediction | None] | None = None,
+        answer: Any = None,
     ) -> None:
         self.logits = logits  # (B, W, V), float32 at least
         self.cols = cols  # (B, W)
@@ -64,6 +66,7 @@ class Prediction:
         self.seed = torch.zeros_like(cols[:, 0]) if seed is None else seed
         self.step = torch.zeros_like(cols[:, 0]) if step is None else step
         self.more = more or (lambda _: None)
+        self.answer = answer  # the forward behind it (engine.Answer), for the private queries and notes of `inputs`
 
     # -- the token --------------------------------------------------------------------------------------------------
 
@@ -216,7 +219,7 @@ class Rescored(Prediction):
     """A prediction whose confidences were replaced by an `adjust`; every other quantity is the raw one's."""
 
     def __init__(self, raw: Prediction, confidence: Tensor, token: Tensor | None = None) -> None:
-        super().__init__(raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more)
+        super().__init__(raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, answer=raw.answer)
         self.raw = raw
         self._confidence, self._token = confidence, raw.token if token is None else token
 
@@ -295,8 +298,11 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     mass = torch.zeros(len(probs), 0x3F81, dtype=torch.float64, device=probs.device).scatter_add_(1, key, probs.double())
     above = mass.flip(1).cumsum(1).flip(1) - mass  # (n, bins) mass of the likelier bins
     edge = ((above <= top_p) & (mass > 0)).int().argmax(1, keepdim=True)  # the lowest bin that is reached
-    kept = key > edge
     count = int((key == edge).sum(1).max())
-    values, ids = torch.where(key == edge, probs, -1.0).topk(count, dim=-1)
+    values = torch.where(key == edge, probs, -1.0).topk(count, dim=-1).values  # (n, count)
     before = above.gather(1, edge) + values.double().clamp(min=0).cumsum(1) - values
-    return kept.scatter_(1, ids, (values > 0) & (before <= top_p) | kept.gather(1, ids))
+    inside = (values > 0) & (before <= top_p)
+    last = values.gather(1, inside.sum(1, keepdim=True) - 1)  # the least likely token that stays
+    equal = probs == last  # of several, those of lowest id
+    room = (inside & (values == last)).sum(1, keepdim=True)
+    return (probs > last) | (equal & (equal.cumsum(-1) <= room))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -190,21 +191,34 @@ def trace(
     source: Annotated[Path, typer.Argument(help="A trace written by `dllm generate --trace run.json`.")],
     target: Annotated[Path | None, typer.Argument(help="Write an HTML page here; without it, show in the terminal.")] = None,
 ) -> None:
-    """Show which forward committed which token."""
+    """Show which forward committed which token: in the terminal, or as an .html page or an .svg picture."""
     from dllm.trace import Trace
 
     loaded = Trace.load(source)
-    if target is not None:
+    if target is not None and target.suffix not in (".html", ".svg"):
+        raise DllmError(f"{target}: a trace is written as .html or .svg")
+    if target is not None and target.suffix == ".html":
         target.write_text(loaded.to_html(), encoding="utf-8")
-        typer.echo(f"wrote {target}: {len(loaded.commits)} forwards")
+    elif target is not None:
+        console = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+        _show(loaded, console)
+        console.save_svg(str(target), title=f"dllm trace · {loaded.sampler}")
+    else:
+        _show(loaded, Console(highlight=False))
         return
-    console, steps = Console(highlight=False), max(len(loaded.commits), 1)
+    typer.echo(f"wrote {target}: {len(loaded.commits)} forwards")
+
+
+def _show(loaded: Any, console: Console) -> None:
+    """The text coloured by commit order, then what each forward wrote."""
+    steps = max(len(loaded.commits), 1)
     text = Text()
     for piece, k in loaded.cells():
         shade = 0 if k is None else k / max(steps - 1, 1)
-        text.append(piece, style=f"on #{int(60 + 160 * shade):02x}50{int(220 - 160 * shade):02x}" if k is not None else "dim")
+        colour = f"white on #{int(50 + 150 * shade):02x}46{int(200 - 150 * shade):02x}"
+        text.append(piece, style="dim" if k is None else colour)
     console.print(text)
-    console.print(f"{loaded.sampler}: {steps} forwards; blue first, red last", style="dim")
+    console.print(f"\n{loaded.sampler}: {steps} forwards; blue first, red last", style="dim", highlight=False)
     for k, pairs in enumerate(loaded.commits):
-        shown = " ".join(f"{c}:{loaded.piece(t)!r}" if t != loaded.mask_id else f"{c}:re-masked" for c, t in pairs)
-        console.print(Text(f"{k + 1:4d}  {shown}", style="dim"), soft_wrap=True)
+        shown = "  ".join(f"{c}:{loaded.piece(t)!r}" if t != loaded.mask_id else f"{c}:re-masked" for c, t in pairs)
+        console.print(Text(f"{k + 1:4d}  {shown}", style="dim"))

@@ -1,0 +1,188 @@
+"""The engine on scripted models and a tiny checkpoint: commit order, independence of rows, refills, invariants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import Scripted, peaks
+
+import dllm
+from dllm.canvas import Canvas, Decision
+from dllm.errors import DllmError
+
+CACHES = ["none", "prefix", "dual", "dual:left=3,right=2"]
+SAMPLERS = ["confidence", "margin", "entropy", "random", "threshold:tau=0.6", "factor", "factor:compat", "eb"]
+PROMPTS = [[5, 9, 30, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
+
+
+def run(checkpoint: str, prompts: Any, dtype: str = "float64", **arguments: Any) -> Any:
+    return dllm.generate(model(checkpoint, dtype), prompts, trace=True, **arguments)
+
+
+def test_columns_commit_in_the_order_of_their_confidence() -> None:
+    table = peaks([(1, 0.6), (2, 0.9), (3, 0.7), (4, 0.8)], vocab=6)
+    out = dllm.generate(Scripted(table), [0], sampler="confidence", max_new_tokens=4, block_length=4, trace=True)
+    assert out.trace.commits == [[[2, 2]], [[4, 4]], [[3, 3]], [[1, 1]]]
+    assert (out.tokens, out.nfe, out.finish_reason) == ([1, 2, 3, 4], 4, "length")
+
+
+def test_ties_go_to_the_lowest_position() -> None:
+    table = peaks([(1, 0.8)] * 5, vocab=4)
+    out = dllm.generate(Scripted(table), [0], sampler="confidence", max_new_tokens=5, block_length=5, trace=True)
+    assert [pairs[0][0] for pairs in out.trace.commits] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("steps", "quota"), [(4, [3, 3, 2, 2]), (3, [4, 3, 3]), (10, [1] * 10), (40, [1] * 10), (1, [10])])
+def test_the_quota_is_spread_as_llada_spreads_it(steps: int, quota: list[int]) -> None:
+    out = dllm.generate(
+        Scripted(peaks([(1, 0.5)] * 10, 4)), [0], sampler="confidence", steps=steps, max_new_tokens=10, block_length=10, trace=True
+    )
+    assert [len(pairs) for pairs in out.trace.commits] == quota
+
+
+def test_the_last_block_may_be_short() -> None:
+    out = dllm.generate(Scripted(peaks([(1, 0.5)] * 7, 4)), [0], sampler="threshold:tau=0.4", max_new_tokens=7, block_length=3, trace=True)
+    assert out.trace.windows == [[1, 4], [4, 7], [7, 8]]
+    assert out.nfe == 3
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_row_gets_in_a_batch_what_it_gets_alone(sampler: str, cache: str) -> None:
+    arguments: dict[str, Any] = {
+        "sampler": sampler, "cache": cache, "max_new_tokens": 12, "block_length": 5, "steps": 8, "early_stop": False,
+    }  # fmt: skip
+    together = run("tiny-llada-random", PROMPTS, batch_size=2, seed=3, **arguments)  # the third row refills
+    for i, prompt in enumerate(PROMPTS):
+        alone = run("tiny-llada-random", prompt, seed=3 + i, **arguments)
+        assert together[i].sequences == alone.sequences
+        assert together[i].nfe == alone.nfe
+        assert together[i].positions == alone.positions
+        assert together[i].trace.commits == alone.trace.commits
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_p": 0.9, "top_k": 20},
+        {"temperature": 0.7, "gumbel": True},
+        {"sampler": "dream:alg=origin"},
+        {"sampler": "dream:alg_temp=0.5", "temperature": 0.5, "top_p": 0.95},
+        {"cfg_scale": 0.7, "cache": "dual"},
+        {"cfg_scale": 0.7, "cache": "prefix", "temperature": 0.4},
+    ],
+)
+def test_sampled_rows_are_the_same_alone_and_in_a_batch(arguments: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"max_new_tokens": 10, "block_length": 5, "early_stop": False, **arguments}
+    together = run("tiny-llada-random", PROMPTS, seed=11, **common)
+    again = run("tiny-llada-random", PROMPTS, seed=11, batch_size=1, **common)
+    other = run("tiny-llada-random", PROMPTS, seed=99, **common)
+    assert [o.sequences for o in together] == [o.sequences for o in again]
+    if "temperature" in arguments:
+        assert [o.sequences for o in together] != [o.sequences for o in other]
+    alone = run("tiny-llada-random", PROMPTS[1], seed=12, **common)
+    assert alone.sequences == together[1].sequences
+
+
+def test_float32_batches_differ_only_where_the_decision_is_closer_than_the_error() -> None:
+    """In float32 a row may part from its single run only at a decision within the measured numeric error."""
+    single, batch, parted = [], run("tiny-llada-random", PROMPTS, "float32", max_new_tokens=16, early_stop=False), 0
+    for i, prompt in enumerate(PROMPTS):
+        single.append(run("tiny-llada-random", prompt, "float32", max_new_tokens=16, early_stop=False))
+        parted += single[i].sequences != batch[i].sequences
+    reference = [run("tiny-llada-random", p, max_new_tokens=16, early_stop=False).sequences for p in PROMPTS]
+    assert parted == sum(s.sequences != r for s, r in zip(single, reference, strict=True)) == 0
+
+
+def test_caches_are_exact_where_they_must_be() -> None:
+    """One forward a block: every forward is a refresh, so the caches change nothing."""
+    arguments: dict[str, Any] = {"sampler": "threshold:tau=0", "max_new_tokens": 12, "block_length": 4, "early_stop": False}
+    plain = run("tiny-llada-random", PROMPTS, **arguments)
+    for cache in CACHES[1:]:
+        assert [o.sequences for o in run("tiny-llada-random", PROMPTS, cache=cache, **arguments)] == [o.sequences for o in plain]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 150), min_size=1, max_size=9), min_size=1, max_size=4),
+    st.sampled_from([*SAMPLERS, "dream"]),
+    st.sampled_from(CACHES),
+    st.integers(1, 14),
+    st.integers(1, 9),
+    st.sampled_from([None, 1, 3, 20]),
+    st.sampled_from([0.0, 0.9]),
+)
+@settings(max_examples=25, deadline=None)
+def test_invariants(prompts: list, sampler: str, cache: str, new: int, block: int, steps: int | None, temperature: float) -> None:
+    tiny = model("tiny-llada-random")
+    outputs = dllm.generate(
+        tiny, prompts, sampler=sampler, cache=cache, max_new_tokens=new, block_length=block, steps=steps,
+        temperature=temperature, early_stop=False, batch_size=2, trace=True,
+    )  # fmt: skip
+    for prompt, out in zip(prompts, outputs, strict=True):
+        written = [c for pairs in out.trace.commits for c, _ in pairs]
+        assert out.sequences[: len(prompt)] == prompt
+        assert len(out.sequences) == len(prompt) + new
+        assert tiny.mask_id not in out.sequences
+        assert sorted(written) == list(range(len(prompt), len(prompt) + new))  # each column once, none elsewhere
+        assert out.nfe == len(out.trace.commits) <= max(new, steps or 0)
+        if sampler != "dream":
+            assert all(pairs for pairs in out.trace.commits)
+        for pairs, (lo, hi) in zip(out.trace.commits, out.trace.windows, strict=True):
+            assert all(lo <= c < hi for c, _ in pairs)
+
+
+def test_the_cap_fills_what_is_left() -> None:
+    out = dllm.generate(Scripted(peaks([(1, 0.5)] * 12, 4)), [0], sampler="confidence", max_new_tokens=12, max_nfe=4)
+    assert (out.nfe, out.finish_reason, out.tokens) == (4, "cap", [1] * 12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_logits_stop_the_decode(bad: float) -> None:
+    def script(ids: list[int]) -> torch.Tensor:
+        table = peaks([(1, 0.5)] * 6, 4)
+        if 1 in ids:  # from the second forward on
+            table[3] = bad
+        return table
+
+    scripted = Scripted(script, vocab=5)
+    with pytest.raises(DllmError, match="NaN"):
+        dllm.generate(scripted, [0], sampler="confidence", max_new_tokens=6)
+
+
+def test_canvas_edits_shift_what_is_right_of_them() -> None:
+    ids = torch.tensor([[5, 9, 9, 7, 0, 0]])
+    canvas = Canvas(ids, ids == 9, torch.tensor([[True, False, False, False, True, True]]), torch.tensor([1]), torch.tensor([4]), 9)
+    write = torch.tensor([[False, True, False, False, False, False]])
+    no = torch.tensor([False])
+    after = canvas.apply(Decision(write, torch.full_like(ids, 3), no, edits=((0, 2, 1, (9, 9)),)))
+    assert after.ids.tolist() == [[5, 3, 9, 9, 7, 0]]
+    assert after.masked.tolist() == [[False, False, True, True, False, False]]
+    assert after.length.tolist() == [5]
+    assert canvas.ids.tolist() == ids.tolist()
+
+
+def test_tokens_are_counted_to_the_first_stop() -> None:
+    table = peaks([(1, 0.9), (2, 0.8), (3, 0.7), (1, 0.6)], 5)
+    out = dllm.generate(Scripted(table, eos=3), [0], sampler="confidence", max_new_tokens=4, block_length=4)
+    assert (out.tokens, out.nfe, out.finish_reason, out.sequences) == ([1, 2], 3, "stop", [0, 1, 2, 3])
+    empty = dllm.generate(Scripted(peaks([(3, 0.9)] * 4, 5), eos=3), [0], sampler="confidence", max_new_tokens=4)
+    assert (empty.tokens, empty.tokens_per_forward) == ([], 0.0)
+
+
+def test_an_early_stop_waits_for_the_prefix_to_close() -> None:
+    """EOS at the second column is committed first; the first column is still open then."""
+    table = peaks([(1, 0.5), (3, 0.9), (1, 0.8), (1, 0.7)], 5)
+    out = dllm.generate(Scripted(table, eos=3), [0], sampler="confidence", max_new_tokens=4, block_length=4, trace=True)
+    assert [c for pairs in out.trace.commits for c, _ in pairs] == [2, 3, 4, 1]
+    early = dllm.generate(Scripted(peaks([(1, 0.8), (3, 0.9), (1, 0.5), (1, 0.4)], 5), eos=3), [0], sampler="confidence", max_new_tokens=4)
+    assert (early.nfe, early.tokens) == (2, [1])
+    full = dllm.generate(
+        Scripted(peaks([(1, 0.8), (3, 0.9), (1, 0.5), (1, 0.4)], 5), eos=3), [0], sampler="confidence", max_new_tokens=4, early_stop=False
+    )
+    assert (full.nfe, full.tokens, full.sequences) == (4, [1], [0, 1, 3, 1, 1])

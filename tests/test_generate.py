@@ -1,0 +1,232 @@
+"""The front door: prompts of every kind, stops, infilling, streams, scores, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import GOLDEN, model
+from scripted import Scripted, peaks
+
+import dllm
+from dllm.errors import DllmError
+from dllm.generation import as_list
+from dllm.trace import Trace
+
+TRAINED = GOLDEN / "checkpoints" / "tiny-llada-trained"
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    return dllm.load(TRAINED, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return model("tiny-llada-random")
+
+
+def test_prompts_of_every_kind(tiny: Any, trained: Any) -> None:
+    one = dllm.generate(tiny, [3, 4, 5], max_new_tokens=4)
+    assert dllm.generate(tiny, torch.tensor([3, 4, 5]), max_new_tokens=4).sequences == one.sequences
+    listed = dllm.generate(tiny, [[3, 4, 5]], max_new_tokens=4)
+    assert isinstance(listed, list)
+    assert listed[0].sequences == one.sequences
+    assert [o.sequences for o in dllm.generate(tiny, torch.tensor([[3, 4, 5]]), max_new_tokens=4)] == [one.sequences]
+    text = dllm.generate(trained, "12+30=", max_new_tokens=8)
+    ids = trained.tokenizer("12+30=", add_special_tokens=False)["input_ids"]
+    assert text.sequences == dllm.generate(trained, list(ids), max_new_tokens=8).sequences
+    assert text.text == trained.tokenizer.decode(text.tokens, skip_special_tokens=True)
+
+
+def test_no_prompt_is_unconditional(tiny: Any) -> None:
+    out = dllm.generate(tiny, max_new_tokens=5, early_stop=False)
+    assert len(out.sequences) == 5
+    shifted = dllm.generate(model("tiny-dream-random"), max_new_tokens=5, early_stop=False)
+    assert shifted.sequences[0] == model("tiny-dream-random").bos_id
+    assert len(shifted.sequences) == 6
+
+
+def test_several_answers_use_consecutive_seeds(tiny: Any) -> None:
+    many = dllm.generate(tiny, [3, 4], max_new_tokens=6, temperature=1.0, n=3, seed=5)
+    assert [o.seed for o in many] == [5, 6, 7]
+    assert many[2].sequences == dllm.generate(tiny, [3, 4], max_new_tokens=6, temperature=1.0, seed=7).sequences
+
+
+def test_nothing_to_generate(tiny: Any) -> None:
+    out = dllm.generate(tiny, [3, 4, 5], max_new_tokens=0)
+    assert (out.sequences, out.tokens, out.nfe, out.tokens_per_forward) == ([3, 4, 5], [], 0, 0.0)
+
+
+def test_infilling_keeps_what_is_given(tiny: Any) -> None:
+    m = tiny.mask_id
+    prompt = [4, m, m, 9, 10, m, 12]
+    out = dllm.generate(tiny, prompt, infill=True, block_length=2)
+    assert m not in out.sequences
+    assert [t for t, p in zip(out.sequences, prompt, strict=True) if p != m] == [4, 9, 10, 12]
+    longer = dllm.generate(tiny, prompt, infill=True, max_new_tokens=3)
+    assert len(longer.sequences) == 10
+    both = dllm.generate(tiny, [prompt, [5, m, 6]], infill=True, block_length=2)
+    assert both[0].sequences == out.sequences
+
+
+def test_min_new_tokens_and_suppressed_tokens() -> None:
+    table = torch.full((6, 5), -4.0, dtype=torch.float64)
+    table[:, 3], table[:, 2], table[:, 1] = 4.0, 3.0, 2.0
+    scripted = Scripted(table, eos=3)
+    assert dllm.generate(scripted, [0], max_new_tokens=6).tokens == []
+    assert dllm.generate(scripted, [0], max_new_tokens=6, min_new_tokens=2).tokens == [2, 2]
+    assert dllm.generate(scripted, [0], max_new_tokens=6, min_new_tokens=2, suppress_tokens=[2]).tokens == [1, 1]
+    assert dllm.generate(scripted, [0], max_new_tokens=6, logits_eos_inf=True).tokens == [2] * 6
+
+
+def test_eos_can_be_committed_last() -> None:
+    scripted = Scripted(peaks([(1, 0.6), (3, 0.99), (1, 0.5), (3, 0.98)], 5), eos=3)
+    out = dllm.generate(
+        scripted, [0], max_new_tokens=4, block_length=4, confidence_eos_eot_inf=True, early_stop=False, trace=True
+    )
+    assert [c for pairs in out.trace.commits for c, _ in pairs] == [1, 3, 2, 4]
+
+
+def test_stop_strings_stop_the_decode(trained: Any) -> None:
+    plain = dllm.generate(trained, "12+30=", max_new_tokens=32, block_length=8, eos=[])
+    text = plain.text
+    assert len(text) > 6
+    stop = text[3:5]
+    out = dllm.generate(trained, "12+30=", max_new_tokens=32, block_length=8, eos=[], stop=["no such text", stop])
+    assert out.text == text[: text.find(stop)]
+    assert out.finish_reason == "stop"
+    assert out.nfe < plain.nfe
+
+
+def test_a_stream_adds_up_to_the_output(trained: Any) -> None:
+    events = list(dllm.stream(trained, ["12+30=", "7-3="], max_new_tokens=24, block_length=8, drafts=True))
+    plain = dllm.generate(trained, ["12+30=", "7-3="], max_new_tokens=24, block_length=8)
+    for i, expected in enumerate(plain):
+        mine = [e for e in events if e.index == i]
+        assert "".join(e.text for e in mine) == expected.text
+        assert mine[-1].output.tokens == expected.tokens
+        assert [e.output is None for e in mine[:-1]] == [True] * (len(mine) - 1)
+    assert any(e.draft and "▁" in e.draft for e in events)
+
+
+def test_a_trace_survives_json_and_becomes_a_page(trained: Any, tmp_path: Any) -> None:
+    out = dllm.generate(trained, "12+30=", max_new_tokens=8, trace=True)
+    out.trace.save(tmp_path / "run.json")
+    again = Trace.load(tmp_path / "run.json")
+    assert again == out.trace
+    page = again.to_html()
+    assert page.startswith("<!doctype html>")
+    assert page.count('class="t"') == len(again.final) - len(again.prompt)
+    (tmp_path / "bad.json").write_text(json.dumps([1]))
+    with pytest.raises(DllmError, match="not a trace"):
+        Trace.load(tmp_path / "bad.json")
+
+
+def test_the_score_is_the_exact_likelihood_where_that_is_known() -> None:
+    """Two independent columns: the bound is tight and equals the sum of the log-probabilities."""
+    scripted = Scripted(peaks([(1, 0.5), (2, 0.25)], 4))
+    assert math.isclose(dllm.score(scripted, [0], [1, 2], samples=64), math.log(0.5) + math.log(0.25), rel_tol=1e-6)
+
+
+def test_the_score_is_seeded_and_independent_of_the_batch(tiny: Any) -> None:
+    a = dllm.score(tiny, [3, 4, 5], [6, 7, 8, 9], samples=24, batch_size=5, seed=1)
+    assert math.isclose(a, dllm.score(tiny, [3, 4, 5], [6, 7, 8, 9], samples=24, batch_size=24, seed=1), rel_tol=1e-9)
+    assert a != dllm.score(tiny, [3, 4, 5], [6, 7, 8, 9], samples=24, seed=2)
+    guided = dllm.score(tiny, [3, 4, 5], [6, 7, 8, 9], samples=8, cfg_scale=1.0)
+    assert guided < 0
+
+
+def test_any_module_of_the_package_offers_its_names_lazily() -> None:
+    assert set(dllm.__all__) <= set(dir(dllm))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dllm.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampler": "thresold"}, "did you mean 'threshold'"),
+        ({"sampler": "low_confidence"}, "here it is called 'confidence'"),
+        ({"sampler": "threshold:tua=1"}, "did you mean 'tau'"),
+        ({"sampler": "threshold:tau=-1"}, "tau=-1 must be"),
+        ({"sampler": "factor:nothing"}, "unknown preset"),
+        ({"sampler": "confidence+margin"}, "both decide the score"),
+        ({"sampler": "threshold+factor"}, "both decide the select"),
+        ({"sampler": "threshold+threshold"}, "named twice"),
+        ({"sampler": {"tau": 0.9}}, "needs the key 'name'"),
+        ({"sampler": ""}, "empty sampler name"),
+        ({"cache": "daul"}, "did you mean 'dual'"),
+        ({"cache": "dual:left=x"}, "name=integer"),
+        ({"cache": "dual:left=-1"}, "must not be negative"),
+        ({"gen_length": 4}, "here it is max_new_tokens"),
+        ({"temprature": 1}, "did you mean 'temperature'"),
+        ({"temperature": -1}, "temperature=-1 must be"),
+        ({"top_p": 0}, r"top_p=0 must be in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": 0}, "top_k=0 must be"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"block_length": 0}, "block_length=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"cfg_scale": -1}, "cfg_scale=-1"),
+        ({"max_new_tokens": 5000}, "exceed the model's 512 positions; at most 509 new tokens fit"),
+        ({"suppress_tokens": [999]}, "outside the vocabulary"),
+        ({"stop": "x"}, "stop strings need a tokenizer"),
+        ({"infill": True}, "contains no mask token"),
+    ],
+)
+def test_mistakes_get_one_clear_line(tiny: Any, arguments: dict, message: str) -> None:
+    with pytest.raises(DllmError, match=message) as error:
+        dllm.generate(tiny, [3, 4, 5], **{"max_new_tokens": 4, **arguments} if "infill" not in arguments else arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the list of prompts is empty"),
+        (["a", [1]], "must be of one type"),
+        ([1, "a"], "must be of one type"),
+        ({"role": "user"}, "must be of one type|chat messages"),
+        (3.5, "text, token ids or chat messages"),
+        ("text", "no tokenizer"),
+        ([3, 158], "contains the mask token at position 1; pass infill=True"),
+        ([3, 9999], "outside the vocabulary"),
+    ],
+)
+def test_bad_prompts(tiny: Any, prompt: Any, message: str) -> None:
+    with pytest.raises(DllmError, match=message):
+        dllm.generate(tiny, prompt, max_new_tokens=4)
+
+
+def test_a_string_that_is_no_model_suggests_the_prompt() -> None:
+    with pytest.raises(DllmError, match="prompt="):
+        dllm.generate("Why is the sky blue?")
+
+
+def test_a_shifted_model_cannot_predict_the_first_position() -> None:
+    dream = model("tiny-dream-random")
+    with pytest.raises(DllmError, match="cannot predict position 0"):
+        dllm.generate(dream, [dream.mask_id, 4], infill=True)
+
+
+def test_out_of_memory_names_a_batch_size(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(type(tiny), "forward", full)
+    with pytest.raises(DllmError, match="try batch_size=2"):
+        dllm.generate(tiny, [[1]] * 5, max_new_tokens=4, batch_size=4)
+
+
+def test_kinds_of_prompt_lists() -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    assert as_list("a") == (["a"], True)
+    assert as_list(["a", "b"]) == (["a", "b"], False)
+    assert as_list([1, 2]) == ([[1, 2]], True)
+    assert as_list(chat) == ([chat], True)
+    assert as_list([chat, chat]) == ([chat, chat], False)

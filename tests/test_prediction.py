@@ -1,0 +1,106 @@
+"""Prediction: confidences, entropies, filters and the inverse CDF against plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm import noise
+from dllm.prediction import Law, Prediction, draw, first_argmax, inverse_cdf, nucleus, support
+
+
+def sorted_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The rule by a full sort: a token stays while the mass before it is at most top_p."""
+    values, ids = probs.sort(descending=True, stable=True)
+    return torch.zeros_like(probs, dtype=torch.bool).scatter(1, ids, values.cumsum(-1) - values <= top_p)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 4.0, 12.0]), st.floats(0.01, 0.999))
+@settings(max_examples=40, deadline=None)
+def test_nucleus_equals_the_sorted_rule(seed: int, scale: float, top_p: float) -> None:
+    logits = torch.randn(3, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+    probs = logits.softmax(-1)
+    assert torch.equal(nucleus(probs, top_p), sorted_nucleus(probs, top_p))
+
+
+def test_the_nucleus_breaks_ties_by_lowest_id() -> None:
+    probs = torch.full((1, 8), 0.125)
+    assert nucleus(probs, 0.3).tolist() == [[True] * 3 + [False] * 5]
+    assert support(probs, Law(top_k=2, top_p=1.0)).sum() == 2
+
+
+@pytest.mark.parametrize("size", [3, 511, 2048, 5000, 126_464])
+def test_first_argmax_is_the_lowest_best_id(size: int) -> None:
+    rows = torch.randint(0, 4, (5, size)).float()
+    rows[1, -1] = 9
+    rows[2] = -torch.inf
+    assert torch.equal(first_argmax(rows)[:, 0], rows.argmax(-1))
+
+
+@given(st.integers(0, 10_000), st.integers(2, 1500))
+@settings(max_examples=40, deadline=None)
+def test_inverse_cdf_picks_the_interval_that_holds_u(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (torch.randn(4, size, dtype=torch.float64, generator=generator) * 3).softmax(-1)
+    u = torch.rand(4, dtype=torch.float64, generator=generator)
+    expected = torch.searchsorted(probs.cumsum(-1), u[:, None] * probs.sum(-1, keepdim=True), right=True)[:, 0]
+    assert torch.equal(inverse_cdf(probs, u), expected)
+
+
+def test_a_token_without_mass_is_never_drawn() -> None:
+    probs = torch.zeros(2, 1030, dtype=torch.float64)
+    probs[:, 600] = 1.0
+    assert inverse_cdf(probs, torch.tensor([1e-17, 1 - 1e-16], dtype=torch.float64)).tolist() == [600, 600]
+
+
+@pytest.mark.parametrize("gumbel", [False, True])
+def test_draws_follow_the_filtered_distribution(gumbel: bool) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0]).expand(20_000, -1)
+    keys = torch.arange(20_000)
+    law = Law(0.7, top_k=4, filtered=True, gumbel=gumbel)
+    token, confidence, _, _ = draw(logits, law, torch.zeros_like(keys), keys, keys % 64)
+    want = (logits[0, :4] / 0.7).softmax(-1)
+    seen = torch.bincount(token, minlength=5) / 20_000
+    assert seen[4] == 0
+    assert torch.allclose(seen[:4].float(), want, atol=0.015)
+    assert torch.allclose(confidence, want[token])
+
+
+def test_scores_agree_with_plain_formulas() -> None:
+    logits = torch.randn(2, 5, 300, dtype=torch.float64) * 3
+    logits[..., 7] = -torch.inf
+    pred = Prediction(logits, torch.arange(5).expand(2, -1))
+    probs = logits.softmax(-1)
+    top2 = probs.topk(2).values
+    assert torch.allclose(pred.confidence, probs.amax(-1))
+    assert torch.allclose(pred.log_confidence, probs.amax(-1).log())
+    assert torch.allclose(pred.margin, top2[..., 0] - top2[..., 1])
+    assert torch.allclose(pred.negative_entropy, -torch.special.entr(probs).sum(-1))
+    assert torch.allclose(pred.gap, logits.topk(2).values.diff(dim=-1)[..., 0].neg())
+
+
+def test_log_confidence_orders_what_rounds_to_one() -> None:
+    logits = torch.zeros(1, 2, 4)
+    logits[0, 0, 1], logits[0, 1, 1] = 30.0, 31.0
+    pred = Prediction(logits, torch.arange(2)[None])
+    assert pred.confidence[0, 0] == pred.confidence[0, 1] == 1
+    assert pred.log_confidence[0, 1] > pred.log_confidence[0, 0]
+
+
+def test_confidence_at_temperature_reads_the_untempered_law() -> None:
+    logits = torch.randn(1, 6, 50)
+    pred = Prediction(logits, torch.arange(6)[None], law=Law(1.5))
+    assert torch.allclose(pred.confidence, logits.softmax(-1).gather(-1, pred.token[..., None])[..., 0], atol=1e-6)
+
+
+def test_noise_is_a_pure_function_of_its_keys() -> None:
+    seed, step, cols = torch.arange(3)[:, None], torch.tensor([[4]]), torch.arange(7)[None]
+    table = noise.uniform(seed, step, cols)
+    assert torch.equal(table[1:2, 3:4], noise.uniform(torch.tensor([[1]]), step, torch.tensor([[3]])))
+    assert len(table.unique()) == table.numel()
+    assert not torch.equal(table, noise.uniform(seed, step + 1, cols))
+    many = noise.uniform(torch.zeros(1, dtype=torch.long), torch.arange(50_000), torch.zeros(1, dtype=torch.long))
+    assert abs(float(many.mean()) - 0.5) < 0.01
+    assert abs(float(many.var()) - 1 / 12) < 0.002
