@@ -39,6 +39,9 @@ BUILTIN = {
     "prophet": "prophet:Prophet",
     "sched": "prophet:Sched",
     "adablock": "adablock:AdaBlock",
+    "ccd": "ccd:CCD",
+    "eoser": "eoser:EOSER",
+    "ass": "ass:ASS",
 }
 
 COMMA = re.compile(r",(?![^\[]*\])")  # outside of a list: "adablock:delimiters=[8, 85],tau=0.8"

@@ -167,8 +167,82 @@ ARGUMENTS |= {
         "sampler": {"name": "wino", "tau_draft": p["threshold"], "tau_verify": p["threshold_back"]},
     },
     "saber": lambda p: {**_blocks(p), "sampler": {"name": "saber", "n": p["n"]}},
+    "ccd": lambda p: {
+        "sampler": {"name": "ccd", "seek": p["seek_mode"], "expand": p["expand_ratio"]},
+        "max_new_tokens": p["max_new_tokens"],
+        "steps": p["steps"],
+        "temperature": p["temperature"],
+        "top_p": p["top_p"],
+        "top_k": p["top_k"],
+        "early_stop": False,
+    },
+    "eoser": lambda p: {
+        **_blocks(p),
+        "steps": p["steps"],
+        "eos": p["eos_token_id"],
+        "sampler": {"name": "eoser", "gamma_min": p["eos_min_gamma"], "gamma_max": p["eos_max_gamma"], "whole": False},
+    },
+    "ass": lambda p: {
+        "max_new_tokens": p["gen_length"],
+        "steps": p["steps"],
+        "eos": p["eos_token_id"],
+        "early_stop": False,
+        "sampler": {"name": "ass", "blocks": p["block_num"]},
+    },
+    "eoser_ass": lambda p: {
+        **ARGUMENTS["ass"](p),
+        "sampler": [
+            {"name": "eoser", "gamma_min": p["eos_min_gamma"], "gamma_max": p["eos_max_gamma"]},
+            {"name": "ass", "blocks": p["block_num"]},
+        ],
+    },
 }
 ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
+
+
+# -- block-causal models ---------------------------------------------------------------------------------------------
+# The codes decode whole blocks, so the number of new tokens depends on the prompt. Where they run a forward of its own to
+# prefill the prompt or to store a finished block, ours folds that work into the next block's first forward: our forwards
+# are theirs without the prefill and store forwards that wrote nothing. Rows of a batch share max_new_tokens: a row that
+# goes on past its reference is compared up to there.
+
+
+def _sdar(p: dict[str, Any]) -> dict[str, Any]:
+    tau = {"tau": p["confidence_threshold"]} if "confidence_threshold" in p else {}
+    sampler = {"name": "sdar", "preset": p["remasking_strategy"], "steps": p["denoising_steps"], **tau}
+    return {"sampler": sampler, "block_length": p["block_length"], "early_stop": False}
+
+
+def _llada2(p: dict[str, Any]) -> dict[str, Any]:
+    whole = {"whole_block": not p["eos_early_stop"]}
+    sampler = {"name": "sdar", "tau": p["threshold"], "steps": min(p["steps"], p["gen_length"] // p["minimal_topk"]), **whole}
+    return {"sampler": sampler, "block_length": p["block_length"], "eos": p["eos_id"]}
+
+
+def _fast_dllm_v2(p: dict[str, Any]) -> dict[str, Any]:
+    sampler = {"name": "fast_dllm_v2", "tau": p["threshold"], "sub": p["small_block_size"]}
+    cache_ = "block_dual" if p["use_block_cache"] else "block"
+    return {"sampler": sampler, "block_length": p["block_size"], "eos": p["stop_token"], "cache": cache_}
+
+
+BLOCKWISE = {
+    "sdar_static": _sdar,
+    "sdar_sequential": _sdar,
+    "sdar_dynamic": _sdar,
+    "sdar_dynamic_partial_block": _sdar,
+    "llada2": _llada2,
+    "fast_dllm_v2": _fast_dllm_v2,
+    "fast_dllm_v2_block_cache": _fast_dllm_v2,
+}
+ARGUMENTS |= BLOCKWISE
+
+
+def new_tokens(method: str, case: dict[str, Any]) -> int:
+    """Columns that the reference decodes behind this prompt."""
+    p, given = case["params"], len(case["prompt_ids"])
+    if method.startswith("fast_dllm_v2"):  # whole blocks, and the token that the last store forward yields
+        return (given // p["block_size"] + p["max_new_tokens"] // p["block_size"]) * p["block_size"] + 1 - given
+    return -(-(given + p["gen_length"]) // p["block_length"]) * p["block_length"] - given
 
 
 def prompt(case: dict[str, Any]) -> list[int]:
@@ -186,11 +260,16 @@ def decode(checkpoint: str, method: str, group: list[dict[str, Any]], batch_size
     """Our decodes of cases that share their parameters, in one call."""
     arguments = ARGUMENTS[method](group[0]["params"])
     prompts = [prompt(case) for case in group]
+    if method in BLOCKWISE:
+        arguments["max_new_tokens"] = max(new_tokens(method, case) for case in group)
     return dllm.generate(model(checkpoint), prompts, **arguments, batch_size=batch_size, trace=True)
 
 
 def mismatch(case: dict[str, Any], out: Any) -> str | None:
     """What differs between a golden case and our output: ids, forwards or commits. None where all agree."""
+    method = case["id"].partition("/")[0]
+    if method in BLOCKWISE:
+        return mismatch_of_blocks(case, out)
     if out.sequences != case["output_ids"]:
         return f"ids {out.sequences} != {case['output_ids']}"
     if out.nfe != case["nfe"] - case.get("extra", {}).get("idle_forwards", 0):
@@ -203,6 +282,22 @@ def mismatch(case: dict[str, Any], out: Any) -> str | None:
             ours, theirs = [p for p in ours if p], [p for p in theirs if p]
         if ours != theirs:
             return f"commits {ours} != {theirs}"
+    return None
+
+
+def mismatch_of_blocks(case: dict[str, Any], out: Any) -> str | None:
+    """The same for the block-causal codes: see BLOCKWISE."""
+    theirs = [sorted(pairs) for pairs in case["commits"]]
+    kinds = case["extra"].get("forward_kinds", ["denoise"] * len(theirs))
+    theirs = [pairs for pairs, kind in zip(theirs, kinds, strict=True) if pairs or kind == "denoise"]
+    ours = [sorted(pairs) for pairs in out.trace.commits]
+    if ours[: len(theirs)] != theirs:
+        return f"commits {ours} != {theirs}"
+    ends = len(case["prompt_ids"]) + new_tokens(case["id"].partition("/")[0], case)
+    if len(out.trace.final) == ends and out.nfe != len(theirs):
+        return f"nfe {out.nfe} != {len(theirs)} ({case['nfe']} with prefill and store forwards)"
+    if out.trace.final[: len(case["output_ids"])] != case["output_ids"]:
+        return f"ids {out.trace.final} != {case['output_ids']}"
     return None
 
 

@@ -1,0 +1,81 @@
+"""ASS: commit 1, 2, 4, 8 ... columns, because confidence rises late (arXiv 2509.23924)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.cache import spans
+from dllm.canvas import Canvas, State, Window
+from dllm.errors import DllmError
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, View, param, rank
+
+
+def log2_floor(size: Tensor) -> Tensor:
+    """floor(log2) of positive integers, exact."""
+    return torch.frexp(size.clamp(min=1).double()).exponent.long() - 1
+
+
+def size_of(canvas: Canvas) -> Tensor:
+    """(B,) columns of each row's generation."""
+    return canvas.length - canvas.start
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """Window and selection of a row with G columns: S = floor(log2 G) steps, after n of them 2^n - 1 columns are written.
+
+    With b blocks the first one takes the steps up to S - b; each later step has a block of its own.
+    """
+
+    blocks: int
+    scheduled: ClassVar[bool] = True
+    memory = columns = None
+
+    def open(self, state: State) -> tuple[State, Window]:
+        canvas = state.canvas
+        size, n = size_of(canvas), state.step
+        s = log2_floor(size)
+        first = s - self.blocks  # the last step of the first block
+        lo = torch.where(n <= first, 0, 2 ** n.clamp(max=62) - 1)
+        hi = torch.where((self.blocks == 1) | (n >= s - 1), size, 2 ** (torch.maximum(n, first) + 1).clamp(0, 62) - 1)
+        lo, hi = canvas.start + lo, canvas.start + torch.minimum(hi, size)
+        lo = torch.minimum(lo, canvas.first_masked())  # nothing is left behind where tokens were given
+        hi = torch.maximum(hi, torch.minimum(canvas.first_masked() + 1, canvas.length))
+        return state, Window(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
+
+    def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        n, s = view.state.step, log2_floor(size_of(view.canvas))
+        count = torch.where(n >= s - 1, view.cols.shape[1], 2 ** n.clamp(max=62))
+        return rank(score, view.live) < count[:, None]
+
+    def progress(self, view: View) -> Tensor:
+        """(B,) (2^(n+1) - 1) / 2^S."""
+        s = log2_floor(size_of(view.canvas)).double()
+        return (2.0 ** (view.state.step + 1).double() - 1) / 2.0**s
+
+
+@dataclass(frozen=True)
+class ASS(Method):
+    """Step n commits the 2^n most confident columns, the last step everything left: floor(log2 G) forwards.
+
+    An option for the smallest budgets: accuracy on mathematics drops sharply (the authors' discussion).
+    """
+
+    blocks: int = param(1, "1 decodes the whole window at once; more blocks go from left to right", low=1)
+
+    name: ClassVar[str] = "ass"
+    source: ClassVar[str] = "EOSER and ASS, arXiv 2509.23924"
+
+    def bundle(self, context: Context) -> Bundle:
+        steps = max(1, context.max_new_tokens.bit_length() - 1)
+        if self.blocks > steps:
+            raise DllmError(f"ass: blocks={self.blocks} exceed the {steps} steps that {context.max_new_tokens} tokens take")
+        if context.steps not in (None, steps):
+            raise DllmError(f"ass: its schedule has {steps} steps for {context.max_new_tokens} tokens; leave out steps={context.steps}")
+        rule = Doubling(self.blocks)
+        return Bundle(window=rule, select=rule)

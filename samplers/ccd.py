@@ -1,0 +1,164 @@
+"""CCD: trust what a column predicts across several contexts, not in one (arXiv 2512.02044)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.canvas import Canvas
+from dllm.prediction import Prediction, Rescored
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.blocks import Blocks
+
+WARM_UP = 5  # steps that only fill the history, as released
+
+
+@dataclass(frozen=True)
+class CCD(Method):
+    """Commit what is coherent with earlier steps, or the u = max_new_tokens // steps columns of lowest entropy.
+
+    `agree` (as released): the best n columns of this step that were also among the n best left over by the step before,
+    and kept their arg-max, commit together if they hold one of the u best. n grows from 1 by one a step to
+    u (1 + expand). `mean` (the paper's form): a column's distribution is averaged over the last `depth` steps in which it
+    was among the `top` surest; columns whose averaged entropy is below `eps` commit with the arg-max of the average.
+    With `seek=False` exactly u columns commit: coherence changes the order alone.
+    """
+
+    mode: str = param("agree", "the form that was released and measured", choices=("agree", "mean"))
+    seek: bool = param(True, "CCD-DS, the adaptive form; False is CCD at a fixed budget")
+    expand: float = param(4.0, "the released code's growth of the compared set", low=0)
+    depth: int = param(3, "mode 'mean': the paper's buffer for Dream (2 for LLaDA)", low=1)
+    top: int = param(4, "mode 'mean': the paper's number of buffered columns a step", low=1)
+    eps: float = param(0.1, "mode 'mean': nats; our choice, the paper gives no number", low=0)
+
+    name: ClassVar[str] = "ccd"
+    source: ClassVar[str] = "CCD, arXiv 2512.02044"
+    cost: ClassVar[str] = "one row, the window's columns; mode 'mean' keeps depth x top distributions"
+    presets: ClassVar[dict] = {"paper": {"mode": "mean"}, "llada": {"mode": "mean", "depth": 2}}
+
+    def bundle(self, context: Context) -> Bundle:
+        rule = (Agree if self.mode == "agree" else Mean)(self, context)
+        return Bundle(
+            score=rule.score,
+            select=rule,
+            adjust=rule.adjust,
+            memory=rule.memory,
+            columns=rule.columns,
+            assumes={"window": Blocks(context.max_new_tokens)},
+            needs=Needs(filtered=True),
+        )
+
+
+class Rule:
+    """What both modes share: the base budget u."""
+
+    scheduled = False
+    memory = columns = None
+    adjust: tuple = ()
+
+    def __init__(self, method: CCD, context: Context) -> None:
+        self.m, self.context = method, context
+        self.u = max(1, context.max_new_tokens // context.budget)
+
+    def score(self, view: View, soft: Prediction) -> Tensor:
+        return soft.negative_entropy
+
+
+class Agree(Rule):
+    """Two steps must agree. The history of a column is its last arg-max and whether it was among the runners-up."""
+
+    def columns(self, canvas: Canvas) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"ccd.token": torch.full_like(canvas.ids, -1), "ccd.runner_up": torch.zeros_like(canvas.masked)}
+
+    def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        order, step = rank(score, view.live), view.state.step[:, None]
+        n = self._compared(view)
+        plain = order < self.u
+        runner_up = view.gather(view.columns["ccd.runner_up"])
+        stable = (soft.argmax == view.gather(view.columns["ccd.token"])) & runner_up & (order < n)
+        if not self.m.seek:
+            stable &= rank(-order.to(score.dtype), stable) < self.u
+        coherent = (plain & runner_up).any(1, keepdim=True) & (stable.sum(1, keepdim=True) >= self.u)
+        coherent &= (step >= WARM_UP) & (step < self.context.budget - 1)
+        chosen = torch.where(coherent, stable, plain)
+        left = view.live & ~chosen
+        saved = (rank(score, left) < n) & left & (step >= WARM_UP - 2)
+        token = torch.where(step >= WARM_UP - 1, soft.argmax, -1)
+        view.columns["ccd.runner_up"] = view.scatter(torch.zeros_like(view.canvas.masked), saved, saved)
+        view.columns["ccd.token"] = view.scatter(torch.full_like(view.canvas.ids, -1), token, view.live)
+        return chosen
+
+    def _compared(self, view: View) -> Tensor:
+        """(B, 1) n: how many of the best columns are compared with the step before. 2 once a tenth is left."""
+        canvas, step = view.canvas, view.state.step
+        most = self.u + int(self.u * self.m.expand)
+        grown = (step - WARM_UP + 3).clamp(min=1, max=most)
+        late = (canvas.masked.sum(1) <= 0.1 * (canvas.length - canvas.start)) & (step >= WARM_UP - 1)
+        return torch.where(late, min(2, most), grown)[:, None]
+
+
+class Mean(Rule):
+    """Averages over a ring of the last `depth` - 1 steps; each holds the distributions of its `top` surest columns."""
+
+    def __init__(self, method: CCD, context: Context) -> None:
+        super().__init__(method, context)
+        self.top = max(method.top, self.u)
+        self.adjust = (self.blend,)
+
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:  # type: ignore[override]
+        rows, depth = len(canvas.ids), self.m.depth - 1
+        cols = canvas.ids.new_full((rows, depth * self.top), -1)
+        return {"ccd.cols": cols, "ccd.law": torch.zeros(*cols.shape, self.context.vocab_size, device=cols.device)}
+
+    def blend(self, view: View, pred: Prediction) -> Prediction:
+        """Replace token, confidence and entropy of the `top` surest columns by those of their averages."""
+        order = rank(pred.negative_entropy, view.live)
+        at = order.argsort(dim=1, stable=True)[:, : self.top]  # (B, k) index into the columns of this step
+        ok = order.gather(1, at) < view.live.sum(1, keepdim=True)
+        law = pred.logits.gather(1, at[..., None].expand(-1, -1, pred.logits.shape[-1])).softmax(-1)  # (B, k, V)
+        cols = torch.where(ok, view.cols.gather(1, at), -1)
+        old_cols, old = view.memory["ccd.cols"], view.memory["ccd.law"].to(law.dtype)
+        same = ((cols[:, :, None] == old_cols[:, None]) & ok[..., None]).to(law.dtype)  # (B, k, d k)
+        contexts = 1 + same.sum(-1)
+        mean = (law + same @ old) / contexts[..., None]
+        keep = old_cols.shape[1] - at.shape[1]
+        if keep >= 0:  # a ring: the newest first
+            view.memory["ccd.cols"] = torch.cat([cols, old_cols[:, :keep]], 1)
+            view.memory["ccd.law"] = torch.cat([law, old[:, :keep]], 1).to(view.memory["ccd.law"].dtype)
+        best, token = mean.max(-1)
+        put = {
+            "token": (pred.token, token),
+            "confidence": (pred.confidence, best),
+            "negative_entropy": (torch.full_like(pred.confidence, -torch.inf), -torch.special.entr(mean).sum(-1)),
+            "contexts": (torch.zeros_like(pred.confidence), contexts),
+        }
+        return Blended(pred, **{name: _put(table, at, values, ok) for name, (table, values) in put.items()})
+
+    def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        chosen = rank(score.clamp(min=-1e9), view.live) < self.u
+        if not self.m.seek:
+            return chosen
+        contexts = getattr(soft, "contexts", None)
+        if contexts is None:  # a later link of the chain wrapped the blend
+            contexts = soft.raw.contexts  # type: ignore[attr-defined]
+        return chosen | ((contexts > 1) & (-score < self.m.eps))
+
+
+def _put(table: Tensor, at: Tensor, values: Tensor, ok: Tensor) -> Tensor:
+    """(B, W) table with (B, k) values at the columns `at` where `ok`."""
+    return table.scatter(1, at, torch.where(ok, values.to(table.dtype), table.gather(1, at)))
+
+
+class Blended(Rescored):
+    """A prediction with averaged distributions at some columns."""
+
+    def __init__(self, raw: Prediction, token: Tensor, confidence: Tensor, negative_entropy: Tensor, contexts: Tensor) -> None:
+        super().__init__(raw, confidence, token)
+        self._negative_entropy, self.contexts = negative_entropy, contexts
+
+    @property
+    def negative_entropy(self) -> Tensor:
+        return self._negative_entropy

@@ -1,0 +1,70 @@
+"""EOSER: columns that predict the end of the text wait, so that the whole window can be decoded at once
+(arXiv 2509.23924)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, View, param
+from dllm.samplers.blocks import Blocks
+from dllm.samplers.quota import Quota
+
+SMALLEST = 1e-30  # a factor of 0 still leaves a rank
+
+
+@dataclass(frozen=True)
+class Demote:
+    """The score slot: confidence times lambda where the token is the end of sequence, lambda from gamma_min to gamma_max."""
+
+    eos: int | None
+    gamma_min: float | None
+    gamma_max: float
+    steps: int
+    schedule: Any = None  # the progress of a selection with a schedule of its own (ASS)
+
+    def bind(self, slots: dict[str, Any]) -> Demote:
+        return replace(self, schedule=getattr(slots["select"], "progress", None))
+
+    def __call__(self, view: View, soft: Prediction) -> Tensor:
+        if self.eos is None:
+            return soft.log_confidence
+        factor = self.factor(view).clamp(min=SMALLEST).to(soft.confidence.dtype)
+        return soft.log_confidence + torch.where(soft.token == self.eos, factor.log()[:, None], 0.0)
+
+    def factor(self, view: View) -> Tensor:
+        """(B,) lambda of this step."""
+        low = self.gamma_min if self.gamma_min is not None else 0.4 if self.schedule is None else 0.01
+        if self.schedule is not None:
+            t = self.schedule(view)
+        elif self.steps == 1:
+            t = torch.ones_like(view.state.step, dtype=torch.float64)
+        else:
+            t = (view.state.step.double() / (self.steps - 1)).clamp(max=1)
+        return low + (self.gamma_max - low) * t
+
+
+@dataclass(frozen=True)
+class EOSER(Method):
+    """Rank by confidence, times a factor below 1 where the token is EOS; the factor rises to 1 over the steps.
+
+    Probabilities and the tokens written stay as they are. Only the first EOS id counts, not an end of turn. The window is
+    the whole generation, which is what the method makes usable.
+    """
+
+    gamma_min: float | None = param(None, "None: 0.4, the released default; 0.01 with `ass`, as released", low=0)
+    gamma_max: float = param(1.0, "no demotion at the last step", low=0)
+    whole: bool = param(True, "False keeps the call's blocks")
+
+    name: ClassVar[str] = "eoser"
+    source: ClassVar[str] = "EOSER and ASS, arXiv 2509.23924"
+
+    def bundle(self, context: Context) -> Bundle:
+        eos = context.eos_ids[0] if context.eos_ids else None
+        score = Demote(eos, self.gamma_min, self.gamma_max, context.budget)
+        length = context.max_new_tokens if self.whole else context.block_length
+        return Bundle(score=score, assumes={"window": Blocks(length), "select": Quota(context.steps, length)})
