@@ -41,7 +41,8 @@ def test_official_logits(name, dtype):
     for entry, expected in golden(name):
         rule = entry["attention"]
         block = rule["block_causal"] if isinstance(rule, dict) else None
-        model = load(GOLDEN / "checkpoints" / name, dtype=dtype, device="cpu", mask_id=MASKS.get(name), block_size=block)
+        options = {"dtype": dtype, "device": "cpu", "mask_id": MASKS.get(name), "block_size": block}
+        model = load(GOLDEN / "checkpoints" / name, **options)
         ids = torch.tensor(entry["input_ids"])
         real = torch.ones_like(ids) if entry["attention_mask"] is None else torch.tensor(entry["attention_mask"])
         pos = torch.where(real > 0, real.cumsum(1) - 1, -1)
@@ -65,11 +66,11 @@ TWINS = {  # our architecture: (transformers class, its config class, its argume
     "DreamModel": ("Qwen2", {}, {"model_type": "Dream"}),
     "Fast_dLLM_QwenForCausalLM": ("Qwen2", {}, {"model_type": "Fast_dLLM_Qwen", "bd_size": 8}),
     "SDARForCausalLM": ("Qwen3", {"head_dim": 16}, {"model_type": "sdar", "block_size": 4}),
-    "SDARMoeForCausalLM": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}, {"model_type": "sdar_moe", "block_size": 4, **MOE}),
+    "SDARMoeForCausalLM": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}, {"model_type": "sdar_moe", "block_size": 4}),
     "LLaDAMoEModelLM": (
         "Qwen3Moe",
         {**MOE, "norm_topk_prob": False, "head_dim": 8},
-        {"model_type": "llada", **MOE, "expert_intermediate_size": 16, "dense_intermediate_size": 48, "qk_layernorm": True},
+        {"model_type": "llada", "expert_intermediate_size": 16, "dense_intermediate_size": 48, "qk_layernorm": True},
     ),
     "ILLaDAForCausalLM": ("Llama", {"tie_word_embeddings": True}, {"model_type": "illada"}),
     "LlamaForCausalLM": ("Llama", {}, {}),
@@ -90,6 +91,7 @@ def twin(architecture: str, folder: Path):
     native.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     values |= {"architectures": [architecture], "mask_token_id": 59, **ours}
+    values |= MOE if "num_experts" in arguments else {}
     (folder / "config.json").write_text(json.dumps(values))
     return native, load(folder, device="cpu", dtype="float32")
 
@@ -363,7 +365,8 @@ def test_only_the_first_slots_are_read():
 
 def test_store_size_is_exact():
     model = tiny()
-    assert model.new_store(2, 10).nbytes == 3 * 2 * 2 * 8 * 10 * 2 * 8  # layers, sides, kv heads, dim, slots, lanes, f64
+    # layers, sides, kv heads, head dim, slots, lanes, bytes of a float64
+    assert model.new_store(2, 10).nbytes == 3 * 2 * 2 * 8 * 10 * 2 * 8
 
 
 def test_shift_picks_the_left_neighbour():

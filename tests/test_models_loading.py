@@ -175,7 +175,7 @@ def test_truncated(folder, size):
 def test_pickles_are_refused(folder):
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(DllmError, match="pickled weights.*safetensors"):
+    with pytest.raises(DllmError, match=r"pickled weights.*safetensors"):
         cpu(folder)
 
 
@@ -420,7 +420,7 @@ def test_hub_failures_are_one_line(monkeypatch):
         raise OSError("no route to host\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(DllmError, match="someone/model .* no route to host$"):
+    with pytest.raises(DllmError, match=r"someone/model .* no route to host$"):
         cpu("someone/model")
 
 
@@ -452,7 +452,7 @@ def test_out_of_memory_is_one_line(folder, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 3 TiB")
 
     monkeypatch.setattr("dllm.models.hub.load_weights", full)
-    with pytest.raises(DllmError, match="does not fit on cpu.*3 TiB"):
+    with pytest.raises(DllmError, match=r"does not fit on cpu.*3 TiB"):
         cpu(folder)
 
 

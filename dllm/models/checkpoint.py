@@ -59,8 +59,8 @@ def load_weights(
                 kind = _dtype(piece.parameter, dtype or tensor.dtype)
                 shape = parameters[piece.parameter].shape
                 filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
-            part = tensor if piece.rows is None else tensor[piece.rows]
-            filled[piece.parameter][piece.index].copy_(part)
+            rows = tensor if piece.rows is None else tensor[piece.rows]
+            filled[piece.parameter][piece.part].copy_(rows)
     if broken:
         raise DllmError(f"NaN or infinite values in {_some(broken)} of {folder}")
     for name, value in filled.items():
@@ -103,7 +103,7 @@ def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: 
 
 def _part(parameters: dict[str, nn.Parameter], piece: Piece) -> Tensor:
     value = parameters[piece.parameter].detach()
-    return value[piece.index] if piece.index else value
+    return value[piece.part] if piece.part else value
 
 
 def _assemble(parameters: dict[str, nn.Parameter], pieces: tuple[Piece, ...]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ from dllm.errors import DllmError, unknown
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import family_of
-from dllm.models.family import RawConfig
+from dllm.models.family import Family, RawConfig
+from dllm.models.foreign import load_network, read_network, wrap
 from dllm.models.model import Model
+from dllm.models.parallel import device_plan, process_device, split_over_processes
+from dllm.models.quantize import quantize
 from dllm.models.special import resolve
+from dllm.models.transformer import Transformer
 
 __all__ = ["Model", "load", "load_verifier"]
 
@@ -34,7 +38,7 @@ DTYPES = {
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: Any,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
@@ -42,8 +46,9 @@ def load(
     mask_id: int | None = None,
     eos_ids: int | Sequence[int] | None = None,
     block_size: int | None = None,
+    shift: int | None = None,
     tokenizer: Any = None,
-    device_map: Any = None,
+    device_map: str | Mapping[str, Any] | None = None,
     quantization: str | None = None,
     revision: str | None = None,
 ) -> Model:
@@ -51,23 +56,77 @@ def load(
 
     dtype         None: as stored on an accelerator, float32 on the CPU; "auto": as stored; or a name or torch dtype.
     device        "cuda", "mps", "cpu", or "auto": the best there is.
-    mask_id, eos_ids, block_size   settle what the checkpoint's files leave open or contradict.
+    backend       "native": the families known here; "transformers": any class that transformers itself has, without a
+                  cache. A transformers model that is already loaded may be passed in place of a name.
+    mask_id, eos_ids, block_size, shift   settle what the checkpoint's files leave open or contradict.
+    device_map    "auto" or "balanced": layers over all devices (accelerate); a dict module name -> device;
+                  "tensor": every layer split over the processes of torchrun.
+    quantization  "int8" or "int4": weight-only, through torchao.
     """
+    place = pick_device(device)
+    if backend not in ("native", "transformers"):
+        raise unknown("backend", backend, ("native", "transformers"))
+    if not isinstance(name_or_path, (str, Path)):
+        return _wrapped(name_or_path, None, tokenizer, mask_id, eos_ids, shift)
     folder = locate(name_or_path, revision)
     raw = read_json_config(folder, str(name_or_path))
-    place = pick_device(device)
-    family = family_of(raw)
-    config = _with_block(family.read(raw), block_size)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+    kind = pick_dtype(dtype, place)
+    if backend == "transformers":
+        if device_map or quantization or block_size:
+            raise DllmError('device_map, quantization and block_size are for backend="native"')
+        return _wrapped(load_network(folder, kind).to(place), folder, tokenizer, mask_id, eos_ids, shift)
+    family = family_of(raw)
+    config = _settled(family.read(raw), block_size, shift)
     config = resolve(config, family, tokenizer, _optional_json(folder / "generation_config.json"), mask_id, eos_ids)
     try:
-        transformer = load_weights(folder, family, config, pick_dtype(dtype, place), lambda _: place)
+        transformer = _build(folder, family, config, kind, place, device_map)
+        if quantization is not None:
+            quantize(transformer, quantization)
     except torch.OutOfMemoryError as error:
-        raise DllmError(f"{name_or_path} does not fit on {place}: {error}; try a smaller dtype or device_map") from error
+        hint = 'try a smaller dtype or device_map="auto"'
+        raise DllmError(f"{name_or_path} does not fit on {place}: {error}; {hint}") from error
     return Model(config, transformer.eval(), tokenizer)
 
 
-def _with_block(config: ModelConfig, block_size: int | None) -> ModelConfig:
+def _build(
+    folder: Path,
+    family: Family,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    place: torch.device,
+    device_map: str | Mapping[str, Any] | None,
+) -> Transformer:
+    if device_map == "tensor":
+        place = process_device(place)
+    where = (lambda _: place) if device_map in (None, "tensor") else device_plan(config, device_map, dtype)
+    transformer = load_weights(folder, family, config, dtype, where)
+    transformer.spread = len({p.device for p in transformer.parameters()}) > 1
+    if device_map == "tensor":
+        split_over_processes(transformer)
+    return transformer
+
+
+def _wrapped(
+    network: Any,
+    folder: Path | None,
+    tokenizer: Any,
+    mask_id: int | None,
+    eos_ids: int | Sequence[int] | None,
+    shift: int | None,
+) -> Model:
+    if not hasattr(network, "config") or not hasattr(network, "parameters"):
+        raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(network).__name__}")
+    generation = _optional_json(folder / "generation_config.json") if folder is not None else {}
+    config = resolve(read_network(network, shift or 0), None, tokenizer, generation, mask_id, eos_ids)
+    return wrap(network, config, tokenizer)
+
+
+def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> ModelConfig:
+    """The caller's word on alignment and blocks; a checkpoint trained otherwise than its family needs it."""
+    if shift not in (None, 0, 1):
+        raise DllmError(f"shift is 0 or 1, not {shift}")
+    config = config if shift is None else replace(config, shift=shift)
     if block_size is None:
         return config
     if config.block_size is None:
@@ -78,7 +137,7 @@ def _with_block(config: ModelConfig, block_size: int | None) -> ModelConfig:
 
 
 def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, device: str = "auto") -> Any:
-    """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or one already loaded."""
+    """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or a loaded one."""
     if not isinstance(name_or_path, (str, Path)):
         return name_or_path
     from transformers import AutoModelForCausalLM
@@ -91,7 +150,8 @@ def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, 
         )
     except (OSError, ValueError, KeyError) as error:
         raise DllmError(f"{name_or_path} is no causal language model that transformers can load: {error}") from error
-    return model.to(place).eval()
+    model.eval()
+    return model.to(place)  # type: ignore[arg-type]
 
 
 def locate(name: str | Path, revision: str | None) -> Path:
@@ -99,7 +159,7 @@ def locate(name: str | Path, revision: str | None) -> Path:
     if name in EMBEDDED:
         folder = ASSETS / str(name)
         if not (folder / "config.json").is_file():
-            raise DllmError(f"the embedded model {name!r} is not in this installation; name a folder or a Hugging Face id")
+            raise DllmError(f"the embedded model {name!r} is not in this installation; name a folder or a hub id")
         return folder
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -127,7 +187,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except Exception as error:  # the many network and authorisation errors of several libraries
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DllmError(f"{name} is no folder here and could not be fetched from the Hugging Face hub: {first}") from error
+        raise DllmError(f"{name} is no folder here and did not come from the Hugging Face hub: {first}") from error
 
 
 def read_json_config(folder: Path, name: str = "") -> RawConfig:

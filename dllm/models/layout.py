@@ -13,7 +13,7 @@ class Piece(NamedTuple):
     """Part of a backbone parameter that an official tensor holds."""
 
     parameter: str
-    index: tuple[int | slice, ...] = ()  # which part of the parameter; () = all of it
+    part: tuple[int | slice, ...] = ()  # of the parameter; () = all of it
     rows: slice | None = None  # which rows of the official tensor; None = all of them
 
 

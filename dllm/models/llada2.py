@@ -1,4 +1,4 @@
-"""LLaDA2.0 and 2.1, mini and flash (arXiv 2512.15745): block-causal, grouped sigmoid router, shared expert, half rotary."""
+"""LLaDA2.0 and 2.1, mini and flash (arXiv 2512.15745): block-causal, grouped router, shared expert, half rotary."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from dllm.errors import DllmError
 from dllm.models.checkpoint import save_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import FAMILIES
+from dllm.models.parallel import layer_devices
 from dllm.models.transformer import KVStore, Transformer
 
 
@@ -99,6 +100,7 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) in at least float32; the mask token can never be predicted."""
         logits = self.transformer.head(hidden)
+        logits = logits.to(self.device)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.mask_id is not None and self.mask_id < logits.shape[-1]:
             logits[..., self.mask_id] = -torch.inf
@@ -110,10 +112,11 @@ class Model:
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """An empty key/value store for `lanes` rows of up to `slots` positions."""
-        return KVStore.allocate(self.config, lanes, slots, self.dtype, self.device)
+        network = self.transformer  # its config counts the heads of this process
+        return KVStore.allocate(network.config, lanes, slots, self.dtype, layer_devices(network))
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation up to the opening of the assistant's turn, by the tokenizer's or the family's template."""
+        """Ids of a conversation and the opening of the answer, by the tokenizer's template or else the family's."""
         if self.tokenizer is None:
             raise DllmError("this model has no tokenizer: pass the prompt as ids")
         if self.tokenizer.chat_template:

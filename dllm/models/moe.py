@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,11 +33,11 @@ def route(scores: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of x (R, H), sorted by expert, times their expert's weight (E, O, H) -> (R, O); `ends` (E,) closes segments."""
+    """Rows x (R, H), sorted by expert, times their expert's weight (E, O, H) -> (R, O); `ends` (E,) closes segments."""
     if x.dtype != torch.float64 and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends.int())
     bounds = [0, *ends.tolist()]
-    used = [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
+    used = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
     return torch.cat([F.linear(x[a:b], weight[e]) for e, a, b in used])
 
 
@@ -57,6 +60,7 @@ class MoE(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(moe.n_experts, 2 * moe.intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(moe.n_experts, hidden_size, moe.intermediate_size))
         self.shared_experts = shared
+        self.group: dist.ProcessGroup | None = None  # set when the width of the experts is split over processes
 
     def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
         flat = x.flatten(0, -2)  # (T, H)
@@ -70,4 +74,6 @@ class MoE(nn.Module):
         y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (T*k, H)
         y = y * weights.flatten()[order, None].to(y.dtype)
         out = torch.zeros_like(flat).index_add_(0, token, y).view_as(x)
+        if self.group is not None:
+            dist.all_reduce(out, group=self.group)
         return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -15,7 +15,7 @@ MASK_STRINGS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "<MASK>", "<[MASK]>", "|
 
 def resolve(
     config: ModelConfig,
-    family: Family,
+    family: Family | None,
     tokenizer: Any = None,
     generation: Mapping[str, Any] | None = None,
     mask_id: int | None = None,
@@ -45,7 +45,7 @@ def resolve(
 
 
 def _mask(
-    config: ModelConfig, family: Family, tokenizer: Any, vocab: Mapping[str, int], explicit: int | None
+    config: ModelConfig, family: Family | None, tokenizer: Any, vocab: Mapping[str, int], explicit: int | None
 ) -> int:
     if explicit is not None:
         return explicit
@@ -56,12 +56,13 @@ def _mask(
     found = {name: i for name, i in sources.items() if i is not None}
     if not found:
         found = {f"the token {s}": vocab[s] for s in MASK_STRINGS if s in vocab}
-    if not found and family.mask_id is not None and family.mask_id < config.embedding_rows:
+    if not found and family is not None and family.mask_id is not None and family.mask_id < config.embedding_rows:
         found = {f"the family {family.name}": family.mask_id}
     if not found:
-        raise DllmError("this checkpoint names no mask token; pass mask_id=, for example dllm.load(..., mask_id=126336)")
+        raise DllmError("this checkpoint names no mask token: pass its id as mask_id=")
     if len(set(found.values())) > 1:
-        if family.mask_by_constant and family.mask_id in {*found.values(), *(vocab.get(s) for s in MASK_STRINGS)}:
+        named = {*found.values(), *(vocab.get(s) for s in MASK_STRINGS)}
+        if family is not None and family.mask_by_constant and family.mask_id in named:
             return family.mask_id  # type: ignore[return-value]
         said = ", ".join(f"{name} says {i}" for name, i in found.items())
         raise DllmError(f"the mask id is contradictory: {said}; pass mask_id= to settle it")
@@ -69,12 +70,14 @@ def _mask(
 
 
 def _ends(
-    config: ModelConfig, family: Family, tokenizer: Any, vocab: Mapping[str, int], generation: Mapping[str, Any]
+    config: ModelConfig, family: Family | None, tokenizer: Any, vocab: Mapping[str, int], generation: Mapping[str, Any]
 ) -> tuple[int, ...]:
     ends = [*config.eos_ids, *_ids(generation.get("eos_token_id"))]
     if not ends:
         ends = [*_ids(getattr(tokenizer, "eos_token_id", None))]
-    if family.turn_end in vocab:
+    if family is None:
+        return tuple(dict.fromkeys(ends))
+    if family.turn_end is not None and family.turn_end in vocab:
         ends.append(vocab[family.turn_end])
     elif family.turn_end_id is not None and config.mask_id == family.mask_id:  # the published vocabulary, unnamed there
         ends.append(family.turn_end_id)

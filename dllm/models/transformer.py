@@ -7,8 +7,9 @@ of its token; keys are stored rotated, which is right as long as a token does no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,22 @@ class KVStore(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, lanes: int, slots: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: ModelConfig,
+        lanes: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str | Sequence[torch.device],
     ) -> KVStore:
-        """An empty store for `lanes` rows of at most `slots` positions; allocated once a call, zero so never NaN."""
+        """An empty store for `lanes` rows of at most `slots` positions; allocated once a call, zero so never NaN.
+
+        `device` may be a list, one for each layer.
+        """
         shape = (lanes, config.n_kv_heads, slots, config.head_dim)
+        places = [device] * config.n_layers if isinstance(device, (str, torch.device)) else device
 
         def new() -> tuple[Tensor, ...]:
-            return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers))
+            return tuple(torch.zeros(shape, dtype=dtype, device=place) for place in places)
 
         return cls(new(), new())
 
@@ -94,6 +104,10 @@ class Access(NamedTuple):
     kept: tuple[Tensor, Tensor] | slice | None  # written for good; a slice of slots when all rows agree; None: nothing
     lent: tuple[Tensor, Tensor] | None  # replace the stored ones for this forward only
     private: bool  # one more key column for every query
+
+    def to(self, device: torch.device) -> Access:
+        """The indices on another device; the store stays where its layers are."""
+        return Access(self.store, self.slots, *_move(self[2:], device))
 
     def __call__(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New (N, Q, kv_heads, head_dim) -> all that can be seen (N, kv_heads, slots[+Q], head_dim)."""
@@ -181,6 +195,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.spread = False  # layers on several devices
         self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -226,17 +241,19 @@ class Transformer(nn.Module):
         rotate = self._rotation(pos, x.dtype)
         mask = None if mask is None or causal else mask[:, None]  # (N, 1, 1|Q, K)
         for i, layer in enumerate(self.layers):
+            if self.spread:
+                x, rotate, mask, access = _move((x, rotate, mask, access), next(layer.parameters()).device)
             x = layer(x, rotate, mask, causal, access, i)
-        return self.norm(x)
+        return self.norm(x.to(self.norm.weight.device) if self.spread else x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., D); padding rows of the vocabulary are not computed."""
         rows = self.config.vocab_size
-        if self.lm_head is None:
-            return F.linear(hidden, self.embed_tokens.weight[:rows])
-        if rows == self.config.embedding_rows:
-            return self.lm_head(hidden)
-        return F.linear(hidden, self.lm_head.weight[:rows])
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        hidden = hidden.to(weight.device) if self.spread else hidden
+        if self.lm_head is None or type(weight.data) is Tensor:
+            return F.linear(hidden, weight[:rows])
+        return self.lm_head(hidden)[..., :rows]  # split over processes: a slice of rows is not one of its shards
 
     def _rotation(self, pos: Tensor, dtype: torch.dtype) -> Rotation:
         config = self.config
@@ -300,10 +317,19 @@ def _everything(pos: Tensor, reads: slice | Tensor) -> tuple[Tensor, Tensor] | s
         first, q = int(pos[0, 0]), pos.shape[1]
         if bool((pos == torch.arange(first, first + q, device=pos.device)).all()):
             return slice(first, first + q)
-    grid = torch.ones_like(pos, dtype=torch.bool)
-    return grid.nonzero(as_tuple=True)
+    rows, columns = torch.ones_like(pos, dtype=torch.bool).nonzero(as_tuple=True)
+    return rows, columns
 
 
 def _pairs(chosen: Tensor) -> tuple[Tensor, Tensor] | None:
     rows, columns = chosen.nonzero(as_tuple=True)
     return (rows, columns) if len(rows) else None
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """Tensors inside nested tuples on `device`."""
+    if isinstance(value, (Tensor, Access)):
+        return value.to(device)
+    if isinstance(value, Rotation):
+        return Rotation(*_move(tuple(value), device))
+    return tuple(_move(v, device) for v in value) if isinstance(value, tuple) else value

@@ -1,0 +1,115 @@
+"""`backend="transformers"`: any native transformers model as a masked-diffusion model. No cache, full forwards only."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm.errors import DllmError
+from dllm.models.config import ModelConfig
+from dllm.models.family import RawConfig, special_ids
+from dllm.models.model import Model
+
+
+class ForeignModel(Model):
+    """A transformers model behind the interface of `Model`; its "hidden states" are already logits (N, Q, V)."""
+
+    supports_cache = False
+
+    def __init__(self, config: ModelConfig, network: Any, tokenizer: Any = None) -> None:
+        super().__init__(config, network, tokenizer)
+        self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **cached: Any) -> Tensor:
+        """Logits (N, Q, V) of whole rows; `visible` (N, 1|Q, Q) and padding (pos = -1) are honoured, a store is not."""
+        visible = cached.pop("visible", None)
+        if any(value is not None for value in cached.values()):
+            raise DllmError('backend="transformers" has no cache: use cache="none"')
+        n, q = ids.shape
+        pos = torch.arange(q, device=ids.device).expand(n, q) if pos is None else pos.expand(n, q)
+        seen = (pos >= 0)[:, None, :] if visible is None else visible & (pos >= 0)[:, None, :]  # (N, 1|Q, Q)
+        seen = (seen.expand(n, q, q) | (pos < 0)[:, :, None])[:, None]  # (N, 1, Q, Q); padding sees everything
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": seen}
+        if self.takes_positions:
+            arguments["position_ids"] = pos.clamp(min=0)
+        if "use_cache" in inspect.signature(self.transformer.forward).parameters:
+            arguments["use_cache"] = False
+        return self.transformer(**arguments).logits
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = hidden[..., : self.vocab_size]
+        logits = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
+        if self.mask_id is not None and self.mask_id < logits.shape[-1]:
+            logits[..., self.mask_id] = -torch.inf
+        return logits
+
+    def new_store(self, lanes: int, slots: int) -> Any:
+        raise DllmError('backend="transformers" has no cache: use cache="none"')
+
+    def save(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> Path:
+        self.transformer.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        return Path(folder)
+
+
+def load_network(folder: Path, dtype: torch.dtype | None) -> Any:
+    """A masked or causal language model of transformers' own classes; remote code is never run."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        masked = type(config) in AutoModelForMaskedLM._model_mapping
+        auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        return auto.from_pretrained(folder, trust_remote_code=False, attn_implementation="sdpa", **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DllmError(
+            f"transformers has no class of its own for {folder}: {first} "
+            "(load it yourself and pass the loaded model to dllm.load)"
+        ) from error
+
+
+def read_network(network: Any, shift: int) -> ModelConfig:
+    """What the engine needs to know, from the config object of a transformers model."""
+    values = network.config.get_text_config()
+    raw = RawConfig(values.to_dict())
+    heads = raw.get("num_attention_heads") or 1
+    hidden = raw.get("hidden_size") or 1
+    return ModelConfig(
+        family="transformers",
+        architecture=type(network).__name__,
+        vocab_size=raw.need("vocab_size"),
+        embedding_rows=raw["vocab_size"],
+        hidden_size=hidden,
+        n_layers=raw.get("num_hidden_layers") or 1,
+        n_heads=heads,
+        n_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or hidden // heads,
+        intermediate_size=raw.get("intermediate_size") or 1,
+        max_positions=raw.get("max_position_embeddings") or 2**31,
+        shift=shift,
+        **special_ids(raw),
+    )
+
+
+def wrap(network: Any, config: ModelConfig, tokenizer: Any) -> ForeignModel:
+    """Attention is made bidirectional where a config says causal: a masked-diffusion model attends to everything."""
+    if getattr(network.config, "is_causal", None) is not False:
+        network.config.is_causal = False
+    return ForeignModel(config, network.eval(), tokenizer)

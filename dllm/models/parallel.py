@@ -1,0 +1,105 @@
+"""Models larger than one device: layers spread over devices (accelerate's plan), or split over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dllm.errors import DllmError
+from dllm.models.checkpoint import Place, assign, build
+from dllm.models.config import ModelConfig
+from dllm.models.moe import MoE
+from dllm.models.transformer import Transformer
+
+
+def device_plan(config: ModelConfig, device_map: str | Mapping[str, Any], dtype: torch.dtype | None) -> Place:
+    """Where every parameter goes: "auto" or "balanced" (planned by accelerate), or a dict module name -> device.
+
+    A layer is never split; everything is computed where its weights are. There is no offloading to disk.
+    """
+    if isinstance(device_map, str):
+        device_map = _planned(config, device_map, dtype)
+    places = {name: f"cuda:{d}" if isinstance(d, int) else str(d) for name, d in device_map.items()}
+    if "disk" in places.values():
+        raise DllmError("the model does not fit in the memory there is, and offloading to disk is not supported")
+
+    def place(parameter: str) -> torch.device:
+        owners = [n for n in places if n in ("", parameter) or parameter.startswith(f"{n}.")]
+        if not owners:
+            raise DllmError(f"device_map has no place for {parameter}")
+        return torch.device(places[max(owners, key=len)])
+
+    for name, _ in build(config).named_parameters():
+        place(name)
+    return place
+
+
+def _planned(config: ModelConfig, kind: str, dtype: torch.dtype | None) -> Mapping[str, Any]:
+    try:
+        from accelerate import infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+    except ImportError as error:
+        raise DllmError("device_map= needs accelerate: pip install 'dllm-toolkit[accelerate]'") from error
+    if kind not in ("auto", "balanced"):
+        raise DllmError(f'unknown device_map {kind!r}; known: "auto", "balanced", "tensor", or module name -> device')
+    skeleton, dtype = build(config), dtype or torch.bfloat16
+    memory = get_balanced_memory(skeleton, no_split_module_classes=["Layer"], dtype=dtype)
+    return infer_auto_device_map(skeleton, max_memory=memory, no_split_module_classes=["Layer"], dtype=dtype)
+
+
+def process_device(device: torch.device) -> torch.device:
+    """Join the process group of torchrun and pick this process's device."""
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise DllmError('device_map="tensor" runs under torchrun: torchrun --nproc-per-node 2 script.py')
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", dist.get_rank()))) if device.type == "cuda" else device
+
+
+def split_over_processes(model: Transformer) -> None:
+    """Tensor parallelism in place: heads, MLP and expert widths and head rows are divided among the processes.
+
+    Every process calls `forward` with the same arguments, gets the same logits, and stores the keys of its own heads.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    config, ways, rank = model.config, dist.get_world_size(), dist.get_rank()
+    widths = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "intermediate_size": config.intermediate_size}
+    if config.moe is not None:
+        widths |= {"expert width": config.moe.intermediate_size, "shared expert width": config.moe.shared_size}
+    if bad := [f"{name}={width}" for name, width in widths.items() if width % ways]:
+        raise DllmError(f"{ways} processes cannot share {', '.join(bad)} evenly")
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ways,))
+    mlp = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+    attention = {f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
+    for layer in model.layers:
+        prefix = "mlp.shared_experts" if isinstance(layer.mlp, MoE) else "mlp"
+        dense = not isinstance(layer.mlp, MoE) or layer.mlp.shared_experts is not None
+        parallelize_module(layer, mesh, attention | ({f"{prefix}.{n}": s for n, s in mlp.items()} if dense else {}))
+        if isinstance(layer.mlp, MoE):
+            _split_experts(layer.mlp, ways, rank)
+    if model.lm_head is not None:
+        parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    model.config = replace(config, n_heads=config.n_heads // ways, n_kv_heads=config.n_kv_heads // ways)
+
+
+def _split_experts(mlp: MoE, ways: int, rank: int) -> None:
+    """Keep this process's share of every expert's width; the partial sums are added up in `MoE.forward`."""
+    gate, up = mlp.gate_up_proj.detach().chunk(2, 1)
+    own = torch.cat([part.chunk(ways, 1)[rank] for part in (gate, up)], 1)
+    assign(mlp, "gate_up_proj", own.clone())
+    assign(mlp, "down_proj", mlp.down_proj.detach().chunk(ways, 2)[rank].clone())
+    mlp.group = dist.group.WORLD
+
+
+def layer_devices(model: nn.Module) -> list[torch.device]:
+    """Where each layer computes, and so where its keys and values are stored."""
+    return [next(layer.parameters()).device for layer in model.layers]  # type: ignore[union-attr]
