@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ class Guidance:
 
     scale: float
     mask_id: int
-    copies: int = 2
+    lanes: int = 2  # of the store, a row
 
     def expand(self, plan: Plan, state: State, window: Window) -> Plan:
         given = state.canvas.frozen.gather(1, plan.pos.clamp(min=0)) & (plan.pos >= 0)
@@ -35,6 +36,6 @@ class Guidance:
             lane=lane,
         )
 
-    def reduce(self, logits: Tensor) -> Tensor:
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.scale + 1) * (conditional - unconditional)

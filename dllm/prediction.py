@@ -219,7 +219,9 @@ class Rescored(Prediction):
     """A prediction whose confidences were replaced by an `adjust`; every other quantity is the raw one's."""
 
     def __init__(self, raw: Prediction, confidence: Tensor, token: Tensor | None = None) -> None:
-        super().__init__(raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, answer=raw.answer)
+        super().__init__(
+            raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, answer=raw.answer
+        )
         self.raw = raw
         self._confidence, self._token = confidence, raw.token if token is None else token
 
@@ -236,7 +238,9 @@ class Rescored(Prediction):
         return self._confidence.log()
 
 
-def draw(logits: Tensor, law: Law, seed: Tensor, step: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(
+    logits: Tensor, law: Law, seed: Tensor, step: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample one token a row from logits (n, V) under `law`, keyed by (seed, step, position), each (n,).
 
     Temperature 0 takes the arg-max of the filtered distribution. Returns the token, and its confidence, the margin and
@@ -295,7 +299,9 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     preserving key), and only the bin in which the mass crosses top_p is sorted.
     """
     key = (probs.float().view(torch.int32) >> 16).long()  # (n, V), higher is likelier
-    mass = torch.zeros(len(probs), 0x3F81, dtype=torch.float64, device=probs.device).scatter_add_(1, key, probs.double())
+    mass = torch.zeros(len(probs), 0x3F81, dtype=torch.float64, device=probs.device).scatter_add_(
+        1, key, probs.double()
+    )
     above = mass.flip(1).cumsum(1).flip(1) - mass  # (n, bins) mass of the likelier bins
     edge = ((above <= top_p) & (mass > 0)).int().argmax(1, keepdim=True)  # the lowest bin that is reached
     count = int((key == edge).sum(1).max())

@@ -69,7 +69,9 @@ class Trace:
             shown = html.escape(text).replace("\n", "⏎<br>")
             hue = 0 if k is None else 250 - 220 * k / max(steps - 1, 1)
             title = "given" if k is None else f"forward {k + 1}"
-            spans.append(f'<span class="t" data-k="{-1 if k is None else k}" title="{title}" style="--h:{hue:.0f}">{shown}</span>')
+            spans.append(
+                f'<span class="t" data-k="{-1 if k is None else k}" title="{title}" style="--h:{hue:.0f}">{shown}</span>'
+            )
         prompt = html.escape("".join(self.piece(t) for t in self.prompt))
         return _PAGE.format(sampler=html.escape(self.sampler), steps=steps, prompt=prompt, cells="".join(spans))
 

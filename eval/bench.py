@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from dllm.samplers import registry
+from dllm.samplers.base import Context, Sampler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,8 +29,6 @@ from dllm.engine import step as engine_step
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
 from dllm.prediction import Law, Prediction
-from dllm.samplers import registry
-from dllm.samplers.base import Context, Sampler
 
 VOCABULARY, WINDOW = 126_464, 32  # LLaDA-8B's head, one block
 REPEATS = 7
@@ -54,7 +54,9 @@ class Row:
 def machine() -> str:
     """The hardware and software of this run, without names."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
+    return (
+        f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
+    )
 
 
 def side_by_side(a: Callable[[], Any], b: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, float]:
@@ -104,7 +106,9 @@ def peak_extra(f: Callable[[], Any]) -> int:
     return allocations.peak
 
 
-def context(block_length: int = WINDOW, new: int = WINDOW, steps: int | None = None, vocabulary: int = VOCABULARY) -> Context:
+def context(
+    block_length: int = WINDOW, new: int = WINDOW, steps: int | None = None, vocabulary: int = VOCABULARY
+) -> Context:
     """A call's context without a model: mask id last, EOS before it."""
     return Context(block_length, steps, new, vocabulary - 1, (vocabulary - 2,), vocabulary, 4096)
 
@@ -145,7 +149,9 @@ def step(repeats: int = REPEATS) -> list[Row]:
         mine, base = side_by_side(ours, lambda: logits.softmax(-1).max(-1), repeats)
         rows.append(Row(f"step / softmax-max: {label}", mine / base, bound, note=f"{mine * 1e3:.1f} ms"))
         extra = peak_extra(ours) / logits.nbytes
-        rows.append(Row(f"peak extra memory / window logits: {label}", 1 + extra, 2.0, note="the logits themselves count 1"))
+        rows.append(
+            Row(f"peak extra memory / window logits: {label}", 1 + extra, 2.0, note="the logits themselves count 1")
+        )
     return rows
 
 
@@ -201,7 +207,15 @@ def generate(repeats: int = 5) -> list[Row]:
     rows = [
         overhead(model, prompt, 1.02, "width 512, length 512, none", repeats, max_new_tokens=256, steps=16, **common),
         overhead(
-            model, prompt, 1.12, "width 512, length 512, dual", repeats, max_new_tokens=256, steps=64, cache="dual", **common
+            model,
+            prompt,
+            1.12,
+            "width 512, length 512, dual",
+            repeats,
+            max_new_tokens=256,
+            steps=64,
+            cache="dual",
+            **common,
         ),
         overhead(dllm.load("tiny"), prompt[:40], 1.3, "embedded model", repeats, max_new_tokens=64, **common),
     ]
@@ -213,7 +227,9 @@ def generate(repeats: int = 5) -> list[Row]:
             lambda one=one, long=long: dllm.generate(model, long, **one, cache="dual"),
             3 if repeats < 5 else repeats,
         )
-        rows.append(Row(f"none / dual at {per_block} steps a block, length 512", slow / fast, bound, True, f"{fast:.2f} s"))
+        rows.append(
+            Row(f"none / dual at {per_block} steps a block, length 512", slow / fast, bound, True, f"{fast:.2f} s")
+        )
     rows += growth(model, repeats)
     policy = caches.policy("dual")
     assert policy.stored

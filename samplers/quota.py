@@ -15,6 +15,7 @@ from torch import Tensor
 from dllm import noise
 from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, rank
+from dllm.samplers.blocks import first_block
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Quota:
 
     steps: int | None
     block_length: int
+    aligned: bool = False
     scheduled: ClassVar[bool] = True  # the number of steps is known in advance
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
@@ -33,8 +35,9 @@ class Quota:
         if self.steps is None:
             return torch.ones_like(view.state.step)
         memory, canvas = view.memory, view.canvas
-        blocks = (canvas.length - canvas.start + self.block_length - 1) // self.block_length
-        index = (memory["window.lo"] - canvas.start) // self.block_length
+        origin = first_block(canvas, self.block_length, self.aligned)
+        blocks = (canvas.length - origin + self.block_length - 1) // self.block_length
+        index = (memory["window.lo"] - origin) // self.block_length
         masks = memory["window.masks"].clamp(min=1)
         steps = self.steps // blocks + (index < self.steps % blocks)
         steps = torch.minimum(steps.clamp(min=1), masks)

@@ -29,7 +29,7 @@ class Threshold(Method):
     presets: ClassVar[dict] = {"dinfer": {"tie": 1e-5}, "fastdllm_dream": {"lone_opening": True}}
 
     def bundle(self, context: Context) -> Bundle:
-        window = Blocks(context.block_length, lone_opening=True) if self.lone_opening else None
+        window = Blocks.of(context, lone_opening=True) if self.lone_opening else None
         return Bundle(window=window, select=self.select)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:

@@ -37,16 +37,31 @@ def test_ties_go_to_the_lowest_position() -> None:
     assert [pairs[0][0] for pairs in out.trace.commits] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("steps", "quota"), [(4, [3, 3, 2, 2]), (3, [4, 3, 3]), (10, [1] * 10), (40, [1] * 10), (1, [10])])
+@pytest.mark.parametrize(
+    ("steps", "quota"), [(4, [3, 3, 2, 2]), (3, [4, 3, 3]), (10, [1] * 10), (40, [1] * 10), (1, [10])]
+)
 def test_the_quota_is_spread_as_llada_spreads_it(steps: int, quota: list[int]) -> None:
     out = dllm.generate(
-        Scripted(peaks([(1, 0.5)] * 10, 4)), [0], sampler="confidence", steps=steps, max_new_tokens=10, block_length=10, trace=True
+        Scripted(peaks([(1, 0.5)] * 10, 4)),
+        [0],
+        sampler="confidence",
+        steps=steps,
+        max_new_tokens=10,
+        block_length=10,
+        trace=True,
     )
     assert [len(pairs) for pairs in out.trace.commits] == quota
 
 
 def test_the_last_block_may_be_short() -> None:
-    out = dllm.generate(Scripted(peaks([(1, 0.5)] * 7, 4)), [0], sampler="threshold:tau=0.4", max_new_tokens=7, block_length=3, trace=True)
+    out = dllm.generate(
+        Scripted(peaks([(1, 0.5)] * 7, 4)),
+        [0],
+        sampler="threshold:tau=0.4",
+        max_new_tokens=7,
+        block_length=3,
+        trace=True,
+    )
     assert out.trace.windows == [[1, 4], [4, 7], [7, 8]]
     assert out.nfe == 3
 
@@ -102,10 +117,17 @@ def test_float32_batches_differ_only_where_the_decision_is_closer_than_the_error
 
 def test_caches_are_exact_where_they_must_be() -> None:
     """One forward a block: every forward is a refresh, so the caches change nothing."""
-    arguments: dict[str, Any] = {"sampler": "threshold:tau=0", "max_new_tokens": 12, "block_length": 4, "early_stop": False}
+    arguments: dict[str, Any] = {
+        "sampler": "threshold:tau=0",
+        "max_new_tokens": 12,
+        "block_length": 4,
+        "early_stop": False,
+    }
     plain = run("tiny-llada-random", PROMPTS, **arguments)
     for cache in CACHES[1:]:
-        assert [o.sequences for o in run("tiny-llada-random", PROMPTS, cache=cache, **arguments)] == [o.sequences for o in plain]
+        assert [o.sequences for o in run("tiny-llada-random", PROMPTS, cache=cache, **arguments)] == [
+            o.sequences for o in plain
+        ]
 
 
 @given(
@@ -118,7 +140,9 @@ def test_caches_are_exact_where_they_must_be() -> None:
     st.sampled_from([0.0, 0.9]),
 )
 @settings(max_examples=25, deadline=None)
-def test_invariants(prompts: list, sampler: str, cache: str, new: int, block: int, steps: int | None, temperature: float) -> None:
+def test_invariants(
+    prompts: list, sampler: str, cache: str, new: int, block: int, steps: int | None, temperature: float
+) -> None:
     tiny = model("tiny-llada-random")
     outputs = dllm.generate(
         tiny, prompts, sampler=sampler, cache=cache, max_new_tokens=new, block_length=block, steps=steps,
@@ -157,7 +181,9 @@ def test_broken_logits_stop_the_decode(bad: float) -> None:
 
 def test_canvas_edits_shift_what_is_right_of_them() -> None:
     ids = torch.tensor([[5, 9, 9, 7, 0, 0]])
-    canvas = Canvas(ids, ids == 9, torch.tensor([[True, False, False, False, True, True]]), torch.tensor([1]), torch.tensor([4]), 9)
+    canvas = Canvas(
+        ids, ids == 9, torch.tensor([[True, False, False, False, True, True]]), torch.tensor([1]), torch.tensor([4]), 9
+    )
     write = torch.tensor([[False, True, False, False, False, False]])
     no = torch.tensor([False])
     after = canvas.apply(Decision(write, torch.full_like(ids, 3), no, edits=((0, 2, 1, (9, 9)),)))
@@ -180,9 +206,15 @@ def test_an_early_stop_waits_for_the_prefix_to_close() -> None:
     table = peaks([(1, 0.5), (3, 0.9), (1, 0.8), (1, 0.7)], 5)
     out = dllm.generate(Scripted(table, eos=3), [0], sampler="confidence", max_new_tokens=4, block_length=4, trace=True)
     assert [c for pairs in out.trace.commits for c, _ in pairs] == [2, 3, 4, 1]
-    early = dllm.generate(Scripted(peaks([(1, 0.8), (3, 0.9), (1, 0.5), (1, 0.4)], 5), eos=3), [0], sampler="confidence", max_new_tokens=4)
+    early = dllm.generate(
+        Scripted(peaks([(1, 0.8), (3, 0.9), (1, 0.5), (1, 0.4)], 5), eos=3), [0], sampler="confidence", max_new_tokens=4
+    )
     assert (early.nfe, early.tokens) == (2, [1])
     full = dllm.generate(
-        Scripted(peaks([(1, 0.8), (3, 0.9), (1, 0.5), (1, 0.4)], 5), eos=3), [0], sampler="confidence", max_new_tokens=4, early_stop=False
+        Scripted(peaks([(1, 0.8), (3, 0.9), (1, 0.5), (1, 0.4)], 5), eos=3),
+        [0],
+        sampler="confidence",
+        max_new_tokens=4,
+        early_stop=False,
     )
     assert (full.nfe, full.tokens, full.sequences) == (4, [1], [0, 1, 3, 1, 1])

@@ -22,7 +22,8 @@ def bench(
     """Measure the runtime on this machine, ratios side by side in one run."""
     import torch
 
-    from dllm.eval.bench import BENCHES, as_json as dump, machine
+    from dllm.eval.bench import BENCHES, machine
+    from dllm.eval.bench import as_json as dump
 
     if name != "all" and name not in BENCHES:
         raise unknown("bench", name, [*BENCHES, "all"])

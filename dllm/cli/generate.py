@@ -16,14 +16,18 @@ from rich.text import Text
 
 from dllm.errors import DllmError
 
-Sampler = Annotated[str | None, typer.Option("--sampler", "-s", help="Name, name:param=value, or a+b; see `dllm samplers`.")]
+Sampler = Annotated[
+    str | None, typer.Option("--sampler", "-s", help="Name, name:param=value, or a+b; see `dllm samplers`.")
+]
 Cache = Annotated[str | None, typer.Option("--cache", "-c", help="none, prefix, dual, dual:left=16,right=16, ...")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="tiny (embedded), a folder, or a Hugging Face id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 or auto.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Width of the generation window.")]
 BlockLength = Annotated[int | None, typer.Option("--block-length", "-b", help="Columns of a block.")]
-Steps = Annotated[int | None, typer.Option(help="Forwards over the whole window (quota samplers); default one a token.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Forwards over the whole window (quota samplers); default one a token.")
+]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Request i uses seed + i.")]
 
@@ -45,9 +49,13 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
     lookahead: Annotated[str | None, typer.Option(help="Rows of exact verification: an integer or auto.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows decoded at a time.")] = 8,
-    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template (default: where there is one).")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template (default: where there is one).")
+    ] = None,
     infill: Annotated[bool, typer.Option(help="Fill the mask tokens inside the prompt.")] = False,
-    early_stop: Annotated[bool, typer.Option("--early-stop/--no-early-stop", help="Stop behind a closed prefix with EOS.")] = True,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop/--no-early-stop", help="Stop behind a closed prefix with EOS.")
+    ] = True,
     dtype: Dtype = None,
     device: Device = "auto",
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Watch the canvas fill.")] = False,
@@ -189,7 +197,9 @@ def chat(
 
 def trace(
     source: Annotated[Path, typer.Argument(help="A trace written by `dllm generate --trace run.json`.")],
-    target: Annotated[Path | None, typer.Argument(help="Write an HTML page here; without it, show in the terminal.")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(help="Write an HTML page here; without it, show in the terminal.")
+    ] = None,
 ) -> None:
     """Show which forward committed which token: in the terminal, or as an .html page or an .svg picture."""
     from dllm.trace import Trace

@@ -1,0 +1,83 @@
+"""The command line: light start, JSON, exit codes, one line for a mistake, a picture of a trace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden_cases import GOLDEN
+
+TRAINED = str(GOLDEN / "checkpoints" / "tiny-llada-trained")
+
+
+def dllm(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from dllm.cli import main; main()", *args]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=240, check=False)
+
+
+def test_neither_the_package_nor_the_help_imports_torch() -> None:
+    code = "import sys, dllm, dllm.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_and_version() -> None:
+    shown = dllm("--help")
+    assert shown.returncode == 0
+    for command in ("generate", "chat", "trace", "samplers", "bench", "eval", "speculate", "train", "filter"):
+        assert command in shown.stdout
+    assert dllm("--version").stdout.strip()
+
+
+def test_generate_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
+    run = tmp_path / "run.json"
+    shown = dllm(
+        "generate", "12+30=", "-m", TRAINED, "-n", "8", "-s", "threshold:tau=0.8", "--json", "--trace", str(run)
+    )
+    assert shown.returncode == 0, shown.stderr
+    row = json.loads(shown.stdout)
+    assert row["sampler"] == "threshold"
+    assert row["nfe"] > 0
+    page, picture = tmp_path / "run.html", tmp_path / "run.svg"
+    assert dllm("trace", str(run), str(page)).returncode == 0
+    assert dllm("trace", str(run), str(picture)).returncode == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert "<svg" in picture.read_text()
+    assert "forwards" in dllm("trace", str(run)).stdout
+
+
+def test_watch_prints_plain_lines_without_a_terminal() -> None:
+    shown = dllm("generate", "-", "-m", TRAINED, "-n", "6", "--watch", "--no-early-stop", stdin="12+30=\n")
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == [str(i) for i in range(1, 7)]
+    assert "\x1b" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "x", "-m", TRAINED, "-s", "thresold"], "did you mean 'threshold'"),
+        (["generate", "x", "-m", "no/such/folder"], "no/such/folder"),
+        (["generate", "x", "-m", TRAINED, "--top-p", "2"], "top_p=2.0"),
+        (["trace", "missing.json"], "cannot read the trace"),
+        (["bench", "nothing"], "unknown bench"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(args: list[str], message: str) -> None:
+    shown = dllm(*args)
+    assert shown.returncode == 1
+    assert message in shown.stderr
+    assert len(shown.stderr.strip().splitlines()) == 1
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert dllm("generate", "--no-such-option").returncode == 2
+
+
+def test_chat_answers_until_the_end_of_input() -> None:
+    shown = dllm("chat", "-m", TRAINED, "-n", "4", stdin="12+30=\n/clear\n/quit\n")
+    assert shown.returncode == 0, shown.stderr
+    assert "forwards" in shown.stdout or "no chat" in shown.stdout
