@@ -1,4 +1,4 @@
-"""The values that flow through a step: Canvas, Decision, State, Window, Plan. All immutable, leading dimension B (rows).
+"""The values that flow through a step: Canvas, Decision, State, Window, Plan. Immutable, leading dimension B (rows).
 
 A *row* is one request. A *column* is an absolute position of its canvas, prompt included; rows are right-padded to L
 columns. `Canvas.apply` is the only writer of tokens.
@@ -120,11 +120,19 @@ class State(NamedTuple):
 
 
 def _match(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Grow the last dimension of the smaller leaf with zeros (sparse leaves grow as a row needs)."""
-    if x.dim() > 2 and x.shape[-1] != y.shape[-1]:
-        width = max(x.shape[-1], y.shape[-1])
-        x, y = (F.pad(t, (0, width - t.shape[-1])) for t in (x, y))
+    """Grow the smaller leaf with zeros (some leaves grow as a row needs) and take the wider dtype."""
+    if x.shape[1:] != y.shape[1:]:
+        sizes = [max(a, b) for a, b in zip(x.shape[1:], y.shape[1:], strict=True)]
+        x, y = (_padded(t, sizes) for t in (x, y))
+    if x.dtype != y.dtype:
+        kind = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(kind), y.to(kind)
     return x, y
+
+
+def _padded(x: Tensor, sizes: list[int]) -> Tensor:
+    """`x` with zeros up to these sizes of its dimensions after the first."""
+    return F.pad(x, [n for a, b in zip(x.shape[:0:-1], sizes[::-1], strict=True) for n in (0, b - a)])
 
 
 def _map(f: Any, first: Any, *rest: Any) -> Any:

@@ -98,11 +98,16 @@ def fill(canvas: Canvas, pred: Prediction, rows: Tensor) -> tuple[Canvas, Tensor
 
 
 class Answer:
-    """Hidden states of one forward, read at any column that it covered."""
+    """Hidden states of one forward, read at any column that it covered.
+
+    `plan` is the forward as the cache policy planned it. What was fed may have more rows (copies of all rows, one after
+    the other) and, behind the planned queries, more queries: those are private to `inputs`.
+    """
 
     def __init__(self, model: Model, s: Sampler, options: Options, state: State, plan: Plan, hidden: Tensor) -> None:
         self.model, self.s, self.options, self.state, self.plan = model, s, options, state, plan
-        self.hidden = hidden  # (N, Q, D)
+        self.hidden = hidden  # (copies B, Q + private, D)
+        self.notes: dict[str, Tensor] = {}  # what `inputs.reduce` found out, for the slots of the step
 
     def read(self, cols: Tensor) -> Prediction | None:
         """The prediction at `cols` (B, W); None where some column was not covered."""
@@ -111,9 +116,13 @@ class Answer:
             return None
         return self._predict(cols, row)
 
+    def private(self) -> Tensor:
+        """Logits (copies B, E, V) of the queries that `inputs` added."""
+        return self.model.logits(self.hidden[:, self.plan.pos.shape[1] :])
+
     def _query(self, source: Tensor) -> Tensor | None:
         """(B, W) index of the query that holds each source position; padding reads query 0."""
-        pos = self.plan.pos[: len(source)]
+        pos = self.plan.pos
         if self.plan.refresh:
             return source  # a full forward: query index = position
         length = self.state.canvas.ids.shape[1]
@@ -128,9 +137,9 @@ class Answer:
         copies = hidden.shape[0] // row.shape[0]
         index = row.repeat(copies, 1) if copies > 1 else row
         picked = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = self.model.logits(picked)  # (N, W, V)
+        logits = self.model.logits(picked)  # (copies B, W, V)
         if self.s.inputs is not None:
-            logits = self.s.inputs.reduce(logits)
+            logits = self.s.inputs.reduce(logits, cols, self)
             logits[..., self.model.mask_id] = -torch.inf
         state, options = self.state, self.options
         if options.suppress:
@@ -139,7 +148,8 @@ class Answer:
             early = cols < (state.canvas.start + options.min_new_tokens)[:, None]
             for eos in options.eos_ids:
                 logits[..., eos].masked_fill_(early, -torch.inf)
-        return Prediction(logits, cols, law=options.law, seed=state.seed, step=state.step, more=self.read)
+        law = options.law
+        return Prediction(logits, cols, law=law, seed=state.seed, step=state.step, more=self.read, answer=self)
 
 
 class Runner:
@@ -170,7 +180,7 @@ class Runner:
             lane=fed.lane,
             store=self.store if fed.stored else None,
         )
-        return Answer(self.model, self.s, self.options, state, fed, hidden)
+        return Answer(self.model, self.s, self.options, state, plan, hidden)
 
 
 def decode(
@@ -188,9 +198,9 @@ def decode(
 
     Yields after each tick. Errors: NaN logits in mid-decode.
     """
-    total, copies = queue.rows, s.inputs.copies if s.inputs is not None else 1
+    total, lanes = queue.rows, s.inputs.lanes if s.inputs is not None else 1
     size = min(batch_size, total)
-    store = model.new_store(size * copies, int(queue.canvas.ids.shape[1])) if policy.stored else None
+    store = model.new_store(size * lanes, int(queue.canvas.ids.shape[1])) if policy.stored else None
     run = runner(model, s, options, meter, store)
     caps = [options.max_nfe or 4 * w + 64 for w in (queue.canvas.length - queue.canvas.start).tolist()]
     request, waiting = list(range(size)), size

@@ -1,0 +1,71 @@
+"""DSB: a block that slides with the first mask and grows with what was committed (arXiv 2602.05992)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.cache import spans
+from dllm.canvas import Canvas, State, Window
+from dllm.samplers.base import Bundle, Context, Method, param
+from dllm.samplers.threshold import Threshold
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """From the first mask s to start + length + committed, at most s + `most`; an epoch each `length` commits."""
+
+    length: int
+    most: int | None = None
+
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        zero = torch.zeros_like(canvas.start)
+        return {"dsb.epoch": zero, "dsb.refreshed": written(canvas), "dsb.lo": canvas.first_masked()}
+
+    columns = None
+
+    def open(self, state: State) -> tuple[State, Window]:
+        canvas, memory = state.canvas, state.memory
+        count = written(canvas)
+        lo = canvas.first_masked()
+        hi = torch.minimum(canvas.start + self.length + count, canvas.length)
+        if self.most is not None:
+            hi = torch.minimum(hi, lo + self.most)
+        due = count - memory["dsb.refreshed"] >= self.length
+        epoch = memory["dsb.epoch"] + due
+        refreshed = torch.where(due, count, memory["dsb.refreshed"])
+        # columns that the last step left behind are read once more: a cache that recomputes only what is near the
+        # window would keep the keys and values that they had as masks
+        first = torch.minimum(lo, memory["dsb.lo"])
+        reads = spans(first, hi, int((hi - first).max()))
+        state = state._replace(memory={**memory, "dsb.epoch": epoch, "dsb.refreshed": refreshed, "dsb.lo": lo})
+        return state, Window(lo=lo, hi=hi, reads=reads, epoch=epoch)
+
+
+def written(canvas: Canvas) -> Tensor:
+    """(B,) columns of the generation part that hold a token; given ones count, so the window always reaches a mask."""
+    return canvas.length - canvas.start - canvas.masked.sum(1)
+
+
+@dataclass(frozen=True)
+class DSB(Method):
+    """Decode in a window that starts at the first mask and whose end moves right with every commit.
+
+    A column that is hard no longer holds its block open, and a column just behind the block's end no longer waits. The
+    rule inside the window is threshold's unless another sampler brings its own. The published cache is
+    `dual:left=24`: 24 columns left of the window are recomputed with it, everything after each `block_length` commits.
+    """
+
+    max_length: int | None = param(None, "None lets the window grow (`greedy`); a number bounds it (`const`)", low=1)
+    tau: float = param(0.9, "the threshold of its published runs", low=0)
+
+    name: ClassVar[str] = "dsb"
+    source: ClassVar[str] = "DSB, arXiv 2602.05992"
+    cost: ClassVar[str] = "one row, up to block_length columns and as many more as were committed behind the first mask"
+
+    def bundle(self, context: Context) -> Bundle:
+        window = Sliding(context.block_length, self.max_length)
+        return Bundle(window=window, assumes={"select": Threshold(tau=self.tau).select})

@@ -1,0 +1,68 @@
+"""Saber: commit above the mean confidence so far, take back the tokens whose confidence fell (arXiv 2510.18165)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.canvas import Canvas, Decision
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.blocks import Blocks
+from dllm.samplers.revoke import committed_here, decoded, remask
+
+
+@dataclass(frozen=True)
+class Saber(Method):
+    """Commit candidates whose confidence exceeds the mean of all confidences recorded at commits (1 before the first),
+    at least n; then mask min(max(n // 2, ceil(m / 8)), m - 1) decoded columns again, m being the commits of the step.
+
+    Taken back are those whose confidence changed most for the worse since the last step; tokens of this step are among
+    them. As in the released code the confidence is that of the column's *current* arg-max, and the record of a token
+    that was taken back still counts in the mean.
+    """
+
+    n: int = param(2, "the released default: at least two commits, so that one can be taken back", low=1)
+    backtrack: bool = param(True, "False never takes a token back")
+
+    name: ClassVar[str] = "saber"
+    source: ClassVar[str] = "Saber, arXiv 2510.18165"
+    cost: ClassVar[str] = "one row, every column of the window, committed ones too"
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(
+            select=self.select,
+            amend=(self.revoke,),
+            assumes={"window": Blocks(context.max_new_tokens)},
+            needs=Needs(committed=True, revises=self.backtrack),
+            columns=_columns,
+        )
+
+    def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        record = view.columns["saber.record"]  # (B, L), 0 where nothing was ever committed
+        count = (record > 0).sum(1)
+        bar = torch.where(count > 0, record.sum(1) / count.clamp(min=1), 1.0)
+        chosen = view.live & (soft.confidence > bar[:, None])
+        few = chosen.sum(1, keepdim=True) < self.n
+        return torch.where(few, rank(score, view.live) < self.n, chosen)
+
+    def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        conf = pred.confidence
+        new = committed_here(view, d)
+        change = conf - view.gather(view.columns["saber.last"])
+        view.columns["saber.last"] = view.scatter(view.columns["saber.last"], conf, view.cols >= 0)
+        view.columns["saber.record"] = view.scatter(view.columns["saber.record"], conf, new)
+        if not self.backtrack:
+            return d
+        m = new.sum(1)
+        limit = torch.minimum(((m + 7) // 8).clamp(min=self.n // 2), m - 1)
+        limit = limit * (view.live & ~new).any(1)  # a finished window stays as it is
+        return remask(view, d, change, decoded(view) | new, limit)
+
+
+def _columns(canvas: Canvas) -> dict[str, Tensor]:
+    zero = torch.zeros_like(canvas.ids, dtype=torch.float64)
+    return {"saber.record": zero, "saber.last": zero}

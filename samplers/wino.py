@@ -1,0 +1,128 @@
+"""WINO: draft widely, verify what was written without looking at it, take back what fails (arXiv 2507.18578)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm.canvas import Canvas, Decision, Plan, State, Window
+from dllm.errors import DllmError
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.revoke import committed_here, decoded, remask
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """Feeds a second, masked copy of the window's columns at the same positions, private to the forward.
+
+    Nobody attends to the shadow but the shadow itself. A shadow column sees every real column but its own: its logits
+    are leave-one-out predictions of the token that stands there.
+    """
+
+    mask_id: int
+    lanes: ClassVar[int] = 1
+
+    def expand(self, plan: Plan, state: State, window: Window) -> Plan:
+        shadow = columns(window)  # (B, E)
+        n, q = plan.pos.shape
+        pos = torch.cat([plan.pos, shadow], 1)
+        real = torch.arange(pos.shape[1], device=pos.device) < q  # (Q + E,)
+        if plan.stored:
+            assert plan.visible is not None
+            slots = torch.arange(plan.visible.shape[-1], device=pos.device)
+            seen = plan.visible.expand(-1, q, -1)  # (B, Q, S)
+            alone = plan.visible[:, -1:] & (slots != shadow[..., None])  # (B, E, S)
+        else:
+            seen = torch.ones(n, q, q, dtype=torch.bool, device=pos.device)
+            alone = plan.pos[:, None] != shadow[..., None]  # (B, E, Q)
+        visible = torch.cat([seen, alone], 1)
+        own = ~real[:, None] & ~real  # (Q + E, Q + E): the shadow among itself
+        own = own if plan.stored else own[:, q:]  # without a store the planned queries are keys already
+        fresh = None
+        if plan.stored:
+            fresh = torch.ones_like(plan.pos, dtype=torch.bool) if plan.fresh is None else plan.fresh
+            fresh = F.pad(fresh, (0, shadow.shape[1]))
+        return plan._replace(
+            ids=torch.cat([plan.ids, torch.full_like(shadow, self.mask_id)], 1),
+            pos=pos,
+            fresh=fresh,
+            keep=None if plan.keep is None else F.pad(plan.keep, (0, shadow.shape[1])),
+            visible=torch.cat([visible, own.expand(n, -1, -1)], 2),
+        )
+
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
+        return logits
+
+
+def columns(window: Window) -> Tensor:
+    """(B, E) the columns of the reads that lie in the window, -1 for the others."""
+    inside = (window.reads >= window.lo[:, None]) & (window.reads < window.hi[:, None])
+    return torch.where(inside, window.reads, -1)
+
+
+@dataclass(frozen=True)
+class WINO(Method):
+    """Commit candidates above tau_draft, at most `share` of the window's masks, between `least` and `most`. A step that
+    commits more than one masks those again that were decoded earlier and whose leave-one-out probability is below
+    tau_verify.
+
+    At most one fewer than the last step committed are taken back, the least probable first, so a block takes no more
+    steps than it has columns. Given tokens are never verified.
+    """
+
+    tau_draft: float = param(0.7, "released: 0.7 MATH500, HumanEval, Sudoku; 0.6 GSM8K; 0.8 MBPP; 0.5 ARC", low=0)
+    tau_verify: float = param(0.9, "the paper's bar, all tasks; 0 never takes back", low=0)
+    share: float = param(0.7, "the released cap: a share of the masks left", low=0, high=1)
+    least: int = param(5, "the released floor of the cap", low=1)
+    most: int = param(20, "the released ceiling of the cap", low=1)
+
+    name: ClassVar[str] = "wino"
+    source: ClassVar[str] = "WINO, arXiv 2507.18578"
+    cost: ClassVar[str] = "one row, the window's columns twice (the second time masked)"
+    presets: ClassVar[dict] = {
+        "gsm8k": {"tau_draft": 0.6},
+        "math": {"tau_draft": 0.7},
+        "humaneval": {"tau_draft": 0.7},
+        "mbpp": {"tau_draft": 0.8},
+        "choice": {"tau_draft": 0.5},
+    }
+
+    def bundle(self, context: Context) -> Bundle:
+        if context.shift:
+            raise DllmError(
+                "sampler 'wino' needs a model that predicts a position from that position; this one predicts the next "
+                "token, so a shadow column would see what it is to verify"
+            )
+        return Bundle(
+            inputs=Shadow(context.mask_id),
+            select=self.select,
+            amend=(self.verify,),
+            needs=Needs(committed=True, revises=True, extra_rows=context.block_length),
+            memory=_memory,
+        )
+
+    def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        cap = (view.live.sum(1) * self.share).long().clamp(min=self.least, max=self.most)
+        chosen = view.live & (soft.confidence > self.tau_draft)
+        return chosen & (rank(score, view.live) < cap[:, None])
+
+    def verify(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        accepted = committed_here(view, d).sum(1)
+        last = view.memory["wino.accepted"]
+        view.memory["wino.accepted"] = accepted
+        among = decoded(view) & (accepted > 1)[:, None]
+        if not self.tau_verify or not bool(among.any()):
+            return d
+        token = view.gather(view.canvas.ids)
+        alone = Prediction(pred.answer.private(), view.cols)
+        now = alone.probability_of(alone.logits.gather(-1, token[..., None])[..., 0])
+        return remask(view, d, now, among & (now < self.tau_verify), last - 1)
+
+
+def _memory(canvas: Canvas) -> dict[str, Tensor]:
+    return {"wino.accepted": torch.ones_like(canvas.start)}  # before the first step nothing can be taken back
