@@ -47,6 +47,7 @@ BUILTIN = {
     "ccd": "ccd:CCD",
     "eoser": "eoser:EOSER",
     "ass": "ass:ASS",
+    "daedal": "daedal:DAEDAL",
 }
 
 COMMA = re.compile(r",(?![^\[]*\])")  # outside of a list: "adablock:delimiters=[8, 85],tau=0.8"

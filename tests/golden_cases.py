@@ -196,6 +196,22 @@ ARGUMENTS |= {
             {"name": "ass", "blocks": p["block_num"]},
         ],
     },
+    "daedal": lambda p: {
+        "max_new_tokens": p["max_gen_length"],
+        "block_length": p["block_length"],
+        "eos": p["eos_token_id"],
+        "early_stop": False,
+        "sampler": {
+            "name": "daedal",
+            "initial": p["initial_gen_length"],
+            "tau_high": p["high_conf_threshold"],
+            "tau_low": p["low_conf_threshold"],
+            "factor": p["expansion_factor"],
+            "tau_eos": p["eos_confidence_threshold"],
+            "tau_expand": p["expand_eos_confidence_threshold"],
+            "tail": p["eos_check_tokens"],
+        },
+    },
 }
 ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
 
@@ -282,7 +298,18 @@ def mismatch(case: dict[str, Any], out: Any) -> str | None:
             ours, theirs = [p for p in ours if p], [p for p in theirs if p]
         if ours != theirs:
             return f"commits {ours} != {theirs}"
+    if "canvases" in case and (ours := canvases(out.trace)) != case["canvases"][1:]:
+        return f"canvases {ours} != {case['canvases'][1:]}"
     return None
+
+
+def canvases(trace: Any) -> list[list[int]]:
+    """The generated part after every forward, replayed from the trace; lengths may change."""
+    start, ids, after = len(trace.prompt), {}, []
+    for pairs, length in zip(trace.commits, trace.lengths, strict=True):
+        ids |= dict(pairs)
+        after.append([ids.get(column, trace.mask_id) for column in range(start, length)])
+    return after
 
 
 def mismatch_of_blocks(case: dict[str, Any], out: Any) -> str | None:
