@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from golden_cases import GOLDEN
 
+from dllm.cli import main
+
+Dllm = Callable[..., "Shown"]
+
 TRAINED = str(GOLDEN / "checkpoints" / "tiny-llada-trained")
 
 
-def dllm(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from dllm.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=240, check=False)
+class Shown(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def dllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Shown]:
+    """Runs the console script in this process: (arguments, standard input) -> exit code and what was printed."""
+
+    def run(*args: str, stdin: str = "") -> Shown:
+        monkeypatch.setattr(sys, "argv", ["dllm", *args])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Shown(code, *capsys.readouterr())
+
+    return run
 
 
 def test_neither_the_package_nor_the_help_imports_torch() -> None:
@@ -23,7 +48,7 @@ def test_neither_the_package_nor_the_help_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_help_and_version() -> None:
+def test_help_and_version(dllm: Dllm) -> None:
     shown = dllm("--help")
     assert shown.returncode == 0
     for command in ("generate", "chat", "trace", "samplers", "bench", "eval", "speculate", "train", "filter"):
@@ -31,7 +56,7 @@ def test_help_and_version() -> None:
     assert dllm("--version").stdout.strip()
 
 
-def test_generate_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
+def test_generate_prints_json_and_writes_a_trace(dllm: Dllm, tmp_path: Path) -> None:
     run = tmp_path / "run.json"
     shown = dllm(
         "generate", "12+30=", "-m", TRAINED, "-n", "8", "-s", "threshold:tau=0.8", "--json", "--trace", str(run)
@@ -48,7 +73,7 @@ def test_generate_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
     assert "forwards" in dllm("trace", str(run)).stdout
 
 
-def test_watch_prints_plain_lines_without_a_terminal() -> None:
+def test_watch_prints_plain_lines_without_a_terminal(dllm: Dllm) -> None:
     shown = dllm("generate", "-", "-m", TRAINED, "-n", "6", "--watch", "--no-early-stop", stdin="12+30=\n")
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
@@ -66,18 +91,18 @@ def test_watch_prints_plain_lines_without_a_terminal() -> None:
         (["bench", "nothing"], "unknown bench"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_1(args: list[str], message: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_1(dllm: Dllm, args: list[str], message: str) -> None:
     shown = dllm(*args)
     assert shown.returncode == 1
     assert message in shown.stderr
     assert len(shown.stderr.strip().splitlines()) == 1
 
 
-def test_usage_errors_exit_with_2() -> None:
+def test_usage_errors_exit_with_2(dllm: Dllm) -> None:
     assert dllm("generate", "--no-such-option").returncode == 2
 
 
-def test_chat_answers_until_the_end_of_input() -> None:
+def test_chat_answers_until_the_end_of_input(dllm: Dllm) -> None:
     shown = dllm("chat", "-m", TRAINED, "-n", "4", stdin="12+30=\n/clear\n/quit\n")
     assert shown.returncode == 0, shown.stderr
     assert "forwards" in shown.stdout or "no chat" in shown.stdout
