@@ -1,0 +1,33 @@
+"""The tasks: three that come with the toolkit, any JSON lines of the user's, and the shapes of the usual benchmarks."""
+
+from __future__ import annotations
+
+from dllm.errors import DllmError, unknown
+
+from ..config import TaskSpec
+from . import confined, embedded, files
+from .base import Document, Graded, Task
+
+__all__ = ["Document", "Graded", "Task", "load", "names"]
+
+
+def names() -> list[str]:
+    """Every task name that a configuration may use, apart from `lm-eval:<task>`."""
+    return [*embedded.NAMES, *files.NAMES]
+
+
+def load(spec: TaskSpec, limit: int | None = None) -> Task:
+    """The task a spec describes, cut to `limit` documents. Errors: unknown name, broken file, code that cannot be
+    confined."""
+    limit = spec.limit if limit is None else limit if spec.limit is None else min(limit, spec.limit)
+    if limit is not None and limit < 1:
+        raise DllmError(f"limit {limit} leaves no document; the least is 1")
+    if spec.name in embedded.NAMES:
+        task = embedded.load(spec, limit)
+    elif spec.name in files.NAMES:
+        task = files.load(spec, limit)
+    else:
+        raise unknown("task", spec.name, names())
+    if task.runs_code and (reason := confined.refusal()):
+        raise DllmError(f"task {spec.name!r} runs generated programs: {reason}")
+    return task

@@ -1,0 +1,87 @@
+"""`dllm eval CONFIG`, `dllm eval compare RUN RUN`, `dllm tune CONFIG`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _Group(TyperGroup):
+    """`dllm eval x.yaml` is `dllm eval run x.yaml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+eval_app = typer.Typer(
+    cls=_Group, no_args_is_help=True, help="Evaluate by a configuration: `dllm eval CONFIG.yaml [--set key=value]`."
+)
+
+SETS = typer.Option(
+    [], "--set", metavar="KEY=VALUE", help="Override one key, for example sampler.name=credit; may be repeated."
+)
+OUT = typer.Option(None, "--out", help="The run folder; runs/<name> without it.")
+
+
+@eval_app.command("run")
+def run_command(
+    config: Path = typer.Argument(..., help="The YAML file."),
+    sets: list[str] = SETS,
+    out: Path | None = OUT,
+    limit: int | None = typer.Option(None, help="The first documents of each task only."),
+    seed: int | None = typer.Option(None, help="Seed of every random choice."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="The embedded model and two documents: does the configuration hold together?"
+    ),
+    retry_errors: bool = typer.Option(False, "--retry-errors", help="Decode again what failed before."),
+) -> None:
+    """Run an evaluation, or go on with one that was cut short. Exit code 3: some prompts failed."""
+    from dllm.eval import run
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    results = run(config, sets, out=out, limit=limit, seed=seed, dry_run=dry_run, retry_errors=retry_errors)
+    for cell in results.cells:
+        accuracy, tpf = 100 * cell["accuracy"], cell.get("tpf")
+        speed = f"  {tpf:5.2f} tokens/forward" if tpf is not None else ""
+        typer.echo(f"{cell['task']:<16} {cell['setting']:<44} {accuracy:5.1f} %{speed}")
+    for notice in results.notices:
+        typer.echo(notice, err=True)
+    typer.echo(f"{results.folder / 'report.md'}")
+    raise typer.Exit(results.exit_code)
+
+
+@eval_app.command("compare")
+def compare_command(
+    first: Path = typer.Argument(..., help="A run folder."),
+    second: Path = typer.Argument(..., help="Another."),
+    out: Path | None = typer.Option(None, "--out", help="Write the comparison here as markdown as well."),
+) -> None:
+    """Compare two runs document by document: McNemar, paired bootstrap, and what changed between their
+    configurations."""
+    from dllm.eval import compare
+
+    text = compare(first, second)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    typer.echo(text)
+
+
+def tune(
+    config: Path = typer.Argument(..., help="A YAML file with `tune:`, the space to search."),
+    sets: list[str] = SETS,
+    out: Path | None = OUT,
+    limit: int | None = typer.Option(None, help="The first documents of each task only."),
+    seed: int | None = typer.Option(None, help="Seed of every random choice."),
+) -> None:
+    """Search sampler parameters for the most tokens per forward within a stated loss of accuracy."""
+    from dllm.eval.tune import tune as search
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    found = search(config, sets, out=out, limit=limit, seed=seed)
+    typer.echo(found.text)

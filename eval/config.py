@@ -1,0 +1,530 @@
+"""The configuration of an evaluation: plain YAML in, frozen dataclasses out.
+
+A file names tasks, a model, a sampler, a cache and decoding arguments. `extends:` takes another file as the base,
+`matrix:` sweeps over samplers, caches, lengths or models, and `key.sub=value` overrides come last. Whatever is
+wrong is said with the file, the line and the key.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dllm.errors import DllmError, unknown
+
+Path_ = tuple[Any, ...]
+
+
+# --------------------------------------------------------------------------------------------------------------- schema
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `dllm.load` needs; `None` leaves the choice to the model's family."""
+
+    name: str = "tiny"
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerateSpec:
+    """The decoding arguments of `dllm.generate`, by the same names; `None` leaves the default of the model's family."""
+
+    max_new_tokens: int | None = None
+    block_length: int | None = None
+    steps: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float | None = None
+    stop: tuple[str, ...] | None = None
+    eos: tuple[int, ...] | None = None
+    min_new_tokens: int | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    logits_eos_inf: bool | None = None
+    confidence_eos_eot_inf: bool | None = None
+    early_stop: bool | None = None
+    lookahead: int | str | dict[str, Any] | None = None
+    chat: bool | None = None
+    gumbel: bool | None = None
+    max_nfe: int | None = None
+
+
+@dataclass(frozen=True)
+class SpeculateSpec:
+    """A drafting run: the model drafts and `verifier` (autoregressive) verifies; `options` go to `dllm.speculate`
+    as they are."""
+
+    verifier: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task. `name` is an embedded task, a known benchmark's shape, `jsonl`, or `lm-eval:<task>`; the rest
+    refines it."""
+
+    name: str
+    label: str | None = None  # the name in the report, where one task appears twice
+    limit: int | None = None  # the first documents only
+    path: str | None = None  # the user's file (jsonl and the benchmark shapes)
+    split: str = "test"
+    seed: int = 0  # of the problem generator, and of the order of shots
+    shots: int = 0
+    shots_path: str | None = None
+    prompt: str | None = None  # template over the document's fields: "{question}\nAnswer:"
+    answer: str | None = None  # template over the document's fields: "{answer}"
+    metric: str | None = None  # exact, contains, number, math, choice, python
+    extract: str | tuple[str, ...] | None = None  # regular expressions, the first that matches; group 1 is the answer
+    fields: dict[str, str] = field(default_factory=dict)  # the names a benchmark's columns have in the user's file
+    options: dict[str, Any] = field(default_factory=dict)  # lm-eval: num_fewshot, include_path …
+    generate: GenerateSpec = field(default_factory=GenerateSpec)  # decoding arguments of this task only
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Where the work runs. `local`: this process; `accelerate`: the ranks of `accelerate launch`; `ray`: actors on
+    a cluster."""
+
+    kind: Literal["local", "accelerate", "ray"] = "local"
+    workers: int = 1
+    address: str | None = None  # of a running Ray cluster; None starts one here
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    retries: int = 3  # of a batch whose worker was lost
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A figure that somebody published, put beside ours in the report."""
+
+    task: str
+    value: float
+    setting: str | None = None  # the label of a setting; None means every setting
+    metric: str = "accuracy"
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the sweep: everything that decides an output apart from the document."""
+
+    label: str
+    model: ModelSpec
+    sampler: Any  # a name, a mapping with `name`, or a list of these (a composition); None: the model family's own
+    cache: Any
+    generate: GenerateSpec
+    speculate: SpeculateSpec | None = None
+    where: str = field(default="", compare=False)  # the key in the file, for messages
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole evaluation. `settings` is the expanded matrix."""
+
+    name: str
+    tasks: tuple[TaskSpec, ...]
+    settings: tuple[Setting, ...]
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int = 8
+    warmup: int = 1  # batches decoded and thrown away before a setting's clock starts
+    trace: int = 0  # documents per task and setting whose commit order is kept
+    confidence: float = 0.95  # of the bootstrap intervals
+    engine: EngineSpec = EngineSpec()
+    expected: tuple[Expected, ...] = ()
+    unknown: tuple[str, ...] = ()  # what a paper leaves open, printed in the report
+    about: str = ""
+    out: str | None = None
+    source: Source | None = field(default=None, compare=False, repr=False)
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as plain YAML values that `load` reads back: `None`s left out, the sweep spelled out
+        point by point."""
+        values = _prune(asdict(replace(self, source=None)), {"source", "where"})
+        values["matrix"] = values.pop("settings")
+        return values
+
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on: `plain()` without where it runs and what it is compared with."""
+        ignored = ("engine", "expected", "unknown", "about", "out", "name", "confidence")
+        return {k: v for k, v in self.plain().items() if k not in ignored}
+
+    def error(self, where: str, message: str) -> DllmError:
+        """A `DllmError` that says where in the file `where` (a dotted key) stands."""
+        return self.source.error(_split(where), message) if self.source else DllmError(f"{where}: {message}")
+
+
+# The keys of a file are those of Config, with the sweep in place of the settings.
+_AXES = ("model", "sampler", "cache", "generate", "speculate")
+_TOP = [f.name for f in fields(Config) if f.name not in ("settings", "source")] + [*_AXES, "extends", "matrix"]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+class Source:
+    """Where the keys of a YAML text stand, so that an error can name its line."""
+
+    def __init__(self, name: str, lines: Mapping[Path_, tuple[str, int]] | None = None):
+        self.name, self.lines = name, dict(lines or {})
+
+    def error(self, path: Path_, message: str) -> DllmError:
+        key = ".".join(map(str, path))
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.lines and (end or not path):
+                file, line = self.lines[path[:end]]
+                return DllmError(f"{file}, line {line}: {key + ': ' if key else ''}{message}")
+        return DllmError(f"{self.name}: {key + ': ' if key else ''}{message}")
+
+
+def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
+    """YAML text to plain values and the lines of its keys. Errors: malformed, not a mapping, a key given twice."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise DllmError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    lines: dict[Path_, tuple[str, int]] = {}
+    if node is None:
+        raise DllmError(f"{name}: the file is empty; an evaluation needs at least `tasks:`")
+    if not isinstance(node, yaml.MappingNode):
+        raise DllmError(f"{name}, line {node.start_mark.line + 1}: expected `key: value` pairs")
+    loader = yaml.SafeLoader("")
+
+    def value(node: yaml.Node, path: Path_) -> Any:
+        lines.setdefault(path, (name, node.start_mark.line + 1))
+        if isinstance(node, yaml.SequenceNode):
+            return [value(child, (*path, i)) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return pairs(node, path)
+        try:
+            return loader.construct_object(node, deep=True)
+        except yaml.YAMLError as error:
+            raise DllmError(f"{name}, line {node.start_mark.line + 1}: {getattr(error, 'problem', error)}") from None
+
+    def pairs(node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key_node, child in node.value:
+            key = str(loader.construct_object(key_node))
+            if key in out:
+                raise DllmError(f"{name}, line {key_node.start_mark.line + 1}: key {key!r} is given twice")
+            lines[(*path, key)] = (name, key_node.start_mark.line + 1)
+            out[key] = value(child, (*path, key))
+        return out
+
+    return value(node, ()), Source(name, lines)
+
+
+def read(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Source]:
+    """A file with its `extends:` chain merged in; the nearer file wins key by key, and lists are replaced whole."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = unknown("file", path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        raise DllmError(f"there is no configuration {path}{f' ({near})' if near else ''}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DllmError(f"cannot read {path}: {error}") from None
+    data, source = parse(text, str(path))
+    base = data.pop("extends", None)
+    if base is None:
+        return data, source
+    parent = (path.parent / str(base)).resolve()
+    if parent in (*_seen, path.resolve()):
+        raise source.error(("extends",), f"{base} extends this file again")
+    data_base, source_base = read(parent, (*_seen, path.resolve()))
+    return merge(data_base, data), Source(str(path), {**source_base.lines, **source.lines})
+
+
+def merge(base: Any, top: Any) -> Any:
+    """`top` over `base`. Mappings merge, except that another `name` (of a sampler, a model) drops the old one's
+    parameters."""
+    if not (isinstance(base, dict) and isinstance(top, dict)) or ("name" in top and top["name"] != base.get("name")):
+        return top
+    return {**base, **{k: merge(base[k], v) if k in base else v for k, v in top.items()}}
+
+
+def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
+    """`key.sub=value` applied to the plain values; the value is read as YAML.
+
+    Setting a swept axis (`sampler=…` or `sampler.name=…`) replaces the sweep over it; setting one parameter
+    (`sampler.tau=…`) changes that parameter at every point of the sweep.
+    """
+    key, equals, text = assignment.partition("=")
+    path = _split(key.strip())
+    if not equals or not path:
+        raise DllmError(f"--set {assignment!r}: write key=value, for example --set sampler.name=credit")
+    try:
+        value = yaml.safe_load(text) if text.strip() else ""
+    except yaml.YAMLError:
+        value = text
+    whole = len(path) == 1 or path[1:] == ("name",)
+    sweep = data.get("matrix")
+    axes = sweep if isinstance(sweep, list) else [sweep] if isinstance(sweep, dict) else []
+    for axis in axes:
+        name = next((n for n in (key.strip(), path[0]) if n in axis), None)
+        if name is None:
+            continue
+        if whole or name == key.strip():
+            axis.pop(name)
+        else:
+            values = axis[name] if isinstance(axis[name], list) else [axis[name]]
+            axis[name] = [_assign(_named(v), path[1:], value, assignment) for v in values]
+    if axes and not any(set(axis) - {"label"} for axis in axes):
+        data.pop("matrix")
+    if path[0] in ("sampler", "model"):
+        if path[0] in data:
+            data[path[0]] = _named(data[path[0]])
+        if whole:  # another name: the old one's parameters go with it
+            return {**data, path[0]: _named(value)}
+    return _assign(data, path, value, assignment)
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _assign(data: Any, path: Path_, value: Any, assignment: str) -> Any:
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(data, list):
+        if not isinstance(head, int) or not 0 <= head < len(data):
+            raise DllmError(f"--set {assignment!r}: {head!r} is not one of the positions 0 … {len(data) - 1}")
+        return [*data[:head], _assign(data[head], rest, value, assignment), *data[head + 1 :]]
+    if data is not None and not isinstance(data, dict):
+        data = _named(data) if isinstance(data, str) else {}
+    data = data or {}
+    return {**data, str(head): _assign(data.get(str(head)), rest, value, assignment)}
+
+
+def _split(key: str) -> Path_:
+    return tuple(int(part) if part.isdigit() else part for part in key.split(".") if part)
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def load(config: Config | Mapping[str, Any] | str | Path, sets: Sequence[str] = (), **changes: Any) -> Config:
+    """A `Config` from a YAML file, a mapping of the same keys, or a `Config`; `changes` (not None) and `sets` come
+    last."""
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if isinstance(config, Config):
+        if sets:
+            raise DllmError("overrides apply to a file or a mapping; change a Config with dataclasses.replace")
+        return replace(config, **changes)
+    if isinstance(config, Mapping):
+        data, source = dict(config), Source("the configuration")
+    else:
+        data, source = read(config)
+        data.setdefault("name", Path(config).stem)
+    for assignment in sets:
+        data = override(data, assignment)
+    return build({**data, **changes}, source)
+
+
+def build(data: Mapping[str, Any], source: Source) -> Config:
+    """Validate plain values and expand the sweep. Errors name the key, its line, and the nearest known key."""
+    _known(data, _TOP, (), source)
+    if not data.get("tasks"):
+        raise source.error(("tasks",) if "tasks" in data else (), "no tasks; give for example `tasks: [word_problems]`")
+    raw_tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
+    tasks = tuple(_make(TaskSpec, _named(t), ("tasks", i), source) for i, t in enumerate(raw_tasks))
+    labels = [task.label or task.name for task in tasks]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise source.error(("tasks", i), f"{label!r} is there twice; tell the two apart with `label:`")
+    plain = {k: v for k, v in data.items() if k not in (*_AXES, "matrix", "tasks", "extends")}
+    plain.setdefault("name", "eval")
+    config: Config = _make(Config, {**plain, "tasks": (), "settings": ()}, (), source)
+    settings = tuple(_settings(data, source))
+    for i, figure in enumerate(config.expected):
+        where = ("expected", i)
+        if figure.task not in labels:
+            raise source.error((*where, "task"), str(unknown("task", figure.task, labels)))
+        if figure.setting is not None and figure.setting not in [s.label for s in settings]:
+            raise source.error(
+                (*where, "setting"), str(unknown("setting", figure.setting, [s.label for s in settings]))
+            )
+    _check(config, source)
+    return replace(config, tasks=tasks, settings=settings, source=source)
+
+
+def _check(config: Config, source: Source) -> None:
+    for name, low in (("batch_size", 1), ("warmup", 0), ("trace", 0)):
+        if getattr(config, name) < low:
+            raise source.error((name,), f"{getattr(config, name)} is too small; the least is {low}")
+    if config.limit is not None and config.limit < 1:
+        raise source.error(("limit",), f"{config.limit} leaves no document; the least is 1")
+    if not 0 < config.confidence < 1:
+        raise source.error(("confidence",), f"{config.confidence} is not between 0 and 1")
+
+
+def _settings(data: Mapping[str, Any], source: Source) -> Iterable[Setting]:
+    sweeps = data.get("matrix") or {}
+    seen: dict[str, Setting] = {}
+    for sweep, where in _sweeps(sweeps, source):
+        named = sweep.pop("label", None)
+        axes = {k: v if isinstance(v, list) else [v] for k, v in sweep.items()}
+        for axis, values in axes.items():
+            if axis.split(".")[0] not in _AXES:
+                message = str(unknown("axis", axis, _AXES))
+                raise source.error((*where, axis), message)
+            if not values:
+                raise source.error((*where, axis), "the list is empty, so the sweep has no point")
+        for picks in itertools.product(*(range(len(values)) for values in axes.values())):
+            point: dict[str, Any] = {k: v for k, v in data.items() if k in _AXES}
+            chosen = {axis: axes[axis][i] for axis, i in zip(axes, picks, strict=True)}
+            for axis, value in chosen.items():
+                path = _split(axis)
+                new = _named(value) if path[0] in ("model", "sampler") and len(path) == 1 else value
+                old = _named(point.get(path[0])) if path[0] in ("model", "sampler") else point.get(path[0])
+                point[path[0]] = merge(old, new) if len(path) == 1 else _assign(old, path[1:], new, axis)
+            varying = {axis: value for axis, value in chosen.items() if len(axes[axis]) > 1 or axis == "sampler"}
+            label = _label(named, varying, point)
+            here = ".".join(map(str, (*where, "sampler"))) if "sampler" in axes else "sampler"
+            setting = _setting(label, point, source, here)
+            if label in seen and replace(setting, label="") != replace(seen[label], label=""):
+                raise source.error(where, f"two settings are called {label!r}; give each a `label:`")
+            if label not in seen:
+                seen[label] = setting
+                yield setting
+
+
+def _sweeps(sweeps: Any, source: Source) -> Iterable[tuple[dict[str, Any], Path_]]:
+    """A mapping is one product; a list of mappings is the union of their products."""
+    if isinstance(sweeps, dict):
+        yield dict(sweeps), ("matrix",)
+    elif isinstance(sweeps, list) and all(isinstance(s, dict) for s in sweeps):
+        for i, sweep in enumerate(sweeps):
+            yield dict(sweep), ("matrix", i)
+    else:
+        raise source.error(("matrix",), "write `axis: [values]` pairs, or a list of such mappings")
+
+
+def _label(named: Any, varying: dict[str, Any], point: Mapping[str, Any]) -> str:
+    parts = [str(named)] if named else [describe(point.get("sampler") or "default")]
+    for axis, value in varying.items():
+        if axis == "sampler" or (named and len(varying) == 1):
+            continue
+        shown = describe(value)
+        parts.append(f"{axis.removeprefix('generate.').removeprefix('sampler.')}={shown}")
+    return " · ".join(parts)
+
+
+def describe(spec: Any) -> str:
+    """`{name: threshold, tau: 0.9}` as `threshold(tau=0.9)`, a composition with `+`."""
+    if isinstance(spec, list):
+        return "+".join(map(describe, spec))
+    if not isinstance(spec, Mapping):
+        return str(spec)
+    rest = ", ".join(f"{k}={v}" for k, v in spec.items() if k != "name")
+    name = str(spec.get("name", ""))
+    return f"{name}({rest})" if rest else name
+
+
+def _setting(label: str, point: Mapping[str, Any], source: Source, where: str) -> Setting:
+    sampler = point.get("sampler")
+    if isinstance(sampler, dict) and set(sampler) == {"name"}:
+        sampler = sampler["name"]
+    if sampler in ("default", ""):
+        sampler = None
+    if not (sampler is None or isinstance(sampler, str | list) or (isinstance(sampler, dict) and "name" in sampler)):
+        raise source.error(
+            _split(where), "a sampler is a name, a mapping with `name:` and parameters, or a list of these"
+        )
+    spec = point.get("speculate")
+    return Setting(
+        label=label,
+        model=_make(ModelSpec, _named(point.get("model") or {}), ("model",), source),
+        sampler=sampler,
+        cache=point.get("cache") or "none",
+        generate=_make(GenerateSpec, point.get("generate") or {}, ("generate",), source),
+        speculate=_make(SpeculateSpec, {"verifier": spec} if isinstance(spec, str) else spec, ("speculate",), source)
+        if spec
+        else None,
+        where=where,
+    )
+
+
+def _known(data: Any, names: Sequence[str], path: Path_, source: Source) -> None:
+    if not isinstance(data, Mapping):
+        raise source.error(path, f"expected `key: value` pairs, found {data!r}")
+    for key in data:
+        if key not in names:
+            raise source.error((*path, key), str(unknown("key", str(key), names)))
+
+
+def _make(cls: type, data: Any, path: Path_, source: Source) -> Any:
+    """A frozen dataclass from plain values, every key and type checked."""
+    hints = typing.get_type_hints(cls, globals())
+    members = {f.name: f for f in fields(cls) if f.name not in ("source", "where")}
+    _known(data, list(members), path, source)
+    for name, member in members.items():
+        if name not in data and member.default is MISSING and member.default_factory is MISSING:
+            raise source.error(path, f"{name!r} is missing")
+    return cls(**{k: _cast(v, hints[k], (*path, k), source) for k, v in data.items()})
+
+
+def _cast(value: Any, hint: Any, path: Path_, source: Source) -> Any:
+    """`value` as `hint` says: int to float and list to tuple are the only conversions."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options:
+            try:
+                return _cast(value, option, path, source)
+            except DllmError:
+                if len(options) == 1:
+                    raise
+        raise source.error(path, f"{value!r} is none of {', '.join(map(_spell, options))}")
+    if origin is Literal:
+        if value not in args:
+            raise source.error(path, str(unknown("value", str(value), [str(a) for a in args])))
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_cast(v, args[0], (*path, i), source) for i, v in enumerate(items))
+    if is_dataclass(hint):
+        cls = typing.cast(type, hint)
+        return value if isinstance(value, cls) else _make(cls, value, path, source)
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise source.error(path, f"expected `key: value` pairs, found {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise source.error(path, f"expected {_spell(hint)}, found {value!r}")
+    return value
+
+
+def _spell(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return names.get(hint, "a list" if typing.get_origin(hint) is tuple else getattr(hint, "__name__", str(hint)))
+
+
+def _prune(value: Any, drop: set[str]) -> Any:
+    """Plain YAML values: tuples as lists, `None`s, empty mappings and the keys in `drop` left out."""
+    if isinstance(value, Mapping):
+        kept = {str(k): _prune(v, drop) for k, v in value.items() if v is not None and k not in drop}
+        return {k: v for k, v in kept.items() if v != {}}
+    if isinstance(value, list | tuple):
+        return [_prune(v, drop) for v in value]
+    return value

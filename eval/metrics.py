@@ -1,0 +1,194 @@
+"""The numbers of a report from the rows of finished samples: accuracy, work, speed, comparisons.
+
+Work is counted per row and only to the first stop: an empty answer is 0 tokens. Ratios are of sums (aggregate),
+with the mean of the per-sample ratios beside them where the two are often confused. Whatever a clock had a part in
+stands apart under `clock`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Row = Mapping[str, Any]
+
+RESAMPLES = 2000  # of every bootstrap: the interval's ends move by under a tenth of its width
+ALPHA = 3.0  # d3LLM's penalty on accuracy loss (arXiv 2601.07568)
+KEEP = 5.0  # points of accuracy below its first point after which a curve is cut
+
+
+def interval(correct: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of the mean (BCa); the exact binomial one where all samples agree and a bootstrap sees no
+    spread."""
+    values = np.asarray(correct, dtype=float)
+    if len(values) == 0:
+        return (math.nan, math.nan)
+    if np.ptp(values) == 0:
+        if values[0] not in (0.0, 1.0):
+            return (float(values[0]), float(values[0]))
+        exact = stats.binomtest(int(values.sum()), len(values)).proportion_ci(confidence, method="exact")
+        return (float(exact.low), float(exact.high))
+    low, high = _bootstrap((values,), np.mean, confidence, seed, paired=False)
+    return (low, high)
+
+
+def _bootstrap(
+    data: tuple[np.ndarray, ...], statistic: Callable[..., Any], confidence: float, seed: int, paired: bool
+) -> tuple[float, float]:
+    result = stats.bootstrap(
+        data,
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        paired=paired,
+        vectorized=True,
+        method="BCa" if not paired else "percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return (float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def ratio(rows: Sequence[Row], top: str, bottom: str) -> float:
+    """Ratio of the sums of two counts over the rows; NaN where the lower sum is 0."""
+    total = sum(row[bottom] for row in rows)
+    return sum(row[top] for row in rows) / total if total else math.nan
+
+
+def summarize(rows: Sequence[Row], confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
+    """One cell of the report (one task, one setting). Error rows count as wrong answers, and nowhere else."""
+    fine = [row for row in rows if not row.get("error")]
+    correct = [row["correct"] for row in rows]
+    low, high = interval(correct, confidence, seed)
+    cell: dict[str, Any] = {
+        "n": len(rows),
+        "errors": len(rows) - len(fine),
+        "accuracy": _mean(correct),
+        "low": low,
+        "high": high,
+        "tokens": sum(row["tokens"] for row in fine),
+        "tokens_raw": sum(row["tokens_raw"] for row in fine),
+        "empty": sum(row["tokens"] == 0 for row in fine),
+        "nfe": _mean([row["nfe"] for row in fine]),
+        "nfe_equiv": _mean([row["nfe_equiv"] for row in fine if row.get("nfe_equiv") is not None]),
+        "tpf": ratio(fine, "tokens", "nfe"),
+        "tpf_mean": _mean([row["tokens"] / row["nfe"] for row in fine if row["nfe"]]),
+        "finish": {
+            reason: sum(row["finish"] == reason for row in fine) for reason in sorted({row["finish"] for row in fine})
+        },
+    }
+    accepted = [count for row in fine for count in row.get("accepted") or ()]
+    if accepted:
+        cell["accepted_per_cycle"] = _mean(accepted)
+    cell["clock"] = clock(fine)
+    return cell
+
+
+def clock(rows: Sequence[Row]) -> dict[str, Any]:
+    """Seconds and speeds. `tokens_per_second` is Σ tokens ÷ Σ wall seconds; `…_sample` the mean over samples of
+    its own speed."""
+    clocks = [row["clock"] for row in rows]
+    wall = sum(c["share"] for c in clocks)
+    speeds = [row["tokens"] / row["clock"]["seconds"] for row in rows if row["clock"].get("seconds")]
+    out: dict[str, Any] = {
+        "seconds": wall,
+        "tokens_per_second": sum(row["tokens"] for row in rows) / wall if wall else math.nan,
+        "tokens_per_second_sample": _mean(speeds),
+    }
+    for part in ("prefill_seconds", "decode_seconds"):
+        known = [c[part] for c in clocks if c.get(part) is not None]
+        if known:
+            out[part] = sum(known)
+    if any(c.get("peak_mb") for c in clocks):
+        out["peak_mb"] = max(c["peak_mb"] for c in clocks if c.get("peak_mb"))
+    return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+
+def mcnemar(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """Exact McNemar test of paired right/wrong verdicts: how many only `a` and only `b` got right, and the two-
+    sided p."""
+    right_a, right_b = np.asarray(a) >= 0.5, np.asarray(b) >= 0.5
+    only_a, only_b = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
+    p = float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    return {"only_a": only_a, "only_b": only_b, "p": p}
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of b − a over the same documents, with its paired bootstrap interval."""
+    first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    difference = float((second - first).mean())
+    if np.ptp(second - first) == 0:
+        return (difference, difference, difference)
+    low, high = _bootstrap((second - first,), np.mean, confidence, seed, paired=False)
+    return (difference, low, high)
+
+
+def paired_ratio(
+    a: Sequence[Row], b: Sequence[Row], top: str, bottom: str, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """(Σtop/Σbottom of b) ÷ (the same of a) over the same documents, with its paired bootstrap interval: the
+    speed-up."""
+    columns = tuple(np.asarray([row[key] for row in rows], dtype=float) for rows in (a, b) for key in (top, bottom))
+
+    def speedup(*sums: Any, axis: int = -1) -> Any:
+        top_a, bottom_a, top_b, bottom_b = sums
+        return (top_b.sum(axis) / bottom_b.sum(axis)) / (top_a.sum(axis) / bottom_a.sum(axis))
+
+    if columns[0].sum() == 0 or columns[1].sum() == 0 or columns[3].sum() == 0:
+        return (math.nan, math.nan, math.nan)
+    value = float(speedup(*columns))
+    if len(a) < 2:
+        return (value, math.nan, math.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = _bootstrap(columns, speedup, confidence, seed, paired=True)
+    return (value, low, high)
+
+
+# ------------------------------------------------------------------------------------------------------------------ AUP
+
+
+def aup(points: Sequence[tuple[float, float]], best: float | None = None, alpha: float = ALPHA) -> float:
+    """Accuracy under parallelism (d3LLM, arXiv 2601.07568) of one method on one task.
+
+    `points` are (tokens per forward, accuracy in percent); `best` is the best accuracy of any method on the task.
+    Points that fall more than 5 percentage points below the first are cut; the first enters unweighted, as in the
+    authors' script.
+    """
+    curve = sorted(points)
+    if not curve:
+        return math.nan
+    first = curve[0]
+    curve = [point for point in curve if point[1] >= first[1] - KEEP]
+    top = max(best if best is not None else -math.inf, *(y for _, y in curve))
+
+    def weighted(y: float) -> float:
+        return y * min(math.exp(-alpha * (1 - y / top)), 1.0) if top > 0 else 0.0
+
+    area = first[0] * first[1]
+    for (rho0, y0), (rho1, y1) in itertools.pairwise(curve):
+        area += 0.5 * (rho1 - rho0) * (weighted(y1) + weighted(y0))
+    return area
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates, from left to right."""
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
+    best, kept = -math.inf, []
+    for i in order:
+        if points[i][1] > best:
+            best = points[i][1]
+            kept.append(i)
+    return kept[::-1]

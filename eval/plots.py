@@ -1,0 +1,130 @@
+"""The figures of a report: accuracy against tokens per forward, commit order, accepted drafts, forwards per sample."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dllm.trace import Trace
+
+from .metrics import frontier
+
+log = logging.getLogger(__name__)
+
+# Okabe and Ito's colours, told apart by every eye; markers repeat the distinction for print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6D3B")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def pyplot() -> Any | None:
+    """matplotlib without a display, or None where it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        log.warning("no figures: matplotlib is missing (pip install 'dllm-toolkit[plots]')")
+        return None
+    return plt
+
+
+def accuracy_against_tpf(
+    cells: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    expected: Sequence[tuple[str, float, float]] = (),
+) -> Path | None:
+    """One point a setting with its interval, the frontier drawn through those that none beats; published points
+    hollow."""
+    plt = pyplot()
+    shown = [c for c in cells if c["tpf"] is not None and not math.isnan(c["tpf"])]
+    if plt is None or not shown:
+        return None
+    points = [(c["tpf"], 100 * c["accuracy"]) for c in shown]
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    best = [points[i] for i in frontier(points)]
+    axes.plot(*zip(*best, strict=True), color="0.7", lw=1.5, zorder=1, label="frontier")
+    for i, (cell, (x, y)) in enumerate(zip(shown, points, strict=True)):
+        error = [[max(0.0, y - 100 * cell["low"])], [max(0.0, 100 * cell["high"] - y)]]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axes.errorbar(x, y, yerr=error, ms=7, lw=1, capsize=2, ls="none", label=cell["setting"], zorder=2, **style)
+    for name, x, y in expected:
+        axes.plot(x, y, marker="o", mfc="none", mec="0.3", ls="none", label=f"published: {name}")
+    axes.set(xlabel="tokens per forward", ylabel="accuracy, %", title=title)
+    axes.margins(x=0.1)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return _save(plt, figure, path)
+
+
+def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str) -> Path | None:
+    """One line a setting, one column a position: the colour is the forward that wrote it. Grey was never written."""
+    plt = pyplot()
+    if plt is None or not traces:
+        return None
+    orders = [_order(trace) for _, trace in traces]
+    width = max(len(order) for order in orders)
+    grid = np.full((len(traces), width), np.nan)
+    for line, order in enumerate(orders):
+        grid[line, : len(order)] = order
+    figure, axes = plt.subplots(figsize=(max(6.0, 2.6 + 0.1 * width), 1.3 + 0.42 * len(traces)), layout="constrained")
+    colours = plt.get_cmap("viridis").with_extremes(bad="0.85")
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=colours, vmin=1)
+    names = [f"{name}  ({len(trace.commits)} forwards)" for name, trace in traces]
+    axes.set_yticks(range(len(traces)), names, fontsize=8)
+    axes.set(xlabel="position in the answer", title=title)
+    figure.colorbar(image, ax=axes, label="written by forward")
+    return _save(plt, figure, path)
+
+
+def _order(trace: Trace) -> list[float]:
+    """The forward (from 1) that wrote each column behind the prompt; NaN where none did."""
+    order, start = trace.order, len(trace.prompt)
+    end = max([len(trace.final), *(column + 1 for column in order)], default=start)
+    return [order[column] + 1 if column in order else math.nan for column in range(start, end)]
+
+
+def accepted(counts: Mapping[str, Sequence[int]], path: Path, title: str) -> Path | None:
+    """How many draft tokens the verifier took in each cycle, one outline a setting."""
+    plt = pyplot()
+    if plt is None or not counts:
+        return None
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    top = max(max(values) for values in counts.values())
+    edges = np.arange(-0.5, top + 1.5)
+    for i, (name, values) in enumerate(counts.items()):
+        label = f"{name} (mean {np.mean(values):.2f})"
+        axes.hist(values, edges, density=True, histtype="step", lw=1.8, color=COLOURS[i % len(COLOURS)], label=label)
+    axes.set(xlabel="accepted draft tokens in a cycle", ylabel="share of cycles", title=title)
+    axes.legend(fontsize=8, frameon=False)
+    return _save(plt, figure, path)
+
+
+def forwards(rows: Mapping[str, Sequence[int]], path: Path, title: str) -> Path | None:
+    """The spread of forwards over samples, one box a setting."""
+    plt = pyplot()
+    if plt is None or not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.38 * len(rows)), layout="constrained")
+    axes.boxplot(
+        list(rows.values())[::-1], orientation="horizontal", tick_labels=list(rows)[::-1], flierprops={"ms": 3}
+    )
+    axes.set(xlabel="forwards of a sample", title=title)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)
+    return _save(plt, figure, path)
+
+
+def _save(plt: Any, figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    return path

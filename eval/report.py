@@ -1,0 +1,227 @@
+"""`report.md`: the tables and figures of a run, with what was counted and how."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm.trace import Trace
+
+from . import metrics, plots
+from .config import describe
+from .store import Row, write
+
+if TYPE_CHECKING:
+    from .runner import Results
+
+COUNTING = (
+    "Tokens are generated ids up to the first stop, so an empty answer is 0; `raw` counts every decoded position. "
+    "NFE is a row's own number of forwards, NFE≡ the same work in full-length forwards (recomputed positions ÷ "
+    "length), TPF = Σ tokens ÷ Σ NFE. "
+    "Tokens/s is Σ tokens ÷ Σ wall seconds of the batches; `per sample` is the mean of each "
+    "sample's own speed, from the start of its call."
+)
+
+
+def report(results: Results, rows: Sequence[Row]) -> Path:
+    """Write `report.md` and its figures into the run folder; the report's path."""
+    config, folder = results.config, results.folder
+    parts = [f"# {config.name}", config.about.strip(), _facts(results), "".join(f"\n> {n}\n" for n in results.notices)]
+    for task in dict.fromkeys(cell["task"] for cell in results.cells):
+        parts += [f"## {task}", *_task(results, task, [r for r in rows if r["task"] == task])]
+    parts += [_areas(results), _published(results)]
+    if config.unknown:
+        parts.append("## Not known\n\n" + "\n".join(f"- {line}" for line in config.unknown))
+    path = folder / "report.md"
+    write(path, "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n")
+    return path
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A markdown table; the first column is left-aligned, the others right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), rule, *cells])
+
+
+def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
+    """A rounded number; a dash where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{scale * value:.{digits}f}"
+
+
+def _facts(results: Results) -> str:
+    config, env = results.config, results.env
+    packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items())
+    weights = ", ".join(f"{name} ({mark})" for name, mark in env.get("weights", {}).items())
+    calls = f"{config.warmup} call{'s' if config.warmup != 1 else ''}"
+    lines = [
+        f"- hardware: {env.get('hardware', 'unknown')}",
+        f"- software: Python {env.get('python')}, {packages}",
+        f"- weights: {weights or 'unknown'}",
+        f"- seed {config.seed}, batches of {config.batch_size}, engine {config.engine.kind}",
+        f"- warm-up: {calls} before each setting decoded and left out of every figure",
+        f"- intervals: {config.confidence:.0%} bootstrap of {metrics.RESAMPLES} (exact binomial where all agree)",
+    ]
+    return "\n".join(lines) + "\n\n" + COUNTING
+
+
+def _task(results: Results, task: str, rows: Sequence[Row]) -> list[str]:
+    cells = [cell for cell in results.cells if cell["task"] == task]
+    parts = [_table(cells)]
+    if not rows:  # counted elsewhere (lm-eval)
+        return parts
+    parts.append(_work(cells))
+    parts.append(_against_first(results, task, rows))
+    return parts + [
+        f"![{label}]({path.relative_to(results.folder).as_posix()})"
+        for label, path in _figures(results, task, cells, rows)
+    ]
+
+
+def _table(cells: Sequence[Mapping[str, Any]]) -> str:
+    head = ["setting", "n", "accuracy %", "interval", "NFE", "NFE≡", "TPF", "tokens/s", "per sample", "errors"]
+    return table(
+        head,
+        (
+            [
+                c["setting"],
+                c["n"],
+                number(c["accuracy"], 1, 100),
+                f"{number(c.get('low'), 1, 100)} … {number(c.get('high'), 1, 100)}",
+                number(c.get("nfe"), 1),
+                number(c.get("nfe_equiv"), 1),
+                number(c.get("tpf")),
+                number(c.get("clock", {}).get("tokens_per_second"), 1),
+                number(c.get("clock", {}).get("tokens_per_second_sample"), 1),
+                c.get("errors", 0),
+            ]
+            for c in cells
+        ),
+    )
+
+
+def _work(cells: Sequence[Mapping[str, Any]]) -> str:
+    head = ["setting", "tokens", "raw", "empty", "ended by", "seconds", "prefill s", "decode s", "peak MB"]
+    lines = []
+    for c in cells:
+        clock = c["clock"]
+        ended = ", ".join(f"{reason} {count}" for reason, count in c["finish"].items()) or "–"
+        seconds = [number(clock.get(k), 1) for k in ("seconds", "prefill_seconds", "decode_seconds", "peak_mb")]
+        lines.append([c["setting"], c["tokens"], c["tokens_raw"], c["empty"], ended, *seconds])
+    note = "Prefill and decode seconds are sums over samples, each from the start of its call; `seconds` is wall time."
+    return table(head, lines) + f"\n\n{note}"
+
+
+def _against_first(results: Results, task: str, rows: Sequence[Row]) -> str:
+    """Every setting paired with the first: the same documents, so the test is much sharper than two intervals."""
+    names = list(dict.fromkeys(r["setting"] for r in sorted(rows, key=lambda r: r["index"])))
+    order = [s.label for s in results.config.settings if s.label in names]
+    if len(order) < 2:
+        return ""
+    groups = {name: {r["doc"]: r for r in rows if r["setting"] == name} for name in order}
+    lines = []
+    for name in order[1:]:
+        lines.append([name, *pair(groups[order[0]], groups[name], results.config.confidence, results.config.seed)])
+    return f"Against {order[0]}, document by document:\n\n" + table(["setting", *PAIR], lines)
+
+
+PAIR = ("Δ accuracy, points", "only first right", "only this right", "McNemar p", "TPF ratio", "NFE ratio")
+
+
+def pair(a: Mapping[str, Row], b: Mapping[str, Row], confidence: float, seed: int) -> list[str]:
+    """The paired columns of two groups of rows by document."""
+    shared = [doc for doc in a if doc in b]
+    if not shared:
+        return ["–"] * len(PAIR)
+    first, second = [a[d] for d in shared], [b[d] for d in shared]
+    right_a, right_b = [r["correct"] for r in first], [r["correct"] for r in second]
+    difference = metrics.paired_difference(right_a, right_b, confidence, seed)
+    test = metrics.mcnemar(right_a, right_b)
+    fine = [(x, y) for x, y in zip(first, second, strict=True) if not (x.get("error") or y.get("error"))]
+    first, second = [x for x, _ in fine], [y for _, y in fine]
+    speed = metrics.paired_ratio(first, second, "tokens", "nfe", confidence, seed)
+    nfe = sum(r["nfe"] for r in second) / max(1, sum(r["nfe"] for r in first))
+    return [
+        f"{100 * difference[0]:+.1f} ({100 * difference[1]:+.1f} … {100 * difference[2]:+.1f})",
+        str(test["only_a"]),
+        str(test["only_b"]),
+        f"{test['p']:.3f}",
+        f"{number(speed[0])}× ({number(speed[1])} … {number(speed[2])})",
+        f"{number(nfe)}×",
+    ]
+
+
+def _figures(
+    results: Results, task: str, cells: Sequence[Mapping[str, Any]], rows: Sequence[Row]
+) -> Iterable[tuple[str, Path]]:
+    folder, name = results.folder / "plots", slug(task)
+    labels = [s.label for s in results.config.settings]
+    yield from _made(
+        "accuracy against tokens per forward", plots.accuracy_against_tpf(cells, folder / f"{name}-frontier.png", task)
+    )
+    spread = {s: [r["nfe"] for r in rows if r["setting"] == s and not r.get("error")] for s in labels}
+    spread = {s: counts for s, counts in spread.items() if counts}
+    yield from _made("forwards of a sample", plots.forwards(spread, folder / f"{name}-forwards.png", task))
+    counts = {s: [n for r in rows if r["setting"] == s for n in r.get("accepted") or ()] for s in labels}
+    counts = {s: values for s, values in counts.items() if values}
+    yield from _made("accepted draft tokens", plots.accepted(counts, folder / f"{name}-accepted.png", task))
+    at = [t.label or t.name for t in results.config.tasks].index(task)
+    for index in range(results.config.trace):
+        files = [
+            (label, results.folder / "trace" / f"{i:02d}-{at:02d}-{index:04d}.json") for i, label in enumerate(labels)
+        ]
+        traces = [(label, Trace.load(path)) for label, path in files if path.exists()]
+        path = folder / f"{name}-order-{index}.png"
+        yield from _made(
+            f"commit order, document {index}", plots.commit_order(traces, path, f"{task}, document {index}")
+        )
+
+
+def _made(label: str, path: Path | None) -> list[tuple[str, Path]]:
+    return [] if path is None else [(label, path)]
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^\w-]+", "_", text)
+
+
+def _areas(results: Results) -> str:
+    if not any(results.aup.values()):
+        return ""
+    methods = list(dict.fromkeys(m for areas in results.aup.values() for m in areas))
+    lines = [[m, *(number(areas.get(m), 1) for areas in results.aup.values())] for m in methods]
+    note = (
+        "AUP (arXiv 2601.07568): area under accuracy × tokens per forward, weighted by the loss against the best "
+        "setting here; higher is better."
+    )
+    return f"## Accuracy under parallelism\n\n{note}\n\n" + table(["method", *results.aup], lines)
+
+
+def _published(results: Results) -> str:
+    expected = results.config.expected
+    if not expected:
+        return ""
+    lines = []
+    for figure in expected:
+        cells = [c for c in results.cells if c["task"] == figure.task and figure.setting in (None, c["setting"])]
+        for cell in cells or [{}]:
+            ours = _value(cell, figure.metric) if cell else None
+            gap = "–" if ours is None else f"{ours - figure.value:+.2f}"
+            setting = figure.setting or (cell["setting"] if cell else "–")
+            lines.append([figure.task, setting, figure.metric, number(figure.value), number(ours), gap, figure.source])
+    head = ["task", "setting", "figure", "published", "ours", "difference", "source"]
+    model = ", ".join(dict.fromkeys(describe(s.model.name) for s in results.config.settings))
+    return f"## Beside the published figures\n\nOurs with {model}; accuracies in percent.\n\n" + table(head, lines)
+
+
+def _value(cell: Mapping[str, Any], metric: str) -> float | None:
+    """A cell's figure by the name that `expected:` uses; accuracy in percent, as papers print it."""
+    if metric == "accuracy":
+        return 100 * cell["accuracy"]
+    value = cell.get(metric, cell.get("clock", {}).get(metric))
+    return None if value is None else float(value)

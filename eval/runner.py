@@ -1,0 +1,302 @@
+"""`run(config)`: from a configuration to a run folder with samples, results and a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dllm import cache as caches
+from dllm.errors import DllmError
+from dllm.samplers import registry
+
+from . import engines, metrics
+from .config import Config, GenerateSpec, Setting, load
+from .store import Row, Store, write
+from .worker import Job, environment, load_tasks
+
+log = logging.getLogger(__name__)
+
+DRY_DOCUMENTS, DRY_TOKENS, DRY_BLOCK = 2, 16, 8  # enough to pass through every part of a run in seconds
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run found. `cells` has one entry per task and setting; `errors` counts the error rows."""
+
+    folder: Path
+    config: Config
+    cells: tuple[dict[str, Any], ...]
+    aup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task -> method -> area
+    env: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    errors: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 where some prompt failed: everything else was decoded all the same."""
+        return 3 if self.errors else 0
+
+    def cell(self, task: str, setting: str) -> dict[str, Any]:
+        """The numbers of one task under one setting."""
+        return next(c for c in self.cells if c["task"] == task and c["setting"] == setting)
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "errors": self.errors,
+            "notices": list(self.notices),
+            "cells": list(self.cells),
+            "aup": self.aup,
+            "env": self.env,
+        }
+
+
+def run(
+    config: Config | Mapping[str, Any] | str | Path,
+    sets: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    dry_run: bool = False,
+    retry_errors: bool = False,
+    progress: bool = True,
+) -> Results:
+    """Evaluate a configuration (a file, a mapping, or a `Config`) and write its run folder.
+
+    Started again on the same folder it goes on where it stopped. `dry_run` puts the embedded model, two documents
+    and short answers in place, to see that a configuration holds together. Errors: everything wrong with the
+    configuration, before any decoding.
+    """
+    given = load(config, sets, limit=limit, seed=seed, out=None if out is None else str(out))
+    if given.limit is not None and given.limit < 1:
+        raise given.error("limit", f"{given.limit} leaves no document; the least is 1")
+    if dry_run:
+        given = rehearsal(given)
+    check(given)
+    own, foreign = _split(given)
+    tasks = load_tasks(own)
+    folder = Path(given.out or Path("runs") / given.name)
+    engine = engines.start(own, str(folder), tasks)
+    store: Store | None = None
+    try:
+        store = Store(folder, given) if engine.lead else None
+        engine.wait()
+        store = store or Store(folder, given, lead=False)
+        weights = _decode(own, engine, store, tasks, folder, retry_errors, progress and engine.lead)
+        engine.wait()
+        store.reload()
+        env = {**environment(), "weights": weights, "engine": given.engine.kind}
+        results = _results(own, store, tasks, folder, env)
+        if foreign.tasks:
+            from .harness import run_tasks
+
+            results = replace(results, cells=(*results.cells, *run_tasks(foreign, folder)))
+        results = replace(results, config=given)
+        if engine.lead:
+            write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
+            from .report import report
+
+            report(results, list(store.rows.values()))
+        return results
+    finally:
+        if store is not None:
+            store.close()
+        engine.close()
+
+
+def _split(config: Config) -> tuple[Config, Config]:
+    """The tasks that run here, and those that lm-eval runs."""
+    here = tuple(t for t in config.tasks if not t.name.startswith("lm-eval:"))
+    there = tuple(t for t in config.tasks if t.name.startswith("lm-eval:"))
+    return replace(config, tasks=here), replace(config, tasks=there)
+
+
+def check(config: Config) -> None:
+    """Every sampler and cache exists and takes its parameters; the error names the place in the file."""
+    for setting in config.settings:
+        for where, build in (
+            (setting.where or "sampler", lambda s=setting: s.sampler is None or registry.parse(s.sampler)),
+            ("cache", lambda s=setting: caches.policy(s.cache)),
+        ):
+            try:
+                build()
+            except DllmError as error:
+                raise config.error(where, str(error)) from None
+            except TypeError as error:
+                raise config.error(where, f"does not fit: {error}") from None
+
+
+def rehearsal(config: Config) -> Config:
+    """The same evaluation on the embedded model, two documents a task, 16 tokens each."""
+
+    def short(setting: Setting) -> Setting:
+        g = setting.generate
+        block = None if g.block_length is None else max(1, min(g.block_length, DRY_BLOCK))
+        generate = replace(g, max_new_tokens=DRY_TOKENS, block_length=block, steps=g.steps and DRY_TOKENS, chat=None)
+        verifier = setting.speculate and replace(setting.speculate, verifier="tiny-ar")
+        return replace(setting, model=replace(setting.model, name="tiny", dtype=None, device="cpu", revision=None,
+        backend=None), generate=generate, speculate=verifier)  # fmt: skip
+
+    settings = tuple(map(short, config.settings))
+    tasks = tuple(
+        replace(t, limit=DRY_DOCUMENTS, generate=GenerateSpec(), options={**t.options, "rehearse": True})
+        for t in config.tasks
+    )
+    out = config.out or f"runs/dry/{config.name}"
+    return replace(
+        config, settings=settings, tasks=tasks, limit=None, out=out, batch_size=2, warmup=0, trace=min(config.trace, 1)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+def jobs_of(config: Config, setting: int, sizes: Sequence[int]) -> Iterator[Job]:
+    """Fixed batches of documents: the same whatever was finished before, so that a resumed batch is the batch it
+    was."""
+    for task, size in enumerate(sizes):
+        for start in range(0, size, config.batch_size):
+            yield Job(setting, task, start, min(start + config.batch_size, size))
+
+
+def _decode(
+    config: Config,
+    engine: engines.Engine,
+    store: Store,
+    tasks: Sequence[Any],
+    folder: Path,
+    retry: bool,
+    progress: bool,
+) -> dict[str, str]:
+    """Run every job that is not finished, model by model, and append its rows as they come."""
+    sizes = [len(task.documents) for task in tasks]
+    weights: dict[str, str] = {}
+    done = {key for key, row in store.rows.items() if not (retry and row.get("error"))}
+    bar = tqdm(total=sum(sizes) * len(config.settings), unit="sample", disable=not progress, file=sys.stderr)
+    live = _Live(bar)
+    if not sizes:
+        return weights
+    with bar:
+        for spec in dict.fromkeys(s.model for s in config.settings):
+            weights[spec.name] = engine.weights(spec)
+            if engine.lead:
+                store.match_weights({**environment(), "weights": weights})
+            jobs = [job for i, s in enumerate(config.settings) if s.model == spec for job in jobs_of(config, i, sizes)]
+            wanted = engine.keys(jobs)
+            bar.update(sum(key in done for keys in wanted for key in keys))
+            left = [job for job, keys in zip(jobs, wanted, strict=True) if not done.issuperset(keys)]
+            for rows in engine.map(left):
+                fresh = [row for row in rows if row["key"] not in done]
+                store.append(fresh)
+                live.update(fresh)
+    return weights
+
+
+class _Live:
+    """Accuracy, forwards and speed so far, beside the progress bar."""
+
+    def __init__(self, bar: tqdm):
+        self.bar, self.n, self.correct, self.tokens, self.nfe, self.seconds = bar, 0, 0.0, 0, 0, 0.0
+
+    def update(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.n += 1
+            self.correct += row["correct"]
+            self.tokens += row["tokens"]
+            self.nfe += row["nfe"]
+            self.seconds += row["clock"]["share"]
+        self.bar.set_postfix(
+            acc=f"{self.correct / max(self.n, 1):.1%}",
+            nfe=f"{self.nfe / max(self.n, 1):.1f}",
+            tps=f"{self.tokens / self.seconds:.0f}" if self.seconds else "–",
+            refresh=False,
+        )
+        self.bar.update(len(rows))
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def _results(config: Config, store: Store, tasks: Sequence[Any], folder: Path, env: Mapping[str, Any]) -> Results:
+    cells, errors = [], 0
+    for spec, task in zip(config.tasks, tasks, strict=True):
+        label = spec.label or spec.name
+        for setting in config.settings:
+            rows = [r for r in store.rows.values() if r["task"] == label and r["setting"] == setting.label]
+            rows.sort(key=lambda r: r["index"])
+            if not rows:
+                continue
+            cell = {"task": label, "setting": setting.label, "version": task.version}
+            cells.append({**cell, **metrics.summarize(rows, config.confidence, config.seed)})
+            errors += cells[-1]["errors"]
+    notices = [
+        f"{t.name}: {len(t.skipped)} broken lines left out: {', '.join(t.skipped[:5])}" for t in tasks if t.skipped
+    ]
+    if errors:
+        notices.append(f"{errors} samples failed and count as wrong; `error` in samples.jsonl says why")
+    return Results(folder, config, tuple(cells), areas(config, cells), env, tuple(notices), errors)
+
+
+def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """AUP of every method (the settings that share a sampler) on every task; the best accuracy of any is the
+    reference."""
+    out: dict[str, dict[str, float]] = {}
+    several = len({s.model for s in config.settings}) > 1
+    for task in dict.fromkeys(c["task"] for c in cells):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for cell in cells:
+            if cell["task"] == task and cell.get("tpf") is not None and not math.isnan(cell["tpf"]):
+                setting = next(s for s in config.settings if s.label == cell["setting"])
+                curves.setdefault(method(setting, several), []).append((cell["tpf"], 100 * cell["accuracy"]))
+        best = max((y for curve in curves.values() for _, y in curve), default=0.0)
+        out[task] = {name: metrics.aup(curve, best) for name, curve in curves.items()}
+    return out
+
+
+def method(setting: Setting, model: bool = False) -> str:
+    """The name under which settings form one curve: sampler and cache without parameters, and the model if asked."""
+    sampler = setting.sampler
+    names = sampler if isinstance(sampler, list) else [sampler]
+    plain = [str(n.get("name") if isinstance(n, dict) else n or "default").split(":")[0] for n in names]
+    cache = setting.cache if isinstance(setting.cache, str) else str(setting.cache.get("name"))
+    extra = [] if cache == "none" else [cache]
+    if setting.generate.lookahead:
+        extra.append("lookahead")
+    if setting.speculate:
+        extra.append(str(setting.speculate.options.get("method", "speculate")))
+    return " ".join(["+".join(plain), *extra, *([Path(setting.model.name).name] if model else [])])
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(folder: str | Path) -> tuple[dict[str, Any], list[Row], Config]:
+    """Results, rows and configuration of a finished run. Errors: no such run, or one that has not finished."""
+    folder = Path(folder)
+    if not (folder / "results.json").is_file():
+        with suppress(OSError):
+            if (folder / "samples.jsonl").is_file():
+                raise DllmError(f"the run in {folder} has not finished; start it again to go on")
+        raise DllmError(f"there is no evaluation run in {folder}")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    path = folder / "samples.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    rows = list({row["key"]: row for row in map(json.loads, filter(None, text.splitlines()))}.values())
+    return results, rows, load(folder / "config.yaml")

@@ -1,0 +1,180 @@
+"""The run folder: a line for each finished sample, flushed at once, so that a killed run goes on where it stopped.
+
+`{config.yaml, env.json, samples.jsonl, results.json, report.md, plots/, trace/}`. Several processes may append at
+once (a lock around each append); a line that a kill or a full disk cut short is taken back at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dllm.errors import DllmError
+
+from .config import Config, Setting
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file may not grow further",
+}
+
+
+def sample_key(
+    task: str, version: str, doc_id: str, prompt: Any, target: str, decoding: Mapping[str, Any], weights: str
+) -> str:
+    """The identity of a sample: a hash of task, document, prompt, sampler configuration and weights."""
+    parts = [task, version, doc_id, prompt, target, decoding, weights]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def decoding_identity(setting: Setting, generate: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Everything besides model and document that decides an output."""
+    speculate = setting.speculate and [setting.speculate.verifier, setting.speculate.options]
+    return {
+        "sampler": setting.sampler,
+        "cache": setting.cache,
+        "generate": generate,
+        "seed": seed,
+        "speculate": speculate,
+    }
+
+
+class Store:
+    """Reads and appends the samples of one run. Errors: another configuration's folder, a run in progress, a full
+    disk."""
+
+    def __init__(self, folder: str | Path, config: Config, lead: bool = True):
+        self.folder = Path(folder)
+        self.path = self.folder / "samples.jsonl"
+        self.rows: dict[str, Row] = {}
+        with _clear(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until close()
+        if lead:
+            self._claim()
+            self._match(config)
+            self._mend()
+        self.reload()
+
+    def _claim(self) -> None:
+        """One run at a time. The kernel frees the lock when its process dies, however it dies."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DllmError(
+                f"another run is writing to {self.folder}; wait for it, or choose another folder with --out"
+            ) from None
+
+    def _match(self, config: Config) -> None:
+        """Write the configuration, or refuse to mix with the samples of a different one."""
+        path, mine = self.folder / "config.yaml", config.identity()
+        if not path.exists():
+            if self.path.exists() and self.path.stat().st_size:
+                raise DllmError(
+                    f"{self.folder} holds samples but no config.yaml, so they cannot be matched; choose another folder"
+                )
+            write(path, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
+            return
+        from .config import load
+
+        old = load(path).identity()
+        changed = sorted(key for key in {*old, *mine} if old.get(key) != mine.get(key))
+        if changed:
+            raise DllmError(
+                f"{self.folder} holds the samples of a different configuration (changed: {', '.join(changed)}); "
+                "choose another folder with --out, or delete this one"
+            )
+
+    def match_weights(self, env: Mapping[str, Any]) -> None:
+        """Record where and with which weights this runs; refuse weights that have changed under the same name."""
+        path = self.folder / "env.json"
+        old = json.loads(path.read_text(encoding="utf-8")).get("weights", {}) if path.exists() else {}
+        for name, mark in env["weights"].items():
+            if old.get(name, mark) != mark:
+                raise DllmError(
+                    f"{self.folder} holds samples of other weights of {name!r}; choose another folder with --out"
+                )
+        write(path, json.dumps({**env, "weights": {**old, **env["weights"]}}, indent=2) + "\n")
+
+    def _mend(self) -> None:
+        """Take back a last line that was cut short."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb+") as file:
+            data = file.read()
+            end = data.rfind(b"\n") + 1
+            if end < len(data):
+                log.warning("%s ended in the middle of a line; that sample is decoded again", self.path)
+                file.truncate(end)
+
+    def reload(self) -> None:
+        """Read every sample. A broken line in the middle is named, since no kill leaves one."""
+        self.rows = {}
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
+                raise DllmError(f"{self.path}, line {number}: not a sample; delete that line and run again") from None
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add finished samples. They are on disk when this returns."""
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+        with _clear(self.path), open(self.path, "ab", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            start = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(text)
+                if written is None or written < len(text):  # a full disk takes a part first and complains next time
+                    file.write(text[written or 0 :])
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(start)
+                raise
+        for row in rows:
+            self.rows[row["key"]] = row
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+@contextlib.contextmanager
+def _clear(path: Path) -> Iterator[None]:
+    """Disk errors in one line that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            advice = "the samples so far are safe, make room and run again to go on"
+            raise DllmError(f"{_FULL[error.errno]}: cannot write {path}; {advice}") from None
+        raise DllmError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write(path: Path, text: str) -> None:
+    """A whole file or none: written beside and renamed."""
+    beside = path.with_name(path.name + f".{os.getpid()}.part")
+    with _clear(path):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,114 @@
+"""What a task is: documents with prompts and targets, and one rule that says whether a text is right."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import DllmError
+
+from ..config import GenerateSpec
+
+Prompt = str | list[dict[str, str]]
+
+
+NOTHING = GenerateSpec()
+
+
+@dataclass(frozen=True)
+class Document:
+    """One question. `prompt` is a text or chat messages, `target` what the scorer compares with."""
+
+    id: str
+    prompt: Prompt
+    target: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """The verdict on one text. `correct` lies in 0 … 1, `answer` is what was read out of the text (None: nothing
+    found)."""
+
+    correct: float
+    answer: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Documents, their scorer, and the decoding arguments that the task asks for unless the user says otherwise."""
+
+    name: str
+    version: str
+    documents: tuple[Document, ...]
+    score: Callable[[Document, str], Graded]
+    generate: GenerateSpec = NOTHING
+    skipped: tuple[str, ...] = ()  # broken lines of the user's file, each with its reason
+    runs_code: bool = False
+
+
+def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The objects of a JSON-lines (or JSON list) file, each with its `_line`, and a sentence for each line that is
+    none.
+
+    A broken line is an error that names it, unless `broken="skip"`; then it is left out, counted and reported.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DllmError(f"there is no data file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DllmError(f"cannot read {path}: {error}") from None
+    rows, bad = [], []
+    for number, raw in _lines(text, path):
+        try:
+            row = json.loads(raw) if isinstance(raw, str) else raw
+        except json.JSONDecodeError as error:
+            bad.append(f"line {number} (not JSON: {error.msg} at column {error.colno})")
+            continue
+        if isinstance(row, dict):
+            rows.append({**row, "_line": number})
+        else:
+            bad.append(f"line {number} (a {type(row).__name__}, not an object)")
+    refuse(path, bad, len(rows) + len(bad), broken)
+    return rows, tuple(bad)
+
+
+def _lines(text: str, path: Path) -> list[tuple[int, Any]]:
+    if path.suffix == ".json":
+        try:
+            return list(enumerate(json.loads(text), 1))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise DllmError(f"{path}: not a JSON list: {error}") from None
+    return [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def refuse(path: str | Path, bad: Sequence[str], total: int, broken: str) -> None:
+    """Raise for broken lines unless they are to be skipped."""
+    if bad and broken != "skip":
+        shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
+        raise DllmError(
+            f"{path}: {len(bad)} of {total} lines are broken: {shown}; mend them, or set options: {{broken: skip}}"
+        )
+
+
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """`{field}` replaced by the document's field, `{{` and `}}` by braces. An absent field is an error that lists
+    the present."""
+
+    def value(match: re.Match[str]) -> str:
+        if match.group(1) is None:
+            return match.group(0)[0]
+        if match.group(1) not in row:
+            have = ", ".join(k for k in row if k != "_line")
+            raise DllmError(f"no field {match.group(1)!r} (the document has: {have})")
+        found = row[match.group(1)]
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+    return re.sub(r"\{\{|\}\}|\{(\w+)\}", value, template)

@@ -1,0 +1,49 @@
+"""The embedded pair's own tasks: the test split of its generators, graded by them; functions are run, confined."""
+
+from __future__ import annotations
+
+from dllm.errors import DllmError
+from dllm.training import tasks as source
+
+from ..config import GenerateSpec, TaskSpec
+from .base import Document, Graded, Task
+from .confined import run
+
+NAMES = ("word_problems", "sudoku", "functions")
+DOCUMENTS = 100  # without `limit`: what two cores decode in half a minute
+# The longest answer of each generator fits, with room for the stop token.
+LENGTH = {"word_problems": 96, "sudoku": 32, "functions": 64}
+
+# Both functions meet the same inputs; fresh copies, since a function may change the list that it is given.
+_CHECK = """
+import copy
+reference = {{}}
+exec({reference!r}, reference)
+for inputs in {inputs!r}:
+    assert f(*copy.deepcopy(inputs)) == reference["f"](*copy.deepcopy(inputs)), inputs
+"""
+
+
+def load(spec: TaskSpec, limit: int | None) -> Task:
+    """The first `limit` problems (100 unless stated) of a split; the same for the same seed."""
+    examples = source.generate(spec.name, spec.split, limit or DOCUMENTS, spec.seed)
+    if spec.path or spec.shots or spec.prompt:
+        raise DllmError(f"task {spec.name!r} makes its own problems; path, shots and prompt belong to `jsonl` tasks")
+    documents = tuple(
+        Document(f"{spec.split}-{spec.seed}-{i}", e.prompt, e.answer, {"example": e}) for i, e in enumerate(examples)
+    )
+    code = spec.name == "functions"
+
+    def score(document: Document, text: str) -> Graded:
+        if code:
+            return _run(document, text)
+        return Graded(float(source.grade(spec.name, document.meta["example"], text)), text)
+
+    return Task(spec.name, "1", documents, score, GenerateSpec(max_new_tokens=LENGTH[spec.name]), runs_code=code)
+
+
+def _run(document: Document, text: str) -> Graded:
+    meta = document.meta["example"].meta
+    verdict = run(text, _CHECK.format(reference=document.target, inputs=meta["inputs"]))
+    last = verdict.output.strip().splitlines()[-1:] if not verdict.passed else []
+    return Graded(float(verdict.passed), text, " ".join([verdict.status, *last])[:200])

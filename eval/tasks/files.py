@@ -1,0 +1,283 @@
+"""Tasks from the user's files: any JSON lines with templates, and the shapes of the benchmarks that papers report.
+
+Nothing is downloaded: a benchmark is a local file with the columns of its publication, and the prompt is the one
+its figures were made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import DllmError, unknown
+
+from ..config import GenerateSpec, TaskSpec
+from . import scorers
+from .base import Document, Graded, Prompt, Task, fill, read_jsonl, refuse
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one benchmark asks and is graded. Templates are over its published columns."""
+
+    prompt: str
+    target: str
+    metric: str
+    extract: tuple[str, ...] = ()
+    shot: str = ""  # how a solved example continues its prompt; "" means the target
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    chat: bool | None = None
+    prelude: str = ""  # code before the answer, for `python`
+    derive: Callable[[dict[str, Any]], Mapping[str, Any]] = field(default=lambda row: {})
+    clean: Callable[[Document, str], str] | None = None
+
+
+def _gsm8k(row: dict[str, Any]) -> Mapping[str, Any]:
+    final = scorers.extract(str(row["answer"]), ["gsm8k", "number"])
+    if final is None:
+        raise DllmError("field 'answer' holds no number after '####'")
+    return {"final": final}
+
+
+def _math(row: dict[str, Any]) -> Mapping[str, Any]:
+    final = row.get("answer") or scorers.boxed(str(row.get("solution", "")))
+    if not final:
+        raise DllmError("no field 'answer', and no \\boxed{…} in field 'solution'")
+    return {"final": final}
+
+
+def _mbpp(row: dict[str, Any]) -> Mapping[str, Any]:
+    tests = row.get("test_list")
+    if not isinstance(tests, list) or not tests:
+        raise DllmError("field 'test_list' is not a list of assertions")
+    setup = row.get("test_setup_code") or ""
+    return {
+        "text": row.get("text") or row.get("prompt", ""),
+        "tests": "\n".join(tests),
+        "check": "\n".join([setup, *tests]),
+    }
+
+
+def _complete(document: Document, text: str) -> str:
+    """An instruct model's program: its code block, under the given head where it does not repeat the function."""
+    code = scorers.extract(text, ["code"])
+    code = text if code is None else code
+    head, entry = str(document.meta["prompt"]), str(document.meta["entry_point"])
+    if f"def {entry}" not in code:
+        return head + code
+    return head[: head.find(f"def {entry}")] + code  # the head's imports and helpers
+
+
+def _block(document: Document, text: str) -> str:
+    code = scorers.extract(text, ["code"])
+    return text.split("[DONE]", maxsplit=1)[0] if code is None else code
+
+
+# Prompts and stops as in LLaDA's, Dream's and Fast-dLLM's evaluations (they use lm-eval's task definitions).
+SHAPES: dict[str, Shape] = {
+    "gsm8k": Shape(
+        prompt="Question: {question}\nAnswer:",
+        target="{final}",
+        shot=" {answer}",
+        metric="math",
+        extract=("gsm8k", "number"),
+        stop=("Question:",),
+        derive=_gsm8k,
+    ),
+    "gsm8k_cot": Shape(
+        prompt="Q: {question}\nA: Let's think step by step.",
+        target="{final}",
+        shot=" {answer}",
+        metric="math",
+        extract=("the_answer_is", "gsm8k", "number"),
+        stop=("Q:",),
+        derive=_gsm8k,
+    ),
+    "math": Shape(
+        prompt="Problem:\n{problem}\n\nSolution:",
+        target="{final}",
+        shot=" {solution}",
+        metric="math",
+        extract=("boxed", "final_answer", "number"),
+        stop=("Problem:",),
+        derive=_math,
+    ),
+    "humaneval": Shape(
+        prompt="{prompt}",
+        target="{test}\ncheck({entry_point})",
+        metric="python",
+        prelude="{prompt}",
+        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+        max_new_tokens=512,
+    ),
+    "humaneval_instruct": Shape(
+        prompt="Complete this Python function; answer with one code block.\n```python\n{prompt}\n```",
+        target="{test}\ncheck({entry_point})",
+        metric="python",
+        max_new_tokens=512,
+        chat=True,
+        clean=_complete,
+    ),
+    "mbpp": Shape(
+        prompt="You are an expert Python programmer, and here is your task: {text} "
+        "Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
+        target="{check}",
+        shot="{code}\n[DONE]",
+        metric="python",
+        stop=("[DONE]",),
+        derive=_mbpp,
+        clean=_block,
+    ),
+}
+NAMES = ("jsonl", *SHAPES)
+
+# Two documents of each shape, for rehearsals: they have the columns of the benchmark and none of its content.
+_WORDS = (
+    {"question": "A box holds 3 rows of 4 cups. How many cups is that?", "answer": "3 * 4 = 12 cups.\n#### 12"},
+    {"question": "Kim had 9 pens and lent 2. How many are left?", "answer": "9 - 2 = 7 pens.\n#### 7"},
+)
+_ADD = {
+    "task_id": "rehearsal/0",
+    "prompt": 'def add(a, b):\n    """Return the sum of a and b."""\n',
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+}
+EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
+    "gsm8k": _WORDS,
+    "gsm8k_cot": _WORDS,
+    "math": (
+        {"problem": "What is $2 + 3$?", "solution": "The sum is $\\boxed{5}$."},
+        {"problem": "Simplify $\\frac{4}{8}$.", "solution": "It is $\\boxed{\\frac{1}{2}}$."},
+    ),
+    "humaneval": (_ADD, {**_ADD, "task_id": "rehearsal/1"}),
+    "humaneval_instruct": (_ADD, {**_ADD, "task_id": "rehearsal/1"}),
+    "mbpp": (
+        {"text": "Write a function that doubles a number.", "code": "def double(n):\n    return 2 * n",
+         "test_list": ["assert double(4) == 8"]},
+        {"text": "Write a function that negates a number.", "code": "def negate(n):\n    return -n",
+         "test_list": ["assert negate(4) == -4"]},
+    ),
+}  # fmt: skip
+
+
+def load(spec: TaskSpec, limit: int | None) -> Task:
+    """A task from `spec.path`. Errors name the file, the line and the field; an empty file is one."""
+    if not spec.path:
+        raise DllmError(f"task {spec.name!r} reads a local file: set `path:` to its JSON lines")
+    known = {"broken", "rehearse"}
+    for key in spec.options:
+        if key not in known:
+            raise unknown("option", key, known - {"rehearse"})
+    shape = _user_shape(spec) if spec.name == "jsonl" else _refined(SHAPES[spec.name], spec)
+    broken = str(spec.options.get("broken", "refuse"))
+    rows, skipped = _rows(spec.path, spec, broken)
+    shots = _shots(spec, shape)
+    documents, absent = [], []
+    for index, row in enumerate(rows):
+        try:
+            documents.append(_document(index, _renamed(row, spec), shape, shots))
+        except DllmError as error:
+            absent.append(f"line {row['_line']} ({error})")
+    refuse(spec.path, absent, len(rows), broken)
+    if not documents:
+        raise DllmError(f"{spec.path}: no document in it, so task {spec.label or spec.name!r} is empty")
+    grade = scorers.scorer(shape.metric, shape.extract)
+
+    def score(document: Document, text: str) -> Graded:
+        return grade(document, shape.clean(document, text) if shape.clean else text)
+
+    return Task(
+        name=spec.name,
+        version=_version(shape),
+        documents=tuple(documents[:limit]),
+        score=score,
+        generate=GenerateSpec(max_new_tokens=shape.max_new_tokens, stop=shape.stop or None, chat=shape.chat),
+        skipped=(*skipped, *absent),
+        runs_code=shape.metric == "python",
+    )
+
+
+def _rows(path: str, spec: TaskSpec, broken: str = "refuse") -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The documents of a file; in a rehearsal (`--dry-run`) two of our own where the benchmark's file is not here."""
+    if spec.options.get("rehearse") and spec.name in EXAMPLES and not Path(path).exists():
+        examples = [{**row, "_line": i} for i, row in enumerate(EXAMPLES[spec.name], 1)]
+        return [{**row, **{mine: row[published] for published, mine in spec.fields.items()}} for row in examples], ()
+    return read_jsonl(path, broken)
+
+
+def _user_shape(spec: TaskSpec) -> Shape:
+    if not spec.prompt:
+        raise DllmError('a jsonl task needs `prompt:`, a template such as "{question}\\nAnswer:"')
+    return _refined(Shape(prompt=spec.prompt, target=spec.answer or "{answer}", metric=spec.metric or "exact"), spec)
+
+
+def _refined(shape: Shape, spec: TaskSpec) -> Shape:
+    """The user's template, answer, metric and extractors in place of the shape's own."""
+    extract = spec.extract if spec.extract is not None else shape.extract
+    return Shape(
+        **{
+            **shape.__dict__,
+            "prompt": spec.prompt or shape.prompt,
+            "target": spec.answer or shape.target,
+            "metric": spec.metric or shape.metric,
+            "extract": (extract,) if isinstance(extract, str) else tuple(extract),
+        }
+    )
+
+
+def _renamed(row: dict[str, Any], spec: TaskSpec) -> dict[str, Any]:
+    """The row under the published column names; `fields: {question: text}` says that the user's file calls it
+    `text`."""
+    out = dict(row)
+    for published, mine in spec.fields.items():
+        if mine not in row:
+            raise DllmError(f"no field {mine!r} (the document has: {', '.join(k for k in row if k != '_line')})")
+        out[published] = row[mine]
+    return out
+
+
+def _shots(spec: TaskSpec, shape: Shape) -> str:
+    """The first `shots` documents of `shots_path`, solved, before the question (as in the papers' few-shot
+    settings)."""
+    if not spec.shots:
+        return ""
+    if not spec.shots_path:
+        raise DllmError(f"{spec.shots} shots asked for, but no file of solved examples: set `shots_path:`")
+    rows, _ = _rows(spec.shots_path, spec)
+    if len(rows) < spec.shots and not spec.options.get("rehearse"):
+        raise DllmError(f"{spec.shots_path}: {len(rows)} documents, too few for {spec.shots} shots")
+    solved = []
+    for row in rows[: spec.shots]:
+        try:
+            full = _filled(_renamed(row, spec), shape)
+            solved.append(fill(shape.prompt, full) + fill(shape.shot or " " + shape.target, full))
+        except DllmError as error:
+            raise DllmError(f"{spec.shots_path}: line {row['_line']}: {error}") from None
+    return "\n\n".join(solved) + "\n\n"
+
+
+def _filled(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    try:
+        return {**row, **shape.derive(row)}
+    except KeyError as error:
+        raise DllmError(f"no field {error} (the document has: {', '.join(k for k in row if k != '_line')})") from None
+
+
+def _document(index: int, row: dict[str, Any], shape: Shape, shots: str) -> Document:
+    full = _filled(row, shape)
+    meta: dict[str, Any] = {k: full[k] for k in ("prompt", "entry_point") if k in full}
+    if shape.prelude:
+        meta["prelude"] = fill(shape.prelude, full)
+    name = str(row.get("id", row.get("task_id", index)))
+    prompt: Prompt = shots + fill(shape.prompt, full)
+    return Document(name, prompt, fill(shape.target, full), meta)
+
+
+def _version(shape: Shape) -> str:
+    """A hash of everything that makes two runs of a task comparable: the templates and how answers are read."""
+    parts: Sequence[Any] = (shape.prompt, shape.target, shape.metric, shape.extract, shape.shot, shape.stop)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]

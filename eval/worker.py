@@ -1,0 +1,303 @@
+"""A worker: holds a model, decodes batches, grades them. Every engine is a way to call `Worker.run` for many jobs.
+
+A job is a fixed batch of documents. A row's outcome is a function of the job alone (its seed is the run's plus the
+document's index), so it does not matter which worker runs it, when, or whether an earlier run was cut short.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dllm
+from dllm.errors import DllmError
+from dllm.generation import encode
+
+from .config import Config, GenerateSpec, ModelSpec, Setting, TaskSpec
+from .store import Row, decoding_identity, sample_key
+from .tasks import Task
+from .tasks import load as load_task
+
+log = logging.getLogger(__name__)
+
+FAILED = {
+    "text": "",
+    "answer": None,
+    "correct": 0.0,
+    "tokens": 0,
+    "tokens_raw": 0,
+    "nfe": 0,
+    "nfe_equiv": None,
+    "finish": "error",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch: which setting, which task, which documents."""
+
+    setting: int
+    task: int
+    start: int
+    stop: int
+
+
+def arguments(config: Config, setting: Setting, spec: TaskSpec, task: Task) -> dict[str, Any]:
+    """The decoding arguments of a cell: the task's own defaults, then the configuration's, then those of its task
+    entry."""
+    out: dict[str, Any] = {}
+    for source in (task.generate, setting.generate, spec.generate):
+        out.update({f.name: value for f in fields(GenerateSpec) if (value := getattr(source, f.name)) is not None})
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
+
+
+def load_tasks(config: Config) -> tuple[Task, ...]:
+    """Every task of a configuration, each error with its place in the file."""
+    tasks = []
+    for i, spec in enumerate(config.tasks):
+        try:
+            tasks.append(load_task(spec, config.limit))
+        except DllmError as error:
+            raise config.error(f"tasks.{i}", str(error)) from None
+    return tuple(tasks)
+
+
+class Worker:
+    """One process's share of an evaluation: at most one model at a time."""
+
+    def __init__(self, config: Config, folder: str | None = None, tasks: tuple[Task, ...] | None = None):
+        self.config = config
+        self.folder = Path(folder) if folder else None
+        self.tasks = load_tasks(config) if tasks is None else tasks
+        self._spec: ModelSpec | None = None
+        self._model: Any = None
+        self._verifiers: dict[str, Any] = {}
+        self._warm: set[int] = set()
+        self._mark = ""
+
+    def model(self, spec: ModelSpec) -> Any:
+        """The loaded model; the one before it is let go first."""
+        if self._spec != spec:
+            self._model, self._spec = None, None
+            wanted = {f.name: v for f in fields(spec) if f.name != "name" and (v := getattr(spec, f.name)) is not None}
+            self._model = dllm.load(spec.name, **wanted)
+            self._spec, self._mark = spec, self._model.fingerprint()
+        return self._model
+
+    def weights(self, spec: ModelSpec) -> str:
+        """A mark of the weights themselves: two checkpoints under one name do not share it."""
+        self.model(spec)
+        return self._mark
+
+    def keys(self, job: Job) -> list[str]:
+        """The identities of a job's samples."""
+        setting, spec, task = self.config.settings[job.setting], self.config.tasks[job.task], self.tasks[job.task]
+        decoding = arguments(self.config, setting, spec, task)
+        weights = self.weights(setting.model)
+        out = []
+        for index in range(job.start, job.stop):
+            doc, identity = task.documents[index], decoding_identity(setting, decoding, self.config.seed + index)
+            out.append(sample_key(task.name, task.version, doc.id, doc.prompt, doc.target, identity, weights))
+        return out
+
+    def run(self, job: Job) -> list[Row]:
+        """Decode and grade one batch; a prompt the model fails on becomes an error row and the others go on."""
+        setting, spec, task = self.config.settings[job.setting], self.config.tasks[job.task], self.tasks[job.task]
+        decoding = arguments(self.config, setting, spec, task)
+        documents = task.documents[job.start : job.stop]
+        self._warm_up(job, setting, decoding, [d.prompt for d in documents])
+        rows: list[Row] = []
+        outcome = self._decode(setting, [d.prompt for d in documents], decoding, self.config.seed + job.start, job)
+        for offset, (doc, key) in enumerate(zip(documents, self.keys(job), strict=True)):
+            index = job.start + offset
+            output = outcome[offset]
+            row: Row = {
+                "key": key,
+                "task": spec.label or spec.name,
+                "setting": setting.label,
+                "index": index,
+                "doc": doc.id,
+            }
+            if isinstance(output, Exception):
+                message = " ".join(str(output).split())[:500]
+                row |= {**FAILED, "target": doc.target, "error": f"{type(output).__name__}: {message}"}
+                row["clock"] = {"seconds": 0.0, "share": 0.0}
+            else:
+                row |= self._graded(task, doc, output, len(documents))
+                self._keep_trace(job, index, output)
+            rows.append(row)
+        return rows
+
+    # --------------------------------------------------------------------------------------------------------- decoding
+
+    def _warm_up(self, job: Job, setting: Setting, decoding: Mapping[str, Any], prompts: Sequence[Any]) -> None:
+        """Decode and discard, so that compilation, caches and allocators are not on a setting's clock."""
+        if job.setting in self._warm:
+            return
+        self._warm.add(job.setting)
+        for _ in range(self.config.warmup):
+            try:
+                self._generate(setting, list(prompts[:1]), decoding, self.config.seed, trace=False)
+            except Exception:  # it will come again, and then be a row
+                log.debug("warm-up of %s failed", setting.label, exc_info=True)
+                return
+
+    def _decode(
+        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, job: Job
+    ) -> list[Any]:
+        """An output or the exception for every prompt. A batch that fails is tried one by one to find who is to
+        blame."""
+        trace = job.start < self.config.trace
+        try:
+            return self._timed(setting, prompts, decoding, seed, trace)
+        except Exception as error:
+            if len(prompts) == 1:
+                log.warning("%s, document %d: %s", setting.label, job.start, error)
+                return [error]
+        outcome: list[Any] = []
+        for i, prompt in enumerate(prompts):
+            one = Job(job.setting, job.task, job.start + i, job.start + i + 1)
+            outcome += self._decode(setting, [prompt], decoding, seed + i, one)
+        return outcome
+
+    def _timed(
+        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, trace: bool
+    ) -> list[Any]:
+        start = time.perf_counter()
+        outputs = self._generate(setting, prompts, decoding, seed, trace)
+        share = (time.perf_counter() - start) / len(prompts)
+        chat, model = decoding.get("chat"), self.model(setting.model)
+        return [
+            (output, share, len(encode(model, prompt, chat))) for output, prompt in zip(outputs, prompts, strict=True)
+        ]
+
+    def _generate(
+        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, trace: bool
+    ) -> list[Any]:
+        model = self.model(setting.model)
+        if setting.speculate is not None:
+            return [self._speculate(setting, model, p, decoding, seed + i) for i, p in enumerate(prompts)]
+        return dllm.generate(
+            model,
+            prompts,
+            sampler=setting.sampler,
+            cache=setting.cache,
+            seed=seed,
+            batch_size=len(prompts),
+            trace=trace,
+            **decoding,
+        )
+
+    def _speculate(self, setting: Setting, model: Any, prompt: Any, decoding: Mapping[str, Any], seed: int) -> Any:
+        assert setting.speculate is not None
+        name = setting.speculate.verifier
+        if name not in self._verifiers:
+            self._verifiers = {name: dllm.load_verifier(name)}
+        return dllm.speculate(
+            self._verifiers[name], drafter=model, prompt=prompt, seed=seed, **{**decoding, **setting.speculate.options}
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- results
+
+    def _graded(self, task: Task, doc: Any, outcome: tuple[Any, float, int], rows: int) -> Row:
+        output, share, prompt_length = outcome
+        graded = task.score(doc, output.text)
+        row = {"text": output.text, "answer": graded.answer, "target": doc.target, "correct": graded.correct}
+        if graded.answer == output.text:
+            row["answer"] = None  # the whole text: not stored twice
+        if graded.note:
+            row["note"] = graded.note
+        return {
+            **row,
+            **measure(output, prompt_length),
+            "error": None,
+            "clock": {**clock(output), "share": share, "rows": rows, **memory()},
+        }
+
+    def _keep_trace(self, job: Job, index: int, outcome: tuple[Any, float, int]) -> None:
+        output = outcome[0]
+        if self.folder is None or index >= self.config.trace or getattr(output, "trace", None) is None:
+            return
+        folder = self.folder / "trace"
+        folder.mkdir(parents=True, exist_ok=True)
+        output.trace.save(folder / f"{job.setting:02d}-{job.task:02d}-{index:04d}.json")
+
+
+def measure(output: Any, prompt_length: int) -> Row:
+    """The counts of one output: tokens to the first stop, all decoded positions, forwards, and forwards in full
+    lengths."""
+    row = {
+        "tokens": len(output.tokens),
+        "tokens_raw": len(output.sequences) - prompt_length,
+        "nfe": int(output.nfe),
+        "nfe_equiv": getattr(output, "nfe_equiv", None),
+        "finish": output.finish_reason,
+    }
+    accepted = getattr(output, "accepted", None)
+    return row if accepted is None else {**row, "accepted": [int(n) for n in accepted]}
+
+
+def clock(output: Any) -> dict[str, float | None]:
+    """A sample's own seconds, from the start of its call."""
+    parts = {name: getattr(output, name, None) for name in ("prefill_seconds", "decode_seconds")}
+    return {"seconds": float(output.seconds), **{k: float(v) for k, v in parts.items() if v is not None}}
+
+
+def memory() -> dict[str, float]:
+    """Peak memory so far in MB: the accelerator's where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return {"peak_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return {"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware; no names of machines or users."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = {}
+    for name in (
+        "dllm-toolkit",
+        "torch",
+        "transformers",
+        "numpy",
+        "scipy",
+        "lm-eval",
+        "math-verify",
+        "ray",
+        "accelerate",
+    ):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "packages": packages,
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    """Processor, threads and accelerators in words."""
+    name = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        name = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    words = f"{name}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        words = f"{len(names)} × {names[0]}; {words}"
+    return words

@@ -1,0 +1,131 @@
+"""Configurations: what is read, what is refused, and what a refusal says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dllm.errors import DllmError
+from dllm.eval.config import load
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+SWEEP = """\
+tasks: [word_problems, {name: sudoku, limit: 5}]
+generate: {max_new_tokens: 32}
+matrix:
+  sampler: [confidence, {name: threshold, tau: 0.9}]
+  generate.block_length: [8, 16]
+"""
+
+
+def test_matrix_is_the_product_of_its_axes(tmp_path):
+    config = load(write(tmp_path, SWEEP))
+    assert [s.label for s in config.settings] == [
+        "confidence · block_length=8",
+        "confidence · block_length=16",
+        "threshold(tau=0.9) · block_length=8",
+        "threshold(tau=0.9) · block_length=16",
+    ]
+    assert config.settings[3].sampler == {"name": "threshold", "tau": 0.9}
+    assert {s.generate.max_new_tokens for s in config.settings} == {32}
+    assert (config.name, config.tasks[1].limit) == ("c", 5)
+
+
+def test_matrix_as_a_list_is_a_union_with_labels(tmp_path):
+    text = "tasks: [sudoku]\nmatrix: [{label: slow, sampler: confidence}, {sampler: threshold, cache: [none, dual]}]\n"
+    config = load(write(tmp_path, text))
+    assert [(s.label, s.cache) for s in config.settings] == [
+        ("slow", "none"), ("threshold · cache=none", "none"), ("threshold · cache=dual", "dual"),
+    ]  # fmt: skip
+
+
+def test_extends_merges_and_another_name_drops_old_parameters(tmp_path):
+    write(tmp_path, "tasks: [sudoku]\nseed: 3\nsampler: {name: threshold, tau: 0.7}\n", "base.yaml")
+    top = write(tmp_path, "extends: base.yaml\nsampler: {name: confidence}\nlimit: 4\n")
+    config = load(top)
+    assert (config.seed, config.limit, config.settings[0].sampler) == (3, 4, "confidence")
+    kept = load(write(tmp_path, "extends: base.yaml\nsampler: {name: threshold}\n", "kept.yaml"))
+    assert kept.settings[0].sampler == {"name": "threshold", "tau": 0.7}
+
+
+def test_extends_cycle(tmp_path):
+    write(tmp_path, "extends: b.yaml\ntasks: [sudoku]\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\n", "b.yaml")
+    with pytest.raises(DllmError, match="extends this file again"):
+        load(tmp_path / "a.yaml")
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path, SWEEP)
+    one = load(path, ["sampler.name=factor", "sampler.f=2", "tasks.1.limit=3"])
+    assert {str(s.sampler) for s in one.settings} == {"{'name': 'factor', 'f': 2}"}  # the sweep over samplers is gone
+    assert len(one.settings) == 2 and one.tasks[1].limit == 3
+    assert [s.sampler for s in load(path, ["matrix.sampler=[confidence]", "generate.block_length=4"]).settings] == [
+        "confidence"
+    ]
+    every = load(
+        {"tasks": "sudoku", "matrix": {"sampler": [{"name": "threshold", "tau": t} for t in (0.7, 0.8)]}},
+        ["sampler.floor=1"],
+    )
+    assert [s.sampler["floor"] for s in every.settings] == [1, 1]  # a parameter is set at every point of the sweep
+    with pytest.raises(DllmError, match="key=value"):
+        load(path, ["sampler"])
+
+
+def test_a_saved_configuration_reads_back_as_itself(tmp_path):
+    config = load(write(tmp_path, SWEEP + "trace: 2\nexpected: [{task: sudoku, value: 50}]\nunknown: [the GPU]\n"))
+    path = write(tmp_path, yaml.safe_dump(config.plain(), allow_unicode=True), "saved.yaml")
+    assert load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [sudoku]\nsmapler: b\n", "line 2: smapler: unknown key 'smapler'; did you mean 'sampler'?"),
+        ("tasks: [sudoku]\nseed: x\n", "line 2: seed: expected a whole number, found 'x'"),
+        ("tasks: [sudoku]\nengine: {kind: rey}\n", "line 2: engine.kind: unknown value 'rey'; did you mean 'ray'?"),
+        ("tasks: [sudoku]\ngenerate:\n  blok_length: 3\n", "line 3: generate.blok_length: unknown key"),
+        ("a: [1\n", "not valid YAML"),
+        ("tasks: [sudoku]\ntasks: [x]\n", "line 2: key 'tasks' is given twice"),
+        ("tasks: [sudoku, sudoku]\n", "'sudoku' is there twice"),
+        ("tasks: [sudoku]\nmatrix: {samplr: [b]}\n", "unknown axis 'samplr'; did you mean 'sampler'?"),
+        ("tasks: [sudoku]\nmatrix: {sampler: []}\n", "the list is empty"),
+        ("tasks: [sudoku]\nexpected: [{task: sudku, value: 1}]\n", "line 2: expected.0.task: unknown task 'sudku'"),
+        ("tasks: [sudoku]\nexpected: [{task: sudoku, value: 1, setting: x}]\n", "unknown setting 'x'"),
+        ("tasks: [{limit: 3}]\n", "'name' is missing"),
+        ("tasks:\n", "no tasks"),
+        ("tasks: [sudoku]\nlimit: 0\n", "leaves no document"),
+        ("tasks: [sudoku]\nbatch_size: 0\n", "line 2: batch_size: 0 is too small"),
+        ("tasks: [sudoku]\nsampler: 3\n", "a sampler is a name"),
+        ("- x\n", "expected `key: value` pairs"),
+        ("", "the file is empty"),
+        ("tasks: [sudoku]\nextends: nowhere.yaml\n", "there is no configuration"),
+    ],
+)
+def test_refusals_name_line_and_key(tmp_path, text, message):
+    with pytest.raises(DllmError) as error:
+        load(write(tmp_path, text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_suggests_the_nearest(tmp_path):
+    write(tmp_path, SWEEP, "tiny.yaml")
+    with pytest.raises(DllmError, match=r"did you mean 'tiny\.yaml'"):
+        load(tmp_path / "tinny.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("eval/*.yaml")) + sorted(CONFIGS.glob("papers/*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_configurations_load(path):
+    assert load(path).settings

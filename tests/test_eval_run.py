@@ -1,0 +1,261 @@
+"""Whole runs: resuming after a kill, refusing to mix, error rows, and a second count of the work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dllm
+from dllm.errors import DllmError
+from dllm.eval import read, run
+from dllm.eval.config import load
+from dllm.eval.store import Store
+from dllm.eval.worker import Job, Worker
+
+MODEL = str(Path(__file__).parent / "golden" / "checkpoints" / "tiny-llada-trained")
+
+
+def config(**changes):
+    base = {
+        "name": "t",
+        "tasks": ["word_problems"],
+        "model": {"name": MODEL, "device": "cpu"},
+        "generate": {"max_new_tokens": 8, "block_length": 4},
+        "matrix": {"sampler": ["confidence", {"name": "threshold", "tau": 0.6}]},
+        "limit": 6,
+        "batch_size": 2,
+        "warmup": 0,
+    }
+    return {**base, **changes}
+
+
+def outcome(folder: Path) -> list[dict]:
+    """The samples without what a clock had a part in, in the order of the work."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return sorted(
+        ({k: v for k, v in r.items() if k != "clock"} for r in rows),
+        key=lambda r: (r["setting"], r["task"], r["index"]),
+    )
+
+
+def figures(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in c.items() if k != "clock"} for c in json.loads((folder / "results.json").read_text())["cells"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run, with everything a run folder holds."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    results = run(config(tasks=["word_problems", "sudoku"], trace=1), out=folder, progress=False)
+    assert results.exit_code == 0
+    return folder
+
+
+def test_run_folder(whole):
+    assert {p.name for p in whole.iterdir() if not p.name.startswith(".")} == {
+        "config.yaml", "env.json", "samples.jsonl", "results.json", "report.md", "plots", "trace",
+    }  # fmt: skip
+    env = json.loads((whole / "env.json").read_text())
+    assert env["hardware"] and env["weights"][MODEL] and env["packages"]["torch"]
+    text = (whole / "report.md").read_text(encoding="utf-8")
+    assert "## word_problems" in text and "| confidence |" in text and "left out of every figure" in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (whole / line.split("(")[1].rstrip(")")).stat().st_size > 5000
+    assert len(list((whole / "trace").iterdir())) == 4  # one document, two tasks, two settings
+    results, rows, again = read(whole)
+    assert (
+        len(rows) == 24
+        and len(results["cells"]) == 4
+        and again.identity() == load(config(tasks=["word_problems", "sudoku"], trace=1)).identity()
+    )
+
+
+def test_a_run_is_the_same_for_a_seed(whole, tmp_path):
+    run(config(tasks=["word_problems", "sudoku"], trace=1), out=tmp_path / "again", progress=False)
+    assert outcome(tmp_path / "again") == outcome(whole)
+    assert figures(tmp_path / "again") == figures(whole)
+
+
+def test_keys_are_identities(whole, tmp_path):
+    keys = {row["key"] for row in outcome(whole)}
+    assert len(keys) == 24
+    other = config(generate={"max_new_tokens": 8, "block_length": 4, "temperature": 0.5})
+    run(other, ["seed=5"], out=tmp_path / "a", progress=False)
+    run(other, ["seed=6"], out=tmp_path / "b", progress=False)
+    a, b = ({row["key"] for row in outcome(tmp_path / name)} for name in "ab")
+    assert not a & b and not a & keys
+
+
+RUN = """
+import sys
+import torch
+from dllm.eval import run
+torch.set_num_threads(1)
+run(sys.argv[1], out=sys.argv[2], progress=False)
+"""
+
+
+def test_kill_and_resume(tmp_path):
+    """Killed with -9 twice, once with the last line cut short as well: nothing lost, nothing twice, the same
+    results."""
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(config(limit=20)), encoding="utf-8")  # JSON is YAML
+    folder = tmp_path / "killed"
+    counts = []
+    for kill in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, str(path), str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        before = count(folder)
+        while count(folder) < before + 4 and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        counts.append(count(folder))
+        if kill == 1:
+            with open(folder / "samples.jsonl", "rb+") as file:
+                file.truncate(file.seek(0, os.SEEK_END) - 40)
+    assert 0 < counts[0] < 40, "the run was over before it was killed"
+    run(path, out=folder, progress=False)
+    run(path, out=tmp_path / "smooth", progress=False)
+    assert outcome(folder) == outcome(tmp_path / "smooth")
+    assert figures(folder) == figures(tmp_path / "smooth")
+    assert len(outcome(folder)) == len({row["key"] for row in outcome(folder)}) == 40
+
+
+def count(folder: Path) -> int:
+    path = folder / "samples.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_full_disk_and_resume(tmp_path):
+    """The file may not grow past 2 kB: a clear line, no half sample, and the rest follows when there is room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(DllmError, match="the samples so far are safe"):
+            run(config(), out=tmp_path / "full", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    text = (tmp_path / "full" / "samples.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n") and all(map(json.loads, text.splitlines())) and 0 < len(text) <= 2000
+    run(config(), out=tmp_path / "full", progress=False)
+    run(config(), out=tmp_path / "room", progress=False)
+    assert outcome(tmp_path / "full") == outcome(tmp_path / "room")
+
+
+def test_a_changed_configuration_refuses_to_mix(whole):
+    with pytest.raises(DllmError, match=r"different configuration \(changed: seed, tasks, trace\)"):
+        run(config(seed=1), out=whole, progress=False)
+
+
+def test_one_run_at_a_time(tmp_path):
+    store = Store(tmp_path, load(config()))
+    with pytest.raises(DllmError, match="another run is writing"):
+        Store(tmp_path, load(config()))
+    store.close()
+    Store(tmp_path, load(config())).close()
+
+
+def test_samples_without_configuration_are_refused(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(DllmError, match=r"no config\.yaml"):
+        Store(tmp_path, load(config()))
+
+
+def test_a_broken_line_in_the_middle_is_named(whole, tmp_path):
+    for name in ("config.yaml", "samples.jsonl"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[2] = lines[2][:30]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(DllmError, match=r"samples\.jsonl, line 3: not a sample"):
+        Store(tmp_path, load(tmp_path / "config.yaml"))
+
+
+def test_a_model_that_fails_on_one_prompt(tmp_path, monkeypatch, caplog):
+    """An error row, the other rows of its batch are decoded, the exit code says so; --retry-errors mends it."""
+    victim = Worker(load(config())).tasks[0].documents[3].prompt
+    honest = dllm.generate
+
+    def fails(model, prompts, **arguments):
+        if victim in prompts:
+            raise RuntimeError("the model does not like this one")
+        return honest(model, prompts, **arguments)
+
+    monkeypatch.setattr(dllm, "generate", fails, raising=False)
+    with caplog.at_level(logging.ERROR):
+        results = run(config(), out=tmp_path / "r", progress=False)
+    bad = [row for row in outcome(tmp_path / "r") if row["error"]]
+    assert [(row["index"], row["error"]) for row in bad] == [(3, "RuntimeError: the model does not like this one")] * 2
+    assert (results.exit_code, results.errors, len(outcome(tmp_path / "r"))) == (3, 2, 12)
+    assert "count as wrong" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
+    monkeypatch.undo()
+    assert run(config(), out=tmp_path / "r", progress=False).exit_code == 3  # finished is finished
+    mended = run(config(), out=tmp_path / "r", progress=False, retry_errors=True)
+    assert mended.exit_code == 0 and mended.cells[0]["n"] == 6
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_second_count_by_hooks_agrees_with_the_meter(cache):
+    """Forward hooks on the network see every row and position that it was given; the meter must have said the same."""
+    worker = Worker(load(config(cache=cache, tasks=["sudoku"])))
+    model = worker.model(worker.config.settings[0].model)
+    seen = {"calls": 0, "rows": 0, "positions": 0}
+
+    def hook(module, args, kwargs, output):
+        ids, pos = args[0], args[1] if len(args) > 1 else kwargs.get("pos")
+        seen["calls"] += 1
+        seen["rows"] += ids.shape[0]
+        seen["positions"] += ids.numel() if pos is None else int((pos >= 0).sum())
+
+    handle = model.transformer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        for setting in range(2):
+            seen.update(calls=0, rows=0, positions=0)
+            rows = worker.run(Job(setting, 0, 0, 2)) + worker.run(Job(setting, 0, 2, 5))
+            assert seen["rows"] == sum(row["nfe"] for row in rows) > 0
+            lengths = [len(dllm.generation.encode(model, d.prompt, None)) + 8 for d in worker.tasks[0].documents[:5]]
+            assert seen["positions"] == round(sum(r["nfe_equiv"] * n for r, n in zip(rows, lengths, strict=True)))
+            for row, length in zip(rows, lengths, strict=True):
+                assert row["tokens"] <= row["tokens_raw"] <= 8 and row["nfe_equiv"] <= row["nfe"] + 1e-9, length
+            alone = worker.run(Job(setting, 0, 4, 5))[0]
+            assert (alone["nfe"], alone["text"]) == (rows[4]["nfe"], rows[4]["text"])
+    finally:
+        handle.remove()
+
+
+def test_mistakes_are_found_before_any_decoding(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"tasks: [sudoku]\nmodel: {MODEL}\nmatrix:\n  sampler:\n    - confidence\n    - treshold\n", encoding="utf-8"
+    )
+    with pytest.raises(DllmError, match=r"c\.yaml, line 4: .*unknown sampler 'treshold'; did you mean 'threshold'"):
+        run(path, out=tmp_path / "r", progress=False)
+    with pytest.raises(DllmError, match="cache: unknown cache 'duall'"):
+        run(config(cache="duall"), out=tmp_path / "r", progress=False)
+    with pytest.raises(DllmError, match=r"tasks\.0.*unknown task 'soduku'; did you mean 'sudoku'"):
+        run(config(tasks=["soduku"]), out=tmp_path / "r", progress=False)
+    assert not (tmp_path / "r").exists()
+
+
+def test_reading_what_is_not_there(tmp_path):
+    with pytest.raises(DllmError, match="no evaluation run"):
+        read(tmp_path)
+    (tmp_path / "samples.jsonl").write_text("")
+    with pytest.raises(DllmError, match="has not finished"):
+        read(tmp_path)

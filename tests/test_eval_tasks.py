@@ -1,0 +1,146 @@
+"""Tasks: the embedded three, files of every supported shape, and what their scorers accept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dllm.errors import DllmError
+from dllm.eval.config import TaskSpec
+from dllm.eval.tasks import confined, load
+from dllm.eval.tasks.files import EXAMPLES
+from dllm.eval.tasks.scorers import extract
+
+
+def lines(path, *rows):
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["word_problems", "sudoku", "functions"])
+def test_embedded_tasks_grade_their_own_answers(name):
+    if name == "functions" and confined.refusal():
+        pytest.skip("programs cannot be confined here")
+    task = load(TaskSpec(name), 3)
+    assert len(task.documents) == 3
+    assert [task.score(d, d.target).correct for d in task.documents] == [1.0] * 3
+    assert [task.score(d, "nothing").correct for d in task.documents] == [0.0] * 3
+    assert load(TaskSpec(name), 3).documents == task.documents
+    assert load(TaskSpec(name, seed=1), 3).documents != task.documents
+
+
+def test_limit_of_the_task_and_of_the_run():
+    assert len(load(TaskSpec("sudoku", limit=2), 5).documents) == 2
+    assert len(load(TaskSpec("sudoku", limit=5), 2).documents) == 2
+
+
+def test_jsonl_with_templates_shots_and_extractor(tmp_path):
+    data = lines(tmp_path / "d.jsonl", {"q": "2+2?", "a": 4, "id": "x"}, {"q": "Braces {{}}?", "a": 5})
+    shots = lines(tmp_path / "s.jsonl", {"q": "1+1?", "a": 2})
+    spec = TaskSpec(
+        "jsonl",
+        path=data,
+        prompt="Q {{lit}}: {q}\nA:",
+        answer="{a}",
+        metric="number",
+        extract="number",
+        shots=1,
+        shots_path=shots,
+    )
+    task = load(spec)
+    assert task.documents[0].prompt == "Q {lit}: 1+1?\nA: 2\n\nQ {lit}: 2+2?\nA:"
+    assert [d.id for d in task.documents] == ["x", "1"]
+    assert task.score(task.documents[0], "maybe 3, no: 4.0").correct == 1.0
+    assert task.score(task.documents[0], "no idea").note == "no answer found"
+
+
+def test_broken_lines_are_named_and_never_dropped_silently(tmp_path):
+    data = lines(tmp_path / "d.jsonl", {"q": "a", "answer": "b"}, "{not json", "[1]", {"q": "only"})
+    spec = TaskSpec("jsonl", path=data, prompt="{q}")
+    with pytest.raises(
+        DllmError, match=r"2 of 4 lines are broken: line 2 \(not JSON.*line 3 \(a list, not an object\)"
+    ):
+        load(spec)
+    with pytest.raises(DllmError, match=r"1 of 1 lines.*no field 'answer' \(the document has: q\)"):
+        load(TaskSpec("jsonl", path=lines(tmp_path / "e.jsonl", {"q": "only"}), prompt="{q}"))
+    task = load(TaskSpec("jsonl", path=data, prompt="{q}", options={"broken": "skip"}))
+    assert len(task.documents) == 1 and len(task.skipped) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (TaskSpec("gsm8k"), "set `path:`"),
+        (TaskSpec("gsm9k", path="x"), "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
+        (TaskSpec("jsonl", path="nowhere.jsonl", prompt="{q}"), "there is no data file"),
+        (TaskSpec("jsonl", path="{empty}", prompt="{q}"), "is empty"),
+        (
+            TaskSpec("jsonl", path="{one}", prompt="{q}", metric="exakt"),
+            "unknown metric 'exakt'; did you mean 'exact'?",
+        ),
+        (TaskSpec("jsonl", path="{one}", prompt="{q}", extract="(x"), "not a regular expression"),
+        (TaskSpec("jsonl", path="{one}", prompt="{q}", extract="nmber"), "unknown extractor 'nmber'"),
+        (TaskSpec("jsonl", path="{one}"), "needs `prompt:`"),
+        (TaskSpec("jsonl", path="{one}", prompt="{q}", shots=1), "set `shots_path:`"),
+        (TaskSpec("jsonl", path="{one}", prompt="{q}", shots=9, shots_path="{one}"), "too few for 9 shots"),
+        (TaskSpec("sudoku", split="tset"), "unknown split 'tset'"),
+    ],
+)
+def test_refusals(tmp_path, spec, message):
+    files = {"{empty}": lines(tmp_path / "e.jsonl"), "{one}": lines(tmp_path / "o.jsonl", {"q": "a", "answer": "b"})}
+    changed = {k: files.get(v, v) if isinstance(v, str) else v for k, v in spec.__dict__.items()}
+    with pytest.raises(DllmError, match=message.replace("(", r"\(").replace("?", r"\?")):
+        load(TaskSpec(**changed))
+
+
+def test_the_benchmarks_columns_may_have_other_names(tmp_path):
+    data = lines(tmp_path / "g.jsonl", {"frage": "1+1?", "antwort": "so\n#### 1,002"})
+    task = load(TaskSpec("gsm8k", path=data, fields={"question": "frage", "answer": "antwort"}))
+    assert task.documents[0].prompt == "Question: 1+1?\nAnswer:"
+    assert task.score(task.documents[0], "It is 1002.0 then").correct == 1.0
+    assert task.score(task.documents[0], "#### 1003\n").correct == 0.0
+    with pytest.raises(DllmError, match="no field 'frage'"):
+        load(TaskSpec("gsm8k", path=lines(tmp_path / "h.jsonl", {"q": "x"}), fields={"question": "frage"}))
+
+
+def test_mathematics_is_compared_by_value(tmp_path):
+    data = lines(tmp_path / "m.jsonl", *EXAMPLES["math"])
+    task = load(TaskSpec("math", path=data))
+    assert task.score(task.documents[1], "so \\boxed{0.5}").correct == 1.0
+    assert task.score(task.documents[1], "so \\boxed{\\frac{2}{4}}").correct == 1.0
+    assert task.score(task.documents[1], "so \\boxed{2}").correct == 0.0
+
+
+@pytest.mark.skipif(confined.refusal() is not None, reason="programs cannot be confined here")
+def test_code_benchmarks_run_the_answer_with_its_tests(tmp_path):
+    path = lines(tmp_path / "he.jsonl", *EXAMPLES["humaneval"])
+    base, chat = load(TaskSpec("humaneval", path=path)), load(TaskSpec("humaneval_instruct", path=path))
+    doc = base.documents[0]
+    assert base.score(doc, "    return a + b\n").correct == 1.0
+    wrong = base.score(doc, "    return a - b\n")
+    assert wrong.correct == 0.0 and "AssertionError" in wrong.note
+    assert (
+        chat.score(chat.documents[0], "Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.").correct == 1.0
+    )
+    assert chat.score(chat.documents[0], "    return a + b").correct == 1.0
+    mbpp = load(TaskSpec("mbpp", path=lines(tmp_path / "mb.jsonl", *EXAMPLES["mbpp"])))
+    assert mbpp.score(mbpp.documents[0], "def double(n):\n    return n + n\n[DONE]\nrest").correct == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_rehearsals_need_no_file(name):
+    if name in ("humaneval", "humaneval_instruct", "mbpp") and confined.refusal():
+        pytest.skip("programs cannot be confined here")
+    assert len(load(TaskSpec(name, path="absent.jsonl", options={"rehearse": True})).documents) == 2
+
+
+def test_extractors():
+    assert extract("a\n#### 3\n#### 1,234", ["gsm8k"]) == "1,234"
+    assert extract("The answer is $5. ok 6", ["the_answer_is", "number"]) == "5"
+    assert extract("x \\boxed{\\frac{1}{2}} y", ["boxed"]) == "\\frac{1}{2}"
+    assert extract("x \\boxed{\\frac{1}{2", ["boxed"]) is None
+    assert extract("A or B? (C)", ["letter"]) == "C"
+    assert extract("```py\na\n```\n```\nb\n```", ["code"]) == "a\n"
