@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from dllm import __version__
-from dllm.cli import generate
+from dllm.cli import eval as evaluation
+from dllm.cli import bench, generate
+from dllm.cli import train as training
 from dllm.errors import DllmError
 
 app = typer.Typer(
@@ -37,6 +39,10 @@ def _main(
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(generate.trace)
+app.command()(bench.bench)
+app.add_typer(evaluation.eval_app, name="eval")
+app.command()(evaluation.tune)
+app.command()(training.train)
 
 
 def main() -> None:
