@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +64,6 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of text.")] = False,
 ) -> None:
     """Decode one or more prompts with a masked-diffusion model."""
-    from dllm.generation import generate as run
     from dllm.models.hub import load
 
     prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in prompt or []]
@@ -75,22 +75,46 @@ def generate(
     }  # fmt: skip
     loaded = load(model, dtype=dtype, device=device)
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
-    if watch:
-        outputs = _watch(loaded, given, arguments)
-    else:
-        outputs = run(loaded, given, **arguments)
-    outputs = outputs if isinstance(outputs, list) else [outputs]
-    if trace is not None and outputs:
-        outputs[0].trace.save(trace)
     console = Console(highlight=False)
-    for output in outputs:
+
+    def show(output: Any) -> None:
         if as_json:
             row = {k: v for k, v in asdict(output).items() if k != "trace"}
             typer.echo(json.dumps({**row, "tokens_per_forward": output.tokens_per_forward}))
-        else:
-            if not watch:
-                console.print(Text(output.text))
-            console.print(Text(_summary(output), style="dim"))
+            return
+        if not watch:
+            console.print(Text(output.text))
+        console.print(Text(_summary(output), style="dim"))
+
+    waiting: dict[int, Any] = {}
+    following = 0
+    try:
+        for index, output in _finished(loaded, given, arguments, watch, len(prompts) * n):
+            waiting[index] = output
+            if trace is not None and index == 0:
+                output.trace.save(trace)
+            while following in waiting:  # in the order of the prompts
+                show(waiting.pop(following))
+                following += 1
+    finally:  # interrupted or not: what is finished is printed
+        for index in sorted(waiting):
+            show(waiting[index])
+
+
+def _finished(model: Any, prompt: Any, arguments: dict[str, Any], watch: bool, total: int) -> Iterator[tuple[int, Any]]:
+    """Outputs as they finish, with the index of their prompt; a progress bar on standard error for several prompts."""
+    if watch:
+        yield from _watch(model, prompt, arguments).items()
+        return
+    from tqdm import tqdm
+
+    from dllm.generation import stream
+
+    with tqdm(total=total, unit="prompt", leave=False, disable=None if total > 1 else True) as bar:
+        for event in stream(model, prompt, **arguments):
+            if event.output is not None:
+                bar.update()
+                yield event.index, event.output
 
 
 def _summary(output: Any) -> str:
@@ -105,7 +129,7 @@ def _summary(output: Any) -> str:
     return " · ".join(parts)
 
 
-def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> list[Any]:
+def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> dict[int, Any]:
     """Show the canvas while it fills: in place on a terminal, one line a forward elsewhere."""
     from dllm.generation import stream
 
@@ -130,7 +154,7 @@ def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> list[Any]:
             if event.output is not None:
                 outputs[event.index] = event.output
                 final[event.index] = event.output.text
-    return [outputs[i] for i in sorted(outputs)]
+    return outputs
 
 
 class _Nothing:

@@ -134,6 +134,11 @@ class Model:
         self.transformer.to(device=device, dtype=dtype)
         return self
 
+    def compile(self) -> None:
+        """Compile the backbone with torch.compile, once; shapes stay dynamic. The first forwards pay for it."""
+        if self.transformer._compiled_call_impl is None:
+            self.transformer.compile(dynamic=True)
+
     def save(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> Path:
         """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back."""
         folder = Path(folder)
