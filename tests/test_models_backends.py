@@ -205,8 +205,8 @@ def naive(mlp: MoE, x: torch.Tensor) -> torch.Tensor:
     out = torch.zeros_like(flat)
     for t in range(len(flat)):
         for e, w in zip(experts[t].tolist(), weights[t], strict=True):
-            gate, up = (mlp.gate_up_proj[e] @ flat[t]).chunk(2)
-            out[t] += w * (mlp.down_proj[e] @ (torch.nn.functional.silu(gate) * up))
+            gate, up = (flat[t] @ mlp.gate_up_proj[e]).chunk(2)
+            out[t] += w * ((torch.nn.functional.silu(gate) * up) @ mlp.down_proj[e])
     return out.view_as(x) + (0 if mlp.shared_experts is None else mlp.shared_experts(x))
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def load_memory(gigabytes: float = 2.0, shards: int = 8, dtype: str = "bfloat16"
     }  # fmt: skip
 
 
-def _random(config: ModelConfig, folder: Path, shards: int) -> list[Tensor]:
+def _random(config: ModelConfig, folder: Path, shards: int) -> Sequence[Tensor]:
     model = Model(config)
     parameters = list(model.transformer.parameters())
     model.save(folder, shard_bytes=sum(p.nbytes for p in parameters) // shards)
@@ -93,10 +93,10 @@ def moe_speed(
 
 def _expert(mlp: MoE, index: int) -> MLP:
     """One expert as the module that the reference codes have."""
-    expert = MLP(mlp.gate_up_proj.shape[2], mlp.moe.intermediate_size)
-    gate, up = mlp.gate_up_proj[index].detach().chunk(2)
+    expert = MLP(mlp.gate_up_proj.shape[1], mlp.moe.intermediate_size)
+    gate, up = mlp.gate_up_proj[index].detach().T.chunk(2)
     expert.load_state_dict(
-        {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": mlp.down_proj[index].detach()}
+        {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": mlp.down_proj[index].detach().T}
     )
     return expert
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,8 +59,7 @@ def load_weights(
                 kind = _dtype(piece.parameter, dtype or tensor.dtype)
                 shape = parameters[piece.parameter].shape
                 filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
-            rows = tensor if piece.rows is None else tensor[piece.rows]
-            filled[piece.parameter][piece.part].copy_(rows)
+            _part(filled, piece).copy_(tensor if piece.rows is None else tensor[piece.rows])
     if broken:
         raise DllmError(f"NaN or infinite values in {_some(broken)} of {folder}")
     for name, value in filled.items():
@@ -101,14 +100,17 @@ def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: 
         )
 
 
-def _part(parameters: dict[str, nn.Parameter], piece: Piece) -> Tensor:
+def _part(parameters: Mapping[str, Tensor], piece: Piece) -> Tensor:
+    """The view of a parameter that an official tensor, or some rows of it, holds."""
     value = parameters[piece.parameter].detach()
-    return value[piece.part] if piece.part else value
+    value = value[piece.part] if piece.part else value
+    return value.T if piece.turned else value
 
 
 def _assemble(parameters: dict[str, nn.Parameter], pieces: tuple[Piece, ...]) -> Tensor:
     parts = [_part(parameters, p) for p in pieces]
-    return (parts[0].clone() if len(parts) == 1 else torch.cat(parts)).cpu().contiguous()
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _account(folder: Path, table: Layout, optional: str | None) -> dict[str, Path]:

@@ -15,6 +15,7 @@ class Piece(NamedTuple):
     parameter: str
     part: tuple[int | slice, ...] = ()  # of the parameter; () = all of it
     rows: slice | None = None  # which rows of the official tensor; None = all of them
+    turned: bool = False  # the parameter holds the transpose
 
 
 Layout = dict[str, tuple[Piece, ...]]  # official name -> its pieces
@@ -99,9 +100,10 @@ def _moe(config: ModelConfig, names: Names) -> Layout:
         table[names.router_bias] = (Piece("mlp.gate.expert_bias"),)
     for e in range(config.moe.n_experts):
         expert = names.expert.format(e)
-        table[f"{expert}.gate_proj.weight"] = (Piece("mlp.gate_up_proj", (e, slice(0, width))),)
-        table[f"{expert}.up_proj.weight"] = (Piece("mlp.gate_up_proj", (e, slice(width, 2 * width))),)
-        table[f"{expert}.down_proj.weight"] = (Piece("mlp.down_proj", (e,)),)
+        gate, up = (slice(None), slice(0, width)), (slice(None), slice(width, 2 * width))
+        table[f"{expert}.gate_proj.weight"] = (Piece("mlp.gate_up_proj", (e, *gate), turned=True),)
+        table[f"{expert}.up_proj.weight"] = (Piece("mlp.gate_up_proj", (e, *up), turned=True),)
+        table[f"{expert}.down_proj.weight"] = (Piece("mlp.down_proj", (e,), turned=True),)
     if config.moe.shared_size:
         for part in ("gate_proj", "up_proj", "down_proj"):
             table[f"{names.shared}.{part}.weight"] = (Piece(f"mlp.shared_experts.{part}.weight"),)

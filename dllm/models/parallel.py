@@ -93,10 +93,10 @@ def split_over_processes(model: Transformer) -> None:
 
 def _split_experts(mlp: MoE, ways: int, rank: int) -> None:
     """Keep this process's share of every expert's width; the partial sums are added up in `MoE.forward`."""
-    gate, up = mlp.gate_up_proj.detach().chunk(2, 1)
-    own = torch.cat([part.chunk(ways, 1)[rank] for part in (gate, up)], 1)
+    gate, up = mlp.gate_up_proj.detach().chunk(2, 2)
+    own = torch.cat([part.chunk(ways, 2)[rank] for part in (gate, up)], 2)
     assign(mlp, "gate_up_proj", own.clone())
-    assign(mlp, "down_proj", mlp.down_proj.detach().chunk(ways, 2)[rank].clone())
+    assign(mlp, "down_proj", mlp.down_proj.detach().chunk(ways, 1)[rank].clone())
     mlp.group = dist.group.WORLD
 
 
