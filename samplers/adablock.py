@@ -28,8 +28,8 @@ PUBLISHED: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class AdaptiveBlocks:
-    """The window slot: a block is opened by a forward that reads a stretch ahead of it, and `narrow` ends the block at the
-    surest delimiter predicted there, or after `length` columns. The opening forward commits too."""
+    """The window slot: a block is opened by a forward that reads a stretch ahead of it, and `narrow` ends the block at
+    the surest delimiter predicted there, or after `length` columns. The opening forward commits too."""
 
     length: int
     delimiters: Tensor  # (V,) bool
@@ -39,7 +39,8 @@ class AdaptiveBlocks:
     def memory(self, canvas: Canvas) -> dict[str, Tensor]:
         unset = torch.full_like(canvas.start, -1)
         zero = torch.zeros_like(canvas.start)
-        return {"window.lo": unset, "window.hi": unset, "window.step": zero, "window.masks": zero, "window.ahead": unset}
+        lo_hi = {"window.lo": unset, "window.hi": unset, "window.ahead": unset}
+        return {**lo_hi, "window.step": zero, "window.masks": zero}
 
     columns = None
 
@@ -93,7 +94,9 @@ class AdaBlock(Method):
     `block_length`. It is the forward at which the caches refresh, so it costs no forward of its own.
     """
 
-    delimiters: Any = param(None, "None: the family's released ids, else every id whose text holds a new line")
+    delimiters: int | str | list[int | str] | None = param(  # noqa: RUF009
+        None, "None: the family's released ids, else every id whose text holds a new line"
+    )
     tau_delimiter: float | None = param(None, "None: 0.5 for Dream, 0.3 for the others, as published", low=0)
     window: str = param("budget", "the released code's look-ahead", choices=("budget", "progress"))
     tau: float = param(0.9, "the bar where no other sampler selects (Fast-dLLM's default)", low=0)
@@ -121,7 +124,9 @@ class AdaBlock(Method):
         ids = tuple(int(d) for d in given if not isinstance(d, str))
         outside = [i for i in ids if not 0 <= i < context.vocab_size]
         if outside or not given:
-            what = f"id {outside[0]} is outside the vocabulary of {context.vocab_size}" if outside else "the list is empty"
+            what = "the list is empty"
+            if outside:
+                what = f"id {outside[0]} is outside the vocabulary of {context.vocab_size}"
             raise DllmError(f"adablock: delimiters={given!r}: {what}; give token ids or texts such as '\\n'")
         for text in texts:
             ids += self._search(context, text)
@@ -130,9 +135,9 @@ class AdaBlock(Method):
     def _derived(self, context: Context) -> tuple[int, ...]:
         published = PUBLISHED.get(context.family, ())
         tokenizer = context.tokenizer
-        if tokenizer is not None and published and max(published) < context.vocab_size:
-            if all("\n" in tokenizer.decode([i]) for i in published):
-                return published
+        fits = tokenizer is not None and published and max(published) < context.vocab_size
+        if fits and all("\n" in tokenizer.decode([i]) for i in published):
+            return published
         return self._search(context, "\n")
 
     def _search(self, context: Context, text: str) -> tuple[int, ...]:
@@ -141,7 +146,7 @@ class AdaBlock(Method):
         ids = tuple(i for i in holding(context.tokenizer, text) if i < context.vocab_size)
         if not ids:
             raise DllmError(
-                f"adablock: no token of this tokenizer holds {text!r}: give delimiters=[...] as texts or token ids that it has"
+                f"adablock: no token of this tokenizer holds {text!r}: give delimiters=[...], texts or ids that it has"
             )
         return ids
 

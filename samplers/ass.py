@@ -27,7 +27,7 @@ def size_of(canvas: Canvas) -> Tensor:
 
 @dataclass(frozen=True)
 class Doubling:
-    """Window and selection of a row with G columns: S = floor(log2 G) steps, after n of them 2^n - 1 columns are written.
+    """Window and selection of a row with G columns: S = floor(log2 G) steps; n steps write 2^n - 1 columns.
 
     With b blocks the first one takes the steps up to S - b; each later step has a block of its own.
     """
@@ -72,10 +72,11 @@ class ASS(Method):
     source: ClassVar[str] = "EOSER and ASS, arXiv 2509.23924"
 
     def bundle(self, context: Context) -> Bundle:
-        steps = max(1, context.max_new_tokens.bit_length() - 1)
+        size, asked = context.max_new_tokens, context.steps
+        steps = max(1, size.bit_length() - 1)
         if self.blocks > steps:
-            raise DllmError(f"ass: blocks={self.blocks} exceed the {steps} steps that {context.max_new_tokens} tokens take")
-        if context.steps not in (None, steps):
-            raise DllmError(f"ass: its schedule has {steps} steps for {context.max_new_tokens} tokens; leave out steps={context.steps}")
+            raise DllmError(f"ass: blocks={self.blocks} exceed the {steps} steps that {size} tokens take")
+        if asked not in (None, steps):
+            raise DllmError(f"ass: its schedule has {steps} steps for {size} tokens; leave out steps={asked}")
         rule = Doubling(self.blocks)
         return Bundle(window=rule, select=rule)

@@ -20,10 +20,10 @@ WARM_UP = 5  # steps that only fill the history, as released
 class CCD(Method):
     """Commit what is coherent with earlier steps, or the u = max_new_tokens // steps columns of lowest entropy.
 
-    `agree` (as released): the best n columns of this step that were also among the n best left over by the step before,
-    and kept their arg-max, commit together if they hold one of the u best. n grows from 1 by one a step to
-    u (1 + expand). `mean` (the paper's form): a column's distribution is averaged over the last `depth` steps in which it
-    was among the `top` surest; columns whose averaged entropy is below `eps` commit with the arg-max of the average.
+    `agree` (as released): the best n columns of this step that were also among the n best left over by the step
+    before, and kept their arg-max, commit together if they hold one of the u best. n grows from 1 by one a step to
+    u (1 + expand). `mean` (the paper's form): a column's distribution is averaged over the last `depth` steps in which
+    it was among the `top` surest; columns whose averaged entropy is below `eps` commit with the average's arg-max.
     With `seek=False` exactly u columns commit: coherence changes the order alone.
     """
 
@@ -155,7 +155,9 @@ def _put(table: Tensor, at: Tensor, values: Tensor, ok: Tensor) -> Tensor:
 class Blended(Rescored):
     """A prediction with averaged distributions at some columns."""
 
-    def __init__(self, raw: Prediction, token: Tensor, confidence: Tensor, negative_entropy: Tensor, contexts: Tensor) -> None:
+    def __init__(
+        self, raw: Prediction, token: Tensor, confidence: Tensor, negative_entropy: Tensor, contexts: Tensor
+    ) -> None:
         super().__init__(raw, confidence, token)
         self._negative_entropy, self.contexts = negative_entropy, contexts
 

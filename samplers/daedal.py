@@ -34,7 +34,8 @@ class DAEDAL(Method):
     factor: int = param(8, "paper's expansion; 16 to 32 do equally well on GSM8K", low=1)
     tail: int = param(32, "paper's best window of the end-of-sequence signal", low=1)
     growth: str = param(
-        "linear", "as published, `factor` columns a forward; 'geometric' doubles and needs log2 as many forwards",
+        "linear",
+        "as published, `factor` columns a forward; 'geometric' doubles and needs log2 as many forwards",
         choices=("linear", "geometric"),
     )
 
@@ -43,11 +44,13 @@ class DAEDAL(Method):
     cost: ClassVar[str] = "one row, every generated column until the ceiling is reached; stage 1 adds forwards"
 
     def bundle(self, context: Context) -> Bundle:
-        if not context.eos_ids:
-            raise DllmError("daedal: the length follows the end-of-sequence token, and this model has none; pass eos=...")
         ceiling = context.max_new_tokens
         if self.initial is not None and self.initial > ceiling:
             raise DllmError(f"daedal: initial={self.initial} exceeds the ceiling max_new_tokens={ceiling}")
+        if not context.eos_ids:
+            raise DllmError(
+                "daedal: the length follows the end-of-sequence token and this model has none: pass eos=..."
+            )
         rule = Growing(self, context, min(self.initial or 64, ceiling))
         return Bundle(
             window=rule,

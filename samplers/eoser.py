@@ -19,7 +19,7 @@ SMALLEST = 1e-30  # a factor of 0 still leaves a rank
 
 @dataclass(frozen=True)
 class Demote:
-    """The score slot: confidence times lambda where the token is the end of sequence, lambda from gamma_min to gamma_max."""
+    """The score slot: confidence, times lambda where the token is the end of sequence; lambda rises with the steps."""
 
     eos: int | None
     gamma_min: float | None
@@ -52,8 +52,8 @@ class Demote:
 class EOSER(Method):
     """Rank by confidence, times a factor below 1 where the token is EOS; the factor rises to 1 over the steps.
 
-    Probabilities and the tokens written stay as they are. Only the first EOS id counts, not an end of turn. The window is
-    the whole generation, which is what the method makes usable.
+    Probabilities and the tokens written stay as they are. Only the first EOS id counts, not an end of turn. The window
+    is the whole generation, which is what the method makes usable.
     """
 
     gamma_min: float | None = param(None, "None: 0.4, the released default; 0.01 with `ass`, as released", low=0)

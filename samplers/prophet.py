@@ -133,7 +133,8 @@ def _region(method: str, region: Any, start: int, length: int, context: Context)
             raise DllmError(f"{method}: region={region!r} must be (start, length), relative to the generation")
         region, (start, length) = "span", region
     if not callable(region) and region not in REGIONS:
-        raise DllmError(f"{method}: region={region!r} must be one of {', '.join(REGIONS)}, (start, length) or a function")
+        known = ", ".join(REGIONS)
+        raise DllmError(f"{method}: region={region!r} must be one of {known}, a pair (start, length) or a function")
     if region == "span" and not (0 <= start < context.max_new_tokens and length >= 1):
         raise DllmError(
             f"{method}: the region of {length} columns from {start} is outside the window of "
@@ -157,9 +158,12 @@ class Prophet(Method):
     mid: float = param(5.0, "paper table 6, all tasks")
     low: float = param(2.5, "released code; paper table 6 has 2.5 (choices), 3.5 (maths), 4.5 (code)")
     smooth: bool = param(False, "True: 8 - 4.5 progress, the paper's smooth alternative (GSM8K 77.4 % at 154 steps)")
-    region: Any = param("auto", "the released code exits only behind a planted phrase; `auto` covers the other prompts")
+    region: str | tuple[int, int] | Region = param(  # noqa: RUF009
+        "auto", "the released code exits only behind a planted phrase; `auto` covers the other prompts"
+    )
     progress: str = param(
-        "auto", "steps as published where the base has a fixed budget, else committed / length",
+        "auto",
+        "steps as published where the base has a fixed budget, else committed / length",
         choices=("auto", "steps", "tokens"),
     )
     progress_base: int = param(1, "the released code counts the running step; the paper starts at 0", choices=(0, 1))
@@ -169,7 +173,7 @@ class Prophet(Method):
 
     name: ClassVar[str] = "prophet"
     source: ClassVar[str] = "Prophet, arXiv 2508.19982"
-    cost: ClassVar[str] = "one row, the window's and the region's columns; under cache dual one full forward at the exit"
+    cost: ClassVar[str] = "one row, the window's and the region's columns; under cache dual a full forward at the exit"
     presets: ClassVar[dict] = {
         "released": {"region": "suffix", "progress": "steps"},
         "maths": {"high": 8.0, "low": 3.5},
@@ -197,9 +201,12 @@ class Sched(Method):
     low: float = param(2.5, "Prophet's lowest threshold")
     shape: str = param("linear", "the simplest of the paper's three", choices=("linear", "cosine", "exponential"))
     rate: float = param(2.0, "decay of shape='exponential'", low=0)
-    region: Any = param("all", "the paper's signal is the mean over the whole generation")
+    region: str | tuple[int, int] | Region = param(  # noqa: RUF009
+        "all", "the paper's signal is the mean over the whole generation"
+    )
     progress: str = param(
-        "auto", "steps as published where the base has a fixed budget, else committed / length",
+        "auto",
+        "steps as published where the base has a fixed budget, else committed / length",
         choices=("auto", "steps", "tokens"),
     )
 
