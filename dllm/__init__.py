@@ -18,6 +18,7 @@ _LAZY = {
     "generate": "dllm.generation",
     "stream": "dllm.generation",
     "score": "dllm.generation",
+    "cache_error": "dllm.staleness",
     "Output": "dllm.generation",
     "load": "dllm.models.hub",
     "load_verifier": "dllm.models.hub",

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from dllm import cache as caches
 from dllm.canvas import Canvas, State
-from dllm.engine import Options, Tick, decode
+from dllm.engine import Options, Runner, Tick, decode
 from dllm.errors import DllmError, unknown
 from dllm.guidance import Guidance
+from dllm.lookahead import Lookahead, Stats, Walk
 from dllm.meter import Meter
 from dllm.models.hub import Model, load
 from dllm.prediction import Law, Prediction
@@ -44,7 +46,7 @@ DEFAULTS: dict[str, FamilyDefaults] = {
     "sdar": FamilyDefaults("threshold:tau=0.85", None),
     "sdar_moe": FamilyDefaults("threshold:tau=0.85", None),
     "llada2": FamilyDefaults("threshold:tau=0.95", None),
-    "fast_dllm_v2": FamilyDefaults("threshold:tau=0.9", None),
+    "fast_dllm": FamilyDefaults("threshold:tau=0.9", None),
 }
 
 # names of other codes -> ours
@@ -251,13 +253,18 @@ class Job:
     prompts: list[list[int]]
     stops: list[str]
     single: bool
+    tails: list[int]  # columns of each canvas that only complete its last block
+    lookahead: Lookahead | None = None
+    report: dict[int, Stats] = field(default_factory=dict)  # of the lookahead, by request
 
     def ticks(self, meter: Meter) -> Iterator[Tick]:
         size = min(self.args.batch_size, self.queue.rows)
+        runner: Any = Runner
+        if self.lookahead is not None:
+            runner = partial(Walk, setting=self.lookahead, report=self.report)
+        call = {"batch_size": size, "options": self.options, "meter": meter, "runner": runner}
         try:
-            yield from decode(
-                self.model, self.sampler, self.policy, self.queue, batch_size=size, options=self.options, meter=meter
-            )
+            yield from decode(self.model, self.sampler, self.policy, self.queue, **call)
         except torch.OutOfMemoryError as error:
             hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
             raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
@@ -265,7 +272,7 @@ class Job:
     def output(self, tick: Tick, row: int, meter: Meter, trace: Trace | None) -> Output:
         request, canvas = tick.request[row], tick.state.canvas
         length = int(canvas.length[row])
-        prompt, ids = self.prompts[request], canvas.ids[row, :length].tolist()
+        prompt, ids = self.prompts[request], canvas.ids[row, : length - self.tails[request]].tolist()
         generated = ids if self.args.infill else ids[len(prompt) :]
         begin = int(canvas.start[row]) - (0 if self.args.infill else len(prompt))
         eos = {} if self.args.infill else set(self.options.eos_ids)
@@ -294,6 +301,8 @@ class Job:
             cache=self.policy.name,
             seed=int(tick.state.seed[row]),
             trace=trace,
+            lossless=None if self.lookahead is None else self.lookahead.mode != "fast",
+            stats=self.report[request].report(self.lookahead) if self.lookahead and request in self.report else {},
         )
 
     def text(self, tokens: list[int]) -> str:
@@ -319,12 +328,14 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         prompts, single = [p for p in prompts for _ in range(args.n)], False
     if model.mask_id is None:
         raise DllmError("this model has no mask id: it is not a masked-diffusion model")
+    if args.compile:
+        model.compile()
     defaults = DEFAULTS.get(model.family, FamilyDefaults())
-    canvas, window = lay_out(model, prompts, args)
-    block = args.block_length or defaults.block_length or model.block_size or window
+    canvas, window, tails = lay_out(model, prompts, args)
+    block = args.block_length or model.block_size or defaults.block_length or window
     eos = model.eos_ids if args.eos is None else (args.eos,) if isinstance(args.eos, int) else tuple(args.eos)
     context = Context(
-        block_length=min(block, max(window, 1)),
+        block_length=block if model.block_size else min(block, max(window, 1)),
         steps=args.steps,
         max_new_tokens=max(window, 1),
         mask_id=model.mask_id,
@@ -332,17 +343,18 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
         shift=model.shift,
+        block_size=model.block_size,
         tokenizer=model.tokenizer,
         family=model.family,
     )
-    policy = caches.policy(args.cache)
-    if policy.stored and not model.supports_cache:
-        raise DllmError(f"cache {policy.name!r} needs a native model; this one runs through transformers: use cache='none'")
     stops = [args.stop] if isinstance(args.stop, str) else list(args.stop or ())
     sampler = build_sampler(model, args, context, stops, defaults)
+    policy = caches.default(model, sampler.needs.caches) if args.cache is None else caches.policy(args.cache)
+    policy = policy.bind(model)
     if sampler.needs.caches is not None and policy.name not in sampler.needs.caches:
         usable = ", ".join(map(repr, sampler.needs.caches))
         raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}; use {usable}")
+    sampler = policy.attach(sampler)
     suppress = tuple(args.suppress_tokens) + (eos if args.logits_eos_inf else ())
     bad = [i for i in suppress if not 0 <= i < model.vocab_size]
     if bad:
@@ -353,7 +365,9 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     memory, columns = sampler.start(canvas)
     no = torch.zeros_like(seeds, dtype=torch.bool)
     queue = State(canvas, torch.zeros_like(seeds), seeds, torch.full_like(seeds, -1), no, no, memory, columns)
-    return Job(model, args, sampler, policy, options, queue, prompts, stops, single)
+    spec = sampler.lookahead if args.lookahead is None else args.lookahead
+    ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
+    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead)
 
 
 def resolve_model(model: Model | str | None) -> Model:
@@ -362,8 +376,12 @@ def resolve_model(model: Model | str | None) -> Model:
     return load(model) if isinstance(model, str) else model
 
 
-def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Canvas, int]:
-    """The canvases of all requests, right-padded, and the widest generation window."""
+def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Canvas, int, list[int]]:
+    """The canvases of all requests, right-padded, the widest generation window, and the tail of each canvas.
+
+    A block-causal model is fed whole blocks: masks beyond max_new_tokens fill the last one. They are decoded with
+    early_stop=False only, and never part of an output: the tail.
+    """
     mask = model.mask_id
     assert mask is not None
     longest = max(map(len, prompts))
@@ -389,13 +407,21 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
             raise DllmError(f"prompt {index}: a model with shifted logits cannot predict position 0; begin with a token")
         starts.append(holes[0] if holes else len(prompt))
         rows.append(prompt + [mask] * new)
+    tails = [0 if args.infill else tail(model, len(r)) for r in rows]
+    rows = [r + [mask] * extra for r, extra in zip(rows, tails, strict=True)]
     width = max(map(len, rows))
-    length = torch.tensor([len(r) for r in rows])
+    length, start = torch.tensor([len(r) for r in rows]), torch.tensor(starts)
+    decoded = length - torch.tensor(tails) if args.early_stop else length
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-    masked = (ids == mask) & (torch.arange(width) < length[:, None])
-    canvas = Canvas(ids, masked, ~masked, torch.tensor(starts), length, mask)
+    masked = (ids == mask) & (torch.arange(width) < decoded[:, None])
+    canvas = Canvas(ids, masked, ~masked, start, length, mask)
     canvas = Canvas(*(x.to(model.device) if isinstance(x, Tensor) else x for x in canvas))
-    return canvas, int((length - torch.tensor(starts)).max())
+    return canvas, int((length - torch.tensor(tails) - start).max()), tails
+
+
+def tail(model: Model, length: int) -> int:
+    """Columns behind `length` that complete the last block of a block-causal model, as far as its positions reach."""
+    return min(-length % (model.block_size or 1), model.max_positions - length)
 
 
 def build_sampler(
@@ -490,7 +516,8 @@ def _run(job: Job, drafts: bool, stream: bool = False) -> Iterator[Event]:
 def _progress(job: Job, tick: Tick, row: int, drafts: bool) -> tuple[str, str | None]:
     """The final text of a row, and what is written behind it."""
     canvas = tick.state.canvas
-    begin, length = len(job.prompts[tick.request[row]]), int(canvas.length[row])
+    request = tick.request[row]
+    begin, length = len(job.prompts[request]), int(canvas.length[row]) - job.tails[request]
     end = int(canvas.first_masked()[row])
     if job.sampler.needs.revises:
         end = min(end, max(begin, int(tick.window.lo[row])))
@@ -528,7 +555,8 @@ def record(trace: Trace, tick: Tick, row: int) -> None:
 def seal(trace: Trace, job: Job, tick: Tick, row: int) -> None:
     """Keep the final canvas and the text of its tokens."""
     canvas = tick.state.canvas
-    trace.final = canvas.ids[row, : int(canvas.length[row])].tolist()
+    hidden = job.tails[tick.request[row]] if job.args.early_stop else 0
+    trace.final = canvas.ids[row, : int(canvas.length[row]) - hidden].tolist()
     if job.model.tokenizer is not None:
         ids = {*trace.final, *trace.prompt, *(t for pairs in trace.commits for _, t in pairs)} - {trace.mask_id}
         trace.pieces = {i: job.model.tokenizer.decode([i]) for i in sorted(ids)}

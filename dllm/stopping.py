@@ -33,7 +33,7 @@ class Stop:
         if self.revises:
             cols = torch.arange(canvas.ids.shape[1], device=end.device)
             inside = (cols >= view.window.lo[:, None]) & (cols < view.window.hi[:, None])
-            left = ~(canvas.masked & inside).any(1)
+            left = ~((canvas.masked & inside).any(1) | view.held)
             end = torch.where(left, end, torch.minimum(end, view.window.lo))
         found = _first(canvas.ids, self.eos_ids, canvas.start, end) < end
         if self.stopped is not None:

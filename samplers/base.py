@@ -48,6 +48,7 @@ class Context:
     vocab_size: int
     max_positions: int
     shift: int = 0
+    block_size: int | None = None  # of a block-causal model: its blocks count from column 0
     tokenizer: Any = None
     family: str = ""
 
@@ -67,6 +68,7 @@ class Needs:
     revises: bool = False  # may re-mask or edit what it wrote: no early stop inside a block
     may_idle: bool = False  # a step without a commit is legal
     stochastic: bool = False  # draws keyed noise even at temperature 0
+    impure: bool = False  # a step depends on more than its state (global randomness, a clock): no lookahead
     filtered: bool = False  # confidences come from the law after temperature and filters
     caches: tuple[str, ...] | None = None  # the caches it works with; None for all
 
@@ -98,6 +100,7 @@ class Bundle:
     memory: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-row leaves
     columns: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-column leaves (B, L, ...)
     reads: Callable[[State, Window], Tensor] | None = None  # extra columns to read (B, R), -1 for padding
+    lookahead: Any = None  # the lookahead of a call that names none (FreeDave)
 
 
 class Sampler(NamedTuple):
@@ -113,6 +116,7 @@ class Sampler(NamedTuple):
     needs: Needs
     starts: tuple[tuple[Any, Any], ...]  # (memory, columns) initialisers
     reads: tuple[Callable[[State, Window], Tensor], ...]
+    lookahead: Any = None
 
     def start(self, canvas: Canvas) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The initial memory of every slot for these rows."""
@@ -153,6 +157,7 @@ def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
         needs=needs,
         starts=tuple((s.memory, s.columns) for s in starts if s.memory or s.columns),
         reads=tuple(b.reads for b in bundles if b.reads),
+        lookahead=next((b.lookahead for b in bundles if b.lookahead is not None), None),
     )
 
 
@@ -191,6 +196,11 @@ class View:
         """Shrink the window after the forward (AdaBlock)."""
         self.window = self.window._replace(lo=lo, hi=hi)
         self.live = self._inside(lo, hi) & self.masked
+
+    @property
+    def held(self) -> Tensor:
+        """(B,) the window stays where it is although nothing in it is masked: an `amend` may still change it."""
+        return self.memory.get("window.hold", self.state.done & False)
 
     def gather(self, table: Tensor) -> Tensor:
         """A per-column table (B, L, ...) at the columns of this step: (B, W, ...)."""

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from dllm.cache import spans
 from dllm.canvas import Canvas, State, Window
+
+if TYPE_CHECKING:
+    from dllm.samplers.base import Context
+
+
+def first_block(canvas: Canvas, length: int, aligned: bool) -> Tensor:
+    """(B,) column at which the first block of each row begins; an aligned one may begin with prompt tokens."""
+    return canvas.start // length * length if aligned else canvas.start
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,13 @@ class Blocks:
 
     length: int = field(metadata={"why": "columns of a block"})
     lone_opening: bool = field(default=False, metadata={"why": "the opening forward commits the first column only"})
+    aligned: bool = field(default=False, metadata={"why": "blocks count from column 0, as block-causal models have it"})
+    holds: bool = field(default=False, metadata={"why": "a block stays open while `window.hold` says so (token editing)"})
+
+    @classmethod
+    def of(cls, context: Context, **options: Any) -> Self:
+        """The blocks of a call."""
+        return cls(context.block_length, aligned=context.block_size is not None, **options)
 
     def memory(self, canvas: Canvas) -> dict[str, Tensor]:
         return {
@@ -32,8 +48,11 @@ class Blocks:
 
     def open(self, state: State) -> tuple[State, Window]:
         canvas, memory = state.canvas, state.memory
-        block = (canvas.first_masked() - canvas.start) // self.length
-        lo = canvas.start + block * self.length
+        origin = first_block(canvas, self.length, self.aligned)
+        block = (canvas.first_masked() - origin) // self.length
+        if self.holds:
+            block = torch.where(memory["window.hold"], (memory["window.lo"] - origin) // self.length, block)
+        lo = origin + block * self.length
         hi = torch.minimum(lo + self.length, canvas.length)
         new = lo != memory["window.lo"]
         begin, end = lo, hi

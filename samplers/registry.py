@@ -34,6 +34,9 @@ BUILTIN = {
     "threshold": "threshold:Threshold",
     "factor": "threshold:Factor",
     "eb": "eb:EB",
+    "sdar": "sdar:SDAR",
+    "fast_dllm_v2": "fast_dllm_v2:FastDLLMv2",
+    "editing": "editing:Editing",
     "klass": "klass:KLASS",
     "hierarchy": "hierarchy:Hierarchy",
     "dsb": "dsb:DSB",
@@ -130,7 +133,9 @@ def build(spec: Spec, context: Context, extra: Bundle = Bundle()) -> Sampler:
             raise DllmError(f"sampler {name!r} is named twice in {'+'.join(named)!r}")
     parts = [(m.name, m.bundle(context)) for m in methods]
     defaults = Bundle(
-        window=Blocks(context.block_length), score=confidence, select=Quota(context.steps, context.block_length)
+        window=Blocks.of(context),
+        score=confidence,
+        select=Quota(context.steps, context.block_length, context.block_size is not None),
     )
     if any(getattr(extra, slot) for slot in ("inputs", "adjust", "amend")):
         parts.append(("this call", extra))

@@ -17,8 +17,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @cache
-def model(checkpoint: str, dtype: str = "float64") -> Any:
-    return load(GOLDEN / "checkpoints" / checkpoint, dtype=dtype, device="cpu")
+def model(checkpoint: str, dtype: str = "float64", **settled: Any) -> Any:
+    return load(GOLDEN / "checkpoints" / checkpoint, dtype=dtype, device="cpu", **settled)
 
 
 def cases(*methods: str) -> list[tuple[str, str]]:
@@ -276,9 +276,11 @@ def decode(checkpoint: str, method: str, group: list[dict[str, Any]], batch_size
     """Our decodes of cases that share their parameters, in one call."""
     arguments = ARGUMENTS[method](group[0]["params"])
     prompts = [prompt(case) for case in group]
-    if method in BLOCKWISE:
+    settled = {}
+    if method in BLOCKWISE:  # what the codes take as arguments is a property of the model here
+        settled = {"block_size": arguments["block_length"], "mask_id": group[0]["params"]["mask_id"]}
         arguments["max_new_tokens"] = max(new_tokens(method, case) for case in group)
-    return dllm.generate(model(checkpoint), prompts, **arguments, batch_size=batch_size, trace=True)
+    return dllm.generate(model(checkpoint, **settled), prompts, **arguments, batch_size=batch_size, trace=True)
 
 
 def mismatch(case: dict[str, Any], out: Any) -> str | None:

@@ -1,0 +1,56 @@
+"""Token editing of LLaDA2.1: while a block is open, committed tokens that the model now contradicts are replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.canvas import Canvas, Decision
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.blocks import Blocks
+from dllm.samplers.threshold import Threshold
+
+
+@dataclass(frozen=True)
+class Editing(Method):
+    """Commit above `tau`, and replace a committed token of the block where another one reaches `edit`.
+
+    A block without masks stays open until a forward edits nothing, `rounds` of them at most. Prompt tokens and blocks that
+    were left are never edited. Composes: `editing+NAME` edits behind the selection rule of NAME.
+    """
+
+    tau: float = param(0.95, "LLaDA2.1's code; its card names 0.7 for quality and 0.5 for speed", low=0)
+    edit: float = param(0.9, "LLaDA2.1's editing threshold", low=0)
+    rounds: int = param(16, "forwards on a block without masks, LLaDA2.1's max_post_steps", low=0)
+
+    name: ClassVar[str] = "editing"
+    source: ClassVar[str] = "LLaDA2.1 (released code)"
+    presets: ClassVar[dict] = {"quality": {"tau": 0.7}, "speed": {"tau": 0.5}}
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(
+            window=Blocks.of(context, holds=True),
+            amend=(self.amend,),
+            assumes={"select": Threshold(self.tau).select},
+            needs=Needs(committed=True, revises=True, may_idle=True),
+            memory=self.memory,
+        )
+
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        return {"window.hold": torch.zeros_like(canvas.start, dtype=torch.bool), "editing.rounds": canvas.start * 0}
+
+    def amend(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        frozen = view.gather(view.canvas.frozen)
+        inside = (view.cols >= view.window.lo[:, None]) & (view.cols < view.window.hi[:, None])
+        filled = inside & ~view.masked & ~frozen
+        edits = filled & (pred.token != view.gather(view.canvas.ids)) & (pred.confidence >= self.edit)
+        open_before = (view.masked & inside).any(1)
+        open_after = (view.gather(view.canvas.apply(d).masked) & inside).any(1)
+        rounds = torch.where(open_before, 0, view.memory["editing.rounds"] + 1)
+        view.memory["editing.rounds"] = rounds
+        view.memory["window.hold"] = ~open_after & (open_before | edits.any(1)) & (rounds < self.rounds)
+        return d._replace(write=view.scatter(d.write, edits, edits), token=view.scatter(d.token, pred.token, edits))

@@ -1,0 +1,56 @@
+"""Fast-dLLM v2 (arXiv 2509.26328): threshold decoding in sub-blocks of a block; a block's first token comes from the left.
+
+Logits are shifted, so the last token of a finished block predicts the first one of the next: the forward that commits the
+finished block commits that token too, whatever its confidence. The other columns of the block are read afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from dllm.canvas import State, Window
+from dllm.errors import DllmError
+from dllm.samplers.base import Bundle, Context, Method, Needs, param
+from dllm.samplers.blocks import Blocks
+from dllm.samplers.threshold import Threshold
+
+
+@dataclass(frozen=True)
+class SubBlocks(Blocks):
+    """Sub-blocks of `length` columns. The first column of a block of `block` columns has a step of its own."""
+
+    block: int = field(default=32, metadata={"why": "columns of the model's block"})
+
+    def open(self, state: State) -> tuple[State, Window]:
+        state, window = super().open(state)
+        first = window.lo[:, None].clamp(max=state.canvas.ids.shape[1] - 1)
+        masked = state.canvas.masked.gather(1, first)[:, 0]
+        head = masked & (window.lo % self.block == 0)
+        hi = torch.where(head, window.lo + 1, window.hi)
+        lo = torch.where(masked, window.lo, window.lo + 1)[:, None]  # a known first column is not read again
+        reads = torch.where((window.reads >= lo) & (window.reads < hi[:, None]), window.reads, -1)
+        return state, window._replace(hi=hi, reads=reads)
+
+
+@dataclass(frozen=True)
+class FastDLLMv2(Method):
+    """Threshold decoding in sub-blocks, for models with shifted logits and block-causal attention."""
+
+    tau: float = param(0.9, "the released example; its code defaults to 1, one token a forward", low=0)
+    sub: int = param(8, "columns of a sub-block, the released default", low=1)
+    whole_block: bool = param(True, "an EOS ends the row when its sub-block is complete, as the released code does")
+
+    name: ClassVar[str] = "fast_dllm_v2"
+    source: ClassVar[str] = "Fast-dLLM v2, arXiv 2509.26328"
+
+    def bundle(self, context: Context) -> Bundle:
+        block = context.block_size
+        if not context.shift or block is None:
+            raise DllmError("sampler 'fast_dllm_v2' needs a block-causal model with shifted logits; use 'threshold'")
+        if block % self.sub:
+            raise DllmError(f"fast_dllm_v2: sub={self.sub} must divide the model's block of {block} columns")
+        window = SubBlocks(self.sub, aligned=True, block=block)
+        return Bundle(window=window, select=Threshold(self.tau).select, needs=Needs(revises=self.whole_block))

@@ -1,0 +1,78 @@
+"""The remasking rules of SDAR (arXiv 2510.06303) under their released names; LLaDA2.0 (arXiv 2512.15745) decodes alike.
+
+A block takes `steps` forwards at most: each commits at least its share of the block. Only masked columns are candidates,
+so a partial first block keeps its prompt tokens. Confidences are those of the law after temperature and filters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.blocks import Blocks
+from dllm.samplers.eb import EB
+
+RULES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
+
+
+@dataclass(frozen=True)
+class SDAR(Method):
+    """Block decoding: from left to right, by confidence, by confidence above tau, or by bounded entropy."""
+
+    rule: str = param("low_confidence_dynamic", "the released default", choices=RULES)
+    tau: float = param(0.85, "SDAR's threshold for its dynamic rule", low=0)
+    gamma: float = param(0.35, "entropy in nats that a step may spend beyond its surest column (SDAR's eb_threshold)", low=0)
+    steps: int | None = param(None, "forwards of a block; None: as many as it has columns, so at least one a step", low=1)
+    whole_block: bool = param(False, "True: an EOS ends the row when its block is complete, as the released codes do")
+
+    name: ClassVar[str] = "sdar"
+    source: ClassVar[str] = "SDAR, arXiv 2510.06303; LLaDA2.0, arXiv 2512.15745"
+    presets: ClassVar[dict] = {**{rule: {"rule": rule} for rule in RULES}, "llada2": {"tau": 0.95}}
+
+    def bundle(self, context: Context) -> Bundle:
+        share = Share(self.steps or context.block_length, context.block_length)
+        select = {
+            "sequential": self.sequential,
+            "low_confidence_static": self.static,
+            "low_confidence_dynamic": self.dynamic,
+            "entropy_bounded": self.bounded,
+        }[self.rule]
+        return Bundle(
+            select=lambda view, soft, score: select(view, soft, share(view)),
+            assumes={"window": Blocks.of(context)},
+            needs=Needs(filtered=True, revises=self.whole_block),
+        )
+
+    def sequential(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
+        return rank(-view.cols.double(), view.live) < n
+
+    def static(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
+        return rank(soft.log_confidence, view.live) < n
+
+    def dynamic(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
+        sure = view.live & (soft.confidence > self.tau)
+        enough = sure.sum(1, keepdim=True) >= torch.minimum(n, view.live.sum(1, keepdim=True))
+        return torch.where(enough, sure, self.static(view, soft, n))
+
+    def bounded(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
+        """Lowest entropies first, while those before a column sum to gamma at most; the share at least."""
+        entropy = -soft.negative_entropy
+        order = rank(-entropy, view.live)
+        return EB(self.gamma).select(view, soft, -entropy) | (order < n)
+
+
+@dataclass(frozen=True)
+class Share:
+    """(B, 1) columns that a step commits: block // steps, the first block % steps steps one more."""
+
+    steps: int
+    block_length: int
+
+    def __call__(self, view: View) -> Tensor:
+        done = view.state.step - view.memory["window.step"]
+        return (self.block_length // self.steps + (done < self.block_length % self.steps))[:, None].clamp(min=1)

@@ -1,0 +1,154 @@
+"""Block-causal decoding: the `block` cache is exact, for every prompt length, batch and sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dllm
+from dllm.errors import DllmError
+from dllm.models.config import ModelConfig
+from dllm.models.model import Model
+from dllm.staleness import cache_error
+
+MASK = 39
+PROMPTS = [[5], [1, 2, 3], [7, 8, 9, 10], [4, 4, 11, 12, 13, 3, 2, 1, 30], [6] * 12]
+
+
+def tiny(block: int | None = 4, shift: int = 0, seed: int = 3, **switches) -> Model:
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=40, embedding_rows=40, hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
+    config = ModelConfig(
+        "sdar", "SDARForCausalLM", **sizes, intermediate_size=48, mask_id=MASK, block_size=block, shift=shift, **switches
+    )
+    model = Model(config)
+    for parameter in model.transformer.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype=torch.float64)
+
+
+def run(model, prompt, **arguments):
+    arguments = {"max_new_tokens": 13, "trace": True, "early_stop": False} | arguments
+    return dllm.generate(model, prompt, **arguments)
+
+
+def story(out):
+    """Everything that a cache may not change."""
+    return out.sequences, out.trace.commits, out.nfe, out.finish_reason
+
+
+SAMPLERS = [
+    "threshold:tau=0.3",
+    "confidence",
+    "factor:f=2",
+    "sdar:sequential",
+    "sdar:entropy_bounded,gamma=3",
+    "dream",
+    "localleap",
+    "editing:tau=0.2,edit=0.15",
+    "random",
+]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_block_equals_none_and_a_row_alone_equals_a_row_in_a_batch(sampler, shift):
+    model = tiny(shift=shift)
+    together = run(model, PROMPTS, sampler=sampler, batch_size=3)
+    full = run(model, PROMPTS, sampler=sampler, batch_size=3, cache="none")
+    assert [story(o) for o in together] == [story(o) for o in full]
+    assert {o.cache for o in together} == {"block"} and {o.cache for o in full} == {"none"}
+    for i, prompt in enumerate(PROMPTS):
+        assert story(run(model, prompt, sampler=sampler, seed=i)) == story(together[i])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"block_length": 8}, {"block_length": 3}, {"cfg_scale": 0.7}])
+def test_logits_equal_a_full_forward(shift, options):
+    errors = cache_error(tiny(shift=shift), PROMPTS, sampler="threshold:tau=0.3", max_new_tokens=13, **options)
+    assert all(errors) and max(e.max for row in errors for e in row) < 1e-12
+
+
+def test_nothing_that_a_forward_with_masks_computed_is_read(monkeypatch):
+    """After every forward, what lies behind the clean blocks is overwritten with large values: nothing changes."""
+    model, policy = tiny(), dllm.cache.Block
+    plain = run(model, PROMPTS, sampler="threshold:tau=0.3")
+    forward, spoiled = Model.forward, []
+
+    def spoil(self, ids, pos=None, *, store=None, **rest):
+        hidden = forward(self, ids, pos, store=store, **rest)
+        if store is not None:
+            clean = torch.where(rest["keep"], pos, -1).amax(1)
+            for row, lane in enumerate(rest["lane"].tolist()):
+                reached = max(int(clean[row]) + 1, reach.get(lane, 0)) if int(pos[row].amin()) else int(clean[row]) + 1
+                reach[lane] = reached
+                for layer in (*store.keys, *store.values):
+                    layer[lane, :, reached:] = 1e6
+                    spoiled.append(reached)
+        return hidden
+
+    reach: dict[int, int] = {}
+    monkeypatch.setattr(Model, "forward", spoil)
+    assert policy.exact
+    assert [story(o) for o in run(model, PROMPTS, sampler="threshold:tau=0.3")] == [story(o) for o in plain]
+    assert max(spoiled) > 12
+
+
+def test_each_column_is_computed_once_clean_and_once_per_step_of_its_block():
+    """The clean block rides in the next block's first forward: no forward of its own, and never again after it."""
+    model, prompt = tiny(), [1, 2, 3, 4, 5, 6]
+    out = run(model, prompt, sampler="sdar:sequential", max_new_tokens=10)  # columns 6..15: blocks 1, 2, 3
+    assert out.nfe == 10
+    steps = 8 + 4 + (4 + 4) + 3 * 4 + (4 + 4) + 3 * 4  # prompt and block 1; its second step; then commit and open, ...
+    assert out.positions == steps
+
+
+def test_a_partial_first_block_keeps_its_prompt_tokens():
+    model = tiny()
+    for length in range(1, 9):
+        prompt = list(range(1, length + 1))
+        out = run(model, prompt, sampler="sdar:low_confidence_static,steps=1", max_new_tokens=6)
+        assert out.sequences[:length] == prompt
+        first = out.trace.commits[0]
+        assert [c for c, _ in first] == list(range(length, (length // 4 + 1) * 4))
+
+
+def test_whole_blocks_are_fed_but_max_new_tokens_is_kept():
+    model = tiny()
+    whole = run(model, [1, 2, 3], max_new_tokens=2, sampler="threshold:tau=2")
+    short = run(model, [1, 2, 3], max_new_tokens=2, sampler="threshold:tau=2", early_stop=True)
+    assert len(whole.trace.final) == 8 and len(whole.sequences) == len(short.sequences) == 5
+    assert short.nfe == 2 and whole.nfe == 5
+    assert short.sequences[:4] == whole.sequences[:4] and MASK not in short.sequences
+    # the end of the positions cuts the last block
+    assert len(run(tiny(max_positions=6), [1, 2, 3], max_new_tokens=3).trace.final) == 6
+
+
+def test_the_default_is_the_models_own_block():
+    out = run(tiny(), [1, 2, 3, 4, 5])
+    assert out.cache == "block" and out.trace.windows[0] == [4, 8] and out.trace.windows[-1] == [16, 20]
+
+
+def test_infilling_across_blocks():
+    model = tiny()
+    prompt = [1, 2, MASK, 4, 5, MASK, 7, 8, 9, 10, 11, 12, 13, MASK, 15]
+    outs = [run(model, prompt, infill=True, max_new_tokens=4, cache=c, sampler="confidence") for c in ("none", "block")]
+    assert story(outs[0]) == story(outs[1])
+    assert [t for i, t in enumerate(outs[1].sequences[:15]) if prompt[i] != MASK] == [t for t in prompt if t != MASK]
+
+
+@pytest.mark.parametrize("sampler", ["prophet", "adablock:delimiters=[3, 8]", "klass", "saber", "hierarchy", "credit"])
+def test_other_samplers_of_the_library(sampler):
+    model = tiny()
+    for cache in ("none", "block"):
+        outs = [run(model, PROMPTS, sampler=sampler, cache=cache, batch_size=2) for cache in ("none", "block")]
+    assert [story(o) for o in outs[0]] == [story(o) for o in outs[1]]
+
+
+@pytest.mark.parametrize(("cache", "block", "words"), [
+    ("dual", 4, "'block'"), ("delayed", 4, "block-causal"), ("block", None, "'prefix' or 'dual'"),
+])  # fmt: skip
+def test_a_cache_of_the_other_kind_is_an_error(cache, block, words):
+    with pytest.raises(DllmError, match=words):
+        run(tiny(block), [1, 2], cache=cache)
