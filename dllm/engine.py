@@ -2,14 +2,16 @@
 
     window.open -> policy.plan -> model.forward -> Prediction -> step -> State -> retire, refill
 
-Rows are independent: a row's window, refresh, noise, counters and exit never depend on its neighbours.
+Rows are independent: a row's window, refresh, noise, counters and exit never depend on its neighbours. A runner decides
+which rows step in a tick and where their predictions come from: `Runner` asks the model for every row, `lookahead.Walk`
+answers from a memo where it can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +25,23 @@ from dllm.samplers.base import Sampler, View, best, widen
 
 if TYPE_CHECKING:
     from dllm.models.hub import Model
+    from dllm.models.transformer import KVStore
 
 
 class Tick(NamedTuple):
-    """What the loop shows to its observers after every tick: rows, their new state, what was decided."""
+    """What the loop shows to its observers: the rows that stepped, their new state, what was decided."""
 
     request: list[int]  # request index of each row
     before: Canvas
     state: State
+    window: Window
+
+
+class Part(NamedTuple):
+    """Rows that took one step together."""
+
+    rows: Tensor | None  # their indices in the batch; None: all
+    state: State  # after the step
     window: Window
 
 
@@ -42,7 +53,15 @@ class Options:
     suppress: tuple[int, ...] = ()  # ids that are never predicted
     min_new_tokens: int = 0
     eos_ids: tuple[int, ...] = ()
-    max_nfe: int | None = None  # forwards a row may take; None: 4 per column of its window, and 64
+    max_nfe: int | None = None  # steps (a forward each) a row may take; None: 4 per column of its window, and 64
+
+
+def opened(s: Sampler, state: State) -> tuple[State, Window]:
+    """The state with its window open, and everything that the step will read."""
+    state, win = s.window.open(state)
+    for extra in s.reads:
+        win = widen(win, extra(state, win))
+    return state, win
 
 
 def step(s: Sampler, state: State, window: Window, pred: Prediction) -> State:
@@ -76,7 +95,7 @@ def advance(view: View, pred: Prediction, d: Decision) -> State:
         edited[[row for row, *_ in d.edits]] = True
         cached = torch.where(edited, -1, cached)
         columns = {key: splice_columns(leaf, d) for key, leaf in columns.items()}
-    done = done | ~canvas.masked.any(1)
+    done = done | ~(canvas.masked.any(1) | view.held)
     return State(canvas, state.step + 1, state.seed, cached, done, closing, view.memory, columns)
 
 
@@ -100,12 +119,23 @@ def fill(canvas: Canvas, pred: Prediction, rows: Tensor) -> tuple[Canvas, Tensor
 class Answer:
     """Hidden states of one forward, read at any column that it covered.
 
-    `plan` is the forward as the cache policy planned it. What was fed may have more rows (copies of all rows, one after
-    the other) and, behind the planned queries, more queries: those are private to `inputs`.
+    `plan` is what was fed. Beside the planned forward it may hold more rows (copies of all rows, one after the other)
+    and, behind the `queries` planned columns, more queries: those are private to `inputs`.
     """
 
-    def __init__(self, model: Model, s: Sampler, options: Options, state: State, plan: Plan, hidden: Tensor) -> None:
-        self.model, self.s, self.options, self.state, self.plan = model, s, options, state, plan
+    def __init__(
+        self,
+        model: Model,
+        s: Sampler,
+        options: Options,
+        state: State,
+        window: Window,
+        plan: Plan,
+        hidden: Tensor,
+        queries: int,
+    ) -> None:
+        self.model, self.s, self.options = model, s, options
+        self.state, self.window, self.plan, self.queries = state, window, plan, queries
         self.hidden = hidden  # (copies B, Q + private, D)
         self.notes: dict[str, Tensor] = {}  # what `inputs.reduce` found out, for the slots of the step
 
@@ -116,13 +146,18 @@ class Answer:
             return None
         return self._predict(cols, row)
 
+    def covered(self, cols: Tensor) -> Tensor:
+        """(B,) whether the forward covered all of a row's `cols` (B, W)."""
+        row = self._query(self.model.source(cols))
+        return ~((row < 0) & (cols >= 0)).any(1)
+
     def private(self) -> Tensor:
         """Logits (copies B, E, V) of the queries that `inputs` added."""
-        return self.model.logits(self.hidden[:, self.plan.pos.shape[1] :])
+        return self.model.logits(self.hidden[:, self.queries :])
 
     def _query(self, source: Tensor) -> Tensor | None:
         """(B, W) index of the query that holds each source position; padding reads query 0."""
-        pos = self.plan.pos
+        pos = self.plan.pos[: len(source), : self.queries]
         if self.plan.refresh:
             return source  # a full forward: query index = position
         length = self.state.canvas.ids.shape[1]
@@ -155,12 +190,32 @@ class Answer:
 class Runner:
     """Runs plans: expands the inputs, calls the model, counts, and gives the prediction a step reads."""
 
-    def __init__(self, model: Model, s: Sampler, options: Options, meter: Meter, store: Any) -> None:
-        self.model, self.s, self.options, self.meter, self.store = model, s, options, meter, store
+    def __init__(
+        self, model: Model, s: Sampler, policy: Policy, options: Options, meter: Meter, store: KVStore | None
+    ) -> None:
+        self.model, self.s, self.policy, self.options, self.meter, self.store = model, s, policy, options, meter, store
         self.finite = torch.ones((), dtype=torch.bool, device=model.device)  # of all predictions so far
 
+    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Part]:
+        """One step of every row."""
+        state, win = opened(self.s, state)
+        parts = []
+        for rows, plan in self.policy.plan(state, win, lane):
+            sub, sub_win, ids = state, win, requests
+            if rows is not None:
+                sub, sub_win, ids = state.take(rows), win.take(rows), [requests[i] for i in rows.tolist()]
+            parts.append(Part(rows, step(self.s, sub, sub_win, self(sub, sub_win, plan, ids)), sub_win))
+        return parts
+
+    def clock(self, lane: int) -> int:
+        """Steps that a lane has taken; lanes of the plain runner never drift apart."""
+        return 0
+
     def __call__(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Prediction:
-        answer = self.forward(state, window, plan, requests)
+        return self.read(self.forward(state, window, plan, requests), window)
+
+    def read(self, answer: Answer, window: Window) -> Prediction:
+        """The prediction at the columns that the step reads."""
         pred = answer.read(window.reads)
         if pred is None:
             raise RuntimeError(f"cache plan does not cover the columns that sampler {self.s.name!r} reads")
@@ -168,10 +223,19 @@ class Runner:
         self.finite = self.finite & torch.isfinite(top).all()
         return pred
 
+    def expand(self, state: State, window: Window, plan: Plan) -> Plan:
+        """The plan that is fed: the canvas, or what the inputs slot makes of it."""
+        return plan if self.s.inputs is None else self.s.inputs.expand(plan, state, window)
+
     def forward(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Answer:
-        fed = plan if self.s.inputs is None else self.s.inputs.expand(plan, state, window)
+        fed = self.expand(state, window, plan)
         self.meter.forward(requests, fed)
-        hidden = self.model.forward(
+        queries = plan.pos.shape[1]
+        return Answer(self.model, self.s, self.options, state, window, fed, self.hidden(fed), queries)
+
+    def hidden(self, fed: Plan) -> Tensor:
+        """Hidden states (N, Q, D) of a plan."""
+        return self.model.forward(
             fed.ids,
             fed.pos,
             fresh=fed.fresh,
@@ -180,9 +244,9 @@ class Runner:
             lane=fed.lane,
             store=self.store if fed.stored else None,
         )
-        return Answer(self.model, self.s, self.options, state, plan, hidden)
 
 
+@torch.inference_mode()  # as a decorator it is left at every yield
 def decode(
     model: Model,
     s: Sampler,
@@ -192,52 +256,58 @@ def decode(
     batch_size: int,
     options: Options,
     meter: Meter,
-    runner: type[Runner] = Runner,
+    runner: Callable[..., Runner] = Runner,
 ) -> Iterator[Tick]:
     """Decode every row of `queue`, at most `batch_size` at a time; a finished row makes room for the next one.
 
-    Yields after each tick. Errors: NaN logits in mid-decode.
+    Yields the rows that stepped. Errors: NaN logits in mid-decode.
     """
     total, lanes = queue.rows, s.inputs.lanes if s.inputs is not None else 1
     size = min(batch_size, total)
     store = model.new_store(size * lanes, int(queue.canvas.ids.shape[1])) if policy.stored else None
-    run = runner(model, s, options, meter, store)
+    run = runner(model, s, policy, options, meter, store)
     caps = [options.max_nfe or 4 * w + 64 for w in (queue.canvas.length - queue.canvas.start).tolist()]
     request, waiting = list(range(size)), size
     state, lane = queue.take(torch.arange(size, device=queue.step.device)), torch.arange(size, device=queue.step.device)
-    closing = [False] * size
-    with torch.inference_mode():
-        while request:
-            before = state.canvas
-            if any(closing):
-                rows = torch.tensor([i for i, c in enumerate(closing) if c], device=lane.device)
-                ids = [request[i] for i in rows.tolist()]
-                state, win = state.put(rows, close(run, state.take(rows), ids)), empty(state)
-            else:
-                state, win = s.window.open(state)
-                for extra in s.reads:
-                    win = widen(win, extra(state, win))
-                for rows, plan in policy.plan(state, win, lane, model.shift):
-                    if rows is None:
-                        state = step(s, state, win, run(state, win, plan, request))
-                    else:
-                        sub, sub_win = state.take(rows), win.take(rows)
-                        pred = run(sub, sub_win, plan, [request[i] for i in rows.tolist()])
-                        state = state.put(rows, step(s, sub, sub_win, pred))
-            yield Tick(request, before, state, win)
-            # the host sync of the tick
-            done, closing, finite = torch.stack([state.done, state.closing, run.finite.expand_as(state.done)]).tolist()
-            if not finite[0]:
-                raise DllmError(
-                    "the model returned NaN or infinite logits: load it in float32 or bfloat16, or check the checkpoint"
-                )
-            meter.finish(r for r, d in zip(request, done, strict=True) if d)
-            for i, r in enumerate(request):
-                if not done[i] and meter.nfe[r] >= caps[r] - 1 and not closing[i]:
-                    closing[i] = True
-                    meter.capped.add(r)
-            if any(done):
-                state, lane, request, closing, waiting = refill(queue, state, lane, request, closing, done, waiting)
+    closing, free = [False] * size, list[int]()
+    while request:
+        if any(closing):
+            rows = torch.tensor([i for i, c in enumerate(closing) if c], device=lane.device)
+            sub = state.take(rows)
+            parts = [Part(rows, close(run, sub, [request[i] for i in rows.tolist()]), empty(sub))]
+        else:
+            parts = run.tick(state, lane, request)
+        for rows, after, win in parts:
+            before = state if rows is None else state.take(rows)
+            yield Tick(request if rows is None else [request[i] for i in rows.tolist()], before.canvas, after, win)
+            state = after if rows is None else state.put(rows, after)
+        # the host sync of the tick
+        flags = torch.stack([state.done, state.closing, run.finite.expand_as(state.done)])
+        done, closing, finite, steps = torch.cat([flags.long(), state.step[None]]).tolist()
+        if not finite[0]:
+            raise DllmError(
+                "the model returned NaN or infinite logits: load it in float32 or bfloat16, or check the checkpoint"
+            )
+        meter.finish(r for r, d in zip(request, done, strict=True) if d)
+        for i, r in enumerate(request):
+            if not done[i] and steps[i] >= caps[r] - 1 and not closing[i]:
+                closing[i] = True
+                meter.capped.add(r)
+        if any(done):
+            keep = [i for i, d in enumerate(done) if not d]
+            free += [l for l, d in zip(lane.tolist(), done, strict=True) if d]
+            index = torch.tensor(keep, dtype=torch.long, device=lane.device)
+            state, lane = state.take(index), lane[index]
+            request, closing = [request[i] for i in keep], [closing[i] for i in keep]
+        # rows may have drifted apart: one enters when its lane's clock is due, as it would without drift
+        due = min((run.clock(l) for l in lane.tolist()), default=None) if free and waiting < total else None
+        ready = [l for l in free if due is None or run.clock(l) <= due][: total - waiting]
+        if ready:
+            entering = list(range(waiting, waiting + len(ready)))
+            state = state.cat(queue.take(torch.tensor(entering, device=lane.device)))
+            lane = torch.cat([lane, torch.tensor(ready, device=lane.device)])
+            request, closing = request + entering, closing + [False] * len(entering)
+            free, waiting = [l for l in free if l not in ready], waiting + len(entering)
 
 
 def close(run: Runner, state: State, requests: list[int]) -> State:
@@ -254,20 +324,3 @@ def empty(state: State) -> Window:
     """The window of a closing forward: nothing is committed through it."""
     zero = torch.zeros_like(state.step)
     return Window(lo=zero, hi=zero, reads=zero[:, None] - 1, epoch=state.cached)
-
-
-def refill(
-    queue: State, state: State, lane: Tensor, request: list[int], closing: list[bool], done: list[bool], waiting: int
-) -> tuple[State, Tensor, list[int], list[bool], int]:
-    """Drop the finished rows and let waiting ones take over their lanes."""
-    keep = [i for i, d in enumerate(done) if not d]
-    free = [lane[i] for i, d in enumerate(done) if d]
-    entering = list(range(waiting, min(waiting + len(free), queue.rows)))
-    index = torch.tensor(keep, dtype=torch.long, device=lane.device)
-    state, lane = state.take(index), lane[index]
-    if entering:
-        state = state.cat(queue.take(torch.tensor(entering, device=lane.device)))
-        lane = torch.cat([lane, torch.stack(free[: len(entering)])])
-    request = [request[i] for i in keep] + entering
-    return state, lane, request, [closing[i] for i in keep] + [False] * len(entering), waiting + len(entering)
-

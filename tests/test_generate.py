@@ -115,6 +115,12 @@ def test_a_stream_adds_up_to_the_output(trained: Any) -> None:
     assert any(e.draft and "▁" in e.draft for e in events)
 
 
+def test_a_stream_leaves_autograd_alone(tiny: Any) -> None:
+    for _ in dllm.stream(tiny, [3, 4], max_new_tokens=2):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
 def test_a_trace_survives_json_and_becomes_a_page(trained: Any, tmp_path: Any) -> None:
     out = dllm.generate(trained, "12+30=", max_new_tokens=8, trace=True)
     out.trace.save(tmp_path / "run.json")
