@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from pathlib import Path
 from dllm.models.hub import load
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+load(sys.argv[1], device="cpu", dtype=sys.argv[3])  # a small one, so that late imports do not count
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = peak()
-model = load(sys.argv[1], device="cpu", dtype=sys.argv[2])
+model = load(sys.argv[2], device="cpu", dtype=sys.argv[3])
 print(before, peak())
 """
 
@@ -48,11 +50,12 @@ def load_memory(gigabytes: float = 2.0, shards: int = 8, dtype: str = "bfloat16"
         "llada", "LLaDAModelLM", 4096, 4096, 1024, layers, 16, 16, 64, 4096, mask_id=4095, eos_ids=(4094,), pad_id=4094
     )
     with tempfile.TemporaryDirectory() as folder:
-        size = sum(p.nbytes for p in _random(config, Path(folder), shards))
-        files = [p.stat().st_size for p in Path(folder).glob("*.safetensors")]
-        out = subprocess.run(
-            [sys.executable, "-c", CHILD, folder, dtype], capture_output=True, text=True, check=True
-        ).stdout
+        small, large = Path(folder, "small"), Path(folder, "large")
+        _random(replace(config, n_layers=1, vocab_size=64, mask_id=63, eos_ids=(62,), pad_id=62), small, 1)
+        size = sum(p.nbytes for p in _random(config, large, shards))
+        files = [p.stat().st_size for p in large.glob("*.safetensors")]
+        command = [sys.executable, "-c", CHILD, str(small), str(large), dtype]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     before, peak = (int(x) * 1024 for x in out.split())
     target = size // 4 * getattr(torch, dtype).itemsize
     bound = max(files) + target
