@@ -10,7 +10,7 @@ import typer
 
 from dllm import __version__
 from dllm.cli import eval as evaluation
-from dllm.cli import bench, generate
+from dllm.cli import bench, generate, speculate
 from dllm.cli import train as training
 from dllm.errors import DllmError
 
@@ -43,6 +43,7 @@ app.command()(bench.bench)
 app.add_typer(evaluation.eval_app, name="eval")
 app.command()(evaluation.tune)
 app.command()(training.train)
+app.command()(speculate.speculate)
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ class CostTable:
         return 4 * round(n / 4) if n <= 32 else 16 * round(n / 16)
 
     def add(self, n: int, seconds: float) -> None:
-        n = self.bucket(n)
+        n, seconds = self.bucket(n), max(seconds, 1e-9)
         if n not in self.mean:
             insort(self.keys, n)
             self.mean[n], self.seen[n] = seconds, 1

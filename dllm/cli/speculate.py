@@ -1,0 +1,64 @@
+"""`dllm speculate`: an autoregressive verifier, drafted by a dLLM; the text is the verifier's own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ACCEPTED = ("green", "cyan")  # alternating, so that the rounds can be told apart
+CORRECTION = "bold yellow"
+
+
+def speculate(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    verifier: Annotated[str, typer.Option("--verifier", help="tiny-ar, a folder, or a Hugging Face id.")] = "tiny-ar",
+    drafter: Annotated[
+        str, typer.Option("--drafter", help="tiny, a folder, a Hugging Face id, suffix, lookup, recycle, or none.")
+    ] = "tiny",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 64,
+    search: Annotated[str | None, typer.Option(help="eal, cps, viterbi, argmax, sample, cps_sample.")] = None,
+    tree: Annotated[int, typer.Option(help="Node budget of a tree; 0 = chain.")] = 0,
+    length: Annotated[str, typer.Option(help="cost, fixed:k=8, adl, failfast, heuristic, rejection.")] = "cost",
+    carry: Annotated[str, typer.Option(help="Reuse unused slots of a draft: auto, always, off.")] = "auto",
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly: speed-up and equality.")] = False,
+) -> None:
+    """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
+    from dllm.drafting.loop import speculate as run
+    from dllm.drafting.registry import as_drafter, as_verifier
+
+    v = as_verifier(verifier)
+    d = None if drafter == "none" else as_drafter(drafter, v)
+    law: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
+    law["max_new_tokens"] = max_new_tokens
+    out = run(v, d, prompt, search=search, tree=tree, length=length, carry=carry, **law)
+    console = Console()
+    console.print(coloured(out, v.tokenizer), highlight=False)
+    table = Table("metric", "value", box=None)
+    for name, value in out.metrics().items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    if compare:
+        plain = run(v, None, prompt, **law)
+        table.add_row("speed-up", f"{out.speedup_vs(plain):.3g}")
+        if temperature == 0:
+            table.add_row("equal to plain decoding", "yes" if plain.tokens == out.tokens else "no (a tie in rounding)")
+    console.print(table)
+
+
+def coloured(out: Any, tokenizer: Any) -> Text:
+    """The output with every round's accepted tokens in one colour."""
+    text, at = Text(), out.prompt_length
+    for i, (accepted, emitted) in enumerate(out.spans):
+        for j in range(emitted):
+            piece = tokenizer.decode([out.sequences[at]])
+            text.append(piece, style=ACCEPTED[i % 2] if j < accepted else CORRECTION)
+            at += 1
+    return text

@@ -1,0 +1,96 @@
+"""A small causal LM as drafter: the classic of speculative decoding, here mostly as the baseline to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dllm.drafting.drafters import Drafter, Need, fit
+from dllm.drafting.lattice import DraftFailure
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
+from dllm.drafting.verifier import check_rollback
+from dllm.errors import DllmError
+
+
+class ARDrafter(Drafter):
+    """Draft k tokens one by one with a transformers causal LM of the same vocabulary; its cache is rolled back each
+    round.
+
+    Greedy chains as point proposals, draws as sampled ones (each row is the law of its token given the tokens before
+    it).
+    """
+
+    name = "ar"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cache: Any = None
+        self.known: list[int] = []
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        super().reset(ids, need)
+        size = self.model.get_input_embeddings().weight.shape[0]
+        if min(size, need.vocab) < 0.9 * max(size, need.vocab):
+            raise DllmError(f"drafter ({size} ids) and verifier ({need.vocab} ids) share no vocabulary")
+        self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        check_rollback(self.model, self.cache)
+        self.cache.activate_past_recording()
+        self.known = []
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        k = k if limit is None else min(k, limit - len(ids))
+        if k < 1:
+            return EMPTY
+        tokens: list[int] = []
+        conf: list[float] = []
+        rows: list[Tensor] = []
+        logits = self._feed(list(ids))
+        while len(tokens) < k:
+            if bool(torch.isnan(logits).any()):
+                raise DraftFailure("the drafter returned NaN")
+            row = self._row(logits)
+            best = float(row.max())  # of the row, never of the draw: what is submitted must not depend on it
+            token = int(torch.multinomial(row, 1, generator=generator)) if self.need.sampled else int(row.argmax())
+            tokens.append(token)
+            conf.append(best)
+            rows.append(row)
+            if token in self.need.eos or len(tokens) == k:
+                break
+            logits = self._feed([*ids, *tokens])
+        if not self.need.sampled:
+            return chain(tokens, conf)
+        return Proposal(
+            tuple(tokens), tuple(range(-1, len(tokens) - 1)), "sampled", Rows(torch.stack(rows)), tuple(conf)
+        )
+
+    def _row(self, logits: Tensor) -> Tensor:
+        logits = fit(logits.float(), self.need.vocab)[None]
+        if self.need.sampled and self.need.warp is not None:
+            logits = self.need.warp(logits)
+        return torch.softmax(logits, -1)[0].cpu()
+
+    def _feed(self, ids: list[int]) -> Tensor:
+        """Logits behind `ids`; the cache is first rolled back to the longest prefix that it shares with them."""
+        same = 0
+        for a, b in zip(self.known, ids[:-1], strict=False):
+            if a != b:
+                break
+            same += 1
+        self.cache.crop(same - len(self.known))
+        self.forwards += 1
+        device = self.model.get_input_embeddings().weight.device
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.tensor([ids[same:]], device=device),
+                position_ids=torch.arange(same, len(ids), device=device)[None],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.known = list(ids)
+        return out.logits[0, -1]

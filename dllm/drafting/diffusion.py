@@ -1,0 +1,175 @@
+"""A masked-diffusion model as drafter: one forward over the text and k masks gives k columns at once.
+
+DiffuSpec (arXiv 2510.02358) and DEER (arXiv 2512.15176) draft so; `suffix_token_id` is DEER's separator behind the
+masks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.lattice import Lattice
+from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.drafting.vocabulary import Vocabulary
+from dllm.errors import DllmError
+from dllm.generation import generate
+
+_KNOWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class DiffusionDrafter(Drafter):
+    """Any loaded dLLM, shifted or not, bidirectional or block-causal.
+
+    suffix_token_id   a token of the drafter behind the masks (DEER's SEP), None = nothing.
+    lookahead_masks   masks behind the ones that are used: against end tokens that only mark the end of the canvas.
+    prefix_cache      "auto": exact keys and values of finished blocks for a block-causal model; for a bidirectional
+                      one the prefix is recomputed ("none") or, with "approx", reused although it never saw the tokens
+                      after it, and recomputed every `refresh` drafts. Draft quality may suffer, correctness cannot.
+    vocabulary        "auto", "ids", "strings" or "text": see `Vocabulary`. Text makes chains of point tokens only.
+    temperature       of the drafter's own rows, on top of the verifier's warpers.
+    """
+
+    name = "dllm"
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        suffix_token_id: int | None = None,
+        lookahead_masks: int = 0,
+        prefix_cache: str = "auto",
+        refresh: int = 8,
+        vocabulary: str | Vocabulary = "auto",
+        verifier_tokenizer: Any = None,
+        temperature: float = 1.0,
+    ) -> None:
+        if model.mask_id is None:
+            raise DllmError("this model has no mask token, so it cannot draft in one forward; load it with mask_id=...")
+        if prefix_cache not in ("auto", "none", "approx"):
+            raise DllmError(f"prefix_cache is 'auto', 'none' or 'approx', not {prefix_cache!r}")
+        if lookahead_masks < 0 or refresh < 1 or temperature <= 0:
+            raise DllmError("lookahead_masks must not be negative; refresh and temperature must be positive")
+        self.model, self.suffix, self.lookahead = model, suffix_token_id, lookahead_masks
+        self.prefix_cache, self.refresh, self.temperature = prefix_cache, refresh, temperature
+        self.choice, self.verifier_tokenizer = vocabulary, verifier_tokenizer
+        self.vocabulary: Vocabulary | None = vocabulary if isinstance(vocabulary, Vocabulary) else None
+        self.store: Any = None
+        self.valid = 0  # positions whose stored keys and values are usable
+        self.final = 0  # positions that no later round takes back
+        self.age = 0
+
+    @classmethod
+    def shared(cls, model: Any, verifier: Any = None) -> DiffusionDrafter:
+        """The default drafter of a model, one per model, so that measurements of the pair last."""
+        if model not in _KNOWN:
+            _KNOWN[model] = cls(model, verifier_tokenizer=getattr(verifier, "tokenizer", None))
+        return _KNOWN[model]
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        super().reset(ids, need)
+        if self.vocabulary is None or (not isinstance(self.choice, Vocabulary) and self.vocabulary.size != need.vocab):
+            self.vocabulary = Vocabulary.between(
+                self.model.tokenizer, self.verifier_tokenizer, self.model.vocab_size, need.vocab, str(self.choice)
+            )
+        specials = [self.model.mask_id, self.model.pad_id, self.model.bos_id, self.suffix]
+        self.banned = self.vocabulary.banned(specials) - need.eos
+        self._bans = torch.zeros(need.vocab, dtype=torch.bool)
+        self._bans[sorted(self.banned)] = True
+        self._bans = self._bans.to(self.model.device)
+        self.store, self.valid, self.age = None, 0, 0
+        self.final = len(ids)
+
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+        self.final = len(ids)
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+        assert self.vocabulary is not None
+        context = self.vocabulary.context(ids)
+        k = min(k, self.model.max_positions - self._extra(k) - 1)
+        if k < 1:
+            return EMPTY
+        logits = self._forward(context, k, same=self.vocabulary.kind == "ids") / self.temperature  # (k, V_d)
+        if self.vocabulary.kind == "text":
+            return self._bridged(ids, logits, k)
+        return self.need.lattice(self.vocabulary.logits(logits), len(ids), self._bans)
+
+    def _bridged(self, ids: Sequence[int], logits: Tensor, k: int) -> Proposal:
+        assert self.vocabulary is not None
+        prob = torch.softmax(logits.float(), -1).max(-1)
+        tokens = self.vocabulary.bridge(ids, prob.indices.tolist(), k)
+        return chain(tokens, [float(prob.values.mean())] * len(tokens))
+
+    def _extra(self, k: int) -> int:
+        return self.lookahead + (self.suffix is not None) + (self.model.block_size or 0)
+
+    def _forward(self, context: list[int], k: int, same: bool) -> Tensor:
+        """Logits (k, V_d) of the k positions behind `context`."""
+        self.forwards += 1
+        room = self.model.max_positions - k - self._extra(k)
+        cut = max(0, len(context) - room)
+        block = self.model.block_size
+        if cut and block:
+            cut = -(-cut // block) * block  # whole blocks, so that the rest keeps its phase
+        context = context[cut:]
+        n = len(context)
+        end = n + k + self.lookahead
+        tail = [] if self.suffix is None else [self.suffix]
+        if block:
+            end = -(-end // block) * block
+        row = [*context, *[self.model.mask_id] * (end - n), *tail]
+        cached = (
+            same and not cut and (block is not None if self.prefix_cache == "auto" else self.prefix_cache == "approx")
+        )
+        slots = torch.arange(n, n + k, device=self.model.device)
+        hidden, first = self._cached(row, n) if cached else self._full(row)
+        return self.model.logits(hidden[0, self.model.source(slots) - first])
+
+    def _full(self, row: list[int]) -> tuple[Tensor, int]:
+        return self.model.forward(torch.tensor([row], device=self.model.device)), 0
+
+    def _cached(self, row: list[int], n: int) -> tuple[Tensor, int]:
+        """Recompute from the first position that the store lacks; keep what is final (and, for blocks, finished)."""
+        block, device = self.model.block_size, self.model.device
+        if self.store is None:
+            self.store = self.model.new_store(1, self.model.max_positions)
+        if not block and self.age >= self.refresh:
+            self.valid, self.age = 0, 0
+        self.age += 1
+        first = max(0, min(self.valid, n - 1))
+        final = min(self.final, n)
+        final = final // block * block if block else final
+        pos = torch.arange(first, len(row), device=device)[None]
+        fed = torch.tensor([row[first:]], device=device)
+        visible = torch.ones(1, 1, len(row), dtype=torch.bool, device=device)
+        hidden = self.model.forward(fed, pos, keep=pos < final, visible=visible, store=self.store)
+        self.valid = max(self.valid, final)
+        return hidden, first
+
+
+class SamplerDrafter(Drafter):
+    """Any dLLM sampler, with as many refinement steps as it takes, as a source of point chains.
+
+    The order of its commits is not left to right, so its rows are not laws of the tokens given the ones before them:
+    the draft is a point mass, whatever the sampler draws.
+    """
+
+    name = "sampler"
+
+    def __init__(self, model: Any, sampler: Any = "llada", **arguments: Any) -> None:
+        self.model, self.sampler, self.arguments = model, sampler, arguments
+        self.name = f"sampler {sampler}"
+        self.banned = frozenset(i for i in (model.mask_id,) if i is not None)
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        room = self.model.max_positions - k
+        arguments = {"block_length": k, **self.arguments}
+        out = generate(self.model, list(ids[-room:]), sampler=self.sampler, max_new_tokens=k, **arguments)
+        self.forwards += out.nfe
+        tokens = [int(t) for t in out.tokens][:k]
+        return chain(tokens, [0.8] * len(tokens))

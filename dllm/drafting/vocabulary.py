@@ -1,0 +1,119 @@
+"""Ids of the drafter against ids of the verifier: the same, mapped by string, or bridged by text.
+
+Special tokens are never assumed to share ids: mask and pad of the drafter are banned before the softmax, and so is
+every id without a counterpart, so that rows stay honest laws over verifier ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm.errors import DllmError
+
+LOOKBEHIND = 10  # verifier tokens that a re-encoded draft must reproduce before it (as in transformers)
+
+
+class Vocabulary:
+    """How drafter ids relate to verifier ids.
+
+    kind   "ids" (equal), "strings" (`to_verifier[d]` = verifier id or -1), "text" (decode, re-encode; point drafts
+           only).
+    """
+
+    def __init__(
+        self, kind: str, size: int, to_verifier: Tensor | None = None, drafter: Any = None, verifier: Any = None
+    ):
+        self.kind, self.size, self.to_verifier = kind, size, to_verifier
+        self.drafter, self.verifier = drafter, verifier
+        self.from_verifier: dict[int, int] = {}
+        if to_verifier is not None:
+            self.from_verifier = {v: d for d, v in enumerate(to_verifier.tolist()) if v >= 0}
+
+    @classmethod
+    def between(
+        cls, drafter: Any, verifier: Any, drafter_size: int, verifier_size: int, kind: str = "auto"
+    ) -> Vocabulary:
+        """Relate two tokenizers; without both of them equal ids are assumed, which needs vocabularies of about one
+        size.
+
+        "auto" takes equal ids where every shared string has one id, the string map where at least half of the drafter's
+        strings exist on both sides, else text. Raises DllmError where nothing can work.
+        """
+        if drafter is None or verifier is None or kind == "ids":
+            if kind in ("strings", "text"):
+                raise DllmError(f"vocabulary={kind!r} needs both tokenizers")
+            smaller, larger = sorted((drafter_size, verifier_size))
+            if kind == "auto" and smaller < 0.9 * larger:
+                raise DllmError(
+                    f"drafter ({drafter_size} ids) and verifier ({verifier_size} ids) share no vocabulary: "
+                    "give both tokenizers, so that drafts can be mapped by string or text"
+                )
+            return cls("ids", verifier_size)
+        left, right = _strings(drafter), _strings(verifier)
+        table = torch.full((drafter_size,), -1)
+        for string, d in left.items():
+            if d < drafter_size and right.get(string, verifier_size) < verifier_size:
+                table[d] = right[string]
+        shared = table >= 0
+        if kind == "auto" and bool(shared.any()):
+            # padding rows and drafter-only specials are outside the comparison: they are banned in every mode
+            if bool((table[shared] == torch.arange(drafter_size)[shared]).all()) and int(shared.sum()) >= 0.9 * len(
+                left
+            ):
+                kind = "ids"
+            elif int(shared.sum()) >= 0.5 * len(left):
+                kind = "strings"
+        kind = "text" if kind == "auto" else kind
+        if kind == "strings" and not bool(shared.any()):
+            raise DllmError(
+                "drafter and verifier share no vocabulary: no token string exists on both sides; use 'text'"
+            )
+        return cls(kind, verifier_size, None if kind == "text" else table, drafter, verifier)
+
+    def context(self, ids: Sequence[int]) -> list[int]:
+        """Verifier ids as drafter ids."""
+        if self.kind == "ids":
+            return list(ids)
+        if self.kind == "strings" and all(i in self.from_verifier for i in ids):
+            return [self.from_verifier[i] for i in ids]
+        text = self.verifier.decode(list(ids))
+        return list(self.drafter(text, add_special_tokens=False)["input_ids"])
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Drafter logits (k, V_d) as verifier logits (k, V); ids without a counterpart vanish."""
+        if self.kind == "strings":
+            assert self.to_verifier is not None
+            out = logits.new_full((len(logits), self.size), float("-inf"))
+            known = (self.to_verifier >= 0).to(logits.device)
+            return out.index_copy(1, self.to_verifier.to(logits.device)[known], logits[:, : len(known)][:, known])
+        if logits.shape[-1] >= self.size:
+            return logits[..., : self.size]
+        return torch.nn.functional.pad(logits, (0, self.size - logits.shape[-1]), value=float("-inf"))
+
+    def banned(self, ids: Iterable[int | None]) -> frozenset[int]:
+        """Drafter ids that must never be proposed, in verifier ids."""
+        given = {i for i in ids if i is not None}
+        if self.kind == "strings":
+            assert self.to_verifier is not None
+            given = {int(self.to_verifier[i]) for i in given if i < len(self.to_verifier)}
+        return frozenset(i for i in given if 0 <= i < self.size) if self.kind != "text" else frozenset()
+
+    def bridge(self, ids: Sequence[int], draft: Sequence[int], k: int) -> list[int]:
+        """Drafter tokens after verifier text `ids` as verifier tokens, through text; empty where they do not line
+        up."""
+        text = self.drafter.decode(list(draft), skip_special_tokens=True)
+        for n in range(min(LOOKBEHIND, len(ids)), 0, -1):
+            tail = list(ids[len(ids) - n :])
+            again = list(self.verifier(self.verifier.decode(tail) + text, add_special_tokens=False)["input_ids"])
+            if again[:n] == tail:
+                return again[n : n + k]
+        return []
+
+
+def _strings(tokenizer: Any) -> dict[str, int]:
+    """Vocabulary with one sign for a leading space (byte-level and sentencepiece vocabularies write it differently)."""
+    return {string.replace("\u2581", " ").replace("\u0120", " "): i for string, i in tokenizer.get_vocab().items()}

@@ -1,0 +1,223 @@
+"""Length controllers: the papers' hand examples, optimality against brute force, metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dllm
+from dllm.drafting.control import (
+    ADL,
+    Calibrator,
+    CostAware,
+    CostTable,
+    FailFast,
+    Fixed,
+    Heuristic,
+    RejectionThreshold,
+    RoundStats,
+    best_length,
+)
+from dllm.drafting.loop import SpecConfig, calibrate
+from dllm.drafting.proposal import Proposal, chain
+from dllm.errors import DllmError
+from tests.drafting_kit import Noise, Script, plain, tiny_verifier
+
+PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]
+
+
+def stats(l_gen, accepted, bonus=0):
+    return RoundStats(k=max(l_gen, 1), l_gen=l_gen, accepted=accepted, emitted=accepted + bonus)
+
+
+def test_adl_toy_by_hand():
+    c = ADL(k_min=2, k_max=8, delta=2, rho=0.5, k_first=8, count_bonus=False)
+    seen = []
+    for round_ in [(6, 6), (5, 2), (1, 1), (2, 2)]:
+        c.update(stats(*round_))
+        seen.append((c.gen, c.acc, c.next_k(99)))
+    assert seen == [(3, 3, 5), (4, 2.5, 4), (2.5, 1.75, 2), (2.25, 1.875, 2)]
+
+
+def test_adl_with_paper_defaults_never_grows_without_the_bonus_token():
+    c = ADL(count_bonus=False)
+    assert c.next_k(99) == 30
+    ks, gens, accs = [], [], []
+    for round_ in [(30, 8), *[(20, 20)] * 4]:
+        c.update(stats(*round_))
+        ks.append(c.next_k(99))
+        gens.append(c.gen)
+        accs.append(c.acc)
+    assert ks == [20] * 5 and gens == [15, 17.5, 18.75, 19.375, 19.6875] and accs == [4, 12, 16, 18, 19]
+    c = ADL(count_bonus=True)
+    c.update(stats(30, 8, 0))
+    for _ in range(4):
+        c.update(stats(20, 20, 1))
+    assert c.acc == 19.9375 and c.next_k(99) == 29
+
+
+def test_adl_starting_from_the_first_round():
+    c = ADL(ema_init="first", count_bonus=False)
+    c.update(stats(28, 28))
+    assert c.gen == 28 and c.next_k(99) == 30
+    with pytest.raises(DllmError, match="ema_init"):
+        ADL(ema_init="second")
+
+
+def test_an_end_token_in_the_first_slot_does_not_collapse_the_length():
+    c = ADL()
+    c.update(stats(0, 0, 1))
+    assert c.next_k(99) >= c.k_min == 20
+
+
+def test_failfast_grows_by_chunks_while_confident():
+    c = FailFast(chunk=3, tau=0.5, k_max=8)
+    assert c.next_k(99) == 3 and c.next_k(2) == 2
+    assert c.more([0.9, 0.9, 0.9], 99) == 3 and c.more([0.9] * 6, 99) == 2 and c.more([0.9] * 6, 7) == 1
+    assert c.more([0.9, 0.4, 0.9], 99) == 0 and c.more([0.9] * 8, 99) == 0 and c.more([], 99) == 0
+
+
+def test_heuristic_and_fixed():
+    c = Heuristic(5)
+    c.update(RoundStats(nodes=5, accepted=5))
+    assert c.next_k(99) == 7
+    c.update(RoundStats(nodes=7, accepted=3))
+    assert c.next_k(99) == 6 and Fixed(4).next_k(3) == 3 and Fixed(4).next_k(99) == 4
+    with pytest.raises(DllmError, match="at least 1"):
+        Fixed(0)
+
+
+def test_rejection_threshold():
+    p = chain([1, 2, 3, 4], [0.9, 0.8, 0.5, 0.9])
+    assert RejectionThreshold(h=0.5).trim(p) == 2 and RejectionThreshold(h=1.0).trim(p) == 4
+    assert RejectionThreshold(h=0.01).trim(p) == 1
+    tree = Proposal((1, 2, 3), (-1, -1, 0), conf=(0.9, 0.05, 0.9))
+    assert RejectionThreshold(h=0.5).trim(tree) == 1
+
+
+# -- cost
+
+
+def fed(verify, draft=None):
+    c = CostAware(k_max=len(verify) - 2)
+    for n, t in enumerate(verify):
+        c.verify.mean[n] = t
+        c.verify.keys.append(n)
+    for n, t in enumerate(draft or [0.0] * len(verify)):
+        c.draft.mean[n] = t
+        c.draft.keys.append(n)
+    return c
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_submitted_length_maximises_tokens_per_second(seed):
+    r = np.random.default_rng(seed)
+    verify = np.cumsum(r.exponential(size=9)) + 1
+    c = fed(verify.tolist())
+    conf = r.uniform(0.05, 0.97, size=7).tolist()
+    a = [c.calib(i, x) for i, x in enumerate(conf)]
+    survival = np.cumprod(a)
+    rate = [(1 + survival[:k].sum()) / verify[k + 1] for k in range(8)]
+    assert c.trim(chain(range(7), conf)) == int(np.argmax(rate))
+
+
+def test_staircases_are_searched_completely():
+    """A rule that stops at the first length that does not pay misses the far end of a step."""
+    verify = [1.0, 1.0, 1.0, 1.0, *[2.5] * 10]
+    c = fed(verify)
+    conf = [0.95] * 12
+    rates = c.rate(np.array([c.calib(i, x) for i, x in enumerate(conf)]), 0.0)
+    assert int(np.argmax(rates[:4])) == 2 and rates[3] < rates[2]  # the next step looks bad
+    assert c.trim(chain(range(12), conf)) == 12
+
+
+def test_hand_example_and_closed_form():
+    a, rates = 0.8, []
+    for k in (7, 8, 9):
+        rates.append(sum(a**i for i in range(k + 1)) / (20 + k))
+    assert rates == pytest.approx([0.15412, 0.15460, 0.15390], abs=1e-5)
+    assert [best_length(a, 20, 1) for a in (0.6, 0.8, 0.9, 0.95)] == [4, 8, 13, 21]
+    assert [best_length(a, 200, 1) for a in (0.6, 0.8, 0.9, 0.95)] == [8, 16, 30, 50]
+    for a in (0.3, 0.5, 0.7, 0.85, 0.93):
+        for fixed in (3, 20, 80):
+            grid = [(1 - a ** (k + 1)) / (1 - a) / (fixed + k) for k in range(200)]
+            assert best_length(a, fixed, 1) == int(np.argmax(grid))
+    with pytest.raises(DllmError, match="acceptance rate"):
+        best_length(1.0, 1, 1)
+
+
+def test_drafting_pauses_where_it_does_not_pay_and_is_probed():
+    c = fed([1.0 + n for n in range(10)], [5.0] * 10)  # a dear drafter, linear verification
+    c.probe = 4
+    for _ in range(60):
+        c.update(RoundStats(k=2, observed=[(0, 0.5, False)], pending=2))
+    assert [c.next_k(99) > 0 for _ in range(8)] == [False, False, False, True, False, False, False, True]
+    assert c.trim(chain([1, 2], [0.02, 0.02])) >= 1  # a probe is submitted
+    c.hits[:], c.tries[:] = 1000, 1000
+    c.draft.mean = dict.fromkeys(c.draft.keys, 1e-6)
+    c.draft._table = None
+    assert c.next_k(99) > 0 and not c.paused
+
+
+def test_cost_tables_interpolate_and_never_decrease():
+    t = CostTable()
+    assert t.table(3)[0] > 0
+    t.add(1, 1.0)
+    t.add(9, 3.0)  # bucket 8
+    assert t.table(8)[1] == 1.0 and t.table(8)[8] == 3.0 and 1 < t.table(8)[4] < 3
+    t.add(32, 2.0)
+    assert (np.diff(t.table(64)) >= 0).all()
+    for _ in range(200):
+        t.add(1, 2.0)
+    assert t.table(1)[1] == pytest.approx(2.0, rel=0.05)
+
+
+def test_calibration_is_censored_and_starts_at_the_confidence():
+    c = Calibrator()
+    assert c(0, 0.7) == pytest.approx(0.7) and c(0, 0.0) == 0.02 and c(0, 1.0) == 0.98
+    for _ in range(100):
+        c.add(0, 0.75, False)
+    assert c(0, 0.75) < 0.1 and c(3, 0.75) == pytest.approx(0.75)
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 20)
+    out = dllm.speculate(
+        model, Script(text, "sometimes"), PROMPT, max_new_tokens=20, length="fixed:k=6", search="argmax"
+    )
+    for r in out.rounds:  # slots behind the first rejection are not judged
+        assert len(r.observed) == min(r.accepted + 1, r.nodes)
+        assert [ok for _, _, ok in r.observed] == [True] * r.accepted + [False] * (len(r.observed) - r.accepted)
+
+
+def test_calibrate_measures_both_models():
+    c = calibrate(tiny_verifier(), Noise(), lengths=(0, 1, 4, 8), repeats=2)
+    assert c.verify.keys == [1, 2, 5, 8] and c.draft.keys == [1, 4, 8] and all(v > 0 for v in c.verify.mean.values())
+    out = dllm.speculate(tiny_verifier(), Noise(), PROMPT, max_new_tokens=10, controller=c)
+    assert len(out.tokens) == 10
+
+
+def test_costs_outlive_a_call():
+    model, noise = tiny_verifier(), Noise()
+    dllm.speculate(model, noise, PROMPT, max_new_tokens=10)
+    (controller,) = model._dllm_verifier.controllers.values()
+    assert controller.verify.keys
+    dllm.speculate(model, noise, PROMPT, max_new_tokens=10)
+    assert len(model._dllm_verifier.controllers) == 1
+
+
+def test_metrics_count_what_happened():
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 24)
+    out = dllm.speculate(
+        model, Script(text), PROMPT, max_new_tokens=24, length="fixed:k=5", search="argmax", carry="off"
+    )
+    assert out.tau == 6 and out.accepted_per_round == 5 and out.acceptance_rate == 1 and out.n_draft == 4
+    assert out.per_slot_acceptance == [1] * 5 and set(out.wall) == {"draft", "search", "verify", "commit", "other"}
+    assert sum(out.wall.values()) <= out.seconds and out.speedup_vs(2 * out.seconds) == pytest.approx(2)
+    carried = dllm.speculate(
+        model, Script(text, "sometimes"), PROMPT, max_new_tokens=24, length="fixed:k=9", search="argmax", carry="always"
+    )
+    assert carried.n_carried > 0 and carried.n_draft < carried.n_verify and carried.sequences == text
+    assert SpecConfig.of({"tree": 4}, {"k": 3}).k == 3

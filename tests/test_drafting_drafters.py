@@ -1,0 +1,268 @@
+"""Drafters on loaded models, vocabularies, other people's pipelines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import dllm
+from dllm.drafting.autoregressive import ARDrafter
+from dllm.drafting.candidates import DraftCandidates, assisted_by
+from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
+from dllm.drafting.drafters import Need
+from dllm.drafting.loop import SpecConfig
+from dllm.drafting.retrieval import Fallback
+from dllm.drafting.verifier import Verifier
+from dllm.drafting.vllm import DLLMProposer
+from dllm.drafting.vocabulary import Vocabulary
+from dllm.errors import DllmError
+from tests.drafting_kit import VOCAB, Noise, Script, golden, plain, tiny_verifier
+
+torch.set_num_threads(1)
+P = [5, 9, 33, 100, 12, 44, 7, 81, 19]
+MODELS = ["tiny-llada-trained", "tiny-dream-random", "tiny-sdar-random", "tiny-fast-dllm-v2-random"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            cache[name] = dllm.load(f"tests/golden/checkpoints/{name}", mask_id=158 if "fast" in name else None)
+        return cache[name]
+
+    return get
+
+
+def drafts(model, rounds=5, k=6, step=3, **kw):
+    """The lattices of a few rounds that accept `step` tokens each, and the text after them."""
+    d = DiffusionDrafter(model, vocabulary="ids", **kw)
+    d.reset(P, Need(model.vocab_size))
+    ids, out = list(P), []
+    for _ in range(rounds):
+        lat = d.draft(ids, k)
+        out.append(lat)
+        new = lat.argmax[:step].tolist()
+        ids += new
+        d.observe(ids, new, {})
+    return out, ids
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_columns_come_from_the_aligned_rows(models, name):
+    model, k = models(name), 4
+    (lat,), _ = drafts(model, rounds=1, k=k, prefix_cache="none")
+    n, block = len(P), model.block_size
+    width = n + k if block is None else -(-(n + k) // block) * block
+    row = torch.tensor([[*P, *[model.mask_id] * (width - n)]])
+    hidden = model.forward(row)[0]
+    for i in range(k):
+        logits = model.logits(hidden[n + i - model.shift]).clone()
+        logits[[t for t in (model.mask_id, model.pad_id, model.bos_id) if t is not None]] = -torch.inf
+        assert int(lat.argmax[i]) == int(logits.argmax())
+        assert lat.logp[i, 0] == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny-sdar-random", "tiny-fast-dllm-v2-random"])
+def test_block_cache_is_exact(models, name):
+    cached, ids = drafts(models(name), rounds=12, k=5)
+    plain_, same = drafts(models(name), rounds=12, k=5, prefix_cache="none")
+    assert ids == same
+    for a, b in zip(cached, plain_, strict=True):
+        assert torch.allclose(a.logp[:, 0], b.logp[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny-llada-trained", "tiny-dream-random"])
+def test_approximate_prefix_is_fresh_after_a_refresh(models, name):
+    exact, ids = drafts(models(name), rounds=3, prefix_cache="none")
+    reused, same = drafts(models(name), rounds=3, prefix_cache="approx", refresh=1)
+    assert ids == same
+    for a, b in zip(exact, reused, strict=True):
+        assert torch.allclose(a.logp[:, 0], b.logp[:, 0], atol=1e-5)
+    stale, _ = drafts(models(name), rounds=1, prefix_cache="approx", refresh=8)
+    assert torch.allclose(stale[0].logp[:, 0], exact[0].logp[:, 0], atol=1e-5)  # the first draft recomputes everything
+
+
+def test_separator_and_lookahead_change_the_draft_only(models):
+    model, verifier = models("tiny-llada-trained"), golden("tiny-llama-ar-random")
+    text = plain(verifier, P, 24)
+    base = drafts(model, rounds=1)[0][0]
+    for kw in (dict(suffix_token_id=3), dict(lookahead_masks=8), dict(temperature=2.0)):
+        assert not torch.allclose(drafts(model, rounds=1, **kw)[0][0].logp[:, 0], base.logp[:, 0], atol=1e-3)
+        out = dllm.speculate(verifier, DiffusionDrafter(model, **kw), P, max_new_tokens=24, eos=[], length="fixed:k=6")
+        assert out.sequences == text
+
+
+@pytest.mark.parametrize("cache", ["none", "approx"])
+@pytest.mark.parametrize("length", ["failfast:chunk=3,tau=0.01", "fixed:k=6", "cost"])
+def test_dllm_drafter_is_lossless(models, cache, length):
+    verifier = golden("tiny-qwen3-ar-random")
+    drafter = DiffusionDrafter(models("tiny-llada-trained"), prefix_cache=cache)
+    out = dllm.speculate(verifier, drafter, P, max_new_tokens=24, eos=[], length=length)
+    assert out.sequences == plain(verifier, P, 24)
+    assert out.draft_forwards >= out.n_draft > 0
+
+
+def test_other_drafters_are_lossless(models):
+    verifier, model = golden("tiny-llama-ar-random"), models("tiny-llada-trained")
+    text = plain(verifier, P, 16)
+    kw = dict(max_new_tokens=16, eos=[], length="fixed:k=4")
+    refined = dllm.speculate(verifier, SamplerDrafter(model, None), P, **kw)
+    assert refined.sequences == text and refined.draft_forwards > refined.n_draft  # several refinement steps a draft
+    assert dllm.speculate(verifier, Fallback(DiffusionDrafter(model), min_match=2), P, **kw).sequences == text
+    perfect = dllm.speculate(verifier, ARDrafter(verifier), P, **kw)
+    assert perfect.sequences == text and perfect.acceptance_rate == 1
+    sampled = [
+        dllm.speculate(verifier, d, P, **kw, temperature=1.0, seed=3).tokens for d in (model, verifier, "suffix")
+    ]
+    again = dllm.speculate(verifier, model, P, **kw, temperature=1.0, seed=3).tokens
+    assert sampled[0] == again and all(len(t) == 16 for t in sampled)
+
+
+def test_a_prompt_longer_than_the_drafters_context(models):
+    verifier, model = golden("tiny-llama-ar-random"), models("tiny-llada-trained")
+    prompt = [(7 * i) % 200 + 10 for i in range(300)]  # the drafter has 256 positions
+    for kw in ({}, dict(prefix_cache="approx"), dict(suffix_token_id=3)):
+        out = dllm.speculate(
+            verifier, DiffusionDrafter(model, **kw), prompt, max_new_tokens=12, eos=[], length="fixed:k=4"
+        )
+        assert out.sequences == plain(verifier, prompt, 12) and out.n_draft > 0 and out.draft_failures == 0
+
+
+def test_drafter_options_are_checked(models):
+    with pytest.raises(DllmError, match="prefix_cache"):
+        DiffusionDrafter(models("tiny-llada-trained"), prefix_cache="exact")
+    with pytest.raises(DllmError, match="negative"):
+        DiffusionDrafter(models("tiny-llada-trained"), lookahead_masks=-1)
+    with pytest.raises(DllmError, match="a drafter is"):
+        dllm.speculate(tiny_verifier(), 3.5, P)
+    with pytest.raises(DllmError, match="share no vocabulary"):
+        dllm.speculate(tiny_verifier(), models("tiny-llada-trained"), [3, 4])
+    with pytest.raises(DllmError, match="share no vocabulary"):
+        dllm.speculate(tiny_verifier(), golden("tiny-llama-ar-random"), [3, 4])
+
+
+# -- vocabularies
+
+
+class Words:
+    """A tokenizer over an explicit list of pieces, longest match first."""
+
+    def __init__(self, pieces):
+        self.pieces = list(pieces)
+
+    def get_vocab(self):
+        return {p: i for i, p in enumerate(self.pieces)}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(self.pieces[i] for i in ids)
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = []
+        while text:
+            piece = max((p for p in self.pieces if text.startswith(p)), key=len)
+            ids.append(self.pieces.index(piece))
+            text = text[len(piece) :]
+        return {"input_ids": ids}
+
+
+def test_equal_ids_string_map_and_bridge():
+    a, b = Words(["a", "b", "ab", "c"]), Words(["c", "b", "a", "d"])
+    assert Vocabulary.between(a, a, 4, 4).kind == "ids"
+    mapped = Vocabulary.between(a, b, 4, 4)
+    assert mapped.kind == "strings" and mapped.to_verifier.tolist() == [2, 1, -1, 0]
+    assert mapped.context([2, 1, 0]) == [0, 1, 3] and mapped.context([2, 1]) == [0, 1]
+    logits = mapped.logits(torch.tensor([[1.0, 2.0, 9.0, 3.0]]))
+    assert logits.tolist() == [[3.0, 2.0, 1.0, -torch.inf]]
+    assert mapped.banned([0, 2, None]) == {2}
+    text = Vocabulary.between(a, b, 4, 4, "text")
+    assert text.bridge([0, 2], [2, 3], 8) == [2, 1, 0]  # "ab" + "c" behind "ca"
+    assert text.bridge([0, 2], [2, 3], 2) == [2, 1]
+    joined = Words(["a", "b", "ab", "c"])
+    assert Vocabulary("text", 4, None, a, joined).bridge([3, 0], [1], 8) == []  # "ca" + "b" re-encodes to c, ab
+
+
+def test_vocabularies_that_cannot_work():
+    with pytest.raises(DllmError, match="share no vocabulary"):
+        Vocabulary.between(None, None, 100, 1000)
+    with pytest.raises(DllmError, match="share no vocabulary"):
+        Vocabulary.between(Words("ab"), Words("cd"), 2, 2, "strings")
+    with pytest.raises(DllmError, match="both tokenizers"):
+        Vocabulary.between(None, Words("cd"), 2, 2, "text")
+    assert Vocabulary.between(Words("ab"), Words("cd"), 2, 2).kind == "text"
+
+
+def test_padding_rows_of_an_embedding_do_not_matter():
+    same = Vocabulary.between(None, None, 255, 256)
+    assert same.logits(torch.zeros(2, 255)).shape == (2, 256) and same.logits(torch.zeros(2, 255))[0, 255] == -torch.inf
+    assert Vocabulary.between(None, None, 256, 255).logits(torch.zeros(2, 256)).shape == (2, 255)
+
+
+@pytest.mark.parametrize("kind", ["strings", "text"])
+def test_a_drafter_with_another_tokenizer_is_lossless(models, kind):
+    model, verifier = models("tiny-llada-trained"), golden("tiny-llama-ar-random")
+    pieces = [f"<{i}>" for i in range(255)]
+    turned = Words(pieces[::-1])
+    old = model.tokenizer
+    try:
+        model.tokenizer = Words(pieces)
+        drafter = DiffusionDrafter(model, vocabulary=kind, verifier_tokenizer=turned)
+        out = dllm.speculate(verifier, drafter, P, max_new_tokens=12, eos=[], length="fixed:k=4")
+    finally:
+        model.tokenizer = old
+    assert out.sequences == plain(verifier, P, 12) and out.n_draft > 0 and out.draft_failures == 0
+
+
+# -- transformers' assisted generation
+
+
+@pytest.mark.parametrize("agree", ["always", "sometimes", "never"])
+def test_candidate_generator_equals_generate(agree):
+    model = tiny_verifier()
+    text = plain(model, prompt := [p % VOCAB for p in P], 20)
+    with assisted_by(model, Script(text, agree)) as made:
+        out = plain(model, prompt, 20)
+    assert out == text and made.drafter.forwards > 0
+    assert plain(model, prompt, 20) == text and model.generation_config.prompt_lookup_num_tokens is None
+    assert "_get_candidate_generator" not in vars(model)
+
+
+def test_candidates_return_no_logits_and_respect_limits():
+    model = tiny_verifier()
+    made = DraftCandidates(Noise(), Verifier(model), SpecConfig(length="fixed:k=6"), max_length=8)
+    ids, logits = made.get_candidates(torch.tensor([[1, 2, 3, 4]]))
+    assert logits is None and ids.shape == (1, 7)
+    made.update_candidate_strategy(ids, torch.zeros(1, 4, VOCAB), 1)
+    assert made.get_candidates(torch.tensor([[1, 2, 3, 4, 9, 9, 9]]))[0].shape == (1, 7)
+    with pytest.raises(DllmError, match="batch size 1"):
+        made.get_candidates(torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(DllmError, match="chains"):
+        DraftCandidates(Noise(), Verifier(model), SpecConfig(tree=4))
+
+
+# -- vLLM
+
+
+def vllm_config(k=4, **options):
+    return SimpleNamespace(
+        speculative_config={"num_speculative_tokens": k, "dllm": options},
+        model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=20),
+    )
+
+
+def test_vllm_proposer():
+    table = np.zeros((3, 20), dtype=np.int32)
+    table[0, :7] = [1, 2, 3, 4, 1, 2, 3]
+    table[1, :19] = 5
+    proposer = DLLMProposer(vllm_config(drafter="suffix"))
+    out = proposer.propose([[3], [5], []], np.array([7, 19, 0]), table)
+    assert out == [[4, 1, 2, 3], [], []]  # the second has no room, the third sampled nothing
+    lattice = DLLMProposer(vllm_config(), drafter=Noise())
+    drafted = lattice.propose([[3]], np.array([7]), table)[0]
+    assert 1 <= len(drafted) <= 4 and all(0 <= t < VOCAB for t in drafted)
+    with pytest.raises(DllmError, match="num_speculative_tokens"):
+        DLLMProposer(vllm_config(0))

@@ -1,0 +1,290 @@
+"""T > 0: the law of the output is the verifier's, and published shortcuts that break it are caught by the same test.
+
+A tabular verifier over five tokens, texts of three tokens: 125 outcomes, chi-square against the exact joint. The suite
+draws 3 000 texts a scheme, `-m sweep` 60 000. All rounds of a text read one lattice: its later slots are carried over.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from dllm.drafting.accept import draw, reject, walk_sample
+from dllm.drafting.control import LengthController
+from dllm.drafting.drafters import Drafter
+from dllm.drafting.lattice import build
+from dllm.drafting.loop import Request, Row, SpecConfig
+from dllm.drafting.ngram import NgramTable
+from dllm.drafting.proposal import Proposal, Rows, chain
+from dllm.drafting.search import EAL, BestFirstTree, CPSSample, Sample, SampleTree
+
+torch.set_num_threads(1)
+V, LENGTH = 5, 3
+N = int(os.environ.get("DLLM_LAW_TEXTS", "3000"))
+TABLE: dict[tuple[int, ...], torch.Tensor] = {}
+ROWS = torch.from_numpy(np.random.default_rng(11).dirichlet(np.full(V, 1.0), size=LENGTH))  # the drafter's, by slot
+LATTICE = build(ROWS.log(), 0, tau_mass=1.0, with_rows=True)
+PROXY = NgramTable(V, 2)
+PROXY.update([0, 1, 2, 3, 0, 1, 4, 2, 0, 3, 1])
+
+
+def p_next(prefix):
+    """The verifier: a fixed random distribution for every prefix."""
+    key = tuple(prefix)
+    if key not in TABLE:
+        TABLE[key] = torch.from_numpy(np.random.default_rng([3, *[t + 1 for t in key]]).dirichlet(np.full(V, 0.8)))
+    return TABLE[key]
+
+
+def exact():
+    return {
+        (a, b, c): float(p_next(())[a] * p_next((a,))[b] * p_next((a, b))[c])
+        for a in range(V)
+        for b in range(V)
+        for c in range(V)
+    }
+
+
+def pvalue(texts):
+    law = exact()
+    counts = dict.fromkeys(law, 0)
+    for text in texts:
+        counts[tuple(text)] += 1
+    expected, seen = np.array([law[k] for k in law]) * len(texts), np.array([counts[k] for k in law])
+    small = expected < 5
+    seen, expected = np.append(seen[~small], seen[small].sum()), np.append(expected[~small], expected[small].sum())
+    return chisquare(seen, expected * seen.sum() / expected.sum()).pvalue
+
+
+def write(round_, g):
+    """Rounds until the text has three tokens. A round gets the text and returns the tokens it emits."""
+    text: list[int] = []
+    while len(text) < LENGTH:
+        text += round_(tuple(text), g)
+    return text[:LENGTH]
+
+
+def prob_after(prefix):
+    return lambda node, since: p_next((*prefix, *since))
+
+
+def propose(search, prefix, g):
+    return search(LATTICE.suffix(len(prefix)), [0, *prefix], proxy=PROXY, generator=g)
+
+
+def point(search, prefix, g):
+    return walk_sample(propose(search, prefix, g), prob_after(prefix), g).emitted
+
+
+def sampled(search, prefix, g):
+    return reject(propose(search, prefix, g), prob_after(prefix), g).emitted
+
+
+SOUND = {
+    "point chain": partial(point, EAL()),
+    "sampled chain": partial(sampled, Sample()),
+    "cps_sample": partial(sampled, CPSSample()),
+    "point tree": partial(point, BestFirstTree(6)),
+    "siblings without replacement": partial(sampled, SampleTree(3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_exact(name):
+    g = torch.Generator().manual_seed(1)
+    assert pvalue([write(SOUND[name], g) for _ in range(N)]) > 1e-3
+
+
+# -- rules found in public code or papers that are not exact: they must fail, or this test would see nothing
+
+
+def soft_ratio(prefix, g):
+    """A deterministic path accepted with p / q of soft rows (assisted generation with argmax ids and soft logits)."""
+    lat = LATTICE.suffix(len(prefix))
+    path = chain(lat.argmax.tolist())
+    return reject(Proposal(path.tokens, path.parents, "sampled", Rows(lat.rows.exp())), prob_after(prefix), g).emitted
+
+
+def drafted_only_residual(prefix, g):
+    """The residual subtracts q at the drafted token alone."""
+    p_of, draft = prob_after(prefix), propose(Sample(), prefix, g)
+    out: list[int] = []
+    for node, token in enumerate(draft.tokens):
+        p, q = p_of(node - 1, out), draft.rows.dense(node, V)
+        if float(torch.rand((), generator=g)) * q[token] < p[token]:
+            out.append(token)
+            continue
+        left = p.clone()
+        left[token] = max(0.0, float(p[token] - q[token]))
+        return [*out, draw(left / left.sum(), g)]
+    return [*out, draw(p_of(0, out), g)]
+
+
+def keep_going(prefix, g):
+    """Later draft tokens are tested after a rejection, with logits that were conditioned on the rejected token."""
+    p_of, draft = prob_after(prefix), propose(Sample(), prefix, g)
+    out: list[int] = []
+    for node, token in enumerate(draft.tokens):
+        p, q = p_of(node - 1, draft.tokens[:node]), draft.rows.dense(node, V)
+        if float(torch.rand((), generator=g)) * q[token] < p[token]:
+            out.append(token)
+        else:
+            left = (p - q).clamp_min(0)
+            out.append(draw(left / left.sum(), g))
+    return out
+
+
+def best_of_several(prefix, g):
+    """Of several sampled paths the one the verifier likes best is tested against the rows of a single draw."""
+    drafts = [propose(Sample(), prefix, g) for _ in range(3)]
+
+    def liking(d):
+        return sum(float(p_next((*prefix, *d.tokens[:i]))[t].log()) for i, t in enumerate(d.tokens))
+
+    return reject(max(drafts, key=liking), prob_after(prefix), g).emitted
+
+
+def beam_with_soft_rows(prefix, g):
+    """A searched path presented as if it had been drawn left to right."""
+    lat, state = LATTICE.suffix(len(prefix)), (0, *prefix)
+    path = EAL()(lat, state, proxy=PROXY)
+    rows = []
+    for slot, _ in enumerate(path.tokens):
+        before = [*state, *path.tokens[:slot]]
+        logg = torch.tensor(PROXY.logp(PROXY.state(before), range(V)))
+        rows.append(torch.softmax(0.5 * lat.rows[slot] + 0.5 * logg, 0))
+    return reject(
+        Proposal(path.tokens, path.parents, "sampled", Rows(torch.stack(rows))), prob_after(prefix), g
+    ).emitted
+
+
+def trim_by_the_draw(prefix, g):
+    """Unlikely draws are not submitted: what is submitted no longer follows the rows."""
+    draft = propose(Sample(), prefix, g)
+    n = next((i for i, t in enumerate(draft.tokens) if draft.rows.dense(i, V)[t] < 0.25), len(draft))
+    return reject(draft.head(n), prob_after(prefix), g).emitted
+
+
+WRONG = [soft_ratio, drafted_only_residual, keep_going, best_of_several, beam_with_soft_rows, trim_by_the_draw]
+
+
+@pytest.mark.parametrize("rule", WRONG, ids=lambda r: r.__name__)
+def test_wrong_rules_are_caught(rule):
+    g = torch.Generator().manual_seed(1)
+    assert pvalue([write(rule, g) for _ in range(N // 2)]) < 1e-6
+
+
+# -- identities
+
+
+def test_micro_examples():
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.6, 0.2])
+    g, n = torch.Generator().manual_seed(0), 6000
+    accepted, corrections, law = 0, torch.zeros(3), torch.zeros(3)
+    for _ in range(n):
+        token = draw(q, g)
+        v = reject(Proposal((token,), (-1,), "sampled", Rows(q[None])), lambda *_: p, g)
+        accepted += v.accepted
+        law[v.emitted[0]] += 1
+        if not v.accepted:
+            corrections[v.emitted[0]] += 1
+    assert accepted / n == pytest.approx(0.7, abs=0.02)  # sum of min(p, q)
+    assert corrections[1:].sum() == 0  # the residual is all on token 0
+    assert (law / n).numpy() == pytest.approx(p.numpy(), abs=0.02)
+    hits, misses = 0, torch.zeros(3)
+    for _ in range(n):
+        v = walk_sample(chain([2]), lambda *_: p, g)
+        hits += v.accepted
+        if not v.accepted:
+            misses[v.emitted[0]] += 1
+    assert hits / n == pytest.approx(0.2, abs=0.02)
+    assert (misses / misses.sum()).numpy() == pytest.approx([0.625, 0.375, 0], abs=0.02)
+
+
+def test_acceptance_of_the_toy():
+    """Acceptance of one slot: sampled .65, argmax .25, top-2 tree .45, two siblings without replacement .787."""
+    p, q = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05]), torch.tensor([0.1, 0.6, 0.15, 0.1, 0.05])
+    lat = build(q.log()[None], 0, tau_mass=1.0, with_rows=True)
+    g, n = torch.Generator().manual_seed(3), 6000
+
+    def rate(make, accept):
+        return sum(accept(make(), lambda *_: p, g).accepted for _ in range(n)) / n
+
+    assert rate(lambda: Sample()(lat, [], generator=g), reject) == pytest.approx(0.65, abs=0.02)
+    assert rate(lambda: chain([1]), walk_sample) == pytest.approx(0.25, abs=0.02)
+    assert rate(lambda: BestFirstTree(2)(lat, []), walk_sample) == pytest.approx(0.25 + 0.20, abs=0.02)
+    assert rate(lambda: SampleTree(2, 1)(lat, [], generator=g), reject) == pytest.approx(0.787, abs=0.02)
+
+
+def test_a_zero_entry_is_never_drawn():
+    g = torch.Generator().manual_seed(0)
+    assert {draw(torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]), g) for _ in range(500)} == {1, 3}
+
+
+# -- the whole loop
+
+
+class Tabular:
+    """What `Row` asks of a verifier."""
+
+    vocab, max_positions = V, None
+
+
+class Slots(Drafter):
+    """A one-forward drafter whose rows depend on the text before the draft."""
+
+    def draft(self, ids, k, *, generator=None):
+        at = len(ids) - 1
+        return self.need.lattice(ROWS[at : at + k].log() + torch.tensor([*ids, *[0] * V])[:V].sin(), len(ids))
+
+
+def by_the_loop(search, controller, g, **kw):
+    cfg = SpecConfig(**kw)
+    row = Row(Request([0], 1 + LENGTH, do_sample=True, generator=g), Tabular(), Slots(), search, controller, cfg)
+    while not row.done:
+        p = row.propose()
+        paths: list[tuple[int, ...]] = [()]
+        for token, parent in zip(p.tokens, p.parents, strict=True):
+            paths.append((*paths[parent + 1], token))
+        row.settle(row.judge(torch.stack([p_next([*row.ids[1:], *path]) for path in paths]).log()), {})
+        row.finish_round(0.0)
+    return row.ids[1:]
+
+
+LOOPS = {
+    "sample, carried over, cost": (Sample(), "cost:k_max=3", dict(carry="always", reuse_min=1)),
+    "cps_sample, carried over": (CPSSample(), "fixed:k=3", dict(carry="always", reuse_min=1)),
+    "sibling tree": (SampleTree(2, 2), "rejection", dict(tree=5)),
+    "point tree": (BestFirstTree(5), "cost:k_max=3", dict(tree=5)),
+    "chunks": (Sample(), "failfast:chunk=1,tau=0.1,k_max=3", {}),
+}
+
+
+def loop_pvalue(name, n):
+    search, length, kw = LOOPS[name]
+    controller: LengthController = SpecConfig(length=length).build_controller()
+    g = torch.Generator().manual_seed(4)
+    return pvalue([by_the_loop(search, controller.fork(), g, **kw) for _ in range(n)])
+
+
+@pytest.mark.parametrize("name", list(LOOPS)[:1])
+def test_the_loop_is_exact(name):
+    assert loop_pvalue(name, 1500) > 1e-3
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_loop_is_exact_60k(name):
+    assert loop_pvalue(name, 60_000) > 1e-3
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", SOUND)
+def test_exact_60k(name):
+    g = torch.Generator().manual_seed(5)
+    assert pvalue([write(SOUND[name], g) for _ in range(60_000)]) > 1e-3
