@@ -1,0 +1,134 @@
+"""SlowFast: explore slowly until a confident region shows, then fill it fast (arXiv 2506.10848)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.cache import spans
+from dllm.canvas import Canvas, Plan, State, Window
+from dllm.prediction import Prediction
+from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.threshold import Threshold
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """Cycles of a slow and a fast phase inside a block.
+
+    Slow, at most `most` steps: the window is the rest of the block, and each forward estimates where the confident
+    part ends: behind the farthest mask with confidence tau_min. Two estimates in a row with a population standard
+    deviation below `spread` settle the end (the last one), else the mean of the last two does. Fast: the window is the
+    region from the cycle's start to that end, until it is full; the next cycle starts there.
+    """
+
+    length: int
+    tau_min: float
+    most: int
+    spread: float
+
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        zero = torch.zeros_like(canvas.start)
+        return {
+            "cycle.block": zero - 1,  # first column of the open block
+            "cycle.start": zero,  # of the region
+            "cycle.end": zero,  # of the region; 0 in the slow phase
+            "cycle.steps": zero,  # of the present phase
+            "cycle.last": zero,  # last estimate; 0 for none
+        }
+
+    columns = None
+
+    def open(self, state: State) -> tuple[State, Window]:
+        canvas, memory = state.canvas, state.memory
+        block = (canvas.first_masked() - canvas.start) // self.length
+        lo = canvas.start + block * self.length
+        hi = torch.minimum(lo + self.length, canvas.length)
+        new = lo != memory["cycle.block"]
+        start = torch.where(new, lo, memory["cycle.start"])
+        end = torch.where(new, 0, memory["cycle.end"])
+        full = (end > 0) & (canvas.first_masked() >= end)
+        start, end = torch.where(full, end, start), torch.where(full, 0, end)
+        reset = new | full
+        state = state._replace(
+            memory={
+                **memory,
+                "cycle.block": lo,
+                "cycle.start": start,
+                "cycle.end": end,
+                "cycle.steps": torch.where(reset, 0, memory["cycle.steps"]),
+                "cycle.last": torch.where(reset, 0, memory["cycle.last"]),
+            }
+        )
+        hi = torch.where(end > 0, end, hi)
+        return state, Window(lo=start, hi=hi, reads=spans(start, hi, int((hi - start).max())), epoch=block)
+
+    def narrow(self, view: View, pred: Prediction) -> None:
+        """After the forward of a slow step: estimate the end of the region, and perhaps settle it."""
+        memory, start = view.memory, view.memory["cycle.start"]
+        slow, last = memory["cycle.end"] == 0, memory["cycle.last"]
+        sure = view.live & (pred.confidence >= self.tau_min)
+        estimate = torch.maximum(torch.where(sure, view.cols + 1, 0).amax(1), start + 1)
+        settled, steps = self.settle(estimate, last, memory["cycle.steps"] + 1)
+        end = torch.where(slow, settled, memory["cycle.end"])
+        memory["cycle.end"] = end
+        memory["cycle.last"] = torch.where(slow, estimate, last)
+        memory["cycle.steps"] = torch.where(slow & (end > 0), 0, steps)
+
+    def settle(self, estimate: Tensor, last: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) the end of the region, 0 while it is open; and the steps."""
+        stable = (last > 0) & ((estimate - last).abs() < 2 * self.spread)  # of two numbers: half their distance
+        mean = torch.where(last > 0, (estimate + last) // 2, estimate)
+        return torch.where(stable, estimate, torch.where(steps >= self.most, mean, 0)), steps
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """From its second step on, a fast phase feeds nothing behind its region, nor behind what the step reads."""
+
+    lanes: ClassVar[int] = 1
+
+    def expand(self, plan: Plan, state: State, window: Window) -> Plan:
+        cut = (state.memory["cycle.end"] > 0) & (state.memory["cycle.steps"] > 0)
+        if not bool(cut.any()):
+            return plan
+        end = torch.maximum(state.memory["cycle.end"], window.reads.amax(1) + 1)
+        end = torch.where(cut, end, state.canvas.length)
+        width = min(int(end.max()), plan.pos.shape[1])
+        ids, pos = plan.ids[:, :width], plan.pos[:, :width]
+        return plan._replace(ids=ids, pos=torch.where(pos < end[:, None], pos, -1), refresh=False)
+
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
+        return logits
+
+
+@dataclass(frozen=True)
+class SlowFast(Method):
+    """Alternate slow steps, which look for the end of a confident region, with fast steps that fill the region.
+
+    Both phases commit every candidate at tau or more, and always the best. Two estimates that agree end the slow phase.
+    With `truncate` the fast phase drops the columns behind its region from the input after its first forward: cheaper,
+    but the model sees a shorter canvas, so that the output is not that of the full input.
+    """
+
+    tau: float = param(0.85, "the paper's bar (released code: 0.9)", low=0)
+    tau_min: float = param(0.1, "the paper's bar for the region's end (released code: 0.3)", low=0)
+    most: int = param(8, "the paper's longest slow phase (released code: 6)", low=1)
+    spread: float = param(1.0, "columns; the released bar on the standard deviation of the last two estimates", low=0)
+    truncate: bool = param(True, "as published; False feeds the whole canvas and works with every cache")
+
+    name: ClassVar[str] = "slowfast"
+    source: ClassVar[str] = "SlowFast, arXiv 2506.10848"
+    cost: ClassVar[str] = "one row, the rest of the block; a fast phase feeds no column behind its region"
+    presets: ClassVar[dict] = {"released": {"tau": 0.9, "tau_min": 0.3, "most": 6}}
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(
+            window=Cycles(context.block_length, self.tau_min, self.most, self.spread),
+            inputs=Truncation() if self.truncate else None,
+            assumes={"select": Threshold(tau=self.tau).select},
+            needs=Needs(caches=("none",) if self.truncate else None),
+        )
