@@ -15,7 +15,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
     evaluate: Annotated[
         bool,
-        typer.Option("--eval", help="Train nothing: accuracy of the recipe's model, or of the embedded pair without one."),
+        typer.Option(
+            "--eval", help="Train nothing: accuracy of the recipe's model, or of the embedded pair without one."
+        ),
     ] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
     problems: Annotated[int, typer.Option(min=1, help="With --eval: held-out problems a task.")] = 500,

@@ -68,8 +68,12 @@ def check_recipe(config: TrainConfig, saved: dict[str, Any], step: int) -> None:
     if any(old.rate(s) != config.schedule.rate(s) for s in range(step)):
         differ.append("schedule")
     if differ:
-        names = ", ".join(f"{k} ({_flat(saved).get(k, 'unset')!r} there)" if k != "schedule" else k for k in sorted(differ))
-        raise DllmError(f"the checkpoint was made by another recipe: {names}; give that recipe, or another output folder")
+        names = ", ".join(
+            f"{k} ({_flat(saved).get(k, 'unset')!r} there)" if k != "schedule" else k for k in sorted(differ)
+        )
+        raise DllmError(
+            f"the checkpoint was made by another recipe: {names}; give that recipe, or another output folder"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

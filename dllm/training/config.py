@@ -31,8 +31,8 @@ class ModelSpec:
 class DataSpec:
     """`tasks`: weights of the built-in generators, or `jsonl`: a file of {"prompt", "answer"} lines.
 
-    Windows: rows end at a multiple of 8 tokens; a share `long` of them has a window of random length up to `window`, a share
-    `rare` one up to `max_window`. `chat`: prompts pass through the tokenizer's chat template, where it has one.
+    Windows: rows end at a multiple of 8 tokens; a share `long` of them has a window of random length up to `window`,
+    a share `rare` one up to `max_window`. `chat`: prompts pass through the tokenizer's chat template, where it has one.
     """
 
     tasks: Mapping[str, float] = field(default_factory=dict)
@@ -47,7 +47,10 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """`muon` (arXiv 2502.16982) for the matrices of the layers at `lr`, AdamW for the rest at `rest_lr`; or all `adamw`."""
+    """`muon` (arXiv 2502.16982) for the layers' matrices at `lr`, AdamW for the rest at `rest_lr`; or all `adamw`.
+
+    Muon's update is scaled to the size of AdamW's, so both names take learning rates of one magnitude.
+    """
 
     name: Literal["muon", "adamw"] = "muon"
     lr: float = 1e-2
@@ -90,6 +93,7 @@ class TrainConfig:
     output: str
     objective: Literal["diffusion", "autoregressive"] = "diffusion"
     loss: Literal["uniform", "elbo"] = "uniform"
+    reading: float = 0.0  # share of rows masked from a random column of the answer on (diffusion.reading_rows)
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -109,7 +113,9 @@ class TrainConfig:
         data, schedule = self.data, self.schedule
         if bool(data.tasks) == bool(data.jsonl):
             raise DllmError("a recipe names its data once: data.tasks or data.jsonl")
-        if data.tasks and not all(w >= 0 for w in data.tasks.values()) or (data.tasks and not sum(data.tasks.values())):
+        if (data.tasks and not all(w >= 0 for w in data.tasks.values())) or (
+            data.tasks and not sum(data.tasks.values())
+        ):
             raise DllmError("data.tasks: weights must not be negative, and one must be positive")
         positive = {"batch_size": self.batch_size, "accumulate": self.accumulate, "schedule.steps": schedule.steps,
                     "log_every": self.log_every, "save_every": self.save_every, "data.max_length": data.max_length,
@@ -122,6 +128,10 @@ class TrainConfig:
             raise DllmError(f"schedule: warmup and decay lie between 0 and steps ({schedule.steps})")
         if not 0 <= data.long + data.rare <= 1 or min(data.long, data.rare) < 0:
             raise DllmError("data.long and data.rare are shares: neither negative, together at most 1")
+        if not 0 <= self.reading <= 1:
+            raise DllmError("reading is a share between 0 and 1")
+        if self.reading and self.loss == "elbo":
+            raise DllmError("loss: elbo is a bound for random masks only; set reading to 0")
         if self.lora.rank and not self.model.start:
             raise DllmError("lora.rank needs a model to adapt: set model.start")
 
@@ -165,7 +175,9 @@ def build(cls: Any, raw: Any, where: str = "") -> Any:
     for key in raw:
         if key not in types_:
             raise unknown("key", f"{where}.{key}".lstrip("."), [f"{where}.{k}".lstrip(".") for k in types_])
-    required = [f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    required = [
+        f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing := [name for name in required if name not in raw]:
         raise DllmError(f"the recipe lacks {', '.join(missing)}")
     return cls(**{k: _value(types_[k], v, f"{where}.{k}".lstrip(".")) for k, v in raw.items()})

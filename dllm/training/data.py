@@ -1,8 +1,8 @@
 """What a training step reads: problems of the built-in tasks or one's own JSONL, cut into batches of equal length.
 
-A batch is a pure function of (settings, seed, step): resuming needs no stored position, and a batch can be looked at again.
-Every row is prompt + answer window; the window is filled up with EOS, so rows of a batch have one length and no padding
-(LLaDA, arXiv 2502.09992 §2.3). A window is a little longer than its answer, sometimes much longer.
+A batch is a pure function of (settings, seed, step): resuming needs no stored position, and a batch can be looked at
+again. Every row is prompt + answer window; the window is filled up with EOS, so rows of a batch have one length and
+no padding (LLaDA, arXiv 2502.09992 §2.3). A window is a little longer than its answer, sometimes much longer.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class JsonLines:
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
-    """The examples of a JSONL file. DllmError names and counts the lines that are not {"prompt": str, "answer": str}."""
+    """The examples of a JSONL file; a DllmError names and counts lines that are not {"prompt": str, "answer": str}."""
     path = Path(path)
     if not path.is_file():
         raise DllmError(f"no data file {path}")
@@ -115,8 +115,8 @@ def _parse(line: bytes) -> Example | None:
 class Window:
     """How much longer than its answer a window is, in tokens.
 
-    The slack is what fills the row to a multiple of 8; with probability `long` the window has a random length up to `usual`,
-    with probability `rare` up to `most`: then every `max_new_tokens` up to `most` has been seen.
+    The slack is what fills the row to a multiple of 8; with probability `long` the window has a random length up to
+    `usual`, with probability `rare` up to `most`: then every `max_new_tokens` up to `most` has been seen.
     """
 
     usual: int = 64
@@ -166,11 +166,15 @@ class Batches:
         length = self.window.length(pair, rng)
         need = len(pair.prompt) + len(pair.answer) + 1
         if need > self.max_length:
-            raise DllmError(f"an example of {need} tokens exceeds max_length {self.max_length}; raise it or shorten the data")
+            raise DllmError(
+                f"an example of {need} tokens exceeds max_length {self.max_length}; raise it or shorten the data"
+            )
         return min(length, self.max_length)
 
     def _batch(self, pairs: Sequence[Pair], length: int) -> Batch:
         ids = [p.prompt + p.answer + [self.eos] * (length - len(p.prompt) - len(p.answer)) for p in pairs]
         return Batch(
-            torch.tensor(ids), torch.tensor([len(p.prompt) for p in pairs]), torch.tensor([len(p.answer) + 1 for p in pairs])
+            torch.tensor(ids),
+            torch.tensor([len(p.prompt) for p in pairs]),
+            torch.tensor([len(p.answer) + 1 for p in pairs]),
         )

@@ -56,7 +56,9 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def evaluate(
     model: Model, names: Sequence[str] = tuple(TASKS), n: int = 500, seed: int = 0, split: str = "test", label: str = ""
 ) -> list[Accuracy]:
-    """Greedy accuracy on `n` held-out problems a task; a diffusion model commits one token a step, the most confident."""
+    """Greedy accuracy on `n` held-out problems a task; a diffusion model commits one token a step, the most
+    confident.
+    """
     results = []
     for name in names:
         examples = task(name).generate(split, n, seed)
@@ -114,7 +116,9 @@ def _text(model: Model, ids: list[int]) -> str:
 
 
 def evaluate_pair(n: int = 500, seed: int = 0, folders: Sequence[str | Path] = ("tiny", "tiny-ar")) -> list[Accuracy]:
-    """The dLLM on all tasks, its twin on those with an order of reading; each of `folders` is what `dllm.load` takes."""
+    """The dLLM on all tasks, its twin on those with an order of reading; each of `folders` is what `dllm.load`
+    takes.
+    """
     results = []
     for folder in folders:
         model = load(folder)

@@ -26,7 +26,9 @@ class Curve:
 
     def add(self, **row: float) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, FIELDS).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            csv.DictWriter(file, FIELDS).writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            )
         if self.board is not None:
             for name in ("loss", "accuracy", "rate"):
                 self.board.add_scalar(name, row[name], row["step"])

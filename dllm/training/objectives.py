@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.transformer import Transformer
 from .data import Batch
-from .diffusion import Weighting, mask_window, masked_loss, noise_levels
+from .diffusion import Weighting, mask_window, masked_loss, noise_levels, reading_rows
 
 
 class Loss(NamedTuple):
@@ -28,10 +28,12 @@ class Diffusion:
 
     mask_id: int
     weighting: Weighting
+    reading: float = 0.0  # share of rows masked from a random column on, see `reading_rows`
 
     def __call__(self, model: Transformer, batch: Batch, generator: torch.Generator) -> Loss:
         t = noise_levels(len(batch.ids), generator)
-        noisy, masked = mask_window(batch.ids, batch.prompt, self.mask_id, t, generator, bool(model.config.shift))
+        first, t = reading_rows(batch.prompt, batch.answer, t, self.reading, generator)
+        noisy, masked = mask_window(batch.ids, first, self.mask_id, t, generator, bool(model.config.shift))
         device = model.embed_tokens.weight.device
         ids, noisy, masked = batch.ids.to(device), noisy.to(device), masked.to(device)
         rows, columns = masked.nonzero(as_tuple=True)  # (M,) each
@@ -64,8 +66,8 @@ def _hidden(model: Transformer, noisy: Tensor, clean: Tensor, rows: Tensor, colu
     """The hidden states (M, D) that predict the given tokens: row i - shift predicts position i.
 
     A block-causal model reads finished blocks clean, so the noisy and the clean row pass side by side and a noisy block
-    sees itself and the clean blocks before it (arXiv 2503.09573). A shifted one predicts the first token of a block from
-    the last of the block before it, which is finished by then.
+    sees itself and the clean blocks before it (arXiv 2503.09573). A shifted one predicts the first token of a block
+    from the last of the block before it, which is finished by then.
     """
     block, shift = model.config.block_size, model.config.shift
     source = (columns - shift).clamp(min=0)

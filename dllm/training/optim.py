@@ -22,7 +22,7 @@ class Optimizers:
     schedule: ScheduleSpec
 
     def step(self, step: int) -> bool:
-        """Update at step `step` (from 0) and clear the gradients. False, and no update, where the gradient is not finite."""
+        """Update at step `step` (from 0) and clear the gradients; False, without an update, where one is not finite."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         if not bool(norm.isfinite()):
             self.zero_grad()

@@ -1,7 +1,7 @@
 """The three tasks of the embedded pair: generators that are also its evaluation, each with a grader.
 
-Every problem carries a key, the part of it that makes it *that* problem (the operations and numbers, the solution grid);
-the split of a problem is a hash of its key, so that no test problem is a renamed training problem.
+Every problem carries a key, the part of it that makes it *that* problem (the operations and numbers, the solution
+grid); the split of a problem is a hash of its key, so that no test problem is a renamed training problem.
 A stream is a pure function of (task, split, seed).
 """
 
@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice, permutations, product
-from typing import Any
+from itertools import permutations, product
+from typing import Any, ClassVar
 
 from ..errors import DllmError, unknown
 
@@ -54,9 +54,12 @@ class Task:
         """The first `n` examples of the stream with distinct prompts."""
         if n < 0:
             raise DllmError(f"n must not be negative, got {n}")
-        seen: set[str] = set()
-        fresh = (e for e in self.stream(split, seed) if not (e.prompt in seen or seen.add(e.prompt)))  # type: ignore[func-returns-value]
-        return list(islice(fresh, n))
+        found: dict[str, Example] = {}  # by prompt, in order
+        for example in self.stream(split, seed):
+            if len(found) == n:
+                break
+            found.setdefault(example.prompt, example)
+        return list(found.values())
 
 
 def hash_split(key: str) -> str:
@@ -68,15 +71,22 @@ def hash_split(key: str) -> str:
 # ---------------------------------------------------------------------------------------------------- word problems
 # Numbers stay within 0..99: amounts change by 1..9, by a product of two numbers in 2..5, or are doubled or tripled.
 
-HE = ("Tom", "Ben", "Sam", "Leo", "Max", "Jack", "Omar", "Ivan", "Paul", "Luis", "Noah", "Adam", "Eric", "Hugo", "Liam",
-      "Finn", "Carl", "Dan", "Karl", "Amir", "John", "Bob", "James", "Peter", "Mike", "David", "Tim", "Joe", "Alex", "Nick")
-SHE = ("Ana", "Mia", "Eva", "Zoe", "Lily", "Emma", "Nora", "Rosa", "Sara", "Maya", "Ella", "Ruth", "Lucy", "Anna", "Kate",
-       "Jane", "Lena", "Nina", "Olga", "Ines", "Alice", "Mary", "Sarah", "Julia", "Laura", "Clara", "Amy", "Sue", "Jill",
-       "Betty")
-ITEMS = ("apples", "pears", "books", "pens", "coins", "stamps", "marbles", "cards", "eggs", "shells", "stickers", "balls",
-         "cookies", "flowers", "oranges", "lemons", "stones", "candles", "toys", "beads", "plums", "cups", "buttons",
-         "pencils", "peaches", "tickets", "nuts", "keys", "roses", "muffins", "dollars", "bananas", "cherries", "cakes", "sweets",
-         "dolls", "cars", "rocks", "hats", "fish")
+HE = (
+    "Tom", "Ben", "Sam", "Leo", "Max", "Jack", "Omar", "Ivan", "Paul", "Luis", "Noah", "Adam", "Eric", "Hugo",
+    "Liam", "Finn", "Carl", "Dan", "Karl", "Amir", "John", "Bob", "James", "Peter", "Mike", "David", "Tim", "Joe",
+    "Alex", "Nick",
+)  # fmt: skip
+SHE = (
+    "Ana", "Mia", "Eva", "Zoe", "Lily", "Emma", "Nora", "Rosa", "Sara", "Maya", "Ella", "Ruth", "Lucy", "Anna",
+    "Kate", "Jane", "Lena", "Nina", "Olga", "Ines", "Alice", "Mary", "Sarah", "Julia", "Laura", "Clara", "Amy",
+    "Sue", "Jill", "Betty",
+)  # fmt: skip
+ITEMS = (
+    "apples", "pears", "books", "pens", "coins", "stamps", "marbles", "cards", "eggs", "shells", "stickers",
+    "balls", "cookies", "flowers", "oranges", "lemons", "stones", "candles", "toys", "beads", "plums", "cups",
+    "buttons", "pencils", "peaches", "tickets", "nuts", "keys", "roses", "muffins", "dollars", "bananas",
+    "cherries", "cakes", "sweets", "dolls", "cars", "rocks", "hats", "fish",
+)  # fmt: skip
 BOXES = ("bags", "boxes", "packs", "baskets", "jars", "crates")
 GAIN = ("buys", "finds", "gets", "wins", "collects", "receives")
 LOSE = ("eats", "loses", "sells", "gives away", "drops", "uses")
@@ -138,7 +148,7 @@ def _groups(s: _Story) -> bool:
         return False
     box = s.rng.choice(BOXES)
     s.say(f"{s.rng.choice(GAIN if gain else LOSE)} {a} {box} of {b} {s.item} each")
-    total = s.work(f"The {box} hold", a, "*", b)
+    total = s.work("They hold", a, "*", b)
     s.change("+" if gain else "-", total)
     return True
 
@@ -165,7 +175,7 @@ def _chain(s: _Story) -> int:
     target = s.rng.choices((1, 2, 3), (20, 45, 35))[0]
     done = 0
     while done < target and len(s.lines) < 4:
-        if len(s.lines) == 3 or (event := s.rng.choice(EVENTS)) is _groups and len(s.lines) > 2:
+        if len(s.lines) == 3 or ((event := s.rng.choice(EVENTS)) is _groups and len(s.lines) > 2):
             event = s.rng.choice((_gain, _lose))
         done += event(s)
     shares = [k for k in (2, 3, 4, 5) if s.amount % k == 0]
@@ -173,7 +183,7 @@ def _chain(s: _Story) -> int:
         k = s.rng.choice(shares)
         s.say(f"shares them equally among {k} friends")
         _question(s, f"How many {s.item} does each friend get?")
-        return s.work("Each friend gets", s.amount, "/", k)
+        return s.work("Each gets", s.amount, "/", k)
     ending = s.rng.choice(("have now", "have left", "have in the end", "have"))
     _question(s, f"How many {s.item} does {s.name} {ending}?")
     return s.amount
@@ -187,14 +197,17 @@ def _compare(s: _Story) -> int:
     kind = s.rng.choice(("more", "fewer", "times"))
     if kind == "fewer" and mine < 3:
         kind = "more"
-    k = s.rng.randint(1, min(9, mine - 1)) if kind == "fewer" else s.rng.randint(1, 9) if kind == "more" else s.rng.choice((2, 3))
+    if kind == "times":
+        k = s.rng.choice((2, 3))
+    else:
+        k = s.rng.randint(1, min(9, mine - 1) if kind == "fewer" else 9)
     how = f"{k} times as many {s.item} as" if kind == "times" else f"{k} {kind} {s.item} than"
     s.text.append(f"{other} has {how} {s.name}.")
     theirs = s.work(f"{other} has", mine, {"more": "+", "fewer": "-", "times": "*"}[kind], k)
     if s.rng.random() < 0.6:
-        _question(s, s.rng.choice((f"How many {s.item} do they have together?",
-                                   f"How many {s.item} do {s.name} and {other} have together?")), optional=False)
-        return s.work("Together they have", mine, "+", theirs)
+        they = s.rng.choice(("they", f"{s.name} and {other}"))
+        _question(s, f"How many {s.item} do {they} have together?", optional=False)
+        return s.work("They have", mine, "+", theirs)
     _question(s, f"How many {s.item} does {other} have?")
     return theirs
 
@@ -292,21 +305,23 @@ class _Op:
 
 def _ops(rng: random.Random) -> _Op:
     k, m = rng.randint(1, 20), rng.randint(2, 9)
-    return rng.choice((
-        _Op(f"add {k} to", f"{{}} + {k}", SUM, SUM),
-        _Op(f"add {k} to", f"{{}} + {k}", SUM, SUM),
-        _Op(f"subtract {k} from", f"{{}} - {k}", SUM, SUM),
-        _Op(f"subtract {k} from", f"{{}} - {k}", SUM, SUM),
-        _Op(f"multiply {{}} by {m}", f"{{}} * {m}", PRODUCT, PRODUCT),
-        _Op(f"multiply {{}} by {m}", f"{{}} * {m}", PRODUCT, PRODUCT),
-        _Op("double", "{} * 2", PRODUCT, PRODUCT),
-        _Op("triple", "{} * 3", PRODUCT, PRODUCT),
-        _Op("square", "{} ** 2", ATOM, PRODUCT),
-        _Op("negate", "-{}", ATOM, SUM),
-        _Op(f"take {{}} modulo {m}", f"{{}} % {m}", PRODUCT, PRODUCT),
-        _Op(f"divide {{}} by {m} rounding down", f"{{}} // {m}", PRODUCT, PRODUCT),
-        _Op("take the absolute value of", "abs({})", 0, ATOM),
-    ))
+    return rng.choice(
+        (
+            _Op(f"add {k} to", f"{{}} + {k}", SUM, SUM),
+            _Op(f"add {k} to", f"{{}} + {k}", SUM, SUM),
+            _Op(f"subtract {k} from", f"{{}} - {k}", SUM, SUM),
+            _Op(f"subtract {k} from", f"{{}} - {k}", SUM, SUM),
+            _Op(f"multiply {{}} by {m}", f"{{}} * {m}", PRODUCT, PRODUCT),
+            _Op(f"multiply {{}} by {m}", f"{{}} * {m}", PRODUCT, PRODUCT),
+            _Op("double", "{} * 2", PRODUCT, PRODUCT),
+            _Op("triple", "{} * 3", PRODUCT, PRODUCT),
+            _Op("square", "{} ** 2", ATOM, PRODUCT),
+            _Op("negate", "-{}", ATOM, SUM),
+            _Op(f"take {{}} modulo {m}", f"{{}} % {m}", PRODUCT, PRODUCT),
+            _Op(f"divide {{}} by {m} rounding down", f"{{}} // {m}", PRODUCT, PRODUCT),
+            _Op("take the absolute value of", "abs({})", 0, ATOM),
+        )
+    )
 
 
 def _apply(op: _Op, code: str, binds: int) -> tuple[str, int]:
@@ -332,18 +347,29 @@ def _one_argument(rng: random.Random) -> tuple[str, list[str], str]:
 
 
 def _two_arguments(rng: random.Random) -> tuple[str, list[str], str]:
-    ask, code, binds = rng.choice((
-        ("add x and y", "x + y", SUM), ("subtract y from x", "x - y", SUM), ("multiply x and y", "x * y", PRODUCT),
-        ("take the larger of x and y", "max(x, y)", ATOM), ("take the smaller of x and y", "min(x, y)", ATOM),
-    ))
+    ask, code, binds = rng.choice(
+        (
+            ("add x and y", "x + y", SUM),
+            ("subtract y from x", "x - y", SUM),
+            ("multiply x and y", "x * y", PRODUCT),
+            ("take the larger of x and y", "max(x, y)", ATOM),
+            ("take the smaller of x and y", "min(x, y)", ATOM),
+        )
+    )
     asks, code = _steps(rng, code, binds, "it", rng.randint(0, 2))
     return "x, y", [ask, *asks], code
 
 
 def _condition(rng: random.Random, name: str) -> tuple[str, str]:
     k = rng.randint(1, 20)
-    return rng.choice(((f"greater than {k}", f"{name} > {k}"), (f"less than {k}", f"{name} < {k}"),
-                       ("even", f"{name} % 2 == 0"), ("odd", f"{name} % 2 == 1")))
+    return rng.choice(
+        (
+            (f"greater than {k}", f"{name} > {k}"),
+            (f"less than {k}", f"{name} < {k}"),
+            ("even", f"{name} % 2 == 0"),
+            ("odd", f"{name} % 2 == 1"),
+        )
+    )
 
 
 def _conditional(rng: random.Random) -> tuple[str, list[str], str]:
@@ -354,8 +380,14 @@ def _conditional(rng: random.Random) -> tuple[str, list[str], str]:
 
 
 def _reduce(rng: random.Random) -> tuple[str, list[str], str]:
-    ask, code = rng.choice((("sum", "sum(xs)"), ("count", "len(xs)"), ("take the largest of", "max(xs)"),
-                            ("take the smallest of", "min(xs)")))
+    ask, code = rng.choice(
+        (
+            ("sum", "sum(xs)"),
+            ("count", "len(xs)"),
+            ("take the largest of", "max(xs)"),
+            ("take the smallest of", "min(xs)"),
+        )
+    )
     asks, code = _steps(rng, code, ATOM, "it", rng.randint(0, 2))
     return "xs", [f"{ask} the items of xs" if ask == "count" else f"{ask} xs", *asks], code
 
@@ -371,14 +403,29 @@ def _keep(rng: random.Random) -> tuple[str, list[str], str]:
 
 
 def _order(rng: random.Random) -> tuple[str, list[str], str]:
-    ask, code = rng.choice((("sort xs", "sorted(xs)"), ("reverse xs", "xs[::-1]"),
-                            ("sort xs from high to low", "sorted(xs, reverse=True)")))
+    ask, code = rng.choice(
+        (
+            ("sort xs", "sorted(xs)"),
+            ("reverse xs", "xs[::-1]"),
+            ("sort xs from high to low", "sorted(xs, reverse=True)"),
+        )
+    )
     k = rng.randint(1, 9)
-    more, cut = rng.choice((([], ""), ([f"keep the first {k} items"], f"[:{k}]"), ([f"drop the first {k} items"], f"[{k}:]")))
+    more, cut = rng.choice(
+        (([], ""), ([f"keep the first {k} items"], f"[:{k}]"), ([f"drop the first {k} items"], f"[{k}:]"))
+    )
     return "xs", [ask, *more], code + cut
 
 
-KINDS = ((_one_argument, 40), (_two_arguments, 16), (_conditional, 14), (_reduce, 10), (_every, 8), (_keep, 6), (_order, 6))
+KINDS = (
+    (_one_argument, 40),
+    (_two_arguments, 16),
+    (_conditional, 14),
+    (_reduce, 10),
+    (_every, 8),
+    (_keep, 6),
+    (_order, 6),
+)
 
 
 def draw_function(rng: random.Random) -> Example:
@@ -410,16 +457,35 @@ def grade_function(example: Example, text: str) -> bool:
 
 
 class Interpreter:
-    """Runs `def f(...): return expression` on a whitelist of syntax nodes: arithmetic, comparisons, lists, five builtins.
+    """Runs `def f(...): return expression` on a whitelist of syntax: arithmetic, comparisons, lists, six builtins.
 
     Raises ValueError on any other syntax, and on numbers beyond 10^18 or lists beyond 1000 items.
     """
 
-    BINARY = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
-              ast.Mod: lambda a, b: a % b, ast.FloorDiv: lambda a, b: a // b, ast.Pow: lambda a, b: a**b}
-    COMPARE = {ast.Gt: lambda a, b: a > b, ast.Lt: lambda a, b: a < b, ast.Eq: lambda a, b: a == b,
-               ast.GtE: lambda a, b: a >= b, ast.LtE: lambda a, b: a <= b, ast.NotEq: lambda a, b: a != b}
-    CALLS: dict[str, Callable[..., Any]] = {"abs": abs, "max": max, "min": min, "sum": sum, "len": len, "sorted": sorted}
+    BINARY: ClassVar[dict[type, Callable[[Any, Any], Any]]] = {
+        ast.Add: lambda a, b: a + b,
+        ast.Sub: lambda a, b: a - b,
+        ast.Mult: lambda a, b: a * b,
+        ast.Mod: lambda a, b: a % b,
+        ast.FloorDiv: lambda a, b: a // b,
+        ast.Pow: lambda a, b: a**b,
+    }
+    COMPARE: ClassVar[dict[type, Callable[[Any, Any], Any]]] = {
+        ast.Gt: lambda a, b: a > b,
+        ast.Lt: lambda a, b: a < b,
+        ast.Eq: lambda a, b: a == b,
+        ast.GtE: lambda a, b: a >= b,
+        ast.LtE: lambda a, b: a <= b,
+        ast.NotEq: lambda a, b: a != b,
+    }
+    CALLS: ClassVar[dict[str, Callable[..., Any]]] = {
+        "abs": abs,
+        "max": max,
+        "min": min,
+        "sum": sum,
+        "len": len,
+        "sorted": sorted,
+    }
 
     def __init__(self, source: str) -> None:
         body = ast.parse(source.strip()).body

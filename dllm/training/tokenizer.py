@@ -1,7 +1,7 @@
 """The tokenizer of the embedded pair: whole words and numbers of the tasks, bytes for everything else.
 
-A sum is then a look-up over single tokens and a problem takes about fifty tokens, while any UTF-8 text still goes in and
-comes out unchanged: a word outside the vocabulary is spelled in bytes.
+A sum is then a look-up over single tokens and a problem takes about fifty tokens, while any UTF-8 text still goes in
+and comes out unchanged: a word outside the vocabulary is spelled in bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ def build_tokenizer(examples: Iterable[Example], max_length: int = 512) -> PreTr
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIAL))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, mask_token=MASK, eos_token=EOS, sep_token=SEP, model_max_length=max_length,
+        tokenizer_object=core,
+        pad_token=PAD,
+        mask_token=MASK,
+        eos_token=EOS,
+        sep_token=SEP,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ CHECKPOINT = "checkpoint.pt"
 class Trainer:
     """One run of a recipe.
 
-    `resume` goes on from the checkpoint in `config.output`; without it the folder must hold none. `model` replaces the one
-    that the recipe describes.
+    `resume` goes on from the checkpoint in `config.output`; without it the folder must hold none. `model` replaces
+    the one that the recipe describes.
     """
 
     def __init__(self, config: TrainConfig, resume: bool = False, model: Model | None = None) -> None:
@@ -168,11 +169,29 @@ def _mixed(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def build_model(config: TrainConfig) -> Model:
-    """The model that a recipe starts from: a loaded one in float32, or a fresh one with the embedded tokenizer."""
-    spec = config.model
-    if spec.start:
-        return load(spec.start, dtype=torch.float32, device="cpu")
-    return fresh_model(spec, config.objective == "autoregressive")
+    """The model that a recipe starts from: a loaded one in float32, or a fresh one with the embedded tokenizer.
+
+    A diffusion run may start from a Llama-like causal model: its weights then open a LLaDA, which has the same tensors.
+    """
+    spec, causal = config.model, config.objective == "autoregressive"
+    if not spec.start:
+        return fresh_model(spec, causal)
+    model = load(spec.start, dtype=torch.float32, device="cpu")
+    return as_diffusion(model) if model.config.causal and not causal else model
+
+
+def as_diffusion(twin: Model) -> Model:
+    """A LLaDA with the weights of a causal Llama: no causal mask, no shift, the tokenizer's mask token."""
+    mask_id = getattr(twin.tokenizer, "mask_token_id", None)
+    if twin.config.architecture != "LlamaForCausalLM" or mask_id is None:
+        raise DllmError(
+            "a diffusion run starts from a LlamaForCausalLM whose tokenizer has a mask token, or from a dLLM"
+        )
+    config = replace(twin.config, family="llada", architecture="LLaDAModelLM", causal=False, shift=0, mask_id=mask_id,
+                     rope_full_precision=True, raw={})  # fmt: skip
+    backbone = Transformer(config)
+    backbone.load_state_dict(twin.transformer.state_dict())
+    return Model(config, backbone, twin.tokenizer)
 
 
 def fresh_model(spec: ModelSpec, causal: bool) -> Model:
@@ -205,7 +224,7 @@ def make_objective(config: TrainConfig, model: Model) -> Callable[..., Loss]:
     if causal:
         return Autoregressive()
     assert model.mask_id is not None
-    return Diffusion(model.mask_id, config.loss)
+    return Diffusion(model.mask_id, config.loss, config.reading)
 
 
 def make_batches(config: TrainConfig, model: Model) -> Batches:
@@ -214,7 +233,9 @@ def make_batches(config: TrainConfig, model: Model) -> Batches:
     data = config.data
     window = Window(data.window, data.max_window, data.long, data.rare)
     longest = min(data.max_length, model.max_positions)
-    return Batches(_source(data), encoder(model, data.chat), model.eos_ids[0], config.batch_size, window, config.seed, longest)
+    return Batches(
+        _source(data), encoder(model, data.chat), model.eos_ids[0], config.batch_size, window, config.seed, longest
+    )
 
 
 def _source(data: DataSpec) -> Source:
