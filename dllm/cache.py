@@ -1,10 +1,10 @@
-"""Cache policies. A policy answers one question: which positions are recomputed in this step, which keys are visible, and
-what stays in the store?
+"""Cache policies. A policy answers one question: which positions are recomputed in this step, which keys are visible,
+and what stays in the store?
 
-Bidirectional models. A row whose window opens a new epoch runs a full forward that refreshes its lane of the store; other
-steps recompute an index set against the stored keys and values, which are stale. `none` recomputes everything and is
-exact; `prefix` and `dual` come from Fast-dLLM (arXiv 2505.22618), `interval` from dInfer (arXiv 2510.08666), `delayed`
-from dKV-Cache (arXiv 2505.15781), `dllm_cache` from dLLM-Cache (arXiv 2506.06295).
+Bidirectional models. A row whose window opens a new epoch runs a full forward that refreshes its lane of the store;
+other steps recompute an index set against the stored keys and values, which are stale. `none` recomputes everything and
+is exact; `prefix` and `dual` come from Fast-dLLM (arXiv 2505.22618), `interval` from dInfer (arXiv 2510.08666),
+`delayed` from dKV-Cache (arXiv 2505.15781), `dllm_cache` from dLLM-Cache (arXiv 2506.06295).
 
 Block-causal models. Keys and values of a finished block depend on nothing that comes later, so `block` is exact.
 
@@ -15,7 +15,6 @@ of the state alone. docs/caches.md says which one to use when.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -80,7 +79,7 @@ def gather_plan(
     limit: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Plan:
-    """The plan that feeds the canvas at `pos` (N, Q); queries see the columns below `limit` (N,), None: of their row."""
+    """The plan that feeds the canvas at `pos` (N, Q); queries see columns below `limit` (N,), None: their row."""
     canvas = state.canvas
     ids = canvas.ids.gather(1, pos.clamp(min=0))
     visible = None
@@ -129,7 +128,9 @@ class Policy:
     def bind(self, model: Model) -> Policy:
         """The policy for this model. Errors: a model without a store, or with the wrong kind of attention."""
         if self.stored and not model.supports_cache:
-            raise DllmError(f"cache {self.name!r} needs a native model; this one runs through transformers: use cache='none'")
+            raise DllmError(
+                f"cache {self.name!r} needs a native model; this one runs through transformers: use cache='none'"
+            )
         if self.blockwise is not None and self.blockwise != bool(model.block_size):
             kind, use = ("block-causal", "'block'") if model.block_size else ("bidirectional", "'prefix' or 'dual'")
             raise DllmError(f"cache {self.name!r} does not fit a {kind} model: use {use}, or 'none'")
@@ -143,8 +144,13 @@ class Policy:
 
     # -- the account: leaves of the decoding state ------------------------------------------------------------------
 
-    memory: ClassVar[Callable[[Canvas], dict[str, Tensor]] | None] = None
-    columns: ClassVar[Callable[[Canvas], dict[str, Tensor]] | None] = None
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        """Initial leaves (B, ...) of the account."""
+        return {}
+
+    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
+        """Initial leaves (B, L, ...), which follow length edits."""
+        return {}
 
     def enter(self, state: State, window: Window) -> tuple[State, Window]:
         """Note what this step will recompute; `window.epoch` says afterwards what the store holds after it."""
@@ -245,7 +251,7 @@ def opened(state: State, window: Window) -> tuple[State, Tensor]:
     return state, state.step - since
 
 
-def no_epoch(self: Policy, canvas: Canvas) -> dict[str, Tensor]:
+def no_epoch(canvas: Canvas) -> dict[str, Tensor]:
     return {"cache.epoch": torch.full_like(canvas.start, -1), "cache.since": torch.zeros_like(canvas.start)}
 
 
@@ -259,7 +265,8 @@ class Interval(Dual):
     warmup: int = field(default=4, metadata={"why": "dInfer: the first four steps of a row are full forwards"})
     every: int = field(default=0, metadata={"why": "0: refresh at a new block only, as dInfer does"})
 
-    memory = no_epoch  # type: ignore[assignment]
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        return no_epoch(canvas)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,13 +307,14 @@ class Delayed(Sparse):
     name: ClassVar[str] = "delayed"
     every: int = field(default=8, metadata={"why": "bounds how stale a token may get; the paper tries 2 to 16"})
 
-    memory = no_epoch  # type: ignore[assignment]
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        return no_epoch(canvas)
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise DllmError(f"cache delayed: every={self.every} must be at least 1")
 
-    def columns(self, canvas: Canvas) -> dict[str, Tensor]:  # type: ignore[override]
+    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
         return {"cache.fed": canvas.masked, "cache.redo": canvas.masked}
 
     def enter(self, state: State, window: Window) -> tuple[State, Window]:
@@ -319,10 +327,10 @@ class Delayed(Sparse):
 
 @dataclass(frozen=True)
 class Partial(Sparse):
-    """The prompt is recomputed every `prompt_every` steps, the response every `response_every`, a part of it in between.
+    """The prompt is recomputed every `prompt_every` steps, the response every `response_every`, a part in between.
 
-    The part is `rho` of the response: what the step reads, then tokens that changed since they were last computed, then
-    those that were computed longest ago. dLLM-Cache picks by the similarity of each layer's values instead.
+    The part is what the step reads and the tokens that changed since they were last computed, filled up to `rho` of
+    the response by those that were computed longest ago. dLLM-Cache picks by the similarity of each layer's values.
     """
 
     name: ClassVar[str] = "dllm_cache"
@@ -335,7 +343,7 @@ class Partial(Sparse):
             values = f"prompt_every={self.prompt_every}, response_every={self.response_every}, rho={self.rho}"
             raise DllmError(f"cache dllm_cache: {values}: the first two must be at least 1, rho in [0, 1]")
 
-    def columns(self, canvas: Canvas) -> dict[str, Tensor]:  # type: ignore[override]
+    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
         never = torch.full_like(canvas.ids, -1)
         return {"cache.ids": never, "cache.when": never, "cache.redo": canvas.masked}
 
@@ -344,7 +352,8 @@ class Partial(Sparse):
         cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
         response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
         prompt = (state.step % self.prompt_every == 0)[:, None]
-        redo = torch.where((state.step % self.response_every == 0)[:, None], response, self._part(state, window, response))
+        all_of_it = (state.step % self.response_every == 0)[:, None]
+        redo = torch.where(all_of_it, response, self._part(state, window, response))
         computed = redo | prompt
         columns = {
             **columns,
@@ -362,7 +371,7 @@ class Partial(Sparse):
         urgency = torch.where(read, 2 * EPOCHS, 0) + torch.where(changed, EPOCHS, 0) - columns["cache.when"]
         order = urgency.masked_fill(~response, -4 * EPOCHS).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         share = torch.ceil(self.rho * response.sum(1)).long()
-        return read | response & (order < share[:, None])
+        return read | changed | response & (order < share[:, None])
 
 
 # -- block-causal models --------------------------------------------------------------------------------------------
@@ -408,10 +417,10 @@ class Block(Policy):
 
 @dataclass(frozen=True)
 class BlockDual(Block):
-    """`block`, but inside a block only the window is recomputed, against keys that the block's last whole forward left.
+    """`block`, but inside a block only the window is recomputed, against keys of the block's last whole forward.
 
-    Fast-dLLM v2's block cache (arXiv 2509.26328): exact across blocks, stale inside one. A shifted model reruns the block
-    while the window's first column is masked, since the row that predicts it lies outside the window.
+    Fast-dLLM v2's block cache (arXiv 2509.26328): exact across blocks, stale inside one. A shifted model reruns the
+    block while the window's first column is masked, since the row that predicts it lies outside the window.
     `cached` is twice the frontier, and one more when the open block is in the store too.
     """
 

@@ -13,6 +13,7 @@ from dllm.engine import Answer, Runner, decode
 from dllm.generation import prepare
 from dllm.meter import Meter
 from dllm.models.hub import Model
+from dllm.samplers.base import View
 
 
 class StepError(NamedTuple):
@@ -45,8 +46,7 @@ class Beside(Runner):
     def _note(self, state: State, window: Window, answer: Answer, exact: Answer, requests: list[int]) -> None:
         ours, theirs = answer.read(window.reads), exact.read(window.reads)
         assert ours is not None and theirs is not None
-        cols = window.reads
-        live = (cols >= window.lo[:, None]) & (cols < window.hi[:, None]) & state.canvas.masked.gather(1, cols.clamp(min=0))
+        live = View(state, window).live
         apart = (ours.logits - theirs.logits).abs()
         apart = torch.where(torch.isfinite(theirs.logits), apart, 0.0)  # (B, W, V)
         flips = ours.argmax != theirs.argmax
@@ -60,8 +60,8 @@ class Beside(Runner):
 def cache_error(model: Model | str | None = None, prompt: Any = None, **arguments: Any) -> list[Any]:
     """Decode as `generate` does with these arguments, and report the logit error of the cache at every step.
 
-    Returns a list of `StepError` for one prompt, a list of such lists for a list of prompts. Differences are in logits, at
-    the columns that the step could commit; a step is compared with a full forward on the canvas that it saw.
+    Returns a list of `StepError` for one prompt, a list of such lists for a list of prompts. Differences are in logits,
+    at the columns that the step could commit; a step is compared with a full forward on the canvas that it saw.
     """
     job = prepare(model, prompt, arguments)
     errors: list[list[StepError]] = [[] for _ in job.prompts]

@@ -30,7 +30,7 @@ class Blocks:
     length: int = field(metadata={"why": "columns of a block"})
     lone_opening: bool = field(default=False, metadata={"why": "the opening forward commits the first column only"})
     aligned: bool = field(default=False, metadata={"why": "blocks count from column 0, as block-causal models have it"})
-    holds: bool = field(default=False, metadata={"why": "a block stays open while `window.hold` says so (token editing)"})
+    holds: bool = field(default=False, metadata={"why": "a block stays open while `window.hold` says so"})
 
     @classmethod
     def of(cls, context: Context, **options: Any) -> Self:

@@ -19,8 +19,8 @@ from dllm.samplers.threshold import Threshold
 class Editing(Method):
     """Commit above `tau`, and replace a committed token of the block where another one reaches `edit`.
 
-    A block without masks stays open until a forward edits nothing, `rounds` of them at most. Prompt tokens and blocks that
-    were left are never edited. Composes: `editing+NAME` edits behind the selection rule of NAME.
+    A block without masks stays open until a forward edits nothing, `rounds` of them at most. Prompt tokens and blocks
+    that were left are never edited. Composes: `editing+NAME` edits behind the selection rule of NAME.
     """
 
     tau: float = param(0.95, "LLaDA2.1's code; its card names 0.7 for quality and 0.5 for speed", low=0)
@@ -36,7 +36,7 @@ class Editing(Method):
             window=Blocks.of(context, holds=True),
             amend=(self.amend,),
             assumes={"select": Threshold(self.tau).select},
-            needs=Needs(committed=True, revises=True, may_idle=True),
+            needs=Needs(committed=True, revises=True),
             memory=self.memory,
         )
 

@@ -1,7 +1,7 @@
-"""Fast-dLLM v2 (arXiv 2509.26328): threshold decoding in sub-blocks of a block; a block's first token comes from the left.
+"""Fast-dLLM v2 (arXiv 2509.26328): threshold decoding in sub-blocks; a block's first token comes from the left.
 
-Logits are shifted, so the last token of a finished block predicts the first one of the next: the forward that commits the
-finished block commits that token too, whatever its confidence. The other columns of the block are read afterwards.
+Logits are shifted, so the last token of a finished block predicts the first one of the next: the forward that commits
+the finished block commits that token too, whatever its confidence. The other columns of the block are read afterwards.
 """
 
 from __future__ import annotations

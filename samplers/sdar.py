@@ -1,7 +1,7 @@
-"""The remasking rules of SDAR (arXiv 2510.06303) under their released names; LLaDA2.0 (arXiv 2512.15745) decodes alike.
+"""The remasking rules of SDAR (arXiv 2510.06303) by their released names; LLaDA2.0 (arXiv 2512.15745) decodes alike.
 
-A block takes `steps` forwards at most: each commits at least its share of the block. Only masked columns are candidates,
-so a partial first block keeps its prompt tokens. Confidences are those of the law after temperature and filters.
+A block takes `steps` forwards at most: each commits at least its share of the block. Only masked columns are
+candidates, so a partial first block keeps its prompt tokens. Confidences are those after temperature and filters.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class SDAR(Method):
     """Block decoding: from left to right, by confidence, by confidence above tau, or by bounded entropy."""
 
     rule: str = param("low_confidence_dynamic", "the released default", choices=RULES)
-    tau: float = param(0.85, "SDAR's threshold for its dynamic rule", low=0)
-    gamma: float = param(0.35, "entropy in nats that a step may spend beyond its surest column (SDAR's eb_threshold)", low=0)
-    steps: int | None = param(None, "forwards of a block; None: as many as it has columns, so at least one a step", low=1)
+    tau: float = param(0.85, "the released threshold of the dynamic rule", low=0)
+    gamma: float = param(0.35, "nats of entropy that a step may spend on further columns (eb_threshold)", low=0)
+    steps: int | None = param(None, "forwards of a block; None: as many as its columns, at least one a step", low=1)
     whole_block: bool = param(False, "True: an EOS ends the row when its block is complete, as the released codes do")
 
     name: ClassVar[str] = "sdar"

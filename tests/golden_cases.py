@@ -217,10 +217,10 @@ ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
 
 
 # -- block-causal models ---------------------------------------------------------------------------------------------
-# The codes decode whole blocks, so the number of new tokens depends on the prompt. Where they run a forward of its own to
-# prefill the prompt or to store a finished block, ours folds that work into the next block's first forward: our forwards
-# are theirs without the prefill and store forwards that wrote nothing. Rows of a batch share max_new_tokens: a row that
-# goes on past its reference is compared up to there.
+# The codes decode whole blocks, so the number of new tokens depends on the prompt. Where they run a forward of its own
+# to prefill the prompt or to store a finished block, ours folds that work into the next block's first forward: our
+# forwards are theirs without the prefill and store forwards that wrote nothing. Rows of a batch share max_new_tokens: a
+# row that goes on past its reference is compared up to there.
 
 
 def _sdar(p: dict[str, Any]) -> dict[str, Any]:
@@ -230,8 +230,8 @@ def _sdar(p: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llada2(p: dict[str, Any]) -> dict[str, Any]:
-    whole = {"whole_block": not p["eos_early_stop"]}
-    sampler = {"name": "sdar", "tau": p["threshold"], "steps": min(p["steps"], p["gen_length"] // p["minimal_topk"]), **whole}
+    steps = min(p["steps"], p["gen_length"] // p["minimal_topk"])
+    sampler = {"name": "sdar", "tau": p["threshold"], "steps": steps, "whole_block": not p["eos_early_stop"]}
     return {"sampler": sampler, "block_length": p["block_length"], "eos": p["eos_id"]}
 
 

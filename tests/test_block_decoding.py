@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scripted import Scripted, peaks
 
 import dllm
 from dllm.errors import DllmError
@@ -12,14 +13,21 @@ from dllm.models.model import Model
 from dllm.staleness import cache_error
 
 MASK = 39
-PROMPTS = [[5], [1, 2, 3], [7, 8, 9, 10], [4, 4, 11, 12, 13, 3, 2, 1, 30], [6] * 12]
+PROMPTS = [[5], [7, 8, 9, 10], [4, 4, 11, 12, 13, 3, 2, 1, 30]]
 
 
 def tiny(block: int | None = 4, shift: int = 0, seed: int = 3, **switches) -> Model:
     torch.manual_seed(seed)
     sizes = dict(vocab_size=40, embedding_rows=40, hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
     config = ModelConfig(
-        "sdar", "SDARForCausalLM", **sizes, intermediate_size=48, mask_id=MASK, block_size=block, shift=shift, **switches
+        "sdar",
+        "SDARForCausalLM",
+        intermediate_size=48,
+        mask_id=MASK,
+        block_size=block,
+        shift=shift,
+        **sizes,
+        **switches,
     )
     model = Model(config)
     for parameter in model.transformer.parameters():
@@ -46,7 +54,7 @@ SAMPLERS = [
     "sdar:entropy_bounded,gamma=3",
     "dream",
     "localleap",
-    "editing:tau=0.2,edit=0.15",
+    "editing:tau=0.2,edit=0.15,rounds=2",
     "random",
 ]
 
@@ -55,11 +63,11 @@ SAMPLERS = [
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_block_equals_none_and_a_row_alone_equals_a_row_in_a_batch(sampler, shift):
     model = tiny(shift=shift)
-    together = run(model, PROMPTS, sampler=sampler, batch_size=3)
-    full = run(model, PROMPTS, sampler=sampler, batch_size=3, cache="none")
+    together = run(model, PROMPTS, sampler=sampler, batch_size=2)
+    full = run(model, PROMPTS, sampler=sampler, batch_size=2, cache="none")
     assert [story(o) for o in together] == [story(o) for o in full]
     assert {o.cache for o in together} == {"block"} and {o.cache for o in full} == {"none"}
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(PROMPTS[:2]):
         assert story(run(model, prompt, sampler=sampler, seed=i)) == story(together[i])
 
 
@@ -141,8 +149,7 @@ def test_infilling_across_blocks():
 @pytest.mark.parametrize("sampler", ["prophet", "adablock:delimiters=[3, 8]", "klass", "saber", "hierarchy", "credit"])
 def test_other_samplers_of_the_library(sampler):
     model = tiny()
-    for cache in ("none", "block"):
-        outs = [run(model, PROMPTS, sampler=sampler, cache=cache, batch_size=2) for cache in ("none", "block")]
+    outs = [run(model, PROMPTS, sampler=sampler, cache=cache, batch_size=2) for cache in ("none", "block")]
     assert [story(o) for o in outs[0]] == [story(o) for o in outs[1]]
 
 
@@ -152,3 +159,22 @@ def test_other_samplers_of_the_library(sampler):
 def test_a_cache_of_the_other_kind_is_an_error(cache, block, words):
     with pytest.raises(DllmError, match=words):
         run(tiny(block), [1, 2], cache=cache)
+
+
+def test_token_editing_by_hand():
+    """Block of 3: two commits, an edit while the block is open, another after its last mask, then a quiet forward."""
+    tables = [
+        peaks([(1, 0.96), (2, 0.50), (3, 0.97)], 6),  # commits 1 . 3
+        peaks([(4, 0.95), (2, 0.60), (3, 0.99)], 6),  # nothing above tau: the best mask, 2; and 1 -> 4
+        peaks([(4, 0.99), (5, 0.93), (2, 0.80)], 6),  # no mask left: 2 -> 5; 3 stays, 0.80 < 0.9
+        peaks([(4, 0.99), (5, 0.93), (2, 0.89)], 6),  # quiet: the block is left
+        peaks([(1, 0.99), (1, 0.99), (1, 0.99), (0, 0.97)], 6),  # next block; the first one is never edited again
+    ]
+    commits = [[[1, 1], [3, 3]], [[1, 4], [2, 2]], [[2, 5]], [], [[4, 0]]]
+    options = {"sampler": "editing", "block_length": 3, "max_new_tokens": 4, "trace": True, "early_stop": False}
+    out = dllm.generate(Scripted(tables), [0], **options)
+    assert out.trace.commits == [*commits, []] and out.sequences == [0, 4, 5, 3, 0]
+    assert out.nfe == 6, "the last block, too, has its quiet forward"
+    # without rounds a block is left with its last mask
+    out = dllm.generate(Scripted([*tables[:2], *tables[4:]]), [0], **options | {"sampler": "editing:rounds=0"})
+    assert out.trace.commits == [*commits[:2], [[4, 0]]] and out.nfe == 3
