@@ -26,7 +26,10 @@ _LAZY = {
     "speculate": "dllm.drafting.loop",
     "spec_generate": "dllm.drafting.transformers_hook",
 }
-__all__ = [*_LAZY, "__version__"]
+__all__ = [  # noqa: PLE0604
+    *_LAZY,
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ answers from a memo where it can.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 class Options:
     """What the loop needs to know beside model, sampler and cache."""
 
-    law: Law = Law()
+    law: Law = field(default_factory=Law)
     suppress: tuple[int, ...] = ()  # ids that are never predicted
     min_new_tokens: int = 0
     eos_ids: tuple[int, ...] = ()
@@ -316,8 +316,9 @@ def close(run: Runner, state: State, requests: list[int]) -> State:
     answer = run.forward(state, empty(state), plan, requests)
     blank = answer.read(torch.zeros_like(state.step)[:, None])
     assert blank is not None
-    canvas, _ = fill(state.canvas, blank, torch.ones_like(state.done))
-    return state._replace(canvas=canvas, step=state.step + 1, done=torch.ones_like(state.done), closing=~state.done & False)
+    yes = torch.ones_like(state.done)
+    canvas, _ = fill(state.canvas, blank, yes)
+    return state._replace(canvas=canvas, step=state.step + 1, done=yes, closing=~yes)
 
 
 def empty(state: State) -> Window:

@@ -1,7 +1,7 @@
 """Prediction: what the model says about the columns a step reads. Quantities are computed when somebody asks.
 
-Scores come from the *raw* law, the softmax of the un-noised logits, or from the *filtered* one, after temperature, top-k
-and top-p (Dream, arXiv 2508.15487). The mask id has logit -inf before it arrives here, so it is never predicted.
+Scores come from the *raw* law, the softmax of the un-noised logits, or from the *filtered* one, after temperature,
+top-k and top-p (Dream, arXiv 2508.15487). The mask id has logit -inf before it arrives here, so it is never predicted.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dllm.errors import DllmError
 class Trace:
     """The history of one row. Columns are absolute: column 0 is the first prompt token.
 
-    `commits[k]` lists the `[column, token]` pairs that forward k wrote; a pair whose token is the mask id is a re-masking.
+    `commits[k]` lists the `[column, token]` pairs that forward k wrote; a pair with the mask id is a re-masking.
     `windows[k]` is the half-open window of that forward, `lengths[k]` the canvas length after it.
     """
 
@@ -69,9 +69,8 @@ class Trace:
             shown = html.escape(text).replace("\n", "⏎<br>")
             hue = 0 if k is None else 250 - 220 * k / max(steps - 1, 1)
             title = "given" if k is None else f"forward {k + 1}"
-            spans.append(
-                f'<span class="t" data-k="{-1 if k is None else k}" title="{title}" style="--h:{hue:.0f}">{shown}</span>'
-            )
+            data = f'data-k="{-1 if k is None else k}" title="{title}" style="--h:{hue:.0f}"'
+            spans.append(f'<span class="t" {data}>{shown}</span>')
         prompt = html.escape("".join(self.piece(t) for t in self.prompt))
         return _PAGE.format(sampler=html.escape(self.sampler), steps=steps, prompt=prompt, cells="".join(spans))
 

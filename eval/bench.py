@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from dllm.samplers import registry
-from dllm.samplers.base import Context, Sampler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +27,8 @@ from dllm.engine import step as engine_step
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
 from dllm.prediction import Law, Prediction
+from dllm.samplers import registry
+from dllm.samplers.base import Context, Sampler
 
 VOCABULARY, WINDOW = 126_464, 32  # LLaDA-8B's head, one block
 REPEATS = 7

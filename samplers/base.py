@@ -224,7 +224,8 @@ class View:
 def rank(score: Tensor, among: Tensor) -> Tensor:
     """(B, W) 0-based rank of each candidate: highest score first, ties to the lowest position; W for the others."""
     order = score.masked_fill(~among, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter_(1, order, places)
     return torch.where(among, ranks, order.shape[1])
 
 

@@ -43,7 +43,7 @@ class Threshold(Method):
 
 @dataclass(frozen=True)
 class Factor(Method):
-    """Commit the longest prefix of the confidences c_1 >= c_2 >= ... with (n + 1)(1 - c_n) < f, and always the best one.
+    """Commit the longest prefix of the confidences c_1 >= c_2 >= ... with (n + 1)(1 - c_n) < f, at least one.
 
     Preset `compat` reproduces the released code: a first failure at the last rank is committed too.
     """

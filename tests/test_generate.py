@@ -217,7 +217,7 @@ def test_a_string_that_is_no_model_suggests_the_prompt() -> None:
 
 def test_a_shifted_model_cannot_predict_the_first_position() -> None:
     dream = model("tiny-dream-random")
-    with pytest.raises(DllmError, match="cannot predict position 0"):
+    with pytest.raises(DllmError, match="position 0 cannot be predicted"):
         dllm.generate(dream, [dream.mask_id, 4], infill=True)
 
 
