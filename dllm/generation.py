@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm import cache as caches
+from dllm import noise
 from dllm.canvas import Canvas, State
 from dllm.engine import Options, Runner, Tick, decode
 from dllm.errors import DllmError, unknown
@@ -39,8 +39,8 @@ class FamilyDefaults:
     block_length: int | None = 32  # None: the model's own block, else the whole window
 
 
-# LLaDA's instruct scores use blocks; Dream decodes the whole window on its own schedule; block-causal models decode their
-# own blocks by threshold, at the values of their model cards.
+# LLaDA's instruct scores use blocks; Dream decodes the whole window on its own schedule; block-causal models decode
+# their own blocks by threshold, at the values of their model cards.
 DEFAULTS: dict[str, FamilyDefaults] = {
     "dream": FamilyDefaults("dream", None),
     "sdar": FamilyDefaults("threshold:tau=0.85", None),
@@ -275,8 +275,9 @@ class Job:
         prompt, ids = self.prompts[request], canvas.ids[row, : length - self.tails[request]].tolist()
         generated = ids if self.args.infill else ids[len(prompt) :]
         begin = int(canvas.start[row]) - (0 if self.args.infill else len(prompt))
-        eos = {} if self.args.infill else set(self.options.eos_ids)
-        end = next((i for i, t in enumerate(generated[begin:], begin) if t in eos or t == canvas.mask_id), len(generated))
+        eos = set() if self.args.infill else set(self.options.eos_ids)
+        ends = eos | {canvas.mask_id}
+        end = next((i for i, t in enumerate(generated[begin:], begin) if t in ends), len(generated))
         stopped = end < len(generated) and generated[end] in eos
         tokens = generated[:end]
         text = self.text(tokens)
@@ -390,8 +391,8 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
     new = default if args.max_new_tokens is None else args.max_new_tokens
     if longest + new > model.max_positions:
         raise DllmError(
-            f"a prompt of {longest} tokens and max_new_tokens={new} exceed the model's {model.max_positions} positions; "
-            f"at most {max(room, 0)} new tokens fit"
+            f"a prompt of {longest} tokens and max_new_tokens={new} exceed the model's {model.max_positions} "
+            f"positions; at most {max(room, 0)} new tokens fit"
         )
     starts, rows = [], []
     for index, prompt in enumerate(prompts):
@@ -400,11 +401,12 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
             raise DllmError(f"prompt {index} holds the id {bad}, outside the vocabulary")
         holes = [i for i, token in enumerate(prompt) if token == mask]
         if holes and not args.infill:
-            raise DllmError(f"prompt {index} contains the mask token at position {holes[0]}; pass infill=True to fill it")
+            at = f"prompt {index} contains the mask token at position {holes[0]}"
+            raise DllmError(f"{at}; pass infill=True to fill it")
         if args.infill and not holes and not new:
             raise DllmError(f"infill=True, but prompt {index} contains no mask token ({mask})")
         if model.shift and (not prompt or (holes and holes[0] == 0)):
-            raise DllmError(f"prompt {index}: a model with shifted logits cannot predict position 0; begin with a token")
+            raise DllmError(f"prompt {index}: with shifted logits position 0 cannot be predicted; begin with a token")
         starts.append(holes[0] if holes else len(prompt))
         rows.append(prompt + [mask] * new)
     tails = [0 if args.infill else tail(model, len(r)) for r in rows]
@@ -579,8 +581,6 @@ def score(
     Each sample masks l of the L answer tokens, l stratified over 1..L, and weighs the log-probabilities at the masks by
     L / l. The prompt stays whole. With cfg_scale the guided distribution is scored.
     """
-    from dllm import noise  # noqa: PLC0415
-
     model = resolve_model(model)
     head = encode(model, prompt, chat) if prompt is not None else _no_prompt(model)
     tail = encode(model, answer, False)
@@ -592,9 +592,8 @@ def score(
     ids = torch.tensor(head + tail, device=device)
     counts = 1 + (torch.arange(samples, device=device) * size + size // 2) // samples % size  # stratified over 1..L
     columns = torch.arange(size, device=device)
-    keys = noise.uniform(
-        torch.full((1, 1), seed, device=device), torch.arange(samples, device=device)[:, None], columns[None], noise.ORDER
-    )
+    key, sample = torch.full((1, 1), seed, device=device), torch.arange(samples, device=device)[:, None]
+    keys = noise.uniform(key, sample, columns[None], noise.ORDER)
     masked = keys.argsort(1).argsort(1) < counts[:, None]  # (samples, L)
     source = model.source(columns + len(head))
     total = 0.0

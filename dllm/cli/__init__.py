@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from dllm import __version__
-from dllm.cli import eval as evaluation
 from dllm.cli import bench, generate, speculate
+from dllm.cli import eval as evaluation
 from dllm.cli import train as training
 from dllm.errors import DllmError
 
@@ -31,7 +31,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
