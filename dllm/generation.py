@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from dllm.errors import DllmError, unknown
 from dllm.guidance import Guidance
 from dllm.lookahead import Lookahead, Stats, Walk
 from dllm.meter import Meter
+from dllm.models.diffusion_gemma import DiffusionGemma
 from dllm.models.hub import Model, load
 from dllm.prediction import Law, Prediction
 from dllm.samplers import registry
@@ -472,6 +474,9 @@ def generate(model: Model | str | None = None, prompt: Any = None, **arguments: 
     Returns one `Output` for one prompt, a list for a list (or for n > 1, prompt by prompt). Request i uses seed + i, so
     a row is the same alone and in a batch. Errors: `DllmError`, one line.
     """
+    model = resolve_model(model)
+    if isinstance(model, DiffusionGemma):
+        return _native(model, prompt, arguments)
     job = prepare(model, prompt, arguments)
     outputs: dict[int, Output] = {}
     for event in _run(job, drafts=False):
@@ -480,6 +485,41 @@ def generate(model: Model | str | None = None, prompt: Any = None, **arguments: 
     for output in outputs.values():
         output.calls = max(o.calls for o in outputs.values())
     return outputs[0] if job.single else [outputs[i] for i in range(len(outputs))]
+
+
+def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> Any:
+    """A model that decodes itself, one prompt at a time; arguments that it cannot honour are errors."""
+    args = Arguments.parse(given)
+    taken = {"sampler", "max_new_tokens", "seed", "n", "chat", "batch_size"}
+    for name, value in given.items():
+        if name not in taken and value != Arguments.__dataclass_fields__[name].default:
+            raise DllmError(f"{name}={value!r} does not apply to DiffusionGemma, which decodes itself; leave it out")
+    options = model.options(args.sampler)
+    listed, single = as_list(prompt) if prompt is not None else ([_no_prompt(model)], True)
+    prompts = [ids for ids in (encode(model, p, args.chat) for p in listed) for _ in range(args.n)]
+    outputs = []
+    for index, ids in enumerate(prompts):
+        began = time.perf_counter()
+        new = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+        done = model.decode(ids, new, args.seed + index, options)
+        outputs.append(
+            Output(
+                text="" if model.tokenizer is None else model.tokenizer.decode(done.tokens, skip_special_tokens=True),
+                sequences=ids + done.tokens,
+                tokens=done.tokens,
+                nfe=done.nfe,
+                calls=done.nfe,
+                finish_reason="stop" if done.stopped else "length",
+                seconds=time.perf_counter() - began,
+                prefill_seconds=0.0,
+                positions=done.nfe * (model.block_size or 0),
+                canvas_length=len(ids) + new,
+                sampler="native",
+                cache="native",
+                seed=args.seed + index,
+            )
+        )
+    return outputs[0] if single and args.n == 1 else outputs
 
 
 def stream(

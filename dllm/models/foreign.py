@@ -87,13 +87,17 @@ def load_network(folder: Path, dtype: torch.dtype | None) -> Any:
 
 def read_network(network: Any, shift: int) -> ModelConfig:
     """What the engine needs to know, from the config object of a transformers model."""
-    values = network.config.get_text_config()
-    raw = RawConfig(values.to_dict())
+    raw = RawConfig({**network.config.get_text_config().to_dict(), "architectures": [type(network).__name__]})
+    return describe(raw, "transformers", shift, special_ids(raw))
+
+
+def describe(raw: RawConfig, family: str, shift: int, ids: dict[str, Any]) -> ModelConfig:
+    """A `ModelConfig` of a network that is not ours: sizes for information, ids for the engine."""
     heads = raw.get("num_attention_heads") or 1
     hidden = raw.get("hidden_size") or 1
     return ModelConfig(
-        family="transformers",
-        architecture=type(network).__name__,
+        family=family,
+        architecture=raw.architecture,
         vocab_size=raw.need("vocab_size"),
         embedding_rows=raw["vocab_size"],
         hidden_size=hidden,
@@ -104,7 +108,7 @@ def read_network(network: Any, shift: int) -> ModelConfig:
         intermediate_size=raw.get("intermediate_size") or 1,
         max_positions=raw.get("max_position_embeddings") or 2**31,
         shift=shift,
-        **special_ids(raw),
+        **ids,
     )
 
 

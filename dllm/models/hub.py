@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dllm.errors import DllmError, unknown
+from dllm.models import diffusion_gemma
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import family_of
@@ -76,6 +77,10 @@ def load(
         if device_map or quantization or block_size:
             raise DllmError('device_map, quantization and block_size are for backend="native"')
         return _wrapped(load_network(folder, kind).to(place), folder, tokenizer, mask_id, eos_ids, shift)
+    if raw.architecture == diffusion_gemma.ARCHITECTURE:
+        if device_map or quantization or block_size or shift or mask_id is not None:
+            raise DllmError("DiffusionGemma takes dtype, device and tokenizer only")
+        return diffusion_gemma.load_native(folder, raw, kind, tokenizer).to(place)
     family = family_of(raw)
     config = _settled(family.read(raw), block_size, shift)
     config = resolve(config, family, tokenizer, _optional_json(folder / "generation_config.json"), mask_id, eos_ids)

@@ -1,0 +1,113 @@
+"""DiffusionGemma through transformers' own class and its own decoder: the sampler `native`, and no other.
+
+It is no masked model: a canvas of random tokens is denoised, any token may change at any step, and the previous step's
+logits are fed back. None of the schedulers here applies, so nothing is pretended: `decode` calls the native loop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dllm.errors import DllmError, unknown
+from dllm.models.family import RawConfig, special_ids
+from dllm.models.foreign import ForeignModel, describe
+
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+# The defaults are those of the published generation config, for checkpoints that come without one.
+OPTIONS: dict[str, Any] = {
+    "max_denoising_steps": 48,
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+    "entropy_bound": 0.1,
+}
+
+
+class Decoded(NamedTuple):
+    """One answer of the native decoder."""
+
+    tokens: list[int]  # without what follows the first end-of-text
+    nfe: int  # denoising forwards
+    stopped: bool
+
+
+class DiffusionGemma(ForeignModel):
+    """The native model; `forward` and the samplers of this toolkit do not apply to it."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise DllmError('DiffusionGemma is no masked model: it is decoded with sampler="native" only')
+
+    def options(self, spec: Any) -> dict[str, Any]:
+        """Parameters of the sampler `native`, given as its name or a mapping; other samplers are refused."""
+        if spec is None or spec == "native":
+            return {}
+        if not isinstance(spec, dict) or spec.get("name") != "native":
+            raise DllmError(f'DiffusionGemma is decoded with sampler="native" only, not {spec!r}')
+        given = {k: v for k, v in spec.items() if k != "name"}
+        for name in given:
+            if name not in OPTIONS:
+                raise unknown("parameter of the sampler native", name, OPTIONS)
+        return given
+
+    @torch.no_grad()
+    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: dict[str, Any]) -> Decoded:
+        """Denoise canvases until end-of-text or at least `max_new_tokens`, of which the answer keeps that many."""
+        if not prompt:
+            raise DllmError("DiffusionGemma needs a prompt")
+        network, calls = self.transformer, 0
+        settings = {**self._published(), **options}
+        settings["sampler_config"] = _entropy_bound(settings.pop("entropy_bound"))
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        hook = network.model.decoder.register_forward_pre_hook(count)  # type: ignore[union-attr]
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                out = network.generate(  # type: ignore[operator]
+                    torch.tensor([prompt], device=self.device), max_new_tokens=max_new_tokens,
+                    return_dict_in_generate=True, pad_token_id=self.pad_id, eos_token_id=list(self.eos_ids), **settings,
+                )  # fmt: skip
+        finally:
+            hook.remove()
+        ids = out.sequences[0, len(prompt) :].tolist()[:max_new_tokens]
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
+        return Decoded(ids[:end], calls, end is not None)
+
+    def _published(self) -> dict[str, Any]:
+        """The checkpoint's own settings where it has them, else the published ones."""
+        own: Any = self.transformer.generation_config
+        values = {name: getattr(own, name, None) for name in OPTIONS}
+        values["entropy_bound"] = getattr(getattr(own, "sampler_config", None), "entropy_bound", None)
+        return {name: OPTIONS[name] if value is None else value for name, value in values.items()}
+
+
+def _entropy_bound(bound: float) -> Any:
+    from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
+
+    return EntropyBoundSamplerConfig(entropy_bound=bound)
+
+
+def load_native(folder: Path, raw: RawConfig, dtype: torch.dtype | None, tokenizer: Any) -> DiffusionGemma:
+    """The checkpoint through transformers' class; special ids as its config has them (there is no mask id)."""
+    try:
+        from transformers import DiffusionGemmaForBlockDiffusion
+    except ImportError as error:
+        raise DllmError("this transformers has no DiffusionGemma; install a newer one") from error
+    try:
+        network = DiffusionGemmaForBlockDiffusion.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DllmError(f"{folder} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}") from error
+    text = RawConfig({**network.config.get_text_config().to_dict(), "architectures": [ARCHITECTURE]})
+    ids = {**special_ids(text), **{k: v for k, v in special_ids(raw).items() if v not in (None, ())}}
+    config = describe(text, "diffusion_gemma", 0, {**ids, "mask_id": None, "block_size": network.config.canvas_length})
+    return DiffusionGemma(config, network.eval(), tokenizer)
