@@ -62,11 +62,11 @@ class GenerateSpec:
 
 @dataclass(frozen=True)
 class SpeculateSpec:
-    """A drafting run: the model drafts and `verifier` (autoregressive) verifies; `options` go to `dllm.speculate`
-    as they are."""
+    """A drafting run: `model` drafts and the autoregressive `verifier` verifies; `options` go to `dllm.speculate`."""
 
     verifier: str
-    options: dict[str, Any] = field(default_factory=dict)
+    drafter: str = "model"  # or none (plain decoding), suffix, lookup, recycle
+    options: dict[str, Any] = field(default_factory=dict)  # search, length, k, tree …
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ class Config:
         """The configuration as plain YAML values that `load` reads back: `None`s left out, the sweep spelled out
         point by point."""
         values = _prune(asdict(replace(self, source=None)), {"source", "where"})
-        values["matrix"] = values.pop("settings")
+        points = values.pop("settings")  # in a sweep a list is a choice, so a composition goes in as the only one
+        values["matrix"] = [{k: [v] if isinstance(v, list) else v for k, v in point.items()} for point in points]
         return values
 
     def identity(self) -> dict[str, Any]:
@@ -337,18 +338,20 @@ def load(config: Config | Mapping[str, Any] | str | Path, sets: Sequence[str] = 
 
 def build(data: Mapping[str, Any], source: Source) -> Config:
     """Validate plain values and expand the sweep. Errors name the key, its line, and the nearest known key."""
+    if "tune" in data:
+        raise source.error(("tune",), "this file is for `dllm tune`; `dllm eval` has no use for the key")
     _known(data, _TOP, (), source)
     if not data.get("tasks"):
         raise source.error(("tasks",) if "tasks" in data else (), "no tasks; give for example `tasks: [word_problems]`")
     raw_tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
-    tasks = tuple(_make(TaskSpec, _named(t), ("tasks", i), source) for i, t in enumerate(raw_tasks))
+    tasks = tuple(make(TaskSpec, _named(t), ("tasks", i), source) for i, t in enumerate(raw_tasks))
     labels = [task.label or task.name for task in tasks]
     for i, label in enumerate(labels):
         if label in labels[:i]:
             raise source.error(("tasks", i), f"{label!r} is there twice; tell the two apart with `label:`")
     plain = {k: v for k, v in data.items() if k not in (*_AXES, "matrix", "tasks", "extends")}
     plain.setdefault("name", "eval")
-    config: Config = _make(Config, {**plain, "tasks": (), "settings": ()}, (), source)
+    config: Config = make(Config, {**plain, "tasks": (), "settings": ()}, (), source)
     settings = tuple(_settings(data, source))
     for i, figure in enumerate(config.expected):
         where = ("expected", i)
@@ -448,11 +451,11 @@ def _setting(label: str, point: Mapping[str, Any], source: Source, where: str) -
     spec = point.get("speculate")
     return Setting(
         label=label,
-        model=_make(ModelSpec, _named(point.get("model") or {}), ("model",), source),
+        model=make(ModelSpec, _named(point.get("model") or {}), ("model",), source),
         sampler=sampler,
         cache=point.get("cache") or "none",
-        generate=_make(GenerateSpec, point.get("generate") or {}, ("generate",), source),
-        speculate=_make(SpeculateSpec, {"verifier": spec} if isinstance(spec, str) else spec, ("speculate",), source)
+        generate=make(GenerateSpec, point.get("generate") or {}, ("generate",), source),
+        speculate=make(SpeculateSpec, {"verifier": spec} if isinstance(spec, str) else spec, ("speculate",), source)
         if spec
         else None,
         where=where,
@@ -467,7 +470,7 @@ def _known(data: Any, names: Sequence[str], path: Path_, source: Source) -> None
             raise source.error((*path, key), str(unknown("key", str(key), names)))
 
 
-def _make(cls: type, data: Any, path: Path_, source: Source) -> Any:
+def make(cls: type, data: Any, path: Path_, source: Source) -> Any:
     """A frozen dataclass from plain values, every key and type checked."""
     hints = typing.get_type_hints(cls, globals())
     members = {f.name: f for f in fields(cls) if f.name not in ("source", "where")}
@@ -503,7 +506,7 @@ def _cast(value: Any, hint: Any, path: Path_, source: Source) -> Any:
         return tuple(_cast(v, args[0], (*path, i), source) for i, v in enumerate(items))
     if is_dataclass(hint):
         cls = typing.cast(type, hint)
-        return value if isinstance(value, cls) else _make(cls, value, path, source)
+        return value if isinstance(value, cls) else make(cls, value, path, source)
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
             raise source.error(path, f"expected `key: value` pairs, found {value!r}")

@@ -25,6 +25,7 @@ class Engine(Protocol):
     """`lead`: this process keeps the folder's books. `map` yields the rows of the jobs that fall to this process."""
 
     lead: bool
+    worker: Worker
 
     def weights(self, spec: ModelSpec) -> str: ...
     def keys(self, jobs: Sequence[Job]) -> list[list[str]]: ...

@@ -84,6 +84,7 @@ def summarize(rows: Sequence[Row], confidence: float = 0.95, seed: int = 0) -> d
     accepted = [count for row in fine for count in row.get("accepted") or ()]
     if accepted:
         cell["accepted_per_cycle"] = _mean(accepted)
+        cell["draft_forwards"] = _mean([row["draft_forwards"] for row in fine])
     cell["clock"] = clock(fine)
     return cell
 

@@ -73,9 +73,13 @@ def _facts(results: Results) -> str:
 def _task(results: Results, task: str, rows: Sequence[Row]) -> list[str]:
     cells = [cell for cell in results.cells if cell["task"] == task]
     parts = [_table(cells)]
-    if not rows:  # counted elsewhere (lm-eval)
+    rows = [row for row in rows if row["correct"] is not None]
+    if any("lm_eval" in cell for cell in cells):
+        lines = [[c["setting"], k, number(v, 4)] for c in cells for k, v in c.get("lm_eval", {}).items()]
+        parts.append("lm-eval's own figures:\n\n" + table(["setting", "metric", "value"], lines))
+    if not rows:  # likelihoods, which lm-eval counts alone
         return parts
-    parts.append(_work(cells))
+    parts += [_work(cells), _drafting(cells)]
     parts.append(_against_first(results, task, rows))
     return parts + [
         f"![{label}]({path.relative_to(results.folder).as_posix()})"
@@ -115,6 +119,26 @@ def _work(cells: Sequence[Mapping[str, Any]]) -> str:
         lines.append([c["setting"], c["tokens"], c["tokens_raw"], c["empty"], ended, *seconds])
     note = "Prefill and decode seconds are sums over samples, each from the start of its call; `seconds` is wall time."
     return table(head, lines) + f"\n\n{note}"
+
+
+def _drafting(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Drafting runs: accepted drafts and forwards of both models."""
+    lines = [
+        [
+            c["setting"],
+            number(c["accepted_per_cycle"]),
+            number(c["tpf"]),
+            number(c["nfe"], 1),
+            number(c["draft_forwards"], 1),
+        ]
+        for c in cells
+        if "accepted_per_cycle" in c
+    ]
+    if not lines:
+        return ""
+    head = ["setting", "accepted a cycle", "tokens a cycle", "verifier forwards", "drafter forwards"]
+    note = "In drafting runs NFE and TPF count the verifier's forwards; the drafter's stand apart."
+    return f"{note}\n\n" + table(head, lines)
 
 
 def _against_first(results: Results, task: str, rows: Sequence[Row]) -> str:

@@ -101,8 +101,9 @@ def run(
         if foreign.tasks:
             from .harness import run_tasks
 
-            results = replace(results, cells=(*results.cells, *run_tasks(foreign, folder)))
-        results = replace(results, config=given)
+            found = run_tasks(foreign, store, engine.worker, engine.lead)
+            results = replace(results, cells=(*results.cells, *_counted(found, store, given)))
+        results = replace(results, config=given, aup=areas(given, results.cells))
         if engine.lead:
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
             from .report import report
@@ -185,8 +186,6 @@ def _decode(
     done = {key for key, row in store.rows.items() if not (retry and row.get("error"))}
     bar = tqdm(total=sum(sizes) * len(config.settings), unit="sample", disable=not progress, file=sys.stderr)
     live = _Live(bar)
-    if not sizes:
-        return weights
     with bar:
         for spec in dict.fromkeys(s.model for s in config.settings):
             weights[spec.name] = engine.weights(spec)
@@ -246,6 +245,14 @@ def _results(config: Config, store: Store, tasks: Sequence[Any], folder: Path, e
     if errors:
         notices.append(f"{errors} samples failed and count as wrong; `error` in samples.jsonl says why")
     return Results(folder, config, tuple(cells), areas(config, cells), env, tuple(notices), errors)
+
+
+def _counted(cells: Sequence[Mapping[str, Any]], store: Store, config: Config) -> Iterator[dict[str, Any]]:
+    """lm-eval's cells with the counts of our samples, where it asked for answers."""
+    for cell in cells:
+        rows = [r for r in store.rows.values() if (r["task"], r["setting"]) == (cell["task"], cell["setting"])]
+        rows = [r for r in rows if r["correct"] is not None]
+        yield {**(metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}), **cell}
 
 
 def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

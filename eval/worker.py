@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 import dllm
+from dllm.drafting.registry import as_verifier
 from dllm.errors import DllmError
 from dllm.generation import encode
 
-from .config import Config, GenerateSpec, ModelSpec, Setting, TaskSpec
+from .config import Config, GenerateSpec, ModelSpec, Setting, SpeculateSpec, TaskSpec
 from .store import Row, decoding_identity, sample_key
 from .tasks import Task
 from .tasks import load as load_task
@@ -39,6 +40,10 @@ FAILED = {
     "nfe_equiv": None,
     "finish": "error",
 }
+
+
+# What the verifier's own decoding takes; blocks, caches and samplers are the drafter's business.
+VERIFIER_ARGUMENTS = ("max_new_tokens", "temperature", "top_k", "top_p", "eos", "stop", "chat")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,21 @@ def arguments(config: Config, setting: Setting, spec: TaskSpec, task: Task) -> d
     for source in (task.generate, setting.generate, spec.generate):
         out.update({f.name: value for f in fields(GenerateSpec) if (value := getattr(source, f.name)) is not None})
     return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
+
+
+class Drafted:
+    """A drafting result with the names of an output. Its forwards are the verifier's; the drafter's are counted
+    apart."""
+
+    def __init__(self, result: Any):
+        self.text, self.tokens, self.sequences = result.text, result.tokens, result.sequences
+        self.prompt_length, self.finish_reason, self.seconds = (
+            result.prompt_length,
+            result.finish_reason,
+            result.seconds,
+        )
+        self.nfe, self.draft_forwards = result.n_verify, result.draft_forwards
+        self.accepted = [r.accepted for r in result.rounds]
 
 
 def load_tasks(config: Config) -> tuple[Task, ...]:
@@ -185,7 +205,7 @@ class Worker:
     ) -> list[Any]:
         model = self.model(setting.model)
         if setting.speculate is not None:
-            return [self._speculate(setting, model, p, decoding, seed + i) for i, p in enumerate(prompts)]
+            return [self._speculate(setting.speculate, model, p, decoding, seed + i) for i, p in enumerate(prompts)]
         return dllm.generate(
             model,
             prompts,
@@ -197,14 +217,14 @@ class Worker:
             **decoding,
         )
 
-    def _speculate(self, setting: Setting, model: Any, prompt: Any, decoding: Mapping[str, Any], seed: int) -> Any:
-        assert setting.speculate is not None
-        name = setting.speculate.verifier
-        if name not in self._verifiers:
-            self._verifiers = {name: dllm.load_verifier(name)}
-        return dllm.speculate(
-            self._verifiers[name], drafter=model, prompt=prompt, seed=seed, **{**decoding, **setting.speculate.options}
-        )
+    def _speculate(self, spec: SpeculateSpec, model: Any, prompt: Any, decoding: Mapping[str, Any], seed: int) -> Any:
+        """One prompt decoded by the verifier, drafted as the setting says."""
+        if spec.verifier not in self._verifiers:
+            self._verifiers = {spec.verifier: as_verifier(spec.verifier)}
+        drafter = {"model": model, "none": None}.get(spec.drafter, spec.drafter)
+        given = {k: v for k, v in decoding.items() if k in VERIFIER_ARGUMENTS}
+        result = dllm.speculate(self._verifiers[spec.verifier], drafter, prompt, seed=seed, **given, **spec.options)
+        return Drafted(result)
 
     # ---------------------------------------------------------------------------------------------------------- results
 
@@ -242,8 +262,9 @@ def measure(output: Any, prompt_length: int) -> Row:
         "nfe_equiv": getattr(output, "nfe_equiv", None),
         "finish": output.finish_reason,
     }
-    accepted = getattr(output, "accepted", None)
-    return row if accepted is None else {**row, "accepted": [int(n) for n in accepted]}
+    if isinstance(output, Drafted):
+        row |= {"accepted": output.accepted, "draft_forwards": output.draft_forwards}
+    return row
 
 
 def clock(output: Any) -> dict[str, float | None]:

@@ -1,0 +1,191 @@
+"""`dllm tune`: the most tokens per forward within a stated loss of accuracy.
+
+    tasks: [{name: word_problems, split: validation}]
+    tune:
+      baseline: confidence                                # what the loss is measured against
+      loss: 1.0                                           # percentage points of accuracy, over all tasks
+      space:                                              # a list is a choice, {low, high} a range
+        - {name: threshold, tau: {low: 0.5, high: 0.95}}
+        - [{name: adablock, delimiter_tau: [0.3, 0.5]}, {name: credit}]      # a composition
+      trials: 24
+
+The search is an ordinary run over the candidates (it resumes, it reports); `best.yaml` in its folder is the choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy.stats import qmc
+
+from dllm.errors import DllmError
+
+from . import metrics
+from .config import Source, build, describe, make, override, read
+from .report import table
+from .runner import Results, run
+from .store import write
+
+
+@dataclass(frozen=True)
+class TuneSpec:
+    """What to search."""
+
+    space: tuple[Any, ...]
+    baseline: Any = "confidence"
+    loss: float = 1.0  # percentage points
+    trials: int = 32  # at most; a grid that is no larger is searched whole
+
+
+@dataclass(frozen=True)
+class Found:
+    """The choice: its sampler, what it was measured at, the file that reproduces it, and the table of all
+    candidates."""
+
+    sampler: Any
+    accuracy: float
+    tokens_per_forward: float
+    path: Path
+    results: Results
+    text: str
+
+
+def tune(
+    config: str | Path | Mapping[str, Any],
+    sets: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> Found:
+    """Search and write `best.yaml`. Errors: no `tune:`, an empty space, no candidate within the loss."""
+    if isinstance(config, Mapping):
+        data, source = dict(config), Source("the configuration")
+    else:
+        data, source = read(config)
+        data.setdefault("name", Path(config).stem)
+    for assignment in sets:
+        data = override(data, assignment)
+    if "tune" not in data:
+        raise source.error((), "there is no `tune:`; give it `space:`, the samplers and parameters to search")
+    spec: TuneSpec = make(TuneSpec, data.pop("tune"), ("tune",), source)
+    data.update({k: v for k, v in (("limit", limit), ("seed", seed)) if v is not None})
+    for axis in ("matrix", "sampler"):
+        if axis in data:
+            raise source.error((axis,), f"`dllm tune` chooses the sampler; move {axis!r} into `tune.space`")
+    points = candidates(spec, int(data.get("seed", 0)))
+    if not points:
+        raise source.error(("tune", "space"), "the space holds no sampler")
+    baseline = {"label": "baseline", "sampler": [spec.baseline]}
+    sweep = [baseline, *({"label": describe(point), "sampler": [point]} for point in points)]
+    built = build({**data, "matrix": sweep}, source)
+    results = run(built, out=out, progress=progress)
+    return _choose(results, spec, data)
+
+
+def candidates(spec: TuneSpec, seed: int) -> list[Any]:
+    """The points to try: the whole grid where it is small enough, else a low-discrepancy sample of it (Sobol)."""
+    grids = [_axes(entry) for entry in spec.space]
+    discrete = [g for g in grids if all(isinstance(values, list) for values in g.values())]
+    size = sum(_size(g) for g in discrete)
+    share = max(1, (spec.trials - (size if size <= spec.trials else 0)) // max(1, len(grids) - len(discrete) or 1))
+    out: list[Any] = []
+    for entry, grid in zip(spec.space, grids, strict=True):
+        whole = grid in discrete and size <= spec.trials
+        per = _size(grid) if whole else max(1, spec.trials // len(grids)) if grid in discrete else share
+        picks = itertools.product(*grid.values()) if whole else _spread(grid, per, seed)
+        out += [_put(entry, dict(zip(grid, values, strict=True))) for values in picks]
+    unique = {describe(point): point for point in out}
+    return list(unique.values())[: max(spec.trials, 1)]
+
+
+def _axes(entry: Any) -> dict[tuple[int, str], Any]:
+    """The free parameters of one entry: (part of the composition, name) -> choices or a range."""
+    parts = entry if isinstance(entry, list) else [entry]
+    out: dict[tuple[int, str], Any] = {}
+    for i, part in enumerate(parts):
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, list):
+                out[(i, key)] = value
+            elif isinstance(value, dict):
+                if set(value) != {"low", "high"} or not value["low"] < value["high"]:
+                    raise DllmError(f"tune.space: {key}: a range is {{low: a, high: b}} with a < b, found {value}")
+                out[(i, key)] = value
+    return out
+
+
+def _size(grid: Mapping[Any, Any]) -> int:
+    size = 1
+    for values in grid.values():
+        size *= len(values)
+    return size
+
+
+def _spread(grid: Mapping[Any, Any], n: int, seed: int) -> Iterator[tuple[Any, ...]]:
+    """`n` points spread evenly over choices and ranges; a range is rounded to three digits."""
+    if not grid:
+        yield ()
+        return
+    for row in qmc.Sobol(len(grid), rng=seed).random(1 << max(0, (n - 1).bit_length()))[:n]:
+        yield tuple(_at(values, float(u)) for values, u in zip(grid.values(), row, strict=True))
+
+
+def _at(values: Any, u: float) -> Any:
+    if isinstance(values, list):
+        return values[int(u * len(values))]
+    return round(values["low"] + u * (values["high"] - values["low"]), 3)
+
+
+def _put(entry: Any, chosen: Mapping[tuple[int, str], Any]) -> Any:
+    parts = [dict(p) if isinstance(p, dict) else p for p in (entry if isinstance(entry, list) else [entry])]
+    for (i, key), value in chosen.items():
+        parts[i][key] = value
+    return parts if isinstance(entry, list) else parts[0]
+
+
+def _choose(results: Results, spec: TuneSpec, data: Mapping[str, Any]) -> Found:
+    """The candidate of most tokens per forward among those that lose no more than allowed."""
+    totals = {s.label: _total(results, s.label) for s in results.config.settings}
+    floor = totals["baseline"][0] - spec.loss / 100
+    order = sorted(totals, key=lambda label: -totals[label][1])
+    within = [label for label in order if totals[label][0] >= floor - 1e-12]
+    best = within[0]  # the baseline itself is always within
+    setting = next(s for s in results.config.settings if s.label == best)
+    about = (
+        f"Found by `dllm tune`: {totals[best][1]:.2f} tokens per forward at {100 * totals[best][0]:.1f} % on "
+        f"{', '.join(t.label or t.name for t in results.config.tasks)}; the baseline, {describe(spec.baseline)}, has "
+        f"{totals['baseline'][1]:.2f} at {100 * totals['baseline'][0]:.1f} %. Allowed loss: {spec.loss} points."
+    )
+    chosen = {**{k: v for k, v in data.items() if k not in ("extends", "about", "out")}, "about": about}
+    chosen.update(name=f"{results.config.name}-best", sampler=setting.sampler)
+    path = results.folder / "best.yaml"
+    write(path, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
+    lines = [
+        [
+            ("**" + label + "**") if label == best else label,
+            f"{100 * a:.1f}",
+            f"{tpf:.2f}",
+            "yes" if label in within else "no",
+        ]
+        for label, (a, tpf) in ((label, totals[label]) for label in order)
+    ]
+    text = (
+        f"{about}\n\n" + table(["sampler", "accuracy %", "tokens/forward", "within the loss"], lines) + f"\n\n{path}\n"
+    )
+    write(results.folder / "tune.md", text)
+    return Found(setting.sampler, totals[best][0], totals[best][1], path, results, text)
+
+
+def _total(results: Results, label: str) -> tuple[float, float]:
+    """Accuracy and tokens per forward over all tasks, every document counting once."""
+    cells = [c for c in results.cells if c["setting"] == label]
+    n, correct = sum(c["n"] for c in cells), sum(c["n"] * c["accuracy"] for c in cells)
+    work = [{"tokens": c["tokens"], "nfe": c["nfe"] * (c["n"] - c["errors"])} for c in cells if c["n"] > c["errors"]]
+    tpf = metrics.ratio(work, "tokens", "nfe") if work else 0.0
+    return correct / n, tpf
