@@ -27,12 +27,16 @@ class Meter:
         self._positions = torch.zeros(requests, dtype=torch.long, device=device)
         self._began = time.perf_counter()
 
-    def forward(self, requests: list[int], plan: Plan) -> None:
-        """Count one batched forward that served these rows."""
+    def forward(self, requests: list[int], plan: Plan, positions: list[int] | None = None) -> None:
+        """Count one batched forward that served these rows; `positions` of each row where the plan is not row by row."""
         self.calls += 1
         for r in requests:
             self.nfe[r] += 1
-        queries: Tensor = (plan.pos >= 0).sum(1).view(-1, len(requests)).sum(0)
+        queries: Tensor
+        if positions is None:
+            queries = (plan.pos >= 0).sum(1).view(-1, len(requests)).sum(0)
+        else:
+            queries = torch.tensor(positions, device=plan.pos.device)
         self._positions.index_add_(0, torch.tensor(requests, device=queries.device), queries)
 
     def tick(self, requests: list[int]) -> None:

@@ -37,6 +37,7 @@ BUILTIN = {
     "sdar": "sdar:SDAR",
     "fast_dllm_v2": "fast_dllm_v2:FastDLLMv2",
     "editing": "editing:Editing",
+    "freedave": "freedave:FreeDave",
     "klass": "klass:KLASS",
     "hierarchy": "hierarchy:Hierarchy",
     "dsb": "dsb:DSB",
@@ -120,12 +121,21 @@ def _parse_one(text: str) -> Method:
     for item in filter(None, (piece.strip() for piece in COMMA.split(rest))):
         key, equals, value = item.partition("=")
         if equals:
-            params[key.strip()] = yaml.safe_load(value)
+            params[key.strip()] = _value(value)
         elif preset is None:
             preset = key
         else:
             raise DllmError(f"sampler {name!r}: {item!r} is not of the form parameter=value")
     return cls.build(preset, **params)
+
+
+def _value(text: str) -> Any:
+    """A YAML value, and a number wherever Python reads one: YAML takes 1e-5 for text."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def build(spec: Spec, context: Context, extra: Bundle = Bundle()) -> Sampler:

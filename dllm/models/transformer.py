@@ -27,6 +27,7 @@ class KVStore(NamedTuple):
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    tap: list[tuple[Tensor, Tensor]] | None = None  # collects each layer's new (N, Q, n_kv_heads, head_dim), where given
 
     @classmethod
     def allocate(
@@ -51,7 +52,7 @@ class KVStore(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for side in self for t in side)
+        return sum(t.numel() * t.element_size() for side in self[:2] for t in side)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -111,6 +112,8 @@ class Access(NamedTuple):
 
     def __call__(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New (N, Q, kv_heads, head_dim) -> all that can be seen (N, kv_heads, slots[+Q], head_dim)."""
+        if self.store.tap is not None:
+            self.store.tap.append((keys, values))
         return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
 
     def _merge(self, stored: Tensor, new: Tensor) -> Tensor:

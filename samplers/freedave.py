@@ -1,0 +1,39 @@
+"""FreeDave: the static schedule, drafted and verified by the model itself (arXiv 2510.00294)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dllm.samplers import quota
+from dllm.samplers.base import Bundle, Context, Method, param
+from dllm.samplers.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class FreeDave(Method):
+    """Commit the most confident column of the block, one a step, several steps a forward: output of the static schedule.
+
+    The verification is the toolkit's `lookahead`, which any other sampler can have too. Preset `reference` counts forwards
+    as the released code does: drafts from the last accepted state only, nothing kept from rejected ones.
+    """
+
+    rows: int = param(4, "query rows of a forward: the released setting for LLaDA; 8 for TraDo and Dream", low=1)
+    retain: bool = param(True, "keep rejected rows for later; the released code does not")
+    multi_source: bool = param(True, "draft from every accepted state; the released code drafts from the last one")
+    lone_opening: bool = param(False, "True: the forward that opens a block commits its first column only (shifted models)")
+
+    name: ClassVar[str] = "freedave"
+    source: ClassVar[str] = "FreeDave, arXiv 2510.00294"
+    cost: ClassVar[str] = "`rows` rows, the window's columns"
+    presets: ClassVar[dict] = {
+        "reference": {"retain": False, "multi_source": False},
+        "reference_dream": {"retain": False, "multi_source": False, "lone_opening": True},
+    }
+
+    def bundle(self, context: Context) -> Bundle:
+        return Bundle(
+            window=Blocks(context.block_length, lone_opening=True) if self.lone_opening else None,
+            score=quota.confidence,
+            lookahead={"rows": self.rows, "retain": self.retain, "multi_source": self.multi_source},
+        )

@@ -1,0 +1,142 @@
+"""Lookahead: tokens of the plain call from no more forwards, for every sampler, cache, width and drafter."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from golden_cases import model
+
+import dllm
+from dllm.errors import DllmError
+from dllm.samplers import registry
+
+PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
+CALL: dict[str, Any] = {"max_new_tokens": 16, "block_length": 8}
+SETTINGS: list[Any] = [
+    2,
+    {"rows": 4, "retain": False, "multi_source": False},
+    {"rows": 4, "drafter": "ladder"},
+    {"rows": 8, "max_rows": 12},
+]
+STATIC = "confidence"
+CACHES = ["none", "prefix", "dual", "dual:left=2,right=3", "interval:warmup=1,every=3", "delayed:every=3", "dllm_cache"]
+RANDOM, SDAR, DREAM = "tiny-llada-random", "tiny-sdar-random", "tiny-dream-random"
+# settings under which a sampler shows its rule within sixteen tokens of a random model
+SHOWING = {
+    "threshold": "threshold:tau=0.4",
+    "localleap": "localleap:kappa=0.6,tau=0.4",
+    "credit": "credit:tau=0.5",
+    "wino": "wino:tau_draft=0.4,tau_verify=0.6,least=2",
+    "klass": "klass:kappa=0.4,epsilon=0.5",
+}
+
+
+@cache
+def plain(checkpoint: str, sampler: str, cache_: str, extra: tuple[tuple[str, Any], ...] = ()) -> Any:
+    arguments = {**CALL, **dict(extra)}
+    return dllm.generate(model(checkpoint), PROMPTS, sampler=sampler, cache=cache_, **arguments, trace=True)
+
+
+def agrees(checkpoint: str, sampler: str, cache_: str, setting: Any, **extra: Any) -> list[Any]:
+    """Check one ragged batch against the plain call; the outputs with lookahead."""
+    base = plain(checkpoint, STATIC if sampler == "freedave" else sampler, cache_, tuple(extra.items()))
+    arguments = {**CALL, **extra}
+    outs = dllm.generate(
+        model(checkpoint), PROMPTS, sampler=sampler, cache=cache_, lookahead=setting, **arguments, trace=True
+    )
+    for a, b in zip(base, outs, strict=True):
+        assert b.sequences == a.sequences
+        assert b.trace.commits == a.trace.commits  # the same steps, too
+        assert b.trace.windows == a.trace.windows
+        assert b.finish_reason == a.finish_reason
+        assert b.nfe <= a.nfe
+        assert b.stats["steps"] == a.nfe
+        assert b.lossless
+    assert outs[0].calls <= base[0].calls
+    return outs
+
+
+def usable(sampler: str, cache_: str, checkpoint: str) -> bool:
+    try:
+        plain(checkpoint, sampler, cache_)
+    except DllmError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_sampler(name: str) -> None:
+    """Each sampler with each width and drafter, the caches dealt out among them."""
+    sampler = SHOWING.get(name, name)
+    checkpoint, caches = next(
+        (checkpoint, caches)
+        for checkpoint in (RANDOM, SDAR, "tiny-fast-dllm-v2-random", "tiny-llada-trained")
+        if (caches := [c for c in ("none", "prefix", "dual", "block") if usable(sampler, c, checkpoint)])
+    )
+    for i, setting in enumerate(SETTINGS):
+        agrees(checkpoint, sampler, caches[i % len(caches)], setting)
+
+
+@pytest.mark.parametrize("cache_", CACHES)
+def test_every_cache(cache_: str) -> None:
+    for sampler, setting in zip(("confidence", "credit:tau=0.5", "confidence", "dsb"), SETTINGS, strict=True):
+        agrees(RANDOM, sampler, cache_, setting)
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.4"])
+def test_block_causal_models_look_across_the_edge(sampler: str) -> None:
+    for setting in [*SETTINGS[1:], 8]:
+        outs = agrees(SDAR, sampler, "block", setting, early_stop=False)
+        assert all(out.stats["reruns"] == 0 for out in outs)
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.3,lone_opening=true"])
+def test_shifted_models(sampler: str) -> None:
+    for cache_ in ("none", "prefix", "dual"):
+        agrees(DREAM, sampler, cache_, 4, max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "cache_", "extra"),
+    [
+        ("confidence", "none", {"temperature": 0.7}),
+        ("random", "dual", {"temperature": 0.7, "top_p": 0.9}),
+        ("dream:alg=origin", "none", {"temperature": 0.7, "gumbel": True, "max_new_tokens": 4}),
+        ("threshold:tau=0.4", "dual", {"cfg_scale": 1.0}),
+        ("confidence", "none", {"cfg_scale": 1.0, "temperature": 0.5}),
+    ],
+)
+def test_sampling_and_guidance(sampler: str, cache_: str, extra: dict[str, Any]) -> None:
+    agrees(RANDOM, sampler, cache_, 4, **extra)
+
+
+def test_drafts_save_forwards() -> None:
+    base = sum(out.nfe for out in plain(RANDOM, "confidence", "dual"))
+    for rows in (2, 4, 8):
+        outs = agrees(RANDOM, "confidence", "dual", rows)
+        assert sum(out.nfe for out in outs) < 0.8 * base
+        assert all(out.stats["rows"] <= rows * out.stats["forwards"] for out in outs)
+
+
+def test_rows_enter_as_they_would_without_lookahead() -> None:
+    prompts = [*PROMPTS, [30, 31], [40, 41, 42]]
+    for sampler in ("confidence", "threshold:tau=0.3"):
+        base = dllm.generate(model(RANDOM), prompts, sampler=sampler, cache="dual", batch_size=2, **CALL)
+        outs = dllm.generate(model(RANDOM), prompts, sampler=sampler, cache="dual", batch_size=2, lookahead=4, **CALL)
+        assert [o.sequences for o in outs] == [o.sequences for o in base]
+        assert outs[0].calls <= base[0].calls
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("cache_", [*CACHES, "block"])
+@pytest.mark.parametrize("drafter", ["roll", "ladder"])
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_sweep(name: str, cache_: str, drafter: str, rows: int) -> None:
+    for sampler in {name, SHOWING.get(name, name)}:
+        for checkpoint in (RANDOM, SDAR, DREAM):
+            if usable(sampler, cache_, checkpoint):
+                agrees(checkpoint, sampler, cache_, {"rows": rows, "drafter": drafter})
+                agrees(checkpoint, sampler, cache_, {"rows": rows, "drafter": drafter}, temperature=0.6, seed=5)
