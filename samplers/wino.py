@@ -29,6 +29,8 @@ class Shadow:
 
     def expand(self, plan: Plan, state: State, window: Window) -> Plan:
         shadow = columns(window)  # (B, E)
+        if not bool((shadow >= 0).any()):  # no row has a window in this step
+            return plan
         n, q = plan.pos.shape
         pos = torch.cat([plan.pos, shadow], 1)
         real = torch.arange(pos.shape[1], device=pos.device) < q  # (Q + E,)

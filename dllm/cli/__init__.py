@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dllm import __version__
-from dllm.cli import bench, generate, speculate
+from dllm.cli import bench, generate, samplers, speculate
 from dllm.cli import eval as evaluation
 from dllm.cli import train as training
 from dllm.errors import DllmError
@@ -41,6 +41,7 @@ def _main(
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(generate.trace)
+app.command()(samplers.samplers)
 app.command()(bench.bench)
 app.add_typer(evaluation.eval_app, name="eval")
 app.command()(evaluation.tune)

@@ -1,0 +1,97 @@
+"""`dllm samplers`: what each sampler does, where it comes from, what it needs and costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def samplers(
+    name: Annotated[str | None, typer.Argument(help="One sampler; all of them without a name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    write_docs: Annotated[
+        Path | None, typer.Option(help="Write samplers.md and a picture of each sampler into this folder.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model of the pictures.")] = "tiny",
+) -> None:
+    """List the unmasking schedulers: what they do, parameters and reasons, needs, cost, what composes."""
+    from dllm.samplers import catalog, registry
+
+    if write_docs is not None:
+        _write(write_docs, model)
+        return
+    entries = [catalog.describe(n) for n in ([name] if name else registry.names())]
+    if as_json:
+        typer.echo(json.dumps(entries[0] if name else entries, indent=2, default=str))
+    elif name:
+        _one(entries[0])
+    else:
+        table = Table("sampler", "what it does", "source")
+        for e in entries:
+            table.add_row(e["name"], e["summary"], e["source"])
+        console = Console()
+        console.print(table)
+        console.print("compose with '+', set parameters after ':', e.g. adablock+credit:alpha=0.7+prophet")
+        console.print(_defaults())
+
+
+def _defaults() -> str:
+    from dllm.generation import DEFAULTS, FamilyDefaults
+
+    families = ", ".join(f"{family}: {d.sampler}" for family, d in DEFAULTS.items())
+    return f"default sampler: {FamilyDefaults().sampler}; by family: {families}"
+
+
+def _one(e: dict[str, Any]) -> None:
+    from dllm.samplers import catalog
+
+    console = Console()
+    console.print(f"[bold]{e['name']}[/bold]  ({e['source']})\n\n{e['text']}\n", highlight=False)
+    if e["parameters"]:
+        table = Table("parameter", "default", "range", "why")
+        for p in e["parameters"]:
+            table.add_row(p["name"], str(p["default"]), p["range"], p["why"])
+        console.print(table)
+    for preset, values in e["presets"].items():
+        shown = ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"
+        console.print(f"preset {e['name']}:{preset}: {shown}", highlight=False, markup=False)
+    for key, value in catalog.facts(e).items():
+        console.print(f"{key}: {value}", highlight=False, markup=False)
+
+
+PROMPT = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many apples does he have now?"
+
+
+def _write(folder: Path, name: str) -> None:
+    from tqdm import tqdm
+
+    import dllm
+    from dllm.errors import DllmError
+    from dllm.samplers import catalog, registry
+
+    (folder / "samplers").mkdir(parents=True, exist_ok=True)
+    (folder / "samplers.md").write_text(catalog.markdown(), encoding="utf-8")
+    model = dllm.load(name)
+    separator = model.tokenizer.sep_token_id
+    ids = model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"] + ([separator] if separator else [])
+    for sampler in tqdm(registry.names(), desc="pictures"):
+        try:
+            spec = {"name": sampler, **PICTURED.get(sampler, {})}
+            arguments = {"max_new_tokens": 48, "block_length": 16, "early_stop": False, "trace": True}
+            out = dllm.generate(model, ids, sampler=spec, **arguments)
+        except DllmError as error:
+            typer.echo(f"no picture of {sampler}: {error}", err=True)
+            continue
+        catalog.picture(out.trace, folder / "samplers" / f"{sampler}.png", f"{sampler}: {out.nfe} forwards")
+
+
+# settings at which a small model and a short answer show what a sampler does
+PICTURED: dict[str, dict[str, Any]] = {
+    "adablock": {"delimiters": ["."]},
+    "daedal": {"initial": 8, "factor": 4, "tail": 4, "tau_low": 0.3},
+}

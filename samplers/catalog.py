@@ -1,0 +1,213 @@
+"""What is known about every sampler, from its own class: for `dllm samplers`, its JSON and docs/samplers.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import DllmError
+from dllm.samplers import registry
+from dllm.samplers.base import CHAINS, SINGLE, Context, Needs
+from dllm.trace import Trace
+
+NEEDS = {
+    "committed": "reads committed columns too",
+    "generation": "reads columns outside the window",
+    "extra_rows": "feeds extra rows",
+    "edits_length": "changes the length of a row",
+    "revises": "takes back what it wrote",
+    "may_idle": "a step may commit nothing",
+    "stochastic": "draws keyed noise at temperature 0",
+    "impure": "depends on more than its state",
+    "filtered": "reads confidences after temperature and filters",
+}
+
+
+class _Newlines:
+    """Enough of a tokenizer to build every sampler without a model: id 3 is a new line."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def batch_decode(self, ids: list[list[int]]) -> list[str]:
+        return [self.decode(i) for i in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join("\n" if i == 3 else chr(64 + i) for i in ids)
+
+
+@cache
+def _context() -> Context:
+    return Context(
+        block_length=8,
+        steps=None,
+        max_new_tokens=32,
+        mask_id=31,
+        eos_ids=(2,),
+        vocab_size=32,
+        max_positions=512,
+        tokenizer=_Newlines(),
+    )
+
+
+@cache
+def clash(*names: str) -> str | None:
+    """Why these samplers cannot be composed; None where they can."""
+    try:
+        registry.build("+".join(names), _context())
+    except DllmError as error:
+        return str(error)
+    return None
+
+
+@cache
+def describe(name: str) -> dict[str, Any]:
+    """Everything about one sampler. Errors: unknown name."""
+    cls = registry.method(name)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    parameters = [
+        {
+            "name": f.name,
+            "default": f.default,
+            "why": f.metadata["why"],
+            "range": _range(f.metadata),
+        }
+        for f in dataclasses.fields(cls)
+        if f.metadata
+    ]
+    try:
+        bundle = cls().bundle(_context())
+    except DllmError as error:  # it must be told something first
+        slots: dict[str, Any] = {"owns": [], "assumes": [], "needs": [], "caches": None, "asks": str(error)}
+    else:
+        slots = {
+            "owns": [s for s in (*SINGLE, *CHAINS) if getattr(bundle, s)],
+            "assumes": sorted(bundle.assumes),
+            "needs": _needs(bundle.needs, bool(bundle.reads)),
+            "caches": bundle.needs.caches,
+            "asks": None,
+        }
+    others = [n for n in registry.names() if n != name]
+    return {
+        "name": name,
+        "summary": text.split("\n\n")[0].replace("\n", " "),
+        "text": text,
+        "source": cls.source,
+        "parameters": parameters,
+        "presets": dict(cls.presets),
+        **slots,
+        "cost": cls.cost,
+        "composes_with": [n for n in others if clash(name, n) is None],
+    }
+
+
+def _range(meta: Any) -> str:
+    low, high = meta["low"], meta["high"]
+    if meta["choices"]:
+        return ", ".join(map(str, meta["choices"]))
+    if low is None and high is None:
+        return ""
+    return f"from {low}" if high is None else f"up to {high}" if low is None else f"{low} to {high}"
+
+
+def _needs(needs: Needs, reads: bool) -> list[str]:
+    found = [text for key, text in NEEDS.items() if getattr(needs, key, False)]
+    return found + ["reads columns outside the window"] * (reads and not needs.generation)
+
+
+# -- docs/samplers.md -----------------------------------------------------------------------------------------------
+
+
+def markdown(pictures: str = "samplers") -> str:
+    """The page about all samplers; `pictures` is the folder of the images beside it."""
+    entries = [describe(name) for name in registry.names()]
+    lines = [
+        "# Samplers",
+        "",
+        "Written by `dllm samplers --write-docs docs`. A sampler decides which masked columns are committed in a step.",
+        "Names compose with `+`, parameters follow a colon: `adablock+credit:alpha=0.7+prophet`. In a composition an",
+        "*owned* slot wins over an *assumed* one, and two owners of one slot are refused.",
+        "",
+        "A picture shows one answer of the embedded model: a line for each forward, a square for each generated",
+        "column. Dark squares are committed by that forward, pale ones were before, red ones are taken back.",
+        "",
+        "| sampler | what it does | source |",
+        "|---|---|---|",
+        *(f"| [{e['name']}](#{e['name']}) | {_cell(e['summary'])} | {e['source']} |" for e in entries),
+    ]
+    for e in entries:
+        lines += ["", f"## {e['name']}", "", e["text"], "", f"Source: {e['source']}.", ""]
+        if pictures:
+            lines += [f"![commit order of {e['name']}]({pictures}/{e['name']}.png)", ""]
+        if e["parameters"]:
+            lines += ["| parameter | default | range | why this default |", "|---|---|---|---|"]
+            lines += [
+                f"| `{p['name']}` | `{p['default']}` | {p['range']} | {_cell(p['why'])} |" for p in e["parameters"]
+            ]
+            lines += [""]
+        for preset, values in e["presets"].items():
+            lines += [f"- preset `{e['name']}:{preset}`: {_values(values)}"]
+        lines += [""] * bool(e["presets"])
+        lines += [f"- {key}: {value}" for key, value in facts(e).items()]
+    return "\n".join(lines) + "\n"
+
+
+def facts(entry: dict[str, Any]) -> dict[str, str]:
+    """The lines below the parameters."""
+    out = {"cost": entry["cost"]}
+    if entry["asks"]:
+        out["must be told"] = entry["asks"]
+    out["owns"] = ", ".join(entry["owns"]) or "nothing"
+    if entry["assumes"]:
+        out["assumes"] = ", ".join(entry["assumes"])
+    out["needs"] = "; ".join(entry["needs"]) or "nothing beyond the window's columns"
+    out["caches"] = ", ".join(entry["caches"]) if entry["caches"] is not None else "all"
+    out["composes with"] = ", ".join(entry["composes_with"]) or "nothing"
+    return out
+
+
+def _values(values: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def picture(trace: Trace, path: Path, title: str = "") -> None:
+    """Draw the commit order of a trace: a line for each forward, a square for each generated column."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise DllmError("pictures need matplotlib: pip install 'dllm-toolkit[plots]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    start, forwards = len(trace.prompt), len(trace.commits)
+    width = max([*trace.lengths, len(trace.final)]) - start
+    colours = np.ones((forwards, width, 3))
+    written = np.zeros(width, dtype=bool)
+    for k, pairs in enumerate(trace.commits):
+        colours[k, : trace.lengths[k] - start] = 0.93  # masked
+        colours[k, written] = (0.72, 0.82, 0.93)
+        for column, token in pairs:
+            back = token == trace.mask_id
+            if back and not written[column - start]:
+                continue  # a mask that was inserted
+            written[column - start] = not back
+            colours[k, column - start] = (0.84, 0.19, 0.15) if back else (0.13, 0.33, 0.62)
+    figure, axes = plt.subplots(figsize=(max(3.0, width / 9), max(1.2, forwards / 9 + 0.7)), dpi=72)
+    axes.imshow(colours, interpolation="nearest", aspect="equal")
+    axes.set_xlabel("column"), axes.set_ylabel("forward")
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

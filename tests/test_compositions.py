@@ -1,0 +1,148 @@
+"""Every legal pair of samplers under the caches, as one ragged batch with the invariants asserted inside the engine."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import GOLDEN
+
+import dllm
+from dllm import cache as caches
+from dllm import invariants
+from dllm.errors import DllmError
+from dllm.models.hub import load
+from dllm.samplers import registry
+
+DELIMITERS = list(range(0, 156, 5))
+# what a sampler must be told on a checkpoint without tokenizer, and settings at which the small window shows it
+GIVEN: dict[str, dict[str, Any]] = {
+    "adablock": {"delimiters": DELIMITERS},
+    "daedal": {"initial": 4, "factor": 2, "tail": 2, "tau_low": 0.4},
+    "prophet": {"high": 3.0, "mid": 2.0, "low": 1.5},
+    "sched": {"high": 3.0, "low": 1.5},
+    "threshold": {"tau": 0.8},
+    "localleap": {"kappa": 0.8, "tau": 0.6, "radius": 2},
+    "pc": {"frequencies": [1.0 / (1 + i) for i in range(160)]},
+}
+PROMPTS = [[3, 14, 15, 92, 65], [35, 89], [79, 32, 38, 46, 26, 43, 38, 32]]
+EOS = 124  # a token that this checkpoint predicts often
+ARGUMENTS: dict[str, Any] = {"max_new_tokens": 12, "block_length": 4, "eos": EOS, "trace": True}
+CACHES = ["none", "prefix", "dual"]  # those that cut the forward in different ways; the others in the sweep
+EVERY_CACHE = [name for name in caches.POLICIES if not name.startswith("block")]
+
+
+@cache
+def model() -> Any:
+    return load(GOLDEN / "checkpoints" / "tiny-llada-random", dtype="float64", device="cpu")
+
+
+def spec(*names: str) -> list[dict[str, Any]]:
+    return [{"name": name, **GIVEN.get(name, {})} for name in names]
+
+
+def run(names: tuple[str, ...], cache_: str, **more: Any) -> list[Any]:
+    with invariants.asserted() as steps:
+        out = dllm.generate(model(), PROMPTS, sampler=spec(*names), cache=cache_, batch_size=2, **{**ARGUMENTS, **more})
+    assert steps[0] > 0
+    return out
+
+
+def works(names: tuple[str, ...], cache_: str) -> bool:
+    """Run it; False where the composition is refused, with a sentence that names what clashes."""
+    try:
+        outputs = run(names, cache_)
+    except DllmError as refusal:
+        assert any(name in str(refusal) for name in names) and "\n" not in str(refusal)
+        return False
+    for out in outputs:
+        assert out.finish_reason in ("stop", "length"), (names, cache_, out.finish_reason)
+        assert model().mask_id not in out.tokens
+        # I8: a forward for each candidate, for each token taken back, and what growing costs
+        written = sum(len(pairs) for pairs in out.trace.commits)
+        assert out.nfe <= written + 12 + 2, (names, cache_, out.nfe, written)
+    return True
+
+
+def names() -> list[str]:
+    """The samplers for any masked model; those of one block-causal family have their own tests."""
+    return [n for n in registry.names() if n not in ("sdar", "fast_dllm_v2", "editing", "freedave")]
+
+
+@pytest.mark.parametrize("name", names())
+def test_alone(name: str) -> None:
+    assert any([works((name,), c) for c in EVERY_CACHE])
+
+
+@pytest.mark.parametrize("cache_", CACHES)
+def test_pairs(cache_: str) -> None:
+    legal = [pair for pair in combinations(names(), 2) if works(pair, cache_)]
+    assert len(legal) > 40
+    assert ("credit", "prophet") in legal
+    both = {frozenset(pair) for pair in legal}
+    assert frozenset(("threshold", "localleap")) not in both
+
+
+@pytest.mark.parametrize("name", names())
+def test_rows_are_independent(name: str) -> None:
+    """I5: a row of a ragged batch equals the same request alone."""
+    try:
+        together = run((name,), "none")
+    except DllmError:
+        together = run((name,), "dual")
+    for i, out in enumerate(together):
+        alone = dllm.generate(model(), PROMPTS[i], sampler=spec(name), cache=out.cache, seed=i, **ARGUMENTS)
+        assert (alone.sequences, alone.nfe, alone.trace.commits) == (out.sequences, out.nfe, out.trace.commits)
+
+
+def test_the_mission_composition_under_every_cache() -> None:
+    for cache_ in EVERY_CACHE:
+        assert works(("adablock", "credit", "prophet"), cache_)
+
+
+def test_greedy_decoding_uses_no_random_numbers() -> None:
+    """I6: also at the end of a whole call; a keyed sampler repeats itself."""
+    before = torch.get_rng_state()
+    first = run(("random",), "none")
+    assert torch.equal(before, torch.get_rng_state())
+    assert [o.trace.commits for o in first] == [o.trace.commits for o in run(("random",), "none")]
+
+
+def test_a_broken_sampler_is_caught() -> None:
+    """The checks themselves: a selection that draws global random numbers, and one that writes into its state."""
+
+    class Loud(registry.method("threshold")):  # type: ignore[misc]
+        def select(self, view: Any, soft: Any, score: Any) -> Any:
+            torch.rand(1)
+            return score > 0
+
+    class Writing(registry.method("threshold")):  # type: ignore[misc]
+        def select(self, view: Any, soft: Any, score: Any) -> Any:
+            view.canvas.ids[:, 0] += 1
+            return score > 0
+
+    for broken, message in ((Loud(), "random numbers"), (Writing(), "wrote into the state")):
+        with pytest.raises(invariants.Broken, match=message), invariants.asserted():
+            dllm.generate(model(), PROMPTS[0], sampler=broken, **ARGUMENTS)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(20))
+def test_triples_on_random_prompts(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [
+        torch.randint(0, 156, (int(n),), generator=generator).tolist()
+        for n in torch.randint(1, 24, (5,), generator=generator)
+    ]
+    chosen = [t for t in combinations(names(), 3) if torch.rand(1, generator=generator) < 0.05]
+    for triple in chosen:
+        for cache_ in EVERY_CACHE:
+            more = {"max_new_tokens": 24, "temperature": 0.7 * (seed % 2), "seed": seed}
+            try:
+                with invariants.asserted():
+                    dllm.generate(model(), prompts, sampler=spec(*triple), cache=cache_, **{**ARGUMENTS, **more})
+            except DllmError as refusal:
+                assert any(name in str(refusal) for name in triple)
