@@ -24,9 +24,9 @@ from dllm.models.hub import load
 from dllm.models.model import Model
 from dllm.models.transformer import Transformer
 from dllm.training import checkpoint, trainer
-from dllm.training.config import ScheduleSpec, TrainConfig, build, load_config
+from dllm.training.config import MaskSpec, ScheduleSpec, TrainConfig, build, load_config
 from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, Window, read_jsonl
-from dllm.training.diffusion import mask_window, masked_loss, noise_levels, reading_rows
+from dllm.training.diffusion import mask_hard, mask_window, noise_levels, reading_rows, weighted
 from dllm.training.evaluate import wilson
 from dllm.training.log import read_curve
 from dllm.training.objectives import Autoregressive, Diffusion, _hidden
@@ -86,30 +86,45 @@ def test_skip_first_keeps_position_zero() -> None:
     assert not masked[:, 0].any() and masked[:, 1:].all()
 
 
-def test_reading_rows_mask_everything_behind_a_column_of_the_answer() -> None:
-    first, answer, t = torch.full((2000,), 3), torch.full((2000,), 5), torch.full((2000,), 0.5)
-    cut, level = reading_rows(first, answer, t, 0.4, generator())
-    chosen = level == 1
-    assert chosen.float().mean().item() == pytest.approx(0.4, abs=0.05)
-    assert torch.equal(cut[~chosen], first[~chosen])
+def test_reading_rows_open_somewhere_in_the_answer() -> None:
+    first, answer = torch.full((2000,), 3), torch.full((2000,), 5)
+    chosen = torch.arange(2000) % 2 == 0
+    cut = reading_rows(first, answer, chosen, generator())
+    assert (cut[~chosen] == 3).all()
     assert set((cut[chosen] - 3).tolist()) == {0, 1, 2, 3, 4}
 
 
-def test_elbo_loss_is_an_unbiased_sum_and_uniform_the_plain_mean() -> None:
+def test_hard_tokens_are_masked_in_proportion_to_their_difficulty() -> None:
+    """One of two tokens is masked first with the probability of its share of the weights (Plackett-Luce)."""
+    ids = torch.tensor([9, 5, 6]).repeat(20000, 1)
+    difficulty = torch.zeros(10)
+    difficulty[5], difficulty[6] = 3.0, 1.0
+    masked = mask_hard(ids, torch.ones(20000).long(), torch.full((20000,), 0.5), difficulty, generator())
+    assert not masked[:, 0].any() and (masked.sum(1) == 1).all()
+    assert masked[:, 1].float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert mask_hard(ids, torch.ones(20000).long(), torch.ones(20000), difficulty, generator())[:, 1:].all()
+
+
+def test_shares_of_kinds_of_rows_and_learned_difficulty() -> None:
+    objective = Diffusion(1, 40, "uniform", MaskSpec(reading=0.3, hard=0.4))
+    batch = Batch(torch.full((3000, 20), 7), torch.full((3000,), 4), torch.full((3000,), 16))
+    noisy, masked, t = objective.noise(batch, generator(), False)
+    assert (t == 1).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(noisy == 1, masked) and not masked[:, :4].any() and masked.any(1).all()
+    objective._learn(torch.tensor([3.0] * 5 + [0.0] * 5), torch.tensor([7] * 5 + [8] * 5))
+    assert objective.difficulty[7] > 1 > objective.difficulty[8] and objective.difficulty[9] == 1
+
+
+def test_elbo_loss_is_unbiased_and_uniform_the_plain_mean() -> None:
     """With weights 1/t the expectation over masks is the mean loss of all tokens, whatever t."""
-    nats = torch.rand(40, generator=generator()) * 3 + 0.1
-    rest = torch.log1p(-torch.exp(-nats))
-    rows = torch.stack([-nats, rest], 1).repeat(3000, 1, 1)  # (3000, 40, 2): token 0 costs `nats`
+    nats = torch.rand(40, generator=generator()) * 3
     t = noise_levels(3000, generator(1))
     masked = torch.rand(3000, 40, generator=generator(2)) < t[:, None]
-    chosen = rows[masked]
-    targets = torch.zeros(len(chosen)).long()
+    chosen = nats.expand(3000, -1)[masked]
     level = t[:, None].expand(-1, 40)[masked]
-    elbo = masked_loss(chosen, targets, level, torch.tensor(3000 * 40), "elbo")
+    elbo = weighted(chosen, level, torch.tensor(3000 * 40), "elbo")
     assert elbo.item() == pytest.approx(nats.mean().item(), rel=0.05)
-    assert masked_loss(chosen, targets, level, torch.tensor(1), "uniform").item() == pytest.approx(
-        F.cross_entropy(chosen, targets).item()
-    )
+    assert weighted(chosen, level, torch.tensor(1), "uniform").item() == pytest.approx(chosen.mean().item())
 
 
 # --------------------------------------------------------------------------------------------------------- objectives
@@ -161,8 +176,8 @@ def test_every_kind_of_family_learns_one_batch(block: int | None, shift: int) ->
     batch = Batch(torch.randint(3, 40, (1, 16)).repeat(4, 1), torch.full((4,), 6), torch.full((4,), 10))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
-    for step in range(40):
-        loss = Diffusion(1, "uniform")(model, batch, generator(step))
+    for step in range(60):
+        loss = Diffusion(1, 40, "uniform", MaskSpec(0.2, 0.3))(model, batch, generator(step))
         optimizer.zero_grad()
         loss.value.backward()
         optimizer.step()
@@ -254,7 +269,7 @@ def test_an_example_beyond_max_length_is_named() -> None:
         ("data: {}", "data once"),
         ("data: {tasks: {sudoku: -1}}", "weights"),
         ("schedule: {steps: 5, decay: 9}", "between 0 and steps"),
-        ("loss: elbo\nreading: 0.5", "set reading to 0"),
+        ("loss: elbo\nmasks: {hard: 0.5}", "set masks.reading and masks.hard to 0"),
         ("lora: {rank: 4}", "model.start"),
         ("- a", "not valid YAML"),
     ],
@@ -313,7 +328,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, after: int
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    changes = {"accumulate": 2, "reading": 0.3, "optimizer": {"name": optimizer}}
+    changes = {"accumulate": 2, "masks": {"reading": 0.3, "hard": 0.4}, "optimizer": {"name": optimizer}}
     whole = train(recipe(tmp_path / "a", **changes))
     config = recipe(tmp_path / "b", **changes)
     interrupted(monkeypatch, config, after=5)

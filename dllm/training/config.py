@@ -46,6 +46,14 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
+class MaskSpec:
+    """Shares of the rows masked from a random column on (`reading`) or by difficulty (`hard`) instead of at random."""
+
+    reading: float = 0.0
+    hard: float = 0.0
+
+
+@dataclass(frozen=True)
 class OptimizerSpec:
     """`muon` (arXiv 2502.16982) for the layers' matrices at `lr`, AdamW for the rest at `rest_lr`; or all `adamw`.
 
@@ -93,7 +101,7 @@ class TrainConfig:
     output: str
     objective: Literal["diffusion", "autoregressive"] = "diffusion"
     loss: Literal["uniform", "elbo"] = "uniform"
-    reading: float = 0.0  # share of rows masked from a random column of the answer on (diffusion.reading_rows)
+    masks: MaskSpec = MaskSpec()
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -128,10 +136,11 @@ class TrainConfig:
             raise DllmError(f"schedule: warmup and decay lie between 0 and steps ({schedule.steps})")
         if not 0 <= data.long + data.rare <= 1 or min(data.long, data.rare) < 0:
             raise DllmError("data.long and data.rare are shares: neither negative, together at most 1")
-        if not 0 <= self.reading <= 1:
-            raise DllmError("reading is a share between 0 and 1")
-        if self.reading and self.loss == "elbo":
-            raise DllmError("loss: elbo is a bound for random masks only; set reading to 0")
+        masks = self.masks
+        if min(masks.reading, masks.hard) < 0 or masks.reading + masks.hard > 1:
+            raise DllmError("masks.reading and masks.hard are shares: neither negative, together at most 1")
+        if masks.reading + masks.hard and self.loss == "elbo":
+            raise DllmError("loss: elbo is a bound for random masks only; set masks.reading and masks.hard to 0")
         if self.lora.rank and not self.model.start:
             raise DllmError("lora.rank needs a model to adapt: set model.start")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Weighting = Literal["uniform", "elbo"]
@@ -18,18 +17,31 @@ def noise_levels(n: int, generator: torch.Generator) -> Tensor:
     return 1 - t[torch.randperm(n, generator=generator)]
 
 
-def reading_rows(
-    first: Tensor, answer: Tensor, t: Tensor, share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Turn a `share` of the rows into what a left-to-right or blockwise decoder meets (cf. arXiv 2508.19529).
+def reading_rows(first: Tensor, answer: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """First maskable column (B,) when the `chosen` rows are what a left-to-right or blockwise decoder meets.
 
-    Up to a random column of the answer everything is clean, behind it everything is masked. In randomly masked rows
-    a result that is used again later can often be copied from there; in these it has to be worked out.
-    first (B,) first column of the window, answer (B,) tokens in it, t (B,): returns the new `first` and `t`.
+    Up to a random column of their answer everything is clean, behind it everything shall be masked (cf. arXiv
+    2508.19529). In randomly masked rows a result that is used again later can often be copied from there; in these it
+    has to be worked out. first (B,) first column of the window, answer (B,) tokens in it, chosen (B,) bool.
     """
-    chosen = torch.rand(len(t), generator=generator) < share
-    cut = first + (torch.rand(len(t), generator=generator) * answer).long()
-    return torch.where(chosen, cut, first), torch.where(chosen, 1.0, t)
+    cut = first + (torch.rand(len(first), generator=generator) * answer).long()
+    return torch.where(chosen, cut, first)
+
+
+def mask_hard(ids: Tensor, first: Tensor, t: Tensor, difficulty: Tensor, generator: torch.Generator) -> Tensor:
+    """Mask a share t of the tokens from column `first` on, one after another, in proportion to their difficulty.
+
+    A decoder that commits what is certain first leaves the hard tokens for the end, among easy ones that stand already;
+    random masks hardly ever show that state. The order is Plackett-Luce: log-weights plus Gumbel noise, sorted.
+    ids (B, T), first (B,), t (B,), difficulty (V,) non-negative weight of each id. Returns the mask (B, T).
+    """
+    uniform = torch.rand(ids.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
+    window = torch.arange(ids.shape[1]) >= first[:, None]  # (B, T)
+    score = (difficulty[ids] + 1e-4).log() - (-uniform.log()).log()
+    score = score.masked_fill(~window, -torch.inf)
+    n = (t * window.sum(1)).ceil().long().clamp(min=1)  # (B,)
+    last = score.sort(1, descending=True).values.gather(1, (n - 1)[:, None])
+    return window & (score >= last)
 
 
 def mask_window(
@@ -48,13 +60,11 @@ def mask_window(
     return torch.where(masked, mask_id, ids), masked
 
 
-def masked_loss(logits: Tensor, targets: Tensor, t: Tensor, tokens: Tensor, weighting: Weighting) -> Tensor:
-    """Cross-entropy in nats per token of the masked positions.
+def weighted(nats: Tensor, t: Tensor, tokens: Tensor, weighting: Weighting) -> Tensor:
+    """One number from the cross-entropies of the masked positions, in nats per token.
 
-    logits (M, V) and targets (M,) of the M masked positions, t (M,) the masking rate of their rows, tokens () the
-    number of tokens that could have been masked in the whole batch.
-    `elbo`: weight 1/t over all tokens, the likelihood bound; `uniform`: the plain mean over masked tokens, every
-    rate alike.
+    nats (M,) of the M masked positions, t (M,) the masking rate of their rows, tokens () the number of tokens that
+    could have been masked in the whole batch. `elbo`: weight 1/t over all tokens, the likelihood bound (LLaDA eq. 3);
+    `uniform`: the plain mean over masked tokens, so that every rate counts by its masks.
     """
-    nats = F.cross_entropy(logits.float(), targets, reduction="none")
     return (nats / t).sum() / tokens if weighting == "elbo" else nats.mean()

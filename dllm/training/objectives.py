@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.transformer import Transformer
+from .config import MaskSpec
 from .data import Batch
-from .diffusion import Weighting, mask_window, masked_loss, noise_levels, reading_rows
+from .diffusion import Weighting, mask_hard, mask_window, noise_levels, reading_rows, weighted
 
 
 class Loss(NamedTuple):
@@ -22,26 +23,56 @@ class Loss(NamedTuple):
     tokens: int
 
 
-@dataclass(frozen=True)
 class Diffusion:
-    """Predict the masked tokens of the answer window from everything else."""
+    """Predict the masked tokens of the answer window from everything else.
 
-    mask_id: int
-    weighting: Weighting
-    reading: float = 0.0  # share of rows masked from a random column on, see `reading_rows`
+    Shares of the rows are masked from a random column on (`reading_rows`) or by difficulty (`mask_hard`), the rest at
+    random. Difficulty is a running mean of the loss of each id; it is part of the state of a run.
+    """
+
+    def __init__(self, mask_id: int, vocab_size: int, weighting: Weighting, masks: MaskSpec = MaskSpec()) -> None:
+        self.mask_id, self.weighting, self.masks = mask_id, weighting, masks
+        self.difficulty = torch.ones(vocab_size)
 
     def __call__(self, model: Transformer, batch: Batch, generator: torch.Generator) -> Loss:
-        t = noise_levels(len(batch.ids), generator)
-        first, t = reading_rows(batch.prompt, batch.answer, t, self.reading, generator)
-        noisy, masked = mask_window(batch.ids, first, self.mask_id, t, generator, bool(model.config.shift))
+        noisy, masked, t = self.noise(batch, generator, bool(model.config.shift))
         device = model.embed_tokens.weight.device
         ids, noisy, masked = batch.ids.to(device), noisy.to(device), masked.to(device)
         rows, columns = masked.nonzero(as_tuple=True)  # (M,) each
         logits = model.head(_hidden(model, noisy, ids, rows, columns))  # (M, V)
         window = (batch.ids.shape[1] - batch.prompt).sum().to(device)
         targets = ids[rows, columns]
-        value = masked_loss(logits, targets, t.to(device)[rows], window, self.weighting)
-        return _loss(value, logits, targets)
+        nats = F.cross_entropy(logits.float(), targets, reduction="none")
+        if self.masks.hard:
+            self._learn(nats.detach().cpu(), targets.cpu())
+        return _loss(weighted(nats, t.to(device)[rows], window, self.weighting), logits, targets)
+
+    def noise(self, batch: Batch, generator: torch.Generator, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy ids and mask, both (B, T), and the masking rate (B,) of every row."""
+        ids, t = batch.ids, noise_levels(len(batch.ids), generator)
+        if not (self.masks.reading or self.masks.hard):
+            return *mask_window(ids, batch.prompt, self.mask_id, t, generator, shifted), t
+        kind = torch.rand(len(ids), generator=generator)  # (B,)
+        reading = kind < self.masks.reading
+        first = reading_rows(batch.prompt, batch.answer, reading, generator)
+        t = torch.where(reading, 1.0, t)
+        _, masked = mask_window(ids, first, self.mask_id, t, generator, shifted)
+        hard = ~reading & (kind < self.masks.reading + self.masks.hard)
+        chosen = mask_hard(ids, first.clamp(min=int(shifted)), t, self.difficulty, generator)
+        masked = torch.where(hard[:, None], chosen, masked)
+        return torch.where(masked, self.mask_id, ids), masked, t
+
+    def _learn(self, nats: Tensor, targets: Tensor) -> None:
+        """Move the difficulty of the ids of this batch towards their mean loss, faster for the frequent ones."""
+        total = torch.zeros_like(self.difficulty).scatter_add_(0, targets, nats)
+        count = torch.bincount(targets, minlength=len(total)).float()
+        self.difficulty += (0.01 * count).clamp(max=0.1) * (total / count.clamp(min=1) - self.difficulty)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"difficulty": self.difficulty.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.difficulty = state["difficulty"].clone()
 
 
 @dataclass(frozen=True)
@@ -56,6 +87,12 @@ class Autoregressive:
         logits = model.head(model(ids[:, :-1])[rows])  # (M, V)
         targets = ids[:, 1:][rows]
         return _loss(F.cross_entropy(logits.float(), targets), logits, targets)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
 
 
 def _loss(value: Tensor, logits: Tensor, targets: Tensor) -> Loss:

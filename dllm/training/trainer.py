@@ -101,6 +101,7 @@ class Trainer:
             "recipe": checkpoint.recipe(self.config),
             "weights": {n: p.detach() for n, p in self.backbone.named_parameters() if p.requires_grad},
             "optimizers": self.optimizers.state_dict(),
+            "objective": self.objective.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -134,6 +135,7 @@ class Trainer:
             for name, value in saved["weights"].items():
                 parameters[name].copy_(value)
         self.optimizers.load_state_dict(saved["optimizers"])
+        self.objective.load_state_dict(saved["objective"])
         torch.set_rng_state(saved["random"])
         if saved["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["random_cuda"], self.device)
@@ -216,7 +218,7 @@ def fresh_model(spec: ModelSpec, causal: bool) -> Model:
     return Model(config, backbone, tokenizer)
 
 
-def make_objective(config: TrainConfig, model: Model) -> Callable[..., Loss]:
+def make_objective(config: TrainConfig, model: Model) -> Diffusion | Autoregressive:
     causal = model.config.causal
     if causal != (config.objective == "autoregressive"):
         kind = "causal" if causal else "masked-diffusion"
@@ -224,7 +226,7 @@ def make_objective(config: TrainConfig, model: Model) -> Callable[..., Loss]:
     if causal:
         return Autoregressive()
     assert model.mask_id is not None
-    return Diffusion(model.mask_id, config.loss, config.reading)
+    return Diffusion(model.mask_id, model.config.vocab_size, config.loss, config.masks)
 
 
 def make_batches(config: TrainConfig, model: Model) -> Batches:

@@ -1,0 +1,301 @@
+"""Aligning a masked-diffusion drafter with the autoregressive model it drafts for (DEER, arXiv 2512.15176).
+
+The teacher is the verifier: its own greedy answers are the data. Stage one, continuation distillation: cut an answer
+anywhere, mask what follows up to a block, put a separator behind the block, and predict the masked tokens at a random
+masking rate t with weight 1 / t. Stage two, refinement: mask only the last R tokens completely, R uniform, and weight
+token i of R by alpha^(R - i), most right behind the prefix, where a rejection costs most.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import DllmError
+from ..models.hub import load, load_verifier, pick_device
+from ..models.model import Model
+from ..models.transformer import Transformer
+from .config import build
+from .diffusion import noise_levels
+from .tasks import generate
+from .trainer import as_diffusion
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """AdamW at `lr` for `steps`, linear warm-up over a tenth and linear decay over the rest. 0 steps skip the stage."""
+
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """A recipe (`configs/align/*.yaml`). The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B.
+
+    drafter, verifier   what `dllm.load` and `dllm.load_verifier` take; a causal drafter is turned into a dLLM first.
+    layers      keep only the first layers of the drafter (a smaller copy), 0 = all.
+    tasks       problems per built-in task whose prompts the verifier answers, or `prompts`: a file, one prompt a line.
+    block       most masked tokens in a row: the k to draft with. `max_suffix`: most in stage two (the paper's 96).
+    separator   close the block with the tokenizer's separator; draft with the same setting.
+    alpha       1.01 is stable, 1.02 noisy, 1.05 diverges (section 4 of the paper).
+    """
+
+    output: str
+    drafter: str = "tiny"
+    verifier: str = "tiny-ar"
+    layers: int = 0
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    prompts: str = ""
+    max_new_tokens: int = 96
+    block: int = 32
+    max_suffix: int = 96
+    separator: bool = True
+    alpha: float = 1.01
+    one: Stage = Stage(400, 2e-3)
+    two: Stage = Stage(200, 1e-3)
+    batch_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.tasks) == bool(self.prompts):
+            raise DllmError("an alignment recipe names its prompts once: tasks or prompts")
+        if min(self.block, self.max_suffix, self.batch_size, self.max_new_tokens) < 1 or self.layers < 0:
+            raise DllmError("block, max_suffix, batch_size and max_new_tokens must be positive, layers not negative")
+        if self.alpha < 1:
+            raise DllmError(f"alpha must be at least 1, got {self.alpha}")
+
+
+class Continuation(NamedTuple):
+    """One teacher answer: prompt ids, and answer ids with their end token unless the answer was cut."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class Rows(NamedTuple):
+    """A batch: noisy ids (B, T), positions (B, T) with -1 for padding; and of the M masked tokens their rows, columns,
+    targets and weights (M,).
+    """
+
+    ids: Tensor
+    pos: Tensor
+    row: Tensor
+    column: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def continuations(
+    verifier: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 32
+) -> list[Continuation]:
+    """The verifier's own greedy answers to prompts given as ids."""
+    pad = verifier.generation_config.pad_token_id or 0
+    end = verifier.generation_config.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out: list[Continuation | None] = [None] * len(prompts)
+    for at in tqdm(range(0, len(order), batch_size), desc="teacher", unit="batch", leave=False):
+        some = [list(prompts[i]) for i in order[at : at + batch_size]]
+        width = max(map(len, some))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in some], device=verifier.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=verifier.device)
+        texts = verifier.generate(
+            ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+        )[:, width:].tolist()
+        for i, prompt, text in zip(order[at : at + batch_size], some, texts, strict=True):
+            stop = next((n + 1 for n, t in enumerate(text) if t in ends), len(text))
+            out[i] = Continuation(prompt, text[:stop])
+    return [c for c in out if c is not None and c.answer]
+
+
+def stage_one(
+    data: Sequence[Continuation],
+    model: Model,
+    block: int,
+    sep: int | None,
+    rng: random.Random,
+    generator: torch.Generator,
+) -> Rows:
+    """Continuation distillation: a random cut, at most `block` tokens behind it, masked at rate t, weight 1 / t."""
+    t = noise_levels(len(data), generator)
+    cut = [rng.randrange(len(c.answer)) for c in data]
+    prefixes = [c.prompt + c.answer[:n] for c, n in zip(data, cut, strict=True)]
+    targets = [(c.answer[n:] + [model.eos_ids[0]] * block)[:block] for c, n in zip(data, cut, strict=True)]
+    masked = [torch.rand(block, generator=generator) < rate for rate in t]
+    for m in masked:
+        m[int(torch.randint(block, (1,), generator=generator))] = True
+    weights = [torch.full((block,), 1 / float(rate)) for rate in t]
+    return _rows(prefixes, targets, masked, weights, model, sep)
+
+
+def stage_two(
+    data: Sequence[Continuation],
+    model: Model,
+    max_suffix: int,
+    alpha: float,
+    sep: int | None,
+    rng: random.Random,
+) -> Rows:
+    """Refinement: the last R tokens of a truncated answer, all masked, weights alpha^(R - i) for i = 1..R."""
+    prefixes, targets, masked, weights = [], [], [], []
+    for c in data:
+        end = rng.randint(1, len(c.answer))
+        r = rng.randint(1, min(max_suffix, end))
+        prefixes.append(c.prompt + c.answer[: end - r])
+        targets.append(c.answer[end - r : end])
+        masked.append(torch.ones(r, dtype=torch.bool))
+        weights.append(alpha ** torch.arange(r - 1, -1, -1, dtype=torch.float32))
+    return _rows(prefixes, targets, masked, weights, model, sep)
+
+
+def _rows(
+    prefixes: list[list[int]],
+    targets: list[list[int]],
+    masked: list[Tensor],
+    weights: list[Tensor],
+    model: Model,
+    sep: int | None,
+) -> Rows:
+    assert model.mask_id is not None
+    tail = [] if sep is None else [sep]
+    noisy = [
+        p + [model.mask_id if m else t for t, m in zip(ts, ms.tolist(), strict=True)] + tail
+        for p, ts, ms in zip(prefixes, targets, masked, strict=True)
+    ]
+    width = max(map(len, noisy))
+    ids = torch.tensor([n + [0] * (width - len(n)) for n in noisy])
+    pos = torch.tensor([[*range(len(n)), *[-1] * (width - len(n))] for n in noisy])
+    row, column, target, weight = [], [], [], []
+    for b, (p, ts, ms, ws) in enumerate(zip(prefixes, targets, masked, weights, strict=True)):
+        where = ms.nonzero()[:, 0]
+        row.append(torch.full_like(where, b))
+        column.append(where + len(p))
+        target.append(torch.tensor(ts)[where])
+        weight.append(ws[where])
+    return Rows(ids, pos, torch.cat(row), torch.cat(column), torch.cat(target), torch.cat(weight))
+
+
+def loss_of(model: Model, rows: Rows) -> Tensor:
+    """Weighted cross-entropy of the masked tokens, normalised by the weights: ()."""
+    device = model.device
+    hidden = model.transformer(rows.ids.to(device), rows.pos.to(device))  # (B, T, D)
+    source = (rows.column - model.shift).clamp(min=0)
+    logits = model.transformer.head(hidden[rows.row.to(device), source.to(device)])  # (M, V)
+    nats = F.cross_entropy(logits.float(), rows.target.to(device), reduction="none")
+    weight = rows.weight.to(device)
+    return (nats * weight).sum() / weight.sum()
+
+
+def shrink(model: Model, layers: int) -> Model:
+    """A copy with the first `layers` layers: embedding, final norm and head as they are."""
+    if not 1 <= layers <= model.config.n_layers:
+        raise DllmError(f"layers must lie between 1 and the model's {model.config.n_layers}, got {layers}")
+    small = Transformer(replace(model.config, n_layers=layers))
+    wanted = small.state_dict()
+    small.load_state_dict({k: v for k, v in model.transformer.state_dict().items() if k in wanted})
+    return Model(replace(model.config, n_layers=layers), small, model.tokenizer)
+
+
+def align(model: Model, data: Sequence[Continuation], config: AlignConfig) -> list[float]:
+    """Both stages, in place; returns the loss of every step."""
+    if not data:
+        raise DllmError("the teacher gave no answers to learn from")
+    sep = separator(model) if config.separator else None
+    rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    room = model.max_positions - max(config.block, min(config.max_suffix, config.max_new_tokens)) - 1
+    data = [c for c in data if len(c.prompt) + len(c.answer) <= room]
+    if not data:
+        raise DllmError(f"every teacher answer is longer than the drafter's {model.max_positions} positions allow")
+    losses: list[float] = []
+    model.transformer.train()
+    for number, stage in enumerate((config.one, config.two), 1):
+        optimizer = torch.optim.AdamW(model.transformer.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        with tqdm(range(stage.steps), desc=f"stage {number}", unit="step") as bar:
+            for step in bar:
+                some = rng.choices(data, k=config.batch_size)
+                if number == 1:
+                    rows = stage_one(some, model, config.block, sep, rng, generator)
+                else:
+                    rows = stage_two(some, model, config.max_suffix, config.alpha, sep, rng)
+                for group in optimizer.param_groups:
+                    group["lr"] = stage.lr * min(1.0, 10 * (step + 1) / stage.steps, 1 - step / stage.steps)
+                loss = loss_of(model, rows)
+                if not bool(torch.isfinite(loss)):
+                    raise DllmError(f"the loss of stage {number} is not finite at step {step}: lower lr or alpha")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), 1.0)
+                optimizer.step()
+                losses.append(float(loss.detach()))
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    model.transformer.eval()
+    return losses
+
+
+def separator(model: Model) -> int:
+    """The tokenizer's separator, which closes a block in training and in drafting."""
+    sep = getattr(model.tokenizer, "sep_token_id", None)
+    if sep is None:
+        raise DllmError("this tokenizer has no separator token: set separator: false")
+    return int(sep)
+
+
+def run(config: AlignConfig) -> Model:
+    """The whole recipe: teacher answers, a smaller copy if asked for, both stages, the model in `output`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    model = initial_drafter(config)
+    verifier = load_verifier(config.verifier, dtype=torch.float32, device=str(model.device))
+    data = continuations(verifier, task_prompts(model, config), config.max_new_tokens, config.batch_size)
+    log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
+    align(model, data, config)
+    model.save(Path(config.output))
+    return model
+
+
+def initial_drafter(config: AlignConfig) -> Model:
+    """The drafter before alignment: loaded, made bidirectional, cut to size."""
+    device = pick_device(config.device)
+    model = load(config.drafter, dtype=torch.float32, device=device)
+    model = as_diffusion(model) if model.config.causal else model
+    return (shrink(model, config.layers) if config.layers else model).to(device)
+
+
+def task_prompts(model: Model, config: AlignConfig, split: str = "train") -> list[list[int]]:
+    """Prompt ids of the recipe: problems of the built-in tasks, or the lines of a file."""
+    if config.prompts:
+        path = Path(config.prompts)
+        if not path.is_file():
+            raise DllmError(f"no file of prompts: {path}")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        lines = [e.prompt for name, n in config.tasks.items() for e in generate(name, split, n, config.seed)]
+    return [model.chat([{"role": "user", "content": line}]) for line in lines]
+
+
+def load_recipe(path: str | Path) -> AlignConfig:
+    """An `AlignConfig` from YAML; unknown keys are errors that name the nearest one."""
+    path = Path(path)
+    if not path.is_file():
+        raise DllmError(f"no recipe {path}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DllmError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return build(AlignConfig, raw)
