@@ -385,6 +385,31 @@ def test_the_mask_and_padding_rows_cannot_be_predicted():
     assert half.logits(half.forward(sample_ids())).dtype == torch.float32
 
 
+def test_long_positions_equal_the_native_class(tmp_path):
+    """Rotary angles come from float32 tables at any position."""
+    native, model = twin("LlamaForCausalLM", tmp_path)
+    ids = torch.randint(0, 59, (1, 8), generator=torch.Generator().manual_seed(1))
+    pos = torch.arange(8)[None] + 100_000
+    with torch.no_grad():
+        expected = native(ids, position_ids=pos, use_cache=False).logits
+        logits = model.transformer.head(model.forward(ids, pos))
+    assert (logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_at_long_positions(dtype):
+    """The rotation is relative: far from the origin the error of half precision is what it is near it."""
+    exact = load(GOLDEN / "checkpoints" / "tiny-llada-trained", device="cpu")
+    half = load(GOLDEN / "checkpoints" / "tiny-llada-trained", device="cpu", dtype=dtype)
+    ids = torch.randint(3, 250, (1, 32), generator=torch.Generator().manual_seed(1))
+    far = torch.arange(32)[None] + 4096
+    errors = []
+    for pos in (torch.arange(32)[None], far):
+        near, seen = (m.logits(m.forward(ids, pos)).softmax(-1) for m in (exact, half))
+        errors.append(float((near - seen).abs().max()))
+    assert errors[0] < (0.2 if dtype == "bfloat16" else 0.03) and errors[1] < 2 * errors[0] + 0.01
+
+
 def test_gradients_reach_every_parameter():
     model = Transformer(tiny().config)
     model.head(model(sample_ids())).float().logsumexp(-1).sum().backward()

@@ -190,6 +190,9 @@ def test_quantized_weights(tmp_path):
         store = model.new_store(1, 20)
         pos, visible = torch.arange(20)[None], torch.ones(1, 1, 20, dtype=torch.bool)
         assert (model.forward(ids, pos, visible=visible, store=store) - out).abs().max() < 1e-5
+        assert model.fingerprint() not in (plain.fingerprint(), "") and len(model.fingerprint()) == 16
+        with pytest.raises(DllmError, match="cannot be saved"):
+            model.save(tmp_path / "again")
     assert 0 < errors["int8"] < 0.02 < errors["int4"] < 0.3
     with pytest.raises(DllmError, match="unknown quantization 'int9'"):
         load(folder, device="cpu", quantization="int9")

@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
         "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16,
     }  # fmt: skip
     network = DiffusionGemmaForBlockDiffusion(
-        DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=8)
+        DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=4)
     )
     path = tmp_path_factory.mktemp("gemma")
     network.save_pretrained(path)
@@ -41,13 +41,13 @@ def folder(tmp_path_factory) -> Path:
 def test_native_decoding(folder):
     model = dllm.load(folder, device="cpu")
     assert isinstance(model, DiffusionGemma) and model.mask_id is None and model.eos_ids == (1,)
-    options = {"name": "native", "max_denoising_steps": 4}
-    first, second = dllm.generate(model, [[5, 6, 7], [9, 10]], sampler=options, max_new_tokens=12)
-    assert len(first.tokens) <= 12 and all(0 <= t < 80 for t in first.tokens) and 1 <= first.nfe <= 8
+    options = {"name": "native", "max_denoising_steps": 2}
+    first, second = dllm.generate(model, [[5, 6, 7], [9, 10]], sampler=options, max_new_tokens=6)
+    assert len(first.tokens) <= 6 and all(0 <= t < 80 for t in first.tokens) and 1 <= first.nfe <= 4
     assert first.sequences[:3] == [5, 6, 7] and first.sampler == "native"
-    alone = dllm.generate(model, [9, 10], sampler=options, max_new_tokens=12, seed=1)
+    alone = dllm.generate(model, [9, 10], sampler=options, max_new_tokens=6, seed=1)
     assert alone.tokens == second.tokens  # request i uses seed + i
-    assert alone.tokens != dllm.generate(model, [9, 10], sampler=options, max_new_tokens=12, seed=2).tokens
+    assert alone.tokens != dllm.generate(model, [9, 10], sampler=options, max_new_tokens=6, seed=2).tokens
 
 
 def test_other_samplers_and_caches_are_refused(folder):

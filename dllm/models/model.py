@@ -141,6 +141,8 @@ class Model:
 
     def save(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> Path:
         """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back."""
+        if any(whole(value) is not value for value in self.transformer.state_dict().values()):
+            raise DllmError("a quantized or split model cannot be saved; save it before quantization= or device_map=")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         family = FAMILIES[self.family]
@@ -159,8 +161,16 @@ class Model:
         """Sixteen hex digits that change with configuration, dtype or weights (up to 4096 values of each are read)."""
         digest = hashlib.sha256(repr(self.config).encode())
         for name, value in sorted(self.transformer.named_parameters()):
-            flat = value.detach().flatten()
+            flat = whole(value.detach()).flatten()
             sample = flat[:: max(1, len(flat) // 4096)]
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(sample.cpu().double().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def whole(value: Tensor) -> Tensor:
+    """An ordinary tensor: a quantized one expanded, one split over processes gathered, any other as it is."""
+    for method in ("dequantize", "full_tensor"):
+        if type(value) is not Tensor and hasattr(type(value), method):
+            return getattr(value, method)()
+    return value

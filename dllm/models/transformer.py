@@ -27,7 +27,7 @@ class KVStore(NamedTuple):
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    tap: list[tuple[Tensor, Tensor]] | None = None  # collects each layer's new (N, Q, n_kv_heads, head_dim), where given
+    tap: list[tuple[Tensor, Tensor]] | None = None  # where given, collects each layer's new (N, Q, kv_heads, head_dim)
 
     @classmethod
     def allocate(
