@@ -1,7 +1,9 @@
-"""`dllm speculate`: an autoregressive verifier, drafted by a dLLM; the text is the verifier's own."""
+"""`dllm speculate`: an autoregressive verifier, drafted by a dLLM; the text is the verifier's own. `dllm align`:
+train one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -62,3 +64,21 @@ def coloured(out: Any, tokenizer: Any) -> Text:
             text.append(piece, style=ACCEPTED[i % 2] if j < accepted else CORRECTION)
             at += 1
     return text
+
+
+def align(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/align/tiny.yaml.")],
+    problems: Annotated[int, typer.Option(min=0, help="Held-out prompts for tau before and after; 0 = skip.")] = 50,
+    length: Annotated[str, typer.Option(help="Length controller of that measurement.")] = "fixed:k=12",
+) -> None:
+    """Align a dLLM drafter with its verifier's own outputs (DEER), and measure what it brought."""
+    from dllm.drafting.bench import tau_of
+    from dllm.training.alignment import initial_drafter, load_recipe, run
+
+    config = load_recipe(recipe)
+    before = tau_of(initial_drafter(config), config, problems, length) if problems else None
+    model = run(config)
+    typer.echo(f"aligned drafter: {config.output}")
+    if before is not None:
+        after = tau_of(model, config, problems, length)
+        typer.echo(f"tau on {problems} held-out prompts a task: {before:.2f} before, {after:.2f} after")

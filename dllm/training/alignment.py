@@ -138,7 +138,8 @@ def stage_one(
     targets = [(c.answer[n:] + [model.eos_ids[0]] * block)[:block] for c, n in zip(data, cut, strict=True)]
     masked = [torch.rand(block, generator=generator) < rate for rate in t]
     for m in masked:
-        m[int(torch.randint(block, (1,), generator=generator))] = True
+        if not bool(m.any()):
+            m[int(torch.randint(block, (1,), generator=generator))] = True
     weights = [torch.full((block,), 1 / float(rate)) for rate in t]
     return _rows(prefixes, targets, masked, weights, model, sep)
 

@@ -1,0 +1,137 @@
+"""DEER's two stages: what is masked, what it weighs, and that acceptance rises."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import dllm
+from dllm.drafting.diffusion import DiffusionDrafter
+from dllm.errors import DllmError
+from dllm.training.alignment import (
+    AlignConfig,
+    Continuation,
+    Stage,
+    align,
+    continuations,
+    load_recipe,
+    loss_of,
+    separator,
+    shrink,
+    stage_one,
+    stage_two,
+)
+from tests.drafting_kit import golden, plain
+
+torch.set_num_threads(1)
+SEP, BLOCK = 3, 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dllm.load("tests/golden/checkpoints/tiny-llada-trained")
+
+
+DATA = [Continuation([10, 11, 12], [20, 21, 22, 23, 24, 2]), Continuation([10], [30 + i for i in range(20)])]
+
+
+def by_row(rows, b):
+    at = rows.row == b
+    return rows.column[at].tolist(), rows.target[at].tolist(), rows.weight[at]
+
+
+def test_stage_one_masks_behind_a_random_cut_and_closes_the_block(model):
+    seen = set()
+    for seed in range(30):
+        rows = stage_one(DATA, model, BLOCK, SEP, random.Random(seed), torch.Generator().manual_seed(seed))
+        for b, c in enumerate(DATA):
+            row = rows.ids[b, rows.pos[b] >= 0].tolist()
+            assert row[-1] == SEP
+            cut = len(row) - 1 - BLOCK - len(c.prompt)
+            seen.add((b, cut))
+            assert row[: len(c.prompt) + cut] == c.prompt + c.answer[:cut]  # the prefix is clean
+            wanted = (c.answer[cut:] + [model.eos_ids[0]] * BLOCK)[:BLOCK]  # past its end an answer goes on with EOS
+            columns, targets, weights = by_row(rows, b)
+            assert columns and all(row[i] == model.mask_id for i in columns)
+            assert targets == [wanted[i - len(c.prompt) - cut] for i in columns]
+            assert len(set(weights.tolist())) == 1 and weights[0] >= 1  # 1 / t, one rate a row
+    assert {cut for b, cut in seen if b == 0} == set(range(6))
+
+
+def test_stage_one_masking_rate_is_the_inverse_weight(model):
+    many, n, expected = [DATA[1]] * 64, 0, 0.0
+    for seed in range(20):
+        rows = stage_one(many, model, BLOCK, None, random.Random(seed), torch.Generator().manual_seed(seed))
+        n += len(rows.row)
+        expected += sum(BLOCK / float(rows.weight[rows.row == b][0]) for b in range(64))
+    assert n / expected == pytest.approx(1.0, abs=0.06)  # at least one mask a row adds a little
+
+
+def test_stage_two_masks_the_end_and_weighs_its_beginning_most(model):
+    lengths = set()
+    for seed in range(40):
+        rows = stage_two(DATA, model, 5, 1.1, SEP, random.Random(seed))
+        for b, c in enumerate(DATA):
+            columns, targets, weights = by_row(rows, b)
+            r = len(columns)
+            lengths.add(r)
+            end = columns[-1] + 1 - len(c.prompt)
+            assert columns == list(range(columns[0], columns[0] + r)) and targets == c.answer[end - r : end]
+            assert weights.tolist() == pytest.approx([1.1 ** (r - i) for i in range(1, r + 1)])
+            assert rows.ids[b, columns[-1] + 1] == SEP
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_loss_by_hand(model):
+    rows = stage_two(DATA[:1], model, 3, 1.5, SEP, random.Random(1))
+    with torch.no_grad():
+        hidden = model.transformer(rows.ids)
+        logp = torch.log_softmax(model.transformer.head(hidden[0, rows.column]).float(), -1)
+        by_hand = -(logp[torch.arange(len(rows.target)), rows.target] * rows.weight).sum() / rows.weight.sum()
+        assert float(loss_of(model, rows)) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_acceptance_rises_on_the_verifiers_own_outputs(model):
+    verifier = golden("tiny-llama-ar-random")
+    prompts = [[10 + i, 40 + i, 70 + i] for i in range(4)]
+    data = continuations(verifier, prompts, 16, batch_size=2)
+    for c, prompt in zip(sorted(data), sorted(prompts), strict=True):
+        assert [*c.prompt, *c.answer] == plain(verifier, prompt, 16)[: len(c.prompt) + len(c.answer)]
+    small = shrink(model, 1)
+    assert small.config.n_layers == 1
+    assert torch.equal(small.transformer.embed_tokens.weight, model.transformer.embed_tokens.weight)
+
+    def tau():
+        drafter = DiffusionDrafter(small, suffix_token_id=SEP)
+        outs = [dllm.speculate(verifier, drafter, p, max_new_tokens=16, length="fixed:k=6") for p in prompts]
+        for out, prompt in zip(outs, prompts, strict=True):
+            assert out.tokens == next(c.answer for c in data if c.prompt == prompt)
+        return sum(len(o.tokens) for o in outs) / sum(o.n_verify for o in outs)
+
+    before = tau()
+    config = AlignConfig("unused", tasks={"x": 1}, block=6, one=Stage(60, 3e-3), two=Stage(40, 2e-3), batch_size=8)
+    losses = align(small, data, config)
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert tau() > before + 0.5
+
+
+def test_recipes_and_mistakes(model, tmp_path):
+    recipe = load_recipe("configs/align/tiny.yaml")
+    assert recipe.verifier == "tiny-ar" and recipe.one.steps > 0 and recipe.alpha == 1.01
+    path = tmp_path / "r.yaml"
+    path.write_text("output: x\ntasks: {word_problems: 2}\nblok: 8\n")
+    with pytest.raises(DllmError, match="block"):
+        load_recipe(path)
+    with pytest.raises(DllmError, match="no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(DllmError, match="prompts once"):
+        AlignConfig("x")
+    with pytest.raises(DllmError, match="alpha"):
+        AlignConfig("x", tasks={"word_problems": 1}, alpha=0.5)
+    with pytest.raises(DllmError, match="layers"):
+        shrink(model, 99)
+    with pytest.raises(DllmError, match="teacher"):
+        align(model, [], AlignConfig("x", tasks={"word_problems": 1}))
+    assert separator(model) == SEP

