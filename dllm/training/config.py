@@ -47,10 +47,16 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Shares of the rows masked from a random column on (`reading`) or by difficulty (`hard`) instead of at random."""
+    """Which tokens of a row are masked.
+
+    Shares of the rows are masked from a random column on (`reading`) or by difficulty (`hard`) instead of at random.
+    The rate of a row is a uniform number raised to `power`: above 1 most rows keep most of their answer, so that more
+    tokens are learned from what stands around them.
+    """
 
     reading: float = 0.0
     hard: float = 0.0
+    power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,10 @@ class TrainConfig:
         masks = self.masks
         if min(masks.reading, masks.hard) < 0 or masks.reading + masks.hard > 1:
             raise DllmError("masks.reading and masks.hard are shares: neither negative, together at most 1")
-        if masks.reading + masks.hard and self.loss == "elbo":
-            raise DllmError("loss: elbo is a bound for random masks only; set masks.reading and masks.hard to 0")
+        if masks.power <= 0:
+            raise DllmError(f"masks.power must be positive, got {masks.power}")
+        if self.loss == "elbo" and masks != MaskSpec():
+            raise DllmError("loss: elbo is a bound for uniform random masks only; leave out masks")
         if self.lora.rank and not self.model.start:
             raise DllmError("lora.rank needs a model to adapt: set model.start")
 

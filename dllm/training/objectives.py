@@ -49,7 +49,7 @@ class Diffusion:
 
     def noise(self, batch: Batch, generator: torch.Generator, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy ids and mask, both (B, T), and the masking rate (B,) of every row."""
-        ids, t = batch.ids, noise_levels(len(batch.ids), generator)
+        ids, t = batch.ids, noise_levels(len(batch.ids), generator) ** self.masks.power
         if not (self.masks.reading or self.masks.hard):
             return *mask_window(ids, batch.prompt, self.mask_id, t, generator, shifted), t
         kind = torch.rand(len(ids), generator=generator)  # (B,)
