@@ -13,7 +13,7 @@ from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
 from dllm.samplers.quota import Quota
 
-ROWS = 8  # distributions compared at once: their temporaries stay in cache
+ROWS = 1  # distributions compared at once: their temporaries stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,28 @@ class KLASS(Method):
 
     def stable(self, view: View, pred: Prediction) -> Tensor:
         """(B, W) bool; moves the history on by this step."""
-        memory, columns = view.memory, view.columns
-        before, known = last_logits(view, pred)
-        calm = known & (divergence(pred, before) < self.epsilon) if before is not None else known
-        streak = torch.where(calm, view.gather(columns["klass.streak"]) + 1, 0)
+        memory, columns, real = view.memory, view.columns, view.cols >= 0
         inside = (view.cols >= view.window.lo[:, None]) & (view.cols < view.window.hi[:, None])
+        cols = torch.where(real if self.history == "generation" else inside, view.cols + 1, 0)  # what is followed
+        before, known = last(view, cols)
+        calm = known & (divergence(pred, *before) < self.epsilon) if before else known
+        streak = torch.where(calm, view.gather(columns["klass.streak"]) + 1, 0)
         age = view.gather(columns["klass.age"]) + inside
-        real = view.cols >= 0
         columns["klass.streak"] = view.scatter(columns["klass.streak"], streak, real)
         columns["klass.age"] = view.scatter(columns["klass.age"], age, real)
-        memory["klass.logits"], memory["klass.cols"] = pred.logits, view.cols + 1
+        now = {"logits": pred.logits, "lse": pred.lse, "cols": cols, "length": view.canvas.length}
+        memory.update({f"klass.{key}": leaf for key, leaf in now.items()})
         return (streak >= self.n) & (age >= self.n)
 
 
 def _memory(canvas: Canvas) -> dict[str, Tensor]:
-    rows = len(canvas.ids)
+    """What the last step leaves; empty before the first."""
+    none = canvas.ids.new_zeros((len(canvas.ids), 0))
     return {
-        "klass.logits": canvas.ids.new_zeros((rows, 0, 0), dtype=torch.float32),  # (B, W, V) of the last step
-        "klass.cols": canvas.ids.new_zeros((rows, 0)),  # (B, W) column + 1; 0: none
+        "klass.logits": none.float()[..., None].expand(-1, -1, 0),  # (B, W, V)
+        "klass.lse": none.float(),  # (B, W)
+        "klass.cols": none,  # (B, W) column + 1; 0: not followed
+        "klass.length": canvas.length,  # (B,) where it changed, columns moved
     }
 
 
@@ -93,25 +97,24 @@ def beyond(state: State, window: Window) -> Tensor:
     return torch.where((cols >= canvas.start[:, None]) & (cols < canvas.length[:, None]) & ~inside, cols, -1)
 
 
-def last_logits(view: View, pred: Prediction) -> tuple[Tensor | None, Tensor]:
-    """The logits of the last step at this step's columns (B, W, V), and where they are known (B, W)."""
-    old, at = view.memory["klass.logits"], view.memory["klass.cols"]
-    cols = view.cols + 1
-    if not old.shape[-1]:
+def last(view: View, cols: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
+    """Logits (B, W, V) and their log-sum-exps (B, W) of the last step at these columns, and where they are known."""
+    logits, lse, at, length = (view.memory[f"klass.{key}"] for key in ("logits", "lse", "cols", "length"))
+    if not logits.shape[-1]:
         return None, torch.zeros_like(view.masked)
+    cols = torch.where((view.canvas.length == length)[:, None], cols, 0)
     if at.shape == cols.shape and torch.equal(at, cols):
-        return old, cols > 0
+        return (logits, lse), cols > 0
     same = (cols[:, :, None] == at[:, None]) & (cols > 0)[:, :, None]  # (B, W, W')
     known, where = same.any(-1), same.int().argmax(-1)
-    return old.gather(1, where[..., None].expand(-1, -1, old.shape[-1])), known
+    return (logits.gather(1, where[..., None].expand(-1, -1, logits.shape[-1])), lse.gather(1, where)), known
 
 
-def divergence(pred: Prediction, before: Tensor) -> Tensor:
-    """(B, W) KL(p || p') in nats of the raw laws; p' from the logits `before` (B, W, V).
+def divergence(pred: Prediction, logits: Tensor, lse: Tensor) -> Tensor:
+    """(B, W) KL(p || p') in nats of the raw laws; p' from the logits (B, W, V) and their log-sum-exps (B, W).
 
-    Equal to the sum of p (z - z') less the difference of the log-sum-exps: one pass, no logarithm.
+    Equal to the sum of p (z - z') less the difference of the log-sum-exps: no logarithm of a probability.
     """
-    now, old, probs = (x.flatten(0, 1).split(ROWS) for x in (pred.logits, before, pred.probs))
-    lse = torch.cat([z.logsumexp(-1) for z in old])
-    moved = [torch.linalg.vecdot(p, (z - w).nan_to_num_(nan=0.0)) for z, w, p in zip(now, old, probs, strict=True)]
-    return torch.cat(moved).view(pred.cols.shape) - pred.lse + lse.view(pred.cols.shape)
+    rows = zip(*(x.flatten(0, 1).split(ROWS) for x in (pred.logits, logits)), strict=True)
+    moved = [torch.linalg.vecdot(z.softmax(-1), (z - w).nan_to_num_(nan=0.0)) for z, w in rows]
+    return torch.cat(moved).view(pred.cols.shape) - pred.lse + lse

@@ -24,13 +24,15 @@ class Branches:
 
     lanes: ClassVar[int] = 1
 
+    b: int
+
     def expand(self, plan: Plan, state: State, window: Window) -> Plan:
-        cols, token = state.memory["lopa.cols"] - 1, state.memory["lopa.token"]  # (B, b - 1)
-        if (plan.stored and plan.refresh) or not bool((cols >= 0).any()):
+        branch, token = (state.columns[key] for key in ("lopa.branch", "lopa.token"))  # (B, L)
+        if (plan.stored and plan.refresh) or not bool((branch > 0).any()):
             return plan
-        copies = cols.shape[1] + 1
-        tries = zip(cols.T[..., None], token.T[..., None], strict=True)
-        filled = [torch.where(plan.pos == column, value, plan.ids) for column, value in tries]
+        at, copies = plan.pos.clamp(min=0), self.b
+        branch, token = branch.gather(1, at).masked_fill(plan.pos < 0, 0), token.gather(1, at)  # (B, Q)
+        filled = [torch.where(branch == k, token, plan.ids) for k in range(1, copies)]
 
         def repeat(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.repeat(copies, *[1] * (x.dim() - 1))
@@ -62,16 +64,17 @@ def winner(branches: Tensor, cols: Tensor, answer: Any) -> Tensor:
     state, window = answer.state, answer.window
     if len(branches) == 1:
         return torch.zeros_like(state.step)
-    extra = state.memory["lopa.cols"] - 1
+    at = cols.clamp(min=0)
     inside = (cols >= window.lo[:, None]) & (cols < window.hi[:, None])
-    masked = inside & state.canvas.masked.gather(1, cols.clamp(min=0))
+    masked = inside & state.canvas.masked.gather(1, at)
+    branch = state.columns["lopa.branch"].gather(1, at).masked_fill(~inside, 0)
     means = []
     for k, logits in enumerate(branches):
-        left = masked if k == 0 else masked & (cols != extra[:, k - 1, None])
+        left = masked & (branch != k) if k else masked
         conf = Prediction(logits, cols).confidence.double()
         mean = torch.where(left, conf, 0.0).sum(1) / left.sum(1).clamp(min=1)
         mean = torch.where(left.any(1), mean, 1.0)
-        means.append(mean if k == 0 else torch.where(extra[:, k - 1] >= 0, mean, -1.0))
+        means.append(torch.where((branch == k).any(1), mean, -1.0) if k else mean)
     return torch.stack(means).argmax(0)
 
 
@@ -90,43 +93,41 @@ class LoPA(Method):
     cost: ClassVar[str] = "b rows a step, the window's columns of each"
 
     def bundle(self, context: Context) -> Bundle:
-        def memory(canvas: Canvas) -> dict[str, Tensor]:
-            none = canvas.ids.new_zeros((len(canvas.ids), self.b - 1))
-            return {"lopa.cols": none, "lopa.token": none}  # column + 1, 0 for none; and the token tried there
-
         return Bundle(
-            inputs=Branches(),
+            inputs=Branches(self.b),
             adjust=(exclude,),
             amend=(self.branch,),
             assumes={"select": Threshold(tau=self.tau).select},
             needs=Needs(extra_rows=self.b - 1),
-            memory=memory,
+            columns=_columns,
         )
 
     def branch(self, view: View, pred: Prediction, d: Decision) -> Decision:
         """Write the winner's column, then choose the columns that the next forward tries."""
-        column, token = won(view, pred)
-        mine = view.cols == column[:, None]
+        mine = won(view, pred)
         write = view.scatter(torch.zeros_like(d.write), mine, mine)
-        d = d._replace(write=d.write | write, token=torch.where(write, token[:, None], d.token))
+        d = d._replace(write=d.write | write, token=torch.where(write, view.state.columns["lopa.token"], d.token))
         left = view.live & ~view.gather(d.write)
-        order = rank(pred.log_confidence, left)
-        picks = [left & (order == k) for k in range(self.b - 1)]
-        if picks:
-            view.memory["lopa.cols"] = torch.stack([torch.where(p, view.cols + 1, 0).amax(1) for p in picks], 1)
-            view.memory["lopa.token"] = torch.stack([torch.where(p, pred.token, 0).amax(1) for p in picks], 1)
+        order = rank(pred.log_confidence, left) + 1
+        tried = left & (order < self.b)
+        zero = torch.zeros_like(view.canvas.ids)
+        view.columns["lopa.branch"] = view.scatter(zero, order, tried)
+        view.columns["lopa.token"] = view.scatter(zero, pred.token, tried)
         return d
 
 
-def won(view: View, pred: Prediction) -> tuple[Tensor, Tensor]:
-    """(B,) the column that the winning branch filled, -1 where the row itself won, and its token."""
-    index = pred.answer.notes["winner"][:, None]
-    none = torch.zeros_like(index)
-    cols = torch.cat([none, view.state.memory["lopa.cols"]], 1).gather(1, index)[:, 0] - 1
-    return cols, torch.cat([none, view.state.memory["lopa.token"]], 1).gather(1, index)[:, 0]
+def _columns(canvas: Canvas) -> dict[str, Tensor]:
+    zero = torch.zeros_like(canvas.ids)
+    return {"lopa.branch": zero, "lopa.token": zero}  # which branch fills the column, 0 for none; and with what
+
+
+def won(view: View, pred: Prediction) -> Tensor:
+    """(B, W) bool: the column that the winning branch had filled; nothing where the row itself won."""
+    branch = view.gather(view.state.columns["lopa.branch"])
+    return view.masked & (branch > 0) & (branch == pred.answer.notes["winner"][:, None])
 
 
 def exclude(view: View, pred: Prediction) -> Prediction:
     """The column that the winner filled is no candidate: its token is settled."""
-    view.live = view.live & (view.cols != won(view, pred)[0][:, None])
+    view.live = view.live & ~won(view, pred)
     return pred

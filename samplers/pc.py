@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from dllm.errors import DllmError
 from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, View, param
 
-Frequencies = str | Path | Mapping[int, float] | None
+Frequencies = str | Path | Mapping[int, float] | Sequence[float] | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PC(Method):
     """Rank by exp(-lam j) min(-c ln(f(x) + 1e-9), alpha): j is the distance from the window's first column, c the
     confidence of the proposed token x, f its frequency in a background corpus.
 
-    `frequencies` maps token ids to counts or shares, directly or in a JSON file (`estimate` makes one from texts).
+    `frequencies` gives each token id a count or a share: a mapping, a list, or a JSON file (`estimate` writes one).
     Without it the background is uniform and the second factor is the capped confidence times ln V. The fixed quota
     decides how many columns commit.
     """
@@ -52,17 +52,20 @@ def table(frequencies: Frequencies, vocabulary: int) -> Tensor:
     """(V,) float64 shares of the tokens. Errors: no such file, not a mapping of ids to numbers, ids out of range."""
     if frequencies is None:
         return torch.full((vocabulary,), 1 / vocabulary, dtype=torch.float64)
-    if isinstance(frequencies, str | Path):
+    given: Any = frequencies
+    if isinstance(given, str | Path):
         try:
-            frequencies = json.loads(Path(frequencies).read_text(encoding="utf-8"))
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DllmError(f"pc: frequencies={str(frequencies)!r} is not a readable JSON file ({error})") from None
-    if not isinstance(frequencies, Mapping) or not frequencies:
-        raise DllmError("pc: frequencies must map token ids to counts, or name a JSON file that does")
+    if isinstance(given, Sequence | Tensor):
+        given = dict(enumerate(given))
+    if not isinstance(given, Mapping) or not given:
+        raise DllmError("pc: frequencies must hold a count for each token id, or name a JSON file that does")
     try:
-        pairs = [(int(token), float(count)) for token, count in frequencies.items()]
+        pairs = [(int(token), float(count)) for token, count in given.items()]
     except (TypeError, ValueError):
-        raise DllmError("pc: frequencies must map integer token ids to numbers") from None
+        raise DllmError("pc: frequencies must give integer token ids a number") from None
     bad = next((token for token, count in pairs if not 0 <= token < vocabulary or count < 0), None)
     if bad is not None:
         raise DllmError(f"pc: frequencies hold the token {bad}, outside the vocabulary of {vocabulary} or negative")
