@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -275,7 +276,12 @@ def parts(model: Model, new: int) -> tuple[float, float]:
     return refresh, total - refresh
 
 
-BENCHES: dict[str, Callable[..., list[Row]]] = {"step": step, "generate": generate}
+def cache(**options: Any) -> list[Row]:
+    """See bench_cache, which builds on this module."""
+    return import_module("dllm.eval.bench_cache").cache(**options)
+
+
+BENCHES: dict[str, Callable[..., list[Row]]] = {"step": step, "generate": generate, "cache": cache}
 
 
 def as_json(rows: list[Row]) -> str:
