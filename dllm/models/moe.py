@@ -72,11 +72,10 @@ class MoE(nn.Module):
         experts, weights = route(scores, self.gate.expert_bias, self.moe)  # (T, k)
         order = experts.flatten().argsort(stable=True)  # (T*k,) rows of the flattened choice, sorted by expert
         ends = experts.flatten().bincount(minlength=self.moe.n_experts).cumsum(0)  # (E,)
-        token = order // self.moe.top_k
-        gate, up = grouped_linear(flat[token], self.gate_up_proj, ends).chunk(2, -1)
+        gate, up = grouped_linear(flat[order // self.moe.top_k], self.gate_up_proj, ends).chunk(2, -1)
         y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (T*k, H)
-        y = y * weights.flatten()[order, None].to(y.dtype)
-        out = torch.zeros_like(flat).index_add_(0, token, y).view_as(x)
+        y = y[order.argsort()].view(-1, self.moe.top_k, y.shape[-1])  # back to (T, k, H): no atomics, so reproducible
+        out = (weights[:, None].to(y.dtype) @ y).view_as(x)
         if self.group is not None:
             dist.all_reduce(out, group=self.group)
         return out if self.shared_experts is None else out + self.shared_experts(x)
