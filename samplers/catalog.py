@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,8 @@ def _needs(needs: Needs, reads: bool) -> list[str]:
 # -- docs/samplers.md -----------------------------------------------------------------------------------------------
 
 
-def markdown(pictures: str = "samplers") -> str:
-    """The page about all samplers; `pictures` is the folder of the images beside it."""
+def markdown(pictured: Collection[str] = ()) -> str:
+    """The page about all samplers; `pictured` are those with an image in the folder samplers/ beside it."""
     entries = [describe(name) for name in registry.names()]
     lines = [
         "# Samplers",
@@ -140,8 +141,8 @@ def markdown(pictures: str = "samplers") -> str:
     ]
     for e in entries:
         lines += ["", f"## {e['name']}", "", e["text"], "", f"Source: {e['source']}.", ""]
-        if pictures:
-            lines += [f"![commit order of {e['name']}]({pictures}/{e['name']}.png)", ""]
+        if e["name"] in pictured:
+            lines += [f"![commit order of {e['name']}](samplers/{e['name']}.png)", ""]
         if e["parameters"]:
             lines += ["| parameter | default | range | why this default |", "|---|---|---|---|"]
             lines += [
@@ -208,6 +209,7 @@ def picture(trace: Trace, path: Path, title: str = "") -> None:
     axes.set_xlabel("column"), axes.set_ylabel("forward")
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=7)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -13,10 +13,13 @@ from dllm.errors import unknown
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="step, generate, ...; `all` runs every one.")] = "step",
+    name: Annotated[str, typer.Argument(help="step, generate, samplers, ...; `all` runs the short ones.")] = "step",
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
+    n: Annotated[int, typer.Option(help="samplers: test problems a task.")] = 1500,
+    validation: Annotated[int, typer.Option(help="samplers: problems on which settings are chosen.")] = 200,
+    only: Annotated[list[str] | None, typer.Option(help="samplers: these ones; may be given several times.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run."""
@@ -25,9 +28,15 @@ def bench(
     from dllm.eval.bench import BENCHES, machine
     from dllm.eval.bench import as_json as dump
 
-    if name != "all" and name not in BENCHES:
-        raise unknown("bench", name, [*BENCHES, "all"])
+    if name not in (*BENCHES, "samplers", "all"):
+        raise unknown("bench", name, [*BENCHES, "samplers", "all"])
     torch.set_num_threads(threads)
+    if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
+        from dllm.eval import bench_samplers
+
+        names = only or list(bench_samplers.SETTINGS)
+        typer.echo(bench_samplers.run(out=out or "bench-samplers.jsonl", n=n, validation=validation, names=names))
+        return
     rows = [row for key in (BENCHES if name == "all" else [name]) for row in BENCHES[key](repeats=repeats)]
     if out is not None:
         out.write_text(dump(rows) + "\n", encoding="utf-8")

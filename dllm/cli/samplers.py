@@ -51,7 +51,9 @@ def _one(e: dict[str, Any]) -> None:
     from dllm.samplers import catalog
 
     console = Console()
-    console.print(f"[bold]{e['name']}[/bold]  ({e['source']})\n\n{e['text']}\n", highlight=False)
+    console.print(f"[bold]{e['name']}[/bold]  ({e['source']})\n", highlight=False)
+    for paragraph in e["text"].split("\n\n"):
+        console.print(paragraph.replace("\n", " ") + "\n", highlight=False, markup=False)
     if e["parameters"]:
         table = Table("parameter", "default", "range", "why")
         for p in e["parameters"]:
@@ -75,10 +77,10 @@ def _write(folder: Path, name: str) -> None:
     from dllm.samplers import catalog, registry
 
     (folder / "samplers").mkdir(parents=True, exist_ok=True)
-    (folder / "samplers.md").write_text(catalog.markdown(), encoding="utf-8")
     model = dllm.load(name)
     separator = model.tokenizer.sep_token_id
     ids = model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"] + ([separator] if separator else [])
+    pictured = set()
     for sampler in tqdm(registry.names(), desc="pictures"):
         try:
             spec = {"name": sampler, **PICTURED.get(sampler, {})}
@@ -88,10 +90,11 @@ def _write(folder: Path, name: str) -> None:
             typer.echo(f"no picture of {sampler}: {error}", err=True)
             continue
         catalog.picture(out.trace, folder / "samplers" / f"{sampler}.png", f"{sampler}: {out.nfe} forwards")
+        pictured.add(sampler)
+    (folder / "samplers.md").write_text(catalog.markdown(pictured), encoding="utf-8")
 
 
 # settings at which a small model and a short answer show what a sampler does
 PICTURED: dict[str, dict[str, Any]] = {
-    "adablock": {"delimiters": ["."]},
     "daedal": {"initial": 8, "factor": 4, "tail": 4, "tau_low": 0.3},
 }
