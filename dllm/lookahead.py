@@ -54,6 +54,7 @@ class Lookahead:
                   ladder   the current state with the 1, 2, ... surest tokens written.
     retain        keep evaluated guesses until the cache is refreshed, not only until the next forward.
     multi_source  draft from all states passed since the last forward, not only from the last one.
+    cross_blocks  guess beyond the end of the block, where the forward covers that (no cache, block-causal models).
     max_rows      query rows of a whole forward; None: `rows` for each sequence. The likeliest guesses get them.
     """
 
@@ -62,6 +63,7 @@ class Lookahead:
     drafter: str = "roll"
     retain: bool = True
     multi_source: bool = True
+    cross_blocks: bool = True
     max_rows: int | None = None
     delta: float | None = None  # bound on logit differences; None: measured
     audit: int = 16
@@ -643,14 +645,16 @@ class Drafts:
         limit: int,
     ) -> list[int]:
         """Add the query of each state to its row's guesses; which states may be followed further."""
-        going = []
+        going, edges = [], None
+        if not self.walk.setting.cross_blocks:
+            edges = (win.lo >= self.asked.window.hi[torch.tensor(rows, device=win.lo.device)]).tolist()
         lane = self.asked.lane[torch.tensor(rows, device=self.asked.lane.device)]
         for part, plan in self.walk.policy.plan(state, win, lane):
             at = list(range(len(rows))) if part is None else part.tolist()
             own, own_win = (state, win) if part is None else (state.take(part), win.take(part))
             for i, query in zip(at, queries(self.walk.expand(own, own_win, plan), len(at)), strict=True):
                 row, me = rows[i], index[i]
-                if query.opening or len(self.guesses[row]) >= limit:
+                if query.opening or len(self.guesses[row]) >= limit or (edges is not None and edges[i]):
                     continue
                 name(query, authors[me])
                 parent = self.add(row, query, authors[me], parents[me], depth)
@@ -667,6 +671,8 @@ class Drafts:
             return known[query.key]
         if query.key in line.memo:
             return parent
+        if len(query.feeds) != len(self.asked.queries[row].feeds):
+            return None
         view = views[parent]
         if any((view[f.lane][o] != authors[f.lane][o]).any() for f, o in zip(query.feeds, query.outside, strict=False)):
             return None

@@ -21,19 +21,20 @@ class FreeDave(Method):
     rows: int = param(4, "query rows of a forward: the released setting for LLaDA; 8 for TraDo and Dream", low=1)
     retain: bool = param(True, "keep rejected rows for later; the released code does not")
     multi_source: bool = param(True, "draft from every accepted state; the released code drafts from the last one")
+    cross_blocks: bool = param(True, "draft into the next block of a block-causal model; the released default does not")
     lone_opening: bool = param(False, "True: the forward that opens a block commits its first column only (shifted models)")
 
     name: ClassVar[str] = "freedave"
     source: ClassVar[str] = "FreeDave, arXiv 2510.00294"
     cost: ClassVar[str] = "`rows` rows, the window's columns"
     presets: ClassVar[dict] = {
-        "reference": {"retain": False, "multi_source": False},
-        "reference_dream": {"retain": False, "multi_source": False, "lone_opening": True},
+        "reference": {"retain": False, "multi_source": False, "cross_blocks": False},
+        "reference_dream": {"retain": False, "multi_source": False, "cross_blocks": False, "lone_opening": True},
     }
 
     def bundle(self, context: Context) -> Bundle:
         return Bundle(
-            window=Blocks(context.block_length, lone_opening=True) if self.lone_opening else None,
+            window=Blocks.of(context, lone_opening=True) if self.lone_opening else None,
             score=quota.confidence,
-            lookahead={"rows": self.rows, "retain": self.retain, "multi_source": self.multi_source},
+            lookahead={name: getattr(self, name) for name in ("rows", "retain", "multi_source", "cross_blocks")},
         )

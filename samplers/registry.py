@@ -38,6 +38,8 @@ BUILTIN = {
     "fast_dllm_v2": "fast_dllm_v2:FastDLLMv2",
     "editing": "editing:Editing",
     "freedave": "freedave:FreeDave",
+    "learn2pd": "learn2pd:Learn2PD",
+    "eotp": "eotp:EoTP",
     "klass": "klass:KLASS",
     "hierarchy": "hierarchy:Hierarchy",
     "dsb": "dsb:DSB",

@@ -11,6 +11,7 @@ import typer
 from dllm import __version__
 from dllm.cli import bench, generate, samplers, speculate
 from dllm.cli import eval as evaluation
+from dllm.cli import filter as filters
 from dllm.cli import train as training
 from dllm.errors import DllmError
 
@@ -46,7 +47,9 @@ app.command()(bench.bench)
 app.add_typer(evaluation.eval_app, name="eval")
 app.command()(evaluation.tune)
 app.command()(training.train)
+app.add_typer(filters.filter_app, name="filter")
 app.command()(speculate.speculate)
+app.command()(speculate.align)
 
 
 def main() -> None:

@@ -1,0 +1,76 @@
+"""`dllm filter`: collect traces, train and evaluate learned filters (Learn2PD)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+filter_app = typer.Typer(no_args_is_help=True, help="Learned filters: collect traces, train, evaluate.")
+
+
+@filter_app.command()
+def collect(
+    out: Path = typer.Argument(..., help="Traces to write (safetensors)."),
+    model: str = typer.Option("tiny", help="The embedded model, a folder or a hub id."),
+    prompts: Path = typer.Option(None, help="A text file with one prompt a line; default: the embedded tasks."),
+    n: int = typer.Option(200, min=3, help="Prompts to take."),
+    max_new_tokens: int = typer.Option(64, min=1),
+    block_length: int = typer.Option(32, min=1),
+    feature: str = typer.Option("prob", help="prob, log1m or negent."),
+    on_policy: Path = typer.Option(None, help="A filter: follow its own path, label by the teacher."),
+    seed: int = 0,
+) -> None:
+    """Record what the model is sure of, and where it is right, along the greedy parallel path."""
+    from dllm.models.hub import load
+    from dllm.samplers.learn2pd import Filter
+    from dllm.training import filters
+
+    texts = prompts.read_text(encoding="utf-8").splitlines()[:n] if prompts else embedded_prompts(n, seed)
+    traces = filters.collect(
+        load(model), texts, max_new_tokens=max_new_tokens, block_length=block_length, feature=feature,
+        filter=Filter.load(on_policy) if on_policy else None,
+    )  # fmt: skip
+    traces.save(out)
+    typer.echo(f"{out}: {len(traces.prompt)} rows of {len(texts)} prompts")
+
+
+def embedded_prompts(n: int, seed: int) -> list[str]:
+    """Training prompts of all embedded tasks in turn."""
+    from dllm.training.tasks import TASKS
+
+    each = [[e.prompt for e in t.generate("train", -(-n // len(TASKS)), seed)] for t in TASKS.values()]
+    return [p for group in zip(*each, strict=True) for p in group][:n]
+
+
+@filter_app.command()
+def train(
+    traces: list[Path] = typer.Argument(..., help="Traces of `dllm filter collect`; several are joined."),
+    out: Path = typer.Option(..., help="The filter to write (safetensors)."),
+    kind: str = typer.Option("shared", help="shared: any block length; block: the paper's shape."),
+    precision: float = typer.Option(0.98, min=0, max=1, help="Target on validation prompts; decides tau."),
+    epochs: int = typer.Option(30, min=1),
+    seed: int = 0,
+) -> None:
+    """Train a filter on traces and choose its threshold."""
+    from dllm.training import filters
+
+    tables = [filters.Traces.load(path) for path in traces]
+    made = filters.train(filters.join(tables), filters.Recipe(kind=kind, precision=precision, epochs=epochs, seed=seed))
+    made.save(out)
+    figures = {k: v for k, v in (made.meta or {}).items() if k.startswith("test_")}
+    typer.echo(f"{out}: tau {made.tau:.4f}; " + ", ".join(f"{k[5:]} {v}" for k, v in figures.items()))
+
+
+@filter_app.command("eval")
+def evaluate(
+    filter: Path = typer.Argument(..., help="A filter of `dllm filter train`."),
+    traces: Path = typer.Argument(..., help="Traces that it was not trained on."),
+) -> None:
+    """Offline figures of a filter, beside a plain threshold of equal precision."""
+    from dllm.samplers.learn2pd import Filter
+    from dllm.training import filters
+
+    for key, value in filters.evaluate(Filter.load(filter), filters.Traces.load(traces)).items():
+        typer.echo(f"{key:20} {value:.4f}")
+
