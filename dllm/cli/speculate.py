@@ -60,7 +60,7 @@ def coloured(out: Any, tokenizer: Any) -> Text:
     text, at = Text(), out.prompt_length
     for i, (accepted, emitted) in enumerate(out.spans):
         for j in range(emitted):
-            piece = tokenizer.decode([out.sequences[at]])
+            piece = tokenizer.decode([out.sequences[at]], skip_special_tokens=True)
             text.append(piece, style=ACCEPTED[i % 2] if j < accepted else CORRECTION)
             at += 1
     return text

@@ -200,6 +200,9 @@ class CostTable:
         if n not in self.mean:
             insort(self.keys, n)
             self.mean[n], self.seen[n] = seconds, 1
+        elif self.seen[n] < 3:  # warm-up only ever makes a forward look slower
+            self.seen[n] += 1
+            self.mean[n] = min(self.mean[n], seconds)
         else:
             self.seen[n] += 1
             seconds = min(seconds, 3 * self.mean[n])  # a hiccup of the machine is no cost of the model
@@ -262,11 +265,13 @@ class CostAware(LengthController):
 
     E(k) = 1 + sum_i prod_{j<=i} a_j from calibrated confidences, T(k) from measured tables: real costs are staircases,
     so every k is tried. Two decisions a round: slots to draft (from the acceptance record of each slot), nodes to
-    submit (from this draft's confidences). Where no k beats plain decoding, drafting pauses and is probed every `probe`
-    rounds.
+    submit (from this draft's confidences). Where no k beats plain decoding, drafting pauses and is probed ever more
+    rarely, at last every `probe` rounds.
 
     The tables are learned while decoding; `calibrate` (dllm.drafting.loop) fills them beforehand.
     """
+
+    WARM_UP = 6  # the first forwards of a process are slow and say little
 
     def __init__(self, k_max: int = 32, probe: int = 32, margin: float = 0.02) -> None:
         self.k_max, self.probe, self.margin = _positive("k_max", k_max), probe, margin
@@ -275,12 +280,14 @@ class CostAware(LengthController):
         self.calib, self.stale = Calibrator(), Calibrator()
         self.hits, self.tries = np.zeros(k_max + 1), np.zeros(k_max + 1)
         self.idle = 0  # rounds since drafting paused
+        self.wait = 0  # rounds to the next probe: doubles with every probe that fails
+        self.drafted = 0  # rounds with a draft: the first ones are measured before anything is concluded
         self.paused = False
 
     def fork(self) -> CostAware:
         """Costs and calibration are shared (they belong to the pair of models), the pause is not."""
         twin = copy.copy(self)
-        twin.idle, twin.paused = 0, False
+        twin.idle, twin.wait, twin.paused = 0, 0, False
         return twin
 
     def slots(self) -> np.ndarray:
@@ -300,12 +307,16 @@ class CostAware(LengthController):
         rate = self.rate(self.slots()[:room], self.draft.table(room))
         plain = 1 / float(self.verify.table(1)[1])
         best = 1 + int(np.argmax(rate[1:]))
-        if rate[best] >= plain * (1 + self.margin * self.paused):
-            self.paused, self.idle = False, 0
+        if self.drafted < self.WARM_UP or rate[best] >= plain * (1 + self.margin * self.paused):
+            self.paused, self.idle, self.wait = False, 0, 0
             return best
+        self.wait = self.wait if self.paused else min(4, self.probe)
         self.paused = True
         self.idle += 1
-        return best if self.idle % self.probe == 0 else 0
+        if self.idle < self.wait:
+            return 0
+        self.idle, self.wait = 0, min(2 * self.wait, self.probe)
+        return best
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
         if not len(proposal) or not proposal.conf:
@@ -326,6 +337,7 @@ class CostAware(LengthController):
         return bool(reuse >= fresh)
 
     def update(self, r: RoundStats) -> None:
+        self.drafted += r.k > 0
         if r.pending == 1:
             self.verify.add(1 + r.nodes, r.t_verify)
             if r.k and not r.carried and not r.failed:

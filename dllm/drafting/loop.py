@@ -483,7 +483,8 @@ def speculate(
     verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
     drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle", or None (plain
                decoding).
-    prompt     a string, ids, chat messages, or a list of these (a batch; chains only).
+    prompt     a string (through the chat template where there is one, see `chat`), ids, chat messages, or a list of
+               these (a batch; chains only).
     temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses seed +
     i. spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
     controller   a length controller to keep its measurements from call to call.
@@ -615,8 +616,11 @@ def _encode_one(verifier: Verifier, prompt: Any, chat: bool | None) -> list[int]
     tokenizer = verifier.tokenizer
     if tokenizer is None:
         raise DllmError("the verifier came without a tokenizer: pass tokenizer=..., or the prompt as ids")
-    if isinstance(prompt, str) and not chat:
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if isinstance(prompt, str) and not (templated if chat is None else chat):
         return list(tokenizer(prompt)["input_ids"])
+    if not templated:
+        raise DllmError("the verifier's tokenizer has no chat template: pass plain text or ids")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     return list(ids)

@@ -80,12 +80,11 @@ class Verifier:
 
     @property
     def eos(self) -> frozenset[int]:
-        """The end tokens of the generation config, else of the model config."""
-        for config in (getattr(self.model, "generation_config", None), self.config):
-            ids = getattr(config, "eos_token_id", None)
-            if ids is not None:
-                return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-        return frozenset()
+        """The end tokens at which the model's own `generate` would stop."""
+        ids = getattr(getattr(self.model, "generation_config", self.config), "eos_token_id", None)
+        if ids is None:
+            return frozenset()
+        return frozenset(ids if isinstance(ids, list | tuple) else [ids])
 
     def check_ids(self, ids: Sequence[int]) -> None:
         bad = next((t for t in ids if not 0 <= t < self.vocab), None)
