@@ -11,8 +11,8 @@ _LAZY = {
     "Results": "runner",
     "load": "config",
     "Config": "config",
-    "compare": "compare",
-    "tune": "tune",
+    "compare": "comparison",
+    "tune": "tuning",
 }
 __all__ = ["Config", "Results", "compare", "load", "read", "run", "tune"]
 

@@ -151,7 +151,7 @@ class Config:
     def plain(self) -> dict[str, Any]:
         """The configuration as plain YAML values that `load` reads back: `None`s left out, the sweep spelled out
         point by point."""
-        values = _prune(asdict(replace(self, source=None)), {"source", "where"})
+        values = _prune(asdict(replace(self, source=None)), {"where"})
         points = values.pop("settings")  # in a sweep a list is a choice, so a composition goes in as the only one
         values["matrix"] = [{k: [v] if isinstance(v, list) else v for k, v in point.items()} for point in points]
         return values
@@ -473,7 +473,7 @@ def _known(data: Any, names: Sequence[str], path: Path_, source: Source) -> None
 def make(cls: type, data: Any, path: Path_, source: Source) -> Any:
     """A frozen dataclass from plain values, every key and type checked."""
     hints = typing.get_type_hints(cls, globals())
-    members = {f.name: f for f in fields(cls) if f.name not in ("source", "where")}
+    members = {f.name: f for f in fields(cls) if not (cls is Config and f.name == "source")}
     _known(data, list(members), path, source)
     for name, member in members.items():
         if name not in data and member.default is MISSING and member.default_factory is MISSING:

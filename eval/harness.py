@@ -9,6 +9,7 @@ Needs the extra [eval].
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -320,6 +321,10 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    @functools.cache
+    def managers(include_path: str | None, defaults: bool) -> TaskManager:
+        return TaskManager(include_path=include_path, include_defaults=defaults)  # indexing thousands of files: once
+
     out = []
     for setting in worker.config.settings:
         model = worker.model(setting.model)
@@ -329,7 +334,7 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
             options = dict(spec.options)
             metric = options.pop("metric", None)
             options.pop("rehearse", None)
-            manager = TaskManager(include_path=options.pop("include_path", None))
+            manager = managers(options.pop("include_path", None), options.pop("include_defaults", True))
             lm.journal = Journal(store, name, label, setting, lm.model.fingerprint())
             lm.decoding = _decoding(setting, spec)
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,17 +41,24 @@ def interval(correct: Sequence[float], confidence: float = 0.95, seed: int = 0) 
 def _bootstrap(
     data: tuple[np.ndarray, ...], statistic: Callable[..., Any], confidence: float, seed: int, paired: bool
 ) -> tuple[float, float]:
-    result = stats.bootstrap(
-        data,
-        statistic,
-        n_resamples=RESAMPLES,
-        confidence_level=confidence,
-        paired=paired,
-        vectorized=True,
-        method="BCa" if not paired else "percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return (float(result.confidence_interval.low), float(result.confidence_interval.high))
+    low = high = math.nan
+    for method in ("percentile",) if paired else ("BCa", "percentile"):  # BCa is undefined on a handful of samples
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap(
+                data,
+                statistic,
+                n_resamples=RESAMPLES,
+                confidence_level=confidence,
+                paired=paired,
+                vectorized=True,
+                method=method,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+        low, high = float(found.low), float(found.high)
+        if not math.isnan(low + high):
+            break
+    return (low, high)
 
 
 def ratio(rows: Sequence[Row], top: str, bottom: str) -> float:

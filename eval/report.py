@@ -43,8 +43,8 @@ def report(results: Results, rows: Sequence[Row]) -> Path:
 def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """A markdown table; the first column is left-aligned, the others right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), rule, *cells])
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in [head, *lines]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
 
 
 def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:

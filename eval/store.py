@@ -42,15 +42,12 @@ def sample_key(
 
 
 def decoding_identity(setting: Setting, generate: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Everything besides model and document that decides an output."""
-    speculate = setting.speculate and [setting.speculate.verifier, setting.speculate.options]
-    return {
-        "sampler": setting.sampler,
-        "cache": setting.cache,
-        "generate": generate,
-        "seed": seed,
-        "speculate": speculate,
-    }
+    """Everything besides model and document that decides an output, under the setting's name: two names for one thing
+    stay two lines of the report.
+    """
+    drafting = setting.speculate and [setting.speculate.verifier, setting.speculate.drafter, setting.speculate.options]
+    decoding = {"sampler": setting.sampler, "cache": setting.cache, "generate": generate, "speculate": drafting}
+    return {"setting": setting.label, "seed": seed, **decoding}
 
 
 class Store:

@@ -126,7 +126,9 @@ class Worker:
         out = []
         for index in range(job.start, job.stop):
             doc, identity = task.documents[index], decoding_identity(setting, decoding, self.config.seed + index)
-            out.append(sample_key(task.name, task.version, doc.id, doc.prompt, doc.target, identity, weights))
+            out.append(
+                sample_key(spec.label or task.name, task.version, doc.id, doc.prompt, doc.target, identity, weights)
+            )
         return out
 
     def run(self, job: Job) -> list[Row]:

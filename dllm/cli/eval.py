@@ -80,7 +80,7 @@ def tune(
     seed: int | None = typer.Option(None, help="Seed of every random choice."),
 ) -> None:
     """Search sampler parameters for the most tokens per forward within a stated loss of accuracy."""
-    from dllm.eval.tune import tune as search
+    from dllm.eval import tune as search
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     found = search(config, sets, out=out, limit=limit, seed=seed)

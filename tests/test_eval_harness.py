@@ -1,0 +1,251 @@
+"""lm-evaluation-harness: the contract of its model class, and runs with local tasks from end to end.
+
+The same file passes with lm-eval 0.4.13 and 0.4.10.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+import dllm
+from dllm.errors import DllmError
+from dllm.eval import run
+from dllm.eval.harness import DiffusionLM
+
+MODEL = str(Path(__file__).parent / "golden" / "checkpoints" / "tiny-llada-trained")
+
+WORDS = """\
+task: tiny_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: PATH}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+CHOICE = """\
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: PATH}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: [" 1", " 2"]
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dllm.load(MODEL, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory, model) -> Path:
+    """A folder of tasks; the answer of document 0 is what the model says, the others are not."""
+    folder = tmp_path_factory.mktemp("tasks")
+    questions = [f"Tom has {i} apples and eats 1." for i in range(2, 7)]
+    said = dllm.generate(model, questions[0], max_new_tokens=6, chat=False, stop=["\n\n"]).text
+    rows = [{"question": q, "answer": said if i == 0 else "no answer"} for i, q in enumerate(questions)]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "words.yaml").write_text(WORDS.replace("PATH", str(folder / "words.jsonl")))
+    (folder / "choice.yaml").write_text(CHOICE.replace("PATH", str(folder / "words.jsonl")))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def asked(*pairs):
+    return [SimpleNamespace(args=pair) for pair in pairs]
+
+
+def test_ragged_requests_come_back_in_order_and_each_honours_its_own_arguments(model):
+    lm = DiffusionLM(MODEL, model, batch_size=2, sampler="threshold:tau=0.8", block_length=4)
+    short, long = {"until": [], "max_gen_toks": 3}, {"until": ["."], "max_gen_toks": 8}
+    requests = asked(
+        ("Tom has 3 apples", short), ("Ana", long), ("Ben has 4 pens and buys 2 more", short), ("2+2", long)
+    )
+    texts = lm.generate_until(requests, disable_tqdm=True)
+    for request, text in zip(requests, texts, strict=True):
+        context, given = request.args
+        alone = dllm.generate(
+            model, context, sampler="threshold:tau=0.8", block_length=4, max_new_tokens=given["max_gen_toks"],
+            stop=given["until"], chat=False,
+        )  # fmt: skip
+        assert text == alone.text and "." not in (text if given is long else "")
+
+
+def test_every_batch_is_cached_when_it_is_there(model, monkeypatch):
+    lm, seen = DiffusionLM(MODEL, model, batch_size=2), []
+    lm.set_cache_hook(SimpleNamespace(add_partial=lambda *entry: seen.append(entry)))
+    given = {"until": ["\n"], "max_gen_toks": 2}
+    honest, calls = dllm.generate, []
+
+    def third_fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("power cut")
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(dllm, "generate", third_fails, raising=False)
+    with pytest.raises(RuntimeError):
+        lm.generate_until(asked(*((f"{'x' * i}", given) for i in range(1, 7))), disable_tqdm=True)
+    assert len(seen) == 4 and all(name == "generate_until" and args[1] == given for name, args, _ in seen)
+
+
+def test_likelihood_is_the_seeded_bound(model):
+    lm = DiffusionLM(MODEL, model, mc_num=8, seed=3)
+    (value, greedy), (again, _) = lm.loglikelihood(asked(("Tom has 3", " apples"), ("Tom has 3 ", "apples")), True)
+    ids = [dllm.generation.encode(model, text, False) for text in ("Tom has 3", "Tom has 3 apples")]
+    tail = ids[1][len(ids[0]) :]
+    assert value == dllm.score(model, ids[0], tail, samples=8, seed=3) and value < 0 and greedy is False
+    assert again == value  # the space at the border belongs to the continuation
+    assert (
+        DiffusionLM(MODEL, model, mc_num=8, seed=4).loglikelihood(asked(("Tom has 3", " apples")), True)[0][0] != value
+    )
+    text = " ".join(["apples"] * 200)  # longer than the model
+    assert DiffusionLM(MODEL, model, mc_num=2).loglikelihood_rolling(asked((text,)), True)[0] < -100
+
+
+def test_greedy_continuations_are_recognised_on_request(model):
+    lm = DiffusionLM(MODEL, model, mc_num=1, check_greedy=True)
+    head = dllm.generation.encode(model, "Tom has 3 apples.", False)
+    text = model.tokenizer.decode(lm._greedy(head, 3))
+    if dllm.generation.encode(model, "Tom has 3 apples." + text, False)[: len(head)] == head:
+        assert lm.loglikelihood(asked(("Tom has 3 apples.", text)), True)[0][1] is True
+    assert lm.loglikelihood(asked(("Tom has 3 apples.", " zzz qqq")), True)[0][1] is False
+
+
+def test_arguments(model, caplog):
+    lm = DiffusionLM(MODEL, model, temperature=0.3)
+    assert lm.arguments({"until": "x"})["temperature"] == 0.3  # a request that says nothing leaves the model's
+    assert lm.arguments({"do_sample": False, "temperature": 0.9})["temperature"] == 0.0
+    assert lm.arguments({"do_sample": True, "temperature": 0.9, "top_p": 0.8})["top_p"] == 0.8
+    assert lm.arguments({"max_new_tokens": 7})["max_new_tokens"] == 7
+    lm.arguments({"num_beams": 3})
+    assert "num_beams" in caplog.text
+    with pytest.raises(DllmError, match="unknown argument 'smapler'; did you mean 'sampler'"):
+        DiffusionLM(MODEL, model, smapler="threshold")
+
+
+def test_too_long_prompts_are_cut_on_the_left(model, caplog):
+    lm = DiffusionLM(MODEL, model)
+    ids = lm._ids("word " * 400, 10)
+    assert len(ids) == model.max_positions - 10 and "cut on the left" in caplog.text
+    with pytest.raises(DllmError, match="no room"):
+        lm._ids("a", model.max_positions)
+
+
+def test_what_both_versions_ask_of_a_model(model):
+    lm = DiffusionLM(MODEL, model)
+    assert (lm.rank, lm.world_size, lm.accelerator) == (0, 1, None)
+    assert lm.device == model.device and lm.gather_object({"a": 1}) == [{"a": 1}] and lm.barrier() is None
+    assert lm.tokenizer_name and "/" not in lm.tokenizer_name and lm.chat_template(False) is None
+    messages = [{"role": "user", "content": "Hello"}]
+    if getattr(model.tokenizer, "chat_template", None) is None:
+        with pytest.raises(DllmError, match="no chat template"):
+            lm.apply_chat_template(messages)
+    templated = DiffusionLM("tiny", dllm.load("tiny"))
+    assert "Hello" in templated.apply_chat_template(messages) and templated.chat_template(True)
+
+
+def config(tasks: Path, **changes):
+    return {
+        "name": "t",
+        "model": {"name": MODEL, "device": "cpu"},
+        "tasks": [{"name": "lm-eval:tiny_words", "options": {"include_path": str(tasks), "include_defaults": False}}],
+        "matrix": {"sampler": ["confidence", "threshold"]},
+        "batch_size": 2,
+        **changes,
+    }
+
+
+def test_a_task_in_a_configuration_counts_and_resumes(tasks, tmp_path, monkeypatch):
+    results = run(config(tasks), out=tmp_path / "r", progress=False)
+    first, second = results.cells
+    assert (first["task"], first["setting"], first["n"], first["accuracy"]) == (
+        "lm-eval:tiny_words",
+        "confidence",
+        5,
+        0.2,
+    )
+    assert (second["setting"], second["n"]) == ("threshold", 5)
+    assert all(c["tpf"] > 0 and c["lm_eval"] for c in results.cells)
+    assert "lm-eval's own figures" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(dllm, "generate", forbidden, raising=False)
+    again = run(config(tasks), out=tmp_path / "r", progress=False)
+    assert [c["accuracy"] for c in again.cells] == [c["accuracy"] for c in results.cells]
+
+
+def test_likelihood_tasks_and_unknown_tasks(tasks, tmp_path):
+    one = {
+        "name": "lm-eval:tiny_choice",
+        "limit": 2,
+        "options": {"include_path": str(tasks), "include_defaults": False},
+    }
+    results = run(config(tasks, tasks=[one], matrix={"sampler": ["confidence"]}), out=tmp_path / "r", progress=False)
+    assert results.cells[0]["n"] == 2 and 0 <= results.cells[0]["accuracy"] <= 1
+    with pytest.raises(DllmError, match="lm-eval cannot run 'nothing_like_it'"):
+        run(config(tasks, tasks=[{**one, "name": "lm-eval:nothing_like_it"}]), out=tmp_path / "q", progress=False)
+
+
+def command(tasks: Path, out: Path, *launch: str) -> subprocess.CompletedProcess:
+    arguments = [
+        "--model_args", f"pretrained={MODEL},sampler=threshold,mc_num=2", "--tasks", "tiny_words,tiny_choice",
+        "--include_path", str(tasks), "--batch_size", "2", "--log_samples", "--output_path", str(out), "--device", "cpu",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "dllm.eval.harness", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def figures(out: Path) -> dict:
+    found = next(out.rglob("results_*.json"))
+    results = json.loads(found.read_text())["results"]
+    return {
+        task: {k: v for k, v in values.items() if k in ("exact_match,none", "acc,none")}
+        for task, values in results.items()
+    }
+
+
+def test_command_line_on_one_rank_and_on_two(tasks, tmp_path):
+    one = command(tasks, tmp_path / "one")
+    assert one.returncode == 0, one.stderr[-2000:]
+    assert "tiny_words" in one.stdout and len(list((tmp_path / "one").rglob("samples_*.jsonl"))) == 2
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port)  # fmt: skip
+    two = command(tasks, tmp_path / "two", *launch)
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert figures(tmp_path / "two") == figures(tmp_path / "one")
