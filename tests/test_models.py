@@ -355,6 +355,77 @@ def test_lanes_in_any_order():
         close(a, b)
 
 
+def slowly(model: Model, ids, pos, fresh, keep, visible, lane, store: KVStore) -> Tensor:
+    """The cached forward by its definition, one row, one layer and one query at a time."""
+    net, config = model.transformer, model.config
+    block = 1 if config.causal else config.block_size
+    x, rotate = net.embed_tokens(ids), net._rotation(pos, torch.float64)
+    slots = visible.shape[-1] - ids.shape[1] * bool((~fresh & (pos >= 0)).any())
+    for i, layer in enumerate(net.layers):
+        attention, h = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (attention._heads(p(h)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = rotate(q), rotate(k)
+        out = torch.zeros(*ids.shape, config.n_heads, config.head_dim, dtype=torch.float64)
+        for n in range(len(ids)):
+            real = [j for j in range(ids.shape[1]) if pos[n, j] >= 0]
+            keys, values = store.keys[i][lane[n]].clone(), store.values[i][lane[n]].clone()  # (kv_heads, slots, d)
+            for j in real:
+                if fresh[n, j]:
+                    keys[:, pos[n, j]], values[:, pos[n, j]] = k[n, j], v[n, j]
+                if keep[n, j]:
+                    store.keys[i][lane[n], :, pos[n, j]], store.values[i][lane[n], :, pos[n, j]] = k[n, j], v[n, j]
+            at = torch.cat([torch.arange(slots), pos[n]])[: visible.shape[-1]]
+            keys = torch.cat([keys[:, :slots], k[n].transpose(0, 1)], 1)[:, : visible.shape[-1]]
+            values = torch.cat([values[:, :slots], v[n].transpose(0, 1)], 1)[:, : visible.shape[-1]]
+            for j in real:
+                seen = visible[n, j if visible.shape[1] > 1 else 0] & (at >= 0)
+                seen = seen if block is None else seen & (at // block <= pos[n, j] // block)
+                for head in range(config.n_heads):
+                    of = head * config.n_kv_heads // config.n_heads
+                    scores = keys[of, seen] @ q[n, j, head] / config.head_dim**0.5
+                    out[n, j, head] = scores.softmax(0) @ values[of, seen]
+        x = x + attention.o_proj(out.flatten(2))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return net.norm(x)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_mixture_of_fresh_kept_private_and_padding_tokens(seed):
+    """Random flags, positions, lanes and masks against the slow definition; outputs and what stays in the store."""
+    g = torch.Generator().manual_seed(seed)
+
+    def coin(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=g) < 0.6
+
+    model = tiny(layers=2, **[{}, {"block_size": 4}, {"causal": True}][seed % 3])
+    lanes, rows, slots, q = 3, 1 + seed % 3, 12, 5
+    store = model.new_store(lanes, slots)
+    for side in store[:2]:
+        for t in side:
+            t.normal_(generator=g)
+    pos = torch.stack([torch.randperm(slots, generator=g)[:q] for _ in range(rows)])
+    pos = torch.where(coin(rows, q) | (torch.arange(q) == 0), pos, -1) if seed % 2 else pos
+    shared = seed % 4 == 3
+    lane = torch.full((rows,), 1) if shared else torch.randperm(lanes, generator=g)[:rows]
+    fresh = coin(rows, q) if seed % 5 else torch.ones(rows, q, dtype=torch.bool)
+    keep = fresh & coin(rows, q) if not shared else torch.zeros(rows, q, dtype=torch.bool)
+    private = bool((~fresh & (pos >= 0)).any())
+    visible = coin(rows, q if seed % 7 else 1, slots + q * private)
+    for n in range(rows):  # every query sees itself at least
+        for j in range(q):
+            column = int(pos[n, j]) if fresh[n, j] else slots + j
+            visible[n, j if visible.shape[1] > 1 else 0, column] = True
+    ids = torch.randint(0, 39, (rows, q), generator=g)
+    copy = KVStore(tuple(t.clone() for t in store.keys), tuple(t.clone() for t in store.values))
+    with torch.no_grad():
+        expected = slowly(model, ids, pos, fresh, keep, visible, lane, copy)
+    out = model.forward(ids, pos, fresh=fresh, keep=keep, visible=visible, lane=lane, store=store)
+    assert out.isfinite().all()
+    close(out[pos >= 0], expected[pos >= 0])
+    for a, b in zip((*store.keys, *store.values), (*copy.keys, *copy.values), strict=True):
+        close(a, b)
+
+
 def test_only_the_first_slots_are_read():
     model, ids = tiny(), sample_ids()
     store, _ = filled(model, ids)

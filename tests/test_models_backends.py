@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -135,8 +136,7 @@ SPLIT = ("tiny-llada-random", "tiny-llada-trained", "tiny-llada2-random", "tiny-
 
 def _one_process(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
     ids = torch.arange(2 * 12).view(2, 12) * 5 % 150
     pos, visible = torch.arange(12).expand(2, -1), torch.ones(2, 1, 12, dtype=torch.bool)
     results = {}
