@@ -48,7 +48,7 @@ DEFAULTS: dict[str, FamilyDefaults] = {
     "sdar": FamilyDefaults("threshold:tau=0.85", None),
     "sdar_moe": FamilyDefaults("threshold:tau=0.85", None),
     "llada2": FamilyDefaults("threshold:tau=0.95", None),
-    "fast_dllm": FamilyDefaults("threshold:tau=0.9", None),
+    "fast_dllm": FamilyDefaults("fast_dllm_v2:tau=0.9", None),
 }
 
 # names of other codes -> ours

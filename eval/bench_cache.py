@@ -153,7 +153,7 @@ def table(rows: Sequence[Policy]) -> str:
     return "\n".join(lines)
 
 
-def on_task(name: str, task_name: str, count: int, new: int) -> str:
+def on_task(name: str, task_name: str, count: int, new: int, sampler: str) -> str:
     """The table of every policy on test problems of one task of the embedded model."""
     task, model = tasks.task(task_name), dllm.load(name)
     examples = task.generate("test", count)
@@ -161,7 +161,8 @@ def on_task(name: str, task_name: str, count: int, new: int) -> str:
         model,
         [e.prompt for e in examples],
         correct=lambda i, text: task.grade(examples[i], text),
-        sampler="threshold:tau=0.9",
+        probes=2,
+        sampler=sampler,
         block_length=32,
         max_new_tokens=new,
     )
@@ -179,12 +180,13 @@ def main() -> None:
     parser.add_argument("--task", help="print the table of the policies on this task of the embedded model instead")
     parser.add_argument("--count", type=int, default=50, help="problems of the task")
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--sampler", default="confidence", help="one token a forward shows most of a cache's errors")
     parser.add_argument("--new", type=int, default=96, help="new tokens a problem")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
     if options.task:
-        print(on_task(options.model, options.task, options.count, options.new))
+        print(on_task(options.model, options.task, options.count, options.new, options.sampler))
         return
     sizes = {key: getattr(options, key) for key in ("repeats", "hidden", "layers", "device", "dtype", "batch")}
     rows = cache(**sizes)

@@ -153,6 +153,31 @@ def test_other_samplers_of_the_library(sampler):
     assert [story(o) for o in outs[0]] == [story(o) for o in outs[1]]
 
 
+def test_fast_dllm_v2_opens_a_block_with_its_first_token():
+    """The forward that commits a finished block writes the next one's first column, whatever its confidence."""
+    model = tiny(shift=1)
+    outs = [run(model, PROMPTS, sampler="fast_dllm_v2:tau=2,sub=2", cache=c, batch_size=2) for c in ("none", "block")]
+    assert [story(o) for o in outs[0]] == [story(o) for o in outs[1]]
+    out = outs[1][1]  # a prompt of one whole block
+    assert out.trace.commits[0][0][0] == 4 and out.trace.windows[0] == [4, 5] and out.trace.windows[1] == [4, 6]
+    assert run(model, PROMPTS[1], sampler="fast_dllm_v2:tau=2,sub=2", max_new_tokens=4).positions == 4 + 4 + 4 + 4
+    with pytest.raises(DllmError, match="shifted logits"):
+        run(tiny(), PROMPTS, sampler="fast_dllm_v2")
+    with pytest.raises(DllmError, match="divide"):
+        run(model, PROMPTS, sampler="fast_dllm_v2:sub=3")
+
+
+def test_block_dual_is_exact_when_a_block_opens_and_rows_are_independent():
+    model, options = tiny(shift=1), {"sampler": "fast_dllm_v2:tau=2,sub=2", "cache": "block_dual"}
+    together = run(model, PROMPTS, batch_size=2, **options)
+    for i, prompt in enumerate(PROMPTS):
+        assert story(run(model, prompt, seed=i, **options)) == story(together[i])
+    errors = cache_error(model, PROMPTS[1], max_new_tokens=12, early_stop=False, **options)
+    assert [e.max < 1e-12 for e in errors[:4]] == [True, True, True, False]  # the fourth step reruns two columns only
+    assert max(e.max for e in errors) > 1e-6
+    assert together[1].positions < run(model, PROMPTS, sampler=options["sampler"])[1].positions
+
+
 @pytest.mark.parametrize(("cache", "block", "words"), [
     ("dual", 4, "'block'"), ("delayed", 4, "block-causal"), ("block", None, "'prefix' or 'dual'"),
 ])  # fmt: skip
