@@ -141,10 +141,7 @@ class Answer:
 
     def read(self, cols: Tensor) -> Prediction | None:
         """The prediction at `cols` (B, W); None where some column was not covered."""
-        row = self._query(self.model.source(cols))
-        if row is None:
-            return None
-        return self._predict(cols, row)
+        return self._predict(cols, self._query(self.model.source(cols)))
 
     def covered(self, cols: Tensor) -> Tensor:
         """(B,) whether the forward covered all of a row's `cols` (B, W)."""
@@ -155,7 +152,7 @@ class Answer:
         """Logits (copies B, E, V) of the queries that `inputs` added."""
         return self.model.logits(self.hidden[:, self.queries :])
 
-    def _query(self, source: Tensor) -> Tensor | None:
+    def _query(self, source: Tensor) -> Tensor:
         """(B, W) index of the query that holds each source position; padding reads query 0."""
         pos = self.plan.pos[: len(source), : self.queries]
         if self.plan.refresh:
@@ -272,9 +269,10 @@ def decode(
     closing, free = [False] * size, list[int]()
     while request:
         if any(closing):
-            rows = torch.tensor([i for i, c in enumerate(closing) if c], device=lane.device)
-            sub = state.take(rows)
-            parts = [Part(rows, close(run, sub, [request[i] for i in rows.tolist()]), empty(sub))]
+            ending = [i for i, c in enumerate(closing) if c]
+            which = torch.tensor(ending, device=lane.device)
+            sub = state.take(which)
+            parts = [Part(which, close(run, sub, [request[i] for i in ending]), empty(sub))]
         else:
             parts = run.tick(state, lane, request)
         for rows, after, win in parts:

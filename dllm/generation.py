@@ -174,7 +174,7 @@ class Output:
 class Event(NamedTuple):
     """One piece of a stream."""
 
-    index: int  # of the prompt
+    request: int  # which prompt of the call
     text: str  # newly final: it will not change any more
     draft: str | None  # what is written behind it and may still change; None unless asked for
     nfe: int
@@ -418,9 +418,9 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
     decoded = length - torch.tensor(tails) if args.early_stop else length
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
     masked = (ids == mask) & (torch.arange(width) < decoded[:, None])
+    ids, masked, start, length = (x.to(model.device) for x in (ids, masked, start, length))
     canvas = Canvas(ids, masked, ~masked, start, length, mask)
-    canvas = Canvas(*(x.to(model.device) if isinstance(x, Tensor) else x for x in canvas))
-    return canvas, int((length - torch.tensor(tails) - start).max()), tails
+    return canvas, max(len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)), tails
 
 
 def tail(model: Model, length: int) -> int:
@@ -481,7 +481,7 @@ def generate(model: Model | str | None = None, prompt: Any = None, **arguments: 
     outputs: dict[int, Output] = {}
     for event in _run(job, drafts=False):
         if event.output is not None:
-            outputs[event.index] = event.output
+            outputs[event.request] = event.output
     for output in outputs.values():
         output.calls = max(o.calls for o in outputs.values())
     return outputs[0] if job.single else [outputs[i] for i in range(len(outputs))]
@@ -622,6 +622,9 @@ def score(
     L / l. The prompt stays whole. With cfg_scale the guided distribution is scored.
     """
     model = resolve_model(model)
+    mask = model.mask_id
+    if mask is None:
+        raise DllmError("this model has no mask id: it is not a masked-diffusion model")
     head = encode(model, prompt, chat) if prompt is not None else _no_prompt(model)
     tail = encode(model, answer, False)
     if not tail:
@@ -639,14 +642,14 @@ def score(
     total = 0.0
     for part, count in zip(masked.split(batch_size), counts.split(batch_size), strict=True):
         rows = ids.repeat(len(part), 1)
-        rows[:, len(head) :] = torch.where(part, model.mask_id, rows[:, len(head) :])
+        rows[:, len(head) :] = torch.where(part, mask, rows[:, len(head) :])
         logits = model.logits(model.forward(rows, None)[:, source])
         if cfg_scale:
             blank = rows.clone()
-            blank[:, : len(head)] = model.mask_id
+            blank[:, : len(head)] = mask
             free = model.logits(model.forward(blank, None)[:, source])
             logits = free + (cfg_scale + 1) * (logits - free)
-            logits[..., model.mask_id] = -torch.inf
+            logits[..., mask] = -torch.inf
         log_p = logits.log_softmax(-1).gather(-1, ids[len(head) :].expand(len(part), -1)[..., None])[..., 0]
         total += float(((log_p * part).sum(1).double() * size / count).sum())
     return total / samples

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -223,10 +224,12 @@ def generate(repeats: int = 5) -> list[Row]:
     for per_block, bound in ((32, 5.0), (8, 3.5)):
         one = {**common, "max_new_tokens": 64, "steps": 2 * per_block}
         long = prompt + prompt[:192]
+
+        def run(cache: str, one: dict[str, Any] = one, long: list[int] = long) -> Any:
+            return dllm.generate(model, long, **one, cache=cache)
+
         slow, fast = side_by_side(
-            lambda one=one, long=long: dllm.generate(model, long, **one),
-            lambda one=one, long=long: dllm.generate(model, long, **one, cache="dual"),
-            3 if repeats < 5 else repeats,
+            partial(run, "none"), partial(run, "dual"), repeats
         )
         rows.append(
             Row(f"none / dual at {per_block} steps a block, length 512", slow / fast, bound, True, f"{fast:.2f} s")

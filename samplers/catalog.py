@@ -190,6 +190,7 @@ def picture(trace: Trace, path: Path, title: str = "") -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     start, forwards = len(trace.prompt), len(trace.commits)
     width = max([*trace.lengths, len(trace.final)]) - start
@@ -209,7 +210,7 @@ def picture(trace: Trace, path: Path, title: str = "") -> None:
     axes.set_xlabel("column"), axes.set_ylabel("forward")
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=7)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

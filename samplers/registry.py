@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -98,7 +98,7 @@ def method(name: str) -> type[Method]:
     raise unknown("sampler", name, names())
 
 
-Spec = str | dict[str, Any] | Method | Iterable[Any]
+Spec: TypeAlias = str | dict[str, Any] | Method | Iterable[Any]
 
 
 def parse(spec: Spec) -> list[Method]:

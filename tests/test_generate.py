@@ -108,7 +108,7 @@ def test_a_stream_adds_up_to_the_output(trained: Any) -> None:
     events = list(dllm.stream(trained, prompts, max_new_tokens=24, block_length=8, drafts=True))
     plain = dllm.generate(trained, prompts, max_new_tokens=24, block_length=8)
     for i, expected in enumerate(plain):
-        mine = [e for e in events if e.index == i]
+        mine = [e for e in events if e.request == i]
         assert "".join(e.text for e in mine) == expected.text
         assert mine[-1].output.tokens == expected.tokens
         assert [e.output is None for e in mine[:-1]] == [True] * (len(mine) - 1)
@@ -199,7 +199,7 @@ def test_mistakes_get_one_clear_line(tiny: Any, arguments: dict, message: str) -
         ([], "the list of prompts is empty"),
         (["a", [1]], "must be of one type"),
         ([1, "a"], "must be of one type"),
-                (3.5, "text, token ids or chat messages"),
+        (3.5, "text, token ids or chat messages"),
         ("text", "no tokenizer"),
         ([3, 158], "contains the mask token at position 1; pass infill=True"),
         ([3, 9999], "outside the vocabulary"),

@@ -114,7 +114,7 @@ def _finished(model: Any, prompt: Any, arguments: dict[str, Any], watch: bool, t
         for event in stream(model, prompt, **arguments):
             if event.output is not None:
                 bar.update()
-                yield event.index, event.output
+                yield event.request, event.output
 
 
 def _summary(output: Any) -> str:
@@ -139,21 +139,21 @@ def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> dict[int, Any]
     live = Live(console=console, refresh_per_second=30, transient=False) if console.is_terminal else None
     with live or _Nothing():
         for event in stream(model, prompt, drafts=True, **arguments):
-            final[event.index] = final.get(event.index, "") + event.text
+            final[event.request] = final.get(event.request, "") + event.text
             text = Text()
             for index in sorted(final):
                 text.append(final[index], style="bold")
-                if index == event.index and event.draft:
+                if index == event.request and event.draft:
                     text.append(event.draft, style="cyan")
                 text.append("\n")
             if live:
                 live.update(text)
             else:
-                shown = (final[event.index] + (event.draft or "")).replace("\n", "⏎")
+                shown = (final[event.request] + (event.draft or "")).replace("\n", "⏎")
                 console.print(Text(f"{event.nfe:4d}  {shown}"), soft_wrap=True)
             if event.output is not None:
-                outputs[event.index] = event.output
-                final[event.index] = event.output.text
+                outputs[event.request] = event.output
+                final[event.request] = event.output.text
     return outputs
 
 
@@ -198,7 +198,7 @@ def chat(
         if not line:
             continue
         asked = [*messages, {"role": "user", "content": line}]
-        arguments = {
+        arguments: dict[str, Any] = {
             "sampler": sampler, "cache": cache, "max_new_tokens": max_new_tokens, "block_length": block_length,
             "steps": steps, "temperature": temperature, "seed": seed,
         }  # fmt: skip
