@@ -1,8 +1,8 @@
 """Branches of a row: the forwards of several possible futures, in one forward.
 
-A `Query` is one row of a plan taken apart: what it feeds, what it sees, and *whose* keys and values it sees. Its key names
-everything its answer depends on, so equal keys mean equal answers: the store enters through the keys of the queries that
-wrote the visible slots. `pack` lays the queries of a row out along the sequence; they share the row's stored prefix.
+A `Query` is one row of a plan taken apart: what it feeds, what it sees, and *whose* keys and values it sees. Its key
+names everything its answer depends on, so equal keys mean equal answers: the store enters through the keys of the
+queries that wrote the visible slots. `pack` lays the queries of a row out along the sequence, over one stored prefix.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Feed(NamedTuple):
         """Stored slots that somebody sees and this forward does not replace."""
         if self.sees is None:
             return np.empty(0, np.int64)
-        seen = self.sees.any(0)
+        seen: Bools = np.any(self.sees, axis=0)
         inside = self.pos[self.fresh & (self.pos < len(seen))]
         seen[inside] = False
         return np.flatnonzero(seen)
@@ -69,7 +69,8 @@ class Query:
 
 def queries(plan: Plan, rows: int) -> list[Query]:
     """Take a plan of `rows` rows apart (its copies lie one after the other). One host sync."""
-    ids, pos, fresh, keep, visible, lane = (_host(x) for x in plan[:6])
+    fresh, keep, visible, lane = (_host(x) for x in (plan.fresh, plan.keep, plan.visible, plan.lane))
+    ids, pos = plan.ids.cpu().numpy(), plan.pos.cpu().numpy()
     total, width = pos.shape
     private = fresh is not None and not (fresh | (pos < 0)).all()
 
@@ -142,8 +143,8 @@ class Packed(NamedTuple):
 def pack(rows: list[list[Branch]], device: torch.device) -> Packed:
     """One plan for the branches of each row; the first branch of a row is its true query.
 
-    With a store the branches of a row lie one after another in the sequence and read its stored slots together. The true
-    query writes what the plan says; the others write nothing, and see the keys and values that their own ancestors
+    With a store the branches of a row lie one after another in the sequence and read its stored slots together. The
+    true query writes what the plan says; the others write nothing, and see the keys and values that their own ancestors
     would have written. Without a store each branch is a row of the batch.
     """
     return _along_sequence(rows, device) if rows[0][0].query.stored else _along_batch(rows, device)
@@ -167,7 +168,7 @@ def _along_batch(rows: list[list[Branch]], device: torch.device) -> Packed:
         table.append([([at + i + c * count for c in range(copies)], 0) for i in range(len(branches))])
         at += len(branches)
     tensors = [None if x is None else torch.from_numpy(x).to(device) for x in (ids, pos, visible)]
-    return Packed(Plan(tensors[0], tensors[1], None, None, tensors[2], None, False, False), table)  # type: ignore[arg-type]
+    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, False, False]), table)
 
 
 def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
@@ -182,7 +183,7 @@ def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
     places: list[list[tuple[list[int], int]]] = [[([], 0)] * len(branches) for branches in rows]
     for i, (line, parent) in enumerate(zip(lines, parents, strict=True)):
         lane[i], at = line[0].lane, 0
-        starts, holders = [], []  # of each branch: first column, and which column holds each slot after it
+        holders: list[Ints] = []  # of each branch: which column holds each slot after it
         for b, (f, p) in enumerate(zip(line, parent, strict=True)):
             q = len(f.ids)
             span = slice(at, at + q)
@@ -197,14 +198,13 @@ def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
                 left = f.keep & (f.pos < slots)
                 after[f.pos[left]] = own[left]
             _see(visible[i, span], f, holder, slots, at)
-            starts.append(at)
             holders.append(after)
             places[i % n][b] = ([*places[i % n][b][0], i], at)
             at += q
     if (keep | (pos < 0)).all():  # nothing private: no columns for it
         visible = visible[:, :, :slots]
-    host = (ids, pos, keep, keep, visible, lane)
-    return Packed(Plan(*(torch.from_numpy(x).to(device) for x in host), refresh=False, stored=True), places)
+    tensors = [torch.from_numpy(x).to(device) for x in (ids, pos, keep, keep, visible, lane)]
+    return Packed(Plan._make([*tensors, False, True]), places)
 
 
 def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:

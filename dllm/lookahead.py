@@ -1,11 +1,11 @@
 """Exact draft-and-verify over any sampler: the decoder runs unchanged behind a memo of forwards.
 
-A sampler is a pure function of its state and of what the model answers to the state's query. So the answers may be computed
-ahead of time: when the next query is not in the memo, one forward evaluates it *and* the queries of guessed futures, found by
-rolling the very same `step` on predictions that are one forward old. A guess that comes true later costs no forward; one
-that does not is never looked at. Tokens therefore equal those of the plain call, whatever the guesses, and no step needs
-more than one forward. With the static schedule, drafts from the last accepted state only and a memo that is
-emptied at each forward, this is FreeDave (arXiv 2510.00294).
+A sampler is a pure function of its state and of what the model answers to the state's query. So the answers may be
+computed ahead of time: when the next query is not in the memo, one forward evaluates it *and* the queries of guessed
+futures, found by rolling the very same `step` on predictions that are one forward old. A guess that comes true later
+costs no forward; one that does not is never looked at. Tokens therefore equal those of the plain call, whatever the
+guesses, and no step needs more than one forward. With the static schedule, drafts from the last accepted state only and
+a memo that is emptied at each forward, this is FreeDave (arXiv 2510.00294).
 
 What "equal" rests on: a forward must give a row the same logits whatever runs beside it. See `Lookahead.mode`.
 """
@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -40,13 +40,14 @@ DRAFTERS = ("roll", "ladder")
 class Lookahead:
     """How far to look ahead, and what is promised.
 
-    rows          query rows of a sequence in one forward, the true one included; "auto" takes what the measured cost of a
-                  forward and the hits so far make fastest (1: no lookahead).
-    mode          exact    identical to the plain call, never more forwards. For float64 weights, and for models that declare
-                           `batch_invariant = True`: their logits do not depend on what runs in the same forward.
+    rows          query rows of a sequence in one forward, the true one included; "auto" takes what the measured cost of
+                  a forward and the hits so far make fastest (1: no lookahead).
+    mode          exact    identical to the plain call, never more forwards. For float64 weights, and for models that
+                           declare `batch_invariant = True`: logits do not depend on what runs in the same forward.
                   guarded  identical to the plain call as long as logits differ between forward shapes by less than
-                           `delta`. A decision that a change of `delta` could turn over is taken again on a forward of the
-                           plain shape. Forwards: those of the plain call at most, plus these re-runs (printed).
+                           `delta`, for rules that are monotone in each confidence. A decision that a change of `delta`
+                           could turn over is taken again on a forward of the plain shape. Forwards: those of the plain
+                           call at most, plus these re-runs (in `stats`).
                   fast     no promise. Every `audit`-th hit is checked on a forward of its own and the rate of
                            divergent decisions reported. Never more forwards than the plain call.
                   None     exact where it can be had, else guarded.
@@ -83,7 +84,7 @@ class Lookahead:
 
     @classmethod
     def parse(cls, spec: Any) -> Lookahead:
-        """From 4, "auto", {"rows": 8, "mode": "fast", ...} or a Lookahead. Errors: unknown keys, values out of range."""
+        """From 4, "auto", {"rows": 8, "mode": "fast", ...} or a Lookahead. Errors: unknown keys, bad values."""
         if isinstance(spec, Lookahead):
             return spec
         if not isinstance(spec, Mapping):
@@ -95,7 +96,7 @@ class Lookahead:
         return cls(**spec)
 
     def settle(self, model: Any, sampler: Any) -> Lookahead:
-        """The setting with its mode decided. Errors: a promise that this model or sampler cannot keep, with the reason."""
+        """The setting with its mode decided. Errors: a promise that this model or sampler cannot keep, and why."""
         if getattr(sampler.needs, "impure", False):
             raise DllmError(
                 f"sampler {sampler.name!r} depends on more than its state (global randomness, a clock or the number of "
@@ -104,8 +105,9 @@ class Lookahead:
         invariant = model.dtype == torch.float64 or getattr(model, "batch_invariant", False)
         if self.mode == "exact" and not invariant:
             raise DllmError(
-                f"lookahead mode 'exact' cannot be promised in {str(model.dtype).removeprefix('torch.')}: logits depend on "
-                "the shape of the forward in their last bits. Load the model with dtype='float64', or use mode 'guarded'"
+                f"lookahead mode 'exact' cannot be promised in {str(model.dtype).removeprefix('torch.')}: the last "
+                "bits of logits depend on the shape of a forward. Load the model with dtype='float64', or use "
+                "mode 'guarded'"
             )
         return dataclasses.replace(self, mode=self.mode or ("exact" if invariant else "guarded"))
 
@@ -155,7 +157,11 @@ class Kept(NamedTuple):
 
     def alone(self) -> Kept:
         """The same, cut out of the tensors of the forward."""
-        cut = [torch.cat([x[n, c] for n, c in zip(self.rows, self.columns, strict=True)]) for pair in self.layers for x in pair]
+        cut = [
+            torch.cat([x[n, c] for n, c in zip(self.rows, self.columns, strict=True)])
+            for pair in self.layers
+            for x in pair
+        ]
         sizes = np.cumsum([0] + [len(c) for c in self.columns])
         columns = [torch.arange(a, b, device=c.device) for a, b, c in zip(sizes, sizes[1:], self.columns, strict=False)]
         return Kept([(k[None], v[None]) for k, v in zip(cut[::2], cut[1::2], strict=True)], [0] * len(columns), columns)
@@ -182,7 +188,9 @@ class Line:
         self.memo: dict[bytes, Entry] = {}
         self.recent: list[Source] = []
         self.numbers: dict[bytes, int] = {}
-        self.authors: Authors = {i: np.full(slots, -1, np.int64) for i in lanes}  # who wrote each slot in the plain call
+        self.authors: Authors = {
+            i: np.full(slots, -1, np.int64) for i in lanes
+        }  # who wrote each slot in the plain call
         self.held = self.authors  # and in the store as it is
         self.debts: list[Entry] = []  # hits whose writes the store still lacks
         self.span: list[bytes] | None = None  # the slots that the last step kept
@@ -221,13 +229,18 @@ class Asked(NamedTuple):
     def take(self, index: list[int], copies: int) -> Asked:
         at = torch.tensor(index, device=self.lane.device)
         wide = torch.cat([at + c * len(self.rows) for c in range(copies)])
-        rows, lines, asked = ([x[i] for i in index] for x in (self.rows, self.lines, self.queries))
+        rows, lines = [self.rows[i] for i in index], [self.lines[i] for i in index]
+        asked = [self.queries[i] for i in index]
         plan, fed = (_rows(p, i) for p, i in ((self.plan, at), (self.fed, wide)))
         return Asked(rows, lines, self.state.take(at), self.window.take(at), plan, fed, self.lane[at], asked)
 
 
 def _rows(plan: Plan, index: Tensor) -> Plan:
-    return plan._replace(**{k: None if v is None else v[index] for k, v in zip(Plan._fields[:6], plan[:6], strict=True)})
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[index]
+
+    fresh, keep, visible, lane = (pick(x) for x in (plan.fresh, plan.keep, plan.visible, plan.lane))
+    return plan._replace(ids=plan.ids[index], pos=plan.pos[index], fresh=fresh, keep=keep, visible=visible, lane=lane)
 
 
 class Guess(NamedTuple):
@@ -306,7 +319,7 @@ class Walk(Runner):
             out.append(Asked(mine, group, own, own_win, plan, fed, own_lane, asked))
         return out
 
-    # -- answers --------------------------------------------------------------------------------------------------------
+    # -- answers ------------------------------------------------------------------------------------------------------
 
     def hits(self, asked: Asked) -> list[Part]:
         """Step the rows whose query is in the memo; the others wait."""
@@ -318,7 +331,9 @@ class Walk(Runner):
             return []
         entries = [e for e in found if e is not None]
         group = asked.take(index, len(entries[0].query.feeds))
-        laid = torch.stack([lay(e.hidden, q) for e, q in zip(entries, group.queries, strict=True)], 1)  # (copies, B, Q, D)
+        laid = torch.stack(
+            [lay(e.hidden, q) for e, q in zip(entries, group.queries, strict=True)], 1
+        )  # (copies, B, Q, D)
         for line, entry in zip(group.lines, entries, strict=True):
             self.count_hit(line, entry)
         return [self.finish(group, laid.flatten(0, 1), hit=True, plain=False)]
@@ -387,7 +402,7 @@ class Walk(Runner):
                 del line.memo[key]
 
     def note_span(self, line: Line, query: Query) -> None:
-        """A cache whose steps rewrite ever other slots needs what each step wrote, so guesses without it are of no use."""
+        """Where steps rewrite ever other slots, a guess is of use only with the keys and values that it wrote."""
         span = None if query.opening else [f.pos[f.keep].tobytes() for f in query.feeds]
         self.steady = self.steady and (span is None or line.span is None or span == line.span)
         line.span = span
@@ -455,7 +470,7 @@ class Walk(Runner):
         finally:
             self.store = store
 
-    # -- the step -------------------------------------------------------------------------------------------------------
+    # -- the step -----------------------------------------------------------------------------------------------------
 
     def finish(self, asked: Asked, hidden: Tensor, *, hit: bool, plain: bool) -> Part:
         """Take the step, check it if the mode asks for that, and remember its prediction to draft from."""
@@ -489,7 +504,7 @@ class Walk(Runner):
     def doubtful(self, asked: Asked, pred: Prediction, after: State) -> list[int]:
         """Rows whose decision a change of the logits by `delta` could turn over.
 
-        The worst case for a rule that is monotone in each confidence: what was chosen gets less sure, what was not, more.
+        The worst case of a rule that is monotone in each confidence: what was chosen gets less sure, the rest more.
         """
         at = asked.window.reads.clamp(min=0)
         chosen = asked.state.canvas.masked.gather(1, at) & ~after.canvas.masked.gather(1, at)
@@ -543,7 +558,7 @@ def alike(a: State, b: State) -> Tensor:
     return same & (a.canvas.length == b.canvas.length) & (a.done == b.done) & (a.closing == b.closing)
 
 
-# -- drafting -----------------------------------------------------------------------------------------------------------
+# -- drafting ---------------------------------------------------------------------------------------------------------
 
 
 class Drafts:
@@ -707,7 +722,9 @@ class Stale:
         extra = max(s.pos.shape[1] - s.planned for s in sources)
 
         def stack(tables: list[Tensor], value: int) -> Tensor:  # (copies, B, Q + E, ...)
-            return torch.stack([_widen(t, s.planned, self.planned, extra, value) for t, s in zip(tables, sources, strict=True)], 1)
+            return torch.stack(
+                [_widen(t, s.planned, self.planned, extra, value) for t, s in zip(tables, sources, strict=True)], 1
+            )
 
         self.ids = stack([s.ids for s in sources], 0)
         self.pos = stack([s.pos for s in sources], -1)
@@ -747,17 +764,17 @@ def _widen(x: Tensor, planned: int, width: int, extra: int, value: int) -> Tenso
     return torch.cat([front, F.pad(back, (*tail, 0, extra - back.shape[1]), value=value)], 1)
 
 
-# -- how many rows ------------------------------------------------------------------------------------------------------
+# -- how many rows ----------------------------------------------------------------------------------------------------
 
 
 class Pace:
     """What a forward costs and how often guesses come true, learned over all calls of a model, sampler and cache.
 
-    Cost is a straight line in the rows of a forward, a + b m, fitted with slow forgetting. With hit rates h_k at depth k a
-    forward of R rows a sequence takes g(R) = 1 + h_1 + h_1 h_2 + ... steps; R maximises g(R) / cost(n R).
+    Cost is a straight line in the rows of a forward, a + b m, fitted with slow forgetting. With hit rate h_k at depth k
+    a forward of R rows a sequence takes g(R) = 1 + h_1 + h_1 h_2 + ... steps; R maximises g(R) / cost(n R).
     """
 
-    known: weakref.WeakKeyDictionary[Any, dict[Any, Pace]] = weakref.WeakKeyDictionary()
+    known: ClassVar[weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()  # by model
     PRIOR = 0.6  # hit rate before anything was seen; decays into what is seen within some twenty guesses
     PROBE = 0.03  # share of the time that may be spent on finding out
 

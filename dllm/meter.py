@@ -28,7 +28,7 @@ class Meter:
         self._began = time.perf_counter()
 
     def forward(self, requests: list[int], plan: Plan, positions: list[int] | None = None) -> None:
-        """Count one batched forward that served these rows; `positions` of each row where the plan is not row by row."""
+        """Count one batched forward that served these rows; `positions`: of each row, where the plan is not by rows."""
         self.calls += 1
         for r in requests:
             self.nfe[r] += 1

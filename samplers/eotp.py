@@ -22,7 +22,11 @@ class EoTP(Method):
     the masked column that predicts it most confidently, accepted or not, as far as the forward covers them.
     """
 
-    mode: str = param("accepted", "the paper's description; a stray early prediction cannot truncate an answer", choices=("accepted", "eager"))
+    mode: str = param(
+        "accepted",
+        "the paper's description; a stray early prediction cannot truncate an answer",
+        choices=("accepted", "eager"),
+    )
 
     name: ClassVar[str] = "eotp"
     source: ClassVar[str] = "Learn2PD, arXiv 2509.25188, section on end-of-text prediction"
@@ -30,7 +34,7 @@ class EoTP(Method):
     def bundle(self, context: Context) -> Bundle:
         if context.block_size is not None:
             raise DllmError(
-                "eotp: a block-causal model sees nothing behind its block, so there is nothing to cut; its early stop ends a row"
+                "eotp: a block-causal model sees nothing behind its block: there is nothing to cut"
             )
         if not context.eos_ids:
             raise DllmError("eotp needs an end-of-text token: pass eos=")

@@ -12,17 +12,19 @@ from dllm.samplers.blocks import Blocks
 
 @dataclass(frozen=True)
 class FreeDave(Method):
-    """Commit the most confident column of the block, one a step, several steps a forward: output of the static schedule.
+    """Commit the most confident column of the block, one a step, several steps a forward: the static schedule's output.
 
-    The verification is the toolkit's `lookahead`, which any other sampler can have too. Preset `reference` counts forwards
-    as the released code does: drafts from the last accepted state only, nothing kept from rejected ones.
+    The verification is the toolkit's `lookahead`, which any other sampler can have too. Preset `reference` counts
+    forwards as the released code does: drafts from the last accepted state only, nothing kept from rejected ones.
     """
 
     rows: int = param(4, "query rows of a forward: the released setting for LLaDA; 8 for TraDo and Dream", low=1)
     retain: bool = param(True, "keep rejected rows for later; the released code does not")
     multi_source: bool = param(True, "draft from every accepted state; the released code drafts from the last one")
     cross_blocks: bool = param(True, "draft into the next block of a block-causal model; the released default does not")
-    lone_opening: bool = param(False, "True: the forward that opens a block commits its first column only (shifted models)")
+    lone_opening: bool = param(
+        False, "True: the forward that opens a block commits its first column only (shifted models)"
+    )
 
     name: ClassVar[str] = "freedave"
     source: ClassVar[str] = "FreeDave, arXiv 2510.00294"

@@ -35,7 +35,7 @@ class Filter:
     kind     block   the paper's: absolute positions, two B x B layers (2 B^2 + 2 B parameters, 2112 at B = 32).
              shared  one small network for every position, fed with its neighbourhood and the share of masks: any B.
     feature  prob: probability of the proposed token; log1m: -ln(1 - prob); negent: negative entropy in nats.
-    revealed "fill": committed columns count as sure (1 for prob); "model": the model's own answer there, as the reference.
+    revealed "fill": committed columns count as sure (1 for prob); "model": the model's own answer, the reference.
     """
 
     weights: dict[str, Tensor]  # linear1.weight, linear1.bias, linear2.weight, linear2.bias; float32
@@ -59,7 +59,9 @@ class Filter:
             "linear2.weight": (out, hidden), "linear2.bias": (out,),
         }  # fmt: skip
         if shapes != expected:
-            raise DllmError(f"filter: tensors {shapes} do not fit a {self.kind} filter of block_length={self.block_length}")
+            raise DllmError(
+                f"filter: tensors {shapes} do not fit a {self.kind} filter of block_length={self.block_length}"
+            )
 
     @property
     def inputs(self) -> int:
@@ -113,17 +115,21 @@ class Filter:
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            weights = {key: state[key].float() for key in ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")}
+            weights = {
+                key: state[key].float() for key in ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
+            }
         except Exception as error:  # torch.load raises whatever the archive makes it raise
             raise DllmError(f"{path} is no state dict of a Learn2PD filter: {error}") from error
-        return cls(weights, weights["linear1.weight"].shape[1], revealed="model", tau=tau, meta={"source": Path(path).name})
+        return cls(
+            weights, weights["linear1.weight"].shape[1], revealed="model", tau=tau, meta={"source": Path(path).name}
+        )
 
     def check(self, context: Context) -> None:
         """Errors: a block longer than the filter's, another vocabulary, another tokenizer."""
         if self.kind == "block" and context.block_length > self.block_length:
             raise DllmError(
-                f"learn2pd: the filter was trained for blocks of {self.block_length} columns, not {context.block_length}: "
-                f"use block_length={self.block_length}, or train one of kind 'shared'"
+                f"learn2pd: the filter was trained for blocks of {self.block_length} columns, not "
+                f"{context.block_length}: use block_length={self.block_length}, or train one of kind 'shared'"
             )
         meta = self.meta or {}
         if int(meta.get("vocab_size", context.vocab_size)) != context.vocab_size:
@@ -133,7 +139,9 @@ class Filter:
             )
         ours = tokenizer_hash(context.tokenizer)
         if ours and meta.get("tokenizer") and meta["tokenizer"] != ours:
-            raise DllmError("learn2pd: the filter was trained with another tokenizer; train one with: dllm filter train")
+            raise DllmError(
+                "learn2pd: the filter was trained with another tokenizer; train one with: dllm filter train"
+            )
 
 
 def fill_of(feature: str) -> float:
@@ -142,7 +150,7 @@ def fill_of(feature: str) -> float:
 
 
 def neighbourhood(conf: Tensor, masked: Tensor) -> Tensor:
-    """(B, W, inputs) what the shared kind sees of each column: confidences and masks around it, share of masks, best."""
+    """(B, W, inputs) what the shared kind sees of a column: confidences and masks around it, share of masks, best."""
     span = 2 * REACH + 1
     around = F.pad(conf, (REACH, REACH)).unfold(1, span, 1)  # (B, W, span)
     open_ = F.pad(masked.float(), (REACH, REACH)).unfold(1, span, 1)
@@ -168,7 +176,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def block_view(view: View, values: Tensor, size: int, fill: float) -> tuple[Tensor, Tensor]:
-    """A table (B, W) over the columns of the step as (B, size) over the columns of the window, and where each came from."""
+    """A table (B, W) over the columns of the step as (B, size) over those of the window, and where each came from."""
     inside = (view.cols >= view.window.lo[:, None]) & (view.cols < view.window.hi[:, None])
     at = torch.where(inside, view.cols - view.window.lo[:, None], size).clamp(max=size)
     table = values.new_full((values.shape[0], size + 1), fill)
@@ -197,8 +205,8 @@ class Learn2PD(Method):
     the embedded model.
     """
 
-    filter: Any = param(None, "path of a filter, or a Filter; None: the embedded model's")
-    tau: float | None = param(None, "None: chosen on validation data when the filter was trained; 1 accepts nothing")
+    filter: Any = param(None, "path of a filter, or a Filter; None: the embedded model's")  # noqa: RUF009
+    tau: float | None = param(None, "None: the filter's own, chosen on validation data; 1 accepts nothing", high=1)
 
     name: ClassVar[str] = "learn2pd"
     source: ClassVar[str] = "Learn2PD, arXiv 2509.25188"

@@ -85,7 +85,9 @@ def test_accepted_set_shrinks_as_tau_grows() -> None:
 
 @pytest.fixture(scope="module")
 def traces() -> filters.Traces:
-    prompts = [torch.randint(3, 150, (4 + i % 3,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(20)]
+    prompts = [
+        torch.randint(3, 150, (4 + i % 3,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(20)
+    ]
     return filters.collect(model(RANDOM), prompts, max_new_tokens=16, block_length=8, batch_size=20)
 
 
@@ -147,7 +149,7 @@ def test_mismatches_are_refused(tmp_path: Path) -> None:
         Filter.convert(tmp_path / "x")
 
 
-# -- end of text --------------------------------------------------------------------------------------------------------
+# -- end of text ------------------------------------------------------------------------------------------------------
 
 END = 124  # a token that the random model predicts often
 
@@ -185,7 +187,18 @@ def test_the_command_line(tmp_path: Path) -> None:
     prompts.write_text("\n".join(f"{i} plus {i} is" for i in range(12)))
     traces, made = str(tmp_path / "t.safetensors"), str(tmp_path / "f.safetensors")
     steps = [
-        ["collect", traces, "--model", str(folder), "--prompts", str(prompts), "--max-new-tokens", "8", "--block-length", "8"],
+        [
+            "collect",
+            traces,
+            "--model",
+            str(folder),
+            "--prompts",
+            str(prompts),
+            "--max-new-tokens",
+            "8",
+            "--block-length",
+            "8",
+        ],
         ["train", traces, "--out", made, "--epochs", "2"],
         ["eval", made, traces],
     ]

@@ -73,4 +73,3 @@ def evaluate(
 
     for key, value in filters.evaluate(Filter.load(filter), filters.Traces.load(traces)).items():
         typer.echo(f"{key:20} {value:.4f}")
-

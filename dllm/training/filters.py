@@ -48,12 +48,12 @@ class Traces(NamedTuple):
         """Read saved traces. Errors: a missing file, or one that holds none."""
         try:
             with safe_open(path, "pt") as file:
-                return cls(*(file.get_tensor(k) for k in cls._fields[:6]), dict(file.metadata() or {}))
+                return cls._make([*(file.get_tensor(k) for k in cls._fields[:6]), dict(file.metadata() or {})])
         except (OSError, SafetensorError) as error:
             raise DllmError(f"cannot read the traces {path}: {error}") from error
 
     def take(self, rows: Tensor) -> Traces:
-        return Traces(*(x[rows] for x in self[:6]), self.meta)
+        return Traces._make([*(x[rows] for x in self[:6]), self.meta])
 
     def split(self, seed: int = 0) -> tuple[Traces, Traces, Traces]:
         """Training, validation and test rows, 80/10/10 by prompt: no block leaks across."""
@@ -72,7 +72,7 @@ def join(tables: Sequence[Traces]) -> Traces:
         for key in ("feature", "block_length", "tokenizer", "model"):
             if other.meta.get(key) != first.meta.get(key):
                 raise DllmError(f"traces differ in {key}: {first.meta.get(key)!r} and {other.meta.get(key)!r}")
-    return Traces(*(torch.cat(x) for x in zip(*(t[:6] for t in tables), strict=True)), first.meta)
+    return Traces._make([*(torch.cat(x) for x in zip(*(t[:6] for t in tables), strict=True)), first.meta])
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Follow(Method):
 
         return Bundle(
             select=select, adjust=(adjust,), needs=Needs(committed=True),
-            columns=lambda canvas: {"follow.teacher": F.pad(self.teacher, (0, canvas.ids.shape[1] - self.teacher.shape[1]))},
+            columns=lambda canvas: {"follow.teacher": _fit(self.teacher, canvas.ids.shape[1])},
             memory=lambda canvas: {"follow.row": index(canvas)},
         )  # fmt: skip
 
@@ -121,6 +121,10 @@ class Follow(Method):
         label, _ = block_view(view, agrees.float(), self.size, 0.0)
         table = (conf, (masked > 0.5) & real, (label > 0.5) & real, real, view.memory["follow.row"], view.state.step)
         self.rows.append(tuple(x.cpu() for x in table))
+
+
+def _fit(table: Tensor, width: int) -> Tensor:
+    return F.pad(table, (0, width - table.shape[1]))
 
 
 def index(canvas: Any) -> Tensor:
@@ -153,14 +157,17 @@ def collect(
         follow = Follow(teacher, feature, block_length, [], filter)
         for a, b in zip(answers, generate(model, some, sampler=follow, **call), strict=True):
             if filter is None and a.sequences != b.sequences:
-                raise DllmError("the greedy parallel path does not end in the teacher's answer: the model is not deterministic")
+                raise DllmError(
+                    "the greedy parallel path misses the teacher's answer: the model is not deterministic"
+                )
         rows += [(*r[:4], r[4] + at, r[5]) for r in follow.rows]
     meta = {
-        "feature": feature, "block_length": str(block_length), "vocab_size": str(model.vocab_size), "family": model.family,
-        "tokenizer": tokenizer_hash(model.tokenizer), "model": model.fingerprint(), "n_prompts": str(len(prompts)),
+        "feature": feature, "block_length": str(block_length), "vocab_size": str(model.vocab_size),
+        "family": model.family, "tokenizer": tokenizer_hash(model.tokenizer), "model": model.fingerprint(),
+        "n_prompts": str(len(prompts)),
         "schedule": "confidence, one token a step", "on_policy": str(filter is not None),
     }  # fmt: skip
-    return Traces(*(torch.cat(x) for x in zip(*rows, strict=True)), meta)
+    return Traces._make([*(torch.cat(x) for x in zip(*rows, strict=True)), meta])
 
 
 @dataclass(frozen=True)
