@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.canvas import Canvas, Plan, State, Window
@@ -197,9 +198,18 @@ class Policy:
         lo, hi = lo.clamp(min=0), torch.minimum(hi, state.canvas.length)
         pos, source = between(lo, hi), sources(window, self.shift)
         outside = (source >= 0) & ((source < lo[:, None]) | (source >= hi[:, None]))
-        if bool(outside.any()):  # a region read beyond the span (Prophet): more query rows
-            pos = torch.cat([pos, torch.where(outside, source, -1)[:, outside.any(0)]], 1)
-        return gather_plan(state, pos, lane=lane, refresh=False, stored=True)
+        if not bool(outside.any()):
+            return gather_plan(state, pos, lane=lane, refresh=False, stored=True)
+        more = torch.where(outside, source, -1)[:, outside.any(0)]
+        plan = gather_plan(state, torch.cat([pos, more], 1), lane=lane, refresh=False, stored=True)
+        if window.aside is None or plan.visible is None:
+            return plan
+        # a region that is only looked at (Prophet) is private to the forward: reading it changes nothing
+        aside = (window.aside & outside)[:, outside.any(0)]
+        if not bool(aside.any()):
+            return plan
+        fresh = torch.cat([torch.ones_like(pos, dtype=torch.bool), ~aside], 1)
+        return plan._replace(fresh=fresh, visible=F.pad(plan.visible, (0, fresh.shape[1])))
 
     def block_end(self, state: State, window: Window) -> Tensor:
         """(B,) end of the model's block that holds the last source of this step."""

@@ -154,9 +154,10 @@ class Window(NamedTuple):
     hi: Tensor  # (B,) exclusive
     reads: Tensor  # (B, W) columns, -1 for padding
     epoch: Tensor  # (B,) a new value asks the cache for a refresh
+    aside: Tensor | None = None  # (B, W) bool: reads that must leave the cache as it is (None: nothing)
 
     def take(self, rows: Tensor) -> Window:
-        return Window(*(x[rows] for x in self))
+        return Window(*(None if x is None else x[rows] for x in self))
 
 
 class Plan(NamedTuple):

@@ -51,7 +51,8 @@ class Exit:
         inside = self.inside(view, pred)  # (B, W)
         count = inside.sum(1)
         mean = torch.where(inside, pred.gap, 0.0).sum(1) / count.clamp(min=1)
-        leave = (mean >= self.tau(self.fraction(view))) & (count > 0) & view.live.any(1)
+        decoding = view.window.hi > view.window.lo  # DAEDAL grows a row before it opens a window
+        leave = (mean >= self.tau(self.fraction(view))) & (count > 0) & decoding
         fill = leave if d.fill is None else leave | d.fill
         return d._replace(write=d.write & ~leave[:, None], fill=fill)
 

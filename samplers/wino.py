@@ -36,6 +36,8 @@ class Shadow:
         real = torch.arange(pos.shape[1], device=pos.device) < q  # (Q + E,)
         if plan.stored:
             assert plan.visible is not None
+            if plan.fresh is not None:  # other private queries: nobody sees them either
+                plan = plan._replace(visible=plan.visible[..., :-q])
             slots = torch.arange(plan.visible.shape[-1], device=pos.device)
             seen = plan.visible.expand(-1, q, -1)  # (B, Q, S)
             alone = plan.visible[:, -1:] & (slots != shadow[..., None])  # (B, E, S)
