@@ -105,8 +105,11 @@ class Ray:
         if self._started:
             try:
                 ray.init(**_cluster(spec), include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise DllmError(f"cannot reach a Ray cluster at {spec.address!r}: {error}") from None
+            except Exception as error:  # Ray raises the bare class where a node is slow to start
+                place = (
+                    "start a Ray cluster here" if spec.address is None else f"reach a Ray cluster at {spec.address!r}"
+                )
+                raise DllmError(f"cannot {place}: {' '.join(str(error).split())[:200]}") from None
         actor: Any = ray.remote(
             num_cpus=spec.cpus_per_worker,
             num_gpus=spec.gpus_per_worker,

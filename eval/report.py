@@ -26,12 +26,12 @@ COUNTING = (
 )
 
 
-def report(results: Results, rows: Sequence[Row]) -> Path:
+def report(results: Results, rows: Sequence[Row], figures: bool = True) -> Path:
     """Write `report.md` and its figures into the run folder; the report's path."""
     config, folder = results.config, results.folder
     parts = [f"# {config.name}", config.about.strip(), _facts(results), "".join(f"\n> {n}\n" for n in results.notices)]
     for task in dict.fromkeys(cell["task"] for cell in results.cells):
-        parts += [f"## {task}", *_task(results, task, [r for r in rows if r["task"] == task])]
+        parts += [f"## {task}", *_task(results, task, [r for r in rows if r["task"] == task], figures)]
     parts += [_areas(results), _published(results)]
     if config.unknown:
         parts.append("## Not known\n\n" + "\n".join(f"- {line}" for line in config.unknown))
@@ -70,7 +70,7 @@ def _facts(results: Results) -> str:
     return "\n".join(lines) + "\n\n" + COUNTING
 
 
-def _task(results: Results, task: str, rows: Sequence[Row]) -> list[str]:
+def _task(results: Results, task: str, rows: Sequence[Row], figures: bool) -> list[str]:
     cells = [cell for cell in results.cells if cell["task"] == task]
     parts = [_table(cells)]
     rows = [row for row in rows if row["correct"] is not None]
@@ -81,10 +81,8 @@ def _task(results: Results, task: str, rows: Sequence[Row]) -> list[str]:
         return parts
     parts += [_work(cells), _drafting(cells)]
     parts.append(_against_first(results, task, rows))
-    return parts + [
-        f"![{label}]({path.relative_to(results.folder).as_posix()})"
-        for label, path in _figures(results, task, cells, rows)
-    ]
+    made = _figures(results, task, cells, rows) if figures else ()
+    return parts + [f"![{label}]({path.relative_to(results.folder).as_posix()})" for label, path in made]
 
 
 def _table(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -19,12 +19,13 @@ from dllm.errors import DllmError
 from dllm.samplers import registry
 
 from . import engines, metrics
-from .config import Config, GenerateSpec, Setting, load
+from .config import Config, GenerateSpec, ModelSpec, Setting, load
 from .store import Row, Store, write
 from .worker import Job, environment, load_tasks
 
 log = logging.getLogger(__name__)
 
+TINY = ModelSpec("tiny", device="cpu")
 DRY_DOCUMENTS, DRY_TOKENS, DRY_BLOCK = 2, 16, 8  # enough to pass through every part of a run in seconds
 
 
@@ -108,7 +109,7 @@ def run(
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
             from .report import report
 
-            report(results, list(store.rows.values()))
+            report(results, list(store.rows.values()), figures=not dry_run)
         return results
     finally:
         if store is not None:
@@ -146,8 +147,7 @@ def rehearsal(config: Config) -> Config:
         block = None if g.block_length is None else max(1, min(g.block_length, DRY_BLOCK))
         generate = replace(g, max_new_tokens=DRY_TOKENS, block_length=block, steps=g.steps and DRY_TOKENS, chat=None)
         verifier = setting.speculate and replace(setting.speculate, verifier="tiny-ar")
-        return replace(setting, model=replace(setting.model, name="tiny", dtype=None, device="cpu", revision=None,
-        backend=None), generate=generate, speculate=verifier)  # fmt: skip
+        return replace(setting, model=TINY, sampler=_own_filter(setting.sampler), generate=generate, speculate=verifier)
 
     settings = tuple(map(short, config.settings))
     tasks = tuple(
@@ -158,6 +158,13 @@ def rehearsal(config: Config) -> Config:
     return replace(
         config, settings=settings, tasks=tasks, limit=None, out=out, batch_size=2, warmup=0, trace=min(config.trace, 1)
     )
+
+
+def _own_filter(sampler: Any) -> Any:
+    """A sampler without the file of a trained filter, so that the embedded model's own is taken."""
+    if isinstance(sampler, list):
+        return [_own_filter(part) for part in sampler]
+    return {k: v for k, v in sampler.items() if k != "filter"} if isinstance(sampler, dict) else sampler
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding

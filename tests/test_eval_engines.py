@@ -81,9 +81,8 @@ def test_accelerate_ranks_share_the_work(tmp_path):
 def test_ray_survives_a_lost_worker(tmp_path):
     """Two workers, one killed with -9 while it decodes: every sample once, and the results of a local run."""
     ray = pytest.importorskip("ray")
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
-    )
+    threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=threads)
     folder, killed = tmp_path / "ray", []
 
     def kill_one() -> None:
