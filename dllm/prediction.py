@@ -97,7 +97,7 @@ class Prediction:
         """Probability of the best token minus that of the second."""
         if self._uses_filter:
             return self._filtered[1]
-        first, second = self._top2.unbind(-1)
+        first, second = self._top2
         return self.probability_of(first) - self.probability_of(second)
 
     @property
@@ -108,7 +108,7 @@ class Prediction:
     @cached_property
     def gap(self) -> Tensor:
         """Best logit minus second best (Prophet's signal; the softmax normaliser cancels)."""
-        first, second = self._top2.unbind(-1)
+        first, second = self._top2
         return first - second
 
     @cached_property
@@ -117,14 +117,16 @@ class Prediction:
         return self.logits.softmax(-1)
 
     @cached_property
-    def _top2(self) -> Tensor:  # (B, W, 2) logits
-        return self.logits.topk(2, dim=-1).values
+    def _top2(self) -> tuple[Tensor, ...]:
+        """The two highest logits, (B, W) each."""
+        first, second = best_two(self.logits.flatten(0, 1), self._best[2].flatten(0, 1))
+        return first.view(self.cols.shape), second.view(self.cols.shape)
 
     @cached_property
     def lse(self) -> Tensor:
         """(B, W) log-sum-exp of the raw logits."""
         top = self.argmax
-        return self.logits.gather(-1, top[..., None])[..., 0] + self._best[2].log1p()
+        return self.logits.gather(-1, top[..., None])[..., 0] + self._best[-1].log1p()
 
     def probability_of(self, logit: Tensor) -> Tensor:
         """Raw probability of a token with this logit at the same columns."""
@@ -136,16 +138,18 @@ class Prediction:
         return zip(self.logits.flatten(0, 1).split(rows), *(t.flatten().split(rows) for t in tables), strict=True)
 
     def _joined(self, parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(p).view(self.cols.shape) for p in zip(*parts, strict=True))
+        joined = (torch.cat(p) for p in zip(*parts, strict=True))
+        return tuple(x.view(*self.cols.shape, *x.shape[1:]) for x in joined)
 
     @cached_property
     def _best(self) -> tuple[Tensor, ...]:
-        """The arg-max, its probability, and the odds against it summed without cancellation."""
+        """The arg-max, its probability, the peaks (B, W, S) that led to it, and the odds against it summed without
+        cancellation."""
         return self._joined(_best_of(z) for (z,) in self._chunks())
 
     @cached_property
     def _raw(self) -> tuple[Tensor, Tensor]:
-        _, best, odds = self._best
+        _, best, _, odds = self._best
         if self.law.greedy:
             return best, -odds.log1p()
         log_p = self.logits.gather(-1, self.token[..., None])[..., 0] - self.lse
@@ -182,32 +186,63 @@ class Prediction:
         return self.more(cols)
 
 
-def _best_of(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Arg-max, its probability and the odds against it; (n, V) -> (n,) each."""
-    top = first_argmax(logits)
+def _best_of(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arg-max, its probability, the peaks of the stretches and the odds against it; (n, V) -> (n,), peaks (n, S)."""
+    peaks = stretch_peaks(logits)
+    top = first_argmax(logits, peaks)
     probs = logits.softmax(-1)
     best = probs.gather(-1, top)
     rest = probs.scatter_(-1, top, 0.0).sum(-1)
-    return top[:, 0], best[:, 0], rest / best[:, 0]
+    return top[:, 0], best[:, 0], peaks, rest / best[:, 0]
 
 
-def first_argmax(logits: Tensor, width: int = 512) -> Tensor:
-    """(n, 1) arg-max of (n, V), lowest id on ties. On a CPU `amax` is vectorised and `argmax` is not: find the stretch
-    of the vocabulary that holds the maximum, then look only there."""
-    n, size = logits.shape
-    if logits.device.type != "cpu" or size < 4 * width:
-        return logits.argmax(-1, keepdim=True)
-    whole = size // width * width
-    stretches = logits[:, :whole].view(n, -1, width)
-    peaks = stretches.amax(-1)  # (n, V / width)
+STRETCH = 512  # tokens
+
+
+def stretch_peaks(logits: Tensor) -> Tensor:
+    """(n, S) the maximum of each whole stretch of the vocabulary. On a CPU `amax` is vectorised and `argmax` and `topk`
+    are not: they then look into one stretch only. Elsewhere, and for small vocabularies, S = 0."""
+    if logits.device.type != "cpu" or logits.shape[1] < 4 * STRETCH:
+        return logits[:, :0]
+    return _stretches(logits).amax(-1)
+
+
+def _stretches(logits: Tensor) -> Tensor:
+    """(n, S, STRETCH); what is left behind the last whole stretch is not in it."""
+    return logits[:, : logits.shape[1] // STRETCH * STRETCH].view(len(logits), -1, STRETCH)
+
+
+def _highest_stretch(logits: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
+    """The first stretch that holds the highest peak (n, 1), and its logits (n, STRETCH)."""
     at = peaks.argmax(-1, keepdim=True)
-    inner = stretches.gather(1, at[..., None].expand(-1, -1, width))[:, 0].argmax(-1, keepdim=True)
-    found = at * width + inner
-    if whole == size:
+    return at, _stretches(logits).gather(1, at[..., None].expand(-1, -1, STRETCH))[:, 0]
+
+
+def first_argmax(logits: Tensor, peaks: Tensor | None = None) -> Tensor:
+    """(n, 1) arg-max of (n, V), lowest id on ties."""
+    peaks = stretch_peaks(logits) if peaks is None else peaks
+    if not peaks.shape[1]:
+        return logits.argmax(-1, keepdim=True)
+    at, inner = _highest_stretch(logits, peaks)
+    found = at * STRETCH + inner.argmax(-1, keepdim=True)
+    whole = peaks.shape[1] * STRETCH
+    if whole == logits.shape[1]:
         return found
     tail = logits[:, whole:].argmax(-1, keepdim=True) + whole
     better = logits.gather(1, tail) > peaks.gather(1, at)
     return torch.where(better | logits.gather(1, tail).isnan(), tail, found)
+
+
+def best_two(logits: Tensor, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The two highest values of (n, V), (n,) each: the second is in the stretch of the first, the peak of another
+    stretch, or behind the last whole one."""
+    peaks = stretch_peaks(logits) if peaks is None else peaks
+    if peaks.shape[1]:
+        at, inner = _highest_stretch(logits, peaks)
+        others = peaks.scatter(1, at, -torch.inf).amax(-1, keepdim=True)
+        logits = torch.cat([inner.topk(2, dim=-1).values, others, logits[:, peaks.shape[1] * STRETCH :]], 1)
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return first, second
 
 
 def _expected_logit(logits: Tensor) -> tuple[Tensor]:

@@ -1,10 +1,15 @@
-"""The bench of a sampler's own work: it measures what it says, and head rows are counted where they are read."""
+"""The bench of a sampler's own work: it measures what it says, and head rows are counted where they are read. And what
+keeps that work small."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
+from dllm.canvas import Window
 from dllm.eval import bench_step
+from dllm.prediction import best_two
+from dllm.samplers.base import widen
 
 
 @pytest.fixture
@@ -34,3 +39,21 @@ def test_rows_of_the_bench(small: None) -> None:
 def test_too_few_repeats_are_refused() -> None:
     with pytest.raises(ValueError, match="median of fewer than 5"):
         bench_step.run(["threshold"], repeats=3)
+
+
+@pytest.mark.parametrize("size", [5, 2048, 2049, 4000])
+def test_best_two_logits(size: int) -> None:
+    """In every place: both in one stretch, in two, in the tail; equal values; forbidden tokens."""
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randn(64, size, generator=generator).round(decimals=1)
+    rows[::3] = -torch.inf
+    rows[::3, size // 2 :: 7] = 1.0
+    rows[1, -2:] = 9.0
+    first, second = best_two(rows)
+    assert torch.equal(torch.stack([first, second], 1), rows.topk(2).values)
+
+
+def test_columns_that_no_row_reads_are_not_fed_to_the_head() -> None:
+    window = Window(*(torch.zeros(2, dtype=torch.long),) * 2, torch.tensor([[3, 4], [5, -1]]), torch.zeros(2))
+    wider = widen(window, torch.tensor([[3, 7, 4], [5, -1, 6]]))
+    assert wider.reads.tolist() == [[3, 4, 7, -1], [5, -1, -1, 6]]
