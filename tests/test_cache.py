@@ -63,6 +63,14 @@ def test_exact_with_one_layer(cache, sampler):
     assert all(errors) and max(e.max for row in errors for e in row) < 1e-12
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_lookahead_gives_the_same_tokens_in_no_more_forwards(cache):
+    """A plan is a function of the state, so forwards can be foreseen under every policy."""
+    plain, ahead = (run(tiny(), PROMPTS[:2], cache=cache, sampler="threshold:tau=0.3", lookahead=k) for k in (None, 4))
+    assert [o.sequences for o in plain] == [o.sequences for o in ahead]
+    assert all(b.nfe <= a.nfe for a, b in zip(plain, ahead, strict=True))
+
+
 @pytest.mark.parametrize("cache", ["interval:every=1", "delayed:every=1", "dllm_cache:prompt_every=1"])
 def test_a_refresh_at_every_step_is_exact(cache):
     errors = cache_error(tiny(), PROMPTS, cache=cache, max_new_tokens=9, block_length=5)
