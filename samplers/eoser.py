@@ -66,5 +66,7 @@ class EOSER(Method):
     def bundle(self, context: Context) -> Bundle:
         eos = context.eos_ids[0] if context.eos_ids else None
         score = Demote(eos, self.gamma_min, self.gamma_max, context.budget)
-        length = context.max_new_tokens if self.whole else context.block_length
+        if not self.whole:
+            return Bundle(score=score)
+        length = context.max_new_tokens
         return Bundle(score=score, assumes={"window": Blocks(length), "select": Quota(context.steps, length)})
