@@ -316,10 +316,12 @@ def test_ngram_learns_backs_off_and_forgets():
     fading = NgramTable(50, decay=0.5)
     fading.update([1, 2, 7, 1, 2, 8])
     assert fading.logp((1, 2), [8])[0] > fading.logp((1, 2), [7])[0]
-    fitted = NgramTable(50).fit([[4, 5], [4, 5]])
-    twin = fitted.fork()
-    twin.update([4, 6])
-    assert fitted.logp((4,), [5])[0] > LN(0.5) and fitted.counts != twin.counts
+    fitted = NgramTable(50).fit([[4, 5]] * 40)
+    online = NgramTable(50, base=fitted)
+    assert online.state([9, 4]) == (4,) and online.logp((4,), [5])[0] > LN(0.9) and online.trust((4,)) > 0.5
+    online.update([4, 6] * 200)
+    assert online.logp((4,), [6])[0] > LN(0.4) and fitted.logp((4,), [6])[0] < LN(0.01)
+    assert sum(math.exp(lp) for lp in online.logp((4,), range(50))) == pytest.approx(1)
 
 
 # -- retrieval

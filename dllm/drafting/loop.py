@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -325,7 +326,8 @@ class Row:
         if self.cfg.order < 2 or getattr(self.search, "lam", 1.0) >= 1:
             return None
         if self.proxy is None:
-            self.proxy = NgramTable(self.verifier.vocab, self.cfg.order, decay=self.cfg.decay).fit(self.cfg.corpus)
+            base = _corpus_table(self.cfg.corpus, self.verifier.vocab, self.cfg.order) if self.cfg.corpus else None
+            self.proxy = NgramTable(self.verifier.vocab, self.cfg.order, decay=self.cfg.decay, base=base)
         self.proxy.update(self.ids[self.counted :])
         self.counted = len(self.ids)
         return self.proxy
@@ -393,6 +395,11 @@ class Row:
         self.controller.update(r)
         self.result.rounds.append(r)
         self.result.spans.append((r.accepted, r.emitted))
+
+
+@lru_cache(maxsize=4)
+def _corpus_table(corpus: tuple[tuple[int, ...], ...], vocab: int, order: int) -> NgramTable:
+    return NgramTable(vocab, order).fit(corpus)
 
 
 def decode(

@@ -26,18 +26,26 @@ class NgramTable:
     """Interpolated absolute discounting over token ids.
 
     g(t | c) = max(n(c, t) - D, 0) / n(c) + D N(c) / n(c) g(t | c without its oldest token), down to 1 / V.
-    A state is the longest suffix of the text (at most order - 1 tokens) that was seen as a context: longer ones say
-    the same, which keeps the state space of the exact searches small. The text's own counts fade by `decay` per token;
-    a corpus does not.
+    A state is the longest suffix of the text (at most order - 1 tokens) that was seen as a context: longer ones say the
+    same, which keeps the state space of the exact searches small.
 
-    `order` 3 as in DiffuSpec; `discount` 0.75 is the usual value for small counts; `kappa` observations give a trust
-    of 1/2.
+    `order` 3 as in DiffuSpec; `discount` 0.75 is the usual value for small counts; `kappa` observations give a trust of
+    1/2: a context that was seen once or twice in a prompt is a weak witness against a model. The text's own counts
+    fade by `decay` per token. `base` is a table fitted on a corpus, shared and never written: the two are mixed by
+    their trust.
     """
 
     def __init__(
-        self, vocab: int, order: int = 3, discount: float = 0.75, decay: float = 1.0, kappa: float = 2.0
+        self,
+        vocab: int,
+        order: int = 3,
+        discount: float = 0.75,
+        decay: float = 1.0,
+        kappa: float = 16.0,
+        base: NgramTable | None = None,
     ) -> None:
         self.vocab, self.order, self.discount, self.decay, self.kappa = vocab, order, discount, decay, kappa
+        self.base = base
         self.counts: dict[tuple[int, ...], dict[int, float]] = {}
         self.total: dict[tuple[int, ...], float] = {}
         self.unit = 1.0  # weight of a new observation: growing it is the same as fading the old ones
@@ -62,13 +70,6 @@ class NgramTable:
                     self._count(tuple(ids[i - n : i]), token, 1.0)
         return self
 
-    def fork(self) -> NgramTable:
-        """An independent copy that starts a new text."""
-        twin = NgramTable(self.vocab, self.order, self.discount, self.decay, self.kappa)
-        twin.counts = {c: dict(n) for c, n in self.counts.items()}
-        twin.total, twin.unit = dict(self.total), self.unit
-        return twin
-
     def _count(self, context: tuple[int, ...], token: int, weight: float) -> None:
         row = self.counts.setdefault(context, {})
         row[token] = row.get(token, 0.0) + weight
@@ -82,7 +83,7 @@ class NgramTable:
 
     def state(self, ids: Sequence[int]) -> tuple[int, ...]:
         context = tuple(ids[-(self.order - 1) :]) if self.order > 1 else ()
-        while context and context not in self.counts:
+        while context and context not in self.counts and not (self.base and context in self.base.counts):
             context = context[1:]
         return context
 
@@ -90,14 +91,25 @@ class NgramTable:
         return self.state((*state, token))
 
     def trust(self, state: tuple[int, ...]) -> float:
-        if not state:  # unigrams say nothing about order
-            return 0.0
-        n = self.total[state] / self.unit
+        """n / (n + kappa) of the longest known context; unigrams say nothing about order and get none."""
+        own = self._trust(state)
+        return own if self.base is None else max(own, self.base.trust(self.base.state(state)))
+
+    def _trust(self, state: tuple[int, ...]) -> float:
+        while state and state not in self.total:
+            state = state[1:]
+        n = self.total[state] / self.unit if state else 0.0
         return n / (n + self.kappa)
 
     def logp(self, state: tuple[int, ...], tokens: Sequence[int]) -> list[float]:
         """log g of each token; always finite."""
-        return [math.log(self._prob(state, t)) for t in tokens]
+        own = [self._prob(state, t) for t in tokens]
+        if self.base is None:
+            return [math.log(p) for p in own]
+        known = self.base.state(state)
+        mine, theirs = self._trust(state), self.base.trust(known)
+        share = mine / (mine + theirs) if mine + theirs else 0.0
+        return [math.log(share * p + (1 - share) * self.base._prob(known, t)) for p, t in zip(own, tokens, strict=True)]
 
     def _prob(self, context: tuple[int, ...], token: int) -> float:
         lower = 1.0 / self.vocab if not context else self._prob(context[1:], token)
