@@ -7,6 +7,7 @@ read. One thread, one row, float32; all samplers take turns in one run, and medi
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Iterable
@@ -18,11 +19,14 @@ from torch import Tensor
 from dllm.cache import Policy
 from dllm.canvas import State
 from dllm.engine import Options, Runner
+from dllm.errors import DllmError
 from dllm.eval.bench import REPEATS, VOCABULARY, WINDOW, Row, context, scene
 from dllm.meter import Meter
 from dllm.prediction import Law
 from dllm.samplers import registry
 from dllm.samplers.base import Sampler
+
+log = logging.getLogger(__name__)
 
 BASE = "threshold"
 STEPS = 4  # consecutive steps of one block: history has begun, and both halves of a remasking loop are among them
@@ -100,16 +104,29 @@ def build(name: str) -> Sampler:
 def run(names: Iterable[str] | None = None, repeats: int = REPEATS) -> list[Row]:
     """One row a sampler: own work of a step and head row, divided by that of `threshold`.
 
-    names: samplers to measure, None for all that are registered. Errors: fewer than 5 repeats, unknown names.
+    names: samplers to measure; None for all that are registered and run on a bidirectional model without files of their
+    own. Errors: fewer than 5 repeats, unknown names.
     """
     if repeats < 5:
-        raise ValueError(f"repeats={repeats}: a median of fewer than 5 says little")
+        raise DllmError(f"own work: repeats={repeats} must be at least 5, a median of fewer says little")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(registry.names() if names is None else list(names), repeats)
+        return _run(runnable() if names is None else list(names), repeats)
     finally:
         torch.set_num_threads(threads)
+
+
+def runnable() -> list[str]:
+    """The registered samplers that can be built here; the others are logged with their reason."""
+    found = []
+    for name in registry.names():
+        try:
+            build(name)
+            found.append(name)
+        except DllmError as reason:
+            log.warning("not measured: %s", reason)
+    return found
 
 
 def _run(names: list[str], repeats: int) -> list[Row]:

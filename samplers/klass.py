@@ -51,7 +51,7 @@ class KLASS(Method):
         whole = self.history == "generation"
         return Bundle(
             select=select,
-            needs=Needs(generation=whole, committed=True),
+            needs=Needs(generation=whole),
             memory=_memory,
             columns=_columns,
             reads=beyond if whole else None,

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dllm.canvas import Window
+from dllm.errors import DllmError
 from dllm.eval import bench_step
 from dllm.prediction import best_two
+from dllm.samplers import registry
 from dllm.samplers.base import widen
 
 
@@ -36,8 +38,15 @@ def test_rows_of_the_bench(small: None) -> None:
     assert all(len(line.split("|")) == 7 for line in bench_step.table(list(rows.values())).splitlines())
 
 
+def test_every_sampler_is_measured_or_says_why_not(small: None, caplog: pytest.LogCaptureFixture) -> None:
+    names = bench_step.runnable()
+    refused = {message.split("'")[1] for message in caplog.messages if "'" in message}
+    assert {"klass", "wino", "prophet", "adablock", "daedal"} <= set(names)
+    assert len(names) + len(caplog.messages) == len(registry.names()) and "fast_dllm_v2" in refused
+
+
 def test_too_few_repeats_are_refused() -> None:
-    with pytest.raises(ValueError, match="median of fewer than 5"):
+    with pytest.raises(DllmError, match="must be at least 5"):
         bench_step.run(["threshold"], repeats=3)
 
 

@@ -13,23 +13,29 @@ from dllm.errors import unknown
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="step, generate, samplers, ...; `all` runs the short ones.")] = "step",
+    name: Annotated[
+        str, typer.Argument(help="step, generate, own-work, samplers, ...; `all` runs the short ones.")
+    ] = "step",
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
     n: Annotated[int, typer.Option(help="samplers: test problems a task.")] = 1500,
     validation: Annotated[int, typer.Option(help="samplers: problems on which settings are chosen.")] = 200,
-    only: Annotated[list[str] | None, typer.Option(help="samplers: these ones; may be given several times.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="samplers, own-work: these ones; may be given several times.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run."""
     import torch
 
+    from dllm.eval import bench_step
     from dllm.eval.bench import BENCHES, machine
     from dllm.eval.bench import as_json as dump
 
-    if name not in (*BENCHES, "samplers", "all"):
-        raise unknown("bench", name, [*BENCHES, "samplers", "all"])
+    benches = {**BENCHES, "own-work": lambda repeats: bench_step.run(only or None, repeats)}
+    if name not in (*benches, "samplers", "all"):
+        raise unknown("bench", name, [*benches, "samplers", "all"])
     torch.set_num_threads(threads)
     if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
         from dllm.eval import bench_samplers
@@ -37,7 +43,7 @@ def bench(
         names = only or list(bench_samplers.SETTINGS)
         typer.echo(bench_samplers.run(out=out or "bench-samplers.jsonl", n=n, validation=validation, names=names))
         return
-    rows = [row for key in (BENCHES if name == "all" else [name]) for row in BENCHES[key](repeats=repeats)]
+    rows = [row for key in (benches if name == "all" else [name]) for row in benches[key](repeats=repeats)]
     if out is not None:
         out.write_text(dump(rows) + "\n", encoding="utf-8")
     if as_json:
