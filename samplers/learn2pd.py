@@ -164,7 +164,7 @@ def feature_of(pred: Prediction, feature: str) -> Tensor:
     if feature == "negent":
         return pred.negative_entropy.float()
     if feature == "log1m":
-        return -torch.log1p(-pred.confidence.double()).clamp(max=20.0).float()
+        return (-torch.log1p(-pred.confidence.double())).clamp(max=20.0).float()
     return pred.confidence.float()
 
 

@@ -12,7 +12,8 @@ from golden_cases import model
 
 import dllm
 from dllm.errors import DllmError
-from dllm.samplers.learn2pd import Filter
+from dllm.prediction import Prediction
+from dllm.samplers.learn2pd import Filter, feature_of
 from dllm.training import filters
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
@@ -44,6 +45,14 @@ def test_size_and_round_trip(tmp_path: Path) -> None:
     converted = Filter.convert(tmp_path / "f.pth")
     assert converted.revealed == "model"
     assert all(torch.equal(converted.weights[k], w) for k, w in made.weights.items())
+
+
+def test_features_stay_finite_where_a_probability_rounds_to_one() -> None:
+    logits = torch.tensor([[[100.0, 0.0], [1.0, 0.0]]])
+    pred = Prediction(logits, torch.tensor([[0, 1]]))
+    assert feature_of(pred, "log1m")[0].tolist() == pytest.approx([20.0, 1.3133], abs=1e-3)
+    assert feature_of(pred, "prob")[0].tolist() == pytest.approx([1.0, 0.7311], abs=1e-3)
+    assert feature_of(pred, "negent")[0, 0] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_hand_example() -> None:

@@ -17,7 +17,7 @@ def collect(
     n: int = typer.Option(200, min=3, help="Prompts to take."),
     max_new_tokens: int = typer.Option(64, min=1),
     block_length: int = typer.Option(32, min=1),
-    feature: str = typer.Option("prob", help="prob, log1m or negent."),
+    feature: str = typer.Option("log1m", help="log1m, prob or negent."),
     on_policy: Path = typer.Option(None, help="A filter: follow its own path, label by the teacher."),
     seed: int = 0,
 ) -> None:

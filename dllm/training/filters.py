@@ -137,13 +137,16 @@ def collect(
     *,
     max_new_tokens: int = 64,
     block_length: int = 32,
-    feature: str = "prob",
+    feature: str = "log1m",
     filter: Filter | None = None,
     cache: Any = None,
     batch_size: int = 32,
     chat: bool | None = None,
 ) -> Traces:
-    """Traces of the greedy parallel path (or of a filter's own path) against the model's one-token-a-step answers."""
+    """Traces of the greedy parallel path (or of a filter's own path) against the model's one-token-a-step answers.
+
+    feature "log1m" spreads out the confidences close to one, where most columns of a trained model are.
+    """
     call: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "block_length": block_length, "early_stop": False, "cache": cache,
         "batch_size": batch_size, "chat": chat,
@@ -177,7 +180,7 @@ class Recipe:
     kind: str = "shared"
     hidden: int = 32  # of the shared kind; the block kind's is its block length
     epochs: int = 30
-    batch_size: int = 1024
+    batch_size: int = 64  # a few hundred prompts of a confident model give a few thousand rows at most
     lr: float = 3e-3
     weight_decay: float = 0.01
     precision: float = 0.98  # that tau has to reach on validation columns
