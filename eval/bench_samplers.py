@@ -117,13 +117,17 @@ def _read(path: Path, header: dict[str, Any]) -> Answers:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return done
-    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):  # stopped in the middle of a line
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    first, *rest = text.splitlines()
     if json.loads(first) != header:
         raise DllmError(f"{path} holds answers of another model or cache: choose another file for this run")
     for line in rest:
         try:
             answer = Answer(**json.loads(line))
-        except (ValueError, TypeError):  # a line that was cut off when the run was stopped
+        except (ValueError, TypeError):  # a line that was cut off
             continue
         done.setdefault((answer.task, answer.split, answer.sampler), {})[answer.index] = answer
     return done
