@@ -166,6 +166,12 @@ class Config:
         return self.source.error(_split(where), message) if self.source else DllmError(f"{where}: {message}")
 
 
+# What `expected:` may name: the figures of a cell of the report.
+FIGURES = (
+    *("accuracy", "nfe", "nfe_equiv", "tpf", "tpf_mean", "tokens", "tokens_raw", "accepted_per_cycle"),
+    *("seconds", "prefill_seconds", "decode_seconds", "tokens_per_second", "tokens_per_second_sample", "peak_mb"),
+)
+
 # The keys of a file are those of Config, with the sweep in place of the settings.
 _AXES = ("model", "sampler", "cache", "generate", "speculate")
 _TOP = [f.name for f in fields(Config) if f.name not in ("settings", "source")] + [*_AXES, "extends", "matrix"]
@@ -355,6 +361,8 @@ def build(data: Mapping[str, Any], source: Source) -> Config:
     settings = tuple(_settings(data, source))
     for i, figure in enumerate(config.expected):
         where = ("expected", i)
+        if figure.metric not in FIGURES:
+            raise source.error((*where, "metric"), str(unknown("metric", figure.metric, FIGURES)))
         if figure.task not in labels:
             raise source.error((*where, "task"), str(unknown("task", figure.task, labels)))
         if figure.setting is not None and figure.setting not in [s.label for s in settings]:

@@ -64,16 +64,20 @@ def accuracy_against_tpf(
     return _save(plt, figure, path)
 
 
-def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str) -> Path | None:
-    """One line a setting, one column a position: the colour is the forward that wrote it. Grey was never written."""
+def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
+    """One line a setting, one column a position: the colour is the forward that wrote it. Grey was never written.
+
+    `width` cuts the columns, since behind the longest answer there is only padding.
+    """
     plt = pyplot()
     if plt is None or not traces:
         return None
     orders = [_order(trace) for _, trace in traces]
-    width = max(len(order) for order in orders)
+    longest = max(len(order) for order in orders)
+    width = min(longest, width or longest)
     grid = np.full((len(traces), width), np.nan)
     for line, order in enumerate(orders):
-        grid[line, : len(order)] = order
+        grid[line, : len(order)] = order[:width]
     figure, axes = plt.subplots(figsize=(max(6.0, 2.6 + 0.1 * width), 1.3 + 0.42 * len(traces)), layout="constrained")
     colours = plt.get_cmap("viridis").with_extremes(bad="0.85")
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=colours, vmin=1)

@@ -199,9 +199,9 @@ def _figures(
         ]
         traces = [(label, Trace.load(path)) for label, path in files if path.exists()]
         path = folder / f"{name}-order-{index}.png"
-        yield from _made(
-            f"commit order, document {index}", plots.commit_order(traces, path, f"{task}, document {index}")
-        )
+        width = max((r["tokens"] for r in rows if r["index"] == index), default=0) + 4
+        figure = plots.commit_order(traces, path, f"{task}, document {index}", width)
+        yield from _made(f"commit order, document {index}", figure)
 
 
 def _made(label: str, path: Path | None) -> list[tuple[str, Path]]:

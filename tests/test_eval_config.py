@@ -101,6 +101,10 @@ def test_a_saved_configuration_reads_back_as_itself(tmp_path):
         ("tasks: [sudoku]\nmatrix: {sampler: []}\n", "the list is empty"),
         ("tasks: [sudoku]\nexpected: [{task: sudku, value: 1}]\n", "line 2: expected.0.task: unknown task 'sudku'"),
         ("tasks: [sudoku]\nexpected: [{task: sudoku, value: 1, setting: x}]\n", "unknown setting 'x'"),
+        (
+            "tasks: [sudoku]\nexpected: [{task: sudoku, value: 1, metric: tpff}]\n",
+            "unknown metric 'tpff'; did you mean 'tpf'?",
+        ),
         ("tasks: [{limit: 3}]\n", "'name' is missing"),
         ("tasks:\n", "no tasks"),
         ("tasks: [sudoku]\nlimit: 0\n", "leaves no document"),
