@@ -17,7 +17,7 @@ from ..models.hub import load
 from ..models.model import Model
 from .tasks import TASKS, Example, task
 
-WINDOW = {"word_problems": 64, "sudoku": 32, "functions": 32}  # tokens; every answer of the task fits
+WINDOW = {"word_problems": 48, "sudoku": 24, "functions": 32}  # tokens; every answer of the task fits
 TWIN_TASKS = ("word_problems", "functions")  # sudoku has no order of reading, which is all a causal model can do
 
 

@@ -1,0 +1,99 @@
+"""The shipped pair: small, loadable, and good at its tasks (bounds below the figures of docs/embedded-model.md)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dllm.generation import generate
+from dllm.models.hub import ASSETS, load, load_verifier
+from dllm.models.model import Model
+from dllm.training.evaluate import WINDOW, Accuracy, answers, evaluate
+from dllm.training.tasks import TASKS, Example
+from dllm.training.tasks import generate as problems
+
+PROBLEMS = 100  # a task; fixed seed
+BOUNDS = {
+    ("tiny", "word_problems"): 0.28,
+    ("tiny", "sudoku"): 0.87,
+    ("tiny", "functions"): 0.35,
+    ("tiny-ar", "word_problems"): 0.69,
+    ("tiny-ar", "functions"): 0.57,
+}
+
+
+@pytest.fixture(scope="module")
+def dllm_tiny() -> Model:
+    return load("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def twin() -> Model:
+    return load("tiny-ar", device="cpu")
+
+
+@pytest.mark.parametrize("name,task", BOUNDS)
+def test_shipped_weights_solve_their_tasks(name: str, task: str, dllm_tiny: Model, twin: Model) -> None:
+    (result,) = evaluate(dllm_tiny if name == "tiny" else twin, [task], PROBLEMS, seed=0, label=name)
+    assert result.n == PROBLEMS
+    assert result.value >= BOUNDS[name, task], str(result)
+
+
+def test_the_bound_can_fail(dllm_tiny: Model) -> None:
+    """One matrix with flipped signs, and the same check is far below its bound."""
+    broken = load("tiny", device="cpu")
+    with torch.no_grad():
+        broken.transformer.layers[0].self_attn.v_proj.weight.neg_()
+    (result,) = evaluate(broken, ["sudoku"], 20, seed=0)
+    assert result.value < BOUNDS["tiny", "sudoku"]
+
+
+def test_pair_is_under_25_megabytes_with_one_tokenizer(dllm_tiny: Model, twin: Model) -> None:
+    files = [f for name in ("tiny", "tiny-ar") for f in (ASSETS / name).iterdir()]
+    assert sum(f.stat().st_size for f in files) < 25e6
+    assert {f.suffix for f in files} == {".json", ".safetensors"}
+    assert dllm_tiny.tokenizer.get_vocab() == twin.tokenizer.get_vocab()
+    assert dllm_tiny.vocab_size == twin.vocab_size == len(dllm_tiny.tokenizer)
+    assert dllm_tiny.max_positions >= 512
+
+
+def test_every_answer_fits_its_window(dllm_tiny: Model) -> None:
+    for name in TASKS:
+        for example in problems(name, "test", 200, 1):
+            assert len(dllm_tiny.tokenizer(example.answer)["input_ids"]) < WINDOW[name]
+
+
+@pytest.mark.parametrize("question", ["", " How many apples does Tom have now?"])
+def test_the_prompt_of_the_readme(question: str, dllm_tiny: Model) -> None:
+    output = generate(dllm_tiny, "Tom has 12 apples. He buys 7 more." + question, max_new_tokens=64, block_length=32)
+    assert output.text.endswith("#### 19")
+    assert "12 + 7 = 19" in output.text
+    assert output.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("window", [32, 64, 128])
+def test_other_windows_work_too(window: int, dllm_tiny: Model) -> None:
+    examples = [e for e in problems("word_problems", "test", 60, 2) if e.meta["steps"] == 1][:12]
+    outputs = generate(dllm_tiny, [e.prompt for e in examples], max_new_tokens=window, block_length=32, batch_size=12)
+    right = sum(TASKS["word_problems"].grade(e, o.text) for e, o in zip(examples, outputs, strict=True))
+    assert right >= 6
+
+
+def test_twin_in_transformers_gives_the_same_answers(twin: Model) -> None:
+    examples = problems("word_problems", "test", 6, 3)
+    verifier = load_verifier("tiny-ar", device="cpu")
+    for example, text in zip(examples, answers(twin, "word_problems", examples), strict=True):
+        ids = torch.tensor([twin.chat([{"role": "user", "content": example.prompt}])])
+        out = verifier.generate(ids, max_new_tokens=WINDOW["word_problems"], do_sample=False)
+        assert twin.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == text
+
+
+def test_accuracy_prints_its_interval() -> None:
+    assert str(Accuracy("tiny", "sudoku", 90, 100)) == "tiny     sudoku           90.0%  [82.6%, 94.5%]  n=100"
+
+
+def test_answers_keep_the_order_of_the_examples(twin: Model) -> None:
+    examples = problems("functions", "test", 5, 4)
+    together = answers(twin, "functions", examples, batch_size=2)
+    assert together == [answers(twin, "functions", [e])[0] for e in examples]
+    assert isinstance(examples[0], Example)
