@@ -35,12 +35,13 @@ class Shadow:
         pos = torch.cat([plan.pos, shadow], 1)
         real = torch.arange(pos.shape[1], device=pos.device) < q  # (Q + E,)
         if plan.stored:
-            assert plan.visible is not None
+            given = plan.visible
+            assert given is not None
             if plan.fresh is not None:  # other private queries: nobody sees them either
-                plan = plan._replace(visible=plan.visible[..., :-q])
-            slots = torch.arange(plan.visible.shape[-1], device=pos.device)
-            seen = plan.visible.expand(-1, q, -1)  # (B, Q, S)
-            alone = plan.visible[:, -1:] & (slots != shadow[..., None])  # (B, E, S)
+                given = given[..., :-q]
+            slots = torch.arange(given.shape[-1], device=pos.device)
+            seen = given.expand(-1, q, -1)  # (B, Q, S)
+            alone = given[:, -1:] & (slots != shadow[..., None])  # (B, E, S)
         else:
             seen = torch.ones(n, q, q, dtype=torch.bool, device=pos.device)
             alone = plan.pos[:, None] != shadow[..., None]  # (B, E, Q)
