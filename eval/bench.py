@@ -228,9 +228,7 @@ def generate(repeats: int = 5) -> list[Row]:
         def run(cache: str, one: dict[str, Any] = one, long: list[int] = long) -> Any:
             return dllm.generate(model, long, **one, cache=cache)
 
-        slow, fast = side_by_side(
-            partial(run, "none"), partial(run, "dual"), repeats
-        )
+        slow, fast = side_by_side(partial(run, "none"), partial(run, "dual"), repeats)
         rows.append(
             Row(f"none / dual at {per_block} steps a block, length 512", slow / fast, bound, True, f"{fast:.2f} s")
         )

@@ -1,8 +1,8 @@
 """`dllm bench samplers`: forwards, speed and exact answers of the samplers on the embedded pair's tasks.
 
 Every sampler runs at its published defaults and at the setting chosen on the validation split: the one with the fewest
-forwards among those that lose at most one point against the reference there. Answers are appended to a JSON-lines file
-as they come; a run that is started again goes on where it stopped.
+forwards among those that lose at most one point against the reference there, else the most accurate one. Answers are
+appended to a JSON-lines file as they come; a run that is started again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def _decode(
 
 
 def _choose(done: Answers, task: str, settings: Sequence[str], n: int, loss: float = 0.01) -> str:
-    """The setting with the fewest forwards among those within `loss` of the reference on the validation split."""
+    """The setting with the fewest forwards among those within `loss` of the reference on the validation split; where
+    none is, the most accurate one."""
     if len(settings) == 1:
         return settings[0]
     reference = _column(done, task, "validation", REFERENCE, n, "correct")
@@ -170,7 +171,8 @@ def _choose(done: Answers, task: str, settings: Sequence[str], n: int, loss: flo
     for setting in settings:
         correct = _column(done, task, "validation", setting, n, "correct")
         nfe = _column(done, task, "validation", setting, n, "nfe")
-        good.append((correct.mean() < reference.mean() - loss, nfe.mean(), settings.index(setting), setting))
+        lost = correct.mean() < reference.mean() - loss
+        good.append((lost, -correct.mean() if lost else nfe.mean(), settings.index(setting), setting))
     return min(good)[-1]
 
 

@@ -104,6 +104,11 @@ class DiffusionLM(LM):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         return str(self.accelerator.device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where ranks exchange counts; the older lm-eval leaves this to the model."""
+        return self._device
+
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.accelerator is None else self.accelerator.gather(tensor)
 

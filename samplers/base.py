@@ -73,7 +73,7 @@ class Needs:
     caches: tuple[str, ...] | None = None  # the caches it works with; None for all
 
     def __or__(self, other: Needs) -> Needs:
-        values = {}
+        values: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             a, b = getattr(self, f.name), getattr(other, f.name)
             if f.name == "caches":
@@ -170,7 +170,9 @@ def widen(window: Window, extra: Tensor) -> Window:
     seen = (extra[:, :, None] == window.reads[:, None]).any(-1)
     extra = torch.where(seen, -1, extra)
     new = extra[:, (extra >= 0).any(0)]  # a column that no row reads would cost a row of the head
-    return window._replace(reads=torch.cat([window.reads, new], 1))
+    aside = torch.zeros_like(window.reads, dtype=torch.bool) if window.aside is None else window.aside
+    aside = torch.cat([aside, torch.ones_like(new, dtype=torch.bool)], 1)
+    return window._replace(reads=torch.cat([window.reads, new], 1), aside=aside)
 
 
 class View:

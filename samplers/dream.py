@@ -26,7 +26,9 @@ class Dream(Method):
     """
 
     alg: str = param("entropy", "the setting of Dream's published scores", choices=("origin", *SCORES))
-    alg_temp: float = param(0.0, "0 takes the best columns; above, columns are drawn from softmax(score / alg_temp)", low=0)
+    alg_temp: float = param(
+        0.0, "0 takes the best columns; above, columns are drawn from softmax(score / alg_temp)", low=0
+    )
     eps: float = param(1e-3, "Dream's generation config", low=0, high=1)
 
     name: ClassVar[str] = "dream"

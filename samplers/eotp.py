@@ -33,9 +33,7 @@ class EoTP(Method):
 
     def bundle(self, context: Context) -> Bundle:
         if context.block_size is not None:
-            raise DllmError(
-                "eotp: a block-causal model sees nothing behind its block: there is nothing to cut"
-            )
+            raise DllmError("eotp: a block-causal model sees nothing behind its block: there is nothing to cut")
         if not context.eos_ids:
             raise DllmError("eotp needs an end-of-text token: pass eos=")
         eos = torch.tensor(context.eos_ids)

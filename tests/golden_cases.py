@@ -107,7 +107,10 @@ ARGUMENTS: dict[str, Any] = {
         "cfg_scale": p["cfg_scale"],
         "sampler": {"name": "eb", "gamma": p["gamma"]},
     },
-    "dinfer_threshold": lambda p: {**_blocks(p), "sampler": {"name": "threshold", "preset": "dinfer", "tau": p["threshold"]}},
+    "dinfer_threshold": lambda p: {
+        **_blocks(p),
+        "sampler": {"name": "threshold", "preset": "dinfer", "tau": p["threshold"]},
+    },
     "dream_entropy": _dream,
     "dream_maskgit_plus": _dream,
     "dream_topk_margin": _dream,

@@ -82,7 +82,13 @@ def test_ray_survives_a_lost_worker(tmp_path):
     """Two workers, one killed with -9 while it decodes: every sample once, and the results of a local run."""
     ray = pytest.importorskip("ray")
     threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=threads)
+    # A busy machine answers late; only the worker that is killed below may be taken for dead.
+    patient = {
+        "health_check_initial_delay_ms": 120_000,
+        "health_check_timeout_ms": 120_000,
+        "health_check_failure_threshold": 50,
+    }
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=threads, _system_config=patient)
     folder, killed = tmp_path / "ray", []
 
     def kill_one() -> None:

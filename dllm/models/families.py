@@ -8,8 +8,7 @@ from dllm.models.config import ModelConfig
 from dllm.models.family import Family, RawConfig
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY
-    for module in (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
+    module.FAMILY.name: module.FAMILY for module in (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
 }
 
 

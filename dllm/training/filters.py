@@ -160,9 +160,7 @@ def collect(
         follow = Follow(teacher, feature, block_length, [], filter)
         for a, b in zip(answers, generate(model, some, sampler=follow, **call), strict=True):
             if filter is None and a.sequences != b.sequences:
-                raise DllmError(
-                    "the greedy parallel path misses the teacher's answer: the model is not deterministic"
-                )
+                raise DllmError("the greedy parallel path misses the teacher's answer: the model is not deterministic")
         rows += [(*r[:4], r[4] + at, r[5]) for r in follow.rows]
     meta = {
         "feature": feature, "block_length": str(block_length), "vocab_size": str(model.vocab_size),
