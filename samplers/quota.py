@@ -35,6 +35,8 @@ class Quota:
         if self.steps is None:
             return torch.ones_like(view.state.step)
         memory, canvas = view.memory, view.canvas
+        if "window.lo" not in memory:  # a window that is no fixed block: the steps are spread over the generation
+            return ((canvas.length - canvas.start) // self.steps).clamp(min=1)
         origin = first_block(canvas, self.block_length, self.aligned)
         blocks = (canvas.length - origin + self.block_length - 1) // self.block_length
         index = (memory["window.lo"] - origin) // self.block_length

@@ -567,6 +567,14 @@ def test_composes_with_an_exit(random_model: Any, sampler: str) -> None:
     assert [out.sequences for out in stayed] == [out.sequences for out in plain]
 
 
+@pytest.mark.parametrize("window", ["dsb", "slowfast"])
+def test_a_quota_on_a_window_without_blocks(random_model: Any, window: str) -> None:
+    """KLASS falls back on the quota: 16 columns in 8 steps are two a step."""
+    common = {"max_new_tokens": 16, "block_length": 8, "early_stop": False, "steps": 8}
+    out = dllm.generate(random_model, PROMPTS[0], sampler=f"{window}+klass:epsilon=0", **common)
+    assert out.nfe == 8
+
+
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
