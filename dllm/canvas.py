@@ -157,7 +157,8 @@ class Window(NamedTuple):
     aside: Tensor | None = None  # (B, W) bool: reads that must leave the cache as it is (None: nothing)
 
     def take(self, rows: Tensor) -> Window:
-        return Window(*(None if x is None else x[rows] for x in self))
+        aside = None if self.aside is None else self.aside[rows]
+        return Window(self.lo[rows], self.hi[rows], self.reads[rows], self.epoch[rows], aside)
 
 
 class Plan(NamedTuple):

@@ -160,12 +160,11 @@ class Ray:
 
 
 def _cluster(spec: EngineSpec) -> dict[str, Any]:
+    """The cluster at an address, or one of this machine alone: on loopback, since other addresses may be closed."""
     if spec.address is not None:
         return {"address": spec.address}
-    return {
-        "num_cpus": max(1, round(spec.workers * spec.cpus_per_worker)),
-        "num_gpus": round(spec.workers * spec.gpus_per_worker),
-    }
+    cpus, gpus = max(1, round(spec.workers * spec.cpus_per_worker)), round(spec.workers * spec.gpus_per_worker)
+    return {"num_cpus": cpus, "num_gpus": gpus, "_node_ip_address": "127.0.0.1"}
 
 
 def start(config: Config, folder: str, tasks: tuple[Task, ...]) -> Engine:

@@ -80,7 +80,7 @@ def test_accelerate_ranks_share_the_work(tmp_path):
 @pytest.mark.ray
 def test_ray_survives_a_lost_worker(tmp_path):
     """Two workers, one killed with -9 while it decodes: every sample once, and the results of a local run."""
-    ray = pytest.importorskip("ray")
+    ray, psutil = pytest.importorskip("ray"), pytest.importorskip("psutil")
     threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     # A busy machine answers late; only the worker that is killed below may be taken for dead.
     patient = {
@@ -88,19 +88,20 @@ def test_ray_survives_a_lost_worker(tmp_path):
         "health_check_timeout_ms": 120_000,
         "health_check_failure_threshold": 50,
     }
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=threads, _system_config=patient)
+    here = {"_node_ip_address": "127.0.0.1"}
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=threads, _system_config=patient, **here
+    )
     folder, killed = tmp_path / "ray", []
 
     def kill_one() -> None:
-        from ray.util.state import list_actors
-
-        end = time.monotonic() + 300
+        end, me = time.monotonic() + 300, psutil.Process()
         while time.monotonic() < end and not killed:
             path = folder / "samples.jsonl"
             if path.exists() and path.stat().st_size:
-                alive = [a for a in list_actors() if a.state == "ALIVE" and a.pid]
-                if alive:
-                    killed.append(alive[-1].pid)
+                busy = [p for p in me.children(recursive=True) if "ray::Worker.run" in " ".join(p.cmdline())]
+                if busy:
+                    killed.append(busy[-1].pid)
                     os.kill(killed[0], signal.SIGKILL)
             time.sleep(0.02)
 
