@@ -9,6 +9,7 @@ import yaml
 
 from dllm.errors import DllmError
 from dllm.eval.config import load
+from dllm.eval.tuning import TuneSpec, candidates
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -128,8 +129,16 @@ def test_missing_file_suggests_the_nearest(tmp_path):
         load(tmp_path / "tinny.yaml")
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.glob("eval/*.yaml")) + sorted(CONFIGS.glob("papers/*.yaml")), ids=lambda p: p.stem
-)
+EVAL = [p for p in sorted(CONFIGS.glob("eval/*.yaml")) if p.stem != "tune"]
+
+
+@pytest.mark.parametrize("path", [*EVAL, *sorted(CONFIGS.glob("papers/*.yaml"))], ids=lambda p: p.stem)
 def test_shipped_configurations_load(path):
     assert load(path).settings
+
+
+def test_the_shipped_tuning_has_candidates():
+    data = yaml.safe_load((CONFIGS / "eval" / "tune.yaml").read_text())
+    spec = TuneSpec(**data.pop("tune"))
+    points = candidates(spec, 0)
+    assert len(points) == 11 and load({**data, "matrix": {"sampler": points}}).settings

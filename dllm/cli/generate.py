@@ -70,7 +70,8 @@ def generate(
     arguments: dict[str, Any] = {
         "sampler": sampler, "cache": cache, "max_new_tokens": max_new_tokens, "block_length": block_length,
         "steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k, "cfg_scale": cfg_scale,
-        "seed": seed, "n": n, "stop": stop or None, "batch_size": batch_size, "chat": chat, "infill": infill, "early_stop": early_stop,
+        "seed": seed, "n": n, "stop": stop or None, "batch_size": batch_size, "chat": chat, "infill": infill,
+        "early_stop": early_stop,
         "lookahead": int(lookahead) if lookahead and lookahead.isdigit() else lookahead, "trace": trace is not None,
     }  # fmt: skip
     loaded = load(model, dtype=dtype, device=device)
