@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,6 @@ if TYPE_CHECKING:
 
 Rows = Tensor | None  # None: all rows
 EPOCHS = 1 << 20  # refreshes that one epoch of the window may hold
-
-
-class Slots(Protocol):
-    """What a policy touches of a sampler: its window, its needs and its initial memory."""
-
-    window: Any
-    needs: Any
-    starts: tuple[tuple[Any, Any], ...]
-
-    def _replace(self, **kwargs: Any) -> Any: ...
 
 
 def spans(lo: Tensor, hi: Tensor, width: int) -> Tensor:
@@ -137,7 +127,7 @@ class Policy:
             raise DllmError(f"cache {self.name!r} does not fit a {kind} model: use {use}, or 'none'")
         return dataclasses.replace(self, block_size=model.block_size, shift=model.shift)
 
-    def attach(self, sampler: Slots) -> Any:
+    def attach(self, sampler: Any) -> Any:
         """The sampler with this policy's account behind its window."""
         only_masked = self.sparse and not sampler.needs.committed
         starts = (*sampler.starts, (self.memory, self.columns))

@@ -78,7 +78,7 @@ def check(s: Sampler, before: State, window: Window, pred: Prediction, after: St
     _require(s, "I4: a step without progress", progress | excused)
     _require(s, "I7: a finished row was forwarded", ~before.done)
     _require(s, "the step counter", after.step == before.step + 1)
-    if s.adjust:  # I9: the exit looks at the raw prediction
+    if s.adjust and not s.needs.edits_length:  # I9: the exit looks at the raw prediction (a cut, at what was committed)
         _require(
             s,
             "I9: `adjust` moved an exit",

@@ -51,7 +51,7 @@ class AdaptiveBlocks:
         lo = torch.where(new, first, memory["window.lo"])
         ahead = torch.minimum(lo + self._reach(canvas, lo), canvas.length)
         read = torch.maximum(ahead, torch.minimum(lo + self.length, canvas.length))
-        hi = torch.where(new, read, memory["window.hi"])
+        hi = torch.minimum(torch.where(new, read, memory["window.hi"]), canvas.length)  # the canvas may have been cut
         state = state._replace(
             memory={
                 **memory,

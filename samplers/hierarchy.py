@@ -41,6 +41,7 @@ class Hierarchy(Method):
         return (conf > self.tau_high) | (best_of_areas(view, score) & (conf > self.tau_low))
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        assert self.tau_remask is not None
         now = stored_probability(view, pred)
         among = decoded(view) & (now < self.tau_remask)
         return remask(view, d, now, among, committed_here(view, d).sum(1) - 1)

@@ -186,6 +186,8 @@ def block_view(view: View, values: Tensor, size: int, fill: float) -> tuple[Tens
 def accepted(filter_: Filter, tau: float, view: View, pred: Prediction) -> Tensor:
     """(B, W) bool: candidates whose filter probability exceeds tau."""
     size = int((view.window.hi - view.window.lo).max())
+    if size <= 0:  # no row has a window in this step
+        return view.live
     if filter_.kind == "block":
         size = min(size, filter_.block_length)
     conf, at = block_view(view, feature_of(pred, filter_.feature), size, 0.0)

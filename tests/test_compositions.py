@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import GOLDEN
+from test_lookahead import HALF
 
 import dllm
 from dllm import cache as caches
@@ -26,6 +27,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "sched": {"high": 3.0, "low": 1.5},
     "threshold": {"tau": 0.8},
     "localleap": {"kappa": 0.8, "tau": 0.6, "radius": 2},
+    "learn2pd": {"filter": HALF},
     "pc": {"frequencies": [1.0 / (1 + i) for i in range(160)]},
 }
 PROMPTS = [[3, 14, 15, 92, 65], [35, 89], [79, 32, 38, 46, 26, 43, 38, 32]]
