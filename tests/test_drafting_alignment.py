@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from drafting_kit import golden, plain
 
 import dllm
 from dllm.drafting.diffusion import DiffusionDrafter
@@ -23,7 +24,6 @@ from dllm.training.alignment import (
     stage_one,
     stage_two,
 )
-from tests.drafting_kit import golden, plain
 
 torch.set_num_threads(1)
 SEP, BLOCK = 3, 8

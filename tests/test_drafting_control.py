@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drafting_kit import Noise, Script, plain, tiny_verifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from dllm.drafting.control import (
 from dllm.drafting.loop import SpecConfig, calibrate
 from dllm.drafting.proposal import Proposal, chain
 from dllm.errors import DllmError
-from tests.drafting_kit import Noise, Script, plain, tiny_verifier
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]
 

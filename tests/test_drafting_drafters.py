@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from drafting_kit import VOCAB, Noise, Script, golden, plain, tiny_verifier
 
 import dllm
 from dllm.drafting.autoregressive import ARDrafter
@@ -19,7 +20,6 @@ from dllm.drafting.verifier import Verifier
 from dllm.drafting.vllm import DLLMProposer
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
-from tests.drafting_kit import VOCAB, Noise, Script, golden, plain, tiny_verifier
 
 torch.set_num_threads(1)
 P = [5, 9, 33, 100, 12, 44, 7, 81, 19]

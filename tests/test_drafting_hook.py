@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting_kit import KINDS, VOCAB, Noise, Script, Silent, plain, tiny_verifier
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,7 +20,6 @@ import dllm
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.proposal import chain
 from dllm.errors import DllmError
-from tests.drafting_kit import KINDS, VOCAB, Noise, Script, Silent, plain, tiny_verifier
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]
 N = 20
