@@ -30,6 +30,7 @@ from dllm.training.diffusion import mask_hard, mask_window, noise_levels, readin
 from dllm.training.evaluate import wilson
 from dllm.training.log import read_curve
 from dllm.training.objectives import Autoregressive, Diffusion, _hidden
+from dllm.training.optim import Muon, orthogonal
 from dllm.training.tasks import Example
 from dllm.training.trainer import Trainer, train
 
@@ -322,6 +323,30 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, after: int
         patch.setattr(Trainer, "_backward", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_muon_follows_torch_but_for_its_bfloat16(shape: tuple[int, int]) -> None:
+    start = [torch.randn(shape, generator=generator(i)) for i in range(2)]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+    both = Muon(ours, **settings), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = torch.randn(shape, generator=generator(10 * step + i))
+            b.grad = a.grad.clone()
+        for optimizer in both:
+            optimizer.step()
+    for a, b, p in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - p).norm()
+
+
+def test_orthogonal_makes_every_singular_value_nearly_one() -> None:
+    x = torch.randn(3, 20, 50, generator=generator(), dtype=torch.float64)
+    for update in (orthogonal(x), orthogonal(x.mT).mT):
+        values = torch.linalg.svdvals(update)
+        assert values.min() > 0.6 and values.max() < 1.3
+        torch.testing.assert_close(update, orthogonal(x))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

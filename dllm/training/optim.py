@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import DllmError
 from .config import OptimizerSpec, ScheduleSpec
 
 
@@ -56,11 +59,7 @@ def build_optimizers(module: nn.Module, spec: OptimizerSpec, schedule: ScheduleS
     parts: list[torch.optim.Optimizer] = []
     base = []
     if matrices and spec.name == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise DllmError("optimizer.name=muon needs torch 2.9 or newer; use adamw")
-        # The update is scaled to the size of AdamW's, so that one learning rate serves every shape (arXiv 2502.16982).
-        parts.append(torch.optim.Muon(matrices, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay,
-                                      adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+        parts.append(Muon(matrices, spec.lr, spec.momentum, spec.weight_decay))
         base.append(spec.lr)
     elif matrices:
         parts.append(_adamw(matrices, spec.lr, spec, spec.weight_decay))
@@ -74,3 +73,49 @@ def build_optimizers(module: nn.Module, spec: OptimizerSpec, schedule: ScheduleS
 def _adamw(parameters: list[nn.Parameter], lr: float, spec: OptimizerSpec, decay: float) -> torch.optim.AdamW:
     first, second = spec.betas
     return torch.optim.AdamW(parameters, lr=lr, betas=(first, second), weight_decay=decay, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is made orthogonal (Jordan 2024; arXiv 2502.16982), for matrices only.
+
+    The update has the root mean square of AdamW's, so that one learning rate serves every shape. The rule is that of
+    `torch.optim.Muon`, which iterates in bfloat16 one matrix after another: on a CPU that took longer than forward and
+    backward together. Here matrices of one shape are a batch, in their own precision.
+    """
+
+    def __init__(
+        self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes[p.shape].append(p)
+            for shape, matrices in shapes.items():
+                updates = []
+                for p in matrices:
+                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(buffer, momentum))
+                size = lr * 0.2 * math.sqrt(max(shape))
+                for p, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-size)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices to `x` (N, rows, columns), roughly: singular values between 0.7 and 1.2.
+
+    Five Newton-Schulz iterations with Jordan's coefficients.
+    """
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
