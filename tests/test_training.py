@@ -379,7 +379,7 @@ def test_resume_after_kill_9(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})  # fmt: skip
     saved = tmp_path / "b" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -388,6 +388,25 @@ def test_resume_after_kill_9(tmp_path: Path) -> None:
     resumed = train(load_config(path), resume=True)
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(recipe(tmp_path / "a"))
+    backward = Trainer._backward
+
+    def strike(self: Trainer, batch: Batch, step: int, part: int) -> object:
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return backward(self, batch, step, part)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_backward", strike)
+        train(recipe(tmp_path / "b"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer(recipe(tmp_path / "b"), resume=True)
+    assert resumed.step == 5  # the step that it fell into counts
+    for name, value in weights(resumed.run()).items():
+        assert torch.equal(value, weights(whole)[name]), name
 
 
 def test_another_recipe_is_refused_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

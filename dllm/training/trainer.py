@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +71,17 @@ class Trainer:
         self.curve = Curve(self.folder, self.step, config.tensorboard)
 
     def run(self) -> Model:
-        """Train to the last step, save the model in `output/model` in its family's layout, and return it."""
+        """Train to the last step, save the model in `output/model` in its family's layout, and return it.
+
+        Ctrl-C ends the step that it falls into, saves, and raises KeyboardInterrupt; a second one strikes at once.
+        """
         config, started, window = self.config, time.monotonic(), _Mean()
         spent = self.curve.seconds
         self.backbone.train()
         feed = self.batches.from_step(self.step * config.accumulate)
         steps = range(self.step, config.schedule.steps)
-        with tqdm(steps, initial=self.step, total=config.schedule.steps, desc="training", unit="step") as bar:
+        bar = tqdm(steps, initial=self.step, total=config.schedule.steps, desc="training", unit="step")
+        with bar, _patience() as interrupted:
             for step in bar:
                 for part in range(config.accumulate):
                     window.add(self._backward(next(feed), step, part))
@@ -89,8 +95,11 @@ class Trainer:
                     rate = config.schedule.rate(step)
                     self.curve.add(step=self.step, loss=loss, accuracy=accuracy, rate=rate, rows=rows, seconds=seconds)
                     bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}")
-                if self.step % config.save_every == 0:
+                if self.step % config.save_every == 0 or interrupted.is_set():
                     self.save()
+                if interrupted.is_set():
+                    logger.warning("stopped after step %d, saved in %s: go on with --resume", self.step, self.path)
+                    raise KeyboardInterrupt
         self.save()
         return self.export()
 
@@ -164,6 +173,25 @@ class _Mean:
         mean = self.value / self.n, self.correct / max(1, self.tokens)
         self.__init__()  # type: ignore[misc]
         return mean
+
+
+@contextmanager
+def _patience() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets instead of striking; elsewhere than in the main thread none is caught."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(*_: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _mixed(precision: str, device: torch.device) -> AbstractContextManager:
