@@ -115,6 +115,7 @@ class Policy:
     sparse: ClassVar[bool] = False  # recomputes scattered columns: committed ones are read only by those who need them
     block_size: int | None = field(default=None, kw_only=True, repr=False)  # of the model
     shift: int = field(default=0, kw_only=True, repr=False)  # of the model
+    ahead: int = field(default=0, kw_only=True, repr=False)  # blocks that a forward reads behind the open one
 
     def bind(self, model: Model) -> Policy:
         """The policy for this model. Errors: a model without a store, or with the wrong kind of attention."""
@@ -167,7 +168,7 @@ class Policy:
         """Everything that the answer can depend on: a block-causal model sees nothing right of the block."""
         if self.block_size is None:
             return full_plan(state)
-        end = self.block_end(state, window)
+        end = self.ahead_of(self.block_end(state, window), state)
         return gather_plan(state, between(torch.zeros_like(end), end), lane=None, refresh=False, stored=False)
 
     def stale(self, state: State, window: Window) -> Tensor:
@@ -206,6 +207,10 @@ class Policy:
         assert self.block_size is not None
         last = torch.maximum(sources(window, self.shift).amax(1), window.lo - self.shift).clamp(min=0)
         return torch.minimum((last // self.block_size + 1) * self.block_size, state.canvas.length)
+
+    def ahead_of(self, end: Tensor, state: State) -> Tensor:
+        """(B,) where a forward ends that also reads the blocks ahead."""
+        return torch.minimum(end + self.ahead * (self.block_size or 0), state.canvas.length)
 
 
 # -- bidirectional models: approximate ------------------------------------------------------------------------------
@@ -404,7 +409,7 @@ class Block(Policy):
         source = sources(window, self.shift)
         first = torch.where(source < 0, state.canvas.ids.shape[1], source).amin(1)
         lo = torch.minimum(torch.minimum(cached.clamp(min=0), frontier), first)
-        return between(lo, torch.maximum(self.block_end(state, window), frontier))
+        return between(lo, self.ahead_of(torch.maximum(self.block_end(state, window), frontier), state))
 
     def refresh(self, state: State, window: Window, lane: Tensor) -> Plan:
         pos = self.span(state, window, state.cached, window.epoch)

@@ -56,6 +56,10 @@ class Lookahead:
     retain        keep evaluated guesses until the cache is refreshed, not only until the next forward.
     multi_source  draft from all states passed since the last forward, not only from the last one.
     cross_blocks  guess beyond the end of the block, where the forward covers that (no cache, block-causal models).
+    ahead         block-causal models: blocks of masks that each row reads behind its own, so that guesses reach beyond
+                  the next edge too. The sampler never looks there.
+    restart       a row that has moved on to another block begins there with a forward of its own and without guesses,
+                  as FreeDave's released eager mode does.
     max_rows      query rows of a whole forward; None: `rows` for each sequence. The likeliest guesses get them.
     """
 
@@ -65,6 +69,8 @@ class Lookahead:
     retain: bool = True
     multi_source: bool = True
     cross_blocks: bool = True
+    ahead: int = 0
+    restart: bool = False
     max_rows: int | None = None
     delta: float | None = None  # bound on logit differences; None: measured
     audit: int = 16
@@ -79,6 +85,8 @@ class Lookahead:
             raise unknown("lookahead drafter", str(self.drafter), DRAFTERS)
         if self.max_rows is not None and self.max_rows < 1:
             raise DllmError(f"lookahead max_rows={self.max_rows!r} must be at least 1")
+        if self.ahead < 0:
+            raise DllmError(f"lookahead ahead={self.ahead!r} must not be negative")
         if self.audit < 1 or (self.delta is not None and self.delta < 0):
             raise DllmError(f"lookahead audit={self.audit} must be at least 1 and delta={self.delta} not negative")
 
@@ -195,6 +203,7 @@ class Line:
         self.debts: list[Entry] = []  # hits whose writes the store still lacks
         self.span: list[bytes] | None = None  # the slots that the last step kept
         self.guessed = self.streak = 0
+        self.home = -1  # first column of the window that the last forward without a source was for
 
     def number(self, query: Query) -> int:
         return self.numbers.setdefault(query.key, len(self.numbers))
@@ -256,6 +265,9 @@ class Walk(Runner):
 
     def __init__(self, *args: Any, setting: Lookahead, report: dict[int, Stats]) -> None:
         super().__init__(*args)
+        self.plain = self.policy
+        if setting.ahead and self.policy.exact:
+            self.policy = dataclasses.replace(self.policy, ahead=setting.ahead)
         self.setting, self.report = setting, report
         self.lines: dict[int, Line] = {}
         self.pace = Pace.of(self.model, self.s, self.policy, setting)
@@ -495,11 +507,16 @@ class Walk(Runner):
     def remember(self, asked: Asked, hidden: Tensor, after: State, *, hit: bool) -> None:
         n, planned = len(asked.rows), asked.plan.pos.shape[1]
         fed, pos, states = (x.unflatten(0, (-1, n)) for x in (asked.fed.ids, asked.fed.pos, hidden))  # (copies, B, ...)
-        for i, line in enumerate(asked.lines):
+        blocks = asked.window.lo.tolist() if self.setting.restart else [-1] * n
+        for i, (line, block) in enumerate(zip(asked.lines, blocks, strict=True)):
             line.clock += 1
             self.report[line.request].steps += 1
+            if not hit and not line.recent:
+                line.home = block
             source = Source(after, i, fed[:, i], pos[:, i], states[:, i], planned, line.authors)
             line.recent = [*line.recent, source] if hit else [source]
+            if block != line.home:
+                line.recent = []
 
     def doubtful(self, asked: Asked, pred: Prediction, after: State) -> list[int]:
         """Rows whose decision a change of the logits by `delta` could turn over.

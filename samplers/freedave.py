@@ -22,6 +22,9 @@ class FreeDave(Method):
     retain: bool = param(True, "keep rejected rows for later; the released code does not")
     multi_source: bool = param(True, "draft from every accepted state; the released code drafts from the last one")
     cross_blocks: bool = param(True, "draft into the next block of a block-causal model; the released default does not")
+    eager: bool = param(
+        False, "True: the released eager mode of block-causal models, which reads as far ahead as drafts may reach"
+    )
     lone_opening: bool = param(
         False, "True: the forward that opens a block commits its first column only (shifted models)"
     )
@@ -31,12 +34,17 @@ class FreeDave(Method):
     cost: ClassVar[str] = "`rows` rows, the window's columns"
     presets: ClassVar[dict] = {
         "reference": {"retain": False, "multi_source": False, "cross_blocks": False},
+        "reference_eager": {"retain": False, "multi_source": False, "eager": True},
         "reference_dream": {"retain": False, "multi_source": False, "cross_blocks": False, "lone_opening": True},
     }
 
     def bundle(self, context: Context) -> Bundle:
+        names = ("rows", "retain", "multi_source", "cross_blocks")
+        lookahead = {name: getattr(self, name) for name in names}
+        if self.eager and context.block_size:
+            lookahead |= {"ahead": -(-self.rows // context.block_size), "restart": True}
         return Bundle(
             window=Blocks.of(context, lone_opening=True) if self.lone_opening else None,
             score=quota.confidence,
-            lookahead={name: getattr(self, name) for name in ("rows", "retain", "multi_source", "cross_blocks")},
+            lookahead=lookahead,
         )
