@@ -10,9 +10,14 @@ class DllmError(ValueError):
     """A mistake in the input: the message says what is wrong and what to do."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> DllmError:
-    """The error for an unknown `name`, with the nearest known one."""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` is most likely a slip of."""
+    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.5)), None)
+
+
+def unknown(kind: str, name: str, known: Iterable[str], hint: str = "", of: str = "") -> DllmError:
+    """The error for an unknown `name` (of something), with the nearest known one."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    suggestion = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-    return DllmError(f"unknown {kind} {name!r}{hint or suggestion}")
+    near = nearest(name, known)
+    suggestion = f"; did you mean {near!r}?" if near else f"; known: {', '.join(known)}"
+    return DllmError(f"unknown {kind} {name!r}{of and f' of {of}'}{hint or suggestion}")

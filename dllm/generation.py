@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from dllm import cache as caches
 from dllm import noise
 from dllm.canvas import Canvas, State
 from dllm.engine import Options, Runner, Tick, decode
-from dllm.errors import DllmError, unknown
+from dllm.errors import DllmError, nearest, unknown
 from dllm.guidance import Guidance
 from dllm.lookahead import Lookahead, Stats, Walk
 from dllm.meter import Meter
@@ -74,6 +75,33 @@ RENAMED = {
 }
 
 
+class Rule(NamedTuple):
+    """What an argument may be."""
+
+    kind: type
+    holds: Callable[[Any], bool]
+    says: str
+
+
+def _at_least(lowest: int) -> Rule:
+    return Rule(Integral, lambda n: n >= lowest, f"an integer of at least {lowest}")
+
+
+# None is allowed as well where it is the default
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("block_length", "steps", "top_k", "n", "batch_size", "max_nfe"), _at_least(1)),
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens"), _at_least(0)),
+    "seed": Rule(Integral, lambda n: abs(n) < 1 << 62, "an integer, below 2**62"),
+    "temperature": Rule(Real, lambda x: 0 <= x < math.inf, "0 (greedy) or positive"),
+    "cfg_scale": Rule(Real, lambda x: 0 <= x < math.inf, "0 (off) or positive"),
+    "top_p": Rule(Real, lambda x: 0 < x <= 1, "in (0, 1]"),
+    **dict.fromkeys(
+        ("gumbel", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "chat", "infill", "trace", "compile"),
+        Rule(bool, lambda _: True, "True or False"),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Every decoding argument with its default. Errors name the argument and what it may be."""
@@ -106,30 +134,35 @@ class Arguments:
     max_nfe: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "block_length", "steps", "top_k", "n", "batch_size", "max_nfe"):
+        for name, rule in RULES.items():
             value = getattr(self, name)
-            if value is None and name not in ("n", "batch_size"):
+            if value is None and self.__dataclass_fields__[name].default is None:
                 continue
-            lowest = 0 if name == "max_new_tokens" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise DllmError(f"{name}={value!r} must be an integer of at least {lowest}")
-        if not self.temperature >= 0:
-            raise DllmError(f"temperature={self.temperature!r} must be 0 (greedy) or positive")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise DllmError(f"top_p={self.top_p!r} must be in (0, 1]")
-        if self.min_new_tokens < 0:
-            raise DllmError(f"min_new_tokens={self.min_new_tokens!r} must not be negative")
-        if self.cfg_scale < 0:
-            raise DllmError(f"cfg_scale={self.cfg_scale!r} must be 0 (off) or positive")
+            wrong = not isinstance(value, rule.kind) or (isinstance(value, bool) and rule.kind is not bool)
+            if wrong or not rule.holds(value):
+                raise DllmError(f"{name}={value!r} must be {rule.says}")
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
+            raise DllmError(f"stop={self.stop!r} must be a string, or several, and none of them empty")
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Arguments:
         known = set(cls.__dataclass_fields__)
         for name in given:
             if name not in known:
-                hint = f": here it is {RENAMED[name]}" if name in RENAMED else ""
-                raise unknown("argument", name, known, hint=hint)
+                near = nearest(name, [*known, *RENAMED])
+                raise unknown("argument", name, known, hint=f": here it is {RENAMED[near]}" if near in RENAMED else "")
         return cls(**given)
+
+    def ids(self, name: str, vocabulary: int) -> tuple[int, ...]:
+        """The token ids of an argument: one, or several. Errors: anything else, ids outside the vocabulary."""
+        value = getattr(self, name)
+        listed = (value,) if isinstance(value, Integral) else value
+        if not isinstance(listed, Collection) or not all(isinstance(i, Integral) for i in listed):
+            raise DllmError(f"{name}={value!r} must be a token id, or several")
+        if bad := [i for i in listed if not 0 <= i < vocabulary]:
+            raise DllmError(f"{name} holds {bad[0]}, outside the vocabulary of {vocabulary}")
+        return tuple(map(int, listed))
 
 
 @dataclass
@@ -146,6 +179,7 @@ class Output:
     prefill_seconds: float  # of these, to the row's first answer
     positions: int  # recomputed positions: nfe_equiv = positions / canvas length
     canvas_length: int
+    decoded: int  # columns that were written, those behind the stop included
     sampler: str
     cache: str
     seed: int
@@ -187,32 +221,41 @@ class Event(NamedTuple):
 def _kind(prompt: Any) -> str:
     if isinstance(prompt, str):
         return "text"
-    if isinstance(prompt, Tensor):
-        return "ids" if prompt.dim() == 1 else "list"
+    if hasattr(prompt, "tolist"):  # a tensor or an array
+        return _kind(prompt.tolist())
     if isinstance(prompt, Mapping):
         return "message"
-    if isinstance(prompt, int):
+    if isinstance(prompt, Integral):
         return "id"
-    if isinstance(prompt, Sequence) or hasattr(prompt, "tolist"):
+    if isinstance(prompt, Sequence):
         kinds = {_kind(p) for p in prompt}
         if kinds == {"id"}:
             return "ids"
         if kinds == {"message"}:
             return "chat"
         return "list"
-    raise DllmError(f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}")
+    raise _odd_prompt(type(prompt).__name__)
+
+
+def _odd_prompt(what: str) -> DllmError:
+    return DllmError(f"a prompt is text, a list of token ids or a list of chat messages, not {what}")
 
 
 def as_list(prompt: Any) -> tuple[list[Any], bool]:
     """The prompts of a call, and whether it was a single one. Errors: empty batch, mixed types."""
-    if _kind(prompt) != "list":
+    kind = _kind(prompt)
+    if kind in ("text", "ids", "chat"):
         return [prompt], True
+    if kind != "list":
+        raise _odd_prompt(f"one {kind}")
     prompts = list(prompt)
     if not prompts:
         raise DllmError("the list of prompts is empty")
-    kinds = {"ids" if isinstance(p, Sequence) and not p and not isinstance(p, str) else _kind(p) for p in prompts}
-    if len(kinds) > 1 or kinds <= {"list", "message", "id"}:
+    kinds = {_kind(p) if isinstance(p, str) or not hasattr(p, "__len__") or len(p) else "ids" for p in prompts}
+    if len(kinds) > 1:
         raise DllmError(f"the prompts of one call must be of one type; got {', '.join(sorted(kinds))}")
+    if kinds == {"list"}:
+        raise _odd_prompt("a list of lists")
     return prompts, False
 
 
@@ -230,7 +273,7 @@ def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
     return list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
-def _no_prompt(model: Model) -> list[int]:
+def _unprompted(model: Model) -> list[int]:
     """Unconditional generation starts from bos where the model is shifted, else from nothing."""
     if not model.shift:
         return []
@@ -300,6 +343,7 @@ class Job:
             prefill_seconds=meter.first[request],
             positions=meter.positions[request],
             canvas_length=length,
+            decoded=int((~canvas.frozen[row] & ~canvas.masked[row])[:length].sum()),
             sampler=self.sampler.name,
             cache=self.policy.name,
             seed=int(tick.state.seed[row]),
@@ -323,7 +367,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     args = Arguments.parse(given)
     model = resolve_model(model)
     if prompt is None:
-        prompts, single = [_no_prompt(model)], True
+        prompts, single = [_unprompted(model)], True
     else:
         listed, single = as_list(prompt)
         prompts = [encode(model, p, args.chat) for p in listed]
@@ -336,7 +380,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     defaults = DEFAULTS.get(model.family, FamilyDefaults())
     canvas, window, tails = lay_out(model, prompts, args)
     block = args.block_length or model.block_size or defaults.block_length or window
-    eos = model.eos_ids if args.eos is None else (args.eos,) if isinstance(args.eos, int) else tuple(args.eos)
+    eos = model.eos_ids if args.eos is None else args.ids("eos", model.vocab_size)
     context = Context(
         block_length=block if model.block_size else min(block, max(window, 1)),
         steps=args.steps,
@@ -358,10 +402,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         usable = ", ".join(map(repr, sampler.needs.caches))
         raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}; use {usable}")
     sampler = policy.attach(sampler)
-    suppress = tuple(args.suppress_tokens) + (eos if args.logits_eos_inf else ())
-    bad = [i for i in suppress if not 0 <= i < model.vocab_size]
-    if bad:
-        raise DllmError(f"suppress_tokens holds {bad[0]}, outside the vocabulary of {model.vocab_size}")
+    suppress = args.ids("suppress_tokens", model.vocab_size) + (eos if args.logits_eos_inf else ())
     law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)
     options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
@@ -373,10 +414,9 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead)
 
 
-def resolve_model(model: Model | str | None) -> Model:
-    if model is None:
-        model = "tiny"
-    return load(model) if isinstance(model, str) else model
+def resolve_model(model: Any) -> Model:
+    """A loaded model as it is; anything else goes through `load`."""
+    return model if hasattr(model, "mask_id") else load("tiny" if model is None else model)
 
 
 def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Canvas, int, list[int]]:
@@ -389,18 +429,20 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
     assert mask is not None
     longest = max(map(len, prompts))
     room = model.max_positions - longest
-    default = 0 if args.infill else max(0, min(MAX_NEW_TOKENS, room))
+    default = 0 if args.infill else min(MAX_NEW_TOKENS, room)
     new = default if args.max_new_tokens is None else args.max_new_tokens
-    if longest + new > model.max_positions:
+    if room < 0:
+        raise DllmError(f"a prompt of {longest} tokens exceeds the model's {model.max_positions} positions")
+    if new > room:
         raise DllmError(
             f"a prompt of {longest} tokens and max_new_tokens={new} exceed the model's {model.max_positions} "
-            f"positions; at most {max(room, 0)} new tokens fit"
+            f"positions; at most {room} new tokens fit"
         )
+    if args.min_new_tokens > new:
+        raise DllmError(f"min_new_tokens={args.min_new_tokens} is more than max_new_tokens={new}")
     starts, rows = [], []
     for index, prompt in enumerate(prompts):
-        bad = next((i for i in prompt if not 0 <= i < model.config.embedding_rows), None)
-        if bad is not None:
-            raise DllmError(f"prompt {index} holds the id {bad}, outside the vocabulary")
+        check_ids(prompt, model.config.embedding_rows, f"prompt {index}")
         holes = [i for i, token in enumerate(prompt) if token == mask]
         if holes and not args.infill:
             at = f"prompt {index} contains the mask token at position {holes[0]}"
@@ -421,6 +463,13 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
     ids, masked, start, length = (x.to(model.device) for x in (ids, masked, start, length))
     canvas = Canvas(ids, masked, ~masked, start, length, mask)
     return canvas, max(len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)), tails
+
+
+def check_ids(ids: list[int], vocabulary: int, what: str) -> None:
+    """Errors: ids outside the vocabulary."""
+    bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+    if bad is not None:
+        raise DllmError(f"{what} holds the id {bad}, outside the vocabulary")
 
 
 def tail(model: Model, length: int) -> int:
@@ -495,7 +544,7 @@ def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> Any
         if name not in taken and value != Arguments.__dataclass_fields__[name].default:
             raise DllmError(f"{name}={value!r} does not apply to DiffusionGemma, which decodes itself; leave it out")
     options = model.options(args.sampler)
-    listed, single = as_list(prompt) if prompt is not None else ([_no_prompt(model)], True)
+    listed, single = as_list(prompt) if prompt is not None else ([_unprompted(model)], True)
     prompts = [ids for ids in (encode(model, p, args.chat) for p in listed) for _ in range(args.n)]
     outputs = []
     for index, ids in enumerate(prompts):
@@ -514,6 +563,7 @@ def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> Any
                 prefill_seconds=0.0,
                 positions=done.nfe * (model.block_size or 0),
                 canvas_length=len(ids) + new,
+                decoded=len(done.tokens),
                 sampler="native",
                 cache="native",
                 seed=args.seed + index,
@@ -620,19 +670,32 @@ def score(
 
     Each sample masks l of the L answer tokens, l stratified over 1..L, and weighs the log-probabilities at the masks by
     L / l. The prompt stays whole. With cfg_scale the guided distribution is scored.
+
+    Errors: an empty answer, mask tokens, ids outside the vocabulary, more tokens than the model has positions.
     """
+    Arguments(cfg_scale=cfg_scale, seed=seed, batch_size=batch_size, chat=chat)  # checks them
     model = resolve_model(model)
     mask = model.mask_id
     if mask is None:
         raise DllmError("this model has no mask id: it is not a masked-diffusion model")
-    head = encode(model, prompt, chat) if prompt is not None else _no_prompt(model)
+    head = encode(model, prompt, chat) if prompt is not None else _unprompted(model)
     tail = encode(model, answer, False)
     if not tail:
         raise DllmError("the answer to score is empty")
-    if samples < 1 or batch_size < 1:
-        raise DllmError("samples and batch_size must be at least 1")
-    device, size = model.device, len(tail)
-    ids = torch.tensor(head + tail, device=device)
+    device, size, room = model.device, len(tail), model.max_positions - len(head)
+    check_ids(head, model.config.embedding_rows, "the prompt")
+    check_ids(tail, model.vocab_size, "the answer")
+    if mask in head + tail:
+        raise DllmError("a prompt and an answer to score hold no mask tokens")
+    if size > room:
+        raise DllmError(
+            f"an answer of {size} tokens behind {len(head)} exceeds the model's {model.max_positions} positions"
+        )
+    if model.shift and not head:
+        raise DllmError("with shifted logits position 0 cannot be predicted: pass a prompt of at least one token")
+    if samples < 1:
+        raise DllmError(f"samples={samples} must be at least 1")
+    text = torch.tensor(head + tail, device=device)
     counts = 1 + (torch.arange(samples, device=device) * size + size // 2) // samples % size  # stratified over 1..L
     columns = torch.arange(size, device=device)
     key, sample = torch.full((1, 1), seed, device=device), torch.arange(samples, device=device)[:, None]
@@ -641,7 +704,7 @@ def score(
     source = model.source(columns + len(head))
     total = 0.0
     for part, count in zip(masked.split(batch_size), counts.split(batch_size), strict=True):
-        rows = ids.repeat(len(part), 1)
+        rows = text.repeat(len(part), 1)
         rows[:, len(head) :] = torch.where(part, mask, rows[:, len(head) :])
         logits = model.logits(model.forward(rows, None)[:, source])
         if cfg_scale:
@@ -650,7 +713,7 @@ def score(
             free = model.logits(model.forward(blank, None)[:, source])
             logits = free + (cfg_scale + 1) * (logits - free)
             logits[..., mask] = -torch.inf
-        log_p = logits.log_softmax(-1).gather(-1, ids[len(head) :].expand(len(part), -1)[..., None])[..., 0]
+        log_p = logits.log_softmax(-1).gather(-1, text[len(head) :].expand(len(part), -1)[..., None])[..., 0]
         total += float(((log_p * part).sum(1).double() * size / count).sum())
     return total / samples
 

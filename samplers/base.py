@@ -275,11 +275,11 @@ class Method:
     def build(cls, preset: str | None = None, **params: Any) -> Method:
         """The method with these parameters on top of a named preset; unknown names are errors with the nearest one."""
         if preset is not None and preset not in cls.presets:
-            raise unknown(f"preset of sampler {cls.name!r}", preset, cls.presets)
+            raise unknown("preset", preset, cls.presets or {"(none)"}, of=f"sampler {cls.name!r}")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in params:
             if key not in known:
-                raise unknown(f"parameter of sampler {cls.name!r}", key, known)
+                raise unknown("parameter", key, known or {"(none)"}, of=f"sampler {cls.name!r}")
         return cls(**{**(cls.presets[preset] if preset else {}), **params})
 
     def bundle(self, context: Context) -> Bundle:

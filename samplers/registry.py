@@ -114,6 +114,8 @@ def parse(spec: Spec) -> list[Method]:
         if "name" not in params:
             raise DllmError(f"a sampler given as a mapping needs the key 'name'; got {sorted(params)}")
         return [method(params.pop("name")).build(params.pop("preset", None), **params)]
+    if not isinstance(spec, Iterable):
+        raise DllmError(f"a sampler is a name, a mapping with the key 'name', or a list of these, not {spec!r}")
     return [m for part in spec for m in parse(part)]
 
 
@@ -133,7 +135,10 @@ def _parse_one(text: str) -> Method:
 
 def _value(text: str) -> Any:
     """A YAML value, and a number wherever Python reads one: YAML takes 1e-5 for text."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DllmError(f"sampler parameter {text!r} is no value: a number, a word, or a list in brackets") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import GOLDEN, model, read
@@ -167,12 +168,16 @@ def test_any_module_of_the_package_offers_its_names_lazily() -> None:
         ({"sampler": "threshold+threshold"}, "named twice"),
         ({"sampler": {"tau": 0.9}}, "needs the key 'name'"),
         ({"sampler": ""}, "empty sampler name"),
+        ({"sampler": 3}, "a sampler is a name"),
+        ({"sampler": "threshold:tau=[1"}, r"'\[1' is no value"),
         ({"cache": "daul"}, "did you mean 'dual'"),
         ({"cache": "dual:left=x"}, "not of the form"),
         ({"cache": "dual:left=-1"}, "must not be negative"),
         ({"gen_length": 4}, "here it is max_new_tokens"),
+        ({"max_lenght": 4}, "here it is max_new_tokens"),
         ({"temprature": 1}, "did you mean 'temperature'"),
         ({"temperature": -1}, "temperature=-1 must be"),
+        ({"temperature": "hot"}, "temperature='hot' must be"),
         ({"top_p": 0}, r"top_p=0 must be in \(0, 1\]"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": 0}, "top_k=0 must be"),
@@ -181,6 +186,12 @@ def test_any_module_of_the_package_offers_its_names_lazily() -> None:
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"cfg_scale": -1}, "cfg_scale=-1"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer"),
+        ({"early_stop": "no"}, "early_stop='no' must be True or False"),
+        ({"eos": "x"}, "eos='x' must be a token id"),
+        ({"eos": [3, 999]}, "eos holds 999, outside the vocabulary"),
+        ({"stop": ""}, "none of them empty"),
+        ({"min_new_tokens": 5}, "min_new_tokens=5 is more than max_new_tokens=4"),
         ({"max_new_tokens": 5000}, "exceed the model's 512 positions; at most 509 new tokens fit"),
         ({"suppress_tokens": [999]}, "outside the vocabulary"),
         ({"stop": "x"}, "stop strings need a tokenizer"),
@@ -199,7 +210,12 @@ def test_mistakes_get_one_clear_line(tiny: Any, arguments: dict, message: str) -
         ([], "the list of prompts is empty"),
         (["a", [1]], "must be of one type"),
         ([1, "a"], "must be of one type"),
-        (3.5, "text, token ids or chat messages"),
+        (3.5, "a prompt is text, a list of token ids or a list of chat messages, not float"),
+        (torch.tensor([1.5]), "not float"),
+        (5, "not one id"),
+        ({"role": "user", "content": "x"}, "not one message"),
+        ([[[1]]], "not a list of lists"),
+        ([1] * 600, "a prompt of 600 tokens exceeds the model's 512 positions"),
         ("text", "no tokenizer"),
         ([3, 158], "contains the mask token at position 1; pass infill=True"),
         ([3, 9999], "outside the vocabulary"),
@@ -213,6 +229,29 @@ def test_bad_prompts(tiny: Any, prompt: Any, message: str) -> None:
 def test_a_string_that_is_no_model_suggests_the_prompt() -> None:
     with pytest.raises(DllmError, match="prompt="):
         dllm.generate("Why is the sky blue?")
+    with pytest.raises(DllmError, match="not int"):
+        dllm.generate(7, [1])
+
+
+def test_arrays_are_prompts(tiny: Any) -> None:
+    lists = [[3, 4, 5], [6, 7, 8]]
+    expected = [o.tokens for o in dllm.generate(tiny, lists, max_new_tokens=4)]
+    for given in (np.array(lists), torch.tensor(lists), [np.array(ids) for ids in lists]):
+        assert [o.tokens for o in dllm.generate(tiny, given, max_new_tokens=4)] == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "message"),
+    [
+        ([3], [], "the answer to score is empty"),
+        ([3], [158], "no mask tokens"),
+        ([3], [999], "the answer holds the id 999"),
+        ([3], [4] * 512, "an answer of 512 tokens behind 1 exceeds the model's 512 positions"),
+    ],
+)
+def test_what_cannot_be_scored(tiny: Any, prompt: list[int], answer: list[int], message: str) -> None:
+    with pytest.raises(DllmError, match=message):
+        dllm.score(tiny, prompt, answer, samples=1)
 
 
 def test_a_shifted_model_cannot_predict_the_first_position() -> None:

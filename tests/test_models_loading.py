@@ -268,6 +268,7 @@ def test_model_type_is_not_trusted():
         ("tiny-llada-random", {"block_group_size": 2}, "block_group_size=2"),
         ("tiny-llada-random", {"scale_logits": True}, "scale_logits=True"),
         ("tiny-llada-random", {"d_model": "delete"}, "lacks 'd_model'"),
+        ("tiny-llada-random", {"d_model": "wide"}, "holds a wrong value"),
         ("tiny-dream-random", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
         ("tiny-dream-random", {"rope_parameters": {"rope_type": "llama3"}}, "rope scaling 'llama3'"),
         ("tiny-dream-random", {"use_sliding_window": True}, "use_sliding_window=True"),

@@ -50,7 +50,7 @@ class DiffusionGemma(ForeignModel):
         given = {k: v for k, v in spec.items() if k != "name"}
         for name in given:
             if name not in OPTIONS:
-                raise unknown("parameter of the sampler native", name, OPTIONS)
+                raise unknown("parameter", name, OPTIONS, of="sampler 'native'")
         return given
 
     @torch.no_grad()

@@ -18,11 +18,20 @@ def family_of(raw: RawConfig) -> Family:
         if raw.architecture in family.architectures:
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    what = repr(raw.architecture) if raw.architecture else "no architecture"
+    if not raw.architecture:
+        raise DllmError('config.json names no architecture (the key "architectures"); try backend="transformers"')
     raise DllmError(
-        f'config.json names {what}, which has no native family here; try backend="transformers" (known: {known})'
+        f"config.json names {raw.architecture!r}, which has no native family here; "
+        f'try backend="transformers" (known: {known})'
     )
 
 
-def read_config(raw: RawConfig) -> ModelConfig:
-    return family_of(raw).read(raw)
+def read_config(raw: RawConfig) -> tuple[Family, ModelConfig]:
+    """The family and the configuration of a config.json. Errors: keys that are missing, or hold what they cannot."""
+    family = family_of(raw)
+    try:
+        return family, family.read(raw)
+    except DllmError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise DllmError(f"config.json of this {raw.architecture} checkpoint holds a wrong value: {error}") from error

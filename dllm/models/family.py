@@ -39,7 +39,8 @@ class RawConfig(dict[str, Any]):
 
     @property
     def architecture(self) -> str:
-        return (self.get("architectures") or [""])[0]
+        named = self.get("architectures") or ""
+        return named if isinstance(named, str) else str(named[0])
 
     def need(self, key: str) -> Any:
         if self.get(key) is None:

@@ -16,7 +16,7 @@ from dllm.errors import DllmError, unknown
 from dllm.models import diffusion_gemma
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
-from dllm.models.families import family_of
+from dllm.models.families import read_config
 from dllm.models.family import Family, RawConfig
 from dllm.models.foreign import load_network, read_network, wrap
 from dllm.models.model import Model
@@ -81,8 +81,8 @@ def load(
         if device_map or quantization or block_size or shift or mask_id is not None:
             raise DllmError("DiffusionGemma takes dtype, device and tokenizer only")
         return diffusion_gemma.load_native(folder, raw, kind, tokenizer).to(place)
-    family = family_of(raw)
-    config = _settled(family.read(raw), block_size, shift)
+    family, config = read_config(raw)
+    config = _settled(config, block_size, shift)
     config = resolve(config, family, tokenizer, _optional_json(folder / "generation_config.json"), mask_id, eos_ids)
     try:
         transformer = _build(folder, family, config, kind, place, device_map)
@@ -176,13 +176,9 @@ def locate(name: str | Path, revision: str | None) -> Path:
     if HUB_ID.fullmatch(name):
         return _download(name, revision)
     if re.fullmatch(r"[\w.-]+", name):
-        raise unknown("model", name, EMBEDDED, hint=_near(name))
+        error = unknown("model", name, EMBEDDED)
+        raise DllmError(f"{error} (or name a folder or a Hugging Face id; a prompt is passed as prompt=...)")
     raise DllmError(f"{name[:60]!r} is neither a folder nor a Hugging Face id; a prompt is passed as prompt=...")
-
-
-def _near(name: str) -> str:
-    error = str(unknown("model", name, EMBEDDED))
-    return f"{error.split(repr(name), 1)[1]}; or name a folder or a Hugging Face id (a prompt is passed as prompt=...)"
 
 
 def _download(name: str, revision: str | None) -> Path:
