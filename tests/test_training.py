@@ -106,6 +106,13 @@ def test_hard_tokens_are_masked_in_proportion_to_their_difficulty() -> None:
     assert mask_hard(ids, torch.ones(20000).long(), torch.ones(20000), difficulty, generator())[:, 1:].all()
 
 
+def test_hard_masks_take_all_copies_of_a_value_behind_the_first_column() -> None:
+    ids = torch.tensor([4, 9, 5, 9, 6, 5, 9]).repeat(500, 1)
+    masked = mask_hard(ids, torch.full((500,), 2), torch.full((500,), 1e-9), torch.ones(10), generator())
+    patterns = {tuple(row.nonzero().flatten().tolist()) for row in masked}
+    assert patterns == {(2, 5), (3, 6), (4,)}  # the 9 in column 1 is before the first
+
+
 def test_shares_of_kinds_of_rows_and_learned_difficulty() -> None:
     objective = Diffusion(1, 40, "uniform", MaskSpec(reading=0.3, hard=0.4))
     batch = Batch(torch.full((3000, 20), 7), torch.full((3000,), 4), torch.full((3000,), 16))

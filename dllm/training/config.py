@@ -49,7 +49,8 @@ class DataSpec:
 class MaskSpec:
     """Which tokens of a row are masked.
 
-    Shares of the rows are masked from a random column on (`reading`) or by difficulty (`hard`) instead of at random.
+    Shares of the rows are masked from a random column on (`reading`) or by difficulty (`hard`: whole values, hard ones
+    first) instead of at random.
     The rate of a row is a uniform number raised to `power`: above 1 most rows keep most of their answer, so that more
     tokens are learned from what stands around them.
     """

@@ -20,24 +20,27 @@ def noise_levels(n: int, generator: torch.Generator) -> Tensor:
 def reading_rows(first: Tensor, answer: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
     """First maskable column (B,) when the `chosen` rows are what a left-to-right or blockwise decoder meets.
 
-    Up to a random column of their answer everything is clean, behind it everything shall be masked (cf. arXiv
-    2508.19529). In randomly masked rows a result that is used again later can often be copied from there; in these it
-    has to be worked out. first (B,) first column of the window, answer (B,) tokens in it, chosen (B,) bool.
+    Up to a random column of their answer everything is clean (cf. arXiv 2508.19529). In randomly masked rows a result
+    that is used again later can often be copied from there; in these it has to be worked out.
+    first (B,) first column of the window, answer (B,) tokens in it, chosen (B,) bool.
     """
     cut = first + (torch.rand(len(first), generator=generator) * answer).long()
     return torch.where(chosen, cut, first)
 
 
 def mask_hard(ids: Tensor, first: Tensor, t: Tensor, difficulty: Tensor, generator: torch.Generator) -> Tensor:
-    """Mask a share t of the tokens from column `first` on, one after another, in proportion to their difficulty.
+    """Mask a share t of the tokens from column `first` on, one value after another, in proportion to difficulty.
 
     A decoder that commits what is certain first leaves the hard tokens for the end, among easy ones that stand already;
-    random masks hardly ever show that state. The order is Plackett-Luce: log-weights plus Gumbel noise, sorted.
+    random masks hardly ever show that state. All copies of a value are masked together: a result whose copy stands in
+    the next line would be copied from there, and never worked out. The order is Plackett-Luce: log-weights plus Gumbel
+    noise, sorted.
     ids (B, T), first (B,), t (B,), difficulty (V,) non-negative weight of each id. Returns the mask (B, T).
     """
     uniform = torch.rand(ids.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
+    leader = (ids[:, :, None] == ids[:, None, :]).int().argmax(2)  # (B, T) first column with the same id
     window = torch.arange(ids.shape[1]) >= first[:, None]  # (B, T)
-    score = (difficulty[ids] + 1e-4).log() - (-uniform.log()).log()
+    score = (difficulty[ids] + 1e-4).log() - (-uniform.gather(1, leader).log()).log()
     score = score.masked_fill(~window, -torch.inf)
     n = (t * window.sum(1)).ceil().long().clamp(min=1)  # (B,)
     last = score.sort(1, descending=True).values.gather(1, (n - 1)[:, None])

@@ -26,8 +26,9 @@ class Loss(NamedTuple):
 class Diffusion:
     """Predict the masked tokens of the answer window from everything else.
 
-    Shares of the rows are masked from a random column on (`reading_rows`) or by difficulty (`mask_hard`), the rest at
-    random. Difficulty is a running mean of the loss of each id; it is part of the state of a run.
+    Shares of the rows are masked from a random column on (`reading_rows`) or by difficulty (`mask_hard`; half of these
+    behind a random column too), the rest at random. Difficulty is a running mean of the loss of each id; it is part of
+    the state of a run.
     """
 
     def __init__(self, mask_id: int, vocab_size: int, weighting: Weighting, masks: MaskSpec = MaskSpec()) -> None:
@@ -53,8 +54,8 @@ class Diffusion:
         if not (self.masks.reading or self.masks.hard):
             return *mask_window(ids, batch.prompt, self.mask_id, t, generator, shifted), t
         kind = torch.rand(len(ids), generator=generator)  # (B,)
-        reading = kind < self.masks.reading
-        first = reading_rows(batch.prompt, batch.answer, reading, generator)
+        reading, half = kind < self.masks.reading, kind < self.masks.reading + self.masks.hard / 2
+        first = reading_rows(batch.prompt, batch.answer, half, generator)
         t = torch.where(reading, 1.0, t)
         _, masked = mask_window(ids, first, self.mask_id, t, generator, shifted)
         hard = ~reading & (kind < self.masks.reading + self.masks.hard)
