@@ -40,12 +40,14 @@ class Exit:
     start: int = 0
     length: int = 5
     skip: int = 1
+    elapsed: Callable[[View], Tensor] | None = None  # of a selection that skips steps of its schedule
 
     def bind(self, slots: dict[str, Any]) -> Exit:
-        """Without an answer in advance, a base with a fixed number of steps is measured in steps, others in tokens."""
-        if self.progress != "auto":
-            return self
-        return replace(self, progress="steps" if getattr(slots["select"], "scheduled", False) else "tokens")
+        """`auto` measures a base with a fixed number of steps in steps, others in tokens."""
+        select, progress = slots["select"], self.progress
+        if progress == "auto":
+            progress = "steps" if getattr(select, "scheduled", False) else "tokens"
+        return replace(self, progress=progress, elapsed=getattr(select, "elapsed", None))
 
     def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
         inside = self.inside(view, pred)  # (B, W)
@@ -57,13 +59,14 @@ class Exit:
         return d._replace(write=d.write & ~leave[:, None], fill=fill)
 
     def fraction(self, view: View) -> Tensor:
-        """(B,) progress: forwards of the budget, this one included, or committed columns of the window."""
+        """(B,) progress: steps of the budget, this one included, or committed columns of the window."""
         canvas = view.canvas
         size = (canvas.length - canvas.start).clamp(min=1)
         if self.progress == "tokens":
             return 1 - canvas.masked.sum(1) / size
         total = size if self.context.steps is None else self.context.steps
-        return (view.state.step + self.base) / total
+        done = view.state.step if self.elapsed is None else self.elapsed(view)
+        return (done + self.base) / total
 
     # -- the region -------------------------------------------------------------------------------------------------
 

@@ -37,14 +37,30 @@ class Quota:
         memory, canvas = view.memory, view.canvas
         if "window.lo" not in memory:  # a window that is no fixed block: the steps are spread over the generation
             return ((canvas.length - canvas.start) // self.steps).clamp(min=1)
-        origin = first_block(canvas, self.block_length, self.aligned)
-        blocks = (canvas.length - origin + self.block_length - 1) // self.block_length
-        index = (memory["window.lo"] - origin) // self.block_length
+        blocks, index = self._block(view)
         masks = memory["window.masks"].clamp(min=1)
         steps = self.steps // blocks + (index < self.steps % blocks)
         steps = torch.minimum(steps.clamp(min=1), masks)
         done = view.state.step - memory["window.step"]
         return masks // steps + (done < masks % steps)
+
+    def elapsed(self, view: View) -> Tensor:
+        """(B,) steps of the schedule before this one; those that were skipped count, a block has its full share."""
+        if "window.lo" not in view.memory:
+            return view.state.step
+        blocks, index = self._block(view)
+        if self.steps is None:
+            before = index * self.block_length
+        else:
+            before = index * (self.steps // blocks) + torch.minimum(index, self.steps % blocks)
+        return before + view.state.step - view.memory["window.step"]
+
+    def _block(self, view: View) -> tuple[Tensor, Tensor]:
+        """(B,) blocks of each row, and which of them is open."""
+        canvas = view.canvas
+        origin = first_block(canvas, self.block_length, self.aligned)
+        blocks = (canvas.length - origin + self.block_length - 1) // self.block_length
+        return blocks, (view.memory["window.lo"] - origin) // self.block_length
 
 
 def confidence(view: View, soft: Prediction) -> Tensor:

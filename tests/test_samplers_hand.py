@@ -216,6 +216,19 @@ def test_prophet_counts_text_up_to_the_first_end() -> None:
     assert j.sampler.amend[0].inside(view, pred)[0].tolist() == [True, True, True, False]
 
 
+def test_prophet_counts_the_steps_that_a_short_block_skips() -> None:
+    """As released: 8 steps over two blocks of 4. The given column 1 leaves three commits to the first block, whose
+    fourth step is skipped: progress is 6/8 at the fifth forward."""
+    table = gap_table(3, n=8)
+    table[:, 1], table[7, 2] = 1.0, 4.0  # the gap of the last column is 3: not 5.0, but 2.5
+    model = Scripted(table)
+    hole = model.mask_id
+    prompt = [0, hole, 4, *[hole] * 6]
+    spec = {"name": "prophet", "region": lambda c: torch.arange(c.ids.shape[1]).expand_as(c.ids) == 8}
+    out = decode(model, 0, spec, prompt, infill=True, block_length=4, steps=8)
+    assert [len(c) for c in out.trace.commits] == [1, 1, 1, 1, 3]
+
+
 def test_prophet_rows_exit_on_their_own() -> None:
     def script(ids: list[int]) -> Tensor:
         table = gap_table(8 if ids[0] == 1 else 3)
