@@ -17,6 +17,7 @@ from dllm.cli import main
 
 Dllm = Callable[..., "Shown"]
 
+PROBLEM = "Mia has 38 coins. Half of the coins break. Mia finds 1 coins. How many coins does Mia have?<sep>"
 TRAINED = str(GOLDEN / "checkpoints" / "tiny-llada-trained")
 
 
@@ -73,6 +74,16 @@ def test_generate_prints_json_and_writes_a_trace(dllm: Dllm, tmp_path: Path) -> 
     assert "forwards" in dllm("trace", str(run)).stdout
 
 
+def test_standard_output_holds_the_answer_alone(dllm: Dllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "8")
+    given = ("generate", PROBLEM, "-m", TRAINED, "-n", "16", "--no-early-stop")
+    expected = json.loads(dllm(*given, "--json").stdout)["text"]
+    shown = dllm(*given)
+    assert len(expected) > 8
+    assert shown.stdout == expected + "\n"
+    assert "forwards" in shown.stderr
+
+
 def test_watch_prints_plain_lines_without_a_terminal(dllm: Dllm) -> None:
     shown = dllm("generate", "-", "-m", TRAINED, "-n", "6", "--watch", "--no-early-stop", stdin="12+30=\n")
     assert shown.returncode == 0, shown.stderr
@@ -88,6 +99,7 @@ def test_watch_prints_plain_lines_without_a_terminal(dllm: Dllm) -> None:
         (["generate", "x", "-m", "no/such/folder"], "no/such/folder"),
         (["generate", "x", "-m", TRAINED, "--top-p", "2"], "top_p=2.0"),
         (["trace", "missing.json"], "cannot read the trace"),
+        (["generate", "x", "-m", TRAINED, "-n", "1", "--trace", "no/folder/run.json", "--json"], "no/folder/run.json"),
         (["bench", "nothing"], "unknown bench"),
     ],
 )

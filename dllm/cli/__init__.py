@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,6 +13,8 @@ from dllm.cli import eval as evaluation
 from dllm.cli import filter as filters
 from dllm.cli import train as training
 from dllm.errors import DllmError
+
+INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 app = typer.Typer(
     name="dllm",
@@ -55,13 +56,17 @@ app.command()(speculate.align)
 def main() -> None:
     """Entry point of the console script: 0 success, 1 a user's mistake (one line), 2 usage, 130 interrupted."""
     try:
-        app(standalone_mode=True)
+        app()
     except DllmError as error:
-        typer.echo(f"dllm: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("dllm: interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # `dllm ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _fail(str(error))
+    except OSError as error:  # a file that cannot be read or written
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            typer.echo("dllm: interrupted", err=True)
+        raise
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"dllm: {message}", err=True)
+    sys.exit(1)
