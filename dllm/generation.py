@@ -160,9 +160,10 @@ class Arguments:
         listed = (value,) if isinstance(value, Integral) else value
         if not isinstance(listed, Collection) or not all(isinstance(i, Integral) for i in listed):
             raise DllmError(f"{name}={value!r} must be a token id, or several")
-        if bad := [i for i in listed if not 0 <= i < vocabulary]:
+        ids = tuple(map(int, listed))
+        if bad := [i for i in ids if not 0 <= i < vocabulary]:
             raise DllmError(f"{name} holds {bad[0]}, outside the vocabulary of {vocabulary}")
-        return tuple(map(int, listed))
+        return ids
 
 
 @dataclass
