@@ -23,7 +23,7 @@ _LAZY = {
     "load": "dllm.models.hub",
     "load_verifier": "dllm.models.hub",
     "Model": "dllm.models.hub",
-    "speculate": "dllm.drafting.loop",
+    "speculate": "dllm.drafting.speculation",
     "spec_generate": "dllm.drafting.transformers_hook",
 }
 __all__ = [  # noqa: PLE0604

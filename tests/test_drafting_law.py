@@ -232,7 +232,7 @@ def test_a_zero_entry_is_never_drawn():
 class Tabular:
     """What `Row` asks of a verifier."""
 
-    vocab, max_positions = V, None
+    vocab, max_positions, tokenizer = V, None, None
 
 
 class Slots(Drafter):
@@ -243,16 +243,16 @@ class Slots(Drafter):
         return self.need.lattice(ROWS[at : at + k].log() + torch.tensor([*ids, *[0] * V])[:V].sin(), len(ids))
 
 
-def by_the_loop(search, controller, g, **kw):
-    cfg = SpecConfig(**kw)
-    row = Row(Request([0], 1 + LENGTH, do_sample=True, generator=g), Tabular(), Slots(), search, controller, cfg)
+def by_the_loop(search, controller, g, drafter=None, eos=frozenset(), **kw):
+    request = Request([0], 1 + LENGTH, eos, do_sample=True, generator=g)
+    row = Row(request, Tabular(), drafter or Slots(), search, controller, SpecConfig(**kw))
     while not row.done:
         p = row.propose()
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(p.tokens, p.parents, strict=True):
             paths.append((*paths[parent + 1], token))
         row.settle(row.judge(torch.stack([p_next([*row.ids[1:], *path]) for path in paths]).log()), {})
-        row.finish_round(0.0)
+        row.finish_round()
     return row.ids[1:]
 
 
@@ -275,6 +275,80 @@ def loop_pvalue(name, n):
 @pytest.mark.parametrize("name", list(LOOPS)[:1])
 def test_the_loop_is_exact(name):
     assert loop_pvalue(name, 1500) > 1e-3
+
+
+# -- what is submitted must not depend on what was drawn, end tokens and sequential drafters included
+
+
+END = V - 1
+
+
+class Whole(LengthController):
+    """Submits whole drafts only: the harshest reader of a draft's length."""
+
+    k_max = 3
+
+    def trim(self, proposal, carried=False, k=0):
+        return len(proposal) if len(proposal) == k else 0
+
+
+class Ends(Slots):
+    def draft(self, ids, k, *, generator=None):
+        rows = ROWS[len(ids) - 1 : len(ids) - 1 + k].clone()
+        rows[:, END] = rows.sum(-1)  # every other draw is the end token
+        return self.need.lattice(rows.log(), len(ids))
+
+
+class CutAtTheEnd(Sample):
+    """The draft as a searcher of paths would end it, before the controller has seen it."""
+
+    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None):
+        return super().__call__(lat, ctx, generator=generator).within(99, eos)
+
+
+def padded(text):
+    """Texts that end early as one outcome each: what follows the end token is the end token."""
+    return [*text, *[END] * (LENGTH - len(text))]
+
+
+@pytest.mark.parametrize(
+    "search", [Sample(), SampleTree(2, 2), CPSSample(), CutAtTheEnd()], ids=lambda s: type(s).__name__
+)
+def test_drafts_with_end_tokens(search, monkeypatch):
+    monkeypatch.setitem(TABLE, (END,), torch.eye(V, dtype=torch.float64)[END])
+    for first in range(V):
+        monkeypatch.setitem(TABLE, (first, END), torch.eye(V, dtype=torch.float64)[END])
+    g = torch.Generator().manual_seed(1)
+    run = partial(by_the_loop, search, Whole(), g, Ends(), frozenset([END]), carry="off")
+    p = pvalue([padded(run()) for _ in range(600)])
+    assert p < 1e-6 if isinstance(search, CutAtTheEnd) else p > 1e-3
+
+
+class Sequential(Drafter):
+    """Draws token after token, as a small causal LM does; its confidences tell how the draws before them turned out."""
+
+    def draft(self, ids, k, *, generator=None):
+        tokens, rows = [], []
+        for _ in range(k):
+            seed = [7, *[t + 1 for t in ids[1:]], *[t + 1 for t in tokens]]
+            rows.append(torch.from_numpy(np.random.default_rng(seed).dirichlet(np.full(V, 0.5))))
+            tokens.append(draw(rows[-1], generator))
+        conf = tuple(float(row.max()) for row in rows)
+        return Proposal(tuple(tokens), tuple(range(-1, k - 1)), "sampled", Rows(torch.stack(rows)), conf)
+
+
+class Hopeful(LengthController):
+    """Submits a draft whose last row is certain."""
+
+    k_max = 3
+
+    def trim(self, proposal, carried=False, k=0):
+        return len(proposal) if not proposal.conf or proposal.conf[-1] > 0.7 else 0
+
+
+def test_confidences_of_sequential_draws_are_not_read():
+    g = torch.Generator().manual_seed(1)
+    assert pvalue([by_the_loop(Sample(), Hopeful(), g, Sequential()) for _ in range(1000)]) > 1e-3
 
 
 @pytest.mark.sweep

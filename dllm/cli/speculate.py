@@ -34,11 +34,11 @@ def speculate(
     compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly: speed-up and equality.")] = False,
 ) -> None:
     """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
-    from dllm.drafting.loop import speculate as run
     from dllm.drafting.registry import as_drafter, as_verifier
+    from dllm.drafting.speculation import speculate as run
 
     v = as_verifier(verifier)
-    d = None if drafter == "none" else as_drafter(drafter, v)
+    d = None if drafter == "none" else as_drafter(drafter)
     law: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
     law["max_new_tokens"] = max_new_tokens
     out = run(v, d, prompt, search=search, tree=tree, length=length, carry=carry, **law)

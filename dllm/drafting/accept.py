@@ -133,7 +133,7 @@ def judge(
         return walk_scores(proposal, scores)
 
     def prob(node: int, since: Sequence[int]) -> Tensor:
-        return torch.softmax(scores(node, since), -1)
+        return torch.softmax(scores(node, since), -1).cpu()  # the draws are made on the host, in float64
 
     if proposal.kind == "sampled":
         return reject(proposal, prob, generator)

@@ -47,26 +47,19 @@ class ARDrafter(Drafter):
         if k < 1:
             return EMPTY
         tokens: list[int] = []
-        conf: list[float] = []
         rows: list[Tensor] = []
-        logits = self._feed(list(ids))
-        while len(tokens) < k:
-            if bool(torch.isnan(logits).any()):
-                raise DraftFailure("the drafter returned NaN")
-            row = self._row(logits)
-            best = float(row.max())  # of the row, never of the draw: what is submitted must not depend on it
-            token = int(torch.multinomial(row, 1, generator=generator)) if self.need.sampled else int(row.argmax())
-            tokens.append(token)
-            conf.append(best)
+        while len(tokens) < k and not (tokens and tokens[-1] in self.need.eos):
+            row = self._row(self._feed([*ids, *tokens]))
+            if not bool(torch.isfinite(row).all()):
+                if tokens:
+                    break
+                raise DraftFailure("the drafter returned NaN or infinite logits")
+            token = torch.multinomial(row, 1, generator=generator) if self.need.sampled else row.argmax()
+            tokens.append(int(token))
             rows.append(row)
-            if token in self.need.eos or len(tokens) == k:
-                break
-            logits = self._feed([*ids, *tokens])
         if not self.need.sampled:
-            return chain(tokens, conf)
-        return Proposal(
-            tuple(tokens), tuple(range(-1, len(tokens) - 1)), "sampled", Rows(torch.stack(rows)), tuple(conf)
-        )
+            return chain(tokens, [float(row.max()) for row in rows])
+        return Proposal(tuple(tokens), tuple(range(-1, len(tokens) - 1)), "sampled", Rows(torch.stack(rows)))
 
     def _row(self, logits: Tensor) -> Tensor:
         logits = fit(logits.float(), self.need.vocab)[None]
@@ -81,7 +74,8 @@ class ARDrafter(Drafter):
             if a != b:
                 break
             same += 1
-        self.cache.crop(same - len(self.known))
+        if same < len(self.known):  # a crop also trims a sliding window, after which nothing more can be taken back
+            self.cache.crop(same - len(self.known))
         self.forwards += 1
         device = self.model.get_input_embeddings().weight.device
         with torch.inference_mode():

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
-from dllm.drafting.loop import SpecResult, speculate
+from dllm.drafting.loop import SpecResult
 from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.drafting.speculation import speculate
 from dllm.drafting.verifier import Verifier
 from dllm.models.hub import load
 from dllm.training.alignment import AlignConfig, separator, task_prompts

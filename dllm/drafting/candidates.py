@@ -36,12 +36,12 @@ class DraftCandidates(CandidateGenerator):
         self, drafter: Drafter, verifier: Verifier, spec: SpecConfig | None = None, max_length: int | None = None
     ):
         cfg = spec or SpecConfig(length="heuristic")
-        if cfg.tree:
+        self.search = cfg.build_search(do_sample=False)
+        if self.search.tree:
             raise DllmError("assisted generation verifies chains: use custom_generate=dllm.spec_generate for trees")
         self.verifier, self.drafter, self.max_length = verifier, drafter.fork(), max_length
-        self.search = cfg.build_search(do_sample=False)
         self.controller: LengthController = cfg.build_controller().fork()
-        self.need = Need(verifier.vocab, verifier.eos, max_positions=verifier.max_positions)
+        self.need = Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer)
         self.proxy = NgramTable(verifier.vocab, cfg.order) if cfg.order > 1 else None
         self.known: list[int] = []
         self.drafted = EMPTY
@@ -99,7 +99,7 @@ def assisted_by(model: Any, drafter: Any, spec: SpecConfig | None = None) -> Ite
     and prompt lookup is switched on as the trigger.
     """
     verifier = as_verifier(model)
-    source = as_drafter(drafter, verifier)
+    source = as_drafter(drafter)
     if source is None:
         raise DllmError("assisted_by needs a drafter")
     made = DraftCandidates(source, verifier, spec)

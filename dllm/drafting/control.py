@@ -44,6 +44,14 @@ class RoundStats:
     t_other: float = 0.0
 
     @property
+    def judged(self) -> dict[int, bool]:
+        """slot -> was a node of it accepted? Slots behind a rejection were not judged; siblings count once."""
+        out: dict[int, bool] = {}
+        for slot, _, accepted in self.observed:
+            out[slot] = out.get(slot, False) or accepted
+        return out
+
+    @property
     def seconds(self) -> float:
         return self.t_draft + self.t_search + self.t_verify + self.t_commit + self.t_other
 
@@ -285,10 +293,8 @@ class CostAware(LengthController):
         self.paused = False
 
     def fork(self) -> CostAware:
-        """Costs and calibration are shared (they belong to the pair of models), the pause is not."""
-        twin = copy.copy(self)
-        twin.idle, twin.wait, twin.paused = 0, 0, False
-        return twin
+        """Itself: costs, calibration and the pause belong to the pair of models, not to a text."""
+        return self
 
     def slots(self) -> np.ndarray:
         """Acceptance of each slot 1..k_max given that the ones before were accepted."""
@@ -340,13 +346,14 @@ class CostAware(LengthController):
         self.drafted += r.k > 0
         if r.pending == 1:
             self.verify.add(1 + r.nodes, r.t_verify)
-            if r.k and not r.carried and not r.failed:
+            if r.k and not r.carried:
                 self.draft.add(r.k, r.t_draft)
             if r.k:
                 self.overhead += 0.1 * (r.t_search + r.t_commit + r.t_other - self.overhead)
         calib = self.stale if r.carried else self.calib
         for slot, conf, accepted in r.observed:
             calib.add(slot, conf, accepted)
+        for slot, accepted in {0: False}.items() if r.failed and not r.nodes else r.judged.items():
             if not r.carried and slot < self.k_max:
                 self.tries[slot + 1] += 1
                 self.hits[slot + 1] += accepted

@@ -6,7 +6,6 @@ masks.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,11 @@ import torch
 from torch import Tensor
 
 from dllm.drafting.drafters import Drafter, Need
-from dllm.drafting.lattice import Lattice
+from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
 from dllm.generation import generate
-
-_KNOWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class DiffusionDrafter(Drafter):
@@ -32,6 +29,7 @@ class DiffusionDrafter(Drafter):
                       one the prefix is recomputed ("none") or, with "approx", reused although it never saw the tokens
                       after it, and recomputed every `refresh` drafts. Draft quality may suffer, correctness cannot.
     vocabulary        "auto", "ids", "strings" or "text": see `Vocabulary`. Text makes chains of point tokens only.
+    verifier_tokenizer   None: the one that the verifier came with (inside `generate` it has none: give it here).
     temperature       of the drafter's own rows, on top of the verifier's warpers.
     """
 
@@ -58,38 +56,44 @@ class DiffusionDrafter(Drafter):
         self.model, self.suffix, self.lookahead = model, suffix_token_id, lookahead_masks
         self.prefix_cache, self.refresh, self.temperature = prefix_cache, refresh, temperature
         self.choice, self.verifier_tokenizer = vocabulary, verifier_tokenizer
-        self.vocabulary: Vocabulary | None = vocabulary if isinstance(vocabulary, Vocabulary) else None
+        self.known: dict[tuple[int, int], Vocabulary] = {}  # by size and tokenizer of the verifier; shared by the forks
         self.store: Any = None
+        self.slots = 0
         self.valid = 0  # positions whose stored keys and values are usable
         self.final = 0  # positions that no later round takes back
         self.age = 0
 
     @classmethod
-    def shared(cls, model: Any, verifier: Any = None) -> DiffusionDrafter:
-        """The default drafter of a model, one per model, so that measurements of the pair last."""
-        if model not in _KNOWN:
-            _KNOWN[model] = cls(model, verifier_tokenizer=getattr(verifier, "tokenizer", None))
-        return _KNOWN[model]
+    def shared(cls, model: Any) -> DiffusionDrafter:
+        """The default drafter of a model, kept on it: vocabularies are compared once."""
+        if not hasattr(model, "_dllm_drafter"):
+            model._dllm_drafter = cls(model)
+        return model._dllm_drafter
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
         super().reset(ids, need)
-        if self.vocabulary is None or (not isinstance(self.choice, Vocabulary) and self.vocabulary.size != need.vocab):
-            self.vocabulary = Vocabulary.between(
-                self.model.tokenizer, self.verifier_tokenizer, self.model.vocab_size, need.vocab, str(self.choice)
-            )
+        self.vocabulary = self._vocabulary(need)
         specials = [self.model.mask_id, self.model.pad_id, self.model.bos_id, self.suffix]
         self.banned = self.vocabulary.banned(specials) - need.eos
         self._bans = torch.zeros(need.vocab, dtype=torch.bool)
         self._bans[sorted(self.banned)] = True
         self._bans = self._bans.to(self.model.device)
-        self.store, self.valid, self.age = None, 0, 0
-        self.final = len(ids)
+        self.store, self.final = None, len(ids)
+
+    def _vocabulary(self, need: Need) -> Vocabulary:
+        if isinstance(self.choice, Vocabulary):
+            return self.choice
+        tokenizer = self.verifier_tokenizer or need.tokenizer
+        key = (need.vocab, id(tokenizer))
+        if key not in self.known:
+            sizes = self.model.vocab_size, need.vocab
+            self.known[key] = Vocabulary.between(self.model.tokenizer, tokenizer, *sizes, self.choice)
+        return self.known[key]
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
         self.final = len(ids)
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
-        assert self.vocabulary is not None
         context = self.vocabulary.context(ids)
         k = min(k, self.model.max_positions - self._extra(k) - 1)
         if k < 1:
@@ -100,10 +104,13 @@ class DiffusionDrafter(Drafter):
         return self.need.lattice(self.vocabulary.logits(logits), len(ids), self._bans)
 
     def _bridged(self, ids: Sequence[int], logits: Tensor, k: int) -> Proposal:
-        assert self.vocabulary is not None
         prob = torch.softmax(logits.float(), -1).max(-1)
-        tokens = self.vocabulary.bridge(ids, prob.indices.tolist(), k)
-        return chain(tokens, [float(prob.values.mean())] * len(tokens))
+        if not bool(torch.isfinite(prob.values).all()):
+            raise DraftFailure("the drafter returned NaN or infinite logits")
+        draft = prob.indices.tolist()
+        end = next((i for i, t in enumerate(draft) if t in self.model.eos_ids), k)
+        tokens = self.vocabulary.chain(ids, draft[:end], k)
+        return chain(tokens, [float(prob.values[:end].mean())] * len(tokens))
 
     def _extra(self, k: int) -> int:
         return self.lookahead + (self.suffix is not None) + (self.model.block_size or 0)
@@ -136,8 +143,9 @@ class DiffusionDrafter(Drafter):
     def _cached(self, row: list[int], n: int) -> tuple[Tensor, int]:
         """Recompute from the first position that the store lacks; keep what is final (and, for blocks, finished)."""
         block, device = self.model.block_size, self.model.device
-        if self.store is None:
-            self.store = self.model.new_store(1, self.model.max_positions)
+        if self.store is None or self.slots < len(row):  # twice the text: a context of 128 k positions is rarely filled
+            self.slots = min(self.model.max_positions, max(256, 2 * len(row)))
+            self.store, self.valid, self.age = self.model.new_store(1, self.slots), 0, 0
         if not block and self.age >= self.refresh:
             self.valid, self.age = 0, 0
         self.age += 1
@@ -152,24 +160,34 @@ class DiffusionDrafter(Drafter):
         return hidden, first
 
 
-class SamplerDrafter(Drafter):
+class SamplerDrafter(DiffusionDrafter):
     """Any dLLM sampler, with as many refinement steps as it takes, as a source of point chains.
 
     The order of its commits is not left to right, so its rows are not laws of the tokens given the ones before them:
-    the draft is a point mass, whatever the sampler draws.
+    the draft is a point mass, whatever the sampler draws. `arguments` go to `dllm.generate`.
     """
 
-    name = "sampler"
-
-    def __init__(self, model: Any, sampler: Any = "llada", **arguments: Any) -> None:
-        self.model, self.sampler, self.arguments = model, sampler, arguments
+    def __init__(
+        self,
+        model: Any,
+        sampler: Any = "llada",
+        *,
+        vocabulary: str | Vocabulary = "auto",
+        verifier_tokenizer: Any = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(model, vocabulary=vocabulary, verifier_tokenizer=verifier_tokenizer)
+        self.sampler, self.arguments = sampler, arguments
         self.name = f"sampler {sampler}"
-        self.banned = frozenset(i for i in (model.mask_id,) if i is not None)
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
-        room = self.model.max_positions - k
+        k = min(k, self.model.max_positions - 1)
+        if k < 1:
+            return EMPTY
+        context = self.vocabulary.context(ids)[k - self.model.max_positions :]
         arguments = {"block_length": k, **self.arguments}
-        out = generate(self.model, list(ids[-room:]), sampler=self.sampler, max_new_tokens=k, **arguments)
+        out = generate(self.model, context, sampler=self.sampler, max_new_tokens=k, **arguments)
         self.forwards += out.nfe
-        tokens = [int(t) for t in out.tokens][:k]
+        tokens = self.vocabulary.chain(ids, [int(t) for t in out.tokens], k)
+        tokens = tokens[: next((i for i, t in enumerate(tokens) if t in self.banned), k)]
         return chain(tokens, [0.8] * len(tokens))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,11 @@ class Need:
     vocab: int  # of the verifier
     eos: frozenset[int] = frozenset()
     sampled: bool = False  # the search draws: hand over full rows
-    warp: Callable[[Tensor], Tensor] | None = (
-        None  # logits (k, V) of those rows: temperature, top-k, top-p as the verifier's
-    )
+    warp: Callable[[Tensor], Tensor] | None = None  # of those rows (k, V): temperature, top-k, top-p as the verifier's
     tau_mass: float = 0.8
     m_max: int = 15
     tree: int = 0  # node budget, 0 = chain
-    max_positions: int | None = None
+    tokenizer: Any = None  # of the verifier, where it is known
 
     def lattice(self, logits: Tensor, start: int, banned: Tensor | None = None) -> Lattice:
         """The lattice of logits (k, V) in verifier ids: bans, then the verifier's own warpers where the search

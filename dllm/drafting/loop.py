@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from dllm.drafting.accept import Verdict, judge
-from dllm.drafting.control import CONTROLLERS, CostAware, LengthController, RoundStats
+from dllm.drafting.control import CONTROLLERS, LengthController, RoundStats
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.ngram import CausalProxy, NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal
-from dllm.drafting.registry import as_drafter, as_verifier, named
-from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, Sample, graft
+from dllm.drafting.registry import as_drafter, named
+from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, graft
 from dllm.drafting.verifier import Pending, Session, Verifier
 from dllm.errors import DllmError, unknown
 
@@ -43,11 +43,11 @@ class SpecConfig:
     search   None: `eal` when greedy, `sample` at T > 0; or a name, "name:key=value,…", a mapping, or an object.
     tree     node budget of a tree; 0 = chain.
     length   length controller, given like `search`.
-    k        most slots per draft; None leaves it to the controller.
+    k        most slots per draft, whatever the controller says; None = no such limit.
     carry    unused slots of a draft: "auto" (reused where the controller expects more from them than from a fresh
              draft), "always", "off". Exact in every case: the lattice is carried over, not the tokens.
     order    of the n-gram proxy over prompt and output; 0 = no proxy. `corpus`: id sequences to fit it on as well.
-    graft    a retrieval drafter whose continuations are grafted into point trees.
+    graft    a retrieval drafter whose continuations are grafted into the tree (point trees only).
     """
 
     search: Any = None
@@ -70,6 +70,9 @@ class SpecConfig:
             raise DllmError("tree and order must not be negative, reuse_min must be at least 1")
         if self.k is not None and self.k < 0:
             raise DllmError(f"k must not be negative, got {self.k}")
+        if self.graft is not None and not self.tree:
+            raise DllmError("graft adds branches to a tree: give its node budget, such as tree=32")
+        object.__setattr__(self, "corpus", tuple(tuple(ids) for ids in self.corpus))
 
     @classmethod
     def of(cls, base: SpecConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> SpecConfig:
@@ -82,23 +85,15 @@ class SpecConfig:
         return replace(base, **options)
 
     def build_search(self, do_sample: bool) -> PathSearch:
-        if self.tree:
-            if isinstance(self.search, str) and self.search.split(":")[0] == "sample_tree":
-                return named("search", self.search, SEARCHES)
-            lam = getattr(named("search", self.search, SEARCHES), "lam", 1.0) if self.search else 0.5
-            return self.search if isinstance(self.search, BestFirstTree) else BestFirstTree(self.tree, lam)
-        if self.search is None:
-            return Sample() if do_sample else SEARCHES["eal"]()
-        return named("search", self.search, SEARCHES)
+        search = named("search", self.search or ("sample" if do_sample and not self.tree else "eal"), SEARCHES)
+        if isinstance(search, BestFirstTree):
+            return replace(search, budget=self.tree or search.budget)
+        if self.tree and not search.tree:
+            return BestFirstTree(self.tree, getattr(search, "lam", 1.0))
+        return search
 
     def build_controller(self) -> LengthController:
-        controller = named("length controller", self.length, CONTROLLERS)
-        if self.k is not None:
-            controller = controller.fork()
-            controller.k_max = (
-                min(controller.k_max, self.k) if not isinstance(controller, CONTROLLERS["fixed"]) else self.k
-            )
-        return controller
+        return named("length controller", self.length, CONTROLLERS)
 
 
 @dataclass
@@ -157,7 +152,7 @@ class SpecResult:
         """P(slot i is accepted | it was judged): slots behind a rejection are not counted."""
         judged: dict[int, list[bool]] = {}
         for r in self.rounds:
-            for slot, _, accepted in r.observed:
+            for slot, accepted in r.judged.items():
                 judged.setdefault(slot, []).append(accepted)
         return [sum(judged[i]) / len(judged[i]) for i in sorted(judged)]
 
@@ -174,7 +169,7 @@ class SpecResult:
     def speedup_vs(self, baseline: SpecResult | float) -> float:
         """Wall-clock ratio to a plain run of the same text (a result, or its seconds)."""
         seconds = baseline.seconds if isinstance(baseline, SpecResult) else baseline
-        return seconds / self.seconds
+        return seconds / max(1e-9, self.seconds)
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -234,11 +229,11 @@ class Row:
             cfg.tau_mass,
             cfg.m_max,
             cfg.tree,
-            verifier.max_positions,
+            verifier.tokenizer,
         )
-        for d in (self.drafter, self.retrieval):
-            if d is not None:
-                d.reset(self.ids, need)
+        self.sources = [d for d in (self.drafter, self.retrieval) if d is not None]
+        for source in self.sources:
+            source.reset(self.ids, need)
         self.proxy: CausalProxy | None = None
         self.counted = 0
         self.chunks: list[tuple[int, Lattice]] = []  # (offset in the draft, lattice)
@@ -250,17 +245,14 @@ class Row:
         """What to verify next."""
         start = time.perf_counter()
         r = self.stats = RoundStats(pending=len(self.ids) - self.cached)
-        limit = min(self.request.max_length, self.verifier.max_positions or self.request.max_length)
-        room = limit - len(self.ids) - 1
+        limits = (self.request.max_length, self.verifier.max_positions)
+        room = min(limit - len(self.ids) - 1 for limit in limits if limit is not None)
+        room = room if self.cfg.k is None else min(room, self.cfg.k)
         self.chunks = []
         self.proposal = EMPTY
         if self.drafter is not None and room > 0:
             before = self.drafter.forwards
-            try:
-                self.proposal = self._draft(room)
-            except DraftFailure as failure:
-                log.debug("%s: %s", self.drafter.name, failure)
-                r.failed, self.chunks, self.proposal = True, [], EMPTY
+            self.proposal = self._draft(room)
             r.forwards = self.drafter.forwards - before
         self.rest = None
         r.nodes, r.kind = len(self.proposal), self.proposal.kind if len(self.proposal) else "none"
@@ -268,28 +260,29 @@ class Row:
         return self.proposal
 
     def _draft(self, room: int) -> Proposal:
-        r = self.stats
+        r, eos = self.stats, self.request.eos
         k = self.controller.next_k(room)
         if k <= 0:
             return EMPTY
         rest = self._carried(room)
         if rest is not None:
-            r.carried, r.k = True, rest.k
-            proposal = self._search(rest, 0)
+            r.carried, r.k, r.l_gen = True, rest.k, rest.first_eos(eos)
+            proposal = self._search(rest, [])
         else:
-            proposal = self._fresh(self.ids, k, 0)
-            while (
-                not self.cfg.tree and len(proposal) == r.k and (more := self.controller.more(proposal.conf, room)) > 0
-            ):
-                addition = self._fresh([*self.ids, *proposal.tokens], more, len(proposal))
-                if not len(addition):
+            proposal = self._fresh(k, EMPTY)
+            while len(proposal) == r.k and proposal.is_chain and not eos.intersection(proposal.tokens):
+                more = self.controller.more(proposal.conf, room)
+                addition = self._fresh(more, proposal) if more > 0 else EMPTY
+                if not (len(addition) and addition.is_chain and addition.kind == proposal.kind):
                     break
                 proposal = proposal.then(addition)
-        if self.retrieval is not None and self.cfg.tree and proposal.kind == "point":
+        if self.retrieval is not None and proposal.kind == "point":
             proposal = self._graft(proposal)
-        proposal = proposal.within(room, self.request.eos)
+        # first how much, then the cut at end tokens: the length of a sampled draft must not depend on what was drawn
+        n = self.controller.trim(proposal, r.carried, 0 if r.carried else r.k)
+        proposal = proposal.head(max(0, n)).within(room, eos)
         self._check(proposal)
-        return proposal.head(max(0, self.controller.trim(proposal, r.carried, 0 if r.carried else r.k)))
+        return proposal
 
     def _carried(self, room: int) -> Lattice | None:
         rest, policy = self.rest, self.cfg.carry
@@ -298,29 +291,33 @@ class Row:
         rest = rest.head(room)
         return rest if policy == "always" or self.controller.keep(rest.k, rest.confidence) else None
 
-    def _fresh(self, ids: list[int], k: int, offset: int) -> Proposal:
+    def _fresh(self, k: int, before: Proposal) -> Proposal:
+        """A draft of `k` slots behind the text and the chain `before`."""
         assert self.drafter is not None
         r, start = self.stats, time.perf_counter()
         try:
-            draft = self.drafter.draft(ids, k, generator=self.request.generator)
+            draft = self.drafter.draft([*self.ids, *before.tokens], k, generator=self.request.generator)
+        except DraftFailure as failure:
+            log.debug("%s: %s", self.drafter.name, failure)
+            r.k, r.failed = r.k + k, True
+            return EMPTY
         finally:
             r.t_draft += time.perf_counter() - start
         if not isinstance(draft, Lattice):
             r.k += len(draft)
             r.l_gen += len(draft)
-            return draft
+            # rows of sequential draws tell how the draws before them turned out: they must not decide what is submitted
+            return replace(draft, conf=()) if draft.kind == "sampled" else draft
         r.k += draft.k
         r.l_gen += draft.first_eos(self.request.eos)
-        return self._search(draft, offset)
+        return self._search(draft, before.tokens)
 
-    def _search(self, lat: Lattice, offset: int) -> Proposal:
-        if self.stats.carried:
-            self.stats.l_gen = lat.first_eos(self.request.eos)
+    def _search(self, lat: Lattice, before: Sequence[int]) -> Proposal:
         if not lat.k:
             return EMPTY
-        self.chunks.append((offset, lat))
-        context = self.ids if not offset else [*self.ids, *self.proposal.tokens]
-        return self.search(lat, context, eos=self.request.eos, proxy=self._proxy(), generator=self.request.generator)
+        self.chunks.append((len(before), lat))
+        q, context = self.request, [*self.ids, *before]
+        return self.search(lat, context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
 
     def _proxy(self) -> CausalProxy | None:
         if self.cfg.order < 2 or getattr(self.search, "lam", 1.0) >= 1:
@@ -376,25 +373,22 @@ class Row:
             if offset < len(emitted) < offset + lattice.k:
                 self.rest = lattice.suffix(len(emitted) - offset)
                 break
-        if self.drafter is not None:
-            self.drafter.observe(self.ids, emitted, successors)
+        for source in self.sources:
+            source.observe(self.ids, emitted, successors)
         return emitted, path
 
     def _observe(self, verdict: Verdict) -> None:
         p = self.proposal
-        if not p.conf:
-            return
         path = [*verdict.path, -2]
         for node, following in zip([-1, *verdict.path], path, strict=True):
             for child in p.children.get(node, ()):
-                self.stats.observed.append((p.depths[child] - 1, p.conf[child], child == following))
+                conf = p.conf[child] if p.conf else 0.5
+                self.stats.observed.append((p.depths[child] - 1, conf, child == following))
 
-    def finish_round(self, start: float) -> None:
-        r = self.stats
-        r.t_other = max(0.0, time.perf_counter() - start - r.t_draft - r.t_search - r.t_verify - r.t_commit)
-        self.controller.update(r)
-        self.result.rounds.append(r)
-        self.result.spans.append((r.accepted, r.emitted))
+    def finish_round(self) -> None:
+        self.controller.update(self.stats)
+        self.result.rounds.append(self.stats)
+        self.result.spans.append((self.stats.accepted, self.stats.emitted))
 
 
 @lru_cache(maxsize=4)
@@ -420,9 +414,11 @@ def decode(
         if verifier.max_positions is not None and len(q.ids) > verifier.max_positions:
             raise DllmError(f"the prompt has {len(q.ids)} tokens, the verifier takes {verifier.max_positions}")
         rows.append(Row(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg))
+    if len(rows) > 1 and any(cfg.tree or row.search.tree for row in rows):
+        raise DllmError("trees are verified one prompt at a time: use a chain (tree=0) for a batch")
     session = session or verifier.open(len(rows))
     for row in rows:
-        row.cached = session.past if hasattr(session, "past") else 0
+        row.cached = session.past
     while not all(row.done for row in rows):
         yield _round(session, rows), rows
 
@@ -433,8 +429,6 @@ def _round(session: Session, rows: list[Row]) -> list[list[int]]:
     ready = time.perf_counter()
     logits = session.verify(pending)
     live = [row for row in rows if not row.done]
-    if any(row.request.do_sample or row.request.processors for row in live):
-        logits = [None if x is None else x.cpu() for x in logits]
     verified = time.perf_counter()
     emitted: list[list[int]] = []
     paths: list[tuple[int, ...] | None] = []
@@ -450,79 +444,20 @@ def _round(session: Session, rows: list[Row]) -> list[list[int]]:
     judged = time.perf_counter()
     session.commit(paths)
     end = time.perf_counter()
+    verify, commit = verified - ready, end - judged
+    other = end - start - verify - commit - sum(row.stats.t_draft + row.stats.t_search for row in live)
     for row in live:
-        row.stats.t_verify, row.stats.t_commit = verified - ready, end - judged
-        row.finish_round(start)
+        row.stats.t_verify, row.stats.t_commit, row.stats.t_other = verify, commit, max(0.0, other)
+        row.finish_round()
     return emitted
 
 
 def _successors(row: Row, logits: Tensor) -> dict[int, list[int]]:
     """Token -> the verifier's best eight successors, at every verified node."""
-    if row.drafter is None or not row.drafter.successors:
+    if not any(source.successors for source in row.sources):
         return {}
     best = logits.topk(min(8, logits.shape[-1]), -1).indices.tolist()
     return dict(zip([row.ids[-1], *row.proposal.tokens], best, strict=True))
-
-
-def speculate(
-    verifier: Any,
-    drafter: Any = None,
-    prompt: Any = None,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos: int | Sequence[int] | None = None,
-    stop: str | Sequence[str] | None = None,
-    seed: int | None = None,
-    logits_processor: Any = None,
-    streamer: Any = None,
-    tokenizer: Any = None,
-    chat: bool | None = None,
-    spec: SpecConfig | Mapping[str, Any] | None = None,
-    controller: LengthController | None = None,
-    **options: Any,
-) -> Any:
-    """Decode `prompt` with an autoregressive verifier, drafted by a dLLM (or anything else), without changing its
-    output.
-
-    verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
-    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle", or None (plain
-               decoding).
-    prompt     a string (through the chat template where there is one, see `chat`), ids, chat messages, or a list of
-               these (a batch; chains only).
-    temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses seed +
-    i. spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
-    controller   a length controller to keep its measurements from call to call.
-
-    Returns a `SpecResult` per prompt. Raises DllmError for a verifier that cannot be rolled back and other mistakes of
-    input.
-    """
-    cfg = SpecConfig.of(spec, options)
-    v = as_verifier(verifier, tokenizer)
-    d = as_drafter(drafter, v)
-    ids, many = encode(v, prompt, chat)
-    if len(ids) > 1 and cfg.tree:
-        raise DllmError("trees are verified one prompt at a time: use tree=0 for a batch")
-    if streamer is not None and len(ids) > 1:
-        raise DllmError("a streamer follows one text: pass one prompt")
-    law = verifier_law(temperature, top_k, top_p, logits_processor, v.device)
-    end = v.eos if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
-    if max_new_tokens < 0:
-        raise DllmError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    requests = [
-        Request(
-            prompt_ids, len(prompt_ids) + max_new_tokens, end, temperature > 0, law.processors, law.warp,
-            _stop_strings(v, stops, len(prompt_ids)), None if seed is None else torch.Generator().manual_seed(seed + i),
-        )
-        for i, prompt_ids in enumerate(ids)
-    ]  # fmt: skip
-    results = run(v, d, requests, cfg, controller or shared_controller(v, d, cfg), streamer)
-    for r in results:
-        r.text = _text(v, r.tokens, stops)
-    return results if many else results[0]
 
 
 def run(
@@ -547,153 +482,3 @@ def run(
     if streamer is not None:
         streamer.end()
     return [row.result for row in rows] or [SpecResult(list(q.ids), len(q.ids)) for q in requests]
-
-
-def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig) -> LengthController:
-    """The controller of a pair: costs and calibration outlive a call, kept on the verifier by drafter and length
-    setting."""
-    model = id(getattr(drafter, "model", None))
-    key = (drafter.name if drafter else None, model, str(cfg.length), cfg.k, bool(cfg.tree))
-    if isinstance(cfg.length, LengthController):
-        return cfg.length
-    if key not in verifier.controllers:
-        verifier.controllers[key] = cfg.build_controller()
-    return verifier.controllers[key]
-
-
-@dataclass(frozen=True)
-class Law:
-    """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft)."""
-
-    processors: Processors | None
-    warp: Callable[[Tensor], Tensor] | None
-
-
-PREFIX_FREE = (
-    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
-    "EpsilonLogitsWarper", "EtaLogitsWarper",
-)  # fmt: skip
-
-
-def law_of(processors: Sequence[Any]) -> Law:
-    """Split a transformers LogitsProcessorList."""
-    free = [p for p in processors if type(p).__name__ in PREFIX_FREE]
-
-    def warp(logits: Tensor) -> Tensor:
-        dummy = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
-        for p in free:
-            logits = p(dummy, logits)
-        return logits
-
-    return Law(processors if len(processors) else None, warp if free else None)  # type: ignore[arg-type]
-
-
-def verifier_law(temperature: float, top_k: int | None, top_p: float | None, extra: Any, device: Any) -> Law:
-    """temperature, top_k and top_p as transformers' own warpers, behind the caller's processors."""
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    if temperature < 0:
-        raise DllmError(f"temperature must not be negative, got {temperature}")
-    processors = LogitsProcessorList(extra or [])
-    if temperature > 0:
-        if temperature != 1:
-            processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p is not None and top_p < 1:
-            processors.append(TopPLogitsWarper(float(top_p)))
-    return law_of(processors)
-
-
-def encode(verifier: Verifier, prompt: Any, chat: bool | None = None) -> tuple[list[list[int]], bool]:
-    """Prompt ids, and whether several prompts were given."""
-    if prompt is None:
-        raise DllmError("speculate needs a prompt: a string, ids, chat messages, or a list of these")
-    if isinstance(prompt, Tensor):
-        prompt = prompt.tolist()
-    many = isinstance(prompt, list | tuple) and bool(prompt) and not isinstance(prompt[0], int | dict)
-    return [_encode_one(verifier, p, chat) for p in (prompt if many else [prompt])], many
-
-
-def _encode_one(verifier: Verifier, prompt: Any, chat: bool | None) -> list[int]:
-    if isinstance(prompt, Tensor):
-        prompt = prompt.tolist()
-    if isinstance(prompt, list | tuple) and all(isinstance(t, int) for t in prompt):
-        return list(prompt)
-    tokenizer = verifier.tokenizer
-    if tokenizer is None:
-        raise DllmError("the verifier came without a tokenizer: pass tokenizer=..., or the prompt as ids")
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    if isinstance(prompt, str) and not (templated if chat is None else chat):
-        return list(tokenizer(prompt)["input_ids"])
-    if not templated:
-        raise DllmError("the verifier's tokenizer has no chat template: pass plain text or ids")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return list(ids)
-
-
-def _stop_strings(verifier: Verifier, stops: list[str], prompt: int) -> Callable[[list[int]], bool] | None:
-    if not stops:
-        return None
-    tokenizer = verifier.tokenizer
-    if tokenizer is None:
-        raise DllmError("stop strings need a tokenizer: pass tokenizer=...")
-    if not all(stops):
-        raise DllmError("a stop string must not be empty")
-    tail = max(len(s) for s in stops) + 8  # a token is rarely less than a character
-
-    def stopped(ids: list[int]) -> bool:
-        text = tokenizer.decode(ids[max(prompt, len(ids) - tail) :])
-        return any(s in text for s in stops)
-
-    return stopped
-
-
-def _text(verifier: Verifier, tokens: list[int], stops: list[str]) -> str | None:
-    if verifier.tokenizer is None:
-        return None
-    text = verifier.tokenizer.decode(tokens, skip_special_tokens=True)
-    cut = min((text.index(s) for s in stops if s in text), default=len(text))
-    return text[:cut]
-
-
-def calibrate(
-    verifier: Any,
-    drafter: Any = None,
-    prompt: Sequence[int] | None = None,
-    lengths: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
-    repeats: int = 3,
-) -> CostAware:
-    """A cost controller with measured tables: the median of `repeats` forwards per length behind `prompt` (default 32
-    tokens)."""
-    v = as_verifier(verifier)
-    d = as_drafter(drafter, v)
-    ids = list(prompt or [min(5, v.vocab - 1)] * 32)
-    controller = CostAware(k_max=max(lengths) or 1)
-    session = v.open()
-    session.verify([Pending(ids[:-1], EMPTY)])
-    session.commit([()])
-    for n in lengths:
-        draft = Proposal(tuple(ids[:1] * n), tuple(range(-1, n - 1)))
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            session.verify([Pending(ids[-1:], draft)])
-            times.append(time.perf_counter() - start)
-            session.commit([()])
-        controller.verify.add(1 + n, sorted(times)[len(times) // 2])
-        if d is not None and n:
-            controller.draft.add(n, _draft_seconds(d, v, ids, n, repeats))
-    return controller
-
-
-def _draft_seconds(drafter: Drafter, verifier: Verifier, ids: list[int], n: int, repeats: int) -> float:
-    d = drafter.fork()
-    d.reset(ids, Need(verifier.vocab, verifier.eos, max_positions=verifier.max_positions))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        d.draft(ids, n)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]

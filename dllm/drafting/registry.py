@@ -58,26 +58,25 @@ def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
     return known if tokenizer is None else known.with_tokenizer(tokenizer)
 
 
-def as_drafter(what: Any, verifier: Verifier | None = None) -> Any:
-    """A `Drafter` of a dLLM, an autoregressive model, a retrieval name, or None."""
+def as_drafter(what: Any) -> Any:
+    """A `Drafter` of a dLLM, an autoregressive model, a retrieval name, a folder or Hugging Face id of either, or
+    None."""
     if what is None or isinstance(what, Drafter):
         return what
-    if isinstance(what, str) and what.split(":")[0] in RETRIEVAL:
+    if isinstance(what, Mapping) or (isinstance(what, str) and what.split(":")[0] in RETRIEVAL):
         return named("drafter", what, RETRIEVAL)
-    if isinstance(what, str | Mapping):
-        if isinstance(what, Mapping):
-            return named("drafter", what, RETRIEVAL)
-        from dllm.models.hub import load
+    from dllm.drafting.autoregressive import ARDrafter
+    from dllm.drafting.diffusion import DiffusionDrafter
 
-        what = load(what)
+    if isinstance(what, str):
+        from dllm.models.hub import load, load_verifier
+
+        name, what = what, load(what)
+        what = load_verifier(name) if what.config.causal else what
     if isinstance(what, nn.Module):
-        from dllm.drafting.autoregressive import ARDrafter
-
         return ARDrafter(what)
     if hasattr(what, "mask_id") and hasattr(what, "logits"):
-        from dllm.drafting.diffusion import DiffusionDrafter
-
-        return DiffusionDrafter.shared(what, verifier)
+        return DiffusionDrafter.shared(what)
     raise DllmError(
         f"a drafter is a dLLM, a causal LM, a Drafter, or one of {', '.join(RETRIEVAL)}; got {type(what).__name__}"
     )

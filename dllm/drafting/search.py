@@ -3,8 +3,9 @@
 Every search sees the same edge weights, w(s, t) = q(t)^lam g(t | s)^(1 - lam): the drafter's marginal tempered by the
 causal proxy. An unknown context gives the proxy no weight (trust 0), so without text it changes nothing.
 
-The confidence of a *sampled* node is a property of its row, never of the token drawn: a controller that dropped
-unlikely draws would bias what remains, and the ratio test with it.
+The confidence of a *sampled* node is a property of its row, never of the token drawn, and a sampled search draws every
+slot, also behind an end token (the loop cuts there once the length is decided): a length that depended on the draws
+would bias what remains, and the ratio test with it.
 
 | search | objective | result |
 |---|---|---|
@@ -38,10 +39,11 @@ Edge = tuple[int, float, Hashable]  # token, log weight, next state
 
 
 class PathSearch(Protocol):
-    """Choose what to verify. `ctx` are the ids before slot 0, `eos` the end tokens: a path has no successor after
-    one."""
+    """Choose what to verify. `ctx` are the ids before slot 0, `eos` the end tokens: a point path has no successor
+    after one."""
 
     sampled: bool
+    tree: bool
 
     def __call__(
         self,
@@ -95,6 +97,7 @@ class Argmax:
     """The most probable token of every slot."""
 
     sampled = False
+    tree = False
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
         tokens = [column[0][0] for column in lat.columns]
@@ -113,6 +116,7 @@ class CPSBeam:
     lam: float = 0.5
     beam: int = 3
     sampled = False
+    tree = False
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
         edges = Edges(lat, ctx, proxy, self.lam)
@@ -135,6 +139,7 @@ class Viterbi:
 
     lam: float = 0.5
     sampled = False
+    tree = False
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
         edges = Edges(lat, ctx, proxy, self.lam)
@@ -166,6 +171,7 @@ class EAL:
     lam: float = 0.5
     power: float = 1.0
     sampled = False
+    tree = False
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
         return self.solve(lat, ctx, eos=eos, proxy=proxy)[0]
@@ -214,6 +220,7 @@ class Sample:
     """
 
     sampled = True
+    tree = False
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
         if not lat.k:
@@ -221,10 +228,12 @@ class Sample:
         prob, index = _law(lat)
         pick = torch.multinomial(prob, 1, generator=generator)  # (k, 1)
         drawn = pick if index is None else index.gather(1, pick)
-        tokens = drawn[:, 0].tolist()
-        n = next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))
-        rows = Rows(prob, index).head(n)
-        return Proposal(tuple(tokens[:n]), tuple(range(-1, n - 1)), "sampled", rows, tuple(lat.confidence[:n]))
+        return _drawn(drawn[:, 0].tolist(), Rows(prob, index), lat)
+
+
+def _drawn(tokens: list[int], rows: Rows, lat: Lattice) -> Proposal:
+    """A sampled chain over all slots of a lattice."""
+    return Proposal(tuple(tokens), tuple(range(-1, lat.k - 1)), "sampled", rows, tuple(lat.confidence))
 
 
 def _law(lat: Lattice) -> tuple[Tensor, Tensor | None]:
@@ -243,10 +252,13 @@ class CPSSample:
 
     lam: float = 0.5
     sampled = True
+    tree = False
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
+        if not lat.k:
+            return chain(())
         edges = Edges(lat, ctx, proxy, self.lam)
-        width = max((len(c) for c in lat.columns), default=1)
+        width = max(len(c) for c in lat.columns)
         prob, index = torch.zeros(lat.k, width), torch.full((lat.k, width), -1)
         tokens: list[int] = []
         state = edges.root
@@ -257,13 +269,7 @@ class CPSSample:
             prob[i, : len(out)], index[i, : len(out)] = row, torch.tensor([t for t, _, _ in out])
             token, _, state = out[pick]
             tokens.append(token)
-            if token in eos:
-                break
-        n = len(tokens)
-        if not n:
-            return chain(())
-        rows = Rows(prob, index).head(n)
-        return Proposal(tuple(tokens), tuple(range(-1, n - 1)), "sampled", rows, tuple(lat.confidence[:n]))
+        return _drawn(tokens, Rows(prob, index), lat)
 
 
 @dataclass(frozen=True)
@@ -279,6 +285,7 @@ class BestFirstTree:
     lam: float = 0.5
     fanout: int = 8
     sampled = False
+    tree = True
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
         edges = Edges(lat, ctx, proxy, self.lam)
@@ -327,6 +334,7 @@ class SampleTree:
     width: int = 3
     depth: int = 8
     sampled = True
+    tree = True
 
     def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
         if not lat.k:
@@ -348,8 +356,6 @@ class SampleTree:
                 source.append(slot)
                 conf.append(lat.confidence[slot] / (rank + 1 if slot == 0 else 1))
                 parent = len(tokens) - 1
-                if token in eos:
-                    break
         rows = Rows(prob[source], None if index is None else index[source])
         return Proposal(tuple(tokens), tuple(parents), "sampled", rows, tuple(conf))
 

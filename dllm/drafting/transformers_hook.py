@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from dllm.drafting.loop import Request, SpecConfig, SpecResult, law_of, run, shared_controller
+from dllm.drafting.loop import Request, SpecConfig, SpecResult, run
 from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.drafting.speculation import law_of, shared_controller
 from dllm.errors import DllmError
 
+TEXT = ("attention_mask", "position_ids", "cache_position", "token_type_ids")
 NATIVE = ("MaxLengthCriteria", "EosTokenCriteria")  # the loop checks these itself, token by token
 
 
@@ -48,12 +50,11 @@ def spec_generate(
         raise DllmError("beam search cannot be speculated: use num_beams=1")
     if model_kwargs.get("use_cache") is False:
         raise DllmError("speculation needs the verifier's cache: drop use_cache=False")
+    _refuse(generation_config, model_kwargs)
     verifier = as_verifier(model)
-    verifier_drafter = as_drafter(drafter, verifier)
+    source = as_drafter(drafter)
     cfg = SpecConfig.of(spec, {})
     batch = len(input_ids)
-    if batch > 1 and cfg.tree:
-        raise DllmError("trees are verified one prompt at a time: use tree=0 for a batch")
     if batch > 1 and spec_streamer is not None:
         raise DllmError("a streamer follows one text: generate with batch size 1")
     requests = _requests(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
@@ -61,8 +62,8 @@ def spec_generate(
     session = verifier.open(batch, _usable(cache, requests))
     if spec_streamer is not None:
         spec_streamer.put(input_ids.cpu())
-    controller = shared_controller(verifier, verifier_drafter, cfg)
-    results = run(verifier, verifier_drafter, requests, cfg, controller, spec_streamer, session)
+    controller = shared_controller(verifier, source, cfg, generation_config.do_sample)
+    results = run(verifier, source, requests, cfg, controller, spec_streamer, session)
     if spec_results is not None:
         spec_results.extend(results)
     sequences = _pad([[*q.pad, *r.sequences] for q, r in zip(requests, results, strict=True)], generation_config)
@@ -70,6 +71,17 @@ def spec_generate(
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=session.cache)  # type: ignore[arg-type]
+
+
+def _refuse(config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Say what would be lost silently."""
+    records = [f"output_{x}" for x in ("scores", "logits", "attentions", "hidden_states")]
+    wanted = [x for x in records if config.return_dict_in_generate and getattr(config, x, False)]
+    if wanted:
+        raise DllmError(f"{', '.join(wanted)}: not recorded while speculating (spec_results= has the metrics)")
+    other = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in TEXT]
+    if other:
+        raise DllmError(f"only text can be speculated: the model was also given {', '.join(other)}")
 
 
 def _requests(ids: Tensor, processors: Any, criteria: Any, config: Any, kwargs: Mapping[str, Any]) -> list[Request]:

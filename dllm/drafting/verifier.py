@@ -106,7 +106,10 @@ class Verifier:
 
     def forward(self, ids: Tensor, **kw: Any) -> Tensor:
         with torch.inference_mode():
-            return self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits
+            logits = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits
+        if logits.is_cuda:  # the host needs the result at once anyway; so its time is counted here
+            torch.cuda.synchronize(logits.device)
+        return logits
 
     def masks(self, allowed: dict[str, Tensor]) -> Any:
         """Boolean masks by layer kind -> what the model takes: additive floats, a dict only where the layers are mixed.
@@ -128,6 +131,7 @@ class Session:
     """The cache of one decode. `verify` then `commit`, once a round."""
 
     cache: Any
+    past = 0  # tokens in the cache when the session was opened
 
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
         raise NotImplementedError
@@ -240,10 +244,14 @@ class Ragged(Session):
             kind: (see if kind == KINDS[0] else see & (gap < (self.verifier.window or 0)))[:, None]
             for kind in dict.fromkeys(self.verifier.kinds)
         }
+        first = min(len(r.ids) - 1 for r in rows if r is not None)  # columns before it are text in every row
         logits = self.verifier.forward(
-            ids.to(device), past_key_values=self.cache, position_ids=pos, attention_mask=self.verifier.masks(allowed)
-        )
-        return [None if r is None else logits[b, len(r.ids) - 1 : self.fed[b]] for b, r in enumerate(rows)]
+            ids.to(device), past_key_values=self.cache, position_ids=pos, attention_mask=self.verifier.masks(allowed),
+            logits_to_keep=width - first,
+        )  # fmt: skip
+        return [
+            None if r is None else logits[b, len(r.ids) - 1 - first : self.fed[b] - first] for b, r in enumerate(rows)
+        ]
 
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         kept = [0 if path is None else self.fed[b] - self.nodes[b] + len(path) for b, path in enumerate(paths)]

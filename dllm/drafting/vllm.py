@@ -65,7 +65,7 @@ class DLLMProposer:
         # requests enter, leave and move between slots unannounced: a draft is a function of the text alone
         drafter = self.drafter.fork()
         try:
-            drafter.reset(ids, Need(self.vocab, max_positions=self.max_length))
+            drafter.reset(ids, Need(self.vocab))
             draft = drafter.draft(ids, k)
         except DraftFailure:
             return []

@@ -102,9 +102,17 @@ class Vocabulary:
             given = {int(self.to_verifier[i]) for i in given if i < len(self.to_verifier)}
         return frozenset(i for i in given if 0 <= i < self.size) if self.kind != "text" else frozenset()
 
+    def chain(self, ids: Sequence[int], draft: Sequence[int], k: int) -> list[int]:
+        """Drafter tokens behind verifier text `ids` as at most `k` verifier tokens, up to the first that has none."""
+        if self.kind == "text":
+            return self.bridge(ids, draft, k)
+        if self.kind == "strings":
+            assert self.to_verifier is not None
+            draft = self.to_verifier[list(draft)].tolist()
+        return list(draft[: next((i for i, t in enumerate(draft[:k]) if not 0 <= t < self.size), k)])
+
     def bridge(self, ids: Sequence[int], draft: Sequence[int], k: int) -> list[int]:
-        """Drafter tokens after verifier text `ids` as verifier tokens, through text; empty where they do not line
-        up."""
+        """The same through text; empty where the two tokenizations do not line up."""
         text = self.drafter.decode(list(draft), skip_special_tokens=True)
         for n in range(min(LOOKBEHIND, len(ids)), 0, -1):
             tail = list(ids[len(ids) - n :])

@@ -1,0 +1,261 @@
+"""The front door of drafting: prompts in, results out; the only place here that tokenises."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from dllm.drafting.control import CostAware, LengthController
+from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.loop import Processors, Request, SpecConfig, run
+from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.drafting.verifier import Pending, Verifier
+from dllm.errors import DllmError
+
+
+def speculate(
+    verifier: Any,
+    drafter: Any = None,
+    prompt: Any = None,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos: int | Sequence[int] | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    logits_processor: Any = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    chat: bool | None = None,
+    spec: SpecConfig | Mapping[str, Any] | None = None,
+    controller: LengthController | None = None,
+    **options: Any,
+) -> Any:
+    """Decode `prompt` with an autoregressive verifier, drafted by a dLLM (or anything else), without changing its
+    output.
+
+    verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
+    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle", or None (plain
+               decoding).
+    prompt     a string (through the chat template where there is one, see `chat`), ids, chat messages, or a list of
+               these (a batch; chains only).
+    temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses seed +
+    i. spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
+    controller   a length controller to keep its measurements from call to call.
+
+    Returns a `SpecResult` per prompt. Raises DllmError for a verifier that cannot be rolled back and other mistakes of
+    input.
+    """
+    cfg = SpecConfig.of(spec, options)
+    v = as_verifier(verifier, tokenizer)
+    d = as_drafter(drafter)
+    ids, many = encode(v, prompt, chat)
+    if streamer is not None and len(ids) > 1:
+        raise DllmError("a streamer follows one text: pass one prompt")
+    end = v.eos if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if max_new_tokens < 0:
+        raise DllmError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    requests = []
+    for i, p in enumerate(ids):
+        law = verifier_law(temperature, top_k, top_p, [*own_processors(v, p), *(logits_processor or [])])
+        generator = None if seed is None else torch.Generator().manual_seed(seed + i)
+        stopped = _stop_strings(v, stops, len(p))
+        limit = len(p) + max_new_tokens
+        requests.append(Request(p, limit, end, temperature > 0, law.processors, law.warp, stopped, generator))
+    results = run(v, d, requests, cfg, controller or shared_controller(v, d, cfg, temperature > 0), streamer)
+    for r in results:
+        r.text = _text(v, r.tokens, stops)
+    return results if many else results[0]
+
+
+def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> LengthController:
+    """The controller of a pair: costs and calibration outlive a call, kept on the verifier by drafter and settings."""
+    if isinstance(cfg.length, LengthController):
+        return cfg.length
+    source = (drafter.name, id(getattr(drafter, "model", None))) if drafter else None
+    key = (source, sampled, str(cfg.length), str(cfg.search), cfg.tree)
+    if key not in verifier.controllers:
+        verifier.controllers[key] = cfg.build_controller()
+    return verifier.controllers[key]
+
+
+@dataclass(frozen=True)
+class Law:
+    """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft)."""
+
+    processors: Processors | None
+    warp: Callable[[Tensor], Tensor] | None
+
+
+PREFIX_FREE = (
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper",
+)  # fmt: skip
+
+
+def law_of(processors: Sequence[Any]) -> Law:
+    """Split a transformers LogitsProcessorList."""
+    free = [p for p in processors if type(p).__name__ in PREFIX_FREE]
+
+    def warp(logits: Tensor) -> Tensor:
+        dummy = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
+        for p in free:
+            logits = p(dummy, logits)
+        return logits
+
+    return Law(processors if len(processors) else None, warp if free else None)  # type: ignore[arg-type]
+
+
+def verifier_law(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Any]) -> Law:
+    """temperature, top_k and top_p as transformers' own warpers, behind the processors `before`."""
+    if temperature < 0:
+        raise DllmError(f"temperature must not be negative, got {temperature}")
+    if (top_k or 0) < 0 or not 0 < (1 if top_p is None else top_p) <= 1:
+        raise DllmError(f"top_k must not be negative and top_p lie in (0, 1], got {top_k} and {top_p}")
+    processors = LogitsProcessorList(before)
+    if temperature > 0:
+        if temperature != 1:
+            processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p is not None and top_p < 1:
+            processors.append(TopPLogitsWarper(float(top_p)))
+    return law_of(processors)
+
+
+SILENT = {
+    "eos_token_id", "pad_token_id", "bos_token_id", "max_length", "max_new_tokens", "do_sample", "temperature", "top_k",
+    "top_p", "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
+}  # fmt: skip
+
+
+def own_processors(verifier: Verifier, prompt: Sequence[int]) -> list[Any]:
+    """What the model's generation config adds to its greedy law (Qwen2.5's repetition penalty, suppressed tokens, ...).
+
+    `generate` is asked, which prepares its processors for a custom decoding loop; this one only takes them.
+    """
+    config = getattr(verifier.model, "generation_config", None)
+    if config is None or SILENT.issuperset(config.to_diff_dict()) or not prompt:
+        return []
+    taken: list[Any] = []
+
+    def take(model: Any, input_ids: Tensor, logits_processor: Any = None, **_: Any) -> Tensor:
+        taken.extend(logits_processor)
+        return input_ids
+
+    ids = torch.tensor([list(prompt)], device=verifier.device)
+    mask = torch.ones_like(ids)
+    verifier.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=1, custom_generate=take)
+    return taken
+
+
+def encode(verifier: Verifier, prompt: Any, chat: bool | None = None) -> tuple[list[list[int]], bool]:
+    """Prompt ids, and whether several prompts were given."""
+    if prompt is None:
+        raise DllmError("speculate needs a prompt: a string, ids, chat messages, or a list of these")
+    prompt = _plain(prompt)
+    many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], Integral | Mapping)
+    return [_encode_one(verifier, _plain(p), chat) for p in (prompt if many else [prompt])], many
+
+
+def _plain(prompt: Any) -> Any:
+    """Tensors, arrays and tuples as lists."""
+    if hasattr(prompt, "tolist"):
+        return prompt.tolist()
+    return list(prompt) if isinstance(prompt, tuple) else prompt
+
+
+def _encode_one(verifier: Verifier, prompt: Any, chat: bool | None) -> list[int]:
+    if not isinstance(prompt, str | list):
+        raise DllmError(f"a prompt is a string, ids, or chat messages, got {type(prompt).__name__}")
+    if isinstance(prompt, list) and all(isinstance(t, Integral) for t in prompt):
+        return [int(t) for t in prompt]
+    tokenizer = verifier.tokenizer
+    if tokenizer is None:
+        raise DllmError("the verifier came without a tokenizer: pass tokenizer=..., or the prompt as ids")
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if isinstance(prompt, str) and not (templated if chat is None else chat):
+        return list(tokenizer(prompt)["input_ids"])
+    if not templated:
+        raise DllmError("the verifier's tokenizer has no chat template: pass plain text or ids")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return list(ids)
+
+
+def _stop_strings(verifier: Verifier, stops: list[str], prompt: int) -> Callable[[list[int]], bool] | None:
+    if not stops:
+        return None
+    tokenizer = verifier.tokenizer
+    if tokenizer is None:
+        raise DllmError("stop strings need a tokenizer: pass tokenizer=...")
+    if not all(stops):
+        raise DllmError("a stop string must not be empty")
+    tail = max(len(s.encode()) for s in stops) + 8  # a token is at least a byte; some decode to nothing
+
+    def stopped(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids[max(prompt, len(ids) - tail) :])
+        return any(s in text for s in stops)
+
+    return stopped
+
+
+def _text(verifier: Verifier, tokens: list[int], stops: list[str]) -> str | None:
+    if verifier.tokenizer is None:
+        return None
+    text = verifier.tokenizer.decode(tokens, skip_special_tokens=True)
+    cut = min((text.index(s) for s in stops if s in text), default=len(text))
+    return text[:cut]
+
+
+def calibrate(
+    verifier: Any,
+    drafter: Any = None,
+    prompt: Sequence[int] | None = None,
+    lengths: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
+    repeats: int = 3,
+) -> CostAware:
+    """A cost controller with measured tables: the median of `repeats` forwards per length behind `prompt` (default 32
+    tokens)."""
+    v = as_verifier(verifier)
+    d = as_drafter(drafter)
+    ids = list(prompt or [min(5, v.vocab - 1)] * 32)
+    controller = CostAware(k_max=max(lengths) or 1)
+    session = v.open()
+    session.verify([Pending(ids[:-1], EMPTY)])
+    session.commit([()])
+
+    def verify(draft: Proposal) -> None:
+        session.verify([Pending(ids[-1:], draft)])
+        session.commit([()])
+
+    if d is not None:
+        d = d.fork()
+        d.reset(ids, Need(v.vocab, v.eos, tokenizer=v.tokenizer))
+    for n in lengths:
+        controller.verify.add(1 + n, _median_seconds(partial(verify, chain(ids[:1] * n)), repeats))
+        if d is not None and n:
+            controller.draft.add(n, _median_seconds(partial(d.draft, ids, n), repeats))
+    return controller
+
+
+def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
