@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -476,10 +477,13 @@ def policy(spec: str | dict[str, Any] | Policy | None) -> Policy:
     if name not in POLICIES:
         raise unknown("cache", str(name), POLICIES)
     cls = POLICIES[name]
-    known = {f.name for f in dataclasses.fields(cls) if not f.kw_only}
-    for key in params:
+    known = {f.name: Integral if f.type == "int" else Real for f in dataclasses.fields(cls) if not f.kw_only}
+    for key, value in params.items():
         if key not in known:
-            raise unknown(f"parameter of cache {name!r}", key, known or {"(none)"})
+            raise unknown("parameter", key, known or {"(none)"}, of=f"cache {name!r}")
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            kind = "an integer" if known[key] is Integral else "a number"
+            raise DllmError(f"cache {name!r}: {key}={value!r} must be {kind}")
     return cls(**params)
 
 

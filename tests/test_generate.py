@@ -173,6 +173,8 @@ def test_any_module_of_the_package_offers_its_names_lazily() -> None:
         ({"cache": "daul"}, "did you mean 'dual'"),
         ({"cache": "dual:left=x"}, "not of the form"),
         ({"cache": "dual:left=-1"}, "must not be negative"),
+        ({"cache": "dual:left=1.5"}, "left=1.5 must be an integer"),
+        ({"cache": "dual:lift=1"}, "unknown parameter 'lift' of cache 'dual'; did you mean 'left'"),
         ({"gen_length": 4}, "here it is max_new_tokens"),
         ({"max_lenght": 4}, "here it is max_new_tokens"),
         ({"temprature": 1}, "did you mean 'temperature'"),
