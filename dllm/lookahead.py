@@ -15,25 +15,27 @@ from __future__ import annotations
 import dataclasses
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
-from dllm.branches import Authors, Branch, Query, lay, name, pack, queries
-from dllm.canvas import Plan, State, Window
-from dllm.engine import Answer, Part, Runner, advance, opened, step
+from dllm.branches import Branch, Query, lay, name, pack, queries
+from dllm.canvas import Plan, State
+from dllm.engine import Answer, Part, Runner, opened, step
 from dllm.errors import DllmError, unknown
+from dllm.guesses import Drafts
+from dllm.memo import Asked, Entry, Guess, Kept, Line, Source, written
+from dllm.pace import Pace
 from dllm.prediction import Prediction
-from dllm.samplers.base import View, rank
 
-ROWS = (1, 2, 4, 8)  # what "auto" chooses from
 MODES = ("exact", "guarded", "fast")
 DRAFTERS = ("roll", "ladder")
+RELAXATIONS = ("subset",)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class Lookahead:
                   a forward and the hits so far make fastest (1: no lookahead).
     mode          exact    identical to the plain call, never more forwards. For float64 weights, and for models that
                            declare `batch_invariant = True`: logits do not depend on what runs in the same forward.
-                  guarded  identical to the plain call as long as logits differ between forward shapes by less than
-                           `delta`, for rules that are monotone in each confidence. A decision that a change of `delta`
-                           could turn over is taken again on a forward of the plain shape. Forwards: those of the plain
-                           call at most, plus these re-runs (in `stats`).
+                  guarded  identical to the plain call of each prompt by itself as long as logits differ between
+                           forward shapes by less than `delta`, for rules that are monotone in each confidence. A
+                           decision that a change of `delta` could turn over is taken again on the forward of that plain
+                           call. Forwards: those of the plain call at most, plus these re-runs (in `stats`).
                   fast     no promise. Every `audit`-th hit is checked on a forward of its own and the rate of
                            divergent decisions reported. Never more forwards than the plain call.
                   None     exact where it can be had, else guarded.
@@ -57,10 +59,13 @@ class Lookahead:
     multi_source  draft from all states passed since the last forward, not only from the last one.
     cross_blocks  guess beyond the end of the block, where the forward covers that (no cache, block-causal models).
     ahead         block-causal models: blocks of masks that each row reads behind its own, so that guesses reach beyond
-                  the next edge too. The sampler never looks there.
+                  the edge. Each costs its columns; without any, thresholds in small blocks save next to nothing.
     restart       a row that has moved on to another block begins there with a forward of its own and without guesses,
                   as FreeDave's released eager mode does.
     max_rows      query rows of a whole forward; None: `rows` for each sequence. The likeliest guesses get them.
+    relax         a rule that changes the output; `out.lossless` is False then, and the plain call's forwards no bound.
+                  subset   a step whose outcome was not guessed is cut down to the largest guess inside it, whose answer
+                           is there already: the threshold variant of FreeDave's released code.
     """
 
     rows: int | str = 4
@@ -69,12 +74,13 @@ class Lookahead:
     retain: bool = True
     multi_source: bool = True
     cross_blocks: bool = True
-    ahead: int = 0
+    ahead: int = 1
     restart: bool = False
     max_rows: int | None = None
     delta: float | None = None  # bound on logit differences; None: measured
     audit: int = 16
     costs: Mapping[int, float] | None = None  # recorded cost of a forward for 1, 2, ... rows; None: measured
+    relax: str | None = None
 
     def __post_init__(self) -> None:
         if self.rows != "auto" and (not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1):
@@ -83,6 +89,8 @@ class Lookahead:
             raise unknown("lookahead mode", str(self.mode), MODES)
         if self.drafter not in DRAFTERS:
             raise unknown("lookahead drafter", str(self.drafter), DRAFTERS)
+        if self.relax is not None and self.relax not in RELAXATIONS:
+            raise unknown("lookahead relaxation", str(self.relax), RELAXATIONS)
         if self.max_rows is not None and self.max_rows < 1:
             raise DllmError(f"lookahead max_rows={self.max_rows!r} must be at least 1")
         if self.ahead < 0:
@@ -92,9 +100,16 @@ class Lookahead:
 
     @classmethod
     def parse(cls, spec: Any) -> Lookahead:
-        """From 4, "auto", {"rows": 8, "mode": "fast", ...} or a Lookahead. Errors: unknown keys, bad values."""
+        """From 4, "auto", "8:mode=fast", {"rows": 8, "mode": "fast"}, a Lookahead. Errors: unknown keys, bad values."""
         if isinstance(spec, Lookahead):
             return spec
+        if isinstance(spec, str):
+            rows, _, rest = spec.partition(":")
+            items = [f"rows={rows}", *filter(None, rest.split(","))]
+            try:
+                spec = {key.strip(): yaml.safe_load(value) for key, _, value in (i.partition("=") for i in items)}
+            except yaml.YAMLError as error:
+                raise DllmError(f"lookahead {spec!r} is not of the form rows:setting=value,...") from error
         if not isinstance(spec, Mapping):
             return cls(rows=spec)
         known = {f.name for f in dataclasses.fields(cls)}
@@ -102,6 +117,11 @@ class Lookahead:
             if key not in known:
                 raise unknown("lookahead setting", str(key), known)
         return cls(**spec)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output is that of the plain call, under the conditions of the mode."""
+        return self.mode != "fast" and self.relax is None
 
     def settle(self, model: Any, sampler: Any) -> Lookahead:
         """The setting with its mode decided. Errors: a promise that this model or sampler cannot keep, and why."""
@@ -132,132 +152,13 @@ class Stats:
     reruns: int = 0  # forwards that confirmed a close decision, or restored a cache
     audits: int = 0  # hits that were checked (mode fast)
     divergences: int = 0  # confirmed or checked decisions that came out different
+    cuts: int = 0  # steps that a relaxation cut down
     depth: dict[int, int] = field(default_factory=dict)  # hits by how many steps ahead they were guessed
     delta: float = 0.0  # the bound that mode guarded relied on
 
     def report(self, setting: Lookahead) -> dict[str, Any]:
         """As an output shows it."""
-        return {**dataclasses.asdict(self), "mode": setting.mode, "drafter": setting.drafter}
-
-
-class Entry:
-    """The answer to one query."""
-
-    def __init__(self, query: Query, hidden: Tensor, number: int, depth: int, kv: Kept | None = None) -> None:
-        self.query, self.hidden, self.number, self.depth, self.kv = query, hidden, number, depth, kv
-        self.old = False  # evaluated before the last forward
-
-
-class Kept(NamedTuple):
-    """Keys and values that a branch would have left in the store, still inside the tensors of its forward."""
-
-    layers: list[tuple[Tensor, Tensor]]  # each (N, Q, kv_heads, head_dim)
-    rows: list[int]  # plan row of each copy
-    columns: list[Tensor]  # of each copy, those that it keeps
-
-    def write(self, store: Any, query: Query) -> None:
-        """Put what the query keeps where the plain call would have put it."""
-        for n, columns, f in zip(self.rows, self.columns, query.feeds, strict=True):
-            slots = torch.from_numpy(f.pos[f.keep]).to(columns.device)
-            for layer, new in enumerate(self.layers):
-                for stored, fresh in zip((store.keys[layer], store.values[layer]), new, strict=True):
-                    stored[f.lane][:, slots] = fresh[n, columns].transpose(0, 1)
-
-    def alone(self) -> Kept:
-        """The same, cut out of the tensors of the forward."""
-        cut = [
-            torch.cat([x[n, c] for n, c in zip(self.rows, self.columns, strict=True)])
-            for pair in self.layers
-            for x in pair
-        ]
-        sizes = np.cumsum([0] + [len(c) for c in self.columns])
-        columns = [torch.arange(a, b, device=c.device) for a, b, c in zip(sizes, sizes[1:], self.columns, strict=False)]
-        return Kept([(k[None], v[None]) for k, v in zip(cut[::2], cut[1::2], strict=True)], [0] * len(columns), columns)
-
-
-class Source(NamedTuple):
-    """A prediction to draft from, and the true state that it led to."""
-
-    state: State  # of several rows, after the step
-    row: int
-    ids: Tensor  # (copies, Q + E) what was fed; the first `planned` queries are the plan's, the others private
-    pos: Tensor  # (copies, Q + E)
-    hidden: Tensor  # (copies, Q + E, D)
-    planned: int
-    authors: Authors  # of the stored slots, after the step
-
-
-class Line:
-    """What is known of the row that occupies a lane."""
-
-    def __init__(self, request: int, clock: int, lanes: Iterable[int], slots: int) -> None:
-        self.request, self.clock = request, clock
-        self.waiting = False  # for a forward
-        self.memo: dict[bytes, Entry] = {}
-        self.recent: list[Source] = []
-        self.numbers: dict[bytes, int] = {}
-        self.authors: Authors = {
-            i: np.full(slots, -1, np.int64) for i in lanes
-        }  # who wrote each slot in the plain call
-        self.held = self.authors  # and in the store as it is
-        self.debts: list[Entry] = []  # hits whose writes the store still lacks
-        self.span: list[bytes] | None = None  # the slots that the last step kept
-        self.guessed = self.streak = 0
-        self.home = -1  # first column of the window that the last forward without a source was for
-
-    def number(self, query: Query) -> int:
-        return self.numbers.setdefault(query.key, len(self.numbers))
-
-    def behind(self, query: Query) -> bool:
-        """Whether the query sees slots that the store lacks."""
-        feeds = zip(query.feeds, query.outside, strict=False)
-        return any((self.authors[f.lane][o] != self.held[f.lane][o]).any() for f, o in feeds)
-
-
-def written(authors: Authors, query: Query, number: int) -> Authors:
-    """Who wrote each slot after this query."""
-    out = dict(authors)
-    for f in query.feeds if query.stored else ():
-        out[f.lane] = out[f.lane].copy()
-        out[f.lane][f.pos[f.keep]] = number
-    return out
-
-
-class Asked(NamedTuple):
-    """Rows of a tick whose plans have the same shape class."""
-
-    rows: list[int]  # in the batch of the tick
-    lines: list[Line]
-    state: State  # opened
-    window: Window
-    plan: Plan
-    fed: Plan
-    lane: Tensor
-    queries: list[Query]
-
-    def take(self, index: list[int], copies: int) -> Asked:
-        at = torch.tensor(index, device=self.lane.device)
-        wide = torch.cat([at + c * len(self.rows) for c in range(copies)])
-        rows, lines = [self.rows[i] for i in index], [self.lines[i] for i in index]
-        asked = [self.queries[i] for i in index]
-        plan, fed = (_rows(p, i) for p, i in ((self.plan, at), (self.fed, wide)))
-        return Asked(rows, lines, self.state.take(at), self.window.take(at), plan, fed, self.lane[at], asked)
-
-
-def _rows(plan: Plan, index: Tensor) -> Plan:
-    def pick(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[index]
-
-    fresh, keep, visible, lane = (pick(x) for x in (plan.fresh, plan.keep, plan.visible, plan.lane))
-    return plan._replace(ids=plan.ids[index], pos=plan.pos[index], fresh=fresh, keep=keep, visible=visible, lane=lane)
-
-
-class Guess(NamedTuple):
-    """A query that may come up."""
-
-    query: Query
-    parent: int  # the branch whose state it continues; 0 is the true query
-    depth: int  # steps ahead
+        return {**dataclasses.asdict(self), **{k: getattr(setting, k) for k in ("mode", "drafter", "relax")}}
 
 
 class Walk(Runner):
@@ -266,7 +167,7 @@ class Walk(Runner):
     def __init__(self, *args: Any, setting: Lookahead, report: dict[int, Stats]) -> None:
         super().__init__(*args)
         self.plain = self.policy
-        if setting.ahead and self.policy.exact:
+        if setting.ahead and setting.cross_blocks and self.policy.exact and self.policy.block_size:
             self.policy = dataclasses.replace(self.policy, ahead=setting.ahead)
         self.setting, self.report = setting, report
         self.lines: dict[int, Line] = {}
@@ -291,13 +192,13 @@ class Walk(Runner):
         lines = [self.line(l, r) for l, r in zip(lane.tolist(), requests, strict=True)]
         ready = [i for i, line in enumerate(lines) if not line.waiting]
         if any(lines[i].memo for i in ready):
-            asked = self.ask(state, lane, lines, ready, named=True)
+            asked = self.ask(state, lane, lines, ready, ahead=True)
             if parts := [p for group in asked for p in self.hits(group)]:
                 return parts
         most = self.setting.max_rows
         rows = self.setting.rows
         self.limit = self.pace.choose(len(lines), most) if rows == "auto" else int(rows)
-        groups = self.ask(state, lane, lines, list(range(len(lines))), named=self.limit > 1)
+        groups = self.ask(state, lane, lines, list(range(len(lines))), ahead=self.limit > 1)
         last = min(line.clock for line in lines)
         return [self.miss(g) for g in groups if any(line.clock == last for line in g.lines)]
 
@@ -311,20 +212,20 @@ class Walk(Runner):
             self.report[request] = Stats(delta=self.delta)
         return line
 
-    def ask(self, state: State, lane: Tensor, lines: list[Line], rows: list[int], *, named: bool) -> list[Asked]:
-        """Open the windows of these rows and plan their forwards."""
+    def ask(self, state: State, lane: Tensor, lines: list[Line], rows: list[int], *, ahead: bool) -> list[Asked]:
+        """Open the windows of these rows and plan their forwards, with the names of their queries to look `ahead`."""
         if len(rows) < len(lines):
             index = torch.tensor(rows, device=lane.device)
             state, lane = state.take(index), lane[index]
         state, win = opened(self.s, state)
         out = []
-        for part, plan in self.policy.plan(state, win, lane):
+        for part, plan in (self.policy if ahead else self.plain).plan(state, win, lane):
             own, own_win, at, own_lane = state, win, list(range(len(rows))), lane
             if part is not None:
                 own, own_win, at, own_lane = state.take(part), win.take(part), part.tolist(), lane[part]
             mine = [rows[i] for i in at]
             fed = self.expand(own, own_win, plan)
-            asked = queries(fed, len(at)) if named else []
+            asked = queries(fed, len(at)) if ahead else []
             group = [lines[i] for i in mine]
             for query, line in zip(asked, group, strict=False):
                 name(query, line.authors)
@@ -342,22 +243,22 @@ class Walk(Runner):
         if not index:
             return []
         entries = [e for e in found if e is not None]
-        group = asked.take(index, len(entries[0].query.feeds))
+        group = asked.take(index, len(entries[0].guess.query.feeds))
         laid = torch.stack(
             [lay(e.hidden, q) for e, q in zip(entries, group.queries, strict=True)], 1
         )  # (copies, B, Q, D)
         for line, entry in zip(group.lines, entries, strict=True):
             self.count_hit(line, entry)
-        return [self.finish(group, laid.flatten(0, 1), hit=True, plain=False)]
+        return [self.finish(group, laid.flatten(0, 1), hit=True, alone=False)]
 
     def count_hit(self, line: Line, entry: Entry) -> None:
-        stats = self.report[line.request]
+        stats, (query, _, depth, _) = self.report[line.request], entry.guess
         stats.hits += 1
         stats.retained += entry.old
-        stats.depth[entry.depth] = stats.depth.get(entry.depth, 0) + 1
+        stats.depth[depth] = stats.depth.get(depth, 0) + 1
         line.streak += not entry.old
-        if entry.query.keeps:
-            line.authors = written(line.authors, entry.query, entry.number)
+        if query.keeps:
+            line.authors = written(line.authors, query, entry.number)
             line.debts.append(entry)
 
     def miss(self, asked: Asked) -> Part:
@@ -371,13 +272,14 @@ class Walk(Runner):
             guesses = self.share(asked.lines, Drafts(self, asked).draw(self.limit - 1))
         hidden, evaluated = self.evaluate(asked, guesses)
         for line, fresh in zip(asked.lines, evaluated, strict=True):
-            for entry in fresh[1:]:
-                line.memo[entry.query.key] = entry
-            line.guessed, line.streak, line.waiting = max(len(fresh) - 1, 0), 0, False
+            line.memo |= {entry.guess.query.key: entry for entry in fresh}
+            line.guessed, line.streak, line.waiting = len(fresh), 0, False
             stats = self.report[line.request]
             stats.forwards += 1
-            stats.rows += max(len(fresh), 1)
-        part = self.finish(asked, hidden, hit=False, plain=not any(guesses))
+            stats.rows += 1 + len(fresh)
+        plain = self.policy is self.plain or not asked.queries
+        alone = len(asked.rows) == 1 and plain and not any(guesses)
+        part = self.finish(asked, hidden, hit=False, alone=alone)
         if self.setting.rows == "auto" and not opening:
             self.pace.note(len(asked.rows) + sum(map(len, guesses)), time.perf_counter() - began, len(asked.rows))
         return part
@@ -408,9 +310,9 @@ class Walk(Runner):
             line.memo.clear()
         for key, entry in list(line.memo.items()):
             if not entry.old and entry.kv is not None:  # a finished block is worth its memory; a span of masks is not
-                entry.kv = None if any(f.keep.all() for f in entry.query.feeds) else entry.kv.alone()
+                entry.kv = None if any(f.keep.all() for f in entry.guess.query.feeds) else entry.kv.alone()
             entry.old = True
-            if entry.kv is None and entry.query.keeps and not self.steady:
+            if entry.kv is None and entry.guess.query.keeps and not self.steady:
                 del line.memo[key]
 
     def note_span(self, line: Line, query: Query) -> None:
@@ -422,17 +324,18 @@ class Walk(Runner):
     def repay(self, line: Line) -> None:
         """Write what the hits since the last forward would have written: from their own keys and values, else again."""
         for entry in line.debts:
+            query = entry.guess.query
             if entry.kv is not None:
-                entry.kv.write(self.store, entry.query)
+                entry.kv.write(self.store, query)
             else:
-                packed = pack([[Branch(entry.query, -1)]], self.model.device)
+                packed = pack([[Branch(query, -1)]], self.model.device)
                 self.meter.forward([line.request], packed.plan)
                 self.hidden(packed.plan)
                 self.report[line.request].reruns += 1
         line.debts, line.held = [], line.authors
 
     def evaluate(self, asked: Asked, guesses: list[list[Guess]]) -> tuple[Tensor, list[list[Entry]]]:
-        """Run the true queries and the guesses: hidden states of the former in their plan's layout, entries of all."""
+        """Run the true queries and the guesses: hidden states of the former as planned, and answers to the latter."""
         requests = [line.request for line in asked.lines]
         if not any(guesses):
             self.meter.forward(requests, asked.fed)
@@ -450,26 +353,25 @@ class Walk(Runner):
         split = packed.split(hidden, branches)
         entries: list[list[Entry]] = []
         for row, line in enumerate(asked.lines):
-            number = self.wrote(line, asked.queries[row])
-            fresh = [Entry(asked.queries[row], split[row][0], number, 0)]
+            self.wrote(line, asked.queries[row])
+            fresh = []
             for g, states, (lanes, at) in zip(guesses[row], split[row][1:], packed.places[row][1:], strict=True):
                 kept = [torch.from_numpy(np.flatnonzero(f.keep) + at).to(hidden.device) for f in g.query.feeds]
                 kv = Kept(layers, lanes, kept) if layers and any(map(len, kept)) else None
-                fresh.append(Entry(g.query, states, line.number(g.query), g.depth, kv))
+                fresh.append(Entry(g, states, line.number(g.query), kv))
             entries.append(fresh)
-        laid = torch.stack([lay(e[0].hidden, q) for e, q in zip(entries, asked.queries, strict=True)], 1)
+        laid = torch.stack([lay(states[0], q) for states, q in zip(split, asked.queries, strict=True)], 1)
         return laid.flatten(0, 1), entries
 
-    def wrote(self, line: Line, query: Query | None) -> int:
+    def wrote(self, line: Line, query: Query | None) -> None:
         """Note what a true forward left in the store."""
         if query is None:  # without a memo nobody asks who wrote what: everything may be new
             number = line.numbers.setdefault(b"plain %d" % len(line.numbers), len(line.numbers))
             line.authors = line.held = {lane: np.full_like(a, number) for lane, a in line.authors.items()}
-            return number
+            return
         number = line.number(query)
         line.authors, line.held = written(line.authors, query, number), written(line.held, query, number)
-        self.settle(line)
-        return number
+        line.settle()
 
     def tapped(self, plan: Plan) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """A forward, and the keys and values that it computed."""
@@ -484,18 +386,23 @@ class Walk(Runner):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def finish(self, asked: Asked, hidden: Tensor, *, hit: bool, plain: bool) -> Part:
-        """Take the step, check it if the mode asks for that, and remember its prediction to draft from."""
+    def finish(self, asked: Asked, hidden: Tensor, *, hit: bool, alone: bool) -> Part:
+        """Take the step, check it if the mode asks for that, and remember its prediction to draft from.
+
+        alone: the hidden states are those of the plain call of a single row.
+        """
         pred = self.read(self.answer(asked, hidden), asked.window)
         after = step(self.s, asked.state, asked.window, pred)
         doubtful: list[int] = []
-        if self.setting.mode == "guarded" and not plain:
+        if self.setting.mode == "guarded" and not alone:
             doubtful = self.doubtful(asked, pred, after)
         elif self.setting.mode == "fast" and hit:
             hits = [self.report[line.request].hits for line in asked.lines]
             doubtful = [i for i, count in enumerate(hits) if count % self.setting.audit == 0]
-        if doubtful:
-            after, hidden = self.confirm(asked, doubtful, after, hidden, hit)
+        for i in doubtful:
+            after = self.confirm(asked, i, after, hit)
+        if self.setting.relax is not None:
+            after = self.cut(asked, after)
         self.remember(asked, hidden, after, hit=hit)
         rows = torch.tensor(asked.rows, device=asked.lane.device)
         return Part(rows, after, asked.window)
@@ -511,7 +418,7 @@ class Walk(Runner):
         for i, (line, block) in enumerate(zip(asked.lines, blocks, strict=True)):
             line.clock += 1
             self.report[line.request].steps += 1
-            if not hit and not line.recent:
+            if not hit and not line.recent:  # nothing to draft from: it ran without guesses
                 line.home = block
             source = Source(after, i, fed[:, i], pos[:, i], states[:, i], planned, line.authors)
             line.recent = [*line.recent, source] if hit else [source]
@@ -536,329 +443,53 @@ class Walk(Runner):
             same &= alike(after, step(self.s, asked.state, asked.window, other))
         return [i for i, ok in enumerate(same.tolist()) if not ok]
 
-    def confirm(self, asked: Asked, rows: list[int], after: State, hidden: Tensor, hit: bool) -> tuple[State, Tensor]:
-        """Take the steps of these rows again on a forward of the plain shape; in mode fast only compare."""
-        copies = hidden.shape[0] // len(asked.rows)
-        sub = asked.take(rows, copies)
-        for line, query in zip(sub.lines, sub.queries, strict=True):
-            if query.stored and line.behind(query):
-                own = line.debts.pop() if hit else None
-                self.repay(line)
-                line.debts += [own] if own is not None else []
-        self.meter.forward([line.request for line in sub.lines], sub.fed)
-        single = self.hidden(sub.fed)
-        again = step(self.s, sub.state, sub.window, self.read(self.answer(sub, single), sub.window))
-        index = torch.tensor(rows, device=asked.lane.device)
-        for line, query, same in zip(sub.lines, sub.queries, alike(after.take(index), again).tolist(), strict=True):
-            stats = self.report[line.request]
-            stats.audits += self.setting.mode == "fast"
-            stats.reruns += self.setting.mode != "fast"
-            stats.divergences += not same
+    def confirm(self, asked: Asked, i: int, after: State, hit: bool) -> State:
+        """Take the step of row i again, by itself as in its plain call; in mode fast only compare."""
+        line, query = asked.lines[i], asked.queries[i] if asked.queries else None
+        if query is not None and query.stored and line.behind(query):
+            if hit and query.keeps:
+                line.debts.pop()  # its own, which this forward writes
+            self.repay(line)
+        row = torch.tensor([i], device=asked.lane.device)
+        state, win = asked.state.take(row), asked.window.take(row)
+        ((_, plan),) = self.plain.plan(state, win, asked.lane[row])
+        again = step(self.s, state, win, self(state, win, plan, [line.request]))
+        stats, fast = self.report[line.request], self.setting.mode == "fast"
+        stats.audits += fast
+        stats.reruns += not fast
+        stats.divergences += not bool(alike(after.take(row), again))
+        if query is not None:
             line.held = written(line.held, query, line.number(query))
-            self.settle(line)
-        if self.setting.mode == "fast":
-            return after, hidden
-        wide = torch.cat([index + c * len(asked.rows) for c in range(copies)])
-        hidden = hidden.clone()
-        hidden[wide] = single
-        return after.put(index, again), hidden
+            line.settle()
+        return after if fast else after.put(row, again)
 
-    def settle(self, line: Line) -> None:
-        """Forget the debts of a line whose store is up to date."""
-        if all((line.authors[i] == line.held[i]).all() for i in line.authors):
-            line.debts = []
+    def cut(self, asked: Asked, after: State) -> State:
+        """The subset rule: each step cut down to the largest guess inside it, where there is one."""
+        before, canvas = asked.state.canvas, after.canvas
+        for i, line in enumerate(asked.lines):
+            new = before.masked[i] & ~canvas.masked[i]
+            inside = [
+                (int((e.guess.ids != before.ids[i]).sum()), e.guess.ids)
+                for e in line.memo.values()
+                if not e.old and bool(((e.guess.ids == canvas.ids[i]) | (new & (e.guess.ids == canvas.mask_id))).all())
+            ]
+            size, ids = max(inside, key=lambda x: x[0], default=(0, canvas.ids[i]))
+            if not size or torch.equal(ids, canvas.ids[i]):
+                continue
+            self.report[line.request].cuts += 1
+            row = torch.tensor([i], device=asked.lane.device)
+            masked = (canvas.masked[i] | (new & (ids == canvas.mask_id)))[None]
+            no = torch.zeros_like(row, dtype=torch.bool)
+            own = after.take(row)
+            own = own._replace(canvas=own.canvas._replace(ids=ids[None], masked=masked), done=no, closing=no)
+            after = after.put(row, own)
+        return after
 
 
 def alike(a: State, b: State) -> Tensor:
     """(B,) whether two states hold the same tokens and the same verdicts."""
     same = (a.canvas.ids == b.canvas.ids).all(1) & (a.canvas.masked == b.canvas.masked).all(1)
     return same & (a.canvas.length == b.canvas.length) & (a.done == b.done) & (a.closing == b.closing)
-
-
-# -- drafting ---------------------------------------------------------------------------------------------------------
-
-
-class Drafts:
-    """Guesses of the queries that the rows of a forward will ask next."""
-
-    def __init__(self, walk: Walk, asked: Asked) -> None:
-        self.walk, self.asked = walk, asked
-        self.guesses: list[list[Guess]] = [[] for _ in asked.rows]
-        self.index: list[dict[bytes, int]] = [{q.key: 0} for q in asked.queries]  # key -> branch
-        # who will have written each slot, as each branch finds the store
-        self.views: list[list[Authors]] = []
-        self.roots: list[Authors] = []  # and as the plain call will find it after the true query
-        for line, query in zip(asked.lines, asked.queries, strict=True):
-            number = line.number(query)
-            self.views.append([written(line.held, query, number)])
-            self.roots.append(written(line.authors, query, number))
-
-    def draw(self, limit: int) -> list[list[Guess]]:
-        """At most `limit` guesses for each row, from its last prediction, then from older ones."""
-        asked, setting = self.asked, self.walk.setting
-        oldest = max(len(line.recent) for line in asked.lines) if setting.multi_source else 1
-        for age in range(oldest):
-            rows = [i for i, line in enumerate(asked.lines) if len(line.recent) > age and len(self.guesses[i]) < limit]
-            if not rows:
-                continue
-            sources = [asked.lines[i].recent[-1 - age] for i in rows]
-            rows = [i for i, s in zip(rows, sources, strict=True) if len(s.ids) == len(sources[0].ids)]
-            sources = [asked.lines[i].recent[-1 - age] for i in rows]
-            if age == 0:
-                at = torch.tensor(rows, device=asked.lane.device)
-                state, win, authors = asked.state.take(at), asked.window.take(at), [self.roots[i] for i in rows]
-            else:
-                state, win = opened(self.walk.s, _gather(sources))
-                authors = [asked.lines[i].recent[-age].authors for i in rows]
-            stale = Stale(self.walk, sources)
-            draw = self.roll if setting.drafter == "roll" else self.ladder
-            draw(rows, state, win, stale, authors, limit)
-        return self.guesses
-
-    def roll(
-        self, rows: list[int], state: State, win: Window, stale: Stale, authors: list[Authors], limit: int
-    ) -> None:
-        """Repeat the sampler's step on the stale predictions, row by row until its horizon."""
-        parents, index = [0] * len(rows), list(range(len(rows)))
-        for depth in range(1, 2 * limit + 1):
-            read = stale.read(index, state, win)
-            if read is None:
-                return
-            kept, pred = read
-            state, win = _take(kept, state, win)
-            after = step(self.walk.s, state, win, pred)
-            index = [index[i] for i in kept]
-            kept = [i for i, over in enumerate((after.done | after.closing).tolist()) if not over]
-            if not kept:
-                return
-            index = [index[i] for i in kept]
-            state, win = opened(self.walk.s, _take(kept, after)[0])
-            kept = self.place([rows[i] for i in index], state, win, index, authors, parents, depth, limit)
-            if not kept:
-                return
-            index = [index[i] for i in kept]
-            state, win = _take(kept, state, win)
-
-    def ladder(
-        self, rows: list[int], state: State, win: Window, stale: Stale, authors: list[Authors], limit: int
-    ) -> None:
-        """The state with its 1, 2, ... surest stale tokens written."""
-        s = self.walk.s
-        read = stale.read(list(range(len(rows))), state, win)
-        if read is None:
-            return
-        index, pred = read
-        state, win = _take(index, state, win)
-        for count in range(1, limit + 1):
-            view, soft = View(state, win), pred
-            if hasattr(s.window, "narrow"):
-                s.window.narrow(view, pred)
-            for adjust in s.adjust:
-                soft = adjust(view, soft)
-            chosen = rank(s.score(view, soft), view.live) < count
-            after = advance(view, pred, view.commit(chosen, soft.token))
-            kept = [i for i, over in enumerate((after.done | after.closing).tolist()) if not over]
-            if not kept:
-                return
-            mine = [index[i] for i in kept]
-            guess, guess_win = opened(s, _take(kept, after)[0])
-            chains = dict(enumerate(authors))
-            self.place([rows[i] for i in mine], guess, guess_win, mine, chains, dict.fromkeys(mine, 0), count, limit)
-
-    def place(
-        self,
-        rows: list[int],
-        state: State,
-        win: Window,
-        index: list[int],
-        authors: Any,
-        parents: Any,
-        depth: int,
-        limit: int,
-    ) -> list[int]:
-        """Add the query of each state to its row's guesses; which states may be followed further."""
-        going, edges = [], None
-        if not self.walk.setting.cross_blocks:
-            edges = (win.lo >= self.asked.window.hi[torch.tensor(rows, device=win.lo.device)]).tolist()
-        lane = self.asked.lane[torch.tensor(rows, device=self.asked.lane.device)]
-        for part, plan in self.walk.policy.plan(state, win, lane):
-            at = list(range(len(rows))) if part is None else part.tolist()
-            own, own_win = (state, win) if part is None else (state.take(part), win.take(part))
-            for i, query in zip(at, queries(self.walk.expand(own, own_win, plan), len(at)), strict=True):
-                row, me = rows[i], index[i]
-                if query.opening or len(self.guesses[row]) >= limit or (edges is not None and edges[i]):
-                    continue
-                name(query, authors[me])
-                parent = self.add(row, query, authors[me], parents[me], depth)
-                if parent is not None:
-                    number = self.asked.lines[row].number(query)
-                    authors[me], parents[me] = written(authors[me], query, number), parent
-                    going.append(i)
-        return sorted(going)
-
-    def add(self, row: int, query: Query, authors: Authors, parent: int, depth: int) -> int | None:
-        """The branch of this query, new or known; None where its keys and values cannot be had in this forward."""
-        line, known, views = self.asked.lines[row], self.index[row], self.views[row]
-        if query.key in known:
-            return known[query.key]
-        if query.key in line.memo:
-            return parent
-        if len(query.feeds) != len(self.asked.queries[row].feeds):
-            return None
-        view = views[parent]
-        if any((view[f.lane][o] != authors[f.lane][o]).any() for f, o in zip(query.feeds, query.outside, strict=False)):
-            return None
-        self.guesses[row].append(Guess(query, parent, depth))
-        known[query.key] = len(self.guesses[row])
-        views.append(written(view, query, line.number(query)))
-        return known[query.key]
-
-
-def _take(rows: list[int], state: State, win: Window | None = None) -> tuple[State, Any]:
-    if len(rows) == state.rows:
-        return state, win
-    at = torch.tensor(rows, device=state.step.device)
-    return state.take(at), None if win is None else win.take(at)
-
-
-def _gather(sources: list[Source]) -> State:
-    """The states of several sources as one batch."""
-    parts = [s.state.take(torch.tensor([s.row], device=s.state.step.device)) for s in sources]
-    state = parts[0]
-    for part in parts[1:]:
-        state = state.cat(part)
-    return state
-
-
-class Stale:
-    """The last predictions of several rows, read as if they belonged to later states."""
-
-    def __init__(self, walk: Walk, sources: list[Source]) -> None:
-        self.walk = walk
-        self.planned = max(s.planned for s in sources)
-        extra = max(s.pos.shape[1] - s.planned for s in sources)
-
-        def stack(tables: list[Tensor], value: int) -> Tensor:  # (copies, B, Q + E, ...)
-            return torch.stack(
-                [_widen(t, s.planned, self.planned, extra, value) for t, s in zip(tables, sources, strict=True)], 1
-            )
-
-        self.ids = stack([s.ids for s in sources], 0)
-        self.pos = stack([s.pos for s in sources], -1)
-        self.hidden = stack([s.hidden for s in sources], 0)
-        self.last: tuple[list[int], Prediction] | None = None
-
-    def read(self, index: list[int], state: State, win: Window) -> tuple[list[int], Prediction] | None:
-        """Predictions at what the windows read, and the rows (of `index`) whose forward covered that."""
-        walk, reads = self.walk, win.reads
-        if walk.options.law.greedy and self.last and self.last[0] == index and torch.equal(self.last[1].cols, reads):
-            return list(range(len(index))), self.last[1]
-        answer = self._answer(index, state, win)
-        kept = [i for i, ok in enumerate(answer.covered(reads).tolist()) if ok]
-        if not kept:
-            return None
-        if len(kept) < len(index):
-            index = [index[i] for i in kept]
-            state, win = _take(kept, state, win)
-            answer = self._answer(index, state, win)
-        pred = answer.read(win.reads)
-        assert pred is not None
-        self.last = (index, pred)
-        return kept, pred
-
-    def _answer(self, index: list[int], state: State, win: Window) -> Answer:
-        at, walk = torch.tensor(index, device=self.pos.device), self.walk
-        ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
-        plan = Plan(ids, pos, None, None, None, None, False, False)
-        return Answer(walk.model, walk.s, walk.options, state, win, plan, hidden, self.planned)
-
-
-def _widen(x: Tensor, planned: int, width: int, extra: int, value: int) -> Tensor:
-    """A table (copies, Q + E, ...) with its planned and its private columns padded to `width` and `extra`."""
-    tail = (0, 0) * (x.dim() - 2)
-    front, back = x[:, :planned], x[:, planned:]
-    front = F.pad(front, (*tail, 0, width - planned), value=value)
-    return torch.cat([front, F.pad(back, (*tail, 0, extra - back.shape[1]), value=value)], 1)
-
-
-# -- how many rows ----------------------------------------------------------------------------------------------------
-
-
-class Pace:
-    """What a forward costs and how often guesses come true, learned over all calls of a model, sampler and cache.
-
-    Cost is a straight line in the rows of a forward, a + b m, fitted with slow forgetting. With hit rate h_k at depth k
-    a forward of R rows a sequence takes g(R) = 1 + h_1 + h_1 h_2 + ... steps; R maximises g(R) / cost(n R).
-    """
-
-    known: ClassVar[weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()  # by model
-    PRIOR = 0.6  # hit rate before anything was seen; decays into what is seen within some twenty guesses
-    PROBE = 0.03  # share of the time that may be spent on finding out
-
-    def __init__(self, costs: Mapping[int, float] | None = None) -> None:
-        self.costs = costs
-        self.hits: dict[int, tuple[float, float]] = {}  # depth -> decayed hits, guesses
-        self.sums = np.zeros(5)  # of 1, m, m^2, t, m t
-        self.total = self.spent = 0.0
-        self.rows = 1
-
-    @classmethod
-    def of(cls, model: Any, sampler: Any, policy: Any, setting: Lookahead) -> Pace:
-        if setting.costs is not None:
-            return cls(dict(setting.costs))
-        mine = cls.known.setdefault(model, {})
-        return mine.setdefault((sampler.name, policy.name, setting.drafter), cls())
-
-    def learn(self, streak: int, guessed: int) -> None:
-        """A round of `guessed` guesses, of which the first `streak` came true."""
-        for depth in range(1, min(streak + 1, guessed) + 1):
-            hits, seen = self.hits.get(depth, (self.PRIOR * 4, 4.0))
-            self.hits[depth] = (0.95 * hits + (depth <= streak), 0.95 * seen + 1)
-
-    def rate(self, depth: int) -> float:
-        """Share of guesses at this depth that come true, once the shallower ones did."""
-        known = [d for d in self.hits if d <= depth]
-        hits, seen = self.hits[max(known)] if known else (self.PRIOR, 1.0)
-        return hits / seen
-
-    def survival(self, depth: int) -> float:
-        return float(np.prod([self.rate(k) for k in range(1, depth + 1)]))
-
-    def note(self, m: int, seconds: float, n: int) -> None:
-        """A forward of m rows for n sequences took so long."""
-        self.total += seconds
-        if m > n:
-            self.spent += max(seconds - self.cost(n), 0.0)
-        self.sums = 0.98 * self.sums + np.array([1, m, m * m, seconds, m * seconds])
-
-    def cost(self, m: int) -> float:
-        """Seconds of a forward with m rows (in units of the recorded table, where there is one)."""
-        one, x, xx, t, xt = self.sums
-        if one == 0:
-            return float(m)
-        spread = one * xx - x * x
-        if spread < 1e-6 * one * xx:  # only one size was ever seen: assume that rows cost what they do there
-            return t / x * m
-        slope = max((one * xt - x * t) / spread, 0.0)
-        return max((t - slope * x) / one + slope * m, 1e-9)
-
-    def choose(self, n: int, most: int | None) -> int:
-        """Rows a sequence for the next forward of n sequences."""
-        sizes = [r for r in ROWS if r == 1 or most is None or n * r <= most]
-        self.rows = max(sizes, key=lambda r: (round(self.gain(r) / self._price(n, r), 9), -r))
-        if self.rows == 1 and self.costs is None and len(sizes) > 1:
-            affordable = self.spent + self.cost(n) <= self.PROBE * self.total
-            self.rows = 2 if affordable else 1
-        return self.rows
-
-    def gain(self, rows: int) -> float:
-        return sum(self.survival(k) for k in range(rows))
-
-    def _price(self, n: int, r: int) -> float:
-        if self.costs is None:
-            return self.cost(n * r)
-        table = sorted((int(k), float(v)) for k, v in self.costs.items())
-        return float(np.interp(r, [k for k, _ in table], [v for _, v in table]))
 
 
 _DELTAS: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import model
+from golden_cases import model, read
 
 import dllm
 from dllm.errors import DllmError
@@ -101,6 +101,17 @@ def test_block_causal_models_look_across_the_edge(sampler: str) -> None:
         assert all(out.stats["reruns"] == 0 for out in outs)
 
 
+def test_guesses_beyond_the_edge_need_masks_ahead() -> None:
+    prompts = [case["prompt_ids"] for case in read(SDAR, "freedave_block_eager")[:3]]
+    call = {"sampler": "threshold:tau=0.4", "cache": "block", "max_new_tokens": 16, "early_stop": False}
+    near, far, base = (
+        dllm.generate(model(SDAR), prompts, **call, lookahead=setting)
+        for setting in ({"rows": 4, "ahead": 0}, {"rows": 4, "ahead": 1}, None)
+    )
+    assert [out.sequences for out in far] == [out.sequences for out in near] == [out.sequences for out in base]
+    assert sum(out.nfe for out in far) < sum(out.nfe for out in near) <= sum(out.nfe for out in base)
+
+
 @pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.3,lone_opening=true"])
 def test_shifted_models(sampler: str) -> None:
     for cache_ in ("none", "prefix", "dual"):
@@ -123,6 +134,7 @@ def test_sampling_and_guidance(sampler: str, cache_: str, extra: dict[str, Any])
 
 def test_drafts_save_forwards() -> None:
     base = sum(out.nfe for out in plain(RANDOM, "confidence", "dual"))
+    assert sum(out.nfe for out in agrees(RANDOM, "confidence", "dual", 1)) == base
     for rows in (2, 4, 8):
         outs = agrees(RANDOM, "confidence", "dual", rows)
         assert sum(out.nfe for out in outs) < 0.8 * base

@@ -1,0 +1,89 @@
+"""How many rows a forward should have: what it costs against what guesses are worth, learned while decoding."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+ROWS = (1, 2, 4, 8)  # what "auto" chooses from
+
+
+class Pace:
+    """What a forward costs and how often guesses come true, learned over all calls of a model, sampler and cache.
+
+    Cost is a straight line in the rows of a forward, a + b m, fitted with slow forgetting. With hit rate h_k at depth k
+    a forward of R rows a sequence takes g(R) = 1 + h_1 + h_1 h_2 + ... steps; R maximises g(R) / cost(n R).
+    """
+
+    known: ClassVar[weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()  # by model
+    PRIOR = 0.6  # hit rate before anything was seen; decays into what is seen within some twenty guesses
+    PROBE = 0.03  # share of the time that may be spent on finding out
+
+    def __init__(self, costs: Mapping[int, float] | None = None) -> None:
+        self.costs = costs
+        self.hits: dict[int, tuple[float, float]] = {}  # depth -> decayed hits, guesses
+        self.sums = np.zeros(5)  # of 1, m, m^2, t, m t
+        self.total = self.spent = 0.0
+        self.rows = 1
+
+    @classmethod
+    def of(cls, model: Any, sampler: Any, policy: Any, setting: Any) -> Pace:
+        """The account of these, kept for the life of the process; a new one where costs are recorded."""
+        if setting.costs is not None:
+            return cls(dict(setting.costs))
+        mine = cls.known.setdefault(model, {})
+        return mine.setdefault((sampler.name, policy.name, setting.drafter), cls())
+
+    def learn(self, streak: int, guessed: int) -> None:
+        """A round of `guessed` guesses, of which the first `streak` came true."""
+        for depth in range(1, min(streak + 1, guessed) + 1):
+            hits, seen = self.hits.get(depth, (self.PRIOR * 4, 4.0))
+            self.hits[depth] = (0.95 * hits + (depth <= streak), 0.95 * seen + 1)
+
+    def rate(self, depth: int) -> float:
+        """Share of guesses at this depth that come true, once the shallower ones did."""
+        known = [d for d in self.hits if d <= depth]
+        hits, seen = self.hits[max(known)] if known else (self.PRIOR, 1.0)
+        return hits / seen
+
+    def survival(self, depth: int) -> float:
+        return float(np.prod([self.rate(k) for k in range(1, depth + 1)]))
+
+    def note(self, m: int, seconds: float, n: int) -> None:
+        """A forward of m rows for n sequences took so long."""
+        self.total += seconds
+        if m > n:
+            self.spent += max(seconds - self.cost(n), 0.0)
+        self.sums = 0.98 * self.sums + np.array([1, m, m * m, seconds, m * seconds])
+
+    def cost(self, m: int) -> float:
+        """Seconds of a forward with m rows (in units of the recorded table, where there is one)."""
+        one, x, xx, t, xt = self.sums
+        if one == 0:
+            return float(m)
+        spread = one * xx - x * x
+        if spread < 1e-6 * one * xx:  # only one size was ever seen: assume that rows cost what they do there
+            return t / x * m
+        slope = max((one * xt - x * t) / spread, 0.0)
+        return max((t - slope * x) / one + slope * m, 1e-9)
+
+    def choose(self, n: int, most: int | None) -> int:
+        """Rows a sequence for the next forward of n sequences."""
+        sizes = [r for r in ROWS if r == 1 or most is None or n * r <= most]
+        self.rows = max(sizes, key=lambda r: (round(self.gain(r) / self._price(n, r), 9), -r))
+        if self.rows == 1 and self.costs is None and len(sizes) > 1:
+            affordable = self.spent + self.cost(n) <= self.PROBE * self.total
+            self.rows = 2 if affordable else 1
+        return self.rows
+
+    def gain(self, rows: int) -> float:
+        return sum(self.survival(k) for k in range(rows))
+
+    def _price(self, n: int, r: int) -> float:
+        if self.costs is None:
+            return self.cost(n * r)
+        table = sorted((int(k), float(v)) for k, v in self.costs.items())
+        return float(np.interp(r, [k for k, _ in table], [v for _, v in table]))
