@@ -26,7 +26,7 @@ from dllm.training import tasks
 log = logging.getLogger(__name__)
 
 TASKS = ("word_problems", "sudoku")
-LENGTH = {"word_problems": 64, "sudoku": 32}  # new tokens: the longest answers fit
+LENGTH = {"word_problems": 64, "sudoku": 32, "functions": 32}  # new tokens: the longest answers fit
 REFERENCE = "threshold"
 # sampler -> the settings that are tried, the published one first
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -93,7 +93,7 @@ def run(
     model = dllm.load(model) if isinstance(model, str) else model
     path = Path(out)
     header = {"model": model.fingerprint(), "cache": cache or "default"}
-    done = _read(path, header)
+    done = read(path, header)
     names = list(dict.fromkeys([REFERENCE, *(BASE[name] for name in names if name in BASE), *names]))
     chosen: dict[tuple[str, str], str] = {}
     for task in task_names:
@@ -101,17 +101,18 @@ def run(
             settings = SETTINGS.get(name, (name,))
             if len(settings) > 1:
                 for setting in settings:
-                    _decode(model, task, "validation", setting, validation, batch_size, cache, path, done)
+                    decode(model, task, "validation", setting, validation, batch_size, cache, path, done)
             chosen[task, name] = _choose(done, task, settings, validation)
             for setting in dict.fromkeys((settings[0], chosen[task, name])):
-                _decode(model, task, "test", setting, n, batch_size, cache, path, done)
+                decode(model, task, "test", setting, n, batch_size, cache, path, done)
     return report(done, names, task_names, chosen, n, validation)
 
 
 Answers = dict[tuple[str, str, str], dict[int, Answer]]  # (task, split, sampler) -> index -> answer
 
 
-def _read(path: Path, header: dict[str, Any]) -> Answers:
+def read(path: Path, header: dict[str, Any]) -> Answers:
+    """The answers so far, behind a line that says what they are answers of. Errors: that line says something else."""
     done: Answers = {}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ def _read(path: Path, header: dict[str, Any]) -> Answers:
             file.write("\n")
     first, *rest = text.splitlines()
     if json.loads(first) != header:
-        raise DllmError(f"{path} holds answers of another model or cache: choose another file for this run")
+        raise DllmError(f"{path} holds answers of another model or setting: choose another file for this run")
     for line in rest:
         try:
             answer = Answer(**json.loads(line))
@@ -133,7 +134,7 @@ def _read(path: Path, header: dict[str, Any]) -> Answers:
     return done
 
 
-def _decode(
+def decode(
     model: Any, task: str, split: str, sampler: str, n: int, batch: int, cache: str | None, path: Path, done: Answers
 ) -> None:
     """Decode the problems of a split that have no answer yet, a batch at a time."""
@@ -166,17 +167,18 @@ def _choose(done: Answers, task: str, settings: Sequence[str], n: int, loss: flo
     none is, the most accurate one."""
     if len(settings) == 1:
         return settings[0]
-    reference = _column(done, task, "validation", REFERENCE, n, "correct")
+    reference = column(done, task, "validation", REFERENCE, n, "correct")
     good = []
     for setting in settings:
-        correct = _column(done, task, "validation", setting, n, "correct")
-        nfe = _column(done, task, "validation", setting, n, "nfe")
+        correct = column(done, task, "validation", setting, n, "correct")
+        nfe = column(done, task, "validation", setting, n, "nfe")
         lost = correct.mean() < reference.mean() - loss
         good.append((lost, -correct.mean() if lost else nfe.mean(), settings.index(setting), setting))
     return min(good)[-1]
 
 
-def _column(done: Answers, task: str, split: str, sampler: str, n: int, key: str) -> Any:
+def column(done: Answers, task: str, split: str, sampler: str, n: int, key: str) -> Any:
+    """One figure of the first n answers, as an array of floats."""
     answers = done[task, split, sampler]
     return np.array([float(getattr(answers[i], key)) for i in range(n)])
 
@@ -210,9 +212,9 @@ def report(
 def _line(done: Answers, task: str, setting: str, against: str, n: int) -> str:
     """The figures of one row of the table."""
     correct, nfe, tokens, seconds = (
-        _column(done, task, "test", setting, n, key) for key in ("correct", "nfe", "tokens", "seconds")
+        column(done, task, "test", setting, n, key) for key in ("correct", "nfe", "tokens", "seconds")
     )
-    base = {key: _column(done, task, "test", against, n, key) for key in ("correct", "nfe")}
+    base = {key: column(done, task, "test", against, n, key) for key in ("correct", "nfe")}
     low, high = interval(correct.tolist())
     change, worst, best = paired_difference(base["correct"].tolist(), correct.tolist())
     cells = [

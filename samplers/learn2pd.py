@@ -87,6 +87,12 @@ class Filter:
             return F.pad(conf, (0, self.block_length - conf.shape[1]))
         return neighbourhood(conf, masked)
 
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of its weights and settings."""
+        own = repr((self.kind, self.block_length, self.feature, self.revealed, self.tau)).encode()
+        weights = b"".join(self.weights[key].float().numpy().tobytes() for key in sorted(self.weights))
+        return hashlib.sha256(own + weights).hexdigest()[:16]
+
     def save(self, path: str | Path) -> None:
         """One safetensors file, float32, with everything that a loader has to check as metadata."""
         own = {"format": FORMAT, "kind": self.kind, "block_length": str(self.block_length), "feature": self.feature}
@@ -95,7 +101,9 @@ class Filter:
 
     @classmethod
     def load(cls, path: str | Path) -> Filter:
-        """Read a saved filter. Errors: a missing file, or one that is no filter."""
+        """Read a saved filter, or the reference's `.pth`. Errors: a missing file, or one that is no filter."""
+        if Path(path).suffix in (".pth", ".pt"):
+            return cls.convert(path)
         try:
             with safe_open(path, "pt") as file:
                 meta = dict(file.metadata() or {})
@@ -103,7 +111,7 @@ class Filter:
         except (OSError, SafetensorError) as error:
             raise DllmError(f"cannot read the filter {path}: {error}") from error
         if meta.get("format") != FORMAT:
-            raise DllmError(f"{path} is no filter written by dllm; convert the reference's .pth with Filter.convert")
+            raise DllmError(f"{path} is no filter: neither one written by `dllm filter train` nor the reference's .pth")
         kind, size, tau = meta["kind"], int(meta["block_length"]), float(meta["tau"])
         return cls(weights, size, kind, meta["feature"], meta["revealed"], tau, meta)
 
@@ -207,7 +215,9 @@ class Learn2PD(Method):
     the embedded model.
     """
 
-    filter: Any = param(None, "path of a filter, or a Filter; None: the embedded model's")  # noqa: RUF009
+    filter: Any = param(  # noqa: RUF009
+        None, "path of a filter (the reference's .pth too), or a Filter; None: the embedded model's"
+    )
     tau: float | None = param(None, "None: the filter's own, chosen on validation data; 1 accepts nothing", high=1)
 
     name: ClassVar[str] = "learn2pd"

@@ -14,7 +14,7 @@ from dllm.errors import unknown
 
 def bench(
     name: Annotated[
-        str, typer.Argument(help="step, generate, own-work, samplers, ...; `all` runs the short ones.")
+        str, typer.Argument(help="step, generate, own-work, lookahead, samplers, ...; `all` runs the short ones.")
     ] = "step",
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
@@ -22,18 +22,19 @@ def bench(
     n: Annotated[int, typer.Option(help="samplers: test problems a task.")] = 1500,
     validation: Annotated[int, typer.Option(help="samplers: problems on which settings are chosen.")] = 200,
     only: Annotated[
-        list[str] | None, typer.Option(help="samplers, own-work: these ones; may be given several times.")
+        list[str] | None, typer.Option(help="samplers, own-work, lookahead: these samplers; may be repeated.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run."""
     import torch
 
-    from dllm.eval import bench_step
+    from dllm.eval import bench_lookahead, bench_step
     from dllm.eval.bench import BENCHES, machine
     from dllm.eval.bench import as_json as dump
 
-    benches = {**BENCHES, "own-work": lambda repeats: bench_step.run(only or None, repeats)}
+    short = {**BENCHES, "own-work": lambda repeats: bench_step.run(only or None, repeats)}
+    benches = {**short, "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats)}
     if name not in (*benches, "samplers", "all"):
         raise unknown("bench", name, [*benches, "samplers", "all"])
     torch.set_num_threads(threads)
@@ -43,7 +44,7 @@ def bench(
         names = only or list(bench_samplers.SETTINGS)
         typer.echo(bench_samplers.run(out=out or "bench-samplers.jsonl", n=n, validation=validation, names=names))
         return
-    rows = [row for key in (benches if name == "all" else [name]) for row in benches[key](repeats=repeats)]
+    rows = [row for key in (short if name == "all" else [name]) for row in benches[key](repeats=repeats)]
     if out is not None:
         out.write_text(dump(rows) + "\n", encoding="utf-8")
     if as_json:

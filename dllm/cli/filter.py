@@ -73,3 +73,20 @@ def evaluate(
 
     for key, value in filters.evaluate(Filter.load(filter), filters.Traces.load(traces)).items():
         typer.echo(f"{key:20} {value:.4f}")
+
+
+@filter_app.command()
+def compare(
+    filter: Path = typer.Argument(None, help="A filter of `dllm filter train`; default: the embedded one."),
+    model: str = typer.Option("tiny", help="The embedded model, or a folder with another one of its kind."),
+    n: int = typer.Option(1500, min=2, help="Test problems a task."),
+    validation: int = typer.Option(200, min=2, help="Problems a task on which the settings are chosen."),
+    task: list[str] = typer.Option(None, help="word_problems, sudoku, functions; default: all three."),
+    out: Path = typer.Option("filter-compare.jsonl", help="Answers so far; a run that was stopped goes on from it."),
+) -> None:
+    """Decode with the filter and with the plain threshold, and compare them at equal accuracy. Resumable."""
+    from dllm.eval import bench_filters
+    from dllm.eval.bench_samplers import LENGTH
+
+    names = task or list(LENGTH)
+    typer.echo(bench_filters.run(filter, model, out=out, n=n, validation=validation, task_names=names))
