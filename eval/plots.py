@@ -34,14 +34,8 @@ def pyplot() -> Any | None:
     return plt
 
 
-def accuracy_against_tpf(
-    cells: Sequence[Mapping[str, Any]],
-    path: Path,
-    title: str,
-    expected: Sequence[tuple[str, float, float]] = (),
-) -> Path | None:
-    """One point a setting with its interval, the frontier drawn through those that none beats; published points
-    hollow."""
+def accuracy_against_tpf(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path | None:
+    """One point a setting with its interval, the frontier drawn through those that none beats."""
     plt = pyplot()
     shown = [c for c in cells if c["tpf"] is not None and not math.isnan(c["tpf"])]
     if plt is None or not shown:
@@ -49,13 +43,13 @@ def accuracy_against_tpf(
     points = [(c["tpf"], 100 * c["accuracy"]) for c in shown]
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     best = [points[i] for i in frontier(points)]
-    axes.plot(*zip(*best, strict=True), color="0.7", lw=1.5, zorder=1, label="frontier")
+    if len(best) > 1:
+        axes.plot(*zip(*best, strict=True), color="0.7", lw=1.5, zorder=1, label="frontier")
     for i, (cell, (x, y)) in enumerate(zip(shown, points, strict=True)):
         error = [[max(0.0, y - 100 * cell["low"])], [max(0.0, 100 * cell["high"] - y)]]
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # where the colours begin again, others
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": marker}
         axes.errorbar(x, y, yerr=error, ms=7, lw=1, capsize=2, ls="none", label=cell["setting"], zorder=2, **style)
-    for name, x, y in expected:
-        axes.plot(x, y, marker="o", mfc="none", mec="0.3", ls="none", label=f"published: {name}")
     axes.set(xlabel="tokens per forward", ylabel="accuracy, %", title=title)
     axes.margins(x=0.1)
     axes.set_xlim(left=0)
@@ -65,7 +59,8 @@ def accuracy_against_tpf(
 
 
 def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
-    """One line a setting, one column a position: the colour is the forward that wrote it. Grey was never written.
+    """One line a setting, one column a position: the colour is the forward that wrote it, on a logarithmic scale, since
+    one setting takes two forwards where another takes forty. Grey was never written.
 
     `width` cuts the columns, since behind the longest answer there is only padding.
     """
@@ -80,11 +75,16 @@ def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, wi
         grid[line, : len(order)] = order[:width]
     figure, axes = plt.subplots(figsize=(max(6.0, 2.6 + 0.1 * width), 1.3 + 0.42 * len(traces)), layout="constrained")
     colours = plt.get_cmap("viridis").with_extremes(bad="0.85")
-    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=colours, vmin=1)
-    names = [f"{name}  ({len(trace.commits)} forwards)" for name, trace in traces]
+    last = max(2.0, float(np.nanmax(grid, initial=1)))
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=colours, norm="log", vmin=1, vmax=last)
+    counts = [len(trace.commits) for _, trace in traces]
+    names = [f"{name}  ({n} forward{'s' if n != 1 else ''})" for (name, _), n in zip(traces, counts, strict=True)]
     axes.set_yticks(range(len(traces)), names, fontsize=8)
     axes.set(xlabel="position in the answer", title=title)
-    figure.colorbar(image, ax=axes, label="written by forward")
+    ticks = [2**i for i in range(int(math.log2(last)) + 1)]
+    bar = figure.colorbar(image, ax=axes, label="written by forward")
+    bar.set_ticks(ticks, labels=list(map(str, ticks)), minor=False)
+    bar.minorticks_off()
     return _save(plt, figure, path)
 
 
@@ -96,18 +96,20 @@ def _order(trace: Trace) -> list[float]:
 
 
 def accepted(counts: Mapping[str, Sequence[int]], path: Path, title: str) -> Path | None:
-    """How many draft tokens the verifier took in each cycle, one outline a setting."""
+    """How many draft tokens the verifier took in each cycle, one histogram a setting below one another."""
     plt = pyplot()
     if plt is None or not counts:
         return None
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    top = max(max(values) for values in counts.values())
-    edges = np.arange(-0.5, top + 1.5)
-    for i, (name, values) in enumerate(counts.items()):
-        label = f"{name} (mean {np.mean(values):.2f})"
-        axes.hist(values, edges, density=True, histtype="step", lw=1.8, color=COLOURS[i % len(COLOURS)], label=label)
-    axes.set(xlabel="accepted draft tokens in a cycle", ylabel="share of cycles", title=title)
-    axes.legend(fontsize=8, frameon=False)
+    top, shared = max(max(values) for values in counts.values()), {"sharex": True, "sharey": True, "squeeze": False}
+    figure, rows = plt.subplots(len(counts), figsize=(7.2, 1.0 + 1.5 * len(counts)), layout="constrained", **shared)
+    for i, (axes, (name, values)) in enumerate(zip(rows[:, 0], counts.items(), strict=True)):
+        axes.hist(values, np.arange(-0.5, top + 1.5), density=True, rwidth=0.85, color=COLOURS[i % len(COLOURS)])
+        axes.axvline(np.mean(values), color="0.3", lw=1, ls="--")
+        axes.set_title(f"{name}  (mean {np.mean(values):.2f})", fontsize=9, loc="left")
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(title)
+    figure.supxlabel("accepted draft tokens in a cycle", fontsize=10)
+    figure.supylabel("share of cycles", fontsize=10)
     return _save(plt, figure, path)
 
 

@@ -30,7 +30,10 @@ def report(results: Results, rows: Sequence[Row], figures: bool = True) -> Path:
     """Write `report.md` and its figures into the run folder; the report's path."""
     config, folder = results.config, results.folder
     parts = [f"# {config.name}", config.about.strip(), _facts(results), "".join(f"\n> {n}\n" for n in results.notices)]
-    for task in dict.fromkeys(cell["task"] for cell in results.cells):
+    tasks = list(dict.fromkeys(cell["task"] for cell in results.cells))
+    if len(tasks) > 1:
+        parts.append(_overview(results, tasks))
+    for task in tasks:
         parts += [f"## {task}", *_task(results, task, [r for r in rows if r["task"] == task], figures)]
     parts += [_areas(results), _published(results)]
     if config.unknown:
@@ -45,6 +48,13 @@ def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     rule = ["---"] + ["---:"] * (len(head) - 1)
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in [head, *lines]]
     return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
+
+
+def compact(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A table without the columns that hold no value."""
+    lines = list(lines)
+    kept = [i for i in range(len(head)) if not lines or any(line[i] != "–" for line in lines)]
+    return table([head[i] for i in kept], ([line[i] for i in kept] for line in lines))
 
 
 def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
@@ -70,6 +80,19 @@ def _facts(results: Results) -> str:
     return "\n".join(lines) + "\n\n" + COUNTING
 
 
+def _overview(results: Results, tasks: Sequence[str]) -> str:
+    """All tasks beside one another, before the details of each."""
+    lines = []
+    for setting in results.config.settings:
+        cells = {cell["task"]: cell for cell in results.cells if cell["setting"] == setting.label}
+        shown = [
+            f"{number(cells[t]['accuracy'], 1, 100)} · {number(cells[t].get('tpf'))}" if t in cells else "–"
+            for t in tasks
+        ]
+        lines.append([setting.label, *shown])
+    return "## Overview\n\nAccuracy in percent · tokens per forward.\n\n" + table(["setting", *tasks], lines)
+
+
 def _task(results: Results, task: str, rows: Sequence[Row], figures: bool) -> list[str]:
     cells = [cell for cell in results.cells if cell["task"] == task]
     parts = [_table(cells)]
@@ -87,7 +110,7 @@ def _task(results: Results, task: str, rows: Sequence[Row], figures: bool) -> li
 
 def _table(cells: Sequence[Mapping[str, Any]]) -> str:
     head = ["setting", "n", "accuracy %", "interval", "NFE", "NFE≡", "TPF", "tokens/s", "per sample", "errors"]
-    return table(
+    return compact(
         head,
         (
             [
@@ -115,8 +138,11 @@ def _work(cells: Sequence[Mapping[str, Any]]) -> str:
         ended = ", ".join(f"{reason} {count}" for reason, count in c["finish"].items()) or "–"
         seconds = [number(clock.get(k), 1) for k in ("seconds", "prefill_seconds", "decode_seconds", "peak_mb")]
         lines.append([c["setting"], c["tokens"], c["tokens_raw"], c["empty"], ended, *seconds])
-    note = "Prefill and decode seconds are sums over samples, each from the start of its call; `seconds` is wall time."
-    return table(head, lines) + f"\n\n{note}"
+    note = (
+        "`seconds` is wall time; prefill and decode seconds are sums over samples, each from the start of its call. "
+        "Peak memory is the accelerator's under the setting, or on a CPU the process's so far."
+    )
+    return compact(head, lines) + f"\n\n{note}"
 
 
 def _drafting(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -190,7 +216,7 @@ def _figures(
     spread = {s: counts for s, counts in spread.items() if counts}
     yield from _made("forwards of a sample", plots.forwards(spread, folder / f"{name}-forwards.png", task))
     counts = {s: [n for r in rows if r["setting"] == s for n in r.get("accepted") or ()] for s in labels}
-    counts = {s: values for s, values in counts.items() if values}
+    counts = {s: values for s, values in counts.items() if any(values)}  # plain decoding drafts nothing
     yield from _made("accepted draft tokens", plots.accepted(counts, folder / f"{name}-accepted.png", task))
     at = [t.label or t.name for t in results.config.tasks].index(task)
     for index in range(results.config.trace):

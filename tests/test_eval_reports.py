@@ -13,7 +13,7 @@ from dllm.cli import app
 from dllm.errors import DllmError
 from dllm.eval import compare, plots
 from dllm.eval.config import load
-from dllm.eval.report import report, table
+from dllm.eval.report import compact, report, table
 from dllm.eval.runner import Results, _results, areas, method
 from dllm.eval.store import Store
 from dllm.eval.tasks import Task
@@ -69,6 +69,7 @@ def test_report_puts_published_figures_beside_ours(tmp_path):
     assert "| threshold | +0.0 (+0.0 … +0.0) | 0 | 0 | 1.000 | 2.00× (2.00 … 2.00) | 0.50× |" in text
     assert "| credit | -50.0" in text and "| 4 | 0 | 0.125 | 4.00× " in text
     assert results.cell("sudoku", "threshold")["tpf"] == 2.0
+    assert "## Overview" not in text  # of one task
     # one point for each method, so the area is TPF × accuracy
     assert results.aup["sudoku"] == pytest.approx({"confidence": 75.0, "threshold": 150.0, "credit": 100.0})
 
@@ -90,8 +91,21 @@ def test_methods_name_curves():
     assert len(areas(settings, two)["sudoku"]) == 4
 
 
+def test_several_tasks_begin_with_an_overview(tmp_path):
+    both = [*ALL, *({**row, "key": row["key"] + "w", "task": "word_problems", "correct": 1.0} for row in ALL)]
+    config = load({**PLAIN, "tasks": ["sudoku", "word_problems"]})
+    tasks = [Task(name, "1", (), lambda d, t: None) for name in ("sudoku", "word_problems")]
+    store = Store(tmp_path, config)
+    store.append(both)
+    results = _results(config, store, tasks, tmp_path, {})
+    store.close()
+    text = report(results, both, figures=False).read_text(encoding="utf-8")
+    assert "| setting | sudoku | word_problems |" in text and "| credit | 25.0 · 4.00 | 100.0 · 4.00 |" in text
+
+
 def test_tables_escape_bars():
     assert table(["a|b"], [["c|d"]]) == "| a\\|b |\n| --- |\n| c\\|d |"
+    assert compact(["a", "b"], [["x", "–"], ["y", "–"]]) == table(["a"], [["x"], ["y"]])
 
 
 def test_compare(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run_command(
     results = run(config, sets, out=out, limit=limit, seed=seed, dry_run=dry_run, retry_errors=retry_errors)
     for cell in results.cells:
         accuracy, tpf = 100 * cell["accuracy"], cell.get("tpf")
-        speed = f"  {tpf:5.2f} tokens/forward" if tpf is not None else ""
+        speed = f"  {tpf:5.2f} tokens/forward" if tpf is not None and math.isfinite(tpf) else ""
         typer.echo(f"{cell['task']:<16} {cell['setting']:<44} {accuracy:5.1f} %{speed}")
     for notice in results.notices:
         typer.echo(notice, err=True)
@@ -79,9 +80,11 @@ def tune(
     limit: int | None = typer.Option(None, help="The first documents of each task only."),
     seed: int | None = typer.Option(None, help="Seed of every random choice."),
 ) -> None:
-    """Search sampler parameters for the most tokens per forward within a stated loss of accuracy."""
+    """Search sampler parameters for the most tokens per forward within a stated loss of accuracy. Exit code 3: some
+    prompts failed."""
     from dllm.eval import tune as search
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     found = search(config, sets, out=out, limit=limit, seed=seed)
     typer.echo(found.text)
+    raise typer.Exit(found.results.exit_code)
