@@ -7,6 +7,7 @@ wrong is said with the file, the line and the key.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import types
 import typing
@@ -23,6 +24,30 @@ Path_ = tuple[Any, ...]
 
 
 # --------------------------------------------------------------------------------------------------------------- schema
+
+
+class Source:
+    """Where every key was given (a file and its line, or a `--set`), so that an error can say so."""
+
+    def __init__(self, name: str, places: Mapping[Path_, str] | None = None):
+        self.name, self.places = name, dict(places or {})
+
+    def place(self, path: Path_) -> str:
+        """Where this key, or else the nearest one around it, was given."""
+        ends = range(len(path), 0 if path else -1, -1)
+        return next((self.places[path[:end]] for end in ends if path[:end] in self.places), self.name)
+
+    def error(self, path: Path_, message: str) -> DllmError:
+        key = ".".join(map(str, path))
+        return DllmError(f"{self.place(path)}: {key + ': ' if key else ''}{message}")
+
+    def placed(self, path: Path_, place: str) -> Source:
+        """The same with this key, and all below it, given elsewhere."""
+        kept = {key: at for key, at in self.places.items() if key[: len(path)] != path}
+        return Source(self.name, {**{path[:end]: place for end in range(1, len(path))}, **kept, path: place})
+
+
+NOWHERE = Source("the configuration")
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,11 @@ class GenerateSpec:
     chat: bool | None = None
     gumbel: bool | None = None
     max_nfe: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that are not left to the family, as `dllm.generate` takes them."""
+        values = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +155,7 @@ class Setting:
     cache: Any
     generate: GenerateSpec
     speculate: SpeculateSpec | None = None
-    where: str = field(default="", compare=False)  # the key in the file, for messages
+    source: Source = field(default=NOWHERE, compare=False, repr=False)  # where its keys were given
 
 
 @dataclass(frozen=True)
@@ -146,12 +176,12 @@ class Config:
     unknown: tuple[str, ...] = ()  # what a paper leaves open, printed in the report
     about: str = ""
     out: str | None = None
-    source: Source | None = field(default=None, compare=False, repr=False)
+    source: Source = field(default=NOWHERE, compare=False, repr=False)
 
     def plain(self) -> dict[str, Any]:
         """The configuration as plain YAML values that `load` reads back: `None`s left out, the sweep spelled out
         point by point."""
-        values = _prune(asdict(replace(self, source=None)), {"where"})
+        values = _prune(asdict(self), {"source"})
         points = values.pop("settings")  # in a sweep a list is a choice, so a composition goes in as the only one
         values["matrix"] = [{k: [v] if isinstance(v, list) else v for k, v in point.items()} for point in points]
         return values
@@ -160,10 +190,6 @@ class Config:
         """What a result depends on: `plain()` without where it runs and what it is compared with."""
         ignored = ("engine", "expected", "unknown", "about", "out", "name", "confidence")
         return {k: v for k, v in self.plain().items() if k not in ignored}
-
-    def error(self, where: str, message: str) -> DllmError:
-        """A `DllmError` that says where in the file `where` (a dotted key) stands."""
-        return self.source.error(_split(where), message) if self.source else DllmError(f"{where}: {message}")
 
 
 # What `expected:` may name: the figures of a cell of the report.
@@ -180,21 +206,6 @@ _TOP = [f.name for f in fields(Config) if f.name not in ("settings", "source")] 
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-class Source:
-    """Where the keys of a YAML text stand, so that an error can name its line."""
-
-    def __init__(self, name: str, lines: Mapping[Path_, tuple[str, int]] | None = None):
-        self.name, self.lines = name, dict(lines or {})
-
-    def error(self, path: Path_, message: str) -> DllmError:
-        key = ".".join(map(str, path))
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.lines and (end or not path):
-                file, line = self.lines[path[:end]]
-                return DllmError(f"{file}, line {line}: {key + ': ' if key else ''}{message}")
-        return DllmError(f"{self.name}: {key + ': ' if key else ''}{message}")
-
-
 def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
     """YAML text to plain values and the lines of its keys. Errors: malformed, not a mapping, a key given twice."""
     try:
@@ -203,7 +214,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise DllmError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    lines: dict[Path_, tuple[str, int]] = {}
+    places: dict[Path_, str] = {}
     if node is None:
         raise DllmError(f"{name}: the file is empty; an evaluation needs at least `tasks:`")
     if not isinstance(node, yaml.MappingNode):
@@ -211,7 +222,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
     loader = yaml.SafeLoader("")
 
     def value(node: yaml.Node, path: Path_) -> Any:
-        lines.setdefault(path, (name, node.start_mark.line + 1))
+        places.setdefault(path, f"{name}, line {node.start_mark.line + 1}")
         if isinstance(node, yaml.SequenceNode):
             return [value(child, (*path, i)) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
@@ -227,11 +238,11 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
             key = str(loader.construct_object(key_node))
             if key in out:
                 raise DllmError(f"{name}, line {key_node.start_mark.line + 1}: key {key!r} is given twice")
-            lines[(*path, key)] = (name, key_node.start_mark.line + 1)
+            places[(*path, key)] = f"{name}, line {key_node.start_mark.line + 1}"
             out[key] = value(child, (*path, key))
         return out
 
-    return value(node, ()), Source(name, lines)
+    return value(node, ()), Source(name, places)
 
 
 def read(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Source]:
@@ -252,7 +263,7 @@ def read(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     if parent in (*_seen, path.resolve()):
         raise source.error(("extends",), f"{base} extends this file again")
     data_base, source_base = read(parent, (*_seen, path.resolve()))
-    return merge(data_base, data), Source(str(path), {**source_base.lines, **source.lines})
+    return merge(data_base, data), Source(str(path), {**source_base.places, **source.places})
 
 
 def merge(base: Any, top: Any) -> Any:
@@ -332,14 +343,21 @@ def load(config: Config | Mapping[str, Any] | str | Path, sets: Sequence[str] = 
         if sets:
             raise DllmError("overrides apply to a file or a mapping; change a Config with dataclasses.replace")
         return replace(config, **changes)
+    data, source = gather(config, sets)
+    return build({**data, **changes}, source)
+
+
+def gather(config: Mapping[str, Any] | str | Path, sets: Sequence[str]) -> tuple[dict[str, Any], Source]:
+    """The plain values of a file or mapping with the overrides applied, and where each was given."""
     if isinstance(config, Mapping):
-        data, source = dict(config), Source("the configuration")
+        data, source = copy.deepcopy(dict(config)), NOWHERE
     else:
         data, source = read(config)
         data.setdefault("name", Path(config).stem)
     for assignment in sets:
         data = override(data, assignment)
-    return build({**data, **changes}, source)
+        source = source.placed(_split(assignment.partition("=")[0].strip()), f"--set {assignment}")
+    return data, source
 
 
 def build(data: Mapping[str, Any], source: Source) -> Config:
@@ -405,8 +423,10 @@ def _settings(data: Mapping[str, Any], source: Source) -> Iterable[Setting]:
                 point[path[0]] = merge(old, new) if len(path) == 1 else _assign(old, path[1:], new, axis)
             varying = {axis: value for axis, value in chosen.items() if len(axes[axis]) > 1 or axis == "sampler"}
             label = _label(named, varying, point)
-            here = ".".join(map(str, (*where, "sampler"))) if "sampler" in axes else "sampler"
-            setting = _setting(label, point, source, here)
+            here = source
+            for axis, i in zip(axes, picks, strict=True):
+                here = here.placed(_split(axis), source.place((*where, axis, i)))
+            setting = _setting(label, point, here)
             if label in seen and replace(setting, label="") != replace(seen[label], label=""):
                 raise source.error(where, f"two settings are called {label!r}; give each a `label:`")
             if label not in seen:
@@ -446,7 +466,7 @@ def describe(spec: Any) -> str:
     return f"{name}({rest})" if rest else name
 
 
-def _setting(label: str, point: Mapping[str, Any], source: Source, where: str) -> Setting:
+def _setting(label: str, point: Mapping[str, Any], source: Source) -> Setting:
     sampler = point.get("sampler")
     if isinstance(sampler, dict) and set(sampler) == {"name"}:
         sampler = sampler["name"]
@@ -454,7 +474,7 @@ def _setting(label: str, point: Mapping[str, Any], source: Source, where: str) -
         sampler = None
     if not (sampler is None or isinstance(sampler, str | list) or (isinstance(sampler, dict) and "name" in sampler)):
         raise source.error(
-            _split(where), "a sampler is a name, a mapping with `name:` and parameters, or a list of these"
+            ("sampler",), "a sampler is a name, a mapping with `name:` and parameters, or a list of these"
         )
     spec = point.get("speculate")
     return Setting(
@@ -466,7 +486,7 @@ def _setting(label: str, point: Mapping[str, Any], source: Source, where: str) -
         speculate=make(SpeculateSpec, {"verifier": spec} if isinstance(spec, str) else spec, ("speculate",), source)
         if spec
         else None,
-        where=where,
+        source=source,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from dllm.errors import DllmError
 
-from .config import Config, EngineSpec, ModelSpec
+from .config import Config, EngineSpec
 from .store import Row
 from .tasks import Task
 from .worker import Job, Worker
@@ -27,7 +27,7 @@ class Engine(Protocol):
     lead: bool
     worker: Worker
 
-    def weights(self, spec: ModelSpec) -> str: ...
+    def weights(self, setting: int) -> dict[str, str]: ...
     def keys(self, jobs: Sequence[Job]) -> list[list[str]]: ...
     def map(self, jobs: Sequence[Job]) -> Iterator[list[Row]]: ...
     def wait(self) -> None: ...
@@ -42,8 +42,8 @@ class Local:
     def __init__(self, config: Config, folder: str, tasks: tuple[Task, ...]):
         self.worker = Worker(config, folder, tasks)
 
-    def weights(self, spec: ModelSpec) -> str:
-        return self.worker.weights(spec)
+    def weights(self, setting: int) -> dict[str, str]:
+        return self.worker.weights(setting)
 
     def keys(self, jobs: Sequence[Job]) -> list[list[str]]:
         return [self.worker.keys(job) for job in jobs]
@@ -76,9 +76,6 @@ class Accelerate(Local):
             replace(s, model=replace(s.model, device=s.model.device or device)) for s in config.settings
         )  # each rank its own accelerator
         super().__init__(replace(config, settings=settings), folder, tasks)
-
-    def weights(self, spec: ModelSpec) -> str:
-        return self.worker.weights(replace(spec, device=spec.device or str(self.accelerator.device)))
 
     def map(self, jobs: Sequence[Job]) -> Iterator[list[Row]]:
         return super().map(jobs[self.accelerator.process_index :: self.accelerator.num_processes])
@@ -118,11 +115,11 @@ class Ray:
         )(Worker)
         # The tasks are read again by each worker: their scorers are functions, which do not travel; `trace` files
         # need a shared folder.
-        self.actors: list[Any] = [actor.remote(replace(config, source=None), folder) for _ in range(spec.workers)]
-        self.worker = Worker(replace(config, source=None), None, tasks)
+        self.actors: list[Any] = [actor.remote(config, folder) for _ in range(spec.workers)]
+        self.worker = Worker(config, None, tasks)
 
-    def weights(self, spec: ModelSpec) -> str:
-        return self._get(self.actors[0].weights.remote(spec))
+    def weights(self, setting: int) -> dict[str, str]:
+        return self._get(self.actors[0].weights.remote(setting))
 
     def keys(self, jobs: Sequence[Job]) -> list[list[str]]:
         return self._get([self.actors[0].keys.remote(job) for job in jobs])

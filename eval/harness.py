@@ -10,13 +10,12 @@ Needs the extra [eval].
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ import dllm
 from dllm.errors import DllmError
 from dllm.generation import Arguments, encode
 
-from .config import Config, GenerateSpec, Setting, TaskSpec
+from .config import Config, Setting, TaskSpec
 from .store import Row, Store, decoding_identity, sample_key
-from .worker import Worker, clock, measure, memory
+from .worker import Worker, attempt, failed, measure
 
 try:
     from lm_eval.api.model import LM
@@ -173,14 +172,13 @@ class DiffusionLM(LM):
 
     def _answer(self, contexts: list[str], given: Mapping[str, Any], first: int) -> list[str]:
         """One batch; what a journal already holds is not decoded again."""
-        arguments = self.arguments(given)
+        arguments, seed = self.arguments(given), self.seed + first
         if self.journal is None:
-            return [output.text for output in self._decode(contexts, arguments, self.seed + first)[0]]
-        keys = self.journal.keys(contexts, given, arguments, self.seed + first)
+            return [output.text for output in self._decode(contexts, arguments, seed)]
+        keys = self.journal.keys(contexts, given, arguments, seed)
         if not self.journal.holds(keys):  # the whole batch again, so that a resumed row is what it would have been
-            outputs, seconds = self._decode(contexts, arguments, self.seed + first)
-            lengths = [len(self._ids(context, arguments["max_new_tokens"])) for context in contexts]
-            self.journal.add(keys, outputs, lengths, seconds)
+            outcomes = attempt(lambda some, seed: self._decode(some, arguments, seed), contexts, seed)
+            self.journal.add(keys, contexts, outcomes)
         return self.journal.texts(keys)
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,11 +198,9 @@ class DiffusionLM(LM):
                 )
         return out
 
-    def _decode(self, contexts: list[str], arguments: dict[str, Any], seed: int) -> tuple[list[Any], float]:
-        start = time.perf_counter()
+    def _decode(self, contexts: list[str], arguments: dict[str, Any], seed: int) -> list[Any]:
         ids = [self._ids(context, arguments["max_new_tokens"]) for context in contexts]
-        outputs = dllm.generate(self.model, ids, **{**arguments, "seed": seed, "batch_size": len(ids)})
-        return outputs, time.perf_counter() - start
+        return dllm.generate(self.model, ids, **{**arguments, "seed": seed, "batch_size": len(ids)})
 
     def _ids(self, context: str, room: int) -> list[int]:
         """Token ids, cut on the left where context and answer would not fit."""
@@ -272,7 +268,6 @@ class Journal:
 
     def __init__(self, store: Store, task: str, label: str, setting: Setting, weights: str):
         self.store, self.task, self.label, self.setting, self.weights = store, task, label, setting, weights
-        self.by_prompt: dict[str, list[str]] = {}  # keys of a prompt, in the order they came
 
     def keys(self, contexts: Sequence[str], given: Any, arguments: Mapping[str, Any], seed: int) -> list[str]:
         """The identities of a batch's samples."""
@@ -280,8 +275,6 @@ class Journal:
         for i, context in enumerate(contexts):
             identity = decoding_identity(self.setting, {**arguments, "request": given}, seed + i)
             out.append(sample_key(self.task, "", "", context, "", identity, self.weights))
-            if out[-1] not in self.by_prompt.setdefault(context, []):
-                self.by_prompt[context].append(out[-1])
         return out
 
     def holds(self, keys: Sequence[str]) -> bool:
@@ -290,25 +283,38 @@ class Journal:
     def texts(self, keys: Sequence[str]) -> list[str]:
         return [self.store.rows[key]["text"] for key in keys]
 
-    def add(self, keys: Sequence[str], outputs: Sequence[Any], lengths: Sequence[int], seconds: float) -> None:
-        """Append a decoded batch; `lengths` are those of the prompts in tokens."""
+    def add(self, keys: Sequence[str], contexts: Sequence[str], outcomes: Sequence[Any]) -> None:
+        """Append a decoded batch; lm-eval's verdicts come later."""
         head = {"task": self.label, "setting": self.setting.label, "index": -1, "doc": ""}
         rows = []
-        for key, output, length in zip(keys, outputs, lengths, strict=True):
-            taken = {**clock(output), "share": seconds / len(outputs), "rows": len(outputs), **memory()}
-            row: Row = {"key": key, **head, "text": output.text, "answer": None, "correct": None}
-            rows.append({**row, **measure(output, length), "error": None, "clock": taken})
+        for key, context, (output, took) in zip(keys, contexts, outcomes, strict=True):
+            row: Row = {"key": key, **head, "prompt": _mark(context), "clock": took}
+            if isinstance(output, Exception):
+                rows.append(row | failed(output))
+            else:
+                said = {"text": output.text, "answer": None, "correct": None}
+                rows.append({**row, **said, **measure(output), "error": None})
         self.store.append([row for row in rows if row["key"] not in self.store.rows])
 
-    def grade(self, samples: Sequence[Mapping[str, Any]], metric: str) -> None:
-        """Write lm-eval's verdicts into the rows: the same keys again, and the last of a key counts."""
+    def grade(self, samples: Sequence[Mapping[str, Any]], metric: str, task: str) -> None:
+        """Write lm-eval's verdicts into the rows of every rank: the same keys again, and the last of a key counts.
+        `task` is the label of these samples' line in the report."""
+        self.store.reload()
+        mine: dict[str, list[Row]] = {}
+        for row in self.store.rows.values():
+            if row["setting"] == self.setting.label and row["task"] in (self.label, task):
+                mine.setdefault(row["prompt"], []).append(row)
         rows = []
         for sample in samples:
-            value, prompt = sample.get(metric), _prompt(sample)
-            for key in self.by_prompt.get(prompt, []):
-                known = {"index": sample["doc_id"], "doc": str(sample["doc_id"]), "target": str(sample["target"])}
-                rows.append({**self.store.rows[key], **known, "correct": float(value) if value is not None else 0.0})
+            known = {"index": sample["doc_id"], "doc": str(sample["doc_id"]), "target": str(sample["target"])}
+            for row in mine.get(_mark(_prompt(sample)), []):
+                correct = 0.0 if row["error"] else float(sample.get(metric) or 0.0)
+                rows.append({**row, **known, "task": task, "correct": correct})
         self.store.append([row for row in rows if row != self.store.rows[row["key"]]])
+
+
+def _mark(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def _prompt(sample: Mapping[str, Any]) -> str:
@@ -354,28 +360,24 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
                     **options,
                 )
             except (KeyError, ValueError, TypeError) as error:
-                raise config.error("tasks", f"lm-eval cannot run {name!r}: {error}") from None
+                raise config.source.error(("tasks",), f"lm-eval cannot run {name!r}: {error}") from None
             if found is None or not lead:
                 continue
             for task, results in found["results"].items():
                 samples = found["samples"].get(task, [])
                 chosen = metric or _first(results)
-                lm.journal.grade(
-                    [s for s in samples if s["filter"] == _filter(results, chosen, samples)], chosen.split(",")[0]
-                )
-                out.append(_cell(label, task, setting, results, chosen, found, samples, len(found["results"])))
+                line = label if len(found["results"]) == 1 else f"{label}:{task}"
+                filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
+                lm.journal.grade(filtered, chosen.split(",")[0], line)
+                out.append(_cell(line, setting, results, chosen, found["versions"].get(task, ""), samples))
     return out
 
 
 def _decoding(setting: Setting, spec: TaskSpec) -> dict[str, Any]:
     """Sampler, cache and decoding arguments; stop strings and lengths are the task's."""
-    merged = replace(setting.generate, **{k: v for k, v in vars(spec.generate).items() if v is not None})
-    out = {
-        f.name: v
-        for f in fields(GenerateSpec)
-        if (v := getattr(merged, f.name)) is not None and f.name not in ("stop", "chat")
-    }
-    return {**out, "sampler": setting.sampler, "cache": setting.cache}
+    given = {**setting.generate.given(), **spec.generate.given()}
+    given = {k: v for k, v in given.items() if k not in ("stop", "chat")}
+    return {**given, "sampler": setting.sampler, "cache": setting.cache}
 
 
 def _limit(config: Config, spec: TaskSpec) -> int | None:
@@ -395,21 +397,19 @@ def _filter(results: Mapping[str, Any], chosen: str, samples: Sequence[Mapping[s
 
 
 def _cell(
-    label: str,
     task: str,
     setting: Setting,
     results: Mapping[str, Any],
     chosen: str,
-    found: Mapping[str, Any],
+    version: Any,
     samples: Sequence[Mapping[str, Any]],
-    tasks: int,
 ) -> dict[str, Any]:
     """One task's figures as lm-eval prints them."""
     key = chosen if chosen in results else next(k for k in results if k.split(",")[0] == chosen)
     return {
-        "task": label if tasks == 1 else f"{label}:{task}",
+        "task": task,
         "setting": setting.label,
-        "version": str(found["versions"].get(task, "")),
+        "version": str(version),
         "n": len({s["doc_id"] for s in samples}),
         "metric": key,
         "accuracy": float(results[key]) if 0 <= results[key] <= 1 else math.nan,

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 from tqdm import tqdm
 
 from dllm import cache as caches
+from dllm.drafting.loop import SpecConfig
 from dllm.errors import DllmError
+from dllm.generation import Arguments
+from dllm.lookahead import Lookahead
 from dllm.samplers import registry
 
 from . import engines, metrics
-from .config import Config, GenerateSpec, ModelSpec, Setting, load
+from .config import Config, GenerateSpec, ModelSpec, Setting, Source, load
 from .store import Row, Store, write
 from .worker import Job, environment, load_tasks
 
@@ -39,7 +42,11 @@ class Results:
     aup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task -> method -> area
     env: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
-    errors: int = 0
+
+    @property
+    def errors(self) -> int:
+        """Prompts that the model failed on."""
+        return sum(cell["errors"] for cell in self.cells)
 
     @property
     def exit_code(self) -> int:
@@ -81,7 +88,7 @@ def run(
     """
     given = load(config, sets, limit=limit, seed=seed, out=None if out is None else str(out))
     if given.limit is not None and given.limit < 1:
-        raise given.error("limit", f"{given.limit} leaves no document; the least is 1")
+        raise given.source.error(("limit",), f"{given.limit} leaves no document; the least is 1")
     if dry_run:
         given = rehearsal(given)
     check(given)
@@ -91,10 +98,10 @@ def run(
     engine = engines.start(own, str(folder), tasks)
     store: Store | None = None
     try:
-        store = Store(folder, given) if engine.lead else None
+        store = Store(folder, given, retry=retry_errors) if engine.lead else None
         engine.wait()
         store = store or Store(folder, given, lead=False)
-        weights = _decode(own, engine, store, tasks, folder, retry_errors, progress and engine.lead)
+        weights = _decode(own, engine, store, tasks, progress and engine.lead)
         engine.wait()
         store.reload()
         env = {**environment(), "weights": weights, "engine": given.engine.kind}
@@ -105,6 +112,10 @@ def run(
             found = run_tasks(foreign, store, engine.worker, engine.lead)
             results = replace(results, cells=(*results.cells, *_counted(found, store, given)))
         results = replace(results, config=given, aup=areas(given, results.cells))
+        if bad := next((row for row in store.rows.values() if row.get("error")), None):
+            first = f"{bad['task']}, {bad['setting']}, document {bad['doc']}: {bad['error']}"
+            notice = f"{results.errors} samples failed and count as wrong; the first is {first}"
+            results = replace(results, notices=(*results.notices, notice))
         if engine.lead:
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
             from .report import report
@@ -125,18 +136,38 @@ def _split(config: Config) -> tuple[Config, Config]:
 
 
 def check(config: Config) -> None:
-    """Every sampler and cache exists and takes its parameters; the error names the place in the file."""
+    """Every sampler, cache and drafting exists and takes its parameters, and every decoding argument may have its
+    value; the error names the place in the file."""
     for setting in config.settings:
-        for where, build in (
-            (setting.where or "sampler", lambda s=setting: s.sampler is None or registry.parse(s.sampler)),
-            ("cache", lambda s=setting: caches.policy(s.cache)),
-        ):
-            try:
-                build()
-            except DllmError as error:
-                raise config.error(where, str(error)) from None
-            except TypeError as error:
-                raise config.error(where, f"does not fit: {error}") from None
+        with _placed(setting.source, "sampler"):
+            registry.parse(setting.sampler or "confidence")
+        with _placed(setting.source, "cache"):
+            caches.policy(setting.cache)
+        with _placed(setting.source, "generate"):
+            arguments = Arguments(**setting.generate.given())
+        with _placed(setting.source, "generate", "lookahead"):
+            Lookahead.parse(arguments.lookahead or 1)
+        if setting.speculate:
+            with _placed(setting.source, "speculate", "options"):
+                drafting = SpecConfig.of(None, setting.speculate.options)
+                drafting.build_search(arguments.temperature > 0)
+                drafting.build_controller()
+            if any(t.name.startswith("lm-eval:") for t in config.tasks):
+                raise setting.source.error(("speculate",), "tasks of lm-eval are decoded by the model alone")
+    for i, task in enumerate(config.tasks):
+        with _placed(config.source, "tasks", i, "generate"):
+            Arguments(**task.generate.given())
+
+
+@contextmanager
+def _placed(source: Source, *key: Any) -> Iterator[None]:
+    """Errors inside name this key and where it was given."""
+    try:
+        yield
+    except DllmError as error:
+        raise source.error(key, str(error)) from None
+    except TypeError as error:
+        raise source.error(key, f"does not fit: {error}") from None
 
 
 def rehearsal(config: Config) -> Config:
@@ -179,26 +210,22 @@ def jobs_of(config: Config, setting: int, sizes: Sequence[int]) -> Iterator[Job]
 
 
 def _decode(
-    config: Config,
-    engine: engines.Engine,
-    store: Store,
-    tasks: Sequence[Any],
-    folder: Path,
-    retry: bool,
-    progress: bool,
+    config: Config, engine: engines.Engine, store: Store, tasks: Sequence[Any], progress: bool
 ) -> dict[str, str]:
     """Run every job that is not finished, model by model, and append its rows as they come."""
     sizes = [len(task.documents) for task in tasks]
     weights: dict[str, str] = {}
-    done = {key for key, row in store.rows.items() if not (retry and row.get("error"))}
+    done = set(store.rows)
     bar = tqdm(total=sum(sizes) * len(config.settings), unit="sample", disable=not progress, file=sys.stderr)
     live = _Live(bar)
     with bar:
         for spec in dict.fromkeys(s.model for s in config.settings):
-            weights[spec.name] = engine.weights(spec)
+            settings = [i for i, s in enumerate(config.settings) if s.model == spec]
+            for setting in settings:
+                weights |= engine.weights(setting)
             if engine.lead:
                 store.match_weights({**environment(), "weights": weights})
-            jobs = [job for i, s in enumerate(config.settings) if s.model == spec for job in jobs_of(config, i, sizes)]
+            jobs = [job for setting in settings for job in jobs_of(config, setting, sizes)]
             wanted = engine.keys(jobs)
             bar.update(sum(key in done for keys in wanted for key in keys))
             left = [job for job, keys in zip(jobs, wanted, strict=True) if not done.issuperset(keys)]
@@ -235,7 +262,7 @@ class _Live:
 
 
 def _results(config: Config, store: Store, tasks: Sequence[Any], folder: Path, env: Mapping[str, Any]) -> Results:
-    cells, errors = [], 0
+    cells = []
     for spec, task in zip(config.tasks, tasks, strict=True):
         label = spec.label or spec.name
         for setting in config.settings:
@@ -245,13 +272,12 @@ def _results(config: Config, store: Store, tasks: Sequence[Any], folder: Path, e
                 continue
             cell = {"task": label, "setting": setting.label, "version": task.version}
             cells.append({**cell, **metrics.summarize(rows, config.confidence, config.seed)})
-            errors += cells[-1]["errors"]
     notices = [
-        f"{t.name}: {len(t.skipped)} broken lines left out: {', '.join(t.skipped[:5])}" for t in tasks if t.skipped
+        f"{spec.label or spec.name}: {len(task.skipped)} broken lines left out: {', '.join(task.skipped[:5])}"
+        for spec, task in zip(config.tasks, tasks, strict=True)
+        if task.skipped
     ]
-    if errors:
-        notices.append(f"{errors} samples failed and count as wrong; `error` in samples.jsonl says why")
-    return Results(folder, config, tuple(cells), areas(config, cells), env, tuple(notices), errors)
+    return Results(folder, config, tuple(cells), areas(config, cells), env, tuple(notices))
 
 
 def _counted(cells: Sequence[Mapping[str, Any]], store: Store, config: Config) -> Iterator[dict[str, Any]]:
@@ -279,17 +305,23 @@ def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[
 
 
 def method(setting: Setting, model: bool = False) -> str:
-    """The name under which settings form one curve: sampler and cache without parameters, and the model if asked."""
-    sampler = setting.sampler
-    names = sampler if isinstance(sampler, list) else [sampler]
-    plain = [str(n.get("name") if isinstance(n, dict) else n or "default").split(":")[0] for n in names]
-    cache = setting.cache if isinstance(setting.cache, str) else str(setting.cache.get("name"))
-    extra = [] if cache == "none" else [cache]
-    if setting.generate.lookahead:
-        extra.append("lookahead")
+    """The name under which settings form one curve: sampler and cache (or how it is drafted) without parameters, and
+    the model if asked."""
     if setting.speculate:
-        extra.append(str(setting.speculate.options.get("method", "speculate")))
-    return " ".join(["+".join(plain), *extra, *([Path(setting.model.name).name] if model else [])])
+        options = setting.speculate.options
+        names = [setting.speculate.drafter, *(options[k] for k in ("search", "length") if k in options)]
+        words = ["plain"] if names[0] == "none" else ["drafted:", *map(_bare, names)]
+    else:
+        sampler = setting.sampler if isinstance(setting.sampler, list) else [setting.sampler or "default"]
+        words = ["+".join(map(_bare, sampler))]
+        words += [_bare(setting.cache)] if _bare(setting.cache) != "none" else []
+        words += ["lookahead"] if setting.generate.lookahead else []
+    return " ".join(words + ([Path(setting.model.name).name] if model else []))
+
+
+def _bare(spec: Any) -> str:
+    """The name of a sampler, cache or search without its parameters."""
+    return str(spec["name"] if isinstance(spec, Mapping) else spec).partition(":")[0]
 
 
 def _finite(value: Any) -> Any:

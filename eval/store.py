@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,10 @@ def decoding_identity(setting: Setting, generate: Mapping[str, Any], seed: int) 
 
 
 class Store:
-    """Reads and appends the samples of one run. Errors: another configuration's folder, a run in progress, a full
-    disk."""
+    """Reads and appends the samples of one run. `retry` drops the rows of prompts that failed. Errors: another
+    configuration's folder, a run in progress, a full disk."""
 
-    def __init__(self, folder: str | Path, config: Config, lead: bool = True):
+    def __init__(self, folder: str | Path, config: Config, lead: bool = True, retry: bool = False):
         self.folder = Path(folder)
         self.path = self.folder / "samples.jsonl"
         self.rows: dict[str, Row] = {}
@@ -66,6 +66,9 @@ class Store:
             self._match(config)
             self._mend()
         self.reload()
+        if retry and any(row.get("error") for row in self.rows.values()):
+            self.rows = {key: row for key, row in self.rows.items() if not row.get("error")}
+            write(self.path, _lines(self.rows.values()))
 
     def _claim(self) -> None:
         """One run at a time. The kernel frees the lock when its process dies, however it dies."""
@@ -79,13 +82,13 @@ class Store:
     def _match(self, config: Config) -> None:
         """Write the configuration, or refuse to mix with the samples of a different one."""
         path, mine = self.folder / "config.yaml", config.identity()
-        if not path.exists():
-            if self.path.exists() and self.path.stat().st_size:
-                raise DllmError(
-                    f"{self.folder} holds samples but no config.yaml, so they cannot be matched; choose another folder"
-                )
+        if not (self.path.exists() and self.path.stat().st_size):
             write(path, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
             return
+        if not path.exists():
+            raise DllmError(
+                f"{self.folder} holds samples but no config.yaml, so they cannot be matched; choose another folder"
+            )
         from .config import load
 
         old = load(path).identity()
@@ -99,7 +102,7 @@ class Store:
     def match_weights(self, env: Mapping[str, Any]) -> None:
         """Record where and with which weights this runs; refuse weights that have changed under the same name."""
         path = self.folder / "env.json"
-        old = json.loads(path.read_text(encoding="utf-8")).get("weights", {}) if path.exists() else {}
+        old = json.loads(path.read_text(encoding="utf-8")).get("weights", {}) if path.exists() and self.rows else {}
         for name, mark in env["weights"].items():
             if old.get(name, mark) != mark:
                 raise DllmError(
@@ -133,7 +136,7 @@ class Store:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add finished samples. They are on disk when this returns."""
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+        text = _lines(rows).encode()
         with _clear(self.path), open(self.path, "ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             start = file.seek(0, os.SEEK_END)
@@ -151,6 +154,10 @@ class Store:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from scipy.stats import qmc
 from dllm.errors import DllmError
 
 from . import metrics
-from .config import Source, build, describe, make, override, read
+from .config import build, describe, gather, make
 from .report import table
 from .runner import Results, run
 from .store import write
@@ -65,13 +65,7 @@ def tune(
     progress: bool = True,
 ) -> Found:
     """Search and write `best.yaml`. Errors: no `tune:`, an empty space, no candidate within the loss."""
-    if isinstance(config, Mapping):
-        data, source = dict(config), Source("the configuration")
-    else:
-        data, source = read(config)
-        data.setdefault("name", Path(config).stem)
-    for assignment in sets:
-        data = override(data, assignment)
+    data, source = gather(config, sets)
     if "tune" not in data:
         raise source.error((), "there is no `tune:`; give it `space:`, the samplers and parameters to search")
     spec: TuneSpec = make(TuneSpec, data.pop("tune"), ("tune",), source)

@@ -6,12 +6,13 @@ document's index), so it does not matter which worker runs it, when, or whether 
 
 from __future__ import annotations
 
+import bisect
 import logging
 import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 
 import dllm
-from dllm.drafting.registry import as_verifier
+from dllm.drafting.loop import SpecResult
+from dllm.drafting.registry import RETRIEVAL, as_drafter, as_verifier
+from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
-from dllm.generation import encode
+from dllm.models.model import fingerprint
 
-from .config import Config, GenerateSpec, ModelSpec, Setting, SpeculateSpec, TaskSpec
+from .config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
 from .store import Row, decoding_identity, sample_key
 from .tasks import Task
 from .tasks import load as load_task
@@ -59,25 +62,25 @@ class Job:
 def arguments(config: Config, setting: Setting, spec: TaskSpec, task: Task) -> dict[str, Any]:
     """The decoding arguments of a cell: the task's own defaults, then the configuration's, then those of its task
     entry."""
-    out: dict[str, Any] = {}
-    for source in (task.generate, setting.generate, spec.generate):
-        out.update({f.name: value for f in fields(GenerateSpec) if (value := getattr(source, f.name)) is not None})
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
+    return {**task.generate.given(), **setting.generate.given(), **spec.generate.given()}
 
 
 class Drafted:
     """A drafting result with the names of an output. Its forwards are the verifier's; the drafter's are counted
-    apart."""
+    apart. `tokens` end at the first stop, without it, as an output's do."""
 
-    def __init__(self, result: Any):
-        self.text, self.tokens, self.sequences = result.text, result.tokens, result.sequences
-        self.prompt_length, self.finish_reason, self.seconds = (
-            result.prompt_length,
-            result.finish_reason,
-            result.seconds,
-        )
-        self.nfe, self.draft_forwards = result.n_verify, result.draft_forwards
+    def __init__(self, result: SpecResult, verifier: Verifier, eos: Collection[int]):
+        self.text, self.finish_reason, self.seconds = result.text or "", result.finish_reason, result.seconds
+        self.nfe, self.draft_forwards, self.decoded = result.n_verify, result.draft_forwards, len(result.tokens)
         self.accepted = [r.accepted for r in result.rounds]
+        end = next((i for i, token in enumerate(result.tokens) if token in eos), len(result.tokens))
+
+        def length(n: int) -> int:
+            return len(verifier.tokenizer.decode(result.tokens[:n], skip_special_tokens=True))
+
+        if length(end) > len(self.text):  # a stop string: the shortest prefix that says as much
+            end = bisect.bisect_left(range(end), len(self.text), key=length)
+        self.tokens = result.tokens[:end]
 
 
 def load_tasks(config: Config) -> tuple[Task, ...]:
@@ -87,7 +90,7 @@ def load_tasks(config: Config) -> tuple[Task, ...]:
         try:
             tasks.append(load_task(spec, config.limit))
         except DllmError as error:
-            raise config.error(f"tasks.{i}", str(error)) from None
+            raise config.source.error(("tasks", i), str(error)) from None
     return tuple(tasks)
 
 
@@ -100,9 +103,10 @@ class Worker:
         self.tasks = load_tasks(config) if tasks is None else tasks
         self._spec: ModelSpec | None = None
         self._model: Any = None
-        self._verifiers: dict[str, Any] = {}
+        self._verifiers: dict[str, Verifier] = {}
+        self._drafters: dict[str, Any] = {}
+        self._marks: dict[str, str] = {}
         self._warm: set[int] = set()
-        self._mark = ""
 
     def model(self, spec: ModelSpec) -> Any:
         """The loaded model; the one before it is let go first."""
@@ -110,19 +114,32 @@ class Worker:
             self._model, self._spec = None, None
             wanted = {f.name: v for f in fields(spec) if f.name != "name" and (v := getattr(spec, f.name)) is not None}
             self._model = dllm.load(spec.name, **wanted)
-            self._spec, self._mark = spec, self._model.fingerprint()
+            self._spec, self._marks[spec.name] = spec, self._model.fingerprint()
         return self._model
 
-    def weights(self, spec: ModelSpec) -> str:
-        """A mark of the weights themselves: two checkpoints under one name do not share it."""
-        self.model(spec)
-        return self._mark
+    def verifier(self, name: str) -> Verifier:
+        """The loaded verifier; the one before it is let go first."""
+        if name not in self._verifiers:
+            self._verifiers.clear()
+            self._verifiers[name] = as_verifier(name)
+            self._marks[name] = fingerprint(self._verifiers[name].model)
+        return self._verifiers[name]
+
+    def weights(self, index: int) -> dict[str, str]:
+        """A mark of the weights of every network of a setting: two checkpoints under one name do not share it."""
+        setting = self.config.settings[index]
+        self.model(setting.model)
+        if setting.speculate is None:
+            return {setting.model.name: self._marks[setting.model.name]}
+        self.verifier(setting.speculate.verifier)
+        self._drafter(setting.speculate.drafter, self._model)  # one that cannot be loaded is found out now
+        return {name: self._marks[name] for name in (setting.model.name, setting.speculate.verifier)}
 
     def keys(self, job: Job) -> list[str]:
         """The identities of a job's samples."""
         setting, spec, task = self.config.settings[job.setting], self.config.tasks[job.task], self.tasks[job.task]
         decoding = arguments(self.config, setting, spec, task)
-        weights = self.weights(setting.model)
+        weights = "+".join(self.weights(job.setting).values())
         out = []
         for index in range(job.start, job.stop):
             doc, identity = task.documents[index], decoding_identity(setting, decoding, self.config.seed + index)
@@ -138,25 +155,22 @@ class Worker:
         documents = task.documents[job.start : job.stop]
         self._warm_up(job, setting, decoding, [d.prompt for d in documents])
         rows: list[Row] = []
-        outcome = self._decode(setting, [d.prompt for d in documents], decoding, self.config.seed + job.start, job)
-        for offset, (doc, key) in enumerate(zip(documents, self.keys(job), strict=True)):
-            index = job.start + offset
-            output = outcome[offset]
-            row: Row = {
-                "key": key,
-                "task": spec.label or spec.name,
-                "setting": setting.label,
-                "index": index,
-                "doc": doc.id,
-            }
+        trace = job.start < self.config.trace
+        outcomes = attempt(
+            lambda prompts, seed: self._generate(setting, prompts, decoding, seed, trace),
+            [d.prompt for d in documents],
+            self.config.seed + job.start,
+        )
+        for index, doc, key, (output, took) in zip(
+            range(job.start, job.stop), documents, self.keys(job), outcomes, strict=True
+        ):
+            head = {"task": spec.label or spec.name, "setting": setting.label, "index": index, "doc": doc.id}
+            row: Row = {"key": key, **head, "target": doc.target, "clock": took}
             if isinstance(output, Exception):
-                message = " ".join(str(output).split())[:500]
-                row |= {**FAILED, "target": doc.target, "error": f"{type(output).__name__}: {message}"}
-                row["clock"] = {"seconds": 0.0, "share": 0.0}
+                rows.append(row | failed(output))
             else:
-                row |= self._graded(task, doc, output, len(documents))
+                rows.append(row | self._graded(task, doc, output))
                 self._keep_trace(job, index, output)
-            rows.append(row)
         return rows
 
     # --------------------------------------------------------------------------------------------------------- decoding
@@ -166,41 +180,14 @@ class Worker:
         if job.setting in self._warm:
             return
         self._warm.add(job.setting)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(self.config.warmup):
             try:
                 self._generate(setting, list(prompts[:1]), decoding, self.config.seed, trace=False)
             except Exception:  # it will come again, and then be a row
                 log.debug("warm-up of %s failed", setting.label, exc_info=True)
                 return
-
-    def _decode(
-        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, job: Job
-    ) -> list[Any]:
-        """An output or the exception for every prompt. A batch that fails is tried one by one to find who is to
-        blame."""
-        trace = job.start < self.config.trace
-        try:
-            return self._timed(setting, prompts, decoding, seed, trace)
-        except Exception as error:
-            if len(prompts) == 1:
-                log.warning("%s, document %d: %s", setting.label, job.start, error)
-                return [error]
-        outcome: list[Any] = []
-        for i, prompt in enumerate(prompts):
-            one = Job(job.setting, job.task, job.start + i, job.start + i + 1)
-            outcome += self._decode(setting, [prompt], decoding, seed + i, one)
-        return outcome
-
-    def _timed(
-        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, trace: bool
-    ) -> list[Any]:
-        start = time.perf_counter()
-        outputs = self._generate(setting, prompts, decoding, seed, trace)
-        share = (time.perf_counter() - start) / len(prompts)
-        chat, model = decoding.get("chat"), self.model(setting.model)
-        return [
-            (output, share, len(encode(model, prompt, chat))) for output, prompt in zip(outputs, prompts, strict=True)
-        ]
 
     def _generate(
         self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, trace: bool
@@ -221,32 +208,33 @@ class Worker:
 
     def _speculate(self, spec: SpeculateSpec, model: Any, prompt: Any, decoding: Mapping[str, Any], seed: int) -> Any:
         """One prompt decoded by the verifier, drafted as the setting says."""
-        if spec.verifier not in self._verifiers:
-            self._verifiers = {spec.verifier: as_verifier(spec.verifier)}
-        drafter = {"model": model, "none": None}.get(spec.drafter, spec.drafter)
+        verifier, drafter = self.verifier(spec.verifier), self._drafter(spec.drafter, model)
         given = {k: v for k, v in decoding.items() if k in VERIFIER_ARGUMENTS}
-        result = dllm.speculate(self._verifiers[spec.verifier], drafter, prompt, seed=seed, **given, **spec.options)
-        return Drafted(result)
+        result = dllm.speculate(verifier, drafter, prompt, seed=seed, **given, **spec.options)
+        return Drafted(result, verifier, given.get("eos") or verifier.eos)
+
+    def _drafter(self, name: str, model: Any) -> Any:
+        """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""
+        if name in ("model", "none"):
+            return model if name == "model" else None
+        if name.split(":", maxsplit=1)[0] in RETRIEVAL:
+            return name
+        if name not in self._drafters:
+            self._drafters[name] = as_drafter(name)
+        return self._drafters[name]
 
     # ---------------------------------------------------------------------------------------------------------- results
 
-    def _graded(self, task: Task, doc: Any, outcome: tuple[Any, float, int], rows: int) -> Row:
-        output, share, prompt_length = outcome
+    def _graded(self, task: Task, doc: Any, output: Any) -> Row:
         graded = task.score(doc, output.text)
-        row = {"text": output.text, "answer": graded.answer, "target": doc.target, "correct": graded.correct}
+        row: Row = {"text": output.text, "answer": graded.answer, "correct": graded.correct}
         if graded.answer == output.text:
             row["answer"] = None  # the whole text: not stored twice
         if graded.note:
             row["note"] = graded.note
-        return {
-            **row,
-            **measure(output, prompt_length),
-            "error": None,
-            "clock": {**clock(output), "share": share, "rows": rows, **memory()},
-        }
+        return {**row, **measure(output), "error": None}
 
-    def _keep_trace(self, job: Job, index: int, outcome: tuple[Any, float, int]) -> None:
-        output = outcome[0]
+    def _keep_trace(self, job: Job, index: int, output: Any) -> None:
         if self.folder is None or index >= self.config.trace or getattr(output, "trace", None) is None:
             return
         folder = self.folder / "trace"
@@ -254,12 +242,35 @@ class Worker:
         output.trace.save(folder / f"{job.setting:02d}-{job.task:02d}-{index:04d}.json")
 
 
-def measure(output: Any, prompt_length: int) -> Row:
+def attempt(
+    generate: Callable[[list[Any], int], list[Any]], prompts: list[Any], seed: int
+) -> list[tuple[Any, dict[str, Any]]]:
+    """An output, or the exception, for every prompt, and what the clock says of it. A batch that fails is tried one by
+    one to find who is to blame."""
+    start = time.perf_counter()
+    try:
+        outputs = generate(prompts, seed)
+    except Exception as error:
+        if len(prompts) > 1:
+            return [outcome for i, prompt in enumerate(prompts) for outcome in attempt(generate, [prompt], seed + i)]
+        log.warning("a prompt failed: %s", error)
+        return [(error, {"seconds": 0.0, "share": 0.0})]
+    share = (time.perf_counter() - start) / len(prompts)
+    return [(output, {**clock(output), "share": share, "rows": len(prompts), **memory()}) for output in outputs]
+
+
+def failed(error: Exception) -> Row:
+    """What a row says of a prompt that the model failed on."""
+    message = " ".join(str(error).split())[:500]
+    return {**FAILED, "error": f"{type(error).__name__}: {message}"}
+
+
+def measure(output: Any) -> Row:
     """The counts of one output: tokens to the first stop, all decoded positions, forwards, and forwards in full
     lengths."""
     row = {
         "tokens": len(output.tokens),
-        "tokens_raw": len(output.sequences) - prompt_length,
+        "tokens_raw": output.decoded,
         "nfe": int(output.nfe),
         "nfe_equiv": getattr(output, "nfe_equiv", None),
         "finish": output.finish_reason,
@@ -319,7 +330,8 @@ def hardware() -> str:
         name = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    words = f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    words = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         words = f"{len(names)} × {names[0]}; {words}"

@@ -80,6 +80,10 @@ def test_overrides(tmp_path):
     assert [s.sampler["floor"] for s in every.settings] == [1, 1]  # a parameter is set at every point of the sweep
     with pytest.raises(DllmError, match="key=value"):
         load(path, ["sampler"])
+    for assignment in ("smpler.name=credit", "tasks=[{nme: x}]", "generate.block_length=x"):
+        with pytest.raises(DllmError) as error:
+            load(path, [assignment])
+        assert str(error.value).startswith(f"--set {assignment}: ")
 
 
 def test_a_saved_configuration_reads_back_as_itself(tmp_path):
@@ -100,6 +104,11 @@ def test_a_saved_configuration_reads_back_as_itself(tmp_path):
         ("tasks: [sudoku, sudoku]\n", "'sudoku' is there twice"),
         ("tasks: [sudoku]\nmatrix: {samplr: [b]}\n", "unknown axis 'samplr'; did you mean 'sampler'?"),
         ("tasks: [sudoku]\nmatrix: {sampler: []}\n", "the list is empty"),
+        (
+            "tasks: [sudoku]\nmatrix:\n  generate.steps:\n  - 1\n  - x\n",
+            "line 5: generate.steps: expected a whole number, found 'x'",
+        ),
+        ("tasks: [sudoku]\nmatrix:\n  generate.stps: [1]\n", "line 3: generate.stps: unknown key 'stps'"),
         ("tasks: [sudoku]\nexpected: [{task: sudku, value: 1}]\n", "line 2: expected.0.task: unknown task 'sudku'"),
         ("tasks: [sudoku]\nexpected: [{task: sudoku, value: 1, setting: x}]\n", "unknown setting 'x'"),
         (

@@ -196,6 +196,24 @@ def test_a_task_in_a_configuration_counts_and_resumes(tasks, tmp_path, monkeypat
     assert [c["accuracy"] for c in again.cells] == [c["accuracy"] for c in results.cells]
 
 
+def test_a_prompt_that_fails_is_an_error_row(tasks, tmp_path, monkeypatch):
+    """The other requests of its batch are answered, the exit code says so, --retry-errors mends it."""
+    honest = dllm.generate
+
+    def fails(model, ids, **arguments):
+        if any("Tom has 3" in model.tokenizer.decode(one) for one in ids):
+            raise RuntimeError("the model does not like this one")
+        return honest(model, ids, **arguments)
+
+    monkeypatch.setattr(dllm, "generate", fails, raising=False)
+    one = config(tasks, matrix={"sampler": ["confidence"]})
+    results = run(one, out=tmp_path, progress=False)
+    assert (results.exit_code, results.errors, results.cells[0]["accuracy"]) == (3, 1, 0.2)
+    assert "document 1: RuntimeError: the model does not like this one" in results.notices[-1]
+    monkeypatch.undo()
+    assert run(one, out=tmp_path, progress=False, retry_errors=True).exit_code == 0
+
+
 def test_likelihood_tasks_and_unknown_tasks(tasks, tmp_path):
     one = {
         "name": "lm-eval:tiny_choice",

@@ -163,6 +163,12 @@ def test_a_changed_configuration_refuses_to_mix(whole):
         run(config(seed=1), out=whole, progress=False)
 
 
+def test_a_run_that_decoded_nothing_holds_nobody_to_its_configuration(tmp_path):
+    with pytest.raises(DllmError, match="absent"):
+        run(config(model="./absent"), out=tmp_path, progress=False)
+    assert run(config(limit=1), out=tmp_path, progress=False).exit_code == 0
+
+
 def test_one_run_at_a_time(tmp_path):
     store = Store(tmp_path, load(config()))
     with pytest.raises(DllmError, match="another run is writing"):
@@ -244,13 +250,53 @@ def test_mistakes_are_found_before_any_decoding(tmp_path):
     path.write_text(
         f"tasks: [sudoku]\nmodel: {MODEL}\nmatrix:\n  sampler:\n    - confidence\n    - treshold\n", encoding="utf-8"
     )
-    with pytest.raises(DllmError, match=r"c\.yaml, line 4: .*unknown sampler 'treshold'; did you mean 'threshold'"):
+    with pytest.raises(DllmError, match=r"c\.yaml, line 6: .*unknown sampler 'treshold'; did you mean 'threshold'"):
         run(path, out=tmp_path / "r", progress=False)
+    for key, value, message in (
+        ("generate", {"block_length": -4}, "generate: block_length=-4 must be"),
+        ("generate", {"lookahead": {"row": 2}}, r"generate\.lookahead: unknown lookahead setting 'row'"),
+        ("tasks", [{"name": "sudoku", "generate": {"top_p": 3}}], r"tasks\.0\.generate: top_p=3"),
+        ("speculate", {"verifier": "tiny-ar", "options": {"serch": "cps"}}, "did you mean 'search'"),
+        ("speculate", {"verifier": "tiny-ar", "options": {"length": "adll"}}, "did you mean 'adl'"),
+    ):
+        with pytest.raises(DllmError, match=message):
+            run(config(**{key: value}), out=tmp_path / "r", progress=False)
+    with pytest.raises(DllmError, match="speculate: tasks of lm-eval"):
+        run(config(tasks=["lm-eval:gsm8k"], speculate="tiny-ar"), out=tmp_path / "r", progress=False)
     with pytest.raises(DllmError, match="cache: unknown cache 'duall'"):
         run(config(cache="duall"), out=tmp_path / "r", progress=False)
     with pytest.raises(DllmError, match=r"tasks\.0.*unknown task 'soduku'; did you mean 'sudoku'"):
         run(config(tasks=["soduku"]), out=tmp_path / "r", progress=False)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("stop", [None, "\n"])
+def test_drafted_answers_are_counted_like_all_others(tmp_path, stop):
+    """Every setting says the same; the end token and a stop string are no part of the answer, but were decoded."""
+    drafting = {"verifier": "tiny-ar", "options": {"search": "argmax", "length": "fixed:k=8"}}
+    sweep = [{"label": "plain", "speculate": {"verifier": "tiny-ar", "drafter": "none"}}, {"speculate": drafting}]
+    changes = {"model": {"name": "tiny", "device": "cpu"}, "matrix": sweep, "limit": 3}
+    generate = {"max_new_tokens": 64, **({"stop": [stop]} if stop else {})}
+    results = run(config(**changes, generate=generate), out=tmp_path, progress=False)
+    tokenizer, rows = dllm.load("tiny").tokenizer, outcome(tmp_path)
+    for one, two in zip(rows[:3], rows[3:], strict=True):
+        assert one["text"] == two["text"] and one["tokens"] == two["tokens"]
+        plain = one if one["setting"] == "plain" else two
+        if plain["finish"] == "stop":
+            assert plain["nfe"] == plain["tokens_raw"] == plain["tokens"] + 1
+            assert plain["tokens"] == len(tokenizer(plain["text"])["input_ids"])
+    assert {row["finish"] for row in rows} >= {"stop"}
+    assert set(json.loads((tmp_path / "env.json").read_text())["weights"]) == {"tiny", "tiny-ar"}
+    assert set(results.aup["word_problems"]) == {"plain", "drafted: model argmax fixed"}
+
+
+def test_raw_counts_what_was_written_behind_the_stop(tmp_path):
+    """One token a forward: as many positions as forwards, however early the answer ends."""
+    changes = {"model": {"name": "tiny", "device": "cpu"}, "matrix": {"sampler": ["confidence"]}, "limit": 3}
+    run(config(**changes, generate={"block_length": 16}), out=tmp_path, progress=False)
+    rows = outcome(tmp_path)
+    assert all(row["tokens_raw"] == row["nfe"] for row in rows)
+    assert any(row["tokens_raw"] > row["tokens"] + 1 for row in rows)
 
 
 def test_reading_what_is_not_there(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm.errors import DllmError
 from dllm.models.checkpoint import save_weights
@@ -159,13 +159,18 @@ class Model:
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with configuration, dtype or weights (up to 4096 values of each are read)."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name, value in sorted(self.transformer.named_parameters()):
-            flat = whole(value.detach()).flatten()
-            sample = flat[:: max(1, len(flat) // 4096)]
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(sample.cpu().double().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.transformer, repr(self.config))
+
+
+def fingerprint(network: nn.Module, head: str = "") -> str:
+    """Sixteen hex digits of a network's parameters (up to 4096 values of each) and of the text `head`."""
+    digest = hashlib.sha256(head.encode())
+    for name, value in sorted(network.named_parameters()):
+        flat = whole(value.detach()).flatten()
+        sample = flat[:: max(1, len(flat) // 4096)]
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(sample.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def whole(value: Tensor) -> Tensor:
