@@ -19,8 +19,10 @@ merge calls it with their mapping and uses what it returns (Prophet's progress, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -32,7 +34,12 @@ from dllm.errors import DllmError, unknown
 if TYPE_CHECKING:
     from dllm.prediction import Prediction
 
-SINGLE = ("window", "inputs", "score", "select")
+SINGLE = {  # slots of one owner, and what they decide
+    "window": "which columns may be committed",
+    "inputs": "what is fed to the model",
+    "score": "how columns are ranked",
+    "select": "which columns commit",
+}
 CHAINS = ("adjust", "amend")
 
 
@@ -131,11 +138,11 @@ class Sampler(NamedTuple):
 def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
     """One sampler from named bundles; `defaults` fills what nobody owns or assumes."""
     slots: dict[str, Any] = {}
-    for slot in SINGLE:
+    for slot, decides in SINGLE.items():
         owners = [(name, b) for name, b in parts if getattr(b, slot) is not None]
         if len(owners) > 1:
             a, b = owners[0][0], owners[1][0]
-            raise DllmError(f"samplers {a!r} and {b!r} both decide the {slot}; keep one of them")
+            raise DllmError(f"samplers {a!r} and {b!r} both decide the {slot}, {decides}; keep one of them")
         assumed = [b.assumes[slot] for _, b in parts if slot in b.assumes]
         if owners:
             slots[slot] = getattr(owners[0][1], slot)
@@ -247,6 +254,14 @@ def param(default: Any, why: str, *, low: float | None = None, high: float | Non
     return field(default=default, metadata={"why": why, "low": low, "high": high, "choices": choices})
 
 
+# annotation -> what fits it, and how to say so
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer"),
+    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and not math.isnan(v), "a number"),
+    "bool": (lambda v: isinstance(v, bool), "true or false"),
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of the named samplers: a frozen dataclass of documented parameters that builds its bundle."""
@@ -258,18 +273,28 @@ class Method:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value, meta = getattr(self, f.name), f.metadata
-            if not meta or value is None or callable(value):
-                continue
-            low, high, choices = meta["low"], meta["high"], meta["choices"]
-            if choices and value not in choices:
-                raise DllmError(f"{self.name}: {f.name}={value!r} must be one of {', '.join(map(repr, choices))}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if (low is not None or high is not None) and not number:
-                raise DllmError(f"{self.name}: {f.name}={value!r} must be a number")
-            if (low is not None and value < low) or (high is not None and value > high):
-                bounds = f"from {low}" if high is None else f"up to {high}" if low is None else f"in [{low}, {high}]"
-                raise DllmError(f"{self.name}: {f.name}={value!r} must be {bounds} (default {f.default!r})")
+            if f.metadata:
+                self._check(f.name, getattr(self, f.name), f)
+
+    def _check(self, name: str, value: Any, f: dataclasses.Field) -> None:
+        """Errors: a value of another kind than the annotation names, outside of the range, or none of the choices."""
+        said = f"{self.name}: {name}={value!r} must be"
+        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+        if choices:
+            if value not in choices:
+                raise DllmError(f"{said} one of {', '.join(map(repr, choices))}")
+            return
+        kinds = str(getattr(f.type, "__name__", f.type)).split(" | ")
+        if not set(kinds) <= {*KINDS, "None"}:  # a parameter of several forms: its method reads it
+            return
+        if value is None and "None" in kinds:
+            return
+        fits, what = KINDS[kinds[0]]
+        if not fits(value):
+            raise DllmError(f"{said} {what} (default {f.default!r})")
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"from {low}" if high is None else f"up to {high}" if low is None else f"in [{low}, {high}]"
+            raise DllmError(f"{said} {bounds} (default {f.default!r})")
 
     @classmethod
     def build(cls, preset: str | None = None, **params: Any) -> Method:

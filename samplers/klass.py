@@ -39,7 +39,11 @@ class KLASS(Method):
         "math": {"kappa": 0.6, "epsilon": 0.01},
         "humaneval": {"kappa": 0.9, "epsilon": 0.01},
         "mbpp": {"kappa": 0.7, "epsilon": 0.01},
-    }
+        "dream_gsm8k": {"kappa": 0.9, "epsilon": 0.001},
+        "dream_math": {"kappa": 0.9, "epsilon": 0.005},
+        "dream_humaneval": {"kappa": 0.8, "epsilon": 0.001},
+        "dream_mbpp": {"kappa": 0.9, "epsilon": 0.001},
+    }  # for LLaDA, and with the prefix for Dream
 
     def bundle(self, context: Context) -> Bundle:
         quota = Quota(context.steps, context.block_length)

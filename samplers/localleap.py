@@ -34,7 +34,7 @@ class LocalLeap(Method):
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         conf = soft.confidence  # (B, W)
         anchors = view.live & (conf >= self.kappa)
-        width = 2 * int(self.radius) + 1
+        width = 2 * min(self.radius, view.canvas.ids.shape[1]) + 1
         table = view.scatter(conf.new_zeros(view.canvas.ids.shape), anchors, anchors)  # (B, L): absolute distances
         near = view.gather(F.max_pool1d(table[:, None], width, stride=1, padding=width // 2)[:, 0]) > 0
         return anchors | (near & (conf >= min(self.tau, self.kappa)))

@@ -133,7 +133,7 @@ class Exit:
 def _region(method: str, region: Any, start: int, length: int, context: Context) -> tuple[Any, int, int]:
     """Check a region. A pair (start, length) is a span relative to the generation."""
     if isinstance(region, list | tuple):
-        if len(region) != 2:
+        if len(region) != 2 or not all(isinstance(x, int) for x in region):
             raise DllmError(f"{method}: region={region!r} must be (start, length), relative to the generation")
         region, (start, length) = "span", region
     if not callable(region) and region not in REGIONS:
@@ -144,7 +144,7 @@ def _region(method: str, region: Any, start: int, length: int, context: Context)
             f"{method}: the region of {length} columns from {start} is outside the window of "
             f"{context.max_new_tokens} columns; start counts from the first generated column"
         )
-    return region, int(start), int(length)
+    return region, start, length
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ def test_the_command_prints_parameters_with_reasons() -> None:
     assert result.exit_code == 0
     for word in ("kappa", "0.75", "2510.07081", "composes with", "adablock"):
         assert word in result.stdout
+    overview = CliRunner().invoke(app, ["samplers"]).stdout
+    assert "K[arg-max]" in overview and all(name in overview for name in registry.names())  # brackets are no markup
     everything = json.loads(CliRunner().invoke(app, ["samplers", "--json"]).stdout)
     assert [e["name"] for e in everything] == registry.names()
 

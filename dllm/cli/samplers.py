@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -33,7 +34,7 @@ def samplers(
     else:
         table = Table("sampler", "what it does", "source")
         for e in entries:
-            table.add_row(e["name"], e["summary"], e["source"])
+            table.add_row(*map(escape, (e["name"], e["summary"], e["source"])))
         console = Console()
         console.print(table)
         console.print("compose with '+', set parameters after ':', e.g. adablock+credit:alpha=0.7+prophet")
@@ -57,7 +58,7 @@ def _one(e: dict[str, Any]) -> None:
     if e["parameters"]:
         table = Table("parameter", "default", "range", "why")
         for p in e["parameters"]:
-            table.add_row(p["name"], str(p["default"]), p["range"], p["why"])
+            table.add_row(*map(escape, (p["name"], str(p["default"]), p["range"], p["why"])))
         console.print(table)
     for preset, values in e["presets"].items():
         shown = ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"
