@@ -199,7 +199,7 @@ def pair(a: Mapping[str, Row], b: Mapping[str, Row], confidence: float, seed: in
         str(test["only_a"]),
         str(test["only_b"]),
         f"{test['p']:.3f}",
-        f"{number(speed[0])}× ({number(speed[1])} … {number(speed[2])})",
+        "–" if math.isnan(speed[0]) else f"{number(speed[0])}× ({number(speed[1])} … {number(speed[2])})",
         f"{number(nfe)}×",
     ]
 

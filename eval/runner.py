@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 TINY = ModelSpec("tiny", device="cpu")
 DRY_DOCUMENTS, DRY_TOKENS, DRY_BLOCK = 2, 16, 8  # enough to pass through every part of a run in seconds
+REHEARSED = (
+    f"a rehearsal: the embedded model, {DRY_DOCUMENTS} documents a task, {DRY_TOKENS} tokens; its figures mean nothing"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def run(
             found = run_tasks(foreign, store, engine.worker, engine.lead)
             results = replace(results, cells=(*results.cells, *_counted(found, store, given)))
         results = replace(results, config=given, aup=areas(given, results.cells))
+        if dry_run:
+            results = replace(results, notices=(REHEARSED, *results.notices))
         if bad := next((row for row in store.rows.values() if row.get("error")), None):
             first = f"{bad['task']}, {bad['setting']}, document {bad['doc']}: {bad['error']}"
             notice = f"{results.errors} samples failed and count as wrong; the first is {first}"

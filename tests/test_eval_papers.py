@@ -41,3 +41,4 @@ def test_dry_run(path, tmp_path):
     assert all(cell["n"] == 2 for cell in results.cells)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "Beside the published figures" in text and all(line in text for line in config.unknown)
+    assert "> a rehearsal" in text
