@@ -16,6 +16,7 @@ from torch import Tensor
 import dllm
 from dllm import lookahead
 from dllm.canvas import State
+from dllm.cli.generate import promise
 from dllm.engine import Part, Runner, decode, opened, step
 from dllm.errors import DllmError
 from dllm.generation import prepare
@@ -111,8 +112,10 @@ def test_the_subset_rule_changes_the_output_and_says_so() -> None:
     assert "".join(LETTERS[i] for i in base.tokens) == "ABC"
     assert "".join(LETTERS[i] for i in out.tokens) == "ABX"
     assert (out.lossless, out.stats["relax"], out.stats["cuts"]) == (False, "subset", 1)
+    assert promise(out.lossless, out.stats) == "not lossless: the subset rule cut 1 of 3 steps"
     exact = call(Scripted(E4), lookahead=4)
     assert (exact.tokens, exact.lossless, exact.stats["cuts"]) == (base.tokens, True, 0)
+    assert promise(exact.lossless, exact.stats) == "lossless"
 
 
 def test_retention() -> None:
@@ -250,6 +253,7 @@ def test_float32_is_guarded_by_default() -> None:
     assert out.sequences == base.sequences
     assert out.stats["mode"] == "guarded"
     assert 0 < out.stats["delta"] < 1e-2
+    assert "0 re-runs" in promise(out.lossless, out.stats)
     assert out.nfe - out.stats["reruns"] < base.nfe
     assert out.lossless
     with pytest.raises(DllmError, match="float64"):
@@ -273,6 +277,7 @@ def test_fast_promises_nothing_and_audits() -> None:
     call = partial(dllm.generate, model("tiny-llada-random", dtype="float32"), PROMPT, cache="dual", **CALL)
     base, out = call(), call(lookahead={"rows": 4, "mode": "fast", "audit": 2})
     assert out.lossless is False
+    assert promise(out.lossless, out.stats).endswith(f"0 of {out.stats['audits']} checked steps diverged")
     assert out.stats["audits"] == out.stats["hits"] // 2 > 0
     assert out.stats["divergences"] == 0
     assert out.nfe <= base.nfe

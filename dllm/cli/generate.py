@@ -31,7 +31,9 @@ def generate(
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 0 is off.")] = 0.0,
     n: Annotated[int, typer.Option("--num", help="Answers per prompt.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
-    lookahead: Annotated[str | None, typer.Option(help="Rows of exact verification: an integer or auto.")] = None,
+    lookahead: Annotated[
+        str | None, typer.Option(help="Rows of exact verification: an integer, auto, or 8:mode=fast,...")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows decoded at a time.")] = 8,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template (default: where there is one).")
@@ -54,7 +56,7 @@ def generate(
     arguments |= {
         "top_p": top_p, "top_k": top_k, "cfg_scale": cfg_scale, "n": n, "stop": stop or None, "batch_size": batch_size,
         "chat": chat, "infill": infill, "early_stop": early_stop, "trace": trace is not None,
-        "lookahead": int(lookahead) if lookahead and lookahead.isdigit() else lookahead,
+        "lookahead": lookahead,
     }  # fmt: skip
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
 
@@ -107,8 +109,19 @@ def summarise(output: Any, console: Console) -> None:
         f"finished: {output.finish_reason}",
     ]
     if output.lossless is not None:
-        parts.append("lossless" if output.lossless else "not guaranteed lossless")
+        parts.append(promise(output.lossless, output.stats))
     console.print(Text(" · ".join(parts), style="dim"), soft_wrap=True)
+
+
+def promise(lossless: bool, stats: dict[str, Any]) -> str:
+    """What the lookahead of an answer promises, with what it found out."""
+    if stats["relax"]:
+        return f"not lossless: the {stats['relax']} rule cut {stats['cuts']} of {stats['steps']} steps"
+    if stats["mode"] == "guarded":
+        return f"lossless while logits move by less than {stats['delta']:.1g}, {stats['reruns']} re-runs"
+    if stats["mode"] == "fast":
+        return f"not guaranteed lossless, {stats['divergences']} of {stats['audits']} checked steps diverged"
+    return "lossless"
 
 
 def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> dict[int, Any]:
