@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import model
+from scripted import Scripted, peaks
 
 import dllm
 from dllm.errors import DllmError
@@ -42,7 +43,7 @@ def test_size_and_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(back.weights[k], w) for k, w in made.weights.items())
     assert (back.tau, back.kind, back.feature, back.meta and back.meta["model"]) == (0.96, "block", "prob", "m")
     torch.save({k: w.double() for k, w in made.weights.items()}, tmp_path / "f.pth")
-    converted = Filter.convert(tmp_path / "f.pth")
+    converted = Filter.load(tmp_path / "f.pth")
     assert converted.revealed == "model"
     assert all(torch.equal(converted.weights[k], w) for k, w in made.weights.items())
 
@@ -58,6 +59,10 @@ def test_features_stay_finite_where_a_probability_rounds_to_one() -> None:
 def test_hand_example() -> None:
     z = diagonal(2)(torch.tensor([[0.95, 0.85]]), torch.ones(1, 2, dtype=torch.bool))
     assert z[0].tolist() == pytest.approx([0.5, -0.5], abs=1e-5)
+    unsure = Scripted(peaks([(1, 0.5), (2, 0.6)], 4))
+    sampler = {"name": "learn2pd", "filter": diagonal(2)}
+    out = dllm.generate(unsure, [0], sampler=sampler, max_new_tokens=2, block_length=2, trace=True)
+    assert out.trace.commits == [[[2, 2]], [[1, 1]]]  # none passes: the surest column goes first
 
 
 @pytest.mark.parametrize("cache_", ["none", "dual"])
@@ -106,6 +111,16 @@ def test_traces_follow_the_teacher(traces: filters.Traces) -> None:
     assert bool((traces.label <= traces.real).all())
     first = traces.take((traces.step == 0).nonzero()[:, 0])
     assert bool((first.label & first.masked).any(1).all())  # the teacher's own first token is among the right ones
+    for prompt in range(20):
+        rows = traces.take((traces.prompt == prompt).nonzero()[:, 0])
+        for masked, label, left in zip(rows.masked, rows.label, rows.masked[1:], strict=False):
+            right = masked & label
+            if bool(left.all()):  # the next block
+                continue
+            if bool(right.any()):
+                assert torch.equal(left, masked & ~label)  # what is right is committed, and nothing else
+            else:
+                assert int((masked & ~left).sum()) == 1  # stuck: one column of the teacher's
     per_prompt = torch.bincount(traces.prompt)
     assert int(per_prompt.max()) < 16  # fewer steps than the teacher took
 
