@@ -349,7 +349,7 @@ class Job:
             cache=self.policy.name,
             seed=int(tick.state.seed[row]),
             trace=trace,
-            lossless=None if self.lookahead is None else self.lookahead.mode != "fast",
+            lossless=None if self.lookahead is None else self.lookahead.lossless,
             stats=self.report[request].report(self.lookahead) if self.lookahead and request in self.report else {},
         )
 
