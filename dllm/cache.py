@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.canvas import Canvas, Plan, State, Window
+from dllm.canvas import Canvas, Plan, State, Window, scatter
 from dllm.errors import DllmError, unknown
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def indices(chosen: Tensor) -> Tensor:
 
 def marked(cols: Tensor, width: int) -> Tensor:
     """(B, width) bool: the columns listed in `cols` (B, W), -1 for padding."""
-    table = torch.zeros(cols.shape[0], width + 1, dtype=torch.bool, device=cols.device)
-    return table.scatter(1, torch.where(cols < 0, width, cols), True)[:, :width]
+    return scatter(torch.zeros(cols.shape[0], width, dtype=torch.bool, device=cols.device), cols, True)
 
 
 def sources(window: Window, shift: int) -> Tensor:

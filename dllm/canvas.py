@@ -74,6 +74,12 @@ class Canvas(NamedTuple):
         return torch.where(any_left, self.masked.int().argmax(1), self.masked.shape[1])
 
 
+def scatter(table: Tensor, cols: Tensor, values: Tensor | bool) -> Tensor:
+    """The per-column table (B, L) with `values` (B, W) at the columns `cols` (B, W); at -1 nothing is written."""
+    spare = torch.cat([table, table[:, :1]], 1)  # its last column takes what is written nowhere
+    return spare.scatter(1, cols % spare.shape[1], values)[:, :-1]
+
+
 def splice_columns(leaf: Tensor, d: Decision) -> Tensor:
     """Carry a per-column leaf (B, L, ...) through the length edits of a decision; inserted columns are zero."""
     for row, column, n_delete, tokens in sorted(d.edits, key=lambda e: (e[0], -e[1])):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.cache import Policy, full_plan
-from dllm.canvas import Canvas, Decision, Plan, State, Window, splice_columns
+from dllm.cache import Policy, full_plan, indices
+from dllm.canvas import Canvas, Decision, Plan, State, Window, scatter, splice_columns
 from dllm.errors import DllmError
 from dllm.meter import Meter
 from dllm.prediction import Law, Prediction
@@ -79,13 +79,13 @@ def step(s: Sampler, state: State, window: Window, pred: Prediction) -> State:
     d = view.commit(chosen, soft.token)
     for amend in s.amend:  # raw predictions
         d = amend(view, pred, d)
-    return advance(view, pred, d)
+    return advance(s, view, pred, d)
 
 
-def advance(view: View, pred: Prediction, d: Decision) -> State:
+def advance(s: Sampler, view: View, pred: Prediction, d: Decision) -> State:
     """The state after a decision. A fill that the forward did not cover asks for a closing forward."""
     state, canvas = view.state, view.canvas.apply(d)
-    closing, done = state.closing, d.done
+    closing, done = state.closing, d.done if s.stop is None else d.done | s.stop(view, canvas)
     if d.fill is not None:
         canvas, filled = fill(canvas, pred, d.fill)
         closing, done = d.fill & ~filled, done | filled
@@ -104,16 +104,11 @@ def fill(canvas: Canvas, pred: Prediction, rows: Tensor) -> tuple[Canvas, Tensor
     if not bool(rows.any()):
         return canvas, rows
     masked = canvas.masked & rows[:, None]
-    width = int(masked.sum(1).max())
-    order = (~masked).int().argsort(dim=1, stable=True)[:, : max(width, 1)]
-    cols = torch.where(masked.gather(1, order), order, -1)
+    cols = indices(masked)
     wide = pred.at(cols)
     if wide is None:
         return canvas, torch.zeros_like(rows)
-    at, ok = cols.clamp(min=0), cols >= 0
-    spare = torch.where(ok, at, canvas.ids.shape[1])
-    token = torch.cat([canvas.ids, canvas.ids[:, :1]], 1).scatter(1, spare, wide.token)[:, :-1]
-    return canvas._replace(ids=torch.where(masked, token, canvas.ids), masked=canvas.masked & ~masked), rows
+    return canvas._replace(ids=scatter(canvas.ids, cols, wide.token), masked=canvas.masked & ~masked), rows
 
 
 class Answer:
@@ -157,10 +152,8 @@ class Answer:
         pos = self.plan.pos[: len(source), : self.queries]
         if self.plan.refresh:
             return source  # a full forward: query index = position
-        length = self.state.canvas.ids.shape[1]
         queries = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
-        table = pos.new_full((pos.shape[0], length + 1), -1).scatter(1, torch.where(pos < 0, length, pos), queries)
-        return table.gather(1, source)
+        return scatter(torch.full_like(self.state.canvas.ids, -1), pos, queries).gather(1, source)
 
     def _predict(self, cols: Tensor, row: Tensor) -> Prediction | None:
         if not self.plan.refresh and bool(((row < 0) & (cols >= 0)).any()):
@@ -216,8 +209,7 @@ class Runner:
         pred = answer.read(window.reads)
         if pred is None:
             raise RuntimeError(f"cache plan does not cover the columns that sampler {self.s.name!r} reads")
-        top = pred.logits.gather(-1, pred.argmax[..., None])
-        self.finite = self.finite & torch.isfinite(top).all()
+        self.finite = self.finite & pred.finite
         return pred
 
     def expand(self, state: State, window: Window, plan: Plan) -> Plan:

@@ -495,7 +495,7 @@ def build_sampler(
             return any(s in text for s in stops)
 
         stop = Stop(context.eos_ids, sampler.needs.revises, stopped if stops else None)
-        sampler = sampler._replace(amend=(*sampler.amend, stop))
+        sampler = sampler._replace(stop=stop)
     return sampler
 
 

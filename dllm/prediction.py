@@ -80,6 +80,11 @@ class Prediction:
         """(B, W) the token that would be committed: the arg-max at temperature 0, else the keyed draw."""
         return self.argmax if self.law.greedy else self._draw[0]
 
+    @property
+    def finite(self) -> Tensor:
+        """() bool: every column has a softmax. One NaN or +inf among its logits makes all of it NaN."""
+        return ~self._best[-1].isnan().any()
+
     # -- scores: all (B, W), higher means surer ---------------------------------------------------------------------
 
     @property
@@ -138,7 +143,7 @@ class Prediction:
         return zip(self.logits.flatten(0, 1).split(rows), *(t.flatten().split(rows) for t in tables), strict=True)
 
     def _joined(self, parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        joined = (torch.cat(p) for p in zip(*parts, strict=True))
+        joined = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
         return tuple(x.view(*self.cols.shape, *x.shape[1:]) for x in joined)
 
     @cached_property

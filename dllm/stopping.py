@@ -1,4 +1,4 @@
-"""When a row is finished: EOS or a stop string behind a closed prefix. The last link of every amend chain."""
+"""When a row is finished: EOS or a stop string behind a closed prefix of the canvas that a step leaves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm.canvas import Decision
-from dllm.prediction import Prediction
+from dllm.canvas import Canvas
 from dllm.samplers.base import View
 
 Stopped = Callable[[list[int]], bool]  # ids of a closed generated prefix -> does a stop string end it?
@@ -27,18 +26,16 @@ class Stop:
     revises: bool
     stopped: Stopped | None = None
 
-    def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
-        canvas = view.canvas.apply(d)
+    def __call__(self, view: View, canvas: Canvas) -> Tensor:
+        """(B,) bool: the rows that are finished with this canvas, the one after the step's decision."""
         end = canvas.first_masked()
         if self.revises:
             cols = torch.arange(canvas.ids.shape[1], device=end.device)
             inside = (cols >= view.window.lo[:, None]) & (cols < view.window.hi[:, None])
             left = ~((canvas.masked & inside).any(1) | view.held)
             end = torch.where(left, end, torch.minimum(end, view.window.lo))
-        found = _first(canvas.ids, self.eos_ids, canvas.start, end) < end
-        if self.stopped is not None:
-            found = found | self._strings(canvas.ids, canvas.start, end)
-        return d._replace(done=d.done | found)
+        found = _holds(canvas.ids, self.eos_ids, canvas.start, end)
+        return found if self.stopped is None else found | self._strings(canvas.ids, canvas.start, end)
 
     def _strings(self, ids: Tensor, start: Tensor, end: Tensor) -> Tensor:
         assert self.stopped is not None
@@ -47,11 +44,10 @@ class Stop:
         return torch.tensor(hits, device=ids.device)
 
 
-def _first(ids: Tensor, wanted: tuple[int, ...], start: Tensor, end: Tensor) -> Tensor:
-    """(B,) the first column in [start, end) that holds one of the ids, `end` where none does."""
+def _holds(ids: Tensor, wanted: tuple[int, ...], start: Tensor, end: Tensor) -> Tensor:
+    """(B,) bool: one of the ids stands in a column of [start, end)."""
     cols = torch.arange(ids.shape[1], device=ids.device)
     hit = torch.zeros_like(ids, dtype=torch.bool)
     for token in wanted:
         hit |= ids == token
-    hit &= (cols >= start[:, None]) & (cols < end[:, None])
-    return torch.where(hit, cols, end[:, None]).amin(1)
+    return (hit & (cols >= start[:, None]) & (cols < end[:, None])).any(1)

@@ -46,11 +46,10 @@ class Dream(Method):
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
             share = count(view)
             if self.alg == "origin":
-                return _uniform(view, noise.TRANSFER) < share
+                return view.uniform(noise.TRANSFER) < share
             n = (view.live.sum(1, keepdim=True) * share).long()
             if self.alg_temp > 0:
-                u = _uniform(view, noise.ORDER)
-                score = score / self.alg_temp - torch.log(-torch.log(u))
+                score = score / self.alg_temp - torch.log(-torch.log(view.uniform(noise.ORDER)))
             return rank(score, view.live) < n
 
         return Bundle(
@@ -59,8 +58,3 @@ class Dream(Method):
             assumes={"window": Blocks(context.max_new_tokens)},
             needs=Needs(filtered=True, may_idle=True, stochastic=self.alg == "origin" or self.alg_temp > 0),
         )
-
-
-def _uniform(view: View, stream: int) -> Tensor:
-    state = view.state
-    return noise.uniform(state.seed[:, None], state.step[:, None], view.cols, stream)

@@ -80,8 +80,7 @@ def entropy(view: View, soft: Prediction) -> Tensor:
 
 def random(view: View, soft: Prediction) -> Tensor:
     """A keyed uniform for each column and step."""
-    state = view.state
-    return noise.uniform(state.seed[:, None], state.step[:, None], view.cols, noise.ORDER)
+    return view.uniform(noise.ORDER)
 
 
 @dataclass(frozen=True)

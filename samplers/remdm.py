@@ -130,7 +130,7 @@ class Posterior:
         return sigma, (alpha_s - (1 - staying) * alpha_t) / (1 - alpha_t)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
-        return self.uniform(view, noise.TRANSFER) < self.rates(view.state.step)[1][:, None]
+        return view.uniform(noise.TRANSFER) < self.rates(view.state.step)[1][:, None]
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
         sigma = self.rates(view.state.step)[0][:, None].expand(view.cols.shape)
@@ -138,13 +138,8 @@ class Posterior:
         if self.schedule == "conf":
             sigma = sigma * weights(view.gather(table), among)
         view.columns["remdm.confidence"] = view.scatter(table, pred.confidence, committed_here(view, d))
-        again = among & (self.uniform(view, noise.REMASK) < sigma)
+        again = among & (view.uniform(noise.REMASK) < sigma)
         return remask(view, d, sigma, again, again.sum(1))
-
-    @staticmethod
-    def uniform(view: View, stream: int) -> Tensor:
-        state = view.state
-        return noise.uniform(state.seed[:, None], state.step[:, None], view.cols, stream)
 
 
 def weights(confidence: Tensor, among: Tensor) -> Tensor:
