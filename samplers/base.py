@@ -7,7 +7,7 @@ Six slots make a sampler (docs/architecture.md):
     score    ranks the columns of the window, higher first                                          one
     select   which candidates commit                                                                one
     adjust   changes the prediction, for score and select only                                      chain
-    amend    changes the decision: exit, re-mask, edit, insert, stop                                chain
+    amend    changes the decision: exit, re-mask, edit, insert                                      chain
 
 A bundle *owns* slots and *assumes* defaults for others. In `a+b` an assumption yields to an owner; two owners of a
 single-choice slot clash. Order matters in the chains only.
@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.canvas import Canvas, Decision, State, Window
+from dllm import noise
+from dllm.canvas import Canvas, Decision, State, Window, scatter
 from dllm.errors import DllmError, unknown
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Sampler(NamedTuple):
     starts: tuple[tuple[Any, Any], ...]  # (memory, columns) initialisers
     reads: tuple[Callable[[State, Window], Tensor], ...]
     lookahead: Any = None
+    stop: Callable[[View, Canvas], Tensor] | None = None  # (B,) rows that end with the canvas after the decision
 
     def start(self, canvas: Canvas) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The initial memory of every slot for these rows."""
@@ -220,16 +222,18 @@ class View:
 
     def scatter(self, table: Tensor, values: Tensor, where: Tensor) -> Tensor:
         """The per-column table with `values` (B, W) at the columns where `where` (B, W) holds."""
-        out = torch.cat([table, table[:, :1]], 1)  # one spare column takes what must not be written
-        index = torch.where(where & (self.cols >= 0), self.cols, table.shape[1])
-        return out.scatter(1, index, values.to(table.dtype))[:, :-1]
+        return scatter(table, torch.where(where, self.cols, -1), values.to(table.dtype))
+
+    def uniform(self, stream: int) -> Tensor:
+        """(B, W) the keyed uniforms of this step, one a column."""
+        return noise.uniform(self.state.seed[:, None], self.state.step[:, None], self.cols, stream)
 
     def commit(self, chosen: Tensor, token: Tensor) -> Decision:
         """The decision that writes `token` (B, W) where `chosen` (B, W)."""
-        ids = self.canvas.ids
+        cols = torch.where(chosen, self.cols, -1)
+        write = scatter(torch.zeros_like(self.canvas.masked), cols, True)
         no = torch.zeros_like(self.state.done)
-        write = self.scatter(torch.zeros_like(self.canvas.masked), chosen, chosen)
-        return Decision(write=write, token=self.scatter(ids, token, chosen), done=no)
+        return Decision(write=write, token=scatter(self.canvas.ids, cols, token), done=no)
 
 
 def rank(score: Tensor, among: Tensor) -> Tensor:
