@@ -21,7 +21,7 @@ class Cycles:
 
     Slow, at most `most` steps: the window is the rest of the block, and each forward estimates where the confident
     part ends: behind the farthest mask with confidence tau_min. Two estimates in a row with a population standard
-    deviation below `spread` settle the end (the last one), else the mean of the last two does. Fast: the window is the
+    deviation below `spread` settle the end (the last one), else the mean of all estimates does. Fast: the window is the
     region from the cycle's start to that end, until it is full; the next cycle starts there.
     """
 
@@ -38,6 +38,7 @@ class Cycles:
             "cycle.end": zero,  # of the region; 0 in the slow phase
             "cycle.steps": zero,  # of the present phase
             "cycle.last": zero,  # last estimate; 0 for none
+            "cycle.total": zero,  # of the estimates
         }
 
     columns = None
@@ -52,17 +53,9 @@ class Cycles:
         end = torch.where(new, 0, memory["cycle.end"])
         full = (end > 0) & (canvas.first_masked() >= end)
         start, end = torch.where(full, end, start), torch.where(full, 0, end)
-        reset = new | full
-        state = state._replace(
-            memory={
-                **memory,
-                "cycle.block": lo,
-                "cycle.start": start,
-                "cycle.end": end,
-                "cycle.steps": torch.where(reset, 0, memory["cycle.steps"]),
-                "cycle.last": torch.where(reset, 0, memory["cycle.last"]),
-            }
-        )
+        fresh = {key: torch.where(new | full, 0, memory[key]) for key in ("cycle.steps", "cycle.last", "cycle.total")}
+        memory = {**memory, **fresh, "cycle.block": lo, "cycle.start": start, "cycle.end": end}
+        state = state._replace(memory=memory)
         hi = torch.where(end > 0, end, hi)
         return state, Window(lo=start, hi=hi, reads=spans(start, hi, int((hi - start).max())), epoch=block)
 
@@ -72,17 +65,17 @@ class Cycles:
         slow, last = memory["cycle.end"] == 0, memory["cycle.last"]
         sure = view.live & (pred.confidence >= self.tau_min)
         estimate = torch.maximum(torch.where(sure, view.cols + 1, 0).amax(1), start + 1)
-        settled, steps = self.settle(estimate, last, memory["cycle.steps"] + 1)
-        end = torch.where(slow, settled, memory["cycle.end"])
+        steps, total = memory["cycle.steps"] + 1, memory["cycle.total"] + estimate
+        end = torch.where(slow, self.settle(estimate, last, steps, total), memory["cycle.end"])
         memory["cycle.end"] = end
         memory["cycle.last"] = torch.where(slow, estimate, last)
+        memory["cycle.total"] = total
         memory["cycle.steps"] = torch.where(slow & (end > 0), 0, steps)
 
-    def settle(self, estimate: Tensor, last: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) the end of the region, 0 while it is open; and the steps."""
+    def settle(self, estimate: Tensor, last: Tensor, steps: Tensor, total: Tensor) -> Tensor:
+        """(B,) the end of the region, 0 while it is open."""
         stable = (last > 0) & ((estimate - last).abs() < 2 * self.spread)  # of two numbers: half their distance
-        mean = torch.where(last > 0, (estimate + last) // 2, estimate)
-        return torch.where(stable, estimate, torch.where(steps >= self.most, mean, 0)), steps
+        return torch.where(stable, estimate, torch.where(steps >= self.most, total // steps, 0))
 
 
 @dataclass(frozen=True)

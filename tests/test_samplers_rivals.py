@@ -380,10 +380,14 @@ def test_pc_bad_tables(frequencies: Any, message: str) -> None:
 def test_slowfast_settles_on_two_close_estimates(estimates: tuple[int, int], end: int) -> None:
     window = Cycles(32, tau_min=0.1, most=8, spread=1.0)
     last, new = (torch.tensor([x]) for x in estimates)
-    assert window.settle(new, last, torch.tensor([2]))[0].tolist() == [end]
-    assert window.settle(torch.tensor([9]), torch.tensor([6]), torch.tensor([8]))[0].tolist() == [
-        7
-    ]  # the mean, floored
+    assert window.settle(new, last, torch.tensor([2]), last + new).tolist() == [end]
+
+
+def test_slowfast_takes_the_mean_of_estimates_that_never_agree() -> None:
+    """Three slow steps whose surest columns end at 8, 2 and 4: the region is columns 0 to 3, the mean floored."""
+    ends = [confident(*[0.6] * n, *[0.05] * (8 - n), vocab=40) for n in (8, 2, 4)]
+    out = decode(Scripted(ends), 8, {"name": "slowfast", "tau_min": 0.3, "most": 3})
+    assert out.trace.windows[:4] == [[1, 9], [1, 9], [1, 9], [1, 5]]
 
 
 def test_slowfast_phases() -> None:
