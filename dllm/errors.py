@@ -21,3 +21,8 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "", of: str 
     near = nearest(name, known)
     suggestion = f"; did you mean {near!r}?" if near else f"; known: {', '.join(known)}"
     return DllmError(f"unknown {kind} {name!r}{of and f' of {of}'}{hint or suggestion}")
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dllm.errors import DllmError
+from dllm.errors import DllmError, first_line
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
 from dllm.models.layout import Layout, Piece
@@ -157,7 +157,7 @@ def _open(file: Path) -> safe_open:
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise DllmError(f"{file} is truncated or no safetensors file: {error}") from error
+        raise DllmError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
 
 
 def _stream(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.errors import DllmError
+from dllm.errors import DllmError, first_line
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.model import Model
@@ -33,10 +33,10 @@ class ForeignModel(Model):
         return next(self.transformer.parameters()).dtype
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, pos: Tensor | None = None, **cached: Any) -> Tensor:
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Any) -> Tensor:
         """Logits (N, Q, V) of whole rows; `visible` (N, 1|Q, Q) and padding (pos = -1) are honoured, a store is not."""
-        visible = cached.pop("visible", None)
-        if any(value is not None for value in cached.values()):
+        visible = plan.pop("visible", None)
+        if any(value is not None for value in plan.values()):
             raise DllmError('backend="transformers" has no cache: use cache="none"')
         n, q = ids.shape
         pos = torch.arange(q, device=ids.device).expand(n, q) if pos is None else pos.expand(n, q)
@@ -78,9 +78,8 @@ def load_network(folder: Path, dtype: torch.dtype | None) -> Any:
         auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         return auto.from_pretrained(folder, trust_remote_code=False, attn_implementation="sdpa", **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
         raise DllmError(
-            f"transformers has no class of its own for {folder}: {first} "
+            f"transformers has no class of its own for {folder}: {first_line(error)} "
             "(load it yourself and pass the loaded model to dllm.load)"
         ) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dllm.errors import DllmError, unknown
+from dllm.errors import DllmError, first_line, unknown
 from dllm.models import diffusion_gemma
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
@@ -90,7 +90,7 @@ def load(
             quantize(transformer, quantization)
     except torch.OutOfMemoryError as error:
         hint = 'try a smaller dtype or device_map="auto"'
-        raise DllmError(f"{name_or_path} does not fit on {place}: {error}; {hint}") from error
+        raise DllmError(f"{name_or_path} does not fit on {place}: {first_line(error)}; {hint}") from error
     return Model(config, transformer.eval(), tokenizer)
 
 
@@ -154,7 +154,8 @@ def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, 
             folder, dtype="auto" if kind is None else kind, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise DllmError(f"{name_or_path} is no causal language model that transformers can load: {error}") from error
+        what = f"{name_or_path} is no causal language model that transformers can load"
+        raise DllmError(f"{what}: {first_line(error)}") from error
     model.eval()
     return model.to(place)  # type: ignore[arg-type]
 
@@ -187,8 +188,8 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except Exception as error:  # the many network and authorisation errors of several libraries
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DllmError(f"{name} is no folder here and did not come from the Hugging Face hub: {first}") from error
+        what = f"{name} is no folder here and did not come from the Hugging Face hub"
+        raise DllmError(f"{what}: {first_line(error)}") from error
 
 
 def read_json_config(folder: Path, name: str = "") -> RawConfig:
@@ -223,7 +224,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return Tokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        raise DllmError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        raise DllmError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -255,5 +256,5 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if dtype == "auto":
         return None
     if dtype not in DTYPES:
-        raise unknown("dtype", dtype, [*DTYPES, "auto"])
+        raise unknown("dtype", str(dtype), [*DTYPES, "auto"])
     return DTYPES[dtype]

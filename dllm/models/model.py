@@ -82,19 +82,9 @@ class Model:
         return self.config.max_positions
 
     @torch.no_grad()
-    def forward(
-        self,
-        ids: Tensor,
-        pos: Tensor | None = None,
-        *,
-        fresh: Tensor | None = None,
-        keep: Tensor | None = None,
-        visible: Tensor | None = None,
-        lane: Tensor | None = None,
-        store: KVStore | None = None,
-    ) -> Tensor:
-        """Hidden states (N, Q, D); see `Transformer.forward`."""
-        return self.transformer(ids, pos, fresh=fresh, keep=keep, visible=visible, lane=lane, store=store)
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Any) -> Tensor:
+        """Hidden states (N, Q, D) of tokens `ids` at positions `pos`; `plan`: keywords of `Transformer.forward`."""
+        return self.transformer(ids, pos, **plan)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

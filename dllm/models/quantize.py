@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dllm.errors import DllmError, unknown
+from dllm.errors import DllmError, first_line, unknown
 from dllm.models.moe import MoE
 from dllm.models.transformer import Transformer
 
@@ -36,7 +36,7 @@ def quantize(model: Transformer, kind: str) -> None:
     try:
         quantize_(model.layers, config, filter_fn=lambda m, _: isinstance(m, nn.Linear) and m.in_features % group == 0)
     except (ImportError, NotImplementedError, AssertionError, ValueError, RuntimeError) as error:
-        raise DllmError(f"torchao cannot quantize this model to {kind} here: {error}") from error
+        raise DllmError(f"torchao cannot quantize this model to {kind} here: {first_line(error)}") from error
 
 
 def _config(kind: str, linears: list[nn.Linear]) -> tuple[Any, int]:
