@@ -7,6 +7,7 @@ read. One thread, one row, float32; all samplers take turns in one run, and medi
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 import time
@@ -24,7 +25,8 @@ from dllm.eval.bench import REPEATS, VOCABULARY, WINDOW, Row, context, scene
 from dllm.meter import Meter
 from dllm.prediction import Law
 from dllm.samplers import registry
-from dllm.samplers.base import Sampler
+from dllm.samplers.base import Context, Sampler
+from dllm.samplers.learn2pd import Filter
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +34,29 @@ BASE = "threshold"
 STEPS = 4  # consecutive steps of one block: history has begun, and both halves of a remasking loop are among them
 BOUND = 1.5
 BOUNDS = {**dict.fromkeys(("entropy", "eb", "dream", "ccd", "credit"), 2.0), "klass": 2.5}
+
+
+def identity(size: int) -> Filter:
+    """A Learn2PD filter of the usual shape: it accepts a column above its confidence."""
+    eye, no = torch.eye(size), torch.zeros(size)
+    weights = {"linear1.weight": eye, "linear1.bias": no, "linear2.weight": 10 * eye, "linear2.bias": no - 5}
+    return Filter(weights, size)
+
+
 # what a sampler must be told without a tokenizer, and settings under which a short window shows its work
 GIVEN: dict[str, dict[str, Any]] = {
     "adablock": {"delimiters": [198]},
     "daedal": {"initial": WINDOW},
+    "learn2pd": {"filter": identity(WINDOW)},
     "remdm": {"fill": 0.0},
 }
+SHIFTED = ("fast_dllm_v2",)  # for block-causal models with shifted logits
 
 
 class Tables:
     """Stands where the model stands. Its logits are ready: the table of the running step, read without a copy."""
 
     device = torch.device("cpu")
-    shift = 0
     mask_id = VOCABULARY - 1
 
     def __init__(self, tables: list[Tensor]) -> None:
@@ -68,9 +80,9 @@ class Lap:
 
     def __init__(self, name: str, model: Tables) -> None:
         self.name, self.model = name, model
-        sampler = build(name)
-        law = Law(filtered=sampler.needs.filtered)
-        self.run = Runner(model, sampler, Policy(), Options(law), Meter(1), None)  # type: ignore[arg-type]
+        sampler, frame = build(name), call(name)
+        policy, law = Policy(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
+        self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)  # type: ignore[arg-type]
         self.lane = torch.zeros(1, dtype=torch.long)
         state, self.states = scene(sampler), list[State]()
         for k in range(STEPS):
@@ -96,16 +108,21 @@ class Lap:
         return time.thread_time() - began
 
 
+def call(name: str) -> Context:
+    """The call in which a sampler is measured."""
+    return dataclasses.replace(context(), shift=1, block_size=WINDOW) if name in SHIFTED else context()
+
+
 def build(name: str) -> Sampler:
     """A sampler at its defaults."""
-    return registry.build({"name": name, **GIVEN.get(name, {})}, context())
+    return registry.build({"name": name, **GIVEN.get(name, {})}, call(name))
 
 
 def run(names: Iterable[str] | None = None, repeats: int = REPEATS) -> list[Row]:
     """One row a sampler: own work of a step and head row, divided by that of `threshold`.
 
-    names: samplers to measure; None for all that are registered and run on a bidirectional model without files of their
-    own. Errors: fewer than 5 repeats, unknown names.
+    names: samplers to measure; None for all that are registered and can be built. Errors: fewer than 5 repeats, unknown
+    names.
     """
     if repeats < 5:
         raise DllmError(f"own work: repeats={repeats} must be at least 5, a median of fewer says little")

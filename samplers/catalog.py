@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError
 from dllm.samplers import registry
-from dllm.samplers.base import CHAINS, SINGLE, Context, Needs
+from dllm.samplers.base import CHAINS, SINGLE, Bundle, Context, Needs
 from dllm.trace import Trace
 
 NEEDS = {
@@ -41,8 +44,12 @@ class _Newlines:
 
 
 @cache
-def _context() -> Context:
-    return Context(
+def _contexts() -> tuple[Context, ...]:
+    """Calls on models of several kinds: bidirectional, with the embedded model's vocabulary, block-causal and shifted.
+
+    A sampler is described by the first that it can be built for.
+    """
+    plain = Context(
         block_length=8,
         steps=None,
         max_new_tokens=32,
@@ -52,16 +59,26 @@ def _context() -> Context:
         max_positions=512,
         tokenizer=_Newlines(),
     )
+    config = json.loads(files("dllm.assets").joinpath("tiny", "config.json").read_text(encoding="utf-8"))
+    return plain, replace(plain, vocab_size=config["vocab_size"]), replace(plain, shift=1, block_size=8)
+
+
+def _build(*names: str) -> tuple[list[Bundle], str | None]:
+    """The bundles of these samplers, composed, for the first kind of model that has them all; else the reason."""
+    reason = None
+    for context in _contexts():
+        try:
+            registry.build("+".join(names), context)
+            return [registry.method(name)().bundle(context) for name in names], None
+        except DllmError as error:
+            reason = str(error)
+    return [], reason
 
 
 @cache
 def clash(*names: str) -> str | None:
     """Why these samplers cannot be composed; None where they can."""
-    try:
-        registry.build("+".join(names), _context())
-    except DllmError as error:
-        return str(error)
-    return None
+    return _build(*names)[1]
 
 
 @cache
@@ -79,18 +96,8 @@ def describe(name: str) -> dict[str, Any]:
         for f in dataclasses.fields(cls)
         if f.metadata
     ]
-    try:
-        bundle = cls().bundle(_context())
-    except DllmError as error:  # it must be told something first
-        slots: dict[str, Any] = {"owns": [], "assumes": [], "needs": [], "caches": None, "asks": str(error)}
-    else:
-        slots = {
-            "owns": [s for s in (*SINGLE, *CHAINS) if getattr(bundle, s)],
-            "assumes": sorted(bundle.assumes),
-            "needs": _needs(bundle.needs, bool(bundle.reads)),
-            "caches": bundle.needs.caches,
-            "asks": None,
-        }
+    bundles, asks = _build(name)
+    bundle = bundles[0] if bundles else Bundle()  # else it must be told something first
     others = [n for n in registry.names() if n != name]
     return {
         "name": name,
@@ -99,7 +106,11 @@ def describe(name: str) -> dict[str, Any]:
         "source": cls.source,
         "parameters": parameters,
         "presets": dict(cls.presets),
-        **slots,
+        "owns": [s for s in (*SINGLE, *CHAINS) if getattr(bundle, s)],
+        "assumes": sorted(bundle.assumes),
+        "needs": _needs(bundle.needs, bool(bundle.reads)),
+        "caches": bundle.needs.caches,
+        "asks": asks,
         "cost": cls.cost,
         "composes_with": [n for n in others if clash(name, n) is None],
     }
