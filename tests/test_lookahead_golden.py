@@ -26,7 +26,9 @@ def decode(checkpoint: str, method: str, group: list[dict[str, Any]], **settings
         arguments["cache"] = "block"
     else:
         arguments["cache"] = "dual" if p["dual_cache"] else "prefix"
-    return dllm.generate(model(checkpoint), [c["prompt_ids"] for c in group], **arguments, batch_size=len(group))
+    settled = {"block_size": p["block_length"]} if "block" in method else {}
+    decoder = model(checkpoint, **settled)
+    return dllm.generate(decoder, [c["prompt_ids"] for c in group], **arguments, batch_size=len(group))
 
 
 def drafting_forwards(case: dict[str, Any]) -> int:

@@ -243,6 +243,31 @@ def test_steps_are_pure(name: str) -> None:
     pytest.fail("no tiny checkpoint serves this sampler")
 
 
+def test_refreshes_follow_the_steps_not_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    forward = Runner.hidden
+
+    def watch(self: Runner, fed: Any) -> Tensor:
+        seen.extend(fed.ids.tolist() if fed.refresh else [])
+        return forward(self, fed)
+
+    monkeypatch.setattr(Runner, "hidden", watch)
+    call = partial(dllm.generate, model("tiny-llada-random"), PROMPT, cache="interval:warmup=1,every=3", **CALL)
+    canvases = []
+    for rows in (None, 2, 8):
+        seen.clear()
+        call(lookahead=rows)
+        canvases.append([*seen])
+    assert len(canvases[0]) > 2
+    assert canvases[0] == canvases[1] == canvases[2]
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    prompts = [PROMPT, PROMPT[2:], [9, 10, 11, 12, 13, 14]]
+    call = partial(dllm.generate, model("tiny-llada-random"), sampler="threshold:tau=0.4", lookahead=4, **CALL)
+    assert [o.sequences for o in call(prompts)] == [o.sequences for o in call(prompts[::-1])][::-1]
+
+
 # -- modes, refusals, pace --------------------------------------------------------------------------------------------
 
 
