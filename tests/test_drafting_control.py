@@ -208,6 +208,34 @@ def test_costs_outlive_a_call():
     assert len(model._dllm_verifier.controllers) == 1
 
 
+def test_what_was_learned_from_a_text_holds_for_the_next():
+    model, noise = tiny_verifier(), Noise()
+    for _ in range(2):
+        dllm.speculate(model, noise, PROMPT, max_new_tokens=20)
+    (c,) = model._dllm_verifier.controllers.values()
+    assert c.fork() is c and c.drafted > 0 and c.overhead > 0 and c.tries.sum() > 0
+
+
+def test_siblings_count_once_and_failures_count():
+    r = RoundStats(k=2, observed=[(0, 0.6, False), (0, 0.3, True), (1, 0.5, False), (1, 0.2, False)], pending=2)
+    assert r.judged == {0: True, 1: False}
+    c = CostAware()
+    c.update(r)
+    assert c.tries[:3].tolist() == [0, 1, 1] and c.hits[:3].tolist() == [0, 1, 0]
+    c.update(RoundStats(k=4, failed=True, pending=1, t_draft=0.5, t_verify=0.1))
+    assert c.tries[1] == 2 and c.hits[1] == 1 and c.draft.mean == {4: 0.5}
+
+
+@pytest.mark.parametrize("length", ["cost", "fixed:k=9", "adl", "failfast", "heuristic:k=7", "rejection"])
+def test_k_caps_every_controller(length):
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 12)
+    out = dllm.speculate(model, Script(text), PROMPT, max_new_tokens=12, length=length, k=3)
+    assert out.sequences == text and max(r.k for r in out.rounds) == 3
+    none = dllm.speculate(model, Script(text), PROMPT, max_new_tokens=12, length=length, k=0)
+    assert none.sequences == text and none.n_draft == 0
+
+
 def test_metrics_count_what_happened():
     model = tiny_verifier()
     text = plain(model, PROMPT, 24)

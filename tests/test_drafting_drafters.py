@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,9 @@ from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.candidates import DraftCandidates, assisted_by
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Need
+from dllm.drafting.lattice import DraftFailure
 from dllm.drafting.loop import SpecConfig
+from dllm.drafting.registry import as_drafter
 from dllm.drafting.retrieval import Fallback
 from dllm.drafting.verifier import Verifier
 from dllm.drafting.vllm import DLLMProposer
@@ -123,6 +127,34 @@ def test_other_drafters_are_lossless(models):
     assert sampled[0] == again and all(len(t) == 16 for t in sampled)
 
 
+def test_a_sliding_window_drafter_rolls_back_beyond_its_window():
+    verifier, drafter = tiny_verifier("llama"), tiny_verifier("mistral-swa")  # a window of 7
+    prompt = [p % VOCAB for p in P]
+    out = dllm.speculate(verifier, drafter, prompt, max_new_tokens=24, length="fixed:k=5")
+    assert out.sequences == plain(verifier, prompt, 24) and out.acceptance_rate < 1
+    ids = list(prompt)
+    for r, span in zip(
+        out.rounds, out.spans, strict=True
+    ):  # each draft is what the drafter would write without a cache
+        k = min(5, len(prompt) + 24 - len(ids) - 1)
+        own = plain(drafter, ids, max(k, 1))[len(ids) :]
+        text = out.sequences[len(ids) : len(ids) + span[1]]
+        assert r.nodes == k
+        assert r.accepted == next(
+            (i for i, (a, b) in enumerate(zip(own[:k], text, strict=False)) if a != b), min(k, len(text))
+        )
+        ids += text
+
+
+def test_retrieval_and_model_mix_in_chunks(models):
+    verifier, model = golden("tiny-llama-ar-random"), models("tiny-llada-trained")
+    drafter = Fallback(DiffusionDrafter(model), min_match=2)
+    out = dllm.speculate(
+        verifier, drafter, [*P, *P], max_new_tokens=8, eos=[], length="failfast:chunk=2,tau=0.01", temperature=1.0
+    )
+    assert len(out.tokens) == 8 and "point" in {r.kind for r in out.rounds}
+
+
 def test_a_prompt_longer_than_the_drafters_context(models):
     verifier, model = golden("tiny-llama-ar-random"), models("tiny-llada-trained")
     prompt = [(7 * i) % 200 + 10 for i in range(300)]  # the drafter has 256 positions
@@ -217,6 +249,39 @@ def test_a_drafter_with_another_tokenizer_is_lossless(models, kind):
     assert out.sequences == plain(verifier, P, 12) and out.n_draft > 0 and out.draft_failures == 0
 
 
+def test_one_drafter_serves_two_verifiers(models):
+    """The vocabulary is that of the verifier at hand, also for samplers, and the model is not kept alive."""
+    model, verifier = models("tiny-llada-trained"), golden("tiny-llama-ar-random")
+    pieces = [f"<{i}>" for i in range(255)]
+    kw = dict(max_new_tokens=8, eos=[], length="fixed:k=4")
+    text = plain(verifier, P, 8)
+    old = model.tokenizer
+    try:
+        model.tokenizer = Words(pieces)
+        for drafter in (DiffusionDrafter(model), SamplerDrafter(model, None)):
+            for tokenizer in (Words(pieces), Words(pieces[::-1])):
+                assert dllm.speculate(verifier, drafter, P, tokenizer=tokenizer, **kw).sequences == text
+            assert [v.kind for v in drafter.known.values()] == ["ids", "strings"]
+    finally:
+        model.tokenizer = old
+    verifier = weakref.ref(load := dllm.load("tests/golden/checkpoints/tiny-llada-trained"))
+    as_drafter(load)
+    del load
+    gc.collect()
+    assert verifier() is None
+
+
+def test_a_bridged_draft_ends_with_the_drafters_text():
+    a, b = Words(["<eos>", "a", "b"]), Words(["b", "a", "<eos>"])
+    model = SimpleNamespace(mask_id=9, tokenizer=a, eos_ids=(0,))
+    drafter = DiffusionDrafter(model, vocabulary="text")
+    drafter.vocabulary = Vocabulary("text", 3, None, a, b)
+    logits = torch.tensor([[0.0, 5, 0], [0, 0, 5], [5, 0, 0], [0, 5, 0]])  # a b <eos> a
+    assert drafter._bridged([1], logits, 4).tokens == (1, 0)
+    with pytest.raises(DraftFailure):
+        drafter._bridged([1], logits * float("nan"), 4)
+
+
 # -- transformers' assisted generation
 
 
@@ -242,6 +307,8 @@ def test_candidates_return_no_logits_and_respect_limits():
         made.get_candidates(torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(DllmError, match="chains"):
         DraftCandidates(Noise(), Verifier(model), SpecConfig(tree=4))
+    with pytest.raises(DllmError, match="chains"):
+        DraftCandidates(Noise(), Verifier(model), SpecConfig(search="tree"))
 
 
 # -- vLLM

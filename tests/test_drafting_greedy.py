@@ -140,10 +140,9 @@ def test_retrieval_drafters(verifiers, name, tree):
     text = plain(model, prompt, 40)
     out = speculate(model, name, prompt, max_new_tokens=40, length="fixed:k=6", tree=tree)
     assert out.sequences == text
-    grafted = speculate(
-        model, Noise(), prompt, max_new_tokens=40, length="fixed:k=6", tree=8, graft="suffix:min_match=1"
-    )
-    assert grafted.sequences == text
+    for source in ("suffix:min_match=1", "recycle"):
+        grafted = speculate(model, Noise(), prompt, max_new_tokens=40, length="fixed:k=6", tree=8, graft=source)
+        assert grafted.sequences == text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from drafting_kit import KINDS, VOCAB, Noise, Script, Silent, plain, tiny_verifier
@@ -19,6 +22,7 @@ from transformers import (
 import dllm
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.proposal import chain
+from dllm.drafting.speculation import _stop_strings
 from dllm.errors import DllmError
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]
@@ -155,6 +159,19 @@ class Letters:
         return {"input_ids": [ord(c) - 65 for c in text]}
 
 
+def test_the_models_own_generation_config_is_its_law(model):
+    """Qwen2.5's generation config holds a repetition penalty: `generate` applies it unasked, and so do we."""
+    own = tiny_verifier()
+    own.generation_config.repetition_penalty = 1.7
+    own.generation_config.min_new_tokens = 4
+    own.generation_config.eos_token_id = list(range(0, VOCAB, 2))
+    text = plain(own, PROMPT, N)
+    assert text != plain(model, PROMPT, N)
+    assert dllm.speculate(own, Noise(), PROMPT, max_new_tokens=N).sequences == text
+    outs = dllm.speculate(own, Noise(), [PROMPT, PROMPT[:4]], max_new_tokens=N, length="fixed:k=3")
+    assert [o.sequences for o in outs] == [text, plain(own, PROMPT[:4], N)]
+
+
 @pytest.mark.parametrize("agree", ["always", "sometimes"])
 def test_stop_strings(model, text, agree):
     letters = Letters()
@@ -174,6 +191,16 @@ def test_stop_strings(model, text, agree):
         dllm.speculate(model, None, prompt, stop="", **kw)
 
 
+def test_a_stop_string_of_many_tokens_a_sign():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    ducks = list(("\N{DUCK}" * 4).encode())  # 16 tokens
+    stopped = _stop_strings(SimpleNamespace(tokenizer=Bytes()), ["\N{DUCK}" * 4], 3)
+    assert stopped([1, 2, 3, 65, *ducks]) and not stopped([1, 2, 3, 65, *ducks[:-1]]) and not stopped(ducks)
+
+
 # -- refusals and fallbacks
 
 
@@ -188,6 +215,14 @@ def test_beams_static_and_wrong_padding_are_refused(model):
         call(model, torch.tensor([PROMPT, PROMPT]), max_new_tokens=4, spec={"tree": 4}, drafter=Noise())
     with pytest.raises(DllmError, match="one text"):
         call(model, torch.tensor([PROMPT, PROMPT]), max_new_tokens=4, spec_streamer=Tape(), drafter=Noise())
+
+
+def test_what_would_be_lost_silently_is_refused(model):
+    with pytest.raises(DllmError, match="output_scores: not recorded"):
+        call(model, PROMPT, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
+    config = SimpleNamespace(num_beams=1, return_dict_in_generate=False)
+    with pytest.raises(DllmError, match=r"only text.*pixel_values"):
+        dllm.spec_generate(model, torch.tensor([PROMPT]), generation_config=config, pixel_values=torch.zeros(1))
 
 
 def test_recurrent_and_encoder_decoder_verifiers_are_refused():
@@ -232,6 +267,19 @@ def test_nan_is_counted_and_falls_back(model, text):
     assert out.sequences == text and out.draft_failures > 0 and out.n_verify == N
 
 
+class BrokenLater(Noise):
+    """Unusable from the second chunk on."""
+
+    def draft(self, ids, k, *, generator=None):
+        bad = len(ids) > len(PROMPT)
+        return self.need.lattice(torch.full((k, VOCAB), float("nan")) if bad else torch.eye(k, VOCAB), len(ids))
+
+
+def test_a_chunk_that_fails_ends_the_draft(model, text):
+    out = dllm.speculate(model, BrokenLater(), PROMPT, max_new_tokens=N, length="failfast:chunk=2,tau=0.01")
+    assert out.sequences == text and out.draft_failures > 0 and out.rounds[0].nodes == 2
+
+
 def test_a_silent_drafter_is_plain_decoding(model, text):
     out = dllm.speculate(model, Silent(), PROMPT, max_new_tokens=N)
     assert out.sequences == text and out.n_verify == N
@@ -248,8 +296,23 @@ def test_options_are_checked(model):
         dllm.speculate(tiny_verifier(), None, "a string")
     with pytest.raises(DllmError, match="prompt"):
         dllm.speculate(model, None)
-    with pytest.raises(DllmError, match="one prompt at a time"):
-        dllm.speculate(model, Noise(), [PROMPT, PROMPT], tree=4)
+    for tree in (dict(tree=4), dict(search="tree"), dict(search="sample_tree", temperature=1.0)):
+        with pytest.raises(DllmError, match="one prompt at a time"):
+            dllm.speculate(model, Noise(), [PROMPT, PROMPT], **tree)
+    with pytest.raises(DllmError, match=r"graft.*tree=32"):
+        dllm.speculate(model, Noise(), PROMPT, graft="suffix")
+    with pytest.raises(DllmError, match="a prompt is"):
+        dllm.speculate(model, None, 3.5)
+    with pytest.raises(DllmError, match="top_p"):
+        dllm.speculate(model, None, PROMPT, temperature=1.0, top_p=0.0)
+
+
+def test_forms_of_a_prompt(model):
+    one = dllm.speculate(model, None, PROMPT, max_new_tokens=3).sequences
+    for prompt in (tuple(PROMPT), np.array(PROMPT), torch.tensor(PROMPT), [np.int64(t) for t in PROMPT]):
+        assert dllm.speculate(model, None, prompt, max_new_tokens=3).sequences == one
+    for prompts in ([PROMPT, PROMPT], np.array([PROMPT, PROMPT]), [torch.tensor(PROMPT)] * 2):
+        assert [r.sequences for r in dllm.speculate(model, None, prompts, max_new_tokens=3)] == [one, one]
 
 
 def test_position_limit_of_the_verifier():

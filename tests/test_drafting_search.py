@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.drafting.lattice import DraftFailure, build, from_columns
+from dllm.drafting.loop import SpecConfig
 from dllm.drafting.ngram import NgramTable, Uniform
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.retrieval import SuffixAutomaton
@@ -293,6 +294,17 @@ def test_graft_is_a_trie_union():
     assert dict(zip(node_paths(both), both.conf, strict=True))[(1,)] == 0.9
     with pytest.raises(DllmError, match="point"):
         graft(Proposal((1,), (-1,), "sampled", Rows(torch.ones(1, 2))), base, 4)
+
+
+def test_configured_searches():
+    assert SpecConfig(tree=8).build_search(True) == BestFirstTree(8, 0.5)
+    assert SpecConfig(tree=8, search="tree:lam=0.7,fanout=2").build_search(False) == BestFirstTree(8, 0.7, 2)
+    assert SpecConfig(tree=8, search="cps:lam=0.7").build_search(False) == BestFirstTree(8, 0.7)
+    assert SpecConfig(tree=8, search="argmax").build_search(False) == BestFirstTree(8, 1.0)
+    assert SpecConfig(search="tree").build_search(False) == BestFirstTree()
+    assert SpecConfig(tree=8, search="sample_tree").build_search(True) == SampleTree()
+    assert SpecConfig().build_search(True) == Sample() and SpecConfig().build_search(False) == EAL()
+    assert SpecConfig(corpus=[[1, 2], [3]]).corpus == ((1, 2), (3,))
 
 
 # -- the n-gram table

@@ -70,7 +70,9 @@ def speculate(
         raise DllmError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     requests = []
     for i, p in enumerate(ids):
-        law = verifier_law(temperature, top_k, top_p, [*own_processors(v, p), *(logits_processor or [])])
+        law = verifier_law(
+            temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *(logits_processor or [])]
+        )
         generator = None if seed is None else torch.Generator().manual_seed(seed + i)
         stopped = _stop_strings(v, stops, len(p))
         limit = len(p) + max_new_tokens
@@ -142,13 +144,13 @@ SILENT = {
 }  # fmt: skip
 
 
-def own_processors(verifier: Verifier, prompt: Sequence[int]) -> list[Any]:
+def own_processors(verifier: Verifier, prompt: Sequence[int], max_new_tokens: int) -> list[Any]:
     """What the model's generation config adds to its greedy law (Qwen2.5's repetition penalty, suppressed tokens, ...).
 
     `generate` is asked, which prepares its processors for a custom decoding loop; this one only takes them.
     """
     config = getattr(verifier.model, "generation_config", None)
-    if config is None or SILENT.issuperset(config.to_diff_dict()) or not prompt:
+    if config is None or SILENT.issuperset(config.to_diff_dict()) or not (prompt and max_new_tokens):
         return []
     taken: list[Any] = []
 
@@ -157,8 +159,8 @@ def own_processors(verifier: Verifier, prompt: Sequence[int]) -> list[Any]:
         return input_ids
 
     ids = torch.tensor([list(prompt)], device=verifier.device)
-    mask = torch.ones_like(ids)
-    verifier.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=1, custom_generate=take)
+    limits = dict(attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+    verifier.model.generate(ids, do_sample=False, custom_generate=take, **limits)
     return taken
 
 
