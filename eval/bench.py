@@ -7,14 +7,18 @@ its own bare forwards, and the cache policies against each other.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dllm
-from dllm import cache as caches
 from dllm.canvas import Canvas, State
 from dllm.engine import step as engine_step
+from dllm.generation import prepare
+from dllm.meter import Meter
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
 from dllm.prediction import Law, Prediction
@@ -54,11 +59,17 @@ class Row:
 
 
 def machine() -> str:
-    """The hardware and software of this run, without names."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    """The hardware and software of this run; no host name."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} core(s)"
     return (
         f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
     )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def side_by_side(a: Callable[[], Any], b: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, float]:
@@ -194,86 +205,64 @@ class Recorder:
 def overhead(model: Model, prompt: list[int], bound: float, label: str, repeats: int, **arguments: Any) -> Row:
     """Decode divided by the sum of its bare forwards (transformer and head on the same rows)."""
     recorder = Recorder(model)
-    dllm.generate(recorder, prompt, **arguments)  # type: ignore[arg-type]
+    dllm.generate(recorder, prompt, **arguments)
     decode, bare = side_by_side(lambda: dllm.generate(model, prompt, **arguments), recorder.replay, repeats)
     forwards = sum(name == "forward" for name, *_ in recorder.calls)
     return Row(f"decode / bare forwards: {label}", decode / bare, bound, note=f"{forwards} forwards, {decode:.2f} s")
 
 
-def generate(repeats: int = 5) -> list[Row]:
-    """The loop against its forwards; `dual` against `none`; cost per token as the window grows; KV memory."""
-    model = random_model()
-    prompt = list(range(1, 257))
-    common: dict[str, Any] = {"early_stop": False, "block_length": 32}
-    rows = [
-        overhead(model, prompt, 1.02, "width 512, length 512, none", repeats, max_new_tokens=256, steps=16, **common),
-        overhead(
-            model,
-            prompt,
-            1.12,
-            "width 512, length 512, dual",
-            repeats,
-            max_new_tokens=256,
-            steps=64,
-            cache="dual",
-            **common,
-        ),
-        overhead(dllm.load("tiny"), prompt[:40], 1.3, "embedded model", repeats, max_new_tokens=64, **common),
-    ]
-    for per_block, bound in ((32, 5.0), (8, 3.5)):
-        one = {**common, "max_new_tokens": 64, "steps": 2 * per_block}
-        long = prompt + prompt[:192]
+def generate(repeats: int = 5) -> Iterator[Row]:
+    """The loop against its forwards; `dual` against `none`; cost per token as the window grows; KV memory.
 
-        def run(cache: str, one: dict[str, Any] = one, long: list[int] = long) -> Any:
-            return dllm.generate(model, long, **one, cache=cache)
-
-        slow, fast = side_by_side(partial(run, "none"), partial(run, "dual"), repeats)
-        rows.append(
-            Row(f"none / dual at {per_block} steps a block, length 512", slow / fast, bound, True, f"{fast:.2f} s")
-        )
-    rows += growth(model, repeats)
-    policy = caches.policy("dual")
-    assert policy.stored
-    store = model.new_store(1, 512)
-    c: ModelConfig = model.config
-    expected = c.n_layers * 2 * c.n_kv_heads * c.head_dim * 512 * 4
-    rows.append(Row("KV bytes / (layers x 2 x kv heads x head dim x length x bytes)", store.nbytes / expected, 1.0))
-    return rows
+    One block stands for a decode where all of its blocks cost the same: the canvas has its full length from the start.
+    """
+    model, length, block = random_model(), 512, 32
+    common: dict[str, Any] = {"early_stop": False, "block_length": block}
+    prompt = [1 + i for i in range(length)]
+    for cache, steps, new, bound in (("none", 4, block, 1.02), ("dual", 16, 2 * block, 1.12)):
+        call = {**common, "cache": cache, "steps": steps, "max_new_tokens": new}
+        label = f"width 512, length {length}, {cache}"
+        yield overhead(model, prompt[new:], bound, label, repeats, **call)
+    yield overhead(dllm.load("tiny"), prompt[:40], 1.3, "embedded model", repeats, max_new_tokens=64, **common)
+    for steps, bound in ((32, 5.0), (8, 3.5)):
+        call = {**common, "steps": steps, "max_new_tokens": block}
+        full, cached = (partial(dllm.generate, model, prompt[block:], cache=c, **call) for c in ("none", "dual"))
+        slow, fast = side_by_side(full, cached, repeats)
+        name = f"none / dual at {steps} steps a block, length {length}"
+        yield Row(name, slow / fast, bound, True, f"{slow:.2f} and {fast:.2f} s a block")
+    yield growth(model, repeats)
+    c, store = model.config, model.new_store(1, length)
+    expected = c.n_layers * 2 * c.n_kv_heads * c.head_dim * length * model.dtype.itemsize
+    yield Row("KV bytes / (layers x 2 x kv heads x head dim x length x bytes)", store.nbytes / expected, 1.0)
 
 
-def growth(model: Model, repeats: int) -> list[Row]:
-    """Cost per token at 1024 new tokens against 128, `dual`, 32 steps a block, with refresh and step parts."""
-    times: dict[int, tuple[float, float]] = {}
-    for new in (128, 1024):
-        refresh, stepping = parts(model, new)
-        times[new] = refresh / new, stepping / new
-    total = {new: sum(t) for new, t in times.items()}
-    note = "; ".join(f"{new}: refresh {r * 1e3:.2f} + step {s * 1e3:.2f} ms/token" for new, (r, s) in times.items())
-    return [Row("dual, cost per token, 1024 / 128 new tokens", total[1024] / total[128], 2.2, note=note)]
+def growth(model: Model, repeats: int, short: int = 128, long: int = 1024, given: int = 64) -> Row:
+    """Cost per token in a window of `long` new tokens against one of `short`; `dual`, 32 steps a block, one block."""
+    parts: dict[int, list[tuple[float, float]]] = {short: [], long: []}
+    first_block(model, given, short)
+    for _ in range(repeats):
+        for new, measured in parts.items():
+            measured.append(first_block(model, given, new))
+    median = {new: [statistics.median(part) for part in zip(*m, strict=True)] for new, m in parts.items()}
+    total = {new: statistics.median(map(sum, m)) for new, m in parts.items()}
+    note = "; ".join(
+        f"{new}: refresh {refresh / WINDOW * 1e3:.2f} + steps {steps / WINDOW * 1e3:.2f} ms a token"
+        for new, (refresh, steps) in median.items()
+    )
+    return Row(f"dual, cost per token, {long} / {short} new tokens", total[long] / total[short], 2.2, note=note)
 
 
-def parts(model: Model, new: int) -> tuple[float, float]:
-    """Seconds of one decode spent in refreshing and in stepping forwards."""
-
-    class Timed(Recorder):
-        spent = [0.0, 0.0]  # noqa: RUF012
-
-        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-            began = time.perf_counter()
-            hidden = self.model.forward(*args, **kwargs)
-            self.spent[args[0].shape[1] <= WINDOW] += time.perf_counter() - began
-            return hidden
-
-        def logits(self, hidden: Tensor) -> Tensor:
-            return self.model.logits(hidden)
-
-    timed = Timed(model)
-    timed.spent = [0.0, 0.0]
+def first_block(model: Model, given: int, new: int) -> tuple[float, float]:
+    """Seconds of the first block of a decode under `dual`: its refresh, and its other steps, one token each."""
+    call = {"max_new_tokens": new, "block_length": WINDOW, "cache": "dual", "early_stop": False}
+    job = prepare(model, list(range(1, 1 + given)), call)
+    ticks = job.ticks(Meter(1))
     began = time.perf_counter()
-    dllm.generate(timed, list(range(1, 65)), max_new_tokens=new, block_length=32, cache="dual", early_stop=False)  # type: ignore[arg-type]
-    total = time.perf_counter() - began
-    refresh = timed.spent[0]
-    return refresh, total - refresh
+    next(ticks)
+    refreshed = time.perf_counter()
+    for _ in islice(ticks, WINDOW - 1):
+        pass
+    return refreshed - began, time.perf_counter() - refreshed
 
 
 def cache(**options: Any) -> list[Row]:
@@ -281,8 +270,8 @@ def cache(**options: Any) -> list[Row]:
     return import_module("dllm.eval.bench_cache").cache(**options)
 
 
-BENCHES: dict[str, Callable[..., list[Row]]] = {"step": step, "generate": generate, "cache": cache}
+BENCHES: dict[str, Callable[..., Iterable[Row]]] = {"step": step, "generate": generate, "cache": cache}
 
 
-def as_json(rows: list[Row]) -> str:
+def as_json(rows: Iterable[Row]) -> str:
     return json.dumps({"machine": machine(), "rows": [{**asdict(r), "met": r.met} for r in rows]}, indent=2)

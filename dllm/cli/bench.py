@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from dllm.errors import unknown
+
+if TYPE_CHECKING:
+    from dllm.eval.bench import Row
 
 
 def bench(
@@ -28,10 +31,10 @@ def bench(
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run."""
     import torch
+    from tqdm import tqdm
 
     from dllm.eval import bench_lookahead, bench_step
-    from dllm.eval.bench import BENCHES, machine
-    from dllm.eval.bench import as_json as dump
+    from dllm.eval.bench import BENCHES
 
     short = {**BENCHES, "own-work": lambda repeats: bench_step.run(only or None, repeats)}
     benches = {**short, "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats)}
@@ -44,7 +47,19 @@ def bench(
         names = only or list(bench_samplers.SETTINGS)
         typer.echo(bench_samplers.run(out=out or "bench-samplers.jsonl", n=n, validation=validation, names=names))
         return
-    rows = [row for key in (short if name == "all" else [name]) for row in benches[key](repeats=repeats)]
+    rows: list[Row] = []
+    try:
+        for key in short if name == "all" else [name]:
+            for row in tqdm(benches[key](repeats=repeats), desc=key, unit="row", leave=False):
+                rows.append(row)
+    finally:  # interrupted or not: what was measured is shown
+        _show(rows, out, as_json)
+
+
+def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
+    from dllm.eval.bench import as_json as dump
+    from dllm.eval.bench import machine
+
     if out is not None:
         out.write_text(dump(rows) + "\n", encoding="utf-8")
     if as_json:
