@@ -75,9 +75,14 @@ class Canvas(NamedTuple):
 
 
 def scatter(table: Tensor, cols: Tensor, values: Tensor | bool) -> Tensor:
-    """The per-column table (B, L) with `values` (B, W) at the columns `cols` (B, W); at -1 nothing is written."""
+    """The per-column table (B, L, ...) with `values` (B, W, ...) at `cols` (B, W); at -1 nothing is written."""
     spare = torch.cat([table, table[:, :1]], 1)  # its last column takes what is written nowhere
-    return spare.scatter(1, cols % spare.shape[1], values)[:, :-1]
+    return spare.scatter(1, spread(cols % spare.shape[1], table), values)[:, :-1]
+
+
+def spread(index: Tensor, table: Tensor) -> Tensor:
+    """An index (B, W) of columns as `gather` and `scatter` take it for a table (B, L, ...)."""
+    return index.view(*index.shape, *[1] * (table.dim() - 2)).expand(*index.shape, *table.shape[2:])
 
 
 def splice_columns(leaf: Tensor, d: Decision) -> Tensor:
@@ -161,6 +166,10 @@ class Window(NamedTuple):
     reads: Tensor  # (B, W) columns, -1 for padding
     epoch: Tensor  # (B,) a new value asks the cache for a refresh
     aside: Tensor | None = None  # (B, W) bool: reads that must leave the cache as it is (None: nothing)
+
+    def inside(self, cols: Tensor) -> Tensor:
+        """(B, W) bool: which of the columns (B, W), or (W,) for all rows, may be committed."""
+        return (cols >= self.lo[:, None]) & (cols < self.hi[:, None])
 
     def take(self, rows: Tensor) -> Window:
         aside = None if self.aside is None else self.aside[rows]

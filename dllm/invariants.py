@@ -62,7 +62,7 @@ def check(s: Sampler, before: State, window: Window, pred: Prediction, after: St
     same = ~edited[:, None]
     changed = (old.ids != new.ids) & same
     commits, back = old.masked & ~new.masked & same, ~old.masked & new.masked & same
-    inside = (cols >= view.window.lo[:, None]) & (cols < view.window.hi[:, None])
+    inside = view.window.inside(cols)
     filled = after.done & ~new.masked.any(1)
     _require(s, "I1: a commit outside the window", ~(commits & ~inside).any(1) | filled)
     _require(s, "I2: the mask was written as a token", (new.masked == ((new.ids == new.mask_id) & ~new.frozen)) | ~same)
@@ -93,7 +93,7 @@ def check(s: Sampler, before: State, window: Window, pred: Prediction, after: St
 def _exits(view: View, before: State, after: State) -> Tensor:
     """(B,) rows that left by an exit: they ask for a closing forward, or were filled beyond their window."""
     cols = torch.arange(before.canvas.ids.shape[1], device=before.step.device)
-    outside = (cols < view.window.lo[:, None]) | (cols >= view.window.hi[:, None])
+    outside = ~view.window.inside(cols)
     return after.closing | (before.canvas.masked & ~after.canvas.masked & outside).any(1)
 
 

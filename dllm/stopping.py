@@ -31,8 +31,7 @@ class Stop:
         end = canvas.first_masked()
         if self.revises:
             cols = torch.arange(canvas.ids.shape[1], device=end.device)
-            inside = (cols >= view.window.lo[:, None]) & (cols < view.window.hi[:, None])
-            left = ~((canvas.masked & inside).any(1) | view.held)
+            left = ~((canvas.masked & view.window.inside(cols)).any(1) | view.held)
             end = torch.where(left, end, torch.minimum(end, view.window.lo))
         found = _holds(canvas.ids, self.eos_ids, canvas.start, end)
         return found if self.stopped is None else found | self._strings(canvas.ids, canvas.start, end)

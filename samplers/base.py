@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dllm import noise
-from dllm.canvas import Canvas, Decision, State, Window, scatter
+from dllm.canvas import Canvas, Decision, State, Window, scatter, spread
 from dllm.errors import DllmError, unknown
 
 if TYPE_CHECKING:
@@ -198,17 +198,19 @@ class View:
         self.cols = cols  # (B, W) absolute columns, -1 for padding
         self._at = cols.clamp(min=0)
         self.masked = canvas.masked.gather(1, self._at) & (cols >= 0)  # (B, W)
-        self.live = self._inside(window.lo, window.hi) & self.masked  # (B, W) the candidates C
+        self.live = self.inside & self.masked  # (B, W) the candidates C
         self.memory = dict(state.memory)
         self.columns = dict(state.columns)
 
-    def _inside(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return (self.cols >= lo[:, None]) & (self.cols < hi[:, None])
+    @property
+    def inside(self) -> Tensor:
+        """(B, W) bool: the columns of the window; a step may read others too."""
+        return self.window.inside(self.cols)
 
     def narrow(self, lo: Tensor, hi: Tensor) -> None:
         """Shrink the window after the forward (AdaBlock)."""
         self.window = self.window._replace(lo=lo, hi=hi)
-        self.live = self._inside(lo, hi) & self.masked
+        self.live = self.inside & self.masked
 
     @property
     def held(self) -> Tensor:
@@ -217,11 +219,10 @@ class View:
 
     def gather(self, table: Tensor) -> Tensor:
         """A per-column table (B, L, ...) at the columns of this step: (B, W, ...)."""
-        index = self._at.view(*self._at.shape, *[1] * (table.dim() - 2)).expand(*self._at.shape, *table.shape[2:])
-        return table.gather(1, index)
+        return table.gather(1, spread(self._at, table))
 
     def scatter(self, table: Tensor, values: Tensor, where: Tensor) -> Tensor:
-        """The per-column table with `values` (B, W) at the columns where `where` (B, W) holds."""
+        """The per-column table (B, L, ...) with `values` (B, W, ...) at the columns where `where` (B, W) holds."""
         return scatter(table, torch.where(where, self.cols, -1), values.to(table.dtype))
 
     def uniform(self, stream: int) -> Tensor:

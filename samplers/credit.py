@@ -95,16 +95,9 @@ class Credit(Method):
         tokens = torch.where(hit, top, tokens)
         credit = credit + torch.where(hit, (1 + pred._best[-1])[..., None] ** -gamma, 0.0)
         for key, values in (("credit.token", tokens), ("credit.value", credit)):
-            view.columns[key] = _store(view, view.columns[key], values)
+            table = F.pad(view.columns[key], (0, values.shape[-1] - view.columns[key].shape[-1]))
+            view.columns[key] = view.scatter(table, values, view.cols >= 0)
         return tokens, credit
-
-
-def _store(view: View, table: Tensor, values: Tensor) -> Tensor:
-    """The per-column table (B, L, S) with `values` (B, W, S') at the columns of this step."""
-    table = F.pad(table, (0, values.shape[-1] - table.shape[-1]))
-    spare = torch.cat([table, table[:, :1]], 1)
-    index = torch.where(view.cols >= 0, view.cols, table.shape[1])[..., None].expand_as(values)
-    return spare.scatter(1, index, values)[:, :-1]
 
 
 class Fused(Rescored):

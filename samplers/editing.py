@@ -45,11 +45,10 @@ class Editing(Method):
 
     def amend(self, view: View, pred: Prediction, d: Decision) -> Decision:
         frozen = view.gather(view.canvas.frozen)
-        inside = (view.cols >= view.window.lo[:, None]) & (view.cols < view.window.hi[:, None])
-        filled = inside & ~view.masked & ~frozen
+        filled = view.inside & ~view.masked & ~frozen
         edits = filled & (pred.token != view.gather(view.canvas.ids)) & (pred.confidence >= self.edit)
-        open_before = (view.masked & inside).any(1)
-        open_after = (view.gather(view.canvas.apply(d).masked) & inside).any(1)
+        open_before = (view.masked & view.inside).any(1)
+        open_after = (view.gather(view.canvas.apply(d).masked) & view.inside).any(1)
         rounds = torch.where(open_before, 0, view.memory["editing.rounds"] + 1)
         view.memory["editing.rounds"] = rounds
         view.memory["window.hold"] = ~open_after & (open_before | edits.any(1)) & (rounds < self.rounds)

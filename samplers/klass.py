@@ -64,12 +64,11 @@ class KLASS(Method):
     def stable(self, view: View, pred: Prediction) -> Tensor:
         """(B, W) bool; moves the history on by this step."""
         memory, columns, real = view.memory, view.columns, view.cols >= 0
-        inside = (view.cols >= view.window.lo[:, None]) & (view.cols < view.window.hi[:, None])
-        cols = torch.where(real if self.history == "generation" else inside, view.cols + 1, 0)  # what is followed
+        cols = torch.where(real if self.history == "generation" else view.inside, view.cols + 1, 0)  # what is followed
         before, known = last(view, cols)
         calm = known & (divergence(pred, *before) < self.epsilon) if before else known
         streak = torch.where(calm, view.gather(columns["klass.streak"]) + 1, 0)
-        age = view.gather(columns["klass.age"]) + inside
+        age = view.gather(columns["klass.age"]) + view.inside
         columns["klass.streak"] = view.scatter(columns["klass.streak"], streak, real)
         columns["klass.age"] = view.scatter(columns["klass.age"], age, real)
         now = {"logits": pred.logits, "lse": pred.lse, "cols": cols, "length": view.canvas.length}
@@ -97,8 +96,8 @@ def beyond(state: State, window: Window) -> Tensor:
     """(B, R) every generated column outside the window, -1 padded."""
     canvas = state.canvas
     cols = torch.arange(int(canvas.start.min()), int(canvas.length.max()), device=canvas.ids.device)
-    inside = (cols >= window.lo[:, None]) & (cols < window.hi[:, None])
-    return torch.where((cols >= canvas.start[:, None]) & (cols < canvas.length[:, None]) & ~inside, cols, -1)
+    generated = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
+    return torch.where(generated & ~window.inside(cols), cols, -1)
 
 
 def last(view: View, cols: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:

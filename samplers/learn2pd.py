@@ -185,8 +185,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def block_view(view: View, values: Tensor, size: int, fill: float) -> tuple[Tensor, Tensor]:
     """A table (B, W) over the columns of the step as (B, size) over those of the window, and where each came from."""
-    inside = (view.cols >= view.window.lo[:, None]) & (view.cols < view.window.hi[:, None])
-    at = torch.where(inside, view.cols - view.window.lo[:, None], size).clamp(max=size)
+    at = torch.where(view.inside, view.cols - view.window.lo[:, None], size).clamp(max=size)
     table = values.new_full((values.shape[0], size + 1), fill)
     return table.scatter(1, at, values)[:, :size], at
 

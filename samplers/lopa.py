@@ -65,7 +65,7 @@ def winner(branches: Tensor, cols: Tensor, answer: Any) -> Tensor:
     if len(branches) == 1:
         return torch.zeros_like(state.step)
     at = cols.clamp(min=0)
-    inside = (cols >= window.lo[:, None]) & (cols < window.hi[:, None])
+    inside = window.inside(cols)
     masked = inside & state.canvas.masked.gather(1, at)
     branch = state.columns["lopa.branch"].gather(1, at).masked_fill(~inside, 0)
     means = []

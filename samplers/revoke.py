@@ -13,8 +13,7 @@ from dllm.samplers.base import View, rank
 
 def decoded(view: View) -> Tensor:
     """(B, W) bool: columns of the window that were written before this step. Given tokens are never among them."""
-    inside = (view.cols >= view.window.lo[:, None]) & (view.cols < view.window.hi[:, None])
-    return inside & ~view.masked & ~view.gather(view.canvas.frozen)
+    return view.inside & ~view.masked & ~view.gather(view.canvas.frozen)
 
 
 def committed_here(view: View, d: Decision) -> Tensor:

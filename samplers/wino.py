@@ -66,8 +66,7 @@ class Shadow:
 
 def columns(window: Window) -> Tensor:
     """(B, E) the columns of the reads that lie in the window, -1 for the others."""
-    inside = (window.reads >= window.lo[:, None]) & (window.reads < window.hi[:, None])
-    return torch.where(inside, window.reads, -1)
+    return torch.where(window.inside(window.reads), window.reads, -1)
 
 
 @dataclass(frozen=True)

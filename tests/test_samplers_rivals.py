@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dllm
 from dllm import invariants
+from dllm.canvas import Window
 from dllm.engine import step
 from dllm.errors import DllmError
 from dllm.generation import Job, prepare
@@ -430,7 +431,8 @@ def test_lopa_follows_the_surest_branch() -> None:
     state = SimpleNamespace(
         canvas=canvas, step=torch.tensor([0]), columns={"lopa.branch": torch.tensor([[0, 1, 2, 0]])}
     )
-    window = SimpleNamespace(lo=torch.tensor([1]), hi=torch.tensor([4]))
+    one = torch.tensor([1])
+    window = Window(one, one + 3, cols, one)
     answer = SimpleNamespace(state=state, window=window)
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [1]
     state.columns["lopa.branch"] = torch.tensor([[0, 0, 2, 0]])  # the first branch has no column to try
