@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -21,6 +22,12 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "", of: str 
     near = nearest(name, known)
     suggestion = f"; did you mean {near!r}?" if near else f"; known: {', '.join(known)}"
     return DllmError(f"unknown {kind} {name!r}{of and f' of {of}'}{hint or suggestion}")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: by its class, or in words as a CPU and MPS do."""
+    told = re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE)
+    return bool(told) or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
 
 
 def first_line(error: Exception) -> str:

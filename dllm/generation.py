@@ -17,7 +17,7 @@ from dllm import cache as caches
 from dllm import noise
 from dllm.canvas import Canvas, State
 from dllm.engine import Options, Runner, Tick, decode
-from dllm.errors import DllmError, nearest, unknown
+from dllm.errors import DllmError, nearest, out_of_memory, unknown
 from dllm.guidance import Guidance
 from dllm.lookahead import Lookahead, Stats, Walk
 from dllm.meter import Meter
@@ -311,7 +311,9 @@ class Job:
         call = {"batch_size": size, "options": self.options, "meter": meter, "runner": runner}
         try:
             yield from decode(self.model, self.sampler, self.policy, self.queue, **call)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
             raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
 

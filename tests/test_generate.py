@@ -262,9 +262,17 @@ def test_a_shifted_model_cannot_predict_the_first_position() -> None:
         dllm.generate(dream, [dream.mask_id, 4], infill=True)
 
 
-def test_out_of_memory_names_a_batch_size(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_a_batch_size(tiny: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     monkeypatch.setattr(type(tiny), "forward", full)
     with pytest.raises(DllmError, match="try batch_size=2"):

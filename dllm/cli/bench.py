@@ -19,11 +19,11 @@ def bench(
     name: Annotated[
         str, typer.Argument(help="step, generate, own-work, lookahead, samplers, ...; `all` runs the short ones.")
     ] = "step",
-    repeats: Annotated[int, typer.Option(help="Repeats of each measurement; the median counts.")] = 5,
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
-    n: Annotated[int, typer.Option(help="samplers: test problems a task.")] = 1500,
-    validation: Annotated[int, typer.Option(help="samplers: problems on which settings are chosen.")] = 200,
+    n: Annotated[int, typer.Option(min=1, help="samplers: test problems a task.")] = 1500,
+    validation: Annotated[int, typer.Option(min=1, help="samplers: problems on which settings are chosen.")] = 200,
     only: Annotated[
         list[str] | None, typer.Option(help="samplers, own-work, lookahead: these samplers; may be repeated.")
     ] = None,

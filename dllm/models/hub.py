@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dllm.errors import DllmError, first_line, unknown
+from dllm.errors import DllmError, first_line, out_of_memory, unknown
 from dllm.models import diffusion_gemma
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
@@ -88,7 +88,9 @@ def load(
         transformer = _build(folder, family, config, kind, place, device_map)
         if quantization is not None:
             quantize(transformer, quantization)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         hint = 'try a smaller dtype or device_map="auto"'
         raise DllmError(f"{name_or_path} does not fit on {place}: {first_line(error)}; {hint}") from error
     return Model(config, transformer.eval(), tokenizer)
