@@ -109,7 +109,7 @@ class TaskSpec:
     limit: int | None = None  # the first documents only
     path: str | None = None  # the user's file (jsonl and the benchmark shapes)
     split: str = "test"
-    seed: int = 0  # of the problem generator, and of the order of shots
+    seed: int = 0  # of the problem generator
     shots: int = 0
     shots_path: str | None = None
     prompt: str | None = None  # template over the document's fields: "{question}\nAnswer:"
@@ -152,7 +152,7 @@ class Setting:
     label: str
     model: ModelSpec
     sampler: Any  # a name, a mapping with `name`, or a list of these (a composition); None: the model family's own
-    cache: Any
+    cache: Any  # a name or a mapping; None: the family's own
     generate: GenerateSpec
     speculate: SpeculateSpec | None = None
     source: Source = field(default=NOWHERE, compare=False, repr=False)  # where its keys were given
@@ -481,7 +481,7 @@ def _setting(label: str, point: Mapping[str, Any], source: Source) -> Setting:
         label=label,
         model=make(ModelSpec, _named(point.get("model") or {}), ("model",), source),
         sampler=sampler,
-        cache=point.get("cache") or "none",
+        cache=point.get("cache"),
         generate=make(GenerateSpec, point.get("generate") or {}, ("generate",), source),
         speculate=make(SpeculateSpec, {"verifier": spec} if isinstance(spec, str) else spec, ("speculate",), source)
         if spec

@@ -49,13 +49,16 @@ _READ = {"until", "max_gen_toks", "do_sample", "temperature"}
 class DiffusionLM(LM):
     """A masked-diffusion model behind lm-eval's interface.
 
-    pretrained       what `dllm.load` takes; or `model`, a loaded one
-    batch_size       rows decoded together ("auto" is 8); a batch holds requests of equal arguments, ragged in length
-    mc_num, mc_batch samples of the likelihood bound, and how many of them go through the model at once
-    check_greedy     also say whether a continuation is the greedy one (a decode for each request; False is reported
-    without) seed             of every draw; request i of a rank uses seed + i Everything else is an argument of
-    `dllm.generate` (`sampler`, `cache`, `block_length`, `steps`, …) for every request; a request's own
-    `max_gen_toks`, `until`, `temperature`, `top_p` and `top_k` come first."""
+    pretrained        what `dllm.load` takes; or `model`, a loaded one
+    batch_size        rows decoded together ("auto" is 8); a batch holds requests of equal arguments, ragged in length
+    mc_num, mc_batch  samples of the likelihood bound, and how many of them go through the model at once
+    check_greedy      also say whether a continuation is the greedy one, a decode for each request; without it the
+                      answer is False
+    seed              of every draw; request i of a rank uses seed + i
+
+    Everything else is an argument of `dllm.generate` (`sampler`, `cache`, `block_length`, `steps`, …) for every
+    request; a request's own `max_gen_toks`, `until`, `temperature`, `top_p` and `top_k` come first.
+    """
 
     def __init__(
         self,

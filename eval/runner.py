@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from dllm.lookahead import Lookahead
 from dllm.samplers import registry
 
 from . import engines, metrics
-from .config import Config, GenerateSpec, ModelSpec, Setting, Source, load
+from .config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
 from .store import Row, Store, write
+from .tasks.base import takes
 from .worker import Job, environment, load_tasks
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Results:
     aup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task -> method -> area
     env: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    lead: bool = True  # of several ranks, the one that keeps the folder
 
     @property
     def errors(self) -> int:
@@ -114,7 +116,7 @@ def run(
 
             found = run_tasks(foreign, store, engine.worker, engine.lead)
             results = replace(results, cells=(*results.cells, *_counted(found, store, given)))
-        results = replace(results, config=given, aup=areas(given, results.cells))
+        results = replace(results, config=given, aup=areas(given, results.cells), lead=engine.lead)
         if dry_run:
             results = replace(results, notices=(REHEARSED, *results.notices))
         if bad := next((row for row in store.rows.values() if row.get("error")), None):
@@ -135,9 +137,12 @@ def run(
 
 def _split(config: Config) -> tuple[Config, Config]:
     """The tasks that run here, and those that lm-eval runs."""
-    here = tuple(t for t in config.tasks if not t.name.startswith("lm-eval:"))
-    there = tuple(t for t in config.tasks if t.name.startswith("lm-eval:"))
-    return replace(config, tasks=here), replace(config, tasks=there)
+    here = tuple(t for t in config.tasks if not _foreign(t))
+    return replace(config, tasks=here), replace(config, tasks=tuple(filter(_foreign, config.tasks)))
+
+
+def _foreign(task: TaskSpec) -> bool:
+    return task.name.startswith("lm-eval:")
 
 
 def check(config: Config) -> None:
@@ -157,11 +162,14 @@ def check(config: Config) -> None:
                 drafting = SpecConfig.of(None, setting.speculate.options)
                 drafting.build_search(arguments.temperature > 0)
                 drafting.build_controller()
-            if any(t.name.startswith("lm-eval:") for t in config.tasks):
+            if any(map(_foreign, config.tasks)):
                 raise setting.source.error(("speculate",), "tasks of lm-eval are decoded by the model alone")
     for i, task in enumerate(config.tasks):
         with _placed(config.source, "tasks", i, "generate"):
             Arguments(**task.generate.given())
+        with _placed(config.source, "tasks", i):
+            if _foreign(task):
+                takes(task, "options")
 
 
 @contextmanager
@@ -319,7 +327,7 @@ def method(setting: Setting, model: bool = False) -> str:
     else:
         sampler = setting.sampler if isinstance(setting.sampler, list) else [setting.sampler or "default"]
         words = ["+".join(map(_bare, sampler))]
-        words += [_bare(setting.cache)] if _bare(setting.cache) != "none" else []
+        words += [_bare(setting.cache)] if setting.cache and _bare(setting.cache) != "none" else []
         words += ["lookahead"] if setting.generate.lookahead else []
     return " ".join(words + ([Path(setting.model.name).name] if model else []))
 
@@ -341,13 +349,12 @@ def _finite(value: Any) -> Any:
 def read(folder: str | Path) -> tuple[dict[str, Any], list[Row], Config]:
     """Results, rows and configuration of a finished run. Errors: no such run, or one that has not finished."""
     folder = Path(folder)
+    path = folder / "samples.jsonl"
     if not (folder / "results.json").is_file():
-        with suppress(OSError):
-            if (folder / "samples.jsonl").is_file():
-                raise DllmError(f"the run in {folder} has not finished; start it again to go on")
+        if path.is_file():
+            raise DllmError(f"the run in {folder} has not finished; start it again to go on")
         raise DllmError(f"there is no evaluation run in {folder}")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    path = folder / "samples.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     rows = list({row["key"]: row for row in map(json.loads, filter(None, text.splitlines()))}.values())
     return results, rows, load(folder / "config.yaml")

@@ -15,6 +15,7 @@ The search is an ordinary run over the candidates (it resumes, it reports); `bes
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class TuneSpec:
     space: tuple[Any, ...]
     baseline: Any = "confidence"
     loss: float = 1.0  # percentage points
-    trials: int = 32  # at most; a grid that is no larger is searched whole
+    trials: int = 32  # candidates, at most
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def tune(
     for axis in ("matrix", "sampler"):
         if axis in data:
             raise source.error((axis,), f"`dllm tune` chooses the sampler; move {axis!r} into `tune.space`")
+    if not spec.space or spec.trials < 1:
+        raise source.error(("tune",), "there is nothing to try: `space` lists samplers, `trials` is at least 1")
     points = candidates(spec, int(data.get("seed", 0)))
-    if not points:
-        raise source.error(("tune", "space"), "the space holds no sampler")
     baseline = {"label": "baseline", "sampler": [spec.baseline]}
     sweep = [baseline, *({"label": describe(point), "sampler": [point]} for point in points)]
     built = build({**data, "matrix": sweep}, source)
@@ -84,19 +85,19 @@ def tune(
 
 
 def candidates(spec: TuneSpec, seed: int) -> list[Any]:
-    """The points to try: the whole grid where it is small enough, else a low-discrepancy sample of it (Sobol)."""
+    """The points to try. Every entry of the space has an even share of the trials; a grid that is no larger is searched
+    whole and leaves the rest to the others, anything else is sampled evenly (Sobol)."""
     grids = [_axes(entry) for entry in spec.space]
-    discrete = [g for g in grids if all(isinstance(values, list) for values in g.values())]
-    size = sum(_size(g) for g in discrete)
-    share = max(1, (spec.trials - (size if size <= spec.trials else 0)) // max(1, len(grids) - len(discrete) or 1))
+    sizes = [math.prod(len(v) if isinstance(v, list) else math.inf for v in grid.values()) for grid in grids]
+    shares, left = {}, spec.trials
+    for done, i in enumerate(sorted(range(len(grids)), key=sizes.__getitem__)):
+        shares[i] = int(min(sizes[i], max(1, left // (len(grids) - done))))
+        left -= shares[i]
     out: list[Any] = []
-    for entry, grid in zip(spec.space, grids, strict=True):
-        whole = grid in discrete and size <= spec.trials
-        per = _size(grid) if whole else max(1, spec.trials // len(grids)) if grid in discrete else share
-        picks = itertools.product(*grid.values()) if whole else _spread(grid, per, seed)
+    for i, (entry, grid) in enumerate(zip(spec.space, grids, strict=True)):
+        picks = itertools.product(*grid.values()) if shares[i] == sizes[i] else _spread(grid, shares[i], seed)
         out += [_put(entry, dict(zip(grid, values, strict=True))) for values in picks]
-    unique = {describe(point): point for point in out}
-    return list(unique.values())[: max(spec.trials, 1)]
+    return list({describe(point): point for point in out}.values())[: spec.trials]
 
 
 def _axes(entry: Any) -> dict[tuple[int, str], Any]:
@@ -106,6 +107,8 @@ def _axes(entry: Any) -> dict[tuple[int, str], Any]:
     for i, part in enumerate(parts):
         for key, value in part.items() if isinstance(part, dict) else ():
             if isinstance(value, list):
+                if not value:
+                    raise DllmError(f"tune.space: {key}: the list of choices is empty")
                 out[(i, key)] = value
             elif isinstance(value, dict):
                 if set(value) != {"low", "high"} or not value["low"] < value["high"]:
@@ -114,18 +117,8 @@ def _axes(entry: Any) -> dict[tuple[int, str], Any]:
     return out
 
 
-def _size(grid: Mapping[Any, Any]) -> int:
-    size = 1
-    for values in grid.values():
-        size *= len(values)
-    return size
-
-
 def _spread(grid: Mapping[Any, Any], n: int, seed: int) -> Iterator[tuple[Any, ...]]:
     """`n` points spread evenly over choices and ranges; a range is rounded to three digits."""
-    if not grid:
-        yield ()
-        return
     for row in qmc.Sobol(len(grid), rng=seed).random(1 << max(0, (n - 1).bit_length()))[:n]:
         yield tuple(_at(values, float(u)) for values, u in zip(grid.values(), row, strict=True))
 

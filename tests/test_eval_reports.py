@@ -158,6 +158,9 @@ def test_candidates_are_the_grid_or_an_even_sample_of_it():
     taus = [point["tau"] for point in candidates(ranged, 1)]
     assert len(taus) == 8 and taus == [p["tau"] for p in candidates(ranged, 1)]
     assert min(taus) < 0.6 and max(taus) > 0.8 and all(0.5 <= tau <= 0.9 for tau in taus)
+    small = {"name": "credit", "alpha": [0.5, 0.65]}
+    mixed = candidates(TuneSpec((*ranged.space, small), trials=8), 1)
+    assert mixed[6:] == [{"name": "credit", "alpha": a} for a in (0.5, 0.65)] and len(mixed) == 8
     with pytest.raises(DllmError, match="a range is"):
         candidates(TuneSpec(({"name": "threshold", "tau": {"lo": 1}},)), 0)
 

@@ -87,6 +87,8 @@ def test_broken_lines_are_named_and_never_dropped_silently(tmp_path):
         (TaskSpec("jsonl", path="{one}", prompt="{q}", shots=1), "set `shots_path:`"),
         (TaskSpec("jsonl", path="{one}", prompt="{q}", shots=9, shots_path="{one}"), "too few for 9 shots"),
         (TaskSpec("sudoku", split="tset"), "unknown split 'tset'"),
+        (TaskSpec("sudoku", metric="exact"), "'sudoku' has no use for 'metric'; it takes split, seed"),
+        (TaskSpec("gsm8k", path="{one}", split="validation"), "'gsm8k' has no use for 'split'"),
     ],
 )
 def test_refusals(tmp_path, spec, message):

@@ -47,6 +47,8 @@ def run_command(
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     results = run(config, sets, out=out, limit=limit, seed=seed, dry_run=dry_run, retry_errors=retry_errors)
+    if not results.lead:  # another rank speaks
+        raise typer.Exit(results.exit_code)
     for cell in results.cells:
         accuracy, tpf = 100 * cell["accuracy"], cell.get("tpf")
         speed = f"  {tpf:5.2f} tokens/forward" if tpf is not None and math.isfinite(tpf) else ""

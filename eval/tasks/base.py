@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError
 
-from ..config import GenerateSpec
+from ..config import GenerateSpec, TaskSpec
 
 Prompt = str | list[dict[str, str]]
 
@@ -50,6 +50,17 @@ class Task:
     generate: GenerateSpec = NOTHING
     skipped: tuple[str, ...] = ()  # broken lines of the user's file, each with its reason
     runs_code: bool = False
+
+
+def takes(spec: TaskSpec, *keys: str) -> None:
+    """Refuse what a kind of task has no use for: a key that is ignored would say what is not so."""
+    plain = TaskSpec(spec.name)
+    for key in (f.name for f in fields(spec)):
+        if key in ("name", "label", "limit", "generate", *keys) or getattr(spec, key) == getattr(plain, key):
+            continue
+        if key == "options" and set(spec.options) == {"rehearse"}:
+            continue
+        raise DllmError(f"task {spec.name!r} has no use for {key!r}; it takes {', '.join(keys)}")
 
 
 def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[dict[str, Any]], tuple[str, ...]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dllm.errors import DllmError
 from dllm.training import tasks as source
 
 from ..config import GenerateSpec, TaskSpec
-from .base import Document, Graded, Task
+from .base import Document, Graded, Task, takes
 from .confined import run
 
 NAMES = ("word_problems", "sudoku", "functions")
@@ -26,9 +25,8 @@ for inputs in {inputs!r}:
 
 def load(spec: TaskSpec, limit: int | None) -> Task:
     """The first `limit` problems (100 unless stated) of a split; the same for the same seed."""
+    takes(spec, "split", "seed")
     examples = source.generate(spec.name, spec.split, limit or DOCUMENTS, spec.seed)
-    if spec.path or spec.shots or spec.prompt:
-        raise DllmError(f"task {spec.name!r} makes its own problems; path, shots and prompt belong to `jsonl` tasks")
     documents = tuple(
         Document(f"{spec.split}-{spec.seed}-{i}", e.prompt, e.answer, {"example": e}) for i, e in enumerate(examples)
     )

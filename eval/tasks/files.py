@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dllm.errors import DllmError, unknown
 
 from ..config import GenerateSpec, TaskSpec
 from . import scorers
-from .base import Document, Graded, Prompt, Task, fill, read_jsonl, refuse
+from .base import Document, Graded, Prompt, Task, fill, read_jsonl, refuse, takes
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,30 @@ def _block(document: Document, text: str) -> str:
 
 
 # Prompts and stops as in LLaDA's, Dream's and Fast-dLLM's evaluations (they use lm-eval's task definitions).
+GSM8K = Shape(
+    prompt="Question: {question}\nAnswer:",
+    target="{final}",
+    shot=" {answer}",
+    metric="math",
+    extract=("gsm8k", "number"),
+    stop=("Question:",),
+    derive=_gsm8k,
+)
+HUMANEVAL = Shape(
+    prompt="{prompt}",
+    target="{test}\ncheck({entry_point})",
+    metric="python",
+    prelude="{prompt}",
+    stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+    max_new_tokens=512,
+)
 SHAPES: dict[str, Shape] = {
-    "gsm8k": Shape(
-        prompt="Question: {question}\nAnswer:",
-        target="{final}",
-        shot=" {answer}",
-        metric="math",
-        extract=("gsm8k", "number"),
-        stop=("Question:",),
-        derive=_gsm8k,
-    ),
-    "gsm8k_cot": Shape(
+    "gsm8k": GSM8K,
+    "gsm8k_cot": replace(
+        GSM8K,
         prompt="Q: {question}\nA: Let's think step by step.",
-        target="{final}",
-        shot=" {answer}",
-        metric="math",
-        extract=("the_answer_is", "gsm8k", "number"),
+        extract=("the_answer_is", *GSM8K.extract),
         stop=("Q:",),
-        derive=_gsm8k,
     ),
     "math": Shape(
         prompt="Problem:\n{problem}\n\nSolution:",
@@ -106,19 +112,12 @@ SHAPES: dict[str, Shape] = {
         stop=("Problem:",),
         derive=_math,
     ),
-    "humaneval": Shape(
-        prompt="{prompt}",
-        target="{test}\ncheck({entry_point})",
-        metric="python",
-        prelude="{prompt}",
-        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-        max_new_tokens=512,
-    ),
-    "humaneval_instruct": Shape(
+    "humaneval": HUMANEVAL,
+    "humaneval_instruct": replace(
+        HUMANEVAL,
         prompt="Complete this Python function; answer with one code block.\n```python\n{prompt}\n```",
-        target="{test}\ncheck({entry_point})",
-        metric="python",
-        max_new_tokens=512,
+        prelude="",
+        stop=(),
         chat=True,
         clean=_complete,
     ),
@@ -166,6 +165,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
 
 def load(spec: TaskSpec, limit: int | None) -> Task:
     """A task from `spec.path`. Errors name the file, the line and the field; an empty file is one."""
+    takes(spec, "path", "shots", "shots_path", "prompt", "answer", "metric", "extract", "fields", "options")
     if not spec.path:
         raise DllmError(f"task {spec.name!r} reads a local file: set `path:` to its JSON lines")
     known = {"broken", "rehearse"}
@@ -218,14 +218,12 @@ def _user_shape(spec: TaskSpec) -> Shape:
 def _refined(shape: Shape, spec: TaskSpec) -> Shape:
     """The user's template, answer, metric and extractors in place of the shape's own."""
     extract = spec.extract if spec.extract is not None else shape.extract
-    return Shape(
-        **{
-            **shape.__dict__,
-            "prompt": spec.prompt or shape.prompt,
-            "target": spec.answer or shape.target,
-            "metric": spec.metric or shape.metric,
-            "extract": (extract,) if isinstance(extract, str) else tuple(extract),
-        }
+    return replace(
+        shape,
+        prompt=spec.prompt or shape.prompt,
+        target=spec.answer or shape.target,
+        metric=spec.metric or shape.metric,
+        extract=(extract,) if isinstance(extract, str) else tuple(extract),
     )
 
 

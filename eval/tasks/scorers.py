@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dllm.errors import DllmError, unknown
 
 from .base import Document, Graded
-from .confined import Limits, run
+from .confined import run
 
 NUMBER = r"(-?\$?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)"
 # Names that `extract:` may use instead of a regular expression; of several matches the last counts.
@@ -98,16 +98,11 @@ def number(document: Document, answer: str) -> Graded:
 def math(document: Document, answer: str) -> Graded:
     """Mathematical equality by math-verify (extra [eval])."""
     verify, parse = _math_verify()
-    main = (
-        threading.current_thread() is threading.main_thread()
-    )  # its time limit is a signal, which only the main thread may set
-    limits = (
-        ({"parsing_timeout": 5}, {"timeout_seconds": 5})
-        if main
-        else ({"parsing_timeout": None}, {"timeout_seconds": None})
-    )
-    gold, mine = (parse(f"${text.strip().strip('$')}$", **limits[0]) for text in (document.target, answer))
-    return Graded(float(bool(gold) and bool(mine) and verify(gold, mine, **limits[1])), answer)
+    # Its time limit is a signal, which only the main thread may set.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    gold, mine = (parse(f"${text.strip().strip('$')}$", parsing_timeout=seconds) for text in (document.target, answer))
+    right = bool(gold) and bool(mine) and verify(gold, mine, timeout_seconds=seconds)
+    return Graded(float(right), answer)
 
 
 def _math_verify() -> tuple[Callable[..., bool], Callable[..., list]]:
@@ -121,7 +116,7 @@ def _math_verify() -> tuple[Callable[..., bool], Callable[..., list]]:
 def python(document: Document, answer: str) -> Graded:
     """The target is a program that checks: it runs after the answer, in its scope, confined."""
     prelude = str(document.meta.get("prelude", ""))
-    verdict = run(prelude + answer, document.target, Limits(seconds=float(document.meta.get("seconds", 5.0))))
+    verdict = run(prelude + answer, document.target)
     last = verdict.output.strip().splitlines()[-1:] if not verdict.passed else []
     return Graded(float(verdict.passed), answer, " ".join([verdict.status, *last])[:200])
 
