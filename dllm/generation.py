@@ -451,7 +451,8 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
             at = f"prompt {index} contains the mask token at position {holes[0]}"
             raise DllmError(f"{at}; pass infill=True to fill it")
         if args.infill and not holes and not new:
-            raise DllmError(f"infill=True, but prompt {index} contains no mask token ({mask})")
+            named = mask if model.tokenizer is None else model.tokenizer.convert_ids_to_tokens(mask)
+            raise DllmError(f"infill=True, but prompt {index} contains no mask token ({named})")
         if model.shift and (not prompt or (holes and holes[0] == 0)):
             raise DllmError(f"prompt {index}: with shifted logits position 0 cannot be predicted; begin with a token")
         starts.append(holes[0] if holes else len(prompt))
