@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.errors import DllmError
+from dllm.errors import DllmError, unknown
 from dllm.generation import Arguments, encode
 
 from .config import Config, Setting, TaskSpec
@@ -31,9 +32,11 @@ from .store import Row, Store, decoding_identity, sample_key
 from .worker import Worker, attempt, failed, measure
 
 try:
+    from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import Collator, normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise DllmError(f"lm-eval is missing ({error}): pip install 'dllm-toolkit[eval]'") from None
 
@@ -327,28 +330,41 @@ def _prompt(sample: Mapping[str, Any]) -> str:
     return str(first)
 
 
+OWN = ("metric", "include_path", "include_defaults")  # options that are not simple_evaluate's
+
+
+@functools.cache
+def _manager(include_path: str | None = None, include_defaults: bool = True) -> TaskManager:
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)  # indexes thousands of files: once
+
+
+def check_task(spec: TaskSpec) -> None:
+    """Errors: a task that lm-eval does not know, an option that is neither ours nor `simple_evaluate`'s."""
+    known = (*OWN, *inspect.signature(simple_evaluate).parameters)
+    for key in spec.options:
+        if key not in (*known, "rehearse"):
+            raise unknown("option of an lm-eval task", key, known)
+    name, manager = spec.name.removeprefix("lm-eval:"), _managed(spec)
+    if not manager.match_tasks([name]):
+        raise unknown("lm-eval task", name, manager.all_tasks)
+
+
+def _managed(spec: TaskSpec) -> TaskManager:
+    return _manager(**{k: spec.options[k] for k in ("include_path", "include_defaults") if k in spec.options})
+
+
 def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -> list[dict[str, Any]]:
     """Evaluate the `lm-eval:` tasks of a configuration under every setting; their metrics, task by setting.
 
     Generated answers go through our samples (so they resume and carry counts); likelihoods are lm-eval's alone.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    @functools.cache
-    def managers(include_path: str | None, defaults: bool) -> TaskManager:
-        return TaskManager(include_path=include_path, include_defaults=defaults)  # indexing thousands of files: once
-
     out = []
     for setting in worker.config.settings:
         model = worker.model(setting.model)
         lm = DiffusionLM(setting.model.name, model, batch_size=config.batch_size, seed=config.seed)
         for spec in config.tasks:
             name, label = spec.name.removeprefix("lm-eval:"), spec.label or spec.name
-            options = dict(spec.options)
-            metric = options.pop("metric", None)
-            options.pop("rehearse", None)
-            manager = managers(options.pop("include_path", None), options.pop("include_defaults", True))
+            options = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
             lm.journal = Journal(store, name, label, setting, lm.model.fingerprint())
             lm.decoding = _decoding(setting, spec)
             try:
@@ -356,19 +372,19 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
                     model=lm,
                     tasks=[name],
                     limit=_limit(config, spec),
-                    task_manager=manager,
+                    task_manager=_managed(spec),
                     bootstrap_iters=0,
                     random_seed=config.seed,
                     log_samples=True,
                     **options,
                 )
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, OSError) as error:  # OSError: data that cannot be reached
                 raise config.source.error(("tasks",), f"lm-eval cannot run {name!r}: {error}") from None
             if found is None or not lead:
                 continue
             for task, results in found["results"].items():
                 samples = found["samples"].get(task, [])
-                chosen = metric or _first(results)
+                chosen = _chosen(results, spec.options.get("metric"))
                 line = label if len(found["results"]) == 1 else f"{label}:{task}"
                 filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
                 lm.journal.grade(filtered, chosen.split(",")[0], line)
@@ -388,9 +404,13 @@ def _limit(config: Config, spec: TaskSpec) -> int | None:
     return min(limits) if limits else None
 
 
-def _first(results: Mapping[str, Any]) -> str:
-    """The task's first metric: lm-eval names them `metric,filter`."""
-    return next(k for k, v in results.items() if "," in k and "_stderr" not in k and isinstance(v, int | float))
+def _chosen(results: Mapping[str, Any], metric: str | None) -> str:
+    """The asked metric, or the task's first: lm-eval names them `metric,filter`."""
+    names = [k for k, v in results.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)]
+    fitting = [k for k in names if metric in (None, k, k.split(",")[0])]
+    if not fitting:
+        raise unknown("metric", str(metric), names)
+    return fitting[0]
 
 
 def _filter(results: Mapping[str, Any], chosen: str, samples: Sequence[Mapping[str, Any]]) -> str:
@@ -408,14 +428,13 @@ def _cell(
     samples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """One task's figures as lm-eval prints them."""
-    key = chosen if chosen in results else next(k for k in results if k.split(",")[0] == chosen)
     return {
         "task": task,
         "setting": setting.label,
         "version": str(version),
         "n": len({s["doc_id"] for s in samples}),
-        "metric": key,
-        "accuracy": float(results[key]) if 0 <= results[key] <= 1 else math.nan,
+        "metric": chosen,
+        "accuracy": float(results[chosen]) if 0 <= results[chosen] <= 1 else math.nan,
         "lm_eval": {k: v for k, v in results.items() if isinstance(v, int | float)},
     }
 

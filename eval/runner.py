@@ -169,7 +169,10 @@ def check(config: Config) -> None:
             Arguments(**task.generate.given())
         with _placed(config.source, "tasks", i):
             if _foreign(task):
+                from .harness import check_task
+
                 takes(task, "options")
+                check_task(task)
 
 
 @contextmanager

@@ -222,8 +222,17 @@ def test_likelihood_tasks_and_unknown_tasks(tasks, tmp_path):
     }
     results = run(config(tasks, tasks=[one], matrix={"sampler": ["confidence"]}), out=tmp_path / "r", progress=False)
     assert results.cells[0]["n"] == 2 and 0 <= results.cells[0]["accuracy"] <= 1
-    with pytest.raises(DllmError, match="lm-eval cannot run 'nothing_like_it'"):
-        run(config(tasks, tasks=[{**one, "name": "lm-eval:nothing_like_it"}]), out=tmp_path / "q", progress=False)
+    for change, message in (
+        ({"name": "lm-eval:tiny_choise"}, r"tasks\.0: unknown lm-eval task 'tiny_choise'; did you mean 'tiny_choice'"),
+        ({"options": {**one["options"], "num_fewshots": 1}}, "did you mean 'num_fewshot'"),
+        ({"metric": "acc"}, "has no use for 'metric'"),
+    ):
+        with pytest.raises(DllmError, match=message):
+            run(config(tasks, tasks=[{**one, **change}]), out=tmp_path / "q", progress=False)
+    assert not (tmp_path / "q").exists()
+    with pytest.raises(DllmError, match="unknown metric 'f1'"):
+        bad = {**one, "options": {**one["options"], "metric": "f1"}}
+        run(config(tasks, tasks=[bad], matrix={"sampler": ["confidence"]}), out=tmp_path / "q", progress=False)
 
 
 def command(tasks: Path, out: Path, *launch: str) -> subprocess.CompletedProcess:
