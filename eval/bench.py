@@ -39,6 +39,7 @@ from dllm.samplers.base import Context, Sampler
 
 VOCABULARY, WINDOW = 126_464, 32  # LLaDA-8B's head, one block
 REPEATS = 7
+PROBLEM = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many apples does he have now?"
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Recorder:
             getattr(self.model, name)(*args, **kwargs)
 
 
-def overhead(model: Model, prompt: list[int], bound: float, label: str, repeats: int, **arguments: Any) -> Row:
+def overhead(model: Model, prompt: Any, bound: float, label: str, repeats: int, **arguments: Any) -> Row:
     """Decode divided by the sum of its bare forwards (transformer and head on the same rows)."""
     recorder = Recorder(model)
     dllm.generate(recorder, prompt, **arguments)
@@ -223,7 +224,7 @@ def generate(repeats: int = 5) -> Iterator[Row]:
         call = {**common, "cache": cache, "steps": steps, "max_new_tokens": new}
         label = f"width 512, length {length}, {cache}"
         yield overhead(model, prompt[new:], bound, label, repeats, **call)
-    yield overhead(dllm.load("tiny"), prompt[:40], 1.3, "embedded model", repeats, max_new_tokens=64, **common)
+    yield overhead(dllm.load("tiny"), PROBLEM, 1.3, "embedded model", repeats, max_new_tokens=64, **common)
     for steps, bound in ((32, 5.0), (8, 3.5)):
         call = {**common, "steps": steps, "max_new_tokens": block}
         full, cached = (partial(dllm.generate, model, prompt[block:], cache=c, **call) for c in ("none", "dual"))

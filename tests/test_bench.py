@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from golden_cases import model as load
 
 from dllm.eval import bench
 from dllm.models.model import Model
@@ -34,6 +35,16 @@ def test_a_decode_is_measured_against_its_own_forwards(model: Model) -> None:
     row = bench.overhead(model, [1, 2, 3], 1.02, "small", 1, max_new_tokens=8, steps=4, early_stop=False, cache="dual")
     assert row.note.startswith("4 forwards")
     assert row.value > 0
+
+
+def test_the_whole_bench_of_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = bench.random_model(width=64, layers=1, vocabulary=600, positions=1200)
+    monkeypatch.setattr(bench, "random_model", lambda: small)
+    monkeypatch.setattr(bench.dllm, "load", lambda _: load("tiny-llada-trained", "float32"))
+    rows = list(bench.generate(repeats=1))
+    assert [r.bound for r in rows] == [1.02, 1.12, 1.3, 5.0, 3.5, 2.2, 1.0]
+    assert rows[-1].value == 1.0
+    assert rows[1].note.startswith("16 forwards")
 
 
 def test_rows_become_json_with_what_they_were_asked() -> None:
