@@ -21,7 +21,7 @@ def compare(first: str | Path, second: str | Path) -> str:
 
     Errors: a folder without a finished run, no task in common, one name for different documents.
     """
-    (_, rows_a, config_a), (_, rows_b, config_b) = read(first), read(second)
+    (results_a, rows_a, config_a), (results_b, rows_b, config_b) = read(first), read(second)
     groups_a, groups_b = _groups(rows_a), _groups(rows_b)
     tasks = [t for t in dict.fromkeys(task for task, _ in groups_a) if t in {task for task, _ in groups_b}]
     if not tasks:
@@ -32,7 +32,8 @@ def compare(first: str | Path, second: str | Path) -> str:
         raise DllmError(
             f"{first} and {second} have no setting in common; compare runs of one setting each, or of equal names"
         )
-    parts = [f"# {config_a.name} against {config_b.name}", _differences(config_a, config_b)]
+    differences = _differences(_identity(config_a, results_a), _identity(config_b, results_b))
+    parts = [f"# {config_a.name} against {config_b.name}", differences]
     for task in tasks:
         lines = []
         for a, b in pairs:
@@ -77,9 +78,14 @@ def _same_documents(task: str, a: Mapping[str, Row], b: Mapping[str, Row], docs:
         raise DllmError(f"task {task!r}: document {other[0]!r} has another answer in the second run: not the same data")
 
 
-def _differences(a: Config, b: Config) -> str:
+def _identity(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What was configured, and the marks of the weights that were found under the models' names."""
+    return {**config.identity(), "weights": results["env"].get("weights", {})}
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """The keys that differ, with both values."""
-    flat_a, flat_b = dict(_flat(a.identity())), dict(_flat(b.identity()))
+    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
     keys = [k for k in dict.fromkeys([*flat_a, *flat_b]) if flat_a.get(k) != flat_b.get(k)]
     if not keys:
         return "The configurations are equal."

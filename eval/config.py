@@ -186,6 +186,11 @@ class Config:
         values["matrix"] = [{k: [v] if isinstance(v, list) else v for k, v in point.items()} for point in points]
         return values
 
+    def methods(self) -> dict[str, str]:
+        """The curve that each setting, by its label, is a point of."""
+        several = len({s.model for s in self.settings}) > 1
+        return {s.label: method(s, several) for s in self.settings}
+
     def identity(self) -> dict[str, Any]:
         """What a result depends on: `plain()` without where it runs and what it is compared with."""
         ignored = ("engine", "expected", "unknown", "about", "out", "name", "confidence")
@@ -464,6 +469,26 @@ def describe(spec: Any) -> str:
     rest = ", ".join(f"{k}={v}" for k, v in spec.items() if k != "name")
     name = str(spec.get("name", ""))
     return f"{name}({rest})" if rest else name
+
+
+def method(setting: Setting, model: bool = False) -> str:
+    """The name under which settings form one curve: sampler and cache (or how it is drafted) without parameters, and
+    the model if asked."""
+    if setting.speculate:
+        options = setting.speculate.options
+        names = [setting.speculate.drafter, *(options[k] for k in ("search", "length") if k in options)]
+        words = ["plain"] if names[0] == "none" else ["drafted:", *map(_bare, names)]
+    else:
+        sampler = setting.sampler if isinstance(setting.sampler, list) else [setting.sampler or "default"]
+        words = ["+".join(map(_bare, sampler))]
+        words += [_bare(setting.cache)] if setting.cache and _bare(setting.cache) != "none" else []
+        words += ["lookahead"] if setting.generate.lookahead else []
+    return " ".join(words + ([Path(setting.model.name).name] if model else []))
+
+
+def _bare(spec: Any) -> str:
+    """The name of a sampler, cache or search without its parameters."""
+    return str(spec["name"] if isinstance(spec, Mapping) else spec).partition(":")[0]
 
 
 def _setting(label: str, point: Mapping[str, Any], source: Source) -> Setting:

@@ -34,8 +34,11 @@ def pyplot() -> Any | None:
     return plt
 
 
-def accuracy_against_tpf(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path | None:
-    """One point a setting with its interval, the frontier drawn through those that none beats."""
+def accuracy_against_tpf(
+    cells: Sequence[Mapping[str, Any]], methods: Mapping[str, str], path: Path, title: str
+) -> Path | None:
+    """One point a setting with its interval, the settings of a method (`methods`: setting -> method) in one colour and
+    joined, the frontier drawn through the points that none beats."""
     plt = pyplot()
     shown = [c for c in cells if c["tpf"] is not None and not math.isnan(c["tpf"])]
     if plt is None or not shown:
@@ -45,11 +48,14 @@ def accuracy_against_tpf(cells: Sequence[Mapping[str, Any]], path: Path, title: 
     best = [points[i] for i in frontier(points)]
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color="0.7", lw=1.5, zorder=1, label="frontier")
-    for i, (cell, (x, y)) in enumerate(zip(shown, points, strict=True)):
-        error = [[max(0.0, y - 100 * cell["low"])], [max(0.0, 100 * cell["high"] - y)]]
-        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # where the colours begin again, others
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": marker}
-        axes.errorbar(x, y, yerr=error, ms=7, lw=1, capsize=2, ls="none", label=cell["setting"], zorder=2, **style)
+    for i, name in enumerate(dict.fromkeys(methods[c["setting"]] for c in shown)):
+        curve = [(c, p) for c, p in zip(shown, points, strict=True) if methods[c["setting"]] == name]
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(*zip(*sorted(p for _, p in curve), strict=True), color=colour, lw=1, ls=":", zorder=1)
+        for j, (cell, (x, y)) in enumerate(curve, i + i // len(COLOURS)):  # where colours begin again, other markers
+            error = [[max(0.0, y - 100 * cell["low"])], [max(0.0, 100 * cell["high"] - y)]]
+            style = {"color": colour, "marker": MARKERS[j % len(MARKERS)], "label": cell["setting"]}
+            axes.errorbar(x, y, yerr=error, ms=7, lw=1, capsize=2, ls="none", zorder=2, **style)
     axes.set(xlabel="tokens per forward", ylabel="accuracy, %", title=title)
     axes.margins(x=0.1)
     axes.set_xlim(left=0)

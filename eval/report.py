@@ -209,9 +209,8 @@ def _figures(
 ) -> Iterable[tuple[str, Path]]:
     folder, name = results.folder / "plots", slug(task)
     labels = [s.label for s in results.config.settings]
-    yield from _made(
-        "accuracy against tokens per forward", plots.accuracy_against_tpf(cells, folder / f"{name}-frontier.png", task)
-    )
+    figure = plots.accuracy_against_tpf(cells, results.config.methods(), folder / f"{name}-frontier.png", task)
+    yield from _made("accuracy against tokens per forward", figure)
     spread = {s: [r["nfe"] for r in rows if r["setting"] == s and not r.get("error")] for s in labels}
     spread = {s: counts for s, counts in spread.items() if counts}
     yield from _made("forwards of a sample", plots.forwards(spread, folder / f"{name}-forwards.png", task))

@@ -308,36 +308,15 @@ def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[
     """AUP of every method (the settings that share a sampler) on every task; the best accuracy of any is the
     reference."""
     out: dict[str, dict[str, float]] = {}
-    several = len({s.model for s in config.settings}) > 1
+    methods = config.methods()
     for task in dict.fromkeys(c["task"] for c in cells):
         curves: dict[str, list[tuple[float, float]]] = {}
         for cell in cells:
             if cell["task"] == task and cell.get("tpf") is not None and not math.isnan(cell["tpf"]):
-                setting = next(s for s in config.settings if s.label == cell["setting"])
-                curves.setdefault(method(setting, several), []).append((cell["tpf"], 100 * cell["accuracy"]))
+                curves.setdefault(methods[cell["setting"]], []).append((cell["tpf"], 100 * cell["accuracy"]))
         best = max((y for curve in curves.values() for _, y in curve), default=0.0)
         out[task] = {name: metrics.aup(curve, best) for name, curve in curves.items()}
     return out
-
-
-def method(setting: Setting, model: bool = False) -> str:
-    """The name under which settings form one curve: sampler and cache (or how it is drafted) without parameters, and
-    the model if asked."""
-    if setting.speculate:
-        options = setting.speculate.options
-        names = [setting.speculate.drafter, *(options[k] for k in ("search", "length") if k in options)]
-        words = ["plain"] if names[0] == "none" else ["drafted:", *map(_bare, names)]
-    else:
-        sampler = setting.sampler if isinstance(setting.sampler, list) else [setting.sampler or "default"]
-        words = ["+".join(map(_bare, sampler))]
-        words += [_bare(setting.cache)] if setting.cache and _bare(setting.cache) != "none" else []
-        words += ["lookahead"] if setting.generate.lookahead else []
-    return " ".join(words + ([Path(setting.model.name).name] if model else []))
-
-
-def _bare(spec: Any) -> str:
-    """The name of a sampler, cache or search without its parameters."""
-    return str(spec["name"] if isinstance(spec, Mapping) else spec).partition(":")[0]
 
 
 def _finite(value: Any) -> Any:

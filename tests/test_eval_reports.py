@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from dllm.cli import app
 from dllm.errors import DllmError
 from dllm.eval import compare, plots
-from dllm.eval.config import load
+from dllm.eval.config import load, method
 from dllm.eval.report import compact, report, table
-from dllm.eval.runner import Results, _results, areas, method
+from dllm.eval.runner import Results, _results, areas
 from dllm.eval.store import Store
 from dllm.eval.tasks import Task
 from dllm.eval.tuning import TuneSpec, _choose, candidates
@@ -112,8 +112,11 @@ def test_compare(tmp_path):
     folder_of(tmp_path / "a", ALL)
     worse = [{**r, "correct": 0.0} if r["setting"] == "threshold" and r["index"] < 3 else r for r in ALL]
     folder_of(tmp_path / "b", worse, seed=4)
+    done = json.loads((tmp_path / "b" / "results.json").read_text())
+    done["env"]["weights"]["tiny"] = "xyz"
+    (tmp_path / "b" / "results.json").write_text(json.dumps(done))
     text = compare(tmp_path / "a", tmp_path / "b")
-    assert "| seed | 0 | 4 |" in text
+    assert "| seed | 0 | 4 |" in text and "| weights.tiny | abc | xyz |" in text
     line = next(line for line in text.splitlines() if line.startswith("| threshold"))
     assert "| 8 | 75.0 | 37.5 | -37.5" in line and "| 3 | 0 | 0.250 | 1.00×" in line
     shell = CliRunner().invoke(app, ["eval", "compare", str(tmp_path / "a"), str(tmp_path / "b")])
@@ -138,7 +141,7 @@ def test_plots_are_drawn(tmp_path):
     assert plots._order(trace)[:3] == [1, 2, 2] and plots._order(trace)[3] != plots._order(trace)[3]
     assert plots.commit_order([("a", trace), ("b", trace)], tmp_path / "order.png", "t").stat().st_size > 5000
     assert plots.accepted({"a": [1, 2, 3], "b": [0]}, tmp_path / "accepted.png", "t").stat().st_size > 5000
-    assert plots.accuracy_against_tpf([], tmp_path / "none.png", "t") is None
+    assert plots.accuracy_against_tpf([], {}, tmp_path / "none.png", "t") is None
 
 
 def test_candidates_are_the_grid_or_an_even_sample_of_it():
