@@ -212,12 +212,12 @@ def overhead(model: Model, prompt: Any, bound: float, label: str, repeats: int, 
     return Row(f"decode / bare forwards: {label}", decode / bare, bound, note=f"{forwards} forwards, {decode:.2f} s")
 
 
-def generate(repeats: int = 5) -> Iterator[Row]:
+def generate(repeats: int = 5, length: int = 512) -> Iterator[Row]:
     """The loop against its forwards; `dual` against `none`; cost per token as the window grows; KV memory.
 
     One block stands for a decode where all of its blocks cost the same: the canvas has its full length from the start.
     """
-    model, length, block = random_model(), 512, 32
+    model, block = random_model(), 32
     common: dict[str, Any] = {"early_stop": False, "block_length": block}
     prompt = [1 + i for i in range(length)]
     for cache, steps, new, bound in (("none", 4, block, 1.02), ("dual", 16, 2 * block, 1.12)):

@@ -41,7 +41,7 @@ def test_the_whole_bench_of_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> No
     small = bench.random_model(width=64, layers=1, vocabulary=600, positions=1200)
     monkeypatch.setattr(bench, "random_model", lambda: small)
     monkeypatch.setattr(bench.dllm, "load", lambda _: load("tiny-llada-trained", "float32"))
-    rows = list(bench.generate(repeats=1))
+    rows = list(bench.generate(repeats=1, length=96))
     assert [r.bound for r in rows] == [1.02, 1.12, 1.3, 5.0, 3.5, 2.2, 1.0]
     assert rows[-1].value == 1.0
     assert rows[1].note.startswith("16 forwards")
