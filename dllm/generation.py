@@ -529,7 +529,8 @@ def generate(model: Model | str | None = None, prompt: Any = None, **arguments: 
     """
     model = resolve_model(model)
     if isinstance(model, DiffusionGemma):
-        return _native(model, prompt, arguments)
+        answers, single = _native(model, prompt, arguments)
+        return answers[0] if single else answers
     job = prepare(model, prompt, arguments)
     outputs: dict[int, Output] = {}
     for event in _run(job, drafts=False):
@@ -540,8 +541,11 @@ def generate(model: Model | str | None = None, prompt: Any = None, **arguments: 
     return outputs[0] if job.single else [outputs[i] for i in range(len(outputs))]
 
 
-def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> Any:
-    """A model that decodes itself, one prompt at a time; arguments that it cannot honour are errors."""
+def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> tuple[list[Output], bool]:
+    """The answers of a model that decodes itself, one prompt at a time, and whether the call had a single prompt.
+
+    Arguments that it cannot honour are errors.
+    """
     args = Arguments.parse(given)
     taken = {"sampler", "max_new_tokens", "seed", "n", "chat", "batch_size"}
     for name, value in given.items():
@@ -573,13 +577,18 @@ def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> Any
                 seed=args.seed + index,
             )
         )
-    return outputs[0] if single and args.n == 1 else outputs
+    return outputs, single and args.n == 1
 
 
 def stream(
     model: Model | str | None = None, prompt: Any = None, *, drafts: bool = False, **arguments: Any
 ) -> Iterator[Event]:
     """Decode and yield an `Event` whenever more text is final (or, with drafts, after every forward)."""
+    model = resolve_model(model)
+    if isinstance(model, DiffusionGemma):
+        for index, output in enumerate(_native(model, prompt, arguments)[0]):
+            yield Event(index, output.text, "" if drafts else None, output.nfe, output)
+        return
     yield from _run(prepare(model, prompt, arguments), drafts=drafts, stream=True)
 
 
