@@ -60,6 +60,12 @@ class ModelSpec:
     revision: str | None = None
     backend: str | None = None
 
+    @property
+    def title(self) -> str:
+        """The name with whatever else decides the weights: `tiny(dtype=float64)`."""
+        rest = {k: v for k, v in asdict(self).items() if v is not None and k != "device"}
+        return describe(rest)
+
 
 @dataclass(frozen=True)
 class GenerateSpec:
@@ -483,7 +489,7 @@ def method(setting: Setting, model: bool = False) -> str:
         words = ["+".join(map(_bare, sampler))]
         words += [_bare(setting.cache)] if setting.cache and _bare(setting.cache) != "none" else []
         words += ["lookahead"] if setting.generate.lookahead else []
-    return " ".join(words + ([Path(setting.model.name).name] if model else []))
+    return " ".join(words + ([Path(setting.model.title).name] if model else []))
 
 
 def _bare(spec: Any) -> str:

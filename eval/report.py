@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from dllm.trace import Trace
 
 from . import metrics, plots
-from .config import describe
 from .store import Row, write
 
 if TYPE_CHECKING:
@@ -262,7 +261,7 @@ def _published(results: Results) -> str:
             setting = figure.setting or (cell["setting"] if cell else "–")
             lines.append([figure.task, setting, figure.metric, number(figure.value), number(ours), gap, figure.source])
     head = ["task", "setting", "figure", "published", "ours", "difference", "source"]
-    model = ", ".join(dict.fromkeys(describe(s.model.name) for s in results.config.settings))
+    model = ", ".join(dict.fromkeys(s.model.title for s in results.config.settings))
     return f"## Beside the published figures\n\nOurs with {model}; accuracies in percent.\n\n" + table(head, lines)
 
 

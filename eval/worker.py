@@ -114,7 +114,7 @@ class Worker:
             self._model, self._spec = None, None
             wanted = {f.name: v for f in fields(spec) if f.name != "name" and (v := getattr(spec, f.name)) is not None}
             self._model = dllm.load(spec.name, **wanted)
-            self._spec, self._marks[spec.name] = spec, self._model.fingerprint()
+            self._spec, self._marks[spec.title] = spec, self._model.fingerprint()
         return self._model
 
     def verifier(self, name: str) -> Verifier:
@@ -128,12 +128,15 @@ class Worker:
     def weights(self, index: int) -> dict[str, str]:
         """A mark of the weights of every network of a setting: two checkpoints under one name do not share it."""
         setting = self.config.settings[index]
-        self.model(setting.model)
-        if setting.speculate is None:
-            return {setting.model.name: self._marks[setting.model.name]}
-        self.verifier(setting.speculate.verifier)
-        self._drafter(setting.speculate.drafter, self._model)  # one that cannot be loaded is found out now
-        return {name: self._marks[name] for name in (setting.model.name, setting.speculate.verifier)}
+        names = [setting.model.title]
+        if names[0] not in self._marks:
+            self.model(setting.model)
+        if setting.speculate:
+            names.append(setting.speculate.verifier)
+            self._drafter(setting.speculate.drafter, None)  # one that cannot be loaded is found out now
+            if names[1] not in self._marks:
+                self.verifier(names[1])
+        return {name: self._marks[name] for name in names}
 
     def keys(self, job: Job) -> list[str]:
         """The identities of a job's samples."""

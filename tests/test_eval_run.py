@@ -290,6 +290,16 @@ def test_drafted_answers_are_counted_like_all_others(tmp_path, stop):
     assert set(results.aup["word_problems"]) == {"plain", "drafted: model argmax fixed"}
 
 
+def test_one_model_in_two_precisions(tmp_path):
+    """Their weights have different marks and their settings are different curves."""
+    model = [{"name": MODEL, "device": "cpu", "dtype": dtype} for dtype in ("float32", "float64")]
+    sweep = {"model": model, "sampler": ["confidence"]}
+    results = run(config(model="tiny", matrix=sweep, limit=1), out=tmp_path, progress=False)
+    marks = json.loads((tmp_path / "env.json").read_text())["weights"]
+    assert list(marks) == [f"{MODEL}(dtype={dtype})" for dtype in ("float32", "float64")]
+    assert len(set(marks.values())) == len(results.aup["word_problems"]) == 2
+
+
 def test_raw_counts_what_was_written_behind_the_stop(tmp_path):
     """One token a forward: as many positions as forwards, however early the answer ends."""
     changes = {"model": {"name": "tiny", "device": "cpu"}, "matrix": {"sampler": ["confidence"]}, "limit": 3}
