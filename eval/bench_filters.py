@@ -2,7 +2,7 @@
 
 Both rules are swept on the validation split. Each then takes its setting with the fewest forwards among those that lose
 at most one point against the best accuracy that either rule reaches there, and the two meet on the test split, problem
-by problem. Answers are appended to a JSON-lines file as they come; a run that is started again goes on from there.
+by problem.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import dllm
-from dllm.eval.bench_samplers import CHUNK, LENGTH, Answers, column, decode, read
+from dllm.eval.answers import CHUNK, LENGTH, Answers, Cell
 from dllm.eval.metrics import interval, paired_difference, paired_ratio, ratio
 from dllm.samplers.learn2pd import EMBEDDED, Filter
 
@@ -32,40 +31,37 @@ def run(
     validation: int = 200,
     task_names: Sequence[str] = tuple(LENGTH),
     batch_size: int = CHUNK,
+    workers: int = 1,
 ) -> str:
     """Decode what is still missing and return the report (markdown).
 
     filter_path: None for the embedded filter. n, validation: problems of the test and the validation split, a task.
     Errors: an `out` file of another model or filter.
     """
-    model = dllm.load(model) if isinstance(model, str) else model
     made = Filter.load(filter_path or str(files("dllm.assets").joinpath(EMBEDDED)))
-    path = Path(out)
-    done = read(path, {"model": model.fingerprint(), "filter": made.fingerprint()})
+    answers = Answers(out, model, about={"filter": made.fingerprint()}, batch_size=batch_size, workers=workers)
     source = f"filter={filter_path}," if filter_path else ""
     sweeps = {
         "threshold": [f"threshold:tau={tau:g}" for tau in TAUS],
         "learn2pd": [f"learn2pd:{source}tau={tau:.4g}" for tau in sorted({*TAUS, made.tau})],
     }
 
-    def answer(task: str, split: str, setting: str, count: int) -> None:
-        decode(model, task, split, setting, count, batch_size, None, path, done)
-
-    chosen: dict[tuple[str, str], str] = {}
-    for task in task_names:
-        for setting in (s for rule in RULES for s in sweeps[rule]):
-            answer(task, "validation", setting, validation)
-        for rule, setting in choose(done, task, sweeps, validation).items():
-            chosen[task, rule] = setting
-            answer(task, "test", setting, n)
-    return report(done, sweeps, chosen, task_names, n, validation)
+    settings = [setting for rule in RULES for setting in sweeps[rule]]
+    answers.want(Cell(task, "validation", setting, validation) for task in task_names for setting in settings)
+    chosen = {
+        (task, rule): setting
+        for task in task_names
+        for rule, setting in choose(answers, task, sweeps, validation).items()
+    }
+    answers.want(Cell(task, "test", setting, n) for (task, _), setting in chosen.items())
+    return report(answers, sweeps, chosen, task_names, n, validation)
 
 
-def choose(done: Answers, task: str, sweeps: dict[str, list[str]], n: int) -> dict[str, str]:
+def choose(answers: Answers, task: str, sweeps: dict[str, list[str]], n: int) -> dict[str, str]:
     """For each rule the setting with the fewest forwards that is accurate enough; where none is, the most accurate."""
 
     def mean(setting: str, key: str) -> float:
-        return float(column(done, task, "validation", setting, n, key).mean())
+        return float(answers.column(Cell(task, "validation", setting, n), key).mean())
 
     right = {setting: mean(setting, "correct") for settings in sweeps.values() for setting in settings}
     enough = max(right.values()) - LOSS
@@ -77,7 +73,7 @@ def choose(done: Answers, task: str, sweeps: dict[str, list[str]], n: int) -> di
 
 
 def report(
-    done: Answers,
+    answers: Answers,
     sweeps: dict[str, list[str]],
     chosen: dict[tuple[str, str], str],
     task_names: Sequence[str],
@@ -93,7 +89,7 @@ def report(
         "|---|---|---|---|---|---|---|",
     ]
     for task in task_names:
-        test = {rule: [asdict(done[task, "test", chosen[task, rule]][i]) for i in range(n)] for rule in RULES}
+        test = {rule: [asdict(answers.done[task, "test", chosen[task, rule]][i]) for i in range(n)] for rule in RULES}
         for rule, rows in test.items():
             right = [row["correct"] for row in rows]
             low, high = interval(right)
@@ -111,7 +107,8 @@ def report(
     for task in task_names:
         for setting in (s for rule in RULES for s in sweeps[rule]):
             correct, nfe, tokens = (
-                column(done, task, "validation", setting, validation, key) for key in ("correct", "nfe", "tokens")
+                answers.column(Cell(task, "validation", setting, validation), key)
+                for key in ("correct", "nfe", "tokens")
             )
             figures = f"{100 * correct.mean():.1f} | {nfe.mean():.2f} | {tokens.sum() / nfe.sum():.2f}"
             lines.append(f"| {task} | `{setting}` | {figures} |")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dllm.errors import DllmError
-from dllm.eval import bench_filters, bench_samplers
+from dllm.eval import answers, bench_filters
 from dllm.samplers.learn2pd import Filter
 from dllm.training import filters, tasks
 
@@ -35,7 +35,7 @@ class Fake:
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch, tau: float = 0.97) -> tuple[str, Fake]:
     fake = Fake()
-    monkeypatch.setattr(bench_samplers.dllm, "generate", fake.generate)
+    monkeypatch.setattr(answers.dllm, "generate", fake.generate)
     Filter(filters.fresh(filters.Recipe(kind="block"), 4), 4, tau=tau).save(path / "f.safetensors")
     call = {"out": path / "answers.jsonl", "n": 8, "validation": 4, "task_names": ["sudoku"]}
     return bench_filters.run(path / "f.safetensors", fake, **call), fake

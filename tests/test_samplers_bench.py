@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dllm.errors import DllmError
-from dllm.eval import bench_samplers
+from dllm.eval import answers, bench_samplers
+from dllm.eval.answers import Answers, Cell
 from dllm.training import tasks
 
 
@@ -37,7 +38,7 @@ class Fake:
 
 
 def run(fake: Fake, monkeypatch: pytest.MonkeyPatch, path: Path, n: int) -> str:
-    monkeypatch.setattr(bench_samplers.dllm, "generate", fake.generate)
+    monkeypatch.setattr(answers.dllm, "generate", fake.generate)
     names, problems = ["localleap"], ["sudoku"]
     return bench_samplers.run(fake, out=path, n=n, validation=4, names=names, task_names=problems, batch_size=3)
 
@@ -45,8 +46,9 @@ def run(fake: Fake, monkeypatch: pytest.MonkeyPatch, path: Path, n: int) -> str:
 def test_resumes_chooses_and_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, fake = tmp_path / "answers.jsonl", Fake()
     report = run(fake, monkeypatch, path, 8)
-    assert "| localleap | published: `localleap` | 50.0" in report
-    assert "| 2.00× | 4.00 |" in report  # half the forwards, 20 tokens in 5
+    assert "| threshold | published: `threshold` | 50.0" in report and "| — | — | 10.00 | 2.00 | 1.00× |" in report
+    assert "| +0.0 [+0.0, +0.0] | within 2 points | 5.00 | 4.00 | 2.00× |" in report  # half the forwards
+    assert "- most tokens a forward within 2 points: method `localleap` with 4.00, composition none" in report
     assert "chosen: `threshold:tau=0.7`" not in report  # as accurate, but slower
     asked = len(fake.asked)
     with path.open("a") as file:
@@ -59,6 +61,38 @@ def test_resumes_chooses_and_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert sum(count for _, count in fake.asked[asked:]) == 2
     run(fake, monkeypatch, path, 8)
     assert sum(count for _, count in fake.asked[asked:]) == 2  # and both were kept
+
+
+def test_an_exit_is_compared_with_what_it_cuts_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Losing(Fake):
+        def generate(self, model: Any, chats: list[Any], *, sampler: str, **_: Any) -> list[Any]:
+            outputs = super().generate(model, chats, sampler=sampler)
+            for out in outputs:
+                out.nfe = {"confidence": 20, "prophet": 1}.get(sampler, 10)
+                out.text = "?" if sampler == "prophet" else out.text
+            return outputs
+
+    fake = Losing()
+    monkeypatch.setattr(answers.dllm, "generate", fake.generate)
+    call = {"names": ["prophet"], "task_names": ["sudoku"], "n": 8, "validation": 4}
+    report = bench_samplers.run(fake, out=tmp_path / "answers.jsonl", **call)
+    assert "`prophet` against `confidence`: saves 20.00×, loss +50.0" in report and "], loses\n" in report
+    assert "chosen: `prophet:high=10,mid=8,low=6`" in report  # the published one loses on validation
+    assert "against `confidence`: saves 2.00×, loss +0.0 [+0.0, +0.0], within 2 points" in report
+
+
+def test_two_processes_give_the_same_answers(tmp_path: Path) -> None:
+    cells = [Cell("sudoku", "test", sampler, 3) for sampler in ("threshold", "localleap")]
+    found = []
+    for workers in (1, 2):
+        kept = Answers(tmp_path / f"{workers}.jsonl", "tiny", batch_size=2, workers=workers)
+        kept.want(cells)
+        kept.want(cells)  # nothing is missing any more
+        found.append([kept.column(cell, key).tolist() for cell in cells for key in ("correct", "nfe", "tokens")])
+        assert len((tmp_path / f"{workers}.jsonl").read_text().splitlines()) == 1 + 6
+    assert found[0] == found[1]
+    with pytest.raises(DllmError, match="load the model themselves"):
+        Answers(tmp_path / "1.jsonl", Fake(), workers=2)
 
 
 def test_another_models_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ def bench(
     ] = "step",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here too.")] = None,
-    n: Annotated[int, typer.Option(min=1, help="samplers: test problems a task.")] = 1500,
-    validation: Annotated[int, typer.Option(min=1, help="samplers: problems on which settings are chosen.")] = 200,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here too; samplers: the answers so far.")] = None,
+    n: Annotated[int, typer.Option(min=2, help="samplers: test problems a task.")] = 1500,
+    validation: Annotated[int, typer.Option(min=2, help="samplers: problems on which settings are chosen.")] = 200,
+    workers: Annotated[int, typer.Option(min=1, help="samplers: processes, one torch thread each.")] = 1,
     only: Annotated[
         list[str] | None, typer.Option(help="samplers, own-work, lookahead: these samplers; may be repeated.")
     ] = None,
@@ -44,8 +45,8 @@ def bench(
     if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
         from dllm.eval import bench_samplers
 
-        names = only or list(bench_samplers.SETTINGS)
-        typer.echo(bench_samplers.run(out=out or "bench-samplers.jsonl", n=n, validation=validation, names=names))
+        names, file = only or list(bench_samplers.SETTINGS), out or "bench-samplers.jsonl"
+        typer.echo(bench_samplers.run(out=file, n=n, validation=validation, names=names, workers=workers))
         return
     rows: list[Row] = []
     try:

@@ -83,10 +83,12 @@ def compare(
     validation: int = typer.Option(200, min=2, help="Problems a task on which the settings are chosen."),
     task: list[str] = typer.Option(None, help="word_problems, sudoku, functions; default: all three."),
     out: Path = typer.Option("filter-compare.jsonl", help="Answers so far; a run that was stopped goes on from it."),
+    workers: int = typer.Option(1, min=1, help="Processes, one torch thread each."),
 ) -> None:
     """Decode with the filter and with the plain threshold, and compare them at equal accuracy. Resumable."""
     from dllm.eval import bench_filters
-    from dllm.eval.bench_samplers import LENGTH
+    from dllm.eval.answers import LENGTH
 
     names = task or list(LENGTH)
-    typer.echo(bench_filters.run(filter, model, out=out, n=n, validation=validation, task_names=names))
+    call = {"out": out, "n": n, "validation": validation, "task_names": names, "workers": workers}
+    typer.echo(bench_filters.run(filter, model, **call))
