@@ -175,6 +175,7 @@ class Walk(Runner):
         self.delta = 0.0
         if setting.mode == "guarded":
             self.delta = setting.delta if setting.delta is not None else measured_delta(self.model)
+        self.batch = 0  # rows of the tick
         self.limit = 1  # query rows of a sequence in the next forward
         self.steady = not self.policy.sparse  # between refreshes, all steps of a row keep the same slots
 
@@ -189,18 +190,26 @@ class Walk(Runner):
         All rows of their shape class ride along. So each forward serves a tick of the plain call, and there are never
         more of them than there.
         """
+        began, self.batch = time.perf_counter(), len(requests)
         lines = [self.line(l, r) for l, r in zip(lane.tolist(), requests, strict=True)]
         ready = [i for i, line in enumerate(lines) if not line.waiting]
+        groups = None
         if any(lines[i].memo for i in ready):
-            asked = self.ask(state, lane, lines, ready, ahead=True)
-            if parts := [p for group in asked for p in self.hits(group)]:
+            groups = self.ask(state, lane, lines, ready, ahead=True)
+            if parts := [p for group in groups for p in self.hits(group)]:
+                self.pace.note_hit(time.perf_counter() - began)
                 return parts
-        most = self.setting.max_rows
-        rows = self.setting.rows
+        rows, most = self.setting.rows, self.setting.max_rows
         self.limit = self.pace.choose(len(lines), most) if rows == "auto" else int(rows)
-        groups = self.ask(state, lane, lines, list(range(len(lines))), ahead=self.limit > 1)
+        if groups is None or len(ready) < len(lines) or self.limit == 1:
+            groups = self.ask(state, lane, lines, list(range(len(lines))), ahead=self.limit > 1)
         last = min(line.clock for line in lines)
-        return [self.miss(g) for g in groups if any(line.clock == last for line in g.lines)]
+        due = [g for g in groups if any(line.clock == last for line in g.lines)]
+        parts = [self.miss(g) for g in due]
+        if rows == "auto" and len(due) == 1 and not any(q.opening for q in due[0].queries):
+            evaluated = sum(1 + line.guessed for line in due[0].lines)
+            self.pace.note(evaluated, time.perf_counter() - began, len(due[0].lines))
+        return parts
 
     def line(self, lane: int, request: int) -> Line:
         line = self.lines.get(lane)
@@ -263,12 +272,10 @@ class Walk(Runner):
 
     def miss(self, asked: Asked) -> Part:
         """One forward for these rows, with guesses beside them."""
-        began = time.perf_counter()
         guesses: list[list[Guess]] = [[] for _ in asked.rows]
         for i, line in enumerate(asked.lines):
             self.close_round(line, asked.queries[i] if asked.queries else None)
-        opening = any(q.opening for q in asked.queries)
-        if self.limit > 1 and not opening:
+        if self.limit > 1 and not any(q.opening for q in asked.queries):
             guesses = self.share(asked.lines, Drafts(self, asked).draw(self.limit - 1))
         hidden, evaluated = self.evaluate(asked, guesses)
         for line, fresh in zip(asked.lines, evaluated, strict=True):
@@ -279,10 +286,7 @@ class Walk(Runner):
             stats.rows += 1 + len(fresh)
         plain = self.policy is self.plain or not asked.queries
         alone = len(asked.rows) == 1 and plain and not any(guesses)
-        part = self.finish(asked, hidden, hit=False, alone=alone)
-        if self.setting.rows == "auto" and not opening:
-            self.pace.note(len(asked.rows) + sum(map(len, guesses)), time.perf_counter() - began, len(asked.rows))
-        return part
+        return self.finish(asked, hidden, hit=False, alone=alone)
 
     def share(self, lines: list[Line], guesses: list[list[Guess]]) -> list[list[Guess]]:
         """Cut the guesses to the rows that a forward may have: the likeliest stay, ancestors before descendants."""
@@ -404,8 +408,8 @@ class Walk(Runner):
         if self.setting.relax is not None:
             after = self.cut(asked, after)
         self.remember(asked, hidden, after, hit=hit)
-        rows = torch.tensor(asked.rows, device=asked.lane.device)
-        return Part(rows, after, asked.window)
+        all_rows = len(asked.rows) == self.batch
+        return Part(None if all_rows else torch.tensor(asked.rows, device=asked.lane.device), after, asked.window)
 
     def answer(self, asked: Asked, hidden: Tensor) -> Answer:
         planned = asked.plan.pos.shape[1]

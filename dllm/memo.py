@@ -131,6 +131,8 @@ class Asked(NamedTuple):
     queries: list[Query]  # none where nobody looks ahead
 
     def take(self, index: list[int], copies: int) -> Asked:
+        if len(index) == len(self.rows):
+            return self
         at = torch.tensor(index, device=self.lane.device)
         wide = torch.cat([at + c * len(self.rows) for c in range(copies)])
         rows, lines = [self.rows[i] for i in index], [self.lines[i] for i in index]

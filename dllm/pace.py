@@ -15,19 +15,21 @@ class Pace:
     """What a forward costs and how often guesses come true, learned over all calls of a model, sampler and cache.
 
     Cost is a straight line in the rows of a forward, a + b m, fitted with slow forgetting. With hit rate h_k at depth k
-    a forward of R rows a sequence takes g(R) = 1 + h_1 + h_1 h_2 + ... steps; R maximises g(R) / cost(n R).
+    a forward of R rows a sequence takes g(R) = 1 + h_1 + h_1 h_2 + ... steps, all but the first of them from the memo,
+    at a cost of s each; R maximises g(R) / (cost(n R) + (g(R) - 1) s).
     """
 
     known: ClassVar[weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()  # by model
     PRIOR = 0.6  # hit rate before anything was seen; decays into what is seen within some twenty guesses
     PROBE = 0.03  # share of the time that may be spent on finding out
+    MARGIN = 1.05  # what rows must promise to gain: less is within the error of the estimates
 
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
         self.costs = costs
         self.hits: dict[int, tuple[float, float]] = {}  # depth -> decayed hits, guesses
         self.sums = np.zeros(5)  # of 1, m, m^2, t, m t
         self.total = self.spent = 0.0
-        self.rows = 1
+        self.step = 0.0  # s: seconds of a step that needs no forward
 
     @classmethod
     def of(cls, model: Any, sampler: Any, policy: Any, setting: Any) -> Pace:
@@ -59,6 +61,11 @@ class Pace:
             self.spent += max(seconds - self.cost(n), 0.0)
         self.sums = 0.98 * self.sums + np.array([1, m, m * m, seconds, m * seconds])
 
+    def note_hit(self, seconds: float) -> None:
+        """A step without a forward took so long."""
+        self.total += seconds
+        self.step += (seconds - self.step) * (0.05 if self.step else 1.0)
+
     def cost(self, m: int) -> float:
         """Seconds of a forward with m rows (in units of the recorded table, where there is one)."""
         one, x, xx, t, xt = self.sums
@@ -73,14 +80,16 @@ class Pace:
     def choose(self, n: int, most: int | None) -> int:
         """Rows a sequence for the next forward of n sequences."""
         sizes = [r for r in ROWS if r == 1 or most is None or n * r <= most]
-        self.rows = max(sizes, key=lambda r: (round(self.gain(r) / self._price(n, r), 9), -r))
-        if self.rows == 1 and self.costs is None and len(sizes) > 1:
-            affordable = self.spent + self.cost(n) <= self.PROBE * self.total
-            self.rows = 2 if affordable else 1
-        return self.rows
+        best = max(sizes, key=lambda r: (round(self.speed(n, r), 9), -r))
+        if best > 1 and self.speed(n, best) >= self.MARGIN * self.speed(n, 1):
+            return best
+        affordable = self.costs is None and self.spent + self.cost(n) <= self.PROBE * self.total
+        return 2 if affordable and len(sizes) > 1 else 1
 
-    def gain(self, rows: int) -> float:
-        return sum(self.survival(k) for k in range(rows))
+    def speed(self, n: int, rows: int) -> float:
+        """Steps of each of n sequences in a unit of time."""
+        steps = sum(self.survival(k) for k in range(rows))
+        return steps / (self._price(n, rows) + (steps - 1) * self.step)
 
     def _price(self, n: int, r: int) -> float:
         if self.costs is None:

@@ -374,6 +374,9 @@ def test_pace_weighs_cost_against_hits() -> None:
         learned.note(2, 1.1, 1)
     assert learned.choose(1, None) > 2
     assert learned.cost(4) == pytest.approx(1.3)
+    for _ in range(100):
+        learned.note_hit(2.0)
+    assert learned.speed(1, 8) < learned.speed(1, 1)  # steps from the memo that take as long as a forward are no gain
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
