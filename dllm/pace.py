@@ -21,7 +21,7 @@ class Pace:
 
     known: ClassVar[weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()  # by model
     PRIOR = 0.6  # hit rate before anything was seen; decays into what is seen within some twenty guesses
-    PROBE = 0.03  # share of the time that may be spent on finding out
+    PROBE = 0.02  # share of the time that may be spent on finding out
     MARGIN = 1.05  # what rows must promise to gain: less is within the error of the estimates
 
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
@@ -55,7 +55,9 @@ class Pace:
         return float(np.prod([self.rate(k) for k in range(1, depth + 1)]))
 
     def note(self, m: int, seconds: float, n: int) -> None:
-        """A forward of m rows for n sequences took so long."""
+        """A forward of m rows for n sequences took so long; a pause of the machine counts as three times the usual."""
+        if self.sums[0] > 5:
+            seconds = min(seconds, 3 * self.cost(m))
         self.total += seconds
         if m > n:
             self.spent += max(seconds - self.cost(n), 0.0)

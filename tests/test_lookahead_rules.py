@@ -358,6 +358,13 @@ def test_auto_looks_far_where_rows_are_free() -> None:
     assert max(o.stats["rows"] / o.stats["forwards"] for o in out) > 2
 
 
+def test_a_pause_of_the_machine_is_no_cost_of_a_forward() -> None:
+    pace = Pace()
+    for seconds in [1.0] * 50 + [1000.0]:
+        pace.note(1, seconds, 1)
+    assert pace.cost(1) < 1.1
+
+
 def test_pace_weighs_cost_against_hits() -> None:
     steep, flat = Pace({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}), Pace({1: 1.0, 8: 1.0})
     assert steep.choose(1, None) == 1
@@ -367,7 +374,7 @@ def test_pace_weighs_cost_against_hits() -> None:
         flat.learn(0, 7)
     assert flat.rate(1) < 0.01
     learned = Pace()
-    for _ in range(50):
+    for _ in range(60):
         learned.note(1, 1.0, 1)
     assert learned.choose(1, None) == 2  # a probe, since there is time to spare
     for _ in range(50):
