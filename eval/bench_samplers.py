@@ -33,10 +33,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     # logit gaps of a small model are larger than those that the published thresholds were made for
     "prophet": (
         "prophet",
-        "prophet:high=10,mid=8,low=6",
         "prophet:high=12,mid=10,low=8",
         "prophet:high=11,mid=11,low=11",
         "prophet:high=12,mid=12,low=12",
+        "prophet:high=12.5,mid=12.5,low=12.5",
     ),
     "prophet+threshold": (
         "prophet+threshold",

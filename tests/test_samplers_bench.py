@@ -77,7 +77,7 @@ def test_an_exit_is_compared_with_what_it_cuts_short(monkeypatch: pytest.MonkeyP
     call = {"names": ["prophet"], "task_names": ["sudoku"], "n": 8, "validation": 4}
     report = bench_samplers.run(fake, out=tmp_path / "answers.jsonl", **call)
     assert "`prophet` against `confidence`: saves 20.00×, loss +50.0" in report and "], loses\n" in report
-    assert "chosen: `prophet:high=10,mid=8,low=6`" in report  # the published one loses on validation
+    assert "chosen: `prophet:high=12,mid=10,low=8`" in report  # the published one loses on validation
     assert "against `confidence`: saves 2.00×, loss +0.0 [+0.0, +0.0], within 2 points" in report
 
 
