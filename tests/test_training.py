@@ -406,10 +406,14 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.Monk
             signal.raise_signal(signal.SIGINT)
         return backward(self, batch, step, part)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_backward", strike)
-        train(recipe(tmp_path / "b"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "_backward", strike)
+            train(recipe(tmp_path / "b"))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     resumed = Trainer(recipe(tmp_path / "b"), resume=True)
     assert resumed.step == 5  # the step that it fell into counts
     for name, value in weights(resumed.run()).items():

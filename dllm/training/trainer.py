@@ -177,9 +177,13 @@ class _Mean:
 
 @contextmanager
 def _patience() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets instead of striking; elsewhere than in the main thread none is caught."""
+    """An event that the first Ctrl-C sets instead of striking.
+
+    None is caught elsewhere than in the main thread, nor where the process ignores it (as background jobs of a shell).
+    """
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield asked
         return
 
