@@ -56,13 +56,15 @@ def speculate(
 
 
 def coloured(out: Any, tokenizer: Any) -> Text:
-    """The output with every round's accepted tokens in one colour."""
-    text, at = Text(), out.prompt_length
+    """The output with every round's accepted tokens in one colour; a sign of several tokens has that of its last."""
+    text, at, shown = Text(), out.prompt_length, ""
     for i, (accepted, emitted) in enumerate(out.spans):
         for j in range(emitted):
-            piece = tokenizer.decode([out.sequences[at]], skip_special_tokens=True)
-            text.append(piece, style=ACCEPTED[i % 2] if j < accepted else CORRECTION)
             at += 1
+            whole = tokenizer.decode(out.sequences[out.prompt_length : at], skip_special_tokens=True)
+            if not whole.endswith("\ufffd"):
+                text.append(whole[len(shown) :], style=ACCEPTED[i % 2] if j < accepted else CORRECTION)
+                shown = whole
     return text
 
 

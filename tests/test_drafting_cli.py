@@ -1,0 +1,83 @@
+"""`dllm speculate` and `dllm align`: what is shown, and one line for a mistake."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from drafting_kit import plain
+
+import dllm
+from dllm.cli import main
+from dllm.cli.speculate import CORRECTION, coloured
+from dllm.drafting.registry import as_verifier
+
+torch.set_num_threads(1)
+PROMPT = "Tom has 12 apples. He buys 7 more."
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def go(*args):
+        monkeypatch.setattr(sys, "argv", ["dllm", *args])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return go
+
+
+@pytest.mark.parametrize("options", [[], ["--tree", "8", "--drafter", "suffix"], ["--drafter", "none", "--stop", "12"]])
+def test_text_and_metrics_are_shown(run, options):
+    code, shown, error = run("speculate", PROMPT, "-n", "12", "--compare", *options)
+    v = as_verifier("tiny-ar")
+    out = dllm.speculate(v, None, PROMPT, max_new_tokens=12, stop="12" if "--stop" in options else None)
+    assert code == 0, error
+    assert " ".join(v.tokenizer.decode(out.tokens, skip_special_tokens=True).split()) in " ".join(shown.split())
+    for metric in ("tau (with bonus)", "accepted per round", "verify calls", "speed-up"):
+        assert metric in shown
+    assert [line.split()[-1] for line in shown.splitlines() if "equal to plain" in line] == ["yes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--search", "viterby"], "did you mean 'viterbi'"),
+        (["--length", "fixed:q=3"], "unexpected keyword"),
+        (["--drafter", "sufix"], "unknown model 'sufix'"),
+        (["--top-p", "2", "-t", "1"], "top_p"),
+    ],
+)
+def test_mistakes_take_one_line(run, options, says):
+    code, _, error = run("speculate", PROMPT, *options)
+    assert code == 1 and says in error.strip().splitlines()[-1]
+
+
+def test_signs_of_several_tokens_keep_their_colour():
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: bytes(ids).decode(errors="replace"))
+    text = "aé\N{DUCK}b"
+    out = SimpleNamespace(prompt_length=2, sequences=[1, 2, *text.encode()], spans=[(2, 3), (4, 5)])
+    shown = coloured(out, tokenizer)
+    assert shown.plain == text
+    assert [shown.plain[s.start : s.end] for s in shown.spans if s.style == CORRECTION] == ["é", "b"]
+
+
+def test_align_trains_and_measures(run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output: {tmp_path}/out\nlayers: 1\ntasks: {{word_problems: 4}}\nmax_new_tokens: 12\nbatch_size: 2\n"
+        "one: {steps: 1, lr: 1e-3}\ntwo: {steps: 1, lr: 1e-3}\nblock: 4\n"
+    )
+    code, shown, error = run("align", str(recipe), "--problems", "2")
+    assert code == 0, error
+    assert "before" in shown and "after" in shown
+    drafter, v = dllm.load(str(tmp_path / "out")), as_verifier("tiny-ar")
+    ids = list(v.tokenizer(PROMPT)["input_ids"])
+    assert drafter.config.n_layers == 1
+    assert dllm.speculate(v, drafter, ids, max_new_tokens=8).sequences == plain(v.model, ids, 8)
+    assert run("align", str(tmp_path / "none.yaml"))[0] == 1
