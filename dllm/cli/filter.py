@@ -90,5 +90,5 @@ def compare(
     from dllm.eval.answers import LENGTH
 
     names = task or list(LENGTH)
-    call = {"out": out, "n": n, "validation": validation, "task_names": names, "workers": workers}
-    typer.echo(bench_filters.run(filter, model, **call))
+    report = bench_filters.run(filter, model, out=out, n=n, validation=validation, task_names=names, workers=workers)
+    typer.echo(report)

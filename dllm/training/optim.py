@@ -99,6 +99,7 @@ class Muon(torch.optim.Optimizer):
             for shape, matrices in shapes.items():
                 updates = []
                 for p in matrices:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(buffer, momentum))
