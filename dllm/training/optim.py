@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is taken
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
