@@ -56,7 +56,7 @@ class Cycles:
         fresh = {key: torch.where(new | full, 0, memory[key]) for key in ("cycle.steps", "cycle.last", "cycle.total")}
         memory = {**memory, **fresh, "cycle.block": lo, "cycle.start": start, "cycle.end": end}
         state = state._replace(memory=memory)
-        hi = torch.where(end > 0, end, hi)
+        hi = torch.minimum(torch.where(end > 0, end, hi), canvas.length)  # the canvas may have been cut
         return state, Window(lo=start, hi=hi, reads=spans(start, hi, int((hi - start).max())), epoch=block)
 
     def narrow(self, view: View, pred: Prediction) -> None:
