@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_lookahead import HALF
 
 import dllm
@@ -131,20 +134,50 @@ def test_a_broken_sampler_is_caught() -> None:
             dllm.generate(model(), PROMPTS[0], sampler=broken, **ARGUMENTS)
 
 
+@st.composite
+def specified(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """One to three samplers, each with some of its parameters drawn from their ranges."""
+    chosen = []
+    for name in draw(st.lists(st.sampled_from(names()), min_size=1, max_size=3, unique=True)):
+        params = {"name": name, **GIVEN.get(name, {})}
+        for f in dataclasses.fields(registry.method(name)):
+            if f.name in params or not f.metadata or draw(st.booleans()):
+                continue
+            low, high, kind = f.metadata["low"], f.metadata["high"], str(f.type).split(" | ")[0]
+            if f.metadata["choices"]:
+                params[f.name] = draw(st.sampled_from(f.metadata["choices"]))
+            elif kind == "bool":
+                params[f.name] = draw(st.booleans())
+            elif kind == "int" and low is not None:
+                params[f.name] = draw(st.integers(low, low + 6))
+            elif kind == "float" and low is not None:
+                params[f.name] = draw(st.floats(low, 1.2 if high is None else high))
+        chosen.append(params)
+    return chosen
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("seed", range(20))
-def test_triples_on_random_prompts(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [
-        torch.randint(0, 156, (int(n),), generator=generator).tolist()
-        for n in torch.randint(1, 24, (5,), generator=generator)
-    ]
-    chosen = [t for t in combinations(names(), 3) if torch.rand(1, generator=generator) < 0.05]
-    for triple in chosen:
-        for cache_ in EVERY_CACHE:
-            more = {"max_new_tokens": 24, "temperature": 0.7 * (seed % 2), "seed": seed}
-            try:
-                with invariants.asserted():
-                    dllm.generate(model(), prompts, sampler=spec(*triple), cache=cache_, **{**ARGUMENTS, **more})
-            except DllmError as refusal:
-                assert any(name in str(refusal) for name in triple)
+@settings(max_examples=3000, deadline=None)
+@given(
+    specified(),
+    st.sampled_from(EVERY_CACHE),
+    st.lists(st.lists(st.integers(0, 155), min_size=1, max_size=24), min_size=1, max_size=4),
+    st.fixed_dictionaries(
+        {
+            "max_new_tokens": st.integers(1, 24),
+            "block_length": st.integers(1, 12),
+            "steps": st.none() | st.integers(1, 12),
+            "temperature": st.sampled_from([0.0, 0.7]),
+            "seed": st.integers(0, 1000),
+            "early_stop": st.booleans(),
+        }
+    ),
+)
+def test_any_composition_with_any_parameters(
+    samplers: list[dict[str, Any]], cache_: str, prompts: list[list[int]], call: dict[str, Any]
+) -> None:
+    try:
+        with invariants.asserted():
+            dllm.generate(model(), prompts, sampler=samplers, cache=cache_, batch_size=2, **{**ARGUMENTS, **call})
+    except DllmError as refusal:
+        assert any(s["name"] in str(refusal) for s in samplers) and "\n" not in str(refusal)

@@ -391,6 +391,14 @@ def test_slowfast_takes_the_mean_of_estimates_that_never_agree() -> None:
     assert out.trace.windows[:4] == [[1, 9], [1, 9], [1, 9], [1, 5]]
 
 
+def test_slowfast_region_ends_with_a_canvas_that_was_cut() -> None:
+    """Fast phase on columns 0 to 7: column 3 gets the end of the text and the canvas is cut behind it."""
+    table = peaks([(1, 0.7), (1, 0.65), (1, 0.3), (3, 0.6), (1, 0.3), (1, 0.3), (1, 0.3), (1, 0.3)], 8)
+    out = decode(Scripted(table, eos=3), 8, "slowfast:tau_min=0.2+eotp")
+    assert out.trace.windows == [[1, 9], [1, 9], [1, 9], [1, 5]]
+    assert writes(out) == [{0}, {1}, {3}, {2}]
+
+
 def test_slowfast_phases() -> None:
     """Slow: the window is the block, one commit each; the estimates 3 and 3 agree; fast: columns 0-2 until full."""
     table = confident(0.5, 0.45, 0.4, 0.05, 0.05, 0.05, 0.05, 0.05, vocab=40)
