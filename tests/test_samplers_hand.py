@@ -44,6 +44,57 @@ def opened(j: Job, logits: Tensor) -> tuple[View, Prediction]:
     return View(state, window), Prediction(logits[None], window.reads)
 
 
+# -- the plain rules ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampler", "confidences", "expected"),
+    [
+        ("threshold", [0.95, 0.91, 0.4], {0, 1}),
+        ("threshold", [0.4, 0.5, 0.3], {1}),
+        ("factor", [0.99, 0.98, 0.6, 0.5], {0, 1}),
+        ("factor", [0.5, 0.4], {0}),
+        ("factor", [0.99, 0.98, 0.97, 0.96], {0, 1, 2, 3}),
+        ("factor", [0.95, 0.9, 0.6], {0, 1}),
+        ("factor:compat", [0.95, 0.9, 0.6], {0, 1, 2}),  # its first failure is the last rank
+        ("factor:compat", [0.5, 0.4], {0, 1}),  # always, when two are left
+        ("factor:compat", [0.99, 0.98, 0.6, 0.5], {0, 1}),  # it fails before
+    ],
+)
+def test_parallel_rules(sampler: str, confidences: list[float], expected: set[int]) -> None:
+    out = decode(Scripted(peaks([(1, c) for c in confidences], 8)), len(confidences), sampler)
+    assert commits(out)[0] == expected
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [(0.1, {0, 1, 2}), (0.015, {0, 1}), (0.005, {0})])
+def test_eb_bounds_the_entropy(gamma: float, expected: set[int]) -> None:
+    """Entropies .01, .02, .5: all but the largest of a prefix sum to gamma at most."""
+
+    def law(entropy: float) -> list[float]:
+        low, high = 0.5, 1 - 1e-12
+        for _ in range(100):
+            p = (low + high) / 2
+            surer = -p * math.log(p) - (1 - p) * math.log(1 - p) < entropy
+            low, high = (low, p) if surer else (p, high)
+        return [1 - p, p]
+
+    out = decode(Scripted(probabilities([law(h) for h in (0.01, 0.02, 0.5)])), 3, {"name": "eb", "gamma": gamma})
+    assert commits(out)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("sampler", "n", "steps", "sizes"),
+    [
+        ("confidence", 10, 4, [3, 3, 2, 2]),
+        ("dream", 10, 4, [2, 2, 2, 4]),
+        ("dream", 8, 8, [0, 1, 1, 1, 1, 1, 1, 2]),
+    ],
+)
+def test_quotas(sampler: str, n: int, steps: int, sizes: list[int]) -> None:
+    out = decode(Scripted(peaks([(1, 0.5)] * n, 8)), n, sampler, steps=steps)
+    assert [len(c) for c in commits(out)] == sizes
+
+
 # -- LocalLeap ------------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +167,29 @@ def test_credit_reaches_the_bar_at_step_five_or_three() -> None:
     assert paper == pytest.approx([0.860866, 0.882238, 0.892883, 0.898987, 0.902756], abs=1e-6)
     dinfer = [q[0] for _, q in credited(Credit.build("dinfer"), [[0.8, 0.15, 0.05]] * 3)]
     assert dinfer == pytest.approx([0.864836, 0.889644, 0.902833], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "tau", "ever"),
+    [
+        ("paper", 0.9, 0.7805), ("dinfer", 0.9, 0.7271), ("paper", 0.8, 0.6179), ("dinfer", 0.8, 0.5501),
+        ("paper", 0.95, 0.8812), ("dinfer", 0.95, 0.8468),
+    ],
+)  # fmt: skip
+def test_credit_of_a_steady_prediction_has_a_limit(preset: str, tau: float, ever: float) -> None:
+    """p^gamma / (1 - beta): below some p a column never commits by its credit."""
+    method = Credit.build(preset)
+    for p, passes in ((ever - 2e-4, False), (ever + 2e-4, True)):
+        k, q = credited(method, [[p, 1 - p]] * 60)[-1]
+        assert k[0] == pytest.approx(p**method.gamma / (1 - method.beta), rel=1e-5)
+        assert (q[0] >= tau) is passes
+
+
+@pytest.mark.parametrize(("preset", "p"), [("paper", 0.8528), ("dinfer", 0.8486)])
+def test_credit_helps_on_the_first_step(preset: str, p: float) -> None:
+    method = Credit.build(preset)
+    [(_, below)], [(_, above)] = (credited(method, [[x, 1 - x]]) for x in (p - 2e-4, p + 2e-4))
+    assert below[0] < 0.9 <= above[0]
 
 
 def test_credit_may_change_the_token() -> None:
@@ -342,6 +416,30 @@ def test_ccd_agree_commits_one_a_step_for_five_steps_then_what_is_stable() -> No
     plain = decode(model, 20, "entropy")
     fixed = decode(model, 20, "ccd:seek=false")
     assert fixed.trace.commits == plain.trace.commits  # on a steady model the order is that of the entropy
+
+
+@pytest.mark.parametrize(
+    ("surest", "left", "changed", "expected"),
+    [
+        ([3, 7], {7}, set(), {3}),  # the best column was not among those left over
+        ([7, 3], {7}, set(), {7}),
+        ([3, 7], {3, 7}, set(), {3, 7}),
+        ([3, 7], {3, 7}, {7}, {3}),
+    ],
+)
+def test_ccd_commits_what_two_steps_agree_on(
+    surest: list[int], left: set[int], changed: set[int], expected: set[int]
+) -> None:
+    """u = 1; two columns are compared: `surest` now, best first; `left` were the best that the last step left over."""
+    rows = [(1, 0.9 - 0.1 * surest.index(i) if i in surest else 0.3) for i in range(8)]
+    j = job(Scripted(peaks(rows, 8)), 8, "ccd:expand=1")
+    view, pred = opened(j, torch.cat([peaks(rows, 8), torch.full((8, 1), -torch.inf)], 1))
+    view.state = view.state._replace(step=torch.tensor([5]))
+    for column in range(8):
+        view.columns["ccd.runner_up"][0, 1 + column] = column in left
+        view.columns["ccd.token"][0, 1 + column] = 2 if column in changed else 1
+    chosen = j.sampler.select(view, pred, j.sampler.score(view, pred))
+    assert {c for c in range(8) if chosen[0, c]} == expected
 
 
 # -- EOSER and ASS --------------------------------------------------------------------------------------------------

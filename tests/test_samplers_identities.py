@@ -43,6 +43,10 @@ INF = float("inf")
         ("localleap:kappa=0.8,tau=0.5,radius=0", "threshold:tau=0.8"),
         ("localleap:kappa=0.8,tau=0.95", "threshold:tau=0.8"),
         ("credit:alpha=0,tau=0.8", "threshold:tau=0.8"),
+        ("credit:beta=0,gamma=1e9,tau=0.8", "threshold:tau=0.8"),
+        ("eb:gamma=0", "entropy"),
+        ("eb:gamma=inf", "threshold:tau=0"),
+        ("factor:f=inf", "threshold:tau=0"),
         ({"name": "adablock", "delimiters": DELIMITERS, "tau_delimiter": INF, "tau": 0.8}, "threshold:tau=0.8"),
         ({"name": "prophet", "high": INF, "mid": INF, "low": INF}, "confidence"),
         ([{"name": "prophet", "high": INF, "mid": INF, "low": INF}, "threshold"], "threshold"),
@@ -66,6 +70,11 @@ def test_the_limits_differ_from_the_defaults() -> None:
     assert decode(adablock) != decode("threshold:tau=0.8")
     assert decode("eoser:gamma_min=0.01,whole=false") != decode("confidence")
     assert decode("prophet:high=2,mid=2,low=2") != decode("confidence")
+
+
+def test_one_forward_a_block_or_one_a_column() -> None:
+    assert [nfe for _, nfe, _ in decode("threshold:tau=0")] == [2, 2, 2]
+    assert [nfe for _, nfe, _ in decode("threshold:tau=1.1")] == [16, 16, 16]
 
 
 def test_prophet_at_once_is_one_forward() -> None:
