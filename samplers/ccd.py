@@ -137,14 +137,14 @@ class Mean(Rule):
         }
         return Blended(pred, **{name: _put(table, at, values, ok) for name, (table, values) in put.items()})
 
+    def score(self, view: View, soft: Prediction) -> Tensor:
+        return averages(soft).negative_entropy
+
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         chosen = rank(score.clamp(min=-1e9), view.live) < self.u
         if not self.m.seek:
             return chosen
-        contexts = getattr(soft, "contexts", None)
-        if contexts is None:  # a later link of the chain wrapped the blend
-            contexts = soft.raw.contexts  # type: ignore[attr-defined]
-        return chosen | ((contexts > 1) & (-score < self.m.eps))
+        return chosen | ((averages(soft).contexts > 1) & (-score < self.m.eps))
 
 
 def _put(table: Tensor, at: Tensor, values: Tensor, ok: Tensor) -> Tensor:
@@ -164,3 +164,11 @@ class Blended(Rescored):
     @property
     def negative_entropy(self) -> Tensor:
         return self._negative_entropy
+
+
+def averages(soft: Prediction) -> Blended:
+    """The blend, beneath what later links of the chain made of it."""
+    while not isinstance(soft, Blended):
+        assert isinstance(soft, Rescored)
+        soft = soft.raw
+    return soft

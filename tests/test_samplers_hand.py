@@ -418,6 +418,16 @@ def test_ccd_agree_commits_one_a_step_for_five_steps_then_what_is_stable() -> No
     assert fixed.trace.commits == plain.trace.commits  # on a steady model the order is that of the entropy
 
 
+def test_ccd_ranks_by_its_averages_whatever_comes_after_it() -> None:
+    """Column 0 is surer now, but had said something else before: its average is less certain than that of column 1."""
+    tables = [peaks([(1, 0.9), (1, 0.8), (1, 0.95)], 8), peaks([(2, 0.9), (1, 0.8), (1, 0.95)], 8)]
+    for more in ("", "+credit"):
+        out = decode(
+            Scripted(tables, eos=3), 3, f"ccd:mode=mean,seek=false{more}", confidence_eos_eot_inf=True, steps=3
+        )
+        assert commits(out) == [{2}, {1}, {0}]
+
+
 @pytest.mark.parametrize(
     ("surest", "left", "changed", "expected"),
     [

@@ -75,7 +75,7 @@ def test_every_sampler_is_described() -> None:
     for name in registry.names():
         entry = catalog.describe(name)
         assert entry["summary"] and entry["source"] and entry["cost"]
-        assert entry["asks"] is None and (entry["owns"] or name == "freedave"), name
+        assert entry["asks"] is None and entry["owns"], name
         for parameter in entry["parameters"]:
             assert parameter["why"], (name, parameter)
         for other in entry["composes_with"]:
