@@ -403,7 +403,8 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     policy = policy.bind(model)
     if sampler.needs.caches is not None and policy.name not in sampler.needs.caches:
         usable = ", ".join(map(repr, sampler.needs.caches))
-        raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}; use {usable}")
+        why = f": {sampler.needs.caches_why}" if sampler.needs.caches_why else ""
+        raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}{why}; use {usable}")
     sampler = policy.attach(sampler)
     suppress = args.ids("suppress_tokens", model.vocab_size) + (eos if args.logits_eos_inf else ())
     law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)

@@ -79,6 +79,7 @@ class Needs:
     impure: bool = False  # a step depends on more than its state (global randomness, a clock): no lookahead
     filtered: bool = False  # confidences come from the law after temperature and filters
     caches: tuple[str, ...] | None = None  # the caches it works with; None for all
+    caches_why: str = ""  # why no other cache serves it, as the end of a sentence
 
     def __or__(self, other: Needs) -> Needs:
         values: dict[str, Any] = {}
@@ -88,6 +89,8 @@ class Needs:
                 values[f.name] = b if a is None else a if b is None else tuple(c for c in a if c in b)
             elif f.name == "extra_rows":
                 values[f.name] = max(a, b)
+            elif f.name == "caches_why":
+                values[f.name] = ", and ".join(filter(None, (a, b)))
             else:
                 values[f.name] = a or b
         return Needs(**values)

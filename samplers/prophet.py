@@ -134,11 +134,11 @@ def _region(method: str, region: Any, start: int, length: int, context: Context)
     """Check a region. A pair (start, length) is a span relative to the generation."""
     if isinstance(region, list | tuple):
         if len(region) != 2 or not all(isinstance(x, int) for x in region):
-            raise DllmError(f"{method}: region={region!r} must be (start, length), relative to the generation")
+            raise DllmError(f"{method}: region={region!r} must be a pair [start, length], relative to the generation")
         region, (start, length) = "span", region
     if not callable(region) and region not in REGIONS:
         known = ", ".join(REGIONS)
-        raise DllmError(f"{method}: region={region!r} must be one of {known}, a pair (start, length) or a function")
+        raise DllmError(f"{method}: region={region!r} must be one of {known}, a pair [start, length] or a function")
     if region == "span" and not (0 <= start < context.max_new_tokens and length >= 1):
         raise DllmError(
             f"{method}: the region of {length} columns from {start} is outside the window of "

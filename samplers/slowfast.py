@@ -14,6 +14,8 @@ from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
 from dllm.samplers.threshold import Threshold
 
+CUT = "with truncate=true it feeds a canvas cut short, which no cache keeps (truncate=false works with every cache)"
+
 
 @dataclass(frozen=True)
 class Cycles:
@@ -123,5 +125,5 @@ class SlowFast(Method):
             window=Cycles(context.block_length, self.tau_min, self.most, self.spread),
             inputs=Truncation() if self.truncate else None,
             assumes={"select": Threshold(tau=self.tau).select},
-            needs=Needs(caches=("none",) if self.truncate else None),
+            needs=Needs(caches=("none",), caches_why=CUT) if self.truncate else Needs(),
         )

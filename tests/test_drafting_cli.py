@@ -49,7 +49,7 @@ def test_text_and_metrics_are_shown(run, options):
     [
         (["--search", "viterby"], "did you mean 'viterbi'"),
         (["--length", "fixed:q=3"], "unexpected keyword"),
-        (["--drafter", "sufix"], "unknown model 'sufix'"),
+        (["--drafter", "sufix"], "unknown drafter 'sufix'; did you mean 'suffix'?"),
         (["--top-p", "2", "-t", "1"], "top_p"),
     ],
 )

@@ -563,7 +563,7 @@ def test_daedal_never_passes_its_ceiling_and_grows_geometrically() -> None:
         ("credit:beta=1.5", r"beta=1.5 must be in \[0, 1\]"),
         ("credit:papre", "did you mean 'paper'"),
         ("prophet:region=middle", "region='middle' must be one of"),
-        ("prophet:region=[2, x]", r"must be \(start, length\)"),
+        ("prophet:region=[2, x]", r"must be a pair \[start, length\]"),
         ("prophet:smooth=maybe", "smooth='maybe' must be true or false"),
         ("prophet:high=x", "high='x' must be a number"),
         ("prophet:region=span,start=40", "outside the window of 8 columns"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,14 +12,13 @@ from torch import nn
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.verifier import Verifier
-from dllm.errors import DllmError, unknown
+from dllm.errors import DllmError, nearest, unknown
 
 RETRIEVAL: dict[str, Any] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
 
 
 def named(kind: str, what: Any, table: Mapping[str, Any]) -> Any:
-    """
-    "name", "name:key=value,key=value", {"name": ..., key: value}, or an object that is passed through."""
+    """The object of "name", "name:key=value,key=value" or {"name": ..., key: value}; an object passes through."""
     if isinstance(what, Mapping):
         options = dict(what)
         if "name" not in options:
@@ -69,8 +69,11 @@ def as_drafter(what: Any) -> Any:
     from dllm.drafting.diffusion import DiffusionDrafter
 
     if isinstance(what, str):
-        from dllm.models.hub import load, load_verifier
+        from dllm.models.hub import EMBEDDED, load, load_verifier
 
+        near = nearest(what, (*RETRIEVAL, *EMBEDDED))
+        if near in RETRIEVAL and not Path(what).exists():
+            raise DllmError(f"unknown drafter {what!r}; did you mean {near!r}?")
         name, what = what, load(what)
         what = load_verifier(name) if what.config.causal else what
     if isinstance(what, nn.Module):
