@@ -61,13 +61,3 @@ def test_generate_hook_and_assisted_generation(smollm):
     assert out[0].tolist() == text
     with assisted_by(model, "lookup"):
         assert model.generate(torch.tensor([ids]), **call)[0].tolist() == text
-
-
-def test_the_loop_costs_little(smollm):
-    """Everything but the models' forwards is at most a tenth of a round."""
-    model, tokenizer, ids, text = smollm
-    for search in ("eal", "cps", "viterbi"):
-        options = dict(search=search, length="fixed:k=8", carry="off")
-        out = dllm.speculate(model, Known(text, len(tokenizer)), ids, max_new_tokens=N, tokenizer=tokenizer, **options)
-        own = sum(out.wall[stage] for stage in ("search", "commit", "other"))
-        assert own <= 0.1 * sum(out.wall.values())
