@@ -7,9 +7,8 @@ import torch
 
 import dllm
 from dllm.drafting.candidates import assisted_by
-from dllm.drafting.drafters import Drafter
 from dllm.errors import DllmError
-from dllm.eval.bench_drafting import load_smollm
+from dllm.eval.bench_drafting import Rehearsed, load_smollm
 
 pytestmark = pytest.mark.smollm
 N = 24
@@ -28,28 +27,12 @@ def smollm():
     return model, tokenizer, ids, text
 
 
-class Known(Drafter):
-    """Drafts the known text with an error every seventh token."""
-
-    name = "known"
-
-    def __init__(self, text, vocab):
-        self.text, self.size = text, vocab
-
-    def draft(self, ids, k, *, generator=None):
-        logits = torch.full((min(k, len(self.text) - len(ids)), self.size), -8.0)
-        for i in range(len(logits)):
-            at = len(ids) + i
-            logits[i, self.text[at] if at % 7 else 5] = 8.0
-        return self.need.lattice(logits, len(ids))
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"tree": 12, "length": "fixed:k=6"}, {"search": "cps", "length": "adl"}], ids=str
 )
 def test_greedy_text_is_its_own(smollm, options):
     model, tokenizer, ids, text = smollm
-    for drafter in (Known(text, len(tokenizer)), "lookup", "recycle"):
+    for drafter in (Rehearsed([text], len(tokenizer)), "lookup", "recycle"):
         out = dllm.speculate(model, drafter, ids, max_new_tokens=N, tokenizer=tokenizer, **options)
         assert out.sequences == text
 
