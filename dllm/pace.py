@@ -21,7 +21,7 @@ class Pace:
 
     known: ClassVar[weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()  # by model
     PRIOR = 0.6  # hit rate before anything was seen; decays into what is seen within some twenty guesses
-    PROBE = 0.02  # share of the time that may be spent on finding out
+    PROBE = 0.01  # share of the time that may be spent on finding out
     MARGIN = 1.05  # what rows must promise to gain: less is within the error of the estimates
 
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
@@ -47,12 +47,8 @@ class Pace:
 
     def rate(self, depth: int) -> float:
         """Share of guesses at this depth that come true, once the shallower ones did."""
-        known = [d for d in self.hits if d <= depth]
-        hits, seen = self.hits[max(known)] if known else (self.PRIOR, 1.0)
+        hits, seen = self.hits.get(min(depth, len(self.hits)), (self.PRIOR, 1.0))  # depths are learned from 1 on
         return hits / seen
-
-    def survival(self, depth: int) -> float:
-        return float(np.prod([self.rate(k) for k in range(1, depth + 1)]))
 
     def note(self, m: int, seconds: float, n: int) -> None:
         """A forward of m rows for n sequences took so long; a pause of the machine counts as three times the usual."""
@@ -70,7 +66,7 @@ class Pace:
 
     def cost(self, m: int) -> float:
         """Seconds of a forward with m rows (in units of the recorded table, where there is one)."""
-        one, x, xx, t, xt = self.sums
+        one, x, xx, t, xt = self.sums.tolist()
         if one == 0:
             return float(m)
         spread = one * xx - x * x
@@ -82,16 +78,22 @@ class Pace:
     def choose(self, n: int, most: int | None) -> int:
         """Rows a sequence for the next forward of n sequences."""
         sizes = [r for r in ROWS if r == 1 or most is None or n * r <= most]
-        best = max(sizes, key=lambda r: (round(self.speed(n, r), 9), -r))
-        if best > 1 and self.speed(n, best) >= self.MARGIN * self.speed(n, 1):
+        speeds = self.speeds(n, sizes)
+        best = max(sizes, key=lambda r: (round(speeds[r], 9), -r))
+        if best > 1 and speeds[best] >= self.MARGIN * speeds[1]:
             return best
         affordable = self.costs is None and self.spent + self.cost(n) <= self.PROBE * self.total
         return 2 if affordable and len(sizes) > 1 else 1
 
-    def speed(self, n: int, rows: int) -> float:
-        """Steps of each of n sequences in a unit of time."""
-        steps = sum(self.survival(k) for k in range(rows))
-        return steps / (self._price(n, rows) + (steps - 1) * self.step)
+    def speeds(self, n: int, sizes: list[int]) -> dict[int, float]:
+        """Steps of each of n sequences in a unit of time, for these numbers of rows."""
+        found, steps, alive = {}, 0.0, 1.0
+        for rows in range(1, max(sizes) + 1):
+            steps += alive
+            alive *= self.rate(rows)
+            if rows in sizes:
+                found[rows] = steps / (self._price(n, rows) + (steps - 1) * self.step)
+        return found
 
     def _price(self, n: int, r: int) -> float:
         if self.costs is None:

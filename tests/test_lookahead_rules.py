@@ -374,7 +374,7 @@ def test_pace_weighs_cost_against_hits() -> None:
         flat.learn(0, 7)
     assert flat.rate(1) < 0.01
     learned = Pace()
-    for _ in range(60):
+    for _ in range(120):
         learned.note(1, 1.0, 1)
     assert learned.choose(1, None) == 2  # a probe, since there is time to spare
     for _ in range(50):
@@ -383,7 +383,8 @@ def test_pace_weighs_cost_against_hits() -> None:
     assert learned.cost(4) == pytest.approx(1.3)
     for _ in range(100):
         learned.note_hit(2.0)
-    assert learned.speed(1, 8) < learned.speed(1, 1)  # steps from the memo that take as long as a forward are no gain
+    speeds = learned.speeds(1, [1, 8])
+    assert speeds[8] < speeds[1]  # steps from the memo that take as long as a forward are no gain
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
