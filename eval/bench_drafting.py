@@ -24,7 +24,8 @@ from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, unknown
 from dllm.eval.bench import Row
-from dllm.training.alignment import AlignConfig, task_prompts
+from dllm.training.alignment import task_prompts
+from dllm.training.config import AlignConfig
 
 TASKS = ("word_problems", "functions")
 K12 = {"length": "fixed:k=12", "carry": "off"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,20 +12,20 @@ from drafting_kit import golden, plain
 
 import dllm
 from dllm.drafting.diffusion import DiffusionDrafter
+from dllm.drafting.registry import as_drafter
 from dllm.errors import DllmError
+from dllm.training import alignment
 from dllm.training.alignment import (
-    AlignConfig,
     Continuation,
-    Stage,
     align,
     continuations,
-    load_recipe,
     loss_of,
     separator,
     shrink,
     stage_one,
     stage_two,
 )
+from dllm.training.config import AlignConfig, Stage, load_config
 
 torch.set_num_threads(1)
 SEP, BLOCK = 3, 8
@@ -118,14 +120,14 @@ def test_acceptance_rises_on_the_verifiers_own_outputs(model):
 
 
 def test_recipes_and_mistakes(model, tmp_path):
-    recipe = load_recipe("configs/align/tiny.yaml")
+    recipe = load_config("configs/align/tiny.yaml", kind=AlignConfig)
     assert recipe.verifier == "tiny-ar" and recipe.one.steps > 0 and recipe.alpha == 1.01
     path = tmp_path / "r.yaml"
     path.write_text("output: x\ntasks: {word_problems: 2}\nblok: 8\n")
     with pytest.raises(DllmError, match="block"):
-        load_recipe(path)
+        load_config(path, kind=AlignConfig)
     with pytest.raises(DllmError, match="no recipe"):
-        load_recipe(tmp_path / "none.yaml")
+        load_config(tmp_path / "none.yaml", kind=AlignConfig)
     with pytest.raises(DllmError, match="prompts once"):
         AlignConfig("x")
     with pytest.raises(DllmError, match="alpha"):
@@ -135,3 +137,37 @@ def test_recipes_and_mistakes(model, tmp_path):
     with pytest.raises(DllmError, match="teacher"):
         align(model, [], AlignConfig("x", tasks={"word_problems": 1}))
     assert separator(model) == SEP
+
+
+def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
+    def config(name):
+        return AlignConfig(
+            str(tmp_path / name), layers=1, tasks={"word_problems": 6}, max_new_tokens=12, block=4, max_suffix=4,
+            one=Stage(4, 1e-3), two=Stage(4, 1e-3), batch_size=2, save_every=3, threads=1,
+        )  # fmt: skip
+
+    whole = alignment.run(config("whole"))
+    steps, loss = iter(range(99)), alignment.loss_of
+
+    def interrupted(model, rows):
+        if next(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return loss(model, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(alignment, "loss_of", interrupted)
+        alignment.run(config("halves"))
+    answers = tmp_path / "halves" / "teacher.jsonl"
+    lines = answers.read_text().splitlines()
+    assert len(lines) == 6
+    answers.write_text("\n".join(lines[:4]) + "\n[5, [1, 2")  # as a full disk would leave it
+    with pytest.raises(DllmError, match="go on with --resume"):
+        alignment.run(config("halves"))
+    with pytest.raises(DllmError, match="another recipe: block"):
+        alignment.run(replace(config("halves"), block=5), resume=True)
+    resumed = alignment.run(config("halves"), resume=True)
+    assert sorted(answers.read_text().splitlines()) == sorted(lines)
+    for a, b in zip(whole.transformer.parameters(), resumed.transformer.parameters(), strict=True):
+        assert torch.equal(a, b)
+    drafter = as_drafter(str(tmp_path / "halves" / "model"))
+    assert drafter.suffix == SEP and drafter.model.config.n_layers == 1

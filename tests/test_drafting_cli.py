@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -76,8 +77,16 @@ def test_align_trains_and_measures(run, tmp_path):
     code, shown, error = run("align", str(recipe), "--problems", "2")
     assert code == 0, error
     assert "before" in shown and "after" in shown
-    drafter, v = dllm.load(str(tmp_path / "out")), as_verifier("tiny-ar")
+    drafter, v = dllm.load(str(tmp_path / "out" / "model")), as_verifier("tiny-ar")
     ids = list(v.tokenizer(PROMPT)["input_ids"])
     assert drafter.config.n_layers == 1
     assert dllm.speculate(v, drafter, ids, max_new_tokens=8).sequences == plain(v.model, ids, 8)
+    code, _, error = run("align", str(recipe))
+    assert code == 1 and "go on with --resume" in error
+    code, again, error = run("align", str(recipe), "--problems", "2", "--resume")
+    taus = [re.findall(r"after: tau [\d.]+", text) for text in (shown, again)]
+    assert code == 0 and taus[0] == taus[1] != [], error  # nothing left to do but to measure
+    (tmp_path / "out" / "model" / "drafter.json").write_text('{"sufix_token_id": 3}')
+    code, _, error = run("speculate", PROMPT, "--drafter", str(tmp_path / "out" / "model"))
+    assert code == 1 and "sufix_token_id" in error.strip().splitlines()[-1]
     assert run("align", str(tmp_path / "none.yaml"))[0] == 1

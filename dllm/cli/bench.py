@@ -30,6 +30,7 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="These samplers, or settings of drafting; may be repeated.")
     ] = None,
+    drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run."""
@@ -43,7 +44,7 @@ def bench(
     benches = {
         **short,
         "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats),
-        "drafting": lambda repeats: bench_drafting.run(only, repeats, n=n or 300),
+        "drafting": lambda repeats: bench_drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-smollm": lambda repeats: bench_drafting.run_smollm(only, repeats),
     }
     if name not in (*benches, "samplers", "all"):

@@ -72,13 +72,17 @@ def align(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/align/tiny.yaml.")],
     problems: Annotated[int, typer.Option(min=0, help="Held-out prompts a task for tau; 0 = skip.")] = 50,
     length: Annotated[str, typer.Option(help="Length controller of that measurement.")] = "fixed:k=12",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
 ) -> None:
     """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
-    from dllm.drafting.diffusion import DiffusionDrafter
     from dllm.eval.bench_drafting import held_out, tau_rows
-    from dllm.training.alignment import initial_drafter, load_recipe, run, separator
+    from dllm.training.alignment import initial_drafter, run
+    from dllm.training.checkpoint import begin
+    from dllm.training.config import AlignConfig, load_config
 
-    config = load_recipe(recipe)
+    config = load_config(recipe, overrides or (), AlignConfig)
+    begin(Path(config.output), resume)  # refused before anything is measured
     model = initial_drafter(config)
     prompts = {task: held_out(model, task, problems) for task in config.tasks if problems}
 
@@ -88,6 +92,7 @@ def align(
 
     show("suffix automaton", "suffix")
     show("before", model)
-    model = run(config)
-    typer.echo(f"aligned drafter: {config.output}")
-    show("after", DiffusionDrafter(model, suffix_token_id=separator(model) if config.separator else None))
+    run(config, resume)
+    aligned = str(Path(config.output) / "model")
+    typer.echo(f"aligned drafter: {aligned}")
+    show("after", aligned)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,16 @@ def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
     return known if tokenizer is None else known.with_tokenizer(tokenizer)
 
 
+def _how(path: Path) -> dict[str, Any]:
+    """The options of `DiffusionDrafter` that `dllm align` left beside a drafter."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise DllmError(f"{path} is not valid JSON: {error}") from error
+
+
 def as_drafter(what: Any) -> Any:
     """A `Drafter` of a dLLM, an autoregressive model, a retrieval name, a folder or Hugging Face id of either, or
     None."""
@@ -75,7 +87,10 @@ def as_drafter(what: Any) -> Any:
         if near in RETRIEVAL and not Path(what).exists():
             raise DllmError(f"unknown drafter {what!r}; did you mean {near!r}?")
         name, what = what, load(what)
-        what = load_verifier(name) if what.config.causal else what
+        if what.config.causal:
+            what = load_verifier(name)
+        elif how := _how(Path(name) / "drafter.json"):
+            return named("drafter", {"name": name, **how}, {name: partial(DiffusionDrafter, what)})
     if isinstance(what, nn.Module):
         return ARDrafter(what)
     if hasattr(what, "mask_id") and hasattr(what, "logits"):

@@ -8,16 +8,16 @@ token i of R by alpha^(R - i), most right behind the prefix, where a rejection c
 
 from __future__ import annotations
 
+import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,59 +25,13 @@ from ..errors import DllmError
 from ..models.hub import load, load_verifier, pick_device
 from ..models.model import Model
 from ..models.transformer import Transformer
-from .config import build
+from . import checkpoint
+from .config import AlignConfig
 from .diffusion import noise_levels
 from .tasks import generate
-from .trainer import as_diffusion
+from .trainer import as_diffusion, patience
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """AdamW at `lr` for `steps`, linear warm-up over a tenth and linear decay over the rest. 0 steps skip the stage."""
-
-    steps: int
-    lr: float
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """A recipe (`configs/align/*.yaml`). The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B.
-
-    drafter, verifier   what `dllm.load` and `dllm.load_verifier` take; a causal drafter is turned into a dLLM first.
-    layers      keep only the first layers of the drafter (a smaller copy), 0 = all.
-    tasks       problems per built-in task whose prompts the verifier answers, or `prompts`: a file, one prompt a line.
-    block       most masked tokens in a row: the k to draft with. `max_suffix`: most in stage two (the paper's 96).
-    separator   close the block with the tokenizer's separator; draft with the same setting.
-    alpha       1.01 is stable, 1.02 noisy, 1.05 diverges (section 4 of the paper).
-    """
-
-    output: str
-    drafter: str = "tiny"
-    verifier: str = "tiny-ar"
-    layers: int = 0
-    tasks: Mapping[str, int] = field(default_factory=dict)
-    prompts: str = ""
-    max_new_tokens: int = 96
-    block: int = 32
-    max_suffix: int = 96
-    separator: bool = True
-    alpha: float = 1.01
-    one: Stage = Stage(400, 2e-3)
-    two: Stage = Stage(200, 1e-3)
-    batch_size: int = 32
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        if bool(self.tasks) == bool(self.prompts):
-            raise DllmError("an alignment recipe names its prompts once: tasks or prompts")
-        if min(self.block, self.max_suffix, self.batch_size, self.max_new_tokens) < 1 or self.layers < 0:
-            raise DllmError("block, max_suffix, batch_size and max_new_tokens must be positive, layers not negative")
-        if self.alpha < 1:
-            raise DllmError(f"alpha must be at least 1, got {self.alpha}")
 
 
 class Continuation(NamedTuple):
@@ -101,14 +55,23 @@ class Rows(NamedTuple):
 
 
 def continuations(
-    verifier: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 32
+    verifier: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    path: Path | None = None,
 ) -> list[Continuation]:
-    """The verifier's own greedy answers to prompts given as ids."""
+    """The verifier's own greedy answers to prompts given as ids.
+
+    With `path` each answer is kept in that file as soon as it is there, and those of an earlier run are not made again.
+    """
     pad = verifier.generation_config.pad_token_id or 0
     end = verifier.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list[Continuation | None] = [None] * len(prompts)
+    for i, answer in _kept(path):
+        out[i] = Continuation(list(prompts[i]), answer)
+    order = sorted((i for i, c in enumerate(out) if c is None), key=lambda i: len(prompts[i]))
     for at in tqdm(range(0, len(order), batch_size), desc="teacher", unit="batch", leave=False):
         some = [list(prompts[i]) for i in order[at : at + batch_size]]
         width = max(map(len, some))
@@ -120,7 +83,20 @@ def continuations(
         for i, prompt, text in zip(order[at : at + batch_size], some, texts, strict=True):
             stop = next((n + 1 for n, t in enumerate(text) if t in ends), len(text))
             out[i] = Continuation(prompt, text[:stop])
+        if path is not None:
+            lines = [json.dumps([i, out[i].answer]) for i in order[at : at + batch_size]]  # type: ignore[union-attr]
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
     return [c for c in out if c is not None and c.answer]
+
+
+def _kept(path: Path | None) -> Iterator[tuple[int, list[int]]]:
+    """(index of the prompt, answer) of an earlier run; a line that was cut off ends the file."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path is not None and path.exists() else []
+    whole = lines[:-1]
+    if path is not None and lines and lines[-1]:
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    yield from map(json.loads, whole)
 
 
 def stage_one(
@@ -212,12 +188,21 @@ def shrink(model: Model, layers: int) -> Model:
     return Model(replace(model.config, n_layers=layers), small, model.tokenizer)
 
 
-def align(model: Model, data: Sequence[Continuation], config: AlignConfig) -> list[float]:
-    """Both stages, in place; returns the loss of every step."""
+def align(
+    model: Model,
+    data: Sequence[Continuation],
+    config: AlignConfig,
+    saved: Mapping[str, Any] | None = None,
+    save: Callable[[int, int, Any], None] | None = None,
+) -> list[float]:
+    """Both stages, in place; returns the loss of every step.
+
+    `save(stage, steps, optimizer)` is called now and then and at Ctrl-C, which ends a step; `saved` holds what it got.
+    A step depends on its number and the state alone, so a run that goes on equals an uninterrupted one.
+    """
     if not data:
         raise DllmError("the teacher gave no answers to learn from")
     sep = separator(model) if config.separator else None
-    rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     room = model.max_positions - max(config.block, min(config.max_suffix, config.max_new_tokens)) - 1
     data = [c for c in data if len(c.prompt) + len(c.answer) <= room]
     if not data:
@@ -226,8 +211,15 @@ def align(model: Model, data: Sequence[Continuation], config: AlignConfig) -> li
     model.transformer.train()
     for number, stage in enumerate((config.one, config.two), 1):
         optimizer = torch.optim.AdamW(model.transformer.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        with tqdm(range(stage.steps), desc=f"stage {number}", unit="step") as bar:
+        first = stage.steps if saved is not None and saved["stage"] > number else 0
+        if saved is not None and saved["stage"] == number:
+            first = saved["step"]
+            optimizer.load_state_dict(saved["optimizer"])
+        steps = tqdm(range(first, stage.steps), f"stage {number}", initial=first, total=stage.steps, unit="step")
+        with steps as bar, patience() as interrupted:
             for step in bar:
+                rng = random.Random(f"{config.seed} {number} {step}")
+                generator = torch.Generator().manual_seed(rng.getrandbits(60))
                 some = rng.choices(data, k=config.batch_size)
                 if number == 1:
                     rows = stage_one(some, model, config.block, sep, rng, generator)
@@ -244,6 +236,10 @@ def align(model: Model, data: Sequence[Continuation], config: AlignConfig) -> li
                 optimizer.step()
                 losses.append(float(loss.detach()))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
+                if save is not None and ((step + 1) % config.save_every == 0 or interrupted.is_set()):
+                    save(number, step + 1, optimizer)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
     model.transformer.eval()
     return losses
 
@@ -256,17 +252,42 @@ def separator(model: Model) -> int:
     return int(sep)
 
 
-def run(config: AlignConfig) -> Model:
-    """The whole recipe: teacher answers, a smaller copy if asked for, both stages, the model in `output`."""
+def run(config: AlignConfig, resume: bool = False) -> Model:
+    """The whole recipe: teacher answers, a smaller copy if asked for, both stages; the model in `output/model`.
+
+    Beside the model, `drafter.json` says how to draft with it. `resume` goes on from the checkpoint and the teacher's
+    answers in `output`; without it the folder must hold none.
+    """
+    folder = Path(config.output)
+    path, answers = folder / checkpoint.CHECKPOINT, folder / "teacher.jsonl"
+    saved = checkpoint.begin(folder, resume)
+    if saved is not None:
+        checkpoint.check_recipe(config, saved["recipe"])
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model = initial_drafter(config)
+
+    def save(stage: int, step: int, optimizer: Any) -> None:
+        state = optimizer.state_dict() if optimizer is not None else {}
+        weights = {n: p.detach() for n, p in model.transformer.named_parameters()}
+        values = {"recipe": checkpoint.recipe(config), "stage": stage, "step": step, "optimizer": state}
+        checkpoint.save_atomically({**values, "weights": weights}, path)
+        log.info("stage %d, step %d saved in %s", stage, step, path)
+
+    if saved is None:
+        answers.unlink(missing_ok=True)
+        save(0, 0, None)
+    else:
+        model.transformer.load_state_dict(saved["weights"], strict=False)
     verifier = load_verifier(config.verifier, dtype=torch.float32, device=str(model.device))
-    data = continuations(verifier, task_prompts(model, config), config.max_new_tokens, config.batch_size)
+    data = continuations(verifier, task_prompts(model, config), config.max_new_tokens, config.batch_size, answers)
     log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
-    align(model, data, config)
-    model.save(Path(config.output))
+    align(model, data, config, saved, save)
+    save(3, 0, None)  # nothing left to do
+    model.save(folder / "model")
+    how = {"suffix_token_id": separator(model)} if config.separator else {}
+    (folder / "model" / "drafter.json").write_text(json.dumps(how) + "\n", encoding="utf-8")
     return model
 
 
@@ -288,15 +309,3 @@ def task_prompts(model: Model, config: AlignConfig, split: str = "train") -> lis
     else:
         lines = [e.prompt for name, n in config.tasks.items() for e in generate(name, split, n, config.seed)]
     return [model.chat([{"role": "user", "content": line}]) for line in lines]
-
-
-def load_recipe(path: str | Path) -> AlignConfig:
-    """An `AlignConfig` from YAML; unknown keys are errors that name the nearest one."""
-    path = Path(path)
-    if not path.is_file():
-        raise DllmError(f"no recipe {path}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DllmError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return build(AlignConfig, raw)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import DllmError
-from .config import ScheduleSpec, TrainConfig, build
+from .config import AlignConfig, ScheduleSpec, TrainConfig, build
 
+CHECKPOINT = "checkpoint.pt"
 FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule")  # may differ on resume
 
 
@@ -51,12 +52,23 @@ def read(path: Path) -> dict[str, Any]:
         raise DllmError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
 
 
-def recipe(config: TrainConfig) -> dict[str, Any]:
+def begin(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None for a new run in `folder`. Errors: none to resume, or one in the way."""
+    path = folder / CHECKPOINT
+    if resume:
+        return read(path)
+    if path.exists():
+        raise DllmError(f"{path} exists: go on with --resume, or choose another output")
+    folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def recipe(config: TrainConfig | AlignConfig) -> dict[str, Any]:
     """The recipe as plain values, as it is stored in a checkpoint."""
     return _plain(asdict(config))
 
 
-def check_recipe(config: TrainConfig, saved: dict[str, Any], step: int) -> None:
+def check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step: int = 0) -> None:
     """DllmError unless going on from `step` under `config` repeats the run that made the checkpoint.
 
     The schedule may change where it has had no effect yet: a run can be prolonged before its decay.
@@ -64,9 +76,10 @@ def check_recipe(config: TrainConfig, saved: dict[str, Any], step: int) -> None:
     mine = recipe(config)
     differ = [k for k in _flat(mine) | _flat(saved) if _flat(mine).get(k) != _flat(saved).get(k)]
     differ = [k for k in differ if k.split(".")[0] not in FREE]
-    old: ScheduleSpec = build(ScheduleSpec, saved["schedule"], "schedule")
-    if any(old.rate(s) != config.schedule.rate(s) for s in range(step)):
-        differ.append("schedule")
+    if isinstance(config, TrainConfig):
+        old: ScheduleSpec = build(ScheduleSpec, saved["schedule"], "schedule")
+        if any(old.rate(s) != config.schedule.rate(s) for s in range(step)):
+            differ.append("schedule")
     if differ:
         names = ", ".join(
             f"{k} ({_flat(saved).get(k, 'unset')!r} there)" if k != "schedule" else k for k in sorted(differ)

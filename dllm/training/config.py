@@ -154,8 +154,56 @@ class TrainConfig:
             raise DllmError("lora.rank needs a model to adapt: set model.start")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The recipe in a YAML file with `a.b=value` overrides applied."""
+@dataclass(frozen=True)
+class Stage:
+    """AdamW at `lr` for `steps`, linear warm-up over a tenth and linear decay over the rest. 0 steps skip the stage."""
+
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """A recipe (`configs/align/*.yaml`). The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B.
+
+    drafter, verifier   what `dllm.load` and `dllm.load_verifier` take; a causal drafter is turned into a dLLM first.
+    layers      keep only the first layers of the drafter (a smaller copy), 0 = all.
+    tasks       problems per built-in task whose prompts the verifier answers, or `prompts`: a file, one prompt a line.
+    block       most masked tokens in a row: the k to draft with. `max_suffix`: most in stage two (the paper's 96).
+    separator   close the block with the tokenizer's separator; draft with the same setting.
+    alpha       1.01 is stable, 1.02 noisy, 1.05 diverges (section 4 of the paper).
+    """
+
+    output: str
+    drafter: str = "tiny"
+    verifier: str = "tiny-ar"
+    layers: int = 0
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    prompts: str = ""
+    max_new_tokens: int = 96
+    block: int = 32
+    max_suffix: int = 96
+    separator: bool = True
+    alpha: float = 1.01
+    one: Stage = Stage(400, 2e-3)
+    two: Stage = Stage(200, 1e-3)
+    batch_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if bool(self.tasks) == bool(self.prompts):
+            raise DllmError("an alignment recipe names its prompts once: tasks or prompts")
+        if min(self.block, self.max_suffix, self.batch_size, self.max_new_tokens) < 1 or self.layers < 0:
+            raise DllmError("block, max_suffix, batch_size and max_new_tokens must be positive, layers not negative")
+        if self.alpha < 1:
+            raise DllmError(f"alpha must be at least 1, got {self.alpha}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type = TrainConfig) -> Any:
+    """The recipe in a YAML file, a TrainConfig or another `kind`, with `a.b=value` overrides applied."""
     path = Path(path)
     if not path.is_file():
         raise DllmError(f"no recipe {path}")
@@ -167,7 +215,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise DllmError(f"{path}: a recipe is a mapping of keys")
     for item in overrides:
         _override(raw, item)
-    return build(TrainConfig, raw)
+    return build(kind, raw)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

@@ -33,7 +33,6 @@ from .tasks import Example, task
 from .tokenizer import embedded_tokenizer
 
 logger = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer:
@@ -46,13 +45,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: bool = False, model: Model | None = None) -> None:
         self.config = config
         self.folder = Path(config.output)
-        self.path = self.folder / CHECKPOINT
-        saved = checkpoint.read(self.path) if resume else None
+        self.path = self.folder / checkpoint.CHECKPOINT
+        saved = checkpoint.begin(self.folder, resume)
         if saved is not None:
             checkpoint.check_recipe(config, saved["recipe"], saved["step"])
-        elif self.path.exists():
-            raise DllmError(f"{self.path} exists: go on with --resume, or choose another output")
-        self.folder.mkdir(parents=True, exist_ok=True)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -81,7 +77,7 @@ class Trainer:
         feed = self.batches.from_step(self.step * config.accumulate)
         steps = range(self.step, config.schedule.steps)
         bar = tqdm(steps, initial=self.step, total=config.schedule.steps, desc="training", unit="step")
-        with bar, _patience() as interrupted:
+        with bar, patience() as interrupted:
             for step in bar:
                 for part in range(config.accumulate):
                     window.add(self._backward(next(feed), step, part))
@@ -176,7 +172,7 @@ class _Mean:
 
 
 @contextmanager
-def _patience() -> Iterator[threading.Event]:
+def patience() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets instead of striking.
 
     None is caught elsewhere than in the main thread, nor where the process ignores it (as background jobs of a shell).
