@@ -369,6 +369,8 @@ class Walk(Runner):
 
     def wrote(self, line: Line, query: Query | None) -> None:
         """Note what a true forward left in the store."""
+        if self.store is None:
+            return
         if query is None:  # without a memo nobody asks who wrote what: everything may be new
             number = line.numbers.setdefault(b"plain %d" % len(line.numbers), len(line.numbers))
             line.authors = line.held = {lane: np.full_like(a, number) for lane, a in line.authors.items()}

@@ -27,7 +27,7 @@ class Pace:
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
         self.costs = costs
         self.hits: dict[int, tuple[float, float]] = {}  # depth -> decayed hits, guesses
-        self.sums = np.zeros(5)  # of 1, m, m^2, t, m t
+        self.sums = [0.0] * 5  # of 1, m, m^2, t, m t, each forgotten slowly
         self.total = self.spent = 0.0
         self.step = 0.0  # s: seconds of a step that needs no forward
 
@@ -57,7 +57,8 @@ class Pace:
         self.total += seconds
         if m > n:
             self.spent += max(seconds - self.cost(n), 0.0)
-        self.sums = 0.98 * self.sums + np.array([1, m, m * m, seconds, m * seconds])
+        new = (1.0, m, m * m, seconds, m * seconds)
+        self.sums = [0.98 * old + x for old, x in zip(self.sums, new, strict=True)]
 
     def note_hit(self, seconds: float) -> None:
         """A step without a forward took so long."""
@@ -66,7 +67,7 @@ class Pace:
 
     def cost(self, m: int) -> float:
         """Seconds of a forward with m rows (in units of the recorded table, where there is one)."""
-        one, x, xx, t, xt = self.sums.tolist()
+        one, x, xx, t, xt = self.sums
         if one == 0:
             return float(m)
         spread = one * xx - x * x

@@ -67,7 +67,8 @@ def row(model: Any, prompts: Sequence[str], repeats: int, call: dict[str, Any]) 
     for turn in range(repeats + 1):
         for i, prompt in enumerate(prompts):
             answers = {}
-            for setting in SETTINGS:
+            first = turn % len(SETTINGS)  # no setting always follows the same one
+            for setting in SETTINGS[first:] + SETTINGS[:first]:
                 began = time.perf_counter()
                 answers[setting] = dllm.generate(model, prompt, lookahead=setting, **call)
                 if turn:
