@@ -121,7 +121,10 @@ def run(names: Sequence[str] | None = None, repeats: int = 5, *, n: int = 300, d
 
 def run_smollm(names: Sequence[str] | None = None, repeats: int = 5, *, new: int = 40) -> Iterator[Row]:
     """SmolLM2-135M-Instruct: what drafting costs and brings where no drafter was made for it, and with `Rehearsed`."""
-    v, settings = as_verifier(*load_smollm()), pick(SMOLLM, names)
+    v, tiny = as_verifier(*load_smollm()), as_drafter("tiny")  # loaded once
+    settings = {
+        name: {**o, "drafter": tiny} if o.get("drafter") == "tiny" else o for name, o in pick(SMOLLM, names).items()
+    }
     chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
     prompts = [v.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
     source = Rehearsed([plain_text(v, p, new) for p in prompts], len(v.tokenizer))
