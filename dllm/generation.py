@@ -399,6 +399,8 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     )
     stops = [args.stop] if isinstance(args.stop, str) else list(args.stop or ())
     sampler = build_sampler(model, args, context, stops, defaults)
+    if sampler.needs.edits_length:  # what it inserts would move the tail
+        canvas, _, tails = lay_out(model, prompts, args, whole=False)
     policy = caches.default(model, sampler.needs.caches) if args.cache is None else caches.policy(args.cache)
     policy = policy.bind(model)
     if sampler.needs.caches is not None and policy.name not in sampler.needs.caches:
@@ -423,10 +425,12 @@ def resolve_model(model: Any) -> Model:
     return model if hasattr(model, "mask_id") else load("tiny" if model is None else model)
 
 
-def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Canvas, int, list[int]]:
+def lay_out(
+    model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True
+) -> tuple[Canvas, int, list[int]]:
     """The canvases of all requests, right-padded, the widest generation window, and the tail of each canvas.
 
-    A block-causal model is fed whole blocks: masks beyond max_new_tokens fill the last one. They are decoded with
+    A block-causal model is fed `whole` blocks: masks beyond max_new_tokens fill the last one. They are decoded with
     early_stop=False only, and never part of an output: the tail.
     """
     mask = model.mask_id
@@ -458,7 +462,7 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments) -> tuple[Ca
             raise DllmError(f"prompt {index}: with shifted logits position 0 cannot be predicted; begin with a token")
         starts.append(holes[0] if holes else len(prompt))
         rows.append(prompt + [mask] * new)
-    tails = [0 if args.infill else tail(model, len(r)) for r in rows]
+    tails = [tail(model, len(r)) if whole and not args.infill else 0 for r in rows]
     rows = [r + [mask] * extra for r, extra in zip(rows, tails, strict=True)]
     width = max(map(len, rows))
     length, start = torch.tensor([len(r) for r in rows]), torch.tensor(starts)

@@ -32,10 +32,17 @@ from dllm.guesses import Drafts
 from dllm.memo import Asked, Entry, Guess, Kept, Line, Source, written
 from dllm.pace import Pace
 from dllm.prediction import Prediction
+from dllm.samplers.base import KINDS
 
 MODES = ("exact", "guarded", "fast")
 DRAFTERS = ("roll", "ladder")
 RELAXATIONS = ("subset",)
+
+
+def _costs(table: Any) -> bool:
+    """Whether this says what forwards of some numbers of rows cost."""
+    (rows, _), (cost, _) = KINDS["int"], KINDS["float"]
+    return isinstance(table, Mapping) and bool(table) and all(rows(k) and cost(v) and v > 0 for k, v in table.items())
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,13 @@ class Lookahead:
     relax: str | None = None
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            kinds, value = str(f.type).split(" | "), getattr(self, f.name)
+            fits, what = KINDS[kinds[0]] if set(kinds) <= {*KINDS, "None"} else (bool, "")
+            if what and not fits(value) and not (value is None and "None" in kinds):
+                raise DllmError(f"lookahead {f.name}={value!r} must be {what}")
+        if self.costs is not None and not _costs(self.costs):
+            raise DllmError(f"lookahead costs={self.costs!r} must be a table such as {{1: 1.0, 8: 1.3}}")
         if self.rows != "auto" and (not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1):
             raise DllmError(f"lookahead rows={self.rows!r} must be 'auto' or an integer of at least 1")
         if self.mode is not None and self.mode not in MODES:
@@ -105,10 +119,10 @@ class Lookahead:
             return spec
         if isinstance(spec, str):
             rows, _, rest = spec.partition(":")
-            items = [f"rows={rows}", *filter(None, rest.split(","))]
+            items = [i.split("=", 1) for i in (f"rows={rows}", *filter(None, rest.split(",")))]
             try:
-                spec = {key.strip(): yaml.safe_load(value) for key, _, value in (i.partition("=") for i in items)}
-            except yaml.YAMLError as error:
+                spec = {key.strip(): yaml.safe_load(value) for key, value in items}
+            except (ValueError, yaml.YAMLError) as error:
                 raise DllmError(f"lookahead {spec!r} is not of the form rows:setting=value,...") from error
         if not isinstance(spec, Mapping):
             return cls(rows=spec)
@@ -418,7 +432,7 @@ class Walk(Runner):
         return Answer(self.model, self.s, self.options, asked.state, asked.window, asked.fed, hidden, planned)
 
     def remember(self, asked: Asked, hidden: Tensor, after: State, *, hit: bool) -> None:
-        n, planned = len(asked.rows), asked.plan.pos.shape[1]
+        n, planned = len(asked.rows), min(asked.plan.pos.shape[1], asked.fed.pos.shape[1])  # inputs may cut the canvas
         fed, pos, states = (x.unflatten(0, (-1, n)) for x in (asked.fed.ids, asked.fed.pos, hidden))  # (copies, B, ...)
         blocks = asked.window.lo.tolist() if self.setting.restart else [-1] * n
         for i, (line, block) in enumerate(zip(asked.lines, blocks, strict=True)):

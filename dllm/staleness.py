@@ -10,6 +10,7 @@ from torch import Tensor
 from dllm.cache import Policy
 from dllm.canvas import Plan, State, Window
 from dllm.engine import Answer, Runner, decode
+from dllm.errors import DllmError
 from dllm.generation import prepare
 from dllm.meter import Meter
 from dllm.models.hub import Model
@@ -63,6 +64,8 @@ def cache_error(model: Model | str | None = None, prompt: Any = None, **argument
     Returns a list of `StepError` for one prompt, a list of such lists for a list of prompts. Differences are in logits,
     at the columns that the step could commit; a step is compared with a full forward on the canvas that it saw.
     """
+    if arguments.get("lookahead") is not None:
+        raise DllmError("cache_error compares each forward with a full one, and lookahead leaves forwards out: drop it")
     job = prepare(model, prompt, arguments)
     errors: list[list[StepError]] = [[] for _ in job.prompts]
 

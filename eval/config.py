@@ -101,7 +101,7 @@ class SpeculateSpec:
     """A drafting run: `model` drafts and the autoregressive `verifier` verifies; `options` go to `dllm.speculate`."""
 
     verifier: str
-    drafter: str = "model"  # or none (plain decoding), suffix, lookup, recycle
+    drafter: str = "model"  # or none (plain decoding), suffix, lookup, recycle, a folder (also of `dllm align`)
     options: dict[str, Any] = field(default_factory=dict)  # search, length, k, tree …
 
 

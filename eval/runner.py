@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from dllm import cache as caches
 from dllm.drafting.loop import SpecConfig
-from dllm.errors import DllmError
+from dllm.drafting.registry import RETRIEVAL
+from dllm.errors import DllmError, unknown
 from dllm.generation import Arguments
 from dllm.lookahead import Lookahead
 from dllm.samplers import registry
@@ -59,8 +60,11 @@ class Results:
         return 3 if self.errors else 0
 
     def cell(self, task: str, setting: str) -> dict[str, Any]:
-        """The numbers of one task under one setting."""
-        return next(c for c in self.cells if c["task"] == task and c["setting"] == setting)
+        """The numbers of one task under one setting. Errors: there is no such cell."""
+        cells = {(c["task"], c["setting"]): c for c in self.cells}
+        if (task, setting) not in cells:
+            raise unknown("cell", f"{task}, {setting}", [", ".join(key) for key in cells])
+        return cells[task, setting]
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -193,8 +197,11 @@ def rehearsal(config: Config) -> Config:
         g = setting.generate
         block = None if g.block_length is None else max(1, min(g.block_length, DRY_BLOCK))
         generate = replace(g, max_new_tokens=DRY_TOKENS, block_length=block, steps=g.steps and DRY_TOKENS, chat=None)
-        verifier = setting.speculate and replace(setting.speculate, verifier="tiny-ar")
-        return replace(setting, model=TINY, sampler=_own_filter(setting.sampler), generate=generate, speculate=verifier)
+        spec = setting.speculate
+        if spec is not None:
+            local = spec.drafter == "none" or spec.drafter.split(":")[0] in RETRIEVAL
+            spec = replace(spec, verifier="tiny-ar", drafter=spec.drafter if local else "model")
+        return replace(setting, model=TINY, sampler=_own_filter(setting.sampler), generate=generate, speculate=spec)
 
     settings = tuple(map(short, config.settings))
     tasks = tuple(

@@ -122,6 +122,18 @@ def test_a_partial_first_block_keeps_its_prompt_tokens():
         assert [c for c, _ in first] == list(range(length, (length // 4 + 1) * 4))
 
 
+@pytest.mark.parametrize("sampler", ["daedal", "daedal:initial=3,tau_low=0.5", "daedal:initial=2,growth=geometric"])
+def test_a_length_that_changes_ends_in_an_open_block(sampler):
+    """No masks complete the last block: what is inserted before them would move them into the answer."""
+    model = tiny()
+    options = {"sampler": sampler, "max_new_tokens": 10, "eos": 7, "early_stop": True}
+    for prompt in PROMPTS:
+        plain, cached = (run(model, prompt, cache=cache, **options) for cache in ("none", "block"))
+        assert plain.sequences == cached.sequences and plain.trace.commits == cached.trace.commits
+        assert plain.finish_reason in ("length", "stop") and plain.nfe <= 10 + 10
+        assert len(plain.sequences) <= len(prompt) + 10
+
+
 def test_whole_blocks_are_fed_but_max_new_tokens_is_kept():
     model = tiny()
     whole = run(model, [1, 2, 3], max_new_tokens=2, sampler="threshold:tau=2")

@@ -130,6 +130,10 @@ def test_recipes_and_mistakes(model, tmp_path):
         load_config(tmp_path / "none.yaml", kind=AlignConfig)
     with pytest.raises(DllmError, match="prompts once"):
         AlignConfig("x")
+    with pytest.raises(DllmError, match="save_every must be positive"):
+        AlignConfig("x", tasks={"word_problems": 1}, save_every=0)
+    with pytest.raises(DllmError, match=r"positive lr, not 3 and -1\.0"):
+        Stage(3, -1.0)
     with pytest.raises(DllmError, match="alpha"):
         AlignConfig("x", tasks={"word_problems": 1}, alpha=0.5)
     with pytest.raises(DllmError, match="layers"):
@@ -160,7 +164,7 @@ def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
     answers = tmp_path / "halves" / "teacher.jsonl"
     lines = answers.read_text().splitlines()
     assert len(lines) == 6
-    answers.write_text("\n".join(lines[:4]) + "\n[5, [1, 2")  # as a full disk would leave it
+    answers.write_text("\n".join(lines[:4]) + "\n[[1, 2], [3,")  # as a full disk would leave it
     with pytest.raises(DllmError, match="go on with --resume"):
         alignment.run(config("halves"))
     with pytest.raises(DllmError, match="another recipe: block"):

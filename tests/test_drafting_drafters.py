@@ -115,7 +115,7 @@ def test_other_drafters_are_lossless(models):
     verifier, model = golden("tiny-llama-ar-random"), models("tiny-llada-trained")
     text = plain(verifier, P, 16)
     kw = dict(max_new_tokens=16, eos=[], length="fixed:k=4")
-    refined = dllm.speculate(verifier, SamplerDrafter(model, None), P, **kw)
+    refined = dllm.speculate(verifier, SamplerDrafter(model), P, **kw)
     assert refined.sequences == text and refined.draft_forwards > refined.n_draft  # several refinement steps a draft
     assert dllm.speculate(verifier, Fallback(DiffusionDrafter(model), min_match=2), P, **kw).sequences == text
     perfect = dllm.speculate(verifier, ARDrafter(verifier), P, **kw)
@@ -258,7 +258,7 @@ def test_one_drafter_serves_two_verifiers(models):
     old = model.tokenizer
     try:
         model.tokenizer = Words(pieces)
-        for drafter in (DiffusionDrafter(model), SamplerDrafter(model, None)):
+        for drafter in (DiffusionDrafter(model), SamplerDrafter(model)):
             for tokenizer in (Words(pieces), Words(pieces[::-1])):
                 assert dllm.speculate(verifier, drafter, P, tokenizer=tokenizer, **kw).sequences == text
             assert [v.kind for v in drafter.known.values()] == ["ids", "strings"]

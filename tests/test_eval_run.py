@@ -290,6 +290,18 @@ def test_drafted_answers_are_counted_like_all_others(tmp_path, stop):
     assert set(results.aup["word_problems"]) == {"plain", "drafted: model argmax fixed"}
 
 
+def test_an_aligned_drafter_has_weights_of_its_own(tmp_path):
+    """Other weights, or another separator, in the folder of the drafter are not mixed with the samples so far."""
+    folder = tmp_path / "drafter"
+    dllm.load("tiny", device="cpu").save(folder)
+    spec = {"verifier": "tiny-ar", "drafter": str(folder)}
+    changes = {"model": {"name": "tiny", "device": "cpu"}, "matrix": [{"speculate": spec}], "limit": 1}
+    run(config(**changes), out=tmp_path / "run", progress=False)
+    (folder / "drafter.json").write_text('{"suffix_token_id": 3}')
+    with pytest.raises(DllmError, match="weights"):
+        run(config(**changes), out=tmp_path / "run", progress=False)
+
+
 def test_one_model_in_two_precisions(tmp_path):
     """Their weights have different marks and their settings are different curves."""
     model = [{"name": MODEL, "device": "cpu", "dtype": dtype} for dtype in ("float32", "float64")]

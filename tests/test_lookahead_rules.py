@@ -407,3 +407,20 @@ def test_branches_share_the_stored_prefix(monkeypatch: pytest.MonkeyPatch) -> No
         model("tiny-llada-random"), [PROMPT, PROMPT[2:]], cache="dual", max_new_tokens=16, block_length=8, lookahead=4
     )
     assert max(width for _, width in seen) == 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("4:ahead=x", "ahead='x' must be an integer"),
+        ("4:retain=maybe", "retain='maybe' must be true or false"),
+        ("4:mode", "not of the form"),
+        ({"delta": "x"}, "delta='x' must be a number"),
+        ({"rows": "auto", "costs": {}}, "must be a table"),
+        ({"rows": "auto", "costs": {1: "a"}}, "must be a table"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind(spec: Any, says: str) -> None:
+    with pytest.raises(DllmError, match=says):
+        Lookahead.parse(spec)

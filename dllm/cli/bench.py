@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dllm.errors import unknown
+from dllm.errors import DllmError, unknown
 
 if TYPE_CHECKING:
     from dllm.eval.bench import Row
@@ -49,6 +49,8 @@ def bench(
     }
     if name not in (*benches, "samplers", "all"):
         raise unknown("bench", name, [*benches, "samplers", "all"])
+    if drafter != "tiny" and name != "drafting":
+        raise DllmError(f"--drafter belongs to the bench 'drafting', not to {name!r}")
     torch.set_num_threads(threads)
     if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
         from dllm.eval import bench_samplers

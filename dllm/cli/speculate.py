@@ -76,22 +76,25 @@ def align(
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
 ) -> None:
     """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
+    from dllm.drafting.registry import as_verifier
     from dllm.eval.bench_drafting import held_out, tau_rows
     from dllm.training.alignment import initial_drafter, run
     from dllm.training.checkpoint import begin
     from dllm.training.config import AlignConfig, load_config
 
     config = load_config(recipe, overrides or (), AlignConfig)
-    begin(Path(config.output), resume)  # refused before anything is measured
-    model = initial_drafter(config)
-    prompts = {task: held_out(model, task, problems) for task in config.tasks if problems}
+    begin(config, resume)  # refused before anything is measured
+    v, first = as_verifier(config.verifier), initial_drafter(config)
+    prompts = {task: held_out(first, task, problems) for task in config.tasks if problems}
+    if problems and not prompts:
+        typer.echo("tau is measured on the built-in tasks only: this recipe has prompts of its own")
 
-    def show(name: str, source: Any) -> None:
-        for row in tau_rows(name, source, config, prompts, length):
+    def show(name: str, drafter: Any) -> None:
+        for row in tau_rows(name, v, drafter, prompts, config.max_new_tokens, length):
             typer.echo(f"{row.name} {row.value:.2f} ({row.note})")
 
     show("suffix automaton", "suffix")
-    show("before", model)
+    show("before", first)
     run(config, resume)
     aligned = str(Path(config.output) / "model")
     typer.echo(f"aligned drafter: {aligned}")

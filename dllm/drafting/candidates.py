@@ -4,7 +4,7 @@ Chains only, batch 1, point proposals without logits: transformers then samples 
 exact. (Sampled ids with soft logits would be exact too; argmax ids with soft logits, as some generators return them,
 are not.)
 
-    with dllm.drafting.candidates.assisted_by(verifier, drafter):
+    with assisted_by(verifier, drafter):
         ids = verifier.generate(**inputs, max_new_tokens=64)
 """
 

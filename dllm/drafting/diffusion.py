@@ -164,13 +164,13 @@ class SamplerDrafter(DiffusionDrafter):
     """Any dLLM sampler, with as many refinement steps as it takes, as a source of point chains.
 
     The order of its commits is not left to right, so its rows are not laws of the tokens given the ones before them:
-    the draft is a point mass, whatever the sampler draws. `arguments` go to `dllm.generate`.
+    the draft is a point mass, whatever the sampler draws. `arguments` go to `dllm.generate`; no sampler: the family's.
     """
 
     def __init__(
         self,
         model: Any,
-        sampler: Any = "llada",
+        sampler: Any = None,
         *,
         vocabulary: str | Vocabulary = "auto",
         verifier_tokenizer: Any = None,
@@ -178,7 +178,7 @@ class SamplerDrafter(DiffusionDrafter):
     ) -> None:
         super().__init__(model, vocabulary=vocabulary, verifier_tokenizer=verifier_tokenizer)
         self.sampler, self.arguments = sampler, arguments
-        self.name = f"sampler {sampler}"
+        self.name = f"sampler {sampler or 'of the family'}"
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
         k = min(k, self.model.max_positions - 1)

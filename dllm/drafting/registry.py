@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +58,6 @@ def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
     return known if tokenizer is None else known.with_tokenizer(tokenizer)
 
 
-def _how(path: Path) -> dict[str, Any]:
-    """The options of `DiffusionDrafter` that `dllm align` left beside a drafter."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise DllmError(f"{path} is not valid JSON: {error}") from error
-
-
 def as_drafter(what: Any) -> Any:
     """A `Drafter` of a dLLM, an autoregressive model, a retrieval name, a folder or Hugging Face id of either, or
     None."""
@@ -81,16 +69,20 @@ def as_drafter(what: Any) -> Any:
     from dllm.drafting.diffusion import DiffusionDrafter
 
     if isinstance(what, str):
-        from dllm.models.hub import EMBEDDED, load, load_verifier
+        from dllm.models.hub import EMBEDDED, load, load_verifier, locate, optional_json
 
         near = nearest(what, (*RETRIEVAL, *EMBEDDED))
-        if near in RETRIEVAL and not Path(what).exists():
+        if near in RETRIEVAL and "/" not in what and not Path(what).exists():
             raise DllmError(f"unknown drafter {what!r}; did you mean {near!r}?")
+        folder = locate(what, None)
         name, what = what, load(what)
         if what.config.causal:
             what = load_verifier(name)
-        elif how := _how(Path(name) / "drafter.json"):
-            return named("drafter", {"name": name, **how}, {name: partial(DiffusionDrafter, what)})
+        elif how := optional_json(folder / "drafter.json"):  # what `dllm align` left there
+            try:
+                return DiffusionDrafter(what, **how)
+            except TypeError as error:
+                raise DllmError(f"{folder / 'drafter.json'}: {str(error).split('__init__() ')[-1]}") from error
     if isinstance(what, nn.Module):
         return ARDrafter(what)
     if hasattr(what, "mask_id") and hasattr(what, "logits"):

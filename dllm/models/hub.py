@@ -83,7 +83,7 @@ def load(
         return diffusion_gemma.load_native(folder, raw, kind, tokenizer).to(place)
     family, config = read_config(raw)
     config = _settled(config, block_size, shift)
-    config = resolve(config, family, tokenizer, _optional_json(folder / "generation_config.json"), mask_id, eos_ids)
+    config = resolve(config, family, tokenizer, optional_json(folder / "generation_config.json"), mask_id, eos_ids)
     try:
         transformer = _build(folder, family, config, kind, place, device_map)
         if quantization is not None:
@@ -124,7 +124,7 @@ def _wrapped(
 ) -> Model:
     if not hasattr(network, "config") or not hasattr(network, "parameters"):
         raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(network).__name__}")
-    generation = _optional_json(folder / "generation_config.json") if folder is not None else {}
+    generation = optional_json(folder / "generation_config.json") if folder is not None else {}
     config = resolve(read_network(network, shift or 0), None, tokenizer, generation, mask_id, eos_ids)
     return wrap(network, config, tokenizer)
 
@@ -198,12 +198,13 @@ def read_json_config(folder: Path, name: str = "") -> RawConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise DllmError(f"{folder} is no checkpoint: it has no config.json")
-    raw = RawConfig(_optional_json(path))
+    raw = RawConfig(optional_json(path))
     raw.name = name
     return raw
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Errors: not JSON, no object."""
     if not path.is_file():
         return {}
     try:

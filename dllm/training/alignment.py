@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,9 +68,8 @@ def continuations(
     pad = verifier.generation_config.pad_token_id or 0
     end = verifier.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
-    out: list[Continuation | None] = [None] * len(prompts)
-    for i, answer in _kept(path):
-        out[i] = Continuation(list(prompts[i]), answer)
+    kept = _kept(path)
+    out = [Continuation(list(p), kept[tuple(p)]) if tuple(p) in kept else None for p in prompts]
     order = sorted((i for i, c in enumerate(out) if c is None), key=lambda i: len(prompts[i]))
     for at in tqdm(range(0, len(order), batch_size), desc="teacher", unit="batch", leave=False):
         some = [list(prompts[i]) for i in order[at : at + batch_size]]
@@ -84,19 +83,20 @@ def continuations(
             stop = next((n + 1 for n, t in enumerate(text) if t in ends), len(text))
             out[i] = Continuation(prompt, text[:stop])
         if path is not None:
-            lines = [json.dumps([i, out[i].answer]) for i in order[at : at + batch_size]]  # type: ignore[union-attr]
+            lines = [json.dumps(out[i]) for i in order[at : at + batch_size]]
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
     return [c for c in out if c is not None and c.answer]
 
 
-def _kept(path: Path | None) -> Iterator[tuple[int, list[int]]]:
-    """(index of the prompt, answer) of an earlier run; a line that was cut off ends the file."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path is not None and path.exists() else []
-    whole = lines[:-1]
-    if path is not None and lines and lines[-1]:
+def _kept(path: Path | None) -> dict[tuple[int, ...], list[int]]:
+    """prompt -> answer of an earlier run; a line that was cut off is dropped, from the file too."""
+    if path is None or not path.exists():
+        return {}
+    *whole, rest = path.read_text(encoding="utf-8").split("\n")
+    if rest:
         path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-    yield from map(json.loads, whole)
+    return {tuple(prompt): answer for prompt, answer in map(json.loads, whole)}
 
 
 def stage_one(
@@ -239,6 +239,7 @@ def align(
                 if save is not None and ((step + 1) % config.save_every == 0 or interrupted.is_set()):
                     save(number, step + 1, optimizer)
                 if interrupted.is_set():
+                    log.warning("stopped in stage %d after step %d: go on with --resume", number, step + 1)
                     raise KeyboardInterrupt
     model.transformer.eval()
     return losses
@@ -260,9 +261,7 @@ def run(config: AlignConfig, resume: bool = False) -> Model:
     """
     folder = Path(config.output)
     path, answers = folder / checkpoint.CHECKPOINT, folder / "teacher.jsonl"
-    saved = checkpoint.begin(folder, resume)
-    if saved is not None:
-        checkpoint.check_recipe(config, saved["recipe"])
+    saved = checkpoint.begin(config, resume)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

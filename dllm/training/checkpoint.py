@@ -52,11 +52,14 @@ def read(path: Path) -> dict[str, Any]:
         raise DllmError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
 
 
-def begin(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint to go on from, None for a new run in `folder`. Errors: none to resume, or one in the way."""
+def begin(config: TrainConfig | AlignConfig, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None for a new run. Errors: none to resume, one of another recipe or in the way."""
+    folder = Path(config.output)
     path = folder / CHECKPOINT
     if resume:
-        return read(path)
+        saved = read(path)
+        _check_recipe(config, saved["recipe"], saved["step"])
+        return saved
     if path.exists():
         raise DllmError(f"{path} exists: go on with --resume, or choose another output")
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def recipe(config: TrainConfig | AlignConfig) -> dict[str, Any]:
     return _plain(asdict(config))
 
 
-def check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step: int = 0) -> None:
+def _check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step: int) -> None:
     """DllmError unless going on from `step` under `config` repeats the run that made the checkpoint.
 
     The schedule may change where it has had no effect yet: a run can be prolonged before its decay.

@@ -161,6 +161,10 @@ class Stage:
     steps: int
     lr: float
 
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not self.lr > 0:
+            raise DllmError(f"a stage has at least 0 steps and a positive lr, not {self.steps} and {self.lr}")
+
 
 @dataclass(frozen=True)
 class AlignConfig:
@@ -196,8 +200,9 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if bool(self.tasks) == bool(self.prompts):
             raise DllmError("an alignment recipe names its prompts once: tasks or prompts")
-        if min(self.block, self.max_suffix, self.batch_size, self.max_new_tokens) < 1 or self.layers < 0:
-            raise DllmError("block, max_suffix, batch_size and max_new_tokens must be positive, layers not negative")
+        positive = ("block", "max_suffix", "batch_size", "max_new_tokens", "save_every")
+        if any(getattr(self, name) < 1 for name in positive) or self.layers < 0:
+            raise DllmError(f"{', '.join(positive)} must be positive, layers not negative")
         if self.alpha < 1:
             raise DllmError(f"alpha must be at least 1, got {self.alpha}")
 

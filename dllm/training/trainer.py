@@ -46,9 +46,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.output)
         self.path = self.folder / checkpoint.CHECKPOINT
-        saved = checkpoint.begin(self.folder, resume)
-        if saved is not None:
-            checkpoint.check_recipe(config, saved["recipe"], saved["step"])
+        saved = checkpoint.begin(config, resume)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
