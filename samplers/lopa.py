@@ -18,8 +18,8 @@ from dllm.samplers.threshold import Threshold
 class Branches:
     """Feeds every row b times: as it is, and with one more column filled in each copy; the surest copy answers.
 
-    The copies share their row's lane of the store and leave nothing in it. The forward that opens an epoch has to
-    leave its keys and values there: it has no branches.
+    The copies read their row's lane of the store; the row as it is leaves there what it would leave alone. The forward
+    that opens an epoch has no branches.
     """
 
     lanes: ClassVar[int] = 1
@@ -37,7 +37,11 @@ class Branches:
         def repeat(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.repeat(copies, *[1] * (x.dim() - 1))
 
-        keep = torch.zeros_like(plan.pos, dtype=torch.bool).repeat(copies, 1) if plan.stored else None
+        keep = None
+        if plan.stored:
+            own = plan.pos >= 0 if plan.fresh is None else plan.fresh
+            own = own if plan.keep is None else own & plan.keep
+            keep = torch.cat([own, torch.zeros_like(own).repeat(copies - 1, 1)])
         return plan._replace(
             ids=torch.cat([plan.ids, *filled]),
             pos=plan.pos.repeat(copies, 1),

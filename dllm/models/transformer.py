@@ -226,7 +226,8 @@ class Transformer(nn.Module):
                  token is neither fresh nor kept. The causal or block-causal rule and padding are added here.
         fresh    (N, Q): the token's key and value replace the stored ones at its slot; None = every real token.
         keep     (N, Q): and stay there; None = the fresh ones. A token that is not fresh is private to this forward.
-        lane     (N,) the store's row for each row; None = 0..N-1. Rows may read one lane together, then none may keep.
+        lane     (N,) the store's row for each row; None = 0..N-1. Rows may read one lane together: then one of them may
+                 keep, at slots that the others replace for themselves.
         """
         config, (n, q) = self.config, ids.shape
         padded = pos is not None and bool((pos < 0).any())
