@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import statistics
@@ -151,13 +152,16 @@ def numerics(folder: str | Path, length: int = 128) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Experts in one product against a loop; memory of a streamed load.")
+    parser.add_argument("folders", nargs="*", help="checkpoints whose half-precision errors are measured besides")
+    folders = parser.parse_args().folders
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     for expert_width in (64, 128, 256):
         for tokens in (1, 8, 32, 128, 512):
             log.info(json.dumps({"moe": moe_speed(tokens, expert_width)}))
     log.info(json.dumps({"load": load_memory()}))
-    for folder in sys.argv[1:]:
+    for folder in folders:
         log.info(json.dumps({"numerics": folder, "rows": numerics(folder)}, indent=1))
 
 
