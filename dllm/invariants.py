@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dllm.lookahead  # noqa: F401  before `step` is ever replaced: guesses are no steps and stay unchecked
 from dllm import engine
 from dllm.canvas import State, Window
 from dllm.prediction import Prediction

@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from dllm import engine
 from dllm.branches import Branch, Query, lay, name, pack, queries
 from dllm.canvas import Plan, State
 from dllm.engine import Answer, Part, Runner, opened, step
@@ -412,7 +413,7 @@ class Walk(Runner):
         alone: the hidden states are those of the plain call of a single row.
         """
         pred = self.read(self.answer(asked, hidden), asked.window)
-        after = step(self.s, asked.state, asked.window, pred)
+        after = engine.step(self.s, asked.state, asked.window, pred)
         doubtful: list[int] = []
         if self.setting.mode == "guarded" and not alone:
             doubtful = self.doubtful(asked, pred, after)
@@ -473,7 +474,7 @@ class Walk(Runner):
         row = torch.tensor([i], device=asked.lane.device)
         state, win = asked.state.take(row), asked.window.take(row)
         ((_, plan),) = self.plain.plan(state, win, asked.lane[row])
-        again = step(self.s, state, win, self(state, win, plan, [line.request]))
+        again = engine.step(self.s, state, win, self(state, win, plan, [line.request]))
         stats, fast = self.report[line.request], self.setting.mode == "fast"
         stats.audits += fast
         stats.reruns += not fast

@@ -10,6 +10,7 @@ import torch
 from golden_cases import model, read
 
 import dllm
+from dllm import invariants
 from dllm.errors import DllmError
 from dllm.samplers import registry
 from dllm.samplers.learn2pd import Filter
@@ -135,6 +136,13 @@ def test_shifted_models(sampler: str) -> None:
 )
 def test_sampling_and_guidance(sampler: str, cache_: str, extra: dict[str, Any]) -> None:
     agrees(RANDOM, sampler, cache_, 4, **extra)
+
+
+@pytest.mark.parametrize("drafter", ["roll", "ladder"])
+def test_true_steps_are_checked_and_guesses_are_not(drafter: str) -> None:
+    with invariants.asserted() as steps:
+        outs = decode(RANDOM, "lopa", "none", lookahead={"rows": 2, "drafter": drafter})
+    assert steps[0] >= max(out.stats["steps"] for out in outs) > 0
 
 
 def test_drafts_save_forwards() -> None:
