@@ -158,9 +158,13 @@ def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return loss(model, rows)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(alignment, "loss_of", interrupted)
-        alignment.run(config("halves"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(alignment, "loss_of", interrupted)
+            alignment.run(config("halves"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     answers = tmp_path / "halves" / "teacher.jsonl"
     lines = answers.read_text().splitlines()
     assert len(lines) == 6
