@@ -33,7 +33,7 @@ from dllm.guesses import Drafts
 from dllm.memo import Asked, Entry, Guess, Kept, Line, Source, written
 from dllm.pace import Pace
 from dllm.prediction import Prediction
-from dllm.samplers.base import KINDS
+from dllm.samplers.base import KINDS, misfit
 
 MODES = ("exact", "guarded", "fast")
 DRAFTERS = ("roll", "ladder")
@@ -92,9 +92,7 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            kinds, value = str(f.type).split(" | "), getattr(self, f.name)
-            fits, what = KINDS[kinds[0]] if set(kinds) <= {*KINDS, "None"} else (bool, "")
-            if what and not fits(value) and not (value is None and "None" in kinds):
+            if what := misfit(f, value := getattr(self, f.name)):
                 raise DllmError(f"lookahead {f.name}={value!r} must be {what}")
         if self.costs is not None and not _costs(self.costs):
             raise DllmError(f"lookahead costs={self.costs!r} must be a table such as {{1: 1.0, 8: 1.3}}")

@@ -138,8 +138,9 @@ class Worker:
             drafter = self._drafter(setting.speculate.drafter, None)  # one that cannot be loaded is found out now
             if (network := getattr(drafter, "model", None)) is not None:
                 names.append(f"drafter {setting.speculate.drafter}")
-                network, suffix = getattr(network, "transformer", network), str(getattr(drafter, "suffix", None))
-                self._marks[names[2]] = fingerprint(network, suffix)
+                if names[2] not in self._marks:
+                    network, suffix = getattr(network, "transformer", network), str(getattr(drafter, "suffix", None))
+                    self._marks[names[2]] = fingerprint(network, suffix)
         return {name: self._marks[name] for name in names}
 
     def keys(self, job: Job) -> list[str]:

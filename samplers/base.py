@@ -270,6 +270,15 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def misfit(f: dataclasses.Field, value: Any) -> str:
+    """What a value of this field must be, empty where it is that; only integers, numbers and flags are checked."""
+    kinds = str(getattr(f.type, "__name__", f.type)).split(" | ")
+    if not set(kinds) <= {*KINDS, "None"} or (value is None and "None" in kinds):
+        return ""
+    fits, what = KINDS[kinds[0]]
+    return "" if fits(value) else what
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of the named samplers: a frozen dataclass of documented parameters that builds its bundle."""
@@ -292,14 +301,10 @@ class Method:
             if value not in choices:
                 raise DllmError(f"{said} one of {', '.join(map(repr, choices))}")
             return
-        kinds = str(getattr(f.type, "__name__", f.type)).split(" | ")
-        if not set(kinds) <= {*KINDS, "None"}:  # a parameter of several forms: its method reads it
-            return
-        if value is None and "None" in kinds:
-            return
-        fits, what = KINDS[kinds[0]]
-        if not fits(value):
+        if what := misfit(f, value):
             raise DllmError(f"{said} {what} (default {f.default!r})")
+        if not isinstance(value, Real):  # without a value, or of a form that its method reads
+            return
         if (low is not None and value < low) or (high is not None and value > high):
             bounds = f"from {low}" if high is None else f"up to {high}" if low is None else f"in [{low}, {high}]"
             raise DllmError(f"{said} {bounds} (default {f.default!r})")
