@@ -181,7 +181,7 @@ class Output:
     positions: int  # recomputed positions: nfe_equiv = positions / canvas length
     canvas_length: int
     decoded: int  # columns that were written, those behind the stop included
-    sampler: str
+    sampler: str  # with its parameters; `name:tuned,...` where they are the model's own
     cache: str
     seed: int
     trace: Trace | None = None
@@ -347,7 +347,7 @@ class Job:
             positions=meter.positions[request],
             canvas_length=length,
             decoded=int((~canvas.frozen[row] & ~canvas.masked[row])[:length].sum()),
-            sampler=self.sampler.name,
+            sampler=self.sampler.spec,
             cache=self.policy.name,
             seed=int(tick.state.seed[row]),
             trace=trace,
@@ -493,7 +493,10 @@ def build_sampler(
     spec = args.sampler if args.sampler is not None else defaults.sampler
     adjust = (EosLast(context.eos_ids),) if args.confidence_eos_eot_inf else ()
     inputs = Guidance(args.cfg_scale, context.mask_id) if args.cfg_scale else None
-    sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust))
+    tuned = {
+        name: s.parameters for name, s in getattr(model, "sampler_settings", {}).items()
+    }  # a caller's own has none
+    sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust), tuned)
     if args.early_stop and not args.infill:
         if stops and model.tokenizer is None:
             raise DllmError("stop strings need a tokenizer; this model has none")
@@ -652,7 +655,7 @@ def _nothing_to_do(job: Job, meter: Meter) -> Iterator[Event]:
 
 
 def new_trace(job: Job, request: int) -> Trace:
-    return Trace(list(job.prompts[request]), job.queue.canvas.mask_id, job.sampler.name)
+    return Trace(list(job.prompts[request]), job.queue.canvas.mask_id, job.sampler.spec)
 
 
 def record(trace: Trace, tick: Tick, row: int) -> None:

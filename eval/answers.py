@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import dllm
 from dllm.errors import DllmError
+from dllm.samplers.registry import published
 from dllm.training import tasks
 
 LENGTH = {"word_problems": 48, "sudoku": 24, "functions": 32}  # new tokens: the longest answers fit
@@ -164,7 +165,7 @@ def decode(model: Any, arguments: dict[str, Any], job: Job) -> list[Answer]:
     examples = [problems(task, split, n)[i] for i in indices]
     chats = [[{"role": "user", "content": e.prompt}] for e in examples]
     began = time.perf_counter()
-    outputs = dllm.generate(model, chats, sampler=sampler, max_new_tokens=LENGTH[task], **arguments)
+    outputs = dllm.generate(model, chats, sampler=published(sampler), max_new_tokens=LENGTH[task], **arguments)
     each = (time.perf_counter() - began) / len(indices)
     return [
         Answer(task, split, sampler, i, tasks.grade(task, e, o.text), o.nfe, len(o.tokens), each)

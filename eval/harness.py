@@ -365,7 +365,7 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
         for spec in config.tasks:
             name, label = spec.name.removeprefix("lm-eval:"), spec.label or spec.name
             options = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
-            lm.journal = Journal(store, name, label, setting, lm.model.fingerprint())
+            lm.journal = Journal(store, name, label, setting, lm.model.identity())
             lm.decoding = _decoding(setting, spec)
             try:
                 found = simple_evaluate(

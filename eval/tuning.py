@@ -3,13 +3,14 @@
     tasks: [{name: word_problems, split: validation}]
     tune:
       baseline: confidence                                # what the loss is measured against
-      loss: 1.0                                           # percentage points of accuracy, over all tasks
+      loss: 1.0                                           # percentage points of accuracy, on every task
       space:                                              # a list is a choice, {low, high} a range
         - {name: threshold, tau: {low: 0.5, high: 0.95}}
         - [{name: adablock, delimiter_tau: [0.3, 0.5]}, {name: credit}]      # a composition
       trials: 24
 
 The search is an ordinary run over the candidates (it resumes, it reports); `best.yaml` in its folder is the choice.
+`save` writes the choice for every sampler of the space beside the model: there a name without parameters finds it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ import yaml
 from scipy.stats import qmc
 
 from dllm.errors import DllmError
+from dllm.models.hub import locate
+from dllm.models.settings import SamplerSetting, write_settings
+from dllm.samplers import registry
 
 from . import metrics
 from .config import build, describe, gather, make
 from .report import table
-from .runner import Results, run
-from .store import write
+from .runner import Results, read, run
+from .store import Row, write
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,14 @@ class TuneSpec:
 
     space: tuple[Any, ...]
     baseline: Any = "confidence"
-    loss: float = 1.0  # percentage points
+    loss: float = 1.0  # percentage points, on every task
     trials: int = 32  # candidates, at most
 
 
 @dataclass(frozen=True)
 class Found:
-    """The choice: its sampler, what it was measured at, the file that reproduces it, and the table of all
-    candidates."""
+    """The choice: its sampler, what it was measured at, the file that reproduces it, the table of all candidates, and
+    the settings that were saved beside the model."""
 
     sampler: Any
     accuracy: float
@@ -54,6 +58,7 @@ class Found:
     path: Path
     results: Results
     text: str
+    saved: tuple[SamplerSetting, ...] = ()
 
 
 def tune(
@@ -63,9 +68,15 @@ def tune(
     out: str | Path | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    save: bool = False,
     progress: bool = True,
 ) -> Found:
-    """Search and write `best.yaml`. Errors: no `tune:`, an empty space, no candidate within the loss."""
+    """Search and write `best.yaml`.
+
+    save: also write, for every sampler of the space, its fastest candidate within the loss into `sampler_settings.json`
+    beside the model; of a sampler without such a candidate nothing is written. Parts named without parameters run at
+    their published defaults. Errors: no `tune:`, an empty space, `save` with several models.
+    """
     data, source = gather(config, sets)
     if "tune" not in data:
         raise source.error((), "there is no `tune:`; give it `space:`, the samplers and parameters to search")
@@ -77,11 +88,24 @@ def tune(
     if not spec.space or spec.trials < 1:
         raise source.error(("tune",), "there is nothing to try: `space` lists samplers, `trials` is at least 1")
     points = candidates(spec, int(data.get("seed", 0)))
-    baseline = {"label": "baseline", "sampler": [spec.baseline]}
-    sweep = [baseline, *({"label": describe(point), "sampler": [point]} for point in points)]
+    baseline = {"label": "baseline", "sampler": [registry.published(spec.baseline)]}
+    sweep = [baseline, *({"label": describe(point), "sampler": [registry.published(point)]} for point in points)]
     built = build({**data, "matrix": sweep}, source)
+    model = built.settings[0].model
+    beside = locate(model.name, model.revision) if save else None  # what cannot be saved is said before the work
     results = run(built, out=out, progress=progress)
-    return _choose(results, spec, data)
+    found = _choose(results, spec, data)
+    if beside is None:
+        return found
+    settings = tuple(_settings(results, spec))
+    notes = [f"- `{s.sampler}`: {_said(s)}" for s in settings]
+    if settings:
+        notes.insert(0, f"Saved in {write_settings(beside, settings)}, taken by these samplers without parameters:")
+    without = sorted({_key(s.sampler) for s in results.config.settings[1:]} - {s.sampler for s in settings})
+    notes += [
+        f"- `{name}`: no candidate loses at most {spec.loss} points on every task; nothing saved" for name in without
+    ]
+    return replace(found, text=found.text + "\n" + "\n".join(notes) + "\n", saved=settings)
 
 
 def candidates(spec: TuneSpec, seed: int) -> list[Any]:
@@ -139,9 +163,8 @@ def _put(entry: Any, chosen: Mapping[tuple[int, str], Any]) -> Any:
 def _choose(results: Results, spec: TuneSpec, data: Mapping[str, Any]) -> Found:
     """The candidate of most tokens per forward among those that lose no more than allowed."""
     totals = {s.label: _total(results, s.label) for s in results.config.settings}
-    floor = totals["baseline"][0] - spec.loss / 100
     order = sorted(totals, key=lambda label: -totals[label][1])
-    within = [label for label in order if totals[label][0] >= floor - 1e-12]
+    within = [label for label in order if _within(results, label, spec.loss)]
     best = within[0]  # the baseline itself is always within
     setting = next(s for s in results.config.settings if s.label == best)
     about = (
@@ -167,6 +190,68 @@ def _choose(results: Results, spec: TuneSpec, data: Mapping[str, Any]) -> Found:
     )
     write(results.folder / "tune.md", text)
     return Found(setting.sampler, totals[best][0], totals[best][1], path, results, text)
+
+
+def _within(results: Results, label: str, loss: float) -> bool:
+    """Whether a setting loses at most `loss` points against the baseline on every task."""
+    accuracy = {(c["task"], c["setting"]): c["accuracy"] for c in results.cells}
+    tasks = {task for task, _ in accuracy}
+    return all(accuracy[task, label] >= accuracy[task, "baseline"] - loss / 100 - 1e-12 for task in tasks)
+
+
+def _settings(results: Results, spec: TuneSpec) -> Iterator[SamplerSetting]:
+    """For every sampler of the space the fastest of its candidates within the loss, with what it was measured at."""
+    _, rows, _ = read(results.folder)
+    order = sorted(results.config.settings[1:], key=lambda s: -_total(results, s.label)[1])
+    best: dict[str, Any] = {}
+    for setting in order:
+        if _within(results, setting.label, spec.loss):
+            best.setdefault(_key(setting.sampler), setting)
+    for name in dict.fromkeys(_key(s.sampler) for s in results.config.settings[1:] if _key(s.sampler) in best):
+        setting = best[name]
+        ours, theirs = (_correct(rows, label) for label in (setting.label, "baseline"))
+        shared = [key for key in ours if key in theirs]
+        change, low, high = metrics.paired_difference([theirs[k] for k in shared], [ours[k] for k in shared])
+        accuracy, tpf = _total(results, setting.label)
+        yield SamplerSetting(
+            sampler=name,
+            parameters={m.name: _changed(m) for m in registry.parse(setting.sampler)},
+            task=", ".join(t.label or t.name for t in results.config.tasks),
+            n=len(ours),
+            accuracy=round(accuracy, 4),
+            interval=_rounded(metrics.interval(list(ours.values())), 4),
+            tokens_per_forward=round(tpf, 2),
+            baseline=registry.spell(spec.baseline),
+            loss=round(-100 * change, 2),
+            loss_interval=_rounded((-100 * high, -100 * low), 2),
+        )
+
+
+def _key(sampler: Any) -> str:
+    return "+".join(m.name for m in registry.parse(sampler))
+
+
+def _changed(method: registry.Method) -> dict[str, Any]:
+    """The parameters that differ from the published defaults."""
+    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {f.name: values[f.name] for f in fields(method) if values[f.name] != f.default}
+
+
+def _correct(rows: Sequence[Row], label: str) -> dict[tuple[str, str], float]:
+    return {(r["task"], r["doc"]): float(r["correct"]) for r in rows if r["setting"] == label}
+
+
+def _rounded(values: Sequence[float], digits: int) -> tuple[float, float]:
+    low, high = (round(v, digits) + 0.0 for v in values)  # no minus zero
+    return low, high
+
+
+def _said(s: SamplerSetting) -> str:
+    shown = registry.spell([{"name": part, **values} for part, values in s.parameters.items()])
+    return (
+        f"`{shown}`, {s.tokens_per_forward} tokens per forward, {100 * s.accuracy:.1f} % "
+        f"[{100 * s.interval[0]:.1f}, {100 * s.interval[1]:.1f}], loses {s.loss:+.1f} points"
+    )
 
 
 def _total(results: Results, label: str) -> tuple[float, float]:

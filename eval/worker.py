@@ -114,7 +114,7 @@ class Worker:
             self._model, self._spec = None, None
             wanted = {f.name: v for f in fields(spec) if f.name != "name" and (v := getattr(spec, f.name)) is not None}
             self._model = dllm.load(spec.name, **wanted)
-            self._spec, self._marks[spec.title] = spec, self._model.fingerprint()
+            self._spec, self._marks[spec.title] = spec, self._model.identity()
         return self._model
 
     def verifier(self, name: str) -> Verifier:

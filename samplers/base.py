@@ -117,7 +117,7 @@ class Bundle:
 class Sampler(NamedTuple):
     """Merged bundles: exactly what `step` runs."""
 
-    name: str
+    name: str  # the names of its parts
     window: Any
     inputs: Any  # None: the canvas as it is
     score: Callable[[View, Prediction], Tensor]
@@ -129,6 +129,7 @@ class Sampler(NamedTuple):
     reads: tuple[Callable[[State, Window], Tensor], ...]
     lookahead: Any = None
     stop: Callable[[View, Canvas], Tensor] | None = None  # (B,) rows that end with the canvas after the decision
+    spec: str = ""  # name and parameters as a specification
 
     def start(self, canvas: Canvas) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The initial memory of every slot for these rows."""
@@ -311,14 +312,18 @@ class Method:
 
     @classmethod
     def build(cls, preset: str | None = None, **params: Any) -> Method:
-        """The method with these parameters on top of a named preset; unknown names are errors with the nearest one."""
-        if preset is not None and preset not in cls.presets:
-            raise unknown("preset", preset, cls.presets or {"(none)"}, of=f"sampler {cls.name!r}")
+        """The method with these parameters on top of a named preset; unknown names are errors with the nearest one.
+
+        The preset "published" is the class's own defaults.
+        """
+        presets = {"published": {}, **cls.presets}
+        if preset is not None and preset not in presets:
+            raise unknown("preset", preset, presets, of=f"sampler {cls.name!r}")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in params:
             if key not in known:
                 raise unknown("parameter", key, known or {"(none)"}, of=f"sampler {cls.name!r}")
-        return cls(**{**(cls.presets[preset] if preset else {}), **params})
+        return cls(**{**(presets[preset] if preset else {}), **params})
 
     def bundle(self, context: Context) -> Bundle:
         raise NotImplementedError

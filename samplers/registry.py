@@ -5,6 +5,10 @@
     "localleap:kappa=0.9,tau=0.75"       parameters
     "adablock+credit+prophet"            a composition
     {"name": "localleap", "tau": 0.75}   the same as a mapping; a list of these composes
+    "prophet:published"                  the published defaults, whatever the model's own settings are
+
+A name without parameters takes the settings that the model brings (`dllm tune --save`), and the published defaults
+where it brings none.
 
 A sampler from another package joins through the entry point group `dllm.samplers` (docs/adding-a-sampler.md).
 """
@@ -12,11 +16,13 @@ A sampler from another package joins through the entry point group `dllm.sampler
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 
@@ -99,29 +105,110 @@ def method(name: str) -> type[Method]:
 
 
 Spec: TypeAlias = str | dict[str, Any] | Method | Iterable[Any]
+Tuned: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name or composition -> part -> parameters
+
+UNTUNED: Tuned = MappingProxyType({})
+TUNED, PUBLISHED = "tuned", "published"  # presets of every sampler: the model's own settings, the class's defaults
 
 
-def parse(spec: Spec) -> list[Method]:
-    """The methods that a specification names."""
+class Named(NamedTuple):
+    """A part of a specification as it was written."""
+
+    name: str
+    preset: str | None
+    params: dict[str, Any]
+
+    @property
+    def tunable(self) -> bool:
+        """Whether it leaves its parameters to the model."""
+        return self.preset == TUNED or (self.preset is None and not self.params)
+
+
+class Part(NamedTuple):
+    """A method, and the model's own settings where it has its parameters from these."""
+
+    method: Method
+    own: Mapping[str, Any] | None
+
+
+def parse(spec: Spec, tuned: Tuned = UNTUNED) -> list[Method]:
+    """The methods that a specification names; `tuned` holds the model's own settings. Errors: unknown names, values."""
+    return [part.method for part in resolve(spec, tuned)]
+
+
+def spell(spec: Spec, tuned: Tuned = UNTUNED) -> str:
+    """The specification in full: what runs, as a text that runs the same again on this model."""
+    return _spelled(resolve(spec, tuned), tuned)
+
+
+def published(spec: Spec) -> Spec:
+    """The specification with the published defaults where it names no parameters, whatever the model's settings are."""
+    if isinstance(spec, str):
+        return "+".join(part if ":" in part else f"{part.strip()}:{PUBLISHED}" for part in spec.split("+"))
+    if isinstance(spec, dict):
+        return {**spec, "preset": PUBLISHED} if set(spec) == {"name"} else spec
+    return spec if isinstance(spec, Method) else [published(part) for part in spec]
+
+
+def resolve(spec: Spec, tuned: Tuned) -> list[Part]:
+    """The methods of a specification. A composition takes the model's settings for all of it where there are such,
+    else each part its own."""
+    parts = _parts(spec)
+    whole = tuned.get("+".join(part.name for part in parts)) if all(map(_tunable, parts)) else None
+    found = []
+    for part in parts:
+        if isinstance(part, Method):
+            found.append(Part(part, None))
+            continue
+        own = whole if whole is not None else tuned.get(part.name)
+        settings = own.get(part.name, {}) if own is not None and part.tunable else None
+        if settings is None and part.preset == TUNED:
+            raise DllmError(
+                f"this model has no settings of its own for {part.name!r} (`dllm tune --save` writes them): "
+                f"give its parameters, or {part.name}:{PUBLISHED}"
+            )
+        found.append(_built(part, settings))
+    return found
+
+
+def _built(part: Named, settings: Mapping[str, Any] | None) -> Part:
+    cls = method(part.name)
+    if settings is None:
+        return Part(cls.build(part.preset, **part.params), None)
+    try:
+        cls.build(**settings)
+    except DllmError as error:
+        raise DllmError(f"the model's own sampler settings: {error}") from error
+    return Part(cls.build(**{**settings, **part.params}), settings)
+
+
+def _tunable(part: Named | Method) -> bool:
+    return isinstance(part, Named) and part.tunable
+
+
+def _parts(spec: Spec) -> list[Named | Method]:
+    """The parts of a specification, not built yet."""
     if isinstance(spec, Method):
         return [spec]
     if isinstance(spec, str):
         if not spec.strip():
             raise DllmError(f"empty sampler name; known: {', '.join(names())}")
-        return [_parse_one(part) for part in spec.split("+")]
+        return [_read(part) for part in spec.split("+")]
     if isinstance(spec, dict):
         params = dict(spec)
         if "name" not in params:
             raise DllmError(f"a sampler given as a mapping needs the key 'name'; got {sorted(params)}")
-        return [method(params.pop("name")).build(params.pop("preset", None), **params)]
+        return [Named(params.pop("name"), params.pop("preset", None), params)]
     if not isinstance(spec, Iterable):
         raise DllmError(f"a sampler is a name, a mapping with the key 'name', or a list of these, not {spec!r}")
-    return [m for part in spec for m in parse(part)]
+    return [part for one in spec for part in _parts(one)]
 
 
-def _parse_one(text: str) -> Method:
+def _read(text: str) -> Named:
+    """One part of a specification in words: name, preset, parameters."""
     name, _, rest = (piece.strip() for piece in text.partition(":"))
-    cls, preset, params = method(name), None, {}
+    method(name)  # an unknown name is the first thing to say
+    preset, params = None, {}
     for item in filter(None, (piece.strip() for piece in COMMA.split(rest))):
         key, equals, value = item.partition("=")
         if equals:
@@ -130,7 +217,32 @@ def _parse_one(text: str) -> Method:
             preset = key
         else:
             raise DllmError(f"sampler {name!r}: {item!r} is not of the form parameter=value")
-    return cls.build(preset, **params)
+    return Named(name, preset, params)
+
+
+def _spelled(parts: list[Part], tuned: Tuned) -> str:
+    """Parts as text: whose settings they are, and the parameters that differ from the published defaults."""
+    composed = "+".join(part.method.name for part in parts)
+    out = []
+    for method, own in parts:
+        values = {f.name: getattr(method, f.name) for f in fields(method)}
+        changed = {f.name for f in fields(method) if values[f.name] != f.default}.union(own or ())
+        items = [f"{name}={_shown(value)}" for name, value in values.items() if name in changed]
+        if own is not None:
+            items.insert(0, TUNED)
+        elif not items and (method.name in tuned or composed in tuned):  # bare, it would take the model's own
+            items.append(PUBLISHED)
+        out.append(method.name + (":" + ",".join(items) if items else ""))
+    return "+".join(out)
+
+
+def _shown(value: Any) -> str:
+    """A parameter's value as `_value` reads it back; what has no such form (a function) by its name."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return getattr(value, "__name__", "null" if value is None else repr(value))
 
 
 def _value(text: str) -> Any:
@@ -145,9 +257,11 @@ def _value(text: str) -> Any:
         return value
 
 
-def build(spec: Spec, context: Context, extra: Bundle = Bundle()) -> Sampler:
-    """The merged sampler of a specification; `extra` carries the slots that the call itself asks for."""
-    methods = parse(spec)
+def build(spec: Spec, context: Context, extra: Bundle = Bundle(), tuned: Tuned = UNTUNED) -> Sampler:
+    """The merged sampler of a specification; `extra` carries the slots that the call itself asks for, `tuned` the
+    model's own settings."""
+    found = resolve(spec, tuned)
+    methods = [part.method for part in found]
     named = [m.name for m in methods]
     for name in named:
         if named.count(name) > 1:
@@ -160,4 +274,4 @@ def build(spec: Spec, context: Context, extra: Bundle = Bundle()) -> Sampler:
     )
     if any(getattr(extra, slot) for slot in ("inputs", "adjust", "amend")):
         parts.append(("this call", extra))
-    return merge(parts, defaults)
+    return merge(parts, defaults)._replace(spec=_spelled(found, tuned))

@@ -68,8 +68,8 @@ def test_an_exit_is_compared_with_what_it_cuts_short(monkeypatch: pytest.MonkeyP
         def generate(self, model: Any, chats: list[Any], *, sampler: str, **_: Any) -> list[Any]:
             outputs = super().generate(model, chats, sampler=sampler)
             for out in outputs:
-                out.nfe = {"confidence": 20, "prophet": 1}.get(sampler, 10)
-                out.text = "?" if sampler == "prophet" else out.text
+                out.nfe = {"confidence:published": 20, "prophet:published": 1}.get(sampler, 10)
+                out.text = "?" if sampler == "prophet:published" else out.text
             return outputs
 
     fake = Losing()

@@ -81,12 +81,15 @@ def tune(
     out: Path | None = OUT,
     limit: int | None = typer.Option(None, help="The first documents of each task only."),
     seed: int | None = typer.Option(None, help="Seed of every random choice."),
+    save: bool = typer.Option(
+        False, "--save", help="Write the choice for every sampler beside the model: a bare name takes it from there."
+    ),
 ) -> None:
     """Search sampler parameters for the most tokens per forward within a stated loss of accuracy. Exit code 3: some
     prompts failed."""
     from dllm.eval import tune as search
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    found = search(config, sets, out=out, limit=limit, seed=seed)
+    found = search(config, sets, out=out, limit=limit, seed=seed, save=save)
     typer.echo(found.text)
     raise typer.Exit(found.results.exit_code)

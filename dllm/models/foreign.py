@@ -13,6 +13,7 @@ from dllm.errors import DllmError, first_line
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.model import Model
+from dllm.models.settings import write_settings
 
 
 class ForeignModel(Model):
@@ -64,6 +65,8 @@ class ForeignModel(Model):
         self.transformer.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+        if self.sampler_settings:
+            write_settings(Path(folder), self.sampler_settings.values())
         return Path(folder)
 
 

@@ -22,6 +22,7 @@ from dllm.models.foreign import load_network, read_network, wrap
 from dllm.models.model import Model
 from dllm.models.parallel import device_plan, process_device, split_over_processes
 from dllm.models.quantize import quantize
+from dllm.models.settings import read_settings
 from dllm.models.special import resolve
 from dllm.models.transformer import Transformer
 
@@ -93,7 +94,9 @@ def load(
             raise
         hint = 'try a smaller dtype or device_map="auto"'
         raise DllmError(f"{name_or_path} does not fit on {place}: {first_line(error)}; {hint}") from error
-    return Model(config, transformer.eval(), tokenizer)
+    model = Model(config, transformer.eval(), tokenizer)
+    model.sampler_settings = read_settings(folder)
+    return model
 
 
 def _build(
@@ -126,7 +129,9 @@ def _wrapped(
         raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(network).__name__}")
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
     config = resolve(read_network(network, shift or 0), None, tokenizer, generation, mask_id, eos_ids)
-    return wrap(network, config, tokenizer)
+    model = wrap(network, config, tokenizer)
+    model.sampler_settings = read_settings(folder) if folder is not None else {}
+    return model
 
 
 def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> ModelConfig:

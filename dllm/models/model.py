@@ -16,6 +16,7 @@ from dllm.models.checkpoint import save_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import FAMILIES
 from dllm.models.parallel import layer_devices
+from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.transformer import KVStore, Transformer
 
 
@@ -32,6 +33,7 @@ class Model:
         self.config = config
         self.transformer = Transformer(config) if transformer is None else transformer
         self.tokenizer = tokenizer
+        self.sampler_settings: dict[str, SamplerSetting] = {}  # by sampler: what a name without parameters takes
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.transformer.parameters())
@@ -145,11 +147,20 @@ class Model:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+        if self.sampler_settings:
+            write_settings(folder, self.sampler_settings.values())
         return folder
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with configuration, dtype or weights (up to 4096 values of each are read)."""
         return fingerprint(self.transformer, repr(self.config))
+
+    def identity(self) -> str:
+        """What decides an answer beside the arguments: the fingerprint, and a mark of the own sampler settings."""
+        if not self.sampler_settings:
+            return self.fingerprint()
+        settings = json.dumps({name: s.parameters for name, s in self.sampler_settings.items()}, sort_keys=True)
+        return f"{self.fingerprint()}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def fingerprint(network: nn.Module, head: str = "") -> str:

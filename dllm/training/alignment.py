@@ -294,6 +294,7 @@ def initial_drafter(config: AlignConfig) -> Model:
     """The drafter before alignment: loaded, made bidirectional, cut to size."""
     device = pick_device(config.device)
     model = load(config.drafter, dtype=torch.float32, device=device)
+    model.sampler_settings = {}  # they are of the weights that are about to change
     model = as_diffusion(model) if model.config.causal else model
     return (shrink(model, config.layers) if config.layers else model).to(device)
 
