@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.samplers.registry import TUNED
 from dllm.trace import Trace
 
 from . import metrics, plots
@@ -28,7 +29,12 @@ COUNTING = (
 def report(results: Results, rows: Sequence[Row], figures: bool = True) -> Path:
     """Write `report.md` and its figures into the run folder; the report's path."""
     config, folder = results.config, results.folder
-    parts = [f"# {config.name}", config.about.strip(), _facts(results), "".join(f"\n> {n}\n" for n in results.notices)]
+    parts = [
+        f"# {config.name}",
+        config.about.strip(),
+        _facts(results, rows),
+        "".join(f"\n> {n}\n" for n in results.notices),
+    ]
     tasks = list(dict.fromkeys(cell["task"] for cell in results.cells))
     if len(tasks) > 1:
         parts.append(_overview(results, tasks))
@@ -63,8 +69,9 @@ def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
     return f"{scale * value:.{digits}f}"
 
 
-def _facts(results: Results) -> str:
+def _facts(results: Results, rows: Sequence[Row]) -> str:
     config, env = results.config, results.env
+    brought = {row["sampler"]: row["setting"] for row in rows if f":{TUNED}" in row.get("sampler", "")}
     packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items())
     weights = ", ".join(f"{name} ({mark})" for name, mark in env.get("weights", {}).items())
     calls = f"{config.warmup} call{'s' if config.warmup != 1 else ''}"
@@ -75,6 +82,7 @@ def _facts(results: Results) -> str:
         f"- seed {config.seed}, batches of {config.batch_size}, engine {config.engine.kind}",
         f"- warm-up: {calls} before each setting decoded and left out of every figure",
         f"- intervals: {config.confidence:.0%} bootstrap of {metrics.RESAMPLES} (exact binomial where all agree)",
+        *(f"- setting {label}: parameters of the model's own, `{spec}`" for spec, label in brought.items()),
     ]
     return "\n".join(lines) + "\n\n" + COUNTING
 

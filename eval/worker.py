@@ -283,7 +283,9 @@ def measure(output: Any) -> Row:
         "nfe_equiv": getattr(output, "nfe_equiv", None),
         "finish": output.finish_reason,
     }
-    if isinstance(output, Drafted):
+    if not isinstance(output, Drafted):
+        row["sampler"] = output.sampler
+    else:
         row |= {"accepted": output.accepted, "draft_forwards": output.draft_forwards}
     return row
 

@@ -222,18 +222,21 @@ def _read(text: str) -> Named:
 
 def _spelled(parts: list[Part], tuned: Tuned) -> str:
     """Parts as text: whose settings they are, and the parameters that differ from the published defaults."""
-    composed = "+".join(part.method.name for part in parts)
-    out = []
-    for method, own in parts:
-        values = {f.name: getattr(method, f.name) for f in fields(method)}
-        changed = {f.name for f in fields(method) if values[f.name] != f.default}.union(own or ())
-        items = [f"{name}={_shown(value)}" for name, value in values.items() if name in changed]
-        if own is not None:
-            items.insert(0, TUNED)
-        elif not items and (method.name in tuned or composed in tuned):  # bare, it would take the model's own
-            items.append(PUBLISHED)
-        out.append(method.name + (":" + ",".join(items) if items else ""))
-    return "+".join(out)
+    items = [[TUNED] * (part.own is not None) + _changed(part) for part in parts]
+    taken = set(tuned) if any(items) else {*tuned, *tuned.get("+".join(p.method.name for p in parts), ())}
+    for (method, _), said in zip(parts, items, strict=True):
+        if not said and method.name in taken:  # bare, it would take the model's own
+            said.append(PUBLISHED)
+    return "+".join(
+        method.name + (":" + ",".join(said) if said else "") for (method, _), said in zip(parts, items, strict=True)
+    )
+
+
+def _changed(part: Part) -> list[str]:
+    """The parameters that the model's settings name or that differ from the published defaults."""
+    values = {f.name: getattr(part.method, f.name) for f in fields(part.method)}
+    changed = {f.name for f in fields(part.method) if values[f.name] != f.default}.union(part.own or ())
+    return [f"{name}={_shown(value)}" for name, value in values.items() if name in changed]
 
 
 def _shown(value: Any) -> str:

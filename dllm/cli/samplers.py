@@ -18,7 +18,7 @@ def samplers(
     write_docs: Annotated[
         Path | None, typer.Option(help="Write samplers.md and a picture of each sampler into this folder.")
     ] = None,
-    model: Annotated[str, typer.Option(help="The model of the pictures.")] = "tiny",
+    model: Annotated[str, typer.Option(help="The model of the pictures, and whose own settings are shown.")] = "tiny",
 ) -> None:
     """List the unmasking schedulers: what they do, parameters and reasons, needs, cost, what composes."""
     from dllm.samplers import catalog, registry
@@ -31,6 +31,7 @@ def samplers(
         typer.echo(json.dumps(entries[0] if name else entries, indent=2, default=str))
     elif name:
         _one(entries[0])
+        _own(name, model)
     else:
         table = Table("sampler", "what it does", "source")
         for e in entries:
@@ -65,6 +66,21 @@ def _one(e: dict[str, Any]) -> None:
         console.print(f"preset {e['name']}:{preset}: {shown}", highlight=False, markup=False)
     for key, value in catalog.facts(e).items():
         console.print(f"{key}: {value}", highlight=False, markup=False)
+
+
+def _own(name: str, model: str) -> None:
+    """The settings that a model brings for a sampler and its compositions."""
+    from dllm.models.hub import locate
+    from dllm.models.settings import read_settings
+    from dllm.samplers import registry
+
+    for key, s in read_settings(locate(model, None)).items():
+        if name in key.split("+"):
+            spec = registry.spell([{"name": part, **values} for part, values in s.parameters.items()])
+            low, high = (100 * x for x in s.interval)
+            figures = f"{100 * s.accuracy:.1f} % [{low:.1f}, {high:.1f}] at {s.tokens_per_forward:g} tokens a forward"
+            against = f"{s.loss:+.1f} points lost against {s.baseline}, n = {s.n} ({s.task})"
+            Console().print(f"{model} brings for {key}: {spec}: {figures}, {against}", highlight=False, markup=False)
 
 
 PROMPT = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many apples does he have now?"
