@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm.errors import DllmError
+from dllm.files import replaced
 from dllm.prediction import Prediction
 from dllm.samplers import quota
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
@@ -97,7 +98,8 @@ class Filter:
         """One safetensors file, float32, with everything that a loader has to check as metadata."""
         own = {"format": FORMAT, "kind": self.kind, "block_length": str(self.block_length), "feature": self.feature}
         own |= {"revealed": self.revealed, "tau": repr(self.tau)}
-        save_file({k: v.float().contiguous() for k, v in self.weights.items()}, path, {**(self.meta or {}), **own})
+        with replaced(path) as draft:
+            save_file({k: v.float().contiguous() for k, v in self.weights.items()}, draft, {**(self.meta or {}), **own})
 
     @classmethod
     def load(cls, path: str | Path) -> Filter:

@@ -230,3 +230,17 @@ def test_the_command_line(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["filter", *step])
         assert result.exit_code == 0, result.output
     assert "precision" in result.output
+
+
+def test_a_filter_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    made, path = Filter(filters.fresh(filters.Recipe(kind="block"), 32), 32), tmp_path / "f.safetensors"
+    made.save(path)
+
+    def full(tensors, file, *_):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dllm.samplers.learn2pd.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        replace(made, tau=0.1).save(path)
+    assert Filter.load(path).fingerprint() == made.fingerprint() and list(tmp_path.iterdir()) == [path]

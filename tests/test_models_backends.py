@@ -79,6 +79,18 @@ def test_foreign_models_have_no_cache():
         model.forward(torch.zeros(1, 4, dtype=torch.long), store=object())
 
 
+def test_a_foreign_model_replaces_the_checkpoint_whole(tmp_path):
+    """transformers' own writer leaves the files of another shape, and reads the old single one first."""
+    model = load(random_network("Llama"), device="cpu", mask_id=59)
+    for shard_bytes in (10**9, 20_000, 10**9):
+        with torch.no_grad():
+            model.transformer.model.norm.weight.mul_(2)
+        model.save(tmp_path, shard_bytes=shard_bytes)
+        again = load(tmp_path, device="cpu", backend="transformers", mask_id=59)
+        assert torch.equal(again.transformer.model.norm.weight, model.transformer.model.norm.weight)
+        assert (tmp_path / "model.safetensors").exists() == (shard_bytes == 10**9)
+
+
 def test_foreign_errors(tmp_path):
     with pytest.raises(DllmError, match="mask_id="):
         load(random_network("Llama"), device="cpu")

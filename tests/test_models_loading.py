@@ -133,6 +133,161 @@ def test_a_head_stored_beside_a_tied_embedding(tmp_path):
         cpu(folder)
 
 
+# --- saving over what is there ----------------------------------------------------------------------------------------
+
+
+def doubled(folder: Path) -> Model:
+    """The model of a folder, changed."""
+    model = cpu(folder)
+    with torch.no_grad():
+        model.transformer.norm.weight.mul_(2)
+    return model
+
+
+def weights(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or "index" in p.name}
+
+
+@pytest.mark.parametrize("shape", ["shards", "single", "odd shards", "pickle", "adapter"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 60_000])
+def test_saving_replaces_the_checkpoint_whatever_its_shape(folder, shape, shard_bytes, tmp_path):
+    if shape == "shards":
+        cpu(folder).save(folder, shard_bytes=40_000)
+    elif shape == "odd shards":
+        shard(folder)
+    elif shape == "pickle":
+        torch.save({}, folder / "pytorch_model-00001-of-00002.bin")
+        (folder / "pytorch_model.bin.index.json").write_text("{}")
+    elif shape == "adapter":
+        shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "modeling.py").write_text("")
+    changed = doubled(folder)
+    changed.save(folder, shard_bytes=shard_bytes)
+    assert cpu(folder).fingerprint() == changed.fingerprint()
+    fresh = changed.save(tmp_path / "fresh", shard_bytes=shard_bytes)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in fresh.iterdir()} | {"notes.txt", "modeling.py"}
+
+
+def test_saving_replaces_the_tokenizer_and_the_notes_of_a_drafter(folder, tmp_path):
+    target = tmp_path / "t"
+    cpu(CHECKPOINTS / "tiny-llada-trained").save(target, extra={"drafter.json": {"suffix_token_id": 3}})
+    assert json.loads((target / "drafter.json").read_text()) == {"suffix_token_id": 3}
+    cpu(folder).save(target)
+    again = cpu(target)
+    assert again.tokenizer is None and again.fingerprint() == cpu(folder).fingerprint()
+    assert {p.name for p in target.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_save_cut_short_anywhere_leaves_the_old_model_or_the_new(folder, monkeypatch):
+    """The process is killed before each call that touches the disk, until a save gets through."""
+    import os
+
+    import dllm.files
+    import dllm.models.checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    before = cpu(folder).save(folder, shard_bytes=40_000)
+    old, seen, calls = cpu(before).fingerprint(), [], 0
+
+    def dying(function, left):
+        def call(*args, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+    for calls in range(200):
+        target = Path(shutil.copytree(folder, folder.with_name(f"try{calls}")))
+        changed, left = doubled(target), [calls]
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "replace"), (os, "link"), (os, "fsync"), (Path, "unlink"), (shutil, "rmtree")):
+                patch.setattr(module, name, dying(getattr(module, name), left))
+            patch.setattr(dllm.models.checkpoint, "save_file", dying(save_file, left))
+            try:
+                changed.save(target)
+                finished = True
+            except Killed:
+                finished = False
+        found = cpu(target).fingerprint()
+        seen.append(found)
+        assert found in (old, changed.fingerprint())
+        if calls % 5 == 0:  # the next save clears up
+            again = doubled(target)
+            assert cpu(again.save(target, shard_bytes=60_000)).fingerprint() == again.fingerprint()
+            assert not (target / "model.safetensors").exists() and not list(target.glob(".*")), calls
+        shutil.rmtree(target)
+        if finished:
+            break
+    assert seen[0] == old and seen[-1] == changed.fingerprint() and calls > 20
+
+
+def test_a_full_disk_is_one_line(folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    old = cpu(folder).fingerprint()
+    monkeypatch.setattr("dllm.models.checkpoint.save_file", full)
+    with pytest.raises(DllmError, match=r"could not save the model in .*No space left"):
+        doubled(folder).save(folder)
+    assert cpu(folder).fingerprint() == old and not list(folder.glob(".*"))
+    with pytest.raises(DllmError, match="could not save"):
+        cpu(folder).save(folder / "config.json")
+    with pytest.raises(DllmError, match=r"shard_bytes is a positive number of bytes, not '5GB'"):
+        cpu(folder).save(folder, shard_bytes="5GB")
+
+
+def test_classes_without_their_code_are_not_named(folder, tmp_path, monkeypatch):
+    """transformers would look for the files of `auto_map` beside the weights."""
+    import huggingface_hub
+
+    def classes(saved: Path):
+        return json.loads((saved / "config.json").read_text()).get("auto_map")
+
+    assert classes(folder)["AutoConfig"] == "configuration_llada.LLaDAConfig"
+    assert classes(cpu(folder).save(tmp_path / "copy")) is None
+    for name in ("configuration_llada.py", "modeling_llada.py"):
+        (folder / name).write_text("")
+    original = classes(folder)
+    assert classes(cpu(folder).save(folder)) == original  # its code is there
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    copy = classes(cpu("someone/model").save(tmp_path / "copy"))
+    assert copy["AutoModel"] == "someone/model--modeling_llada.LLaDAModelLM"
+    assert classes(cpu(tmp_path / "copy").save(tmp_path / "copy")) == copy
+    own = Path(shutil.copytree(CHECKPOINTS / "tiny-llada-trained", tmp_path / "t"))
+    config = json.loads((own / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["tokenization_x.X", None]}
+    (own / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "auto_map" not in (cpu(own).save(own) / "tokenizer_config.json").read_text()
+
+
+def test_a_saved_twin_is_read_by_transformers(tmp_path):
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("tiny-llama-ar-random", "tiny-qwen3-ar-random"):
+        model = cpu(CHECKPOINTS / name, dtype="float64")
+        native = AutoModelForCausalLM.from_pretrained(model.save(tmp_path / name)).eval()
+        ids = torch.randint(0, model.vocab_size, (1, 9))
+        with torch.no_grad():
+            assert (native(ids).logits - model.transformer.head(model.forward(ids))).abs().max() < 1e-4
+        AutoModel.from_pretrained(tmp_path / name)
+    cpu(CHECKPOINTS / "tiny-llada-trained").save(tmp_path / "t")
+    assert AutoTokenizer.from_pretrained(tmp_path / "t").mask_token_id == 1
+
+
+def test_two_sets_of_weights_are_refused(folder):
+    single = (folder / "model.safetensors").read_bytes()
+    cpu(folder).save(folder, shard_bytes=40_000)
+    (folder / "model.safetensors").write_bytes(single)
+    with pytest.raises(DllmError, match="two sets of weights"):
+        cpu(folder)
+
+
 # --- wrong checkpoints ------------------------------------------------------------------------------------------------
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dllm.errors import DllmError, first_line
+from dllm.files import INDEX
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
 from dllm.models.layout import Layout, Piece
 from dllm.models.transformer import Transformer
 
-INDEX = "model.safetensors.index.json"
 DERIVED = re.compile(r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$")  # tables that old writers stored
 Place = Callable[[str], torch.device]  # parameter name -> where it goes
 
@@ -140,6 +140,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
             weight_map = dict[str, str](json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise DllmError(f"{index} is not a shard index: {error}") from error
+        if single.is_file() and single.name not in weight_map.values():
+            raise DllmError(f"{folder} holds {single.name} and {INDEX}, two sets of weights: remove one of them")
         for name in sorted(set(weight_map.values())):
             file = folder / name
             if file.parent != folder or not file.is_file():

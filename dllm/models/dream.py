@@ -19,11 +19,7 @@ def read(raw: RawConfig) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    return {
-        **write_standard(config),
-        "model_type": "Dream",
-        "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-    }
+    return {**write_standard(config), "model_type": "Dream"}
 
 
 def chatml(messages: list[Message]) -> str:

@@ -47,6 +47,12 @@ class RawConfig(dict[str, Any]):
             raise DllmError(f"config.json of this {self.architecture} checkpoint lacks {key!r}")
         return self[key]
 
+    def qualify_code(self) -> None:
+        """Name the repository in front of each class that comes from its code, so that a saved copy still finds it."""
+        if isinstance(classes := self.get("auto_map"), dict):
+            named = {k: v if "--" in v else f"{self.name}--{v}" for k, v in classes.items() if isinstance(v, str)}
+            self["auto_map"] = {**classes, **named}
+
     def expect(self, **values: Any) -> None:
         """Switches that the backbone does not have must be off: each key absent, null or equal to the given value."""
         for key, value in values.items():

@@ -13,7 +13,6 @@ from dllm.errors import DllmError, first_line
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.model import Model
-from dllm.models.settings import write_settings
 
 
 class ForeignModel(Model):
@@ -61,13 +60,8 @@ class ForeignModel(Model):
     def new_store(self, lanes: int, slots: int) -> Any:
         raise DllmError('backend="transformers" has no cache: use cache="none"')
 
-    def save(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> Path:
+    def _write(self, folder: Path, shard_bytes: int) -> None:
         self.transformer.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        if self.sampler_settings:
-            write_settings(Path(folder), self.sampler_settings.values())
-        return Path(folder)
 
 
 def load_network(folder: Path, dtype: torch.dtype | None) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dllm.errors import DllmError, first_line, out_of_memory, unknown
+from dllm.files import current
 from dllm.models import diffusion_gemma
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
@@ -168,7 +169,7 @@ def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, 
 
 
 def locate(name: str | Path, revision: str | None) -> Path:
-    """The folder of a checkpoint, downloaded if it is a Hugging Face id."""
+    """The folder to read a checkpoint from, downloaded if it is a Hugging Face id."""
     if name in EMBEDDED:
         folder = ASSETS / str(name)
         if not (folder / "config.json").is_file():
@@ -176,7 +177,7 @@ def locate(name: str | Path, revision: str | None) -> Path:
         return folder
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return current(folder)
     if folder.exists():
         raise DllmError(f"{name} is a file; a checkpoint is a folder with config.json and safetensors")
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
@@ -205,6 +206,8 @@ def read_json_config(folder: Path, name: str = "") -> RawConfig:
         raise DllmError(f"{folder} is no checkpoint: it has no config.json")
     raw = RawConfig(optional_json(path))
     raw.name = name
+    if HUB_ID.fullmatch(name) and not Path(name).exists():
+        raw.qualify_code()
     return raw
 
 

@@ -58,11 +58,6 @@ def read(raw: RawConfig) -> ModelConfig:
 def write(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["LLaDAModelLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_llada.LLaDAConfig",
-            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-            "AutoModel": "modeling_llada.LLaDAModelLM",
-        },
         "model_type": "llada",
         "block_type": "llama",
         "block_group_size": 1,

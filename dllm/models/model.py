@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dllm.errors import DllmError
+from dllm.errors import DllmError, first_line
+from dllm.files import replaced_checkpoint
 from dllm.models.checkpoint import save_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import FAMILIES
@@ -131,25 +133,49 @@ class Model:
         if self.transformer._compiled_call_impl is None:
             self.transformer.compile(dynamic=True)
 
-    def save(self, folder: str | Path, shard_bytes: int = 5 * 10**9) -> Path:
-        """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back."""
+    def save(
+        self,
+        folder: str | Path,
+        shard_bytes: int = 5 * 10**9,
+        *,
+        extra: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Path:
+        """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back.
+
+        A checkpoint that `folder` holds is replaced whole, weights of every shape and tokenizer included; after an
+        error, or a kill at any moment, it is still there, or the new one is. shard_bytes: above this, several weight
+        files. extra: further JSON files, name -> content. Errors: a quantized or split model, a disk that is full.
+        """
+        if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+            raise DllmError(f"shard_bytes is a positive number of bytes, not {shard_bytes!r}")
+        try:
+            with replaced_checkpoint(folder) as draft:
+                self._write(draft, shard_bytes)
+                for name, content in (extra or {}).items():
+                    _dump(content, draft / name)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(draft)
+                if self.sampler_settings:
+                    write_settings(draft, self.sampler_settings.values())
+                for name in ("config.json", "tokenizer_config.json"):
+                    _without_absent_code(draft / name, Path(folder))
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+            said = first_line(error)
+            raise DllmError(f"could not save the model in {folder}: {said}; a checkpoint there still loads") from error
+        return Path(folder)
+
+    def _write(self, folder: Path, shard_bytes: int) -> None:
+        """Weights and configuration into an empty folder."""
         if any(whole(value) is not value for value in self.transformer.state_dict().values()):
             raise DllmError("a quantized or split model cannot be saved; save it before quantization= or device_map=")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         family = FAMILIES[self.family]
         save_weights(self.transformer, family, folder, shard_bytes)
         dtype = str(self.dtype).removeprefix("torch.")
         values = {**self.config.raw, **family.write(self.config), "torch_dtype": dtype}
         values.pop("dtype", None)
         generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
-        for name, content in (("config.json", values), ("generation_config.json", generation)):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        if self.sampler_settings:
-            write_settings(folder, self.sampler_settings.values())
-        return folder
+        _dump(values, folder / "config.json")
+        _dump(generation, folder / "generation_config.json")
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with configuration, dtype or weights (up to 4096 values of each are read)."""
@@ -161,6 +187,24 @@ class Model:
             return self.fingerprint()
         settings = json.dumps({name: s.parameters for name, s in self.sampler_settings.items()}, sort_keys=True)
         return f"{self.fingerprint()}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+
+def _without_absent_code(path: Path, folder: Path) -> None:
+    """Drop from a configuration the classes whose code comes neither with the checkpoint nor from a repository."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(classes := content.pop("auto_map", None), dict):
+        return
+
+    def present(name: Any) -> bool:
+        module = f"{str(name).split('.')[0]}.py"
+        return name is None or "--" in str(name) or any((place / module).is_file() for place in (path.parent, folder))
+
+    kept = {k: v for k, v in classes.items() if all(map(present, v if isinstance(v, list) else [v]))}
+    _dump({**content, **({"auto_map": kept} if kept else {})}, path)
+
+
+def _dump(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(network: nn.Module, head: str = "") -> str:

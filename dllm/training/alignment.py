@@ -284,9 +284,8 @@ def run(config: AlignConfig, resume: bool = False) -> Model:
     log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
     align(model, data, config, saved, save)
     save(3, 0, None)  # nothing left to do
-    model.save(folder / "model")
     how = {"suffix_token_id": separator(model)} if config.separator else {}
-    (folder / "model" / "drafter.json").write_text(json.dumps(how) + "\n", encoding="utf-8")
+    model.save(folder / "model", extra={"drafter.json": how})
     return model
 
 

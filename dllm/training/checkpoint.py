@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import DllmError
+from ..files import replaced
 from .config import AlignConfig, ScheduleSpec, TrainConfig, build
 
 CHECKPOINT = "checkpoint.pt"
@@ -19,27 +19,12 @@ FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard",
 
 def save_atomically(value: Any, path: Path) -> None:
     """Write `value` to `path`; whatever fails, `path` holds the old content or the new, never a part of it."""
-    draft = path.with_name(path.name + ".new")
     try:
-        with draft.open("wb") as file:
+        with replaced(path) as draft, draft.open("wb") as file:
             torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into RuntimeError
-        draft.unlink(missing_ok=True)
         kept = "the checkpoint before it is kept" if path.exists() else "there was none before it"
         raise DllmError(f"could not save {path}: {error}; {kept}. Free some space and go on with --resume") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dllm.errors import DllmError
+from dllm.files import replaced
 from dllm.generation import generate
 from dllm.prediction import Prediction
 from dllm.samplers import quota
@@ -41,7 +42,8 @@ class Traces(NamedTuple):
     meta: dict[str, str]
 
     def save(self, path: str | Path) -> None:
-        save_file({k: v.contiguous() for k, v in zip(self._fields[:6], self[:6], strict=True)}, path, self.meta)
+        with replaced(path) as draft:
+            save_file({k: v.contiguous() for k, v in zip(self._fields[:6], self[:6], strict=True)}, draft, self.meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Traces:
