@@ -64,7 +64,7 @@ def test_generate_prints_json_and_writes_a_trace(dllm: Dllm, tmp_path: Path) -> 
     )
     assert shown.returncode == 0, shown.stderr
     row = json.loads(shown.stdout)
-    assert row["sampler"] == "threshold"
+    assert row["sampler"] == "threshold:tau=0.8"
     assert row["nfe"] > 0
     page, picture = tmp_path / "run.html", tmp_path / "run.svg"
     assert dllm("trace", str(run), str(page)).returncode == 0
