@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from drafting_kit import Noise, Script, plain, tiny_verifier
@@ -250,3 +252,43 @@ def test_metrics_count_what_happened():
     )
     assert carried.n_carried > 0 and carried.n_draft < carried.n_verify and carried.sequences == text
     assert SpecConfig.of({"tree": 4}, {"k": 3}).k == 3
+
+
+class Halves(Fixed):
+    """Submits two tokens of every draft."""
+
+    def trim(self, proposal, carried=False, k=0):
+        return 2
+
+
+@pytest.mark.parametrize("tree", [0, 3])
+def test_a_perfect_draft_stays_perfect_when_its_rest_is_carried(tree):
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 24)
+    out = dllm.speculate(
+        model, Script(text), PROMPT, max_new_tokens=24, controller=Halves(9), carry="always", tree=tree, search="argmax"
+    )
+    assert out.sequences == text and out.n_carried >= 2 * out.n_draft - 1 >= 5
+    assert out.tau == 3 and out.acceptance_rate == 1 and all(r.nodes == 2 for r in out.rounds)
+    assert [r.k for r in out.rounds[:4]] == [9, 6, 3, 9]  # three are emitted a round; an empty rest is no draft
+
+
+def test_tokens_behind_a_stop_are_not_counted_as_accepted():
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 24)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(chr(65 + i) for i in ids))
+    end = chr(65 + text[len(PROMPT) + 3])
+    assert end not in tokenizer.decode(text[len(PROMPT) : len(PROMPT) + 3])
+    for tree in (0, 9):
+        out = dllm.speculate(
+            model,
+            Script(text),
+            PROMPT,
+            max_new_tokens=24,
+            controller=Fixed(9),
+            tokenizer=tokenizer,
+            stop=end,
+            tree=tree,
+        )
+        assert out.sequences == text[: len(PROMPT) + 4] and out.finish_reason == "stop"
+        assert out.spans == [(4, 4)] and out.accepted_per_round == 4

@@ -170,7 +170,34 @@ def trim_by_the_draw(prefix, g):
     return reject(draft.head(n), prob_after(prefix), g).emitted
 
 
-WRONG = [soft_ratio, drafted_only_residual, keep_going, best_of_several, beam_with_soft_rows, trim_by_the_draw]
+def row_after(text):
+    """A drafter's row that depends on every token before it."""
+    return torch.from_numpy(np.random.default_rng([7, *[t + 1 for t in text]]).dirichlet(np.full(V, 0.5)))
+
+
+def cut_before_the_last_chunk(prefix, g):
+    """A draft grown token by token is dropped whole where its last row is uncertain: that row knows the first draws."""
+    tokens: list[int] = []
+    rows = []
+    while len(prefix) + len(tokens) < LENGTH - 1:
+        rows.append(row_after([*prefix, *tokens]))
+        tokens.append(draw(rows[-1], g))
+    if not rows or float(rows[-1].max()) <= CERTAIN:
+        return [draw(p_next(prefix), g)]
+    draft = Proposal(tuple(tokens), tuple(range(-1, len(tokens) - 1)), "sampled", Rows(torch.stack(rows)))
+    return reject(draft, prob_after(prefix), g).emitted
+
+
+CERTAIN = 0.7
+WRONG = [
+    soft_ratio,
+    drafted_only_residual,
+    keep_going,
+    best_of_several,
+    beam_with_soft_rows,
+    trim_by_the_draw,
+    cut_before_the_last_chunk,
+]
 
 
 @pytest.mark.parametrize("rule", WRONG, ids=lambda r: r.__name__)
@@ -306,6 +333,13 @@ class CutAtTheEnd(Sample):
         return super().__call__(lat, ctx, generator=generator).within(99, eos)
 
 
+def absorbing(monkeypatch, eos):
+    """The verifier repeats an end token for ever."""
+    for end in eos:
+        for before in ((), *((first,) for first in range(V))):
+            monkeypatch.setitem(TABLE, (*before, end), torch.eye(V, dtype=torch.float64)[end])
+
+
 def padded(text):
     """Texts that end early as one outcome each: what follows the end token is the end token."""
     return [*text, *[END] * (LENGTH - len(text))]
@@ -315,9 +349,7 @@ def padded(text):
     "search", [Sample(), SampleTree(2, 2), CPSSample(), CutAtTheEnd()], ids=lambda s: type(s).__name__
 )
 def test_drafts_with_end_tokens(search, monkeypatch):
-    monkeypatch.setitem(TABLE, (END,), torch.eye(V, dtype=torch.float64)[END])
-    for first in range(V):
-        monkeypatch.setitem(TABLE, (first, END), torch.eye(V, dtype=torch.float64)[END])
+    absorbing(monkeypatch, frozenset([END]))
     g = torch.Generator().manual_seed(1)
     run = partial(by_the_loop, search, Whole(), g, Ends(), frozenset([END]), carry="off")
     p = pvalue([padded(run()) for _ in range(600)])
@@ -330,8 +362,7 @@ class Sequential(Drafter):
     def draft(self, ids, k, *, generator=None):
         tokens, rows = [], []
         for _ in range(k):
-            seed = [7, *[t + 1 for t in ids[1:]], *[t + 1 for t in tokens]]
-            rows.append(torch.from_numpy(np.random.default_rng(seed).dirichlet(np.full(V, 0.5))))
+            rows.append(row_after([*ids[1:], *tokens]))
             tokens.append(draw(rows[-1], generator))
         conf = tuple(float(row.max()) for row in rows)
         return Proposal(tuple(tokens), tuple(range(-1, k - 1)), "sampled", Rows(torch.stack(rows)), conf)
@@ -343,7 +374,59 @@ class Hopeful(LengthController):
     k_max = 3
 
     def trim(self, proposal, carried=False, k=0):
-        return len(proposal) if not proposal.conf or proposal.conf[-1] > 0.7 else 0
+        return len(proposal) if not proposal.conf or proposal.conf[-1] > CERTAIN else 0
+
+
+class AsAsked(Whole):
+    """Submits a draft only where it has the length that was asked for."""
+
+    def next_k(self, room):
+        self.k = super().next_k(room)
+        return self.k
+
+    def trim(self, proposal, carried=False, k=0):
+        return len(proposal) if len(proposal) == self.k else 0
+
+
+class GrowThenCut(Hopeful):
+    """Asks for token after token, then submits the whole draft or nothing of it."""
+
+    def next_k(self, room):
+        return min(1, room)
+
+    def more(self, conf, room):
+        return 1 if len(conf) < min(self.k_max, room) else 0
+
+
+class Chunks(Drafter):
+    """A one-forward drafter whose row depends on the draws of the chunks before it."""
+
+    def draft(self, ids, k, *, generator=None):
+        return self.need.lattice(row_after(ids[1:])[None].log(), len(ids))
+
+
+class Long(Chunks):
+    """The same as a finished chain that ends early where an end token was drawn."""
+
+    def draft(self, ids, k, *, generator=None):
+        draft = Sequential.draft(self, ids, k, generator=generator)
+        n = next((i + 1 for i, t in enumerate(draft.tokens) if t == END), k)
+        return draft.head(n)
+
+
+@pytest.mark.parametrize("eos", [frozenset(), frozenset([END])], ids=["no end token", "end token"])
+def test_a_controller_that_grows_and_trims_a_sampled_draft(eos, monkeypatch):
+    absorbing(monkeypatch, eos)
+    g = torch.Generator().manual_seed(2)
+    texts = [padded(by_the_loop(Sample(), GrowThenCut(), g, Chunks(), eos, carry="off")) for _ in range(1500)]
+    assert pvalue(texts) > 1e-3
+
+
+def test_the_length_of_a_sequential_draft_is_not_read(monkeypatch):
+    absorbing(monkeypatch, frozenset([END]))
+    g = torch.Generator().manual_seed(2)
+    texts = [padded(by_the_loop(Sample(), AsAsked(), g, Long(), frozenset([END]))) for _ in range(1500)]
+    assert pvalue(texts) > 1e-3
 
 
 def test_confidences_of_sequential_draws_are_not_read():

@@ -73,6 +73,26 @@ def test_pruning_by_hand():
     assert [t for t, _ in build(p.log(), 0, m_max=2, keep=[3]).columns[0]] == [0, 1, 3]
 
 
+def test_a_nucleus_ends_where_it_holds_its_mass_exactly():
+    """The smallest set with the mass: a token more would be one more than is asked for."""
+    logits = torch.tensor([[0.0, 0.0, -1.0, -2.0]])
+    p = build(logits, 0, tau_mass=1.0).logp[0].exp()
+    for n in (1, 2):
+        bar = float(p[:n].cumsum(0)[-1])
+        assert len(build(logits, 0, tau_mass=bar).columns[0]) == n
+        assert len(build(logits, 0, tau_mass=bar + 1e-4).columns[0]) == n + 1
+
+
+def test_equal_tokens_of_a_tree_go_lowest_id_first():
+    lat = from_columns([[(5, LN(0.5)), (2, LN(0.5))], [(4, LN(0.3)), (1, LN(0.3)), (3, LN(0.4))]])
+    assert BestFirstTree(1)(lat, ()).tokens == (2,) and BestFirstTree(2)(lat, ()).tokens == (2, 5)
+    tree = BestFirstTree(8)(lat, ())
+    for parent in (0, 1):
+        assert [tree.tokens[c] for c in tree.children[parent]] == [3, 1, 4]
+    narrow = BestFirstTree(9, fanout=2)(lat, ())
+    assert [narrow.tokens[c] for c in narrow.children[0]] == [3, 1]
+
+
 def test_bans_come_before_the_softmax_and_an_empty_column_ends_the_draft():
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 9.0], [1.0, 1.0, 1.0]])
     banned = torch.tensor([False, False, True])

@@ -1,8 +1,9 @@
 """How long a draft should be. A controller decides twice a round: how many slots to draft, and how much of the draft
 to submit.
 
-All of them are safe: a length never changes what is generated, only how fast. Lengths count drafted tokens; `room` is
-the most that the text may still take before the last token.
+All of them are safe, also rules of your own: a length never changes what is generated, only how fast. The loop sees to
+it where draws could tell: a sampled draft is never cut before its last chunk (see `Row._chunks`). Lengths count drafted
+tokens; `room` is the most that the text may still take before the last token.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ class LengthController:
         return 0
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
-        """How many nodes to submit. Reads `proposal.conf` alone: for sampled drafts it must not depend on the draws."""
+        """How many nodes to submit. Reads `proposal.conf` alone: for sampled drafts it must not depend on the draws.
+
+        Of a sampled draft that grew by `more` only the last chunk can be cut: a smaller number counts as that cut.
+        """
         return len(proposal)
 
     def keep(self, remaining: int, conf: Sequence[float]) -> bool:
@@ -276,7 +280,7 @@ class CostAware(LengthController):
     submit (from this draft's confidences). Where no k beats plain decoding, drafting pauses and is probed ever more
     rarely, at last every `probe` rounds.
 
-    The tables are learned while decoding; `calibrate` (dllm.drafting.loop) fills them beforehand.
+    The tables are learned while decoding; `calibrate` (dllm.drafting.speculation) fills them beforehand.
     """
 
     WARM_UP = 6  # the first forwards of a process are slow and say little

@@ -264,25 +264,38 @@ class Row:
         k = self.controller.next_k(room)
         if k <= 0:
             return EMPTY
-        rest = self._carried(room)
+        rest, settled = self._carried(room), 0
         if rest is not None:
             r.carried, r.k, r.l_gen = True, rest.k, rest.first_eos(eos)
             proposal = self._search(rest, [])
         else:
-            proposal = self._fresh(k, EMPTY)
-            while len(proposal) == r.k and proposal.is_chain and not eos.intersection(proposal.tokens):
-                more = self.controller.more(proposal.conf, room)
-                addition = self._fresh(more, proposal) if more > 0 else EMPTY
-                if not (len(addition) and addition.is_chain and addition.kind == proposal.kind):
-                    break
-                proposal = proposal.then(addition)
+            proposal, settled = self._chunks(k, room)
         if self.retrieval is not None and proposal.kind == "point":
             proposal = self._graft(proposal)
         # first how much, then the cut at end tokens: the length of a sampled draft must not depend on what was drawn
         n = self.controller.trim(proposal, r.carried, 0 if r.carried else r.k)
-        proposal = proposal.head(max(0, n)).within(room, eos)
+        proposal = proposal.head(max(settled, n)).within(room, eos)
         self._check(proposal)
         return proposal
+
+    def _chunks(self, k: int, room: int) -> tuple[Proposal, int]:
+        """A draft of `k` slots, grown while the controller asks for more; and how much of it `trim` may not cut.
+
+        What is drafted behind a sampled chunk is conditioned on its draws, and so is every decision that has seen it.
+        Hence a chunk is submitted whole as soon as more is asked for, before its draws are looked at: then whether a
+        token is submitted is settled before it is drawn, which is all that the ratio test needs. Draws that were made
+        one after the other are one chunk each, of which nothing may be cut.
+        """
+        r, eos, settled = self.stats, self.request.eos, 0
+        proposal = self._fresh(k, EMPTY)
+        while len(proposal) == r.k and proposal.is_chain and (more := self.controller.more(proposal.conf, room)) > 0:
+            settled = len(proposal) if proposal.kind == "sampled" else 0
+            addition = EMPTY if eos.intersection(proposal.tokens) else self._fresh(more, proposal)
+            if not (len(addition) and addition.is_chain and addition.kind == proposal.kind):
+                break
+            proposal = proposal.then(addition)
+        sequential = proposal.kind == "sampled" and not proposal.conf
+        return proposal, len(proposal) if sequential else settled
 
     def _carried(self, room: int) -> Lattice | None:
         rest, policy = self.rest, self.cfg.carry
@@ -370,7 +383,7 @@ class Row:
         r.accepted = min(verdict.accepted, len(emitted))
         r.emitted = len(emitted)
         for offset, lattice in reversed(self.chunks):
-            if offset < len(emitted) < offset + lattice.k:
+            if offset < len(emitted):
                 self.rest = lattice.suffix(len(emitted) - offset)
                 break
         for source in self.sources:

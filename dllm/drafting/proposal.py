@@ -156,7 +156,7 @@ class Proposal:
             self.parents + tuple(p + n for p in other.parents),
             self.kind,
             rows,
-            self.conf + other.conf,
+            self.conf + other.conf if self.conf and other.conf else (),
         )
 
 
