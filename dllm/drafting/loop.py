@@ -427,8 +427,14 @@ def decode(
         if verifier.max_positions is not None and len(q.ids) > verifier.max_positions:
             raise DllmError(f"the prompt has {len(q.ids)} tokens, the verifier takes {verifier.max_positions}")
         rows.append(Row(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg))
-    if len(rows) > 1 and any(cfg.tree or row.search.tree for row in rows):
-        raise DllmError("trees are verified one prompt at a time: use a chain (tree=0) for a batch")
+    if any(cfg.tree or row.search.tree for row in rows):
+        if len(rows) > 1:
+            raise DllmError("trees are verified one prompt at a time: use a chain (tree=0) for a batch")
+        if not verifier.can("trees"):
+            raise DllmError(
+                f"{type(verifier.model).__name__} does not place keys by position_ids alone, so it cannot verify a "
+                "tree: use a chain (tree=0, no tree search)"
+            )
     session = session or verifier.open(len(rows))
     for row in rows:
         row.cached = session.past
