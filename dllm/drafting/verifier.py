@@ -172,8 +172,9 @@ class Verifier:
         (Booleans are added as 0 / 1 by the eager attention of transformers 5.23, silently.)
         """
         if "flash" in str(getattr(self.config, "_attn_implementation", "")):
-            log.warning("flash attention takes no explicit mask: %s now uses sdpa", type(self.model).__name__)
-            self.model.set_attn_implementation("sdpa")
+            kernel = "sdpa" if getattr(self.model, "_supports_sdpa", True) else "eager"
+            log.warning("flash attention takes no explicit mask: %s now uses %s", type(self.model).__name__, kernel)
+            self.model.set_attn_implementation(kernel)
         dtype = self.model.get_input_embeddings().weight.dtype
         low = torch.finfo(dtype).min
         add = {
@@ -335,9 +336,7 @@ class Ragged(Session):
         pos = lengths + torch.arange(width, device=device)  # (B, Q)
         slots = torch.arange(self.stored, device=device).expand(self.batch, -1)
         key_pos = torch.cat([slots, pos], 1)  # (B, S + Q)
-        real = torch.cat(
-            [slots < lengths, torch.arange(width, device=device) < fed], 1
-        )
+        real = torch.cat([slots < lengths, torch.arange(width, device=device) < fed], 1)
         gap = pos[:, :, None] - key_pos[:, None, :]
         see = (gap >= 0) & real[:, None, :]
         own = torch.eye(width, dtype=torch.bool, device=device)
