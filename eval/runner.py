@@ -154,7 +154,7 @@ def check(config: Config) -> None:
     value; the error names the place in the file."""
     for setting in config.settings:
         with _placed(setting.source, "sampler"):
-            registry.parse(setting.sampler or "confidence")
+            registry.check(setting.sampler or "confidence")
         with _placed(setting.source, "cache"):
             caches.policy(setting.cache)
         with _placed(setting.source, "generate"):

@@ -141,6 +141,13 @@ def spell(spec: Spec, tuned: Tuned = UNTUNED) -> str:
     return _spelled(resolve(spec, tuned), tuned)
 
 
+def check(spec: Spec) -> None:
+    """Errors: unknown names, presets, parameters and values, as far as they show without a model."""
+    for part in _parts(spec):
+        if isinstance(part, Named):
+            method(part.name).build(None if part.preset == TUNED else part.preset, **part.params)
+
+
 def published(spec: Spec) -> Spec:
     """The specification with the published defaults where it names no parameters, whatever the model's settings are."""
     if isinstance(spec, str):

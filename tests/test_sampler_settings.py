@@ -176,6 +176,13 @@ def test_nothing_is_saved_for_a_sampler_that_loses_too_much(folder: Path, tmp_pa
     assert set(read_settings(folder)) == {"threshold"}
 
 
+def test_a_configuration_may_ask_for_the_models_own() -> None:
+    registry.check("prophet:tuned,low=3+credit")  # whether the model has some is seen when it is loaded
+    for spec in ("prophet:tund", "prophet:tuned,lo=3", {"name": "nobody"}):
+        with pytest.raises(DllmError, match="unknown"):
+            registry.check(spec)
+
+
 def test_samples_of_other_settings_have_another_key(folder: Path) -> None:
     def keys() -> list[str]:
         config = configured({"model": str(folder), "tasks": [{"name": "sudoku", "limit": 2}], "sampler": "factor"})
