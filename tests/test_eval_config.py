@@ -146,8 +146,10 @@ def test_shipped_configurations_load(path):
     assert load(path).settings
 
 
-def test_the_shipped_tuning_has_candidates():
-    data = yaml.safe_load((CONFIGS / "eval" / "tune.yaml").read_text())
+@pytest.mark.parametrize(("path", "n"), [("eval/tune.yaml", 11), ("tune/tiny.yaml", 52)])
+def test_the_shipped_tuning_has_candidates(path, n):
+    data = yaml.safe_load((CONFIGS / path).read_text())
     spec = TuneSpec(**data.pop("tune"))
     points = candidates(spec, 0)
-    assert len(points) == 11 and load({**data, "matrix": {"sampler": points}}).settings
+    sweep = [{"label": str(p), "sampler": [p]} for p in points]
+    assert len(points) == n and load({**data, "matrix": sweep}).settings
