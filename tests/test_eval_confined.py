@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import secrets
 import signal
 import socket
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dllm.errors import DllmError
-from dllm.eval.tasks import confined
+from dllm.eval.tasks import boundary, confined
 from dllm.eval.tasks.confined import Limits, run
 
 can = pytest.mark.skipif(
@@ -54,6 +56,177 @@ def test_a_right_program_passes_and_a_wrong_one_fails():
 @pytest.mark.parametrize("program", ["import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit"])
 def test_leaving_early_is_not_passing(program):
     assert not run(program, "assert False").passed
+
+
+F = "def f(x): return 0\n"
+ALWAYS = """
+class Always:
+    __eq__ = __contains__ = __bool__ = lambda self, *other: True
+    __ne__ = lambda self, other: False
+    __sub__ = __rsub__ = __abs__ = __round__ = lambda self, *other: 0
+    __hash__ = lambda self: 0
+    __iter__ = lambda self: iter(())
+    def __getattr__(self, name): return Always()
+    def __call__(self, *arguments): return Always()
+def f(x): return Always()
+"""
+WRITES = """
+import os
+for number in range(3, 64):
+    for message in (b'"ready"\\n', b'"passed"\\n', b'{"value": 4}\\n'):
+        try: os.write(number, message)
+        except OSError: pass
+"""
+FORGED = {  # a program, and a check that it does not deserve to pass
+    "the old token": (
+        "import __main__, os, sys\ntext = str(vars(__main__))\nsys.stdout.write(text)\nsys.stdout.flush()\nos._exit(0)",
+        "assert False",
+    ),
+    "messages on every descriptor": (WRITES + "os._exit(0)", "assert f(2) == 4"),
+    "messages, then an answer": (WRITES + F, "assert f(2) == 5"),
+    "leaving within a call": ("import os\ndef f(x): os._exit(0)", "try:\n f(2)\nexcept BaseException: pass"),
+    "leaving politely": ("import sys\ndef f(x): sys.exit(0)", "assert f(2) == 4"),
+    "at exit": ("import atexit, os\natexit.register(os._exit, 0)\n" + F, "assert f(2) == 4"),
+    "equal to everything": (ALWAYS, "assert f(2) == 4"),
+    "nearly everything": (ALWAYS, "assert abs(f(2) - 4) < 1e-6"),
+    "unequal to nothing": (ALWAYS, "assert not f(2) != 4"),
+    "holds everything": (ALWAYS, "assert 4 in f(2)"),
+    "is everything": (ALWAYS, "assert isinstance(f(2), int)"),
+    "in every set": (ALWAYS, "assert f(2) in {4, 5}"),
+    "a text equal to all": ("class T(str):\n __eq__ = lambda *a: True\ndef f(x): return T()", "assert f(2) == 'x'"),
+    "a tuple equal to all": ("class T(tuple):\n __eq__ = lambda *a: True\ndef f(x): return T()", "assert f(2) == (4,)"),
+    "builtins of its own": ("import builtins\nbuiltins.abs = abs = lambda x: 0\n" + F, "assert abs(f(2) - 4) < 1"),
+    "a module of its own": (
+        "import math, sys\nmath.isclose = lambda *a: True\nclass math: isclose = lambda *a: True\n"
+        "sys.modules['math'] = math\n" + F,
+        "import math\nassert math.isclose(f(2), 4)",
+    ),
+    "a module's function": ("import math\nmath.isclose = lambda *a: True\n" + F, "assert math.isclose(f(2), 4)"),
+    "no assertion error": ("import builtins\nbuiltins.AssertionError = SystemExit\n" + F, "assert f(2) == 4"),
+    "a helper of its own": ("def poly(x): return 4\n" + F, "assert poly(f(2)) == 4"),
+    "stopping the loop": ("def f(x): raise StopIteration", "assert all(map(lambda y: f(y) == 4, [2]))"),
+    "changing its argument": ("def f(x):\n x.clear()\n return []", "x = [2, 1]\nassert f(x) == sorted(x)"),
+    "a trace function": ("import sys\nsys.settrace(lambda *a: None)\nsys.exit = print\n" + F, "assert f(2) == 4"),
+    "a check that asks nothing": (F, "def check(candidate):\n assert candidate(2) == 4"),
+}
+
+
+@can
+@pytest.mark.parametrize("name", FORGED)
+def test_a_program_cannot_make_its_verdict(name):
+    program, check = FORGED[name]
+    assert not run(program, check, context="def poly(x): return x\ndef f(x): pass", entries=["f"]).passed
+
+
+@can
+def test_a_program_cannot_see_its_check():
+    program = """
+import gc, os, sys
+def f(x):
+    frame, seen = sys._getframe(), []
+    while frame:
+        seen += [repr(frame.f_globals), repr(frame.f_locals)]
+        frame = frame.f_back
+    seen += [repr(o) for o in gc.get_objects() if isinstance(o, (dict, list, tuple))][:20000]
+    seen += sys.argv + [repr(os.environ), repr(os.listdir("/tmp"))]
+    return any("".join(("zebra", "fish")) in text for text in seen)
+"""
+    assert run(program, "zebrafish = f(1)\nassert zebrafish is False").passed
+
+
+FAIR = {  # right programs of every kind that checks ask for
+    "numbers and texts": ("def f(x): return [x, 2.5, 1j, 'é\\u2028', b'x', None, True]",
+                          "assert f(10**5000) == [10**5000, 2.5, 1j, 'é\\u2028', b'x', None, True]"),
+    "containers": ("def f(x): return {(1, 2): {3}, 'k': [frozenset(x)]}",
+                   "assert f({4, 5}) == {(1, 2): {3}, 'k': [frozenset({4, 5})]}"),
+    "counters": ("from collections import Counter, OrderedDict, defaultdict\n"
+                 "def f(x): return [Counter(x), OrderedDict(a=1), defaultdict(int, a=1)]",
+                 "assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'a': 1}]"),
+    "named tuples": ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return [P(x, 2)]",
+                     "assert f(1) == [(1, 2)] and f(1)[0].y == 2"),
+    "generators": ("def f(n):\n for i in range(n): yield i", "assert list(f(3)) == [0, 1, 2] and sum(f(3)) == 3"),
+    "in place": ("def f(x): x.sort()", "x = [3, 1]\nf(x)\nassert x == [1, 3]"),
+    "exceptions": ("def f(x): raise ValueError('no')",
+                   "try:\n f(1)\n assert False\nexcept ValueError as e:\n assert str(e) == 'no'"),
+    "classes": ("class A:\n def __init__(self): self.x = []\n def push(self, v): self.x.append(v)\n"
+                " def __eq__(self, other): return self.x == other.x\n def __len__(self): return len(self.x)",
+                "a, b = A(), A()\na.push(3)\nb.push(3)\nassert a == b and a.x == [3] and len(a) == 1"),
+    "objects back": ("class N:\n def __init__(self, v): self.v, self.left = v, None\ndef f(n): return n.v + n.left.v",
+                     "r = N(1)\nr.left = N(3)\nassert f(r) == 4"),
+    "functions across": ("def g(x): return x + 1\ndef f(h, key): return [h(3), sorted('ba', key=key)]",
+                         "assert f(lambda v: 2 * g(v), ord) == [8, ['a', 'b']]"),
+    "a function of functions": ("def f(g): return lambda x: g(g(x))", "assert f(lambda v: 2 * v)(3) == 12"),
+    "a name of Python's": ("def sum(a, b): return a * b", "assert sum(10, 15) == 150"),
+    "its import": ("import math\ndef f(x): return x / 3", "assert math.isclose(f(1), 0.3333333333333)"),
+    "a constant": ("answer = 42", "assert answer == 42"),
+    "dates": ("import datetime\ndef f(d): return datetime.date(2020, 1, d)",
+              "import datetime\nassert f(2) == datetime.date(2020, 1, 2)"),
+    "threads and children": ("import subprocess, sys, threading\ndef f(x):\n t = threading.Thread(target=int)\n"
+                             " t.start()\n t.join()\n return subprocess.run([sys.executable, '-c', '1']).returncode",
+                             "assert f(1) == 0"),
+}  # fmt: skip
+
+
+@can
+@pytest.mark.parametrize("name", FAIR)
+def test_a_right_program_passes_its_check(name):
+    verdict = run(*FAIR[name], limits=Limits(seconds=20))
+    assert verdict.passed, verdict.output
+
+
+@can
+def test_memory_beside_the_address_space_is_closed():
+    """System V and POSIX shared memory, anonymous files, and the mounts of a namespace of one's own."""
+    numbers = {
+        name: boundary.DENIED[name] for name in ("shmget", "msgget", "memfd_create", "unshare", "mount", "keyctl")
+    }
+    column = boundary.ARCHITECTURES[platform.machine()][1]
+    program = f"""
+import ctypes, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def f(number): return [libc.syscall(number, 0, 1 << 20, 0o1600, 0), ctypes.get_errno()]
+def user_namespace(): return libc.syscall({boundary.CLONE[column]}, 0x10000011, 0, 0, 0, 0)
+def host(): return socket.socket(40, socket.SOCK_STREAM)
+"""
+    check = "\n".join(f"assert f({n[column]}) == [-1, 1], {name!r}" for name, n in numbers.items())
+    check += "\nassert user_namespace() == -1\ntry:\n host()\n assert False\nexcept OSError: pass"
+    verdict = run(program, check)
+    assert verdict.passed, verdict.output
+
+
+@can
+def test_the_callers_keys_are_out_of_reach():
+    """A key in the caller's session is neither read nor revoked."""
+    column = boundary.ARCHITECTURES[platform.machine()][1]
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    key = libc.syscall(boundary.DENIED["add_key"][column], b"user", secrets.token_hex(8).encode(), b"mine", 4, -3)
+    if key < 0:
+        pytest.skip("no session keyring here")
+    program = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def f(): return [libc.syscall({boundary.KEYCTL[column]}, order, {key}, 0, 0, 0) for order in (3, 11, 6)]
+"""
+    assert run(program, "assert f() == [-1, -1, -1]").passed
+    content = ctypes.create_string_buffer(8)
+    assert libc.syscall(boundary.KEYCTL[column], 11, key, content, 8, 0) == 4 and content.value == b"mine"
+    libc.syscall(boundary.KEYCTL[column], 3, key)
+
+
+@can
+def test_memory_is_bounded_over_all_processes():
+    program = """
+import os, time
+for _ in range(6):
+    if os.fork() == 0:
+        block = bytearray(200 << 20)
+        for i in range(0, len(block), 4096): block[i] = 1
+        time.sleep(100)
+time.sleep(100)
+"""
+    verdict = run(program, limits=Limits(seconds=20))
+    assert verdict.status == "failed" and "more than 512 MB" in verdict.output
 
 
 @can
@@ -152,14 +325,17 @@ def test_no_folder_stays(tmp_path, monkeypatch):
 @can
 def test_a_killed_evaluation_takes_its_program_with_it():
     mark = f"mark{secrets.token_hex(8)}"
-    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(99)', '{mark}'])"
+    child = (  # the mark is put together there: no other command line holds it
+        f"import subprocess, sys\nmark = ''.join(['mark', '{mark[4:]}'])\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)', mark])"
+    )
     body = f"from dllm.eval.tasks.confined import Limits, run\nrun({child!r}, limits=Limits(seconds=90))"
     parent = subprocess.Popen([sys.executable, "-c", body])
     try:
         end = time.monotonic() + 30
-        while len(processes(mark)) < 2 and time.monotonic() < end:  # the parent's own command line holds the mark too
+        while not processes(mark) and time.monotonic() < end:
             time.sleep(0.05)
-        assert len(processes(mark)) >= 2
+        assert processes(mark)
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
@@ -167,28 +343,30 @@ def test_a_killed_evaluation_takes_its_program_with_it():
 
 
 def test_where_namespaces_work_nothing_is_refused():
-    tools = all(map(confined._which, ("unshare", "mount", "umount", "pivot_root", "setpriv", "prlimit")))
+    tools = all(map(confined._which, ("unshare", "mount", "umount", "pivot_root", "setpriv")))
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     probe = ["unshare", *user, "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     works = tools and subprocess.run(probe, capture_output=True, check=False).returncode == 0
     assert not works or confined.refusal() is None, confined.refusal()
 
 
-def test_where_it_cannot_be_confined_it_is_refused(monkeypatch):
-    confined.refusal.cache_clear()
-    monkeypatch.setattr(confined, "_which", lambda tool: None if tool == "unshare" else "/usr/bin/" + tool)
-    try:
-        with pytest.raises(DllmError, match="unshare not found, so generated programs are not run"):
-            run("raise SystemExit(1)")
-    finally:
-        confined.refusal.cache_clear()
+@pytest.fixture
+def afresh(monkeypatch):
+    """Whether programs can be confined is found out again."""
+    confined.sandbox.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    confined.sandbox.cache_clear()
 
 
-def test_a_sandbox_that_fails_is_a_refusal(monkeypatch):
-    confined.refusal.cache_clear()
-    monkeypatch.setattr(confined, "_ENTER", "echo no namespaces for you; exit 1")
-    try:
-        assert "no namespaces for you" in (confined.refusal() or "")
-    finally:
-        monkeypatch.undo()
-        confined.refusal.cache_clear()
+def test_where_it_cannot_be_confined_it_is_refused(afresh):
+    afresh.setattr(confined, "_which", lambda tool: None if tool == "unshare" else "/usr/bin/" + tool)
+    afresh.setenv("PATH", "/nowhere")
+    with pytest.raises(DllmError, match=r"unshare not found.*bwrap not found.*docker not found.*programs are not run"):
+        run("raise SystemExit(1)")
+
+
+def test_a_sandbox_that_fails_is_a_refusal(afresh):
+    afresh.setattr(confined, "_ENTER", "echo no namespaces for you >&2; exit 1")
+    afresh.setenv("PATH", "/nowhere")
+    assert "no namespaces for you" in (confined.refusal() or "")

@@ -1,17 +1,22 @@
-"""Running programs that a model wrote, and nothing they do outlives them.
+"""Running programs that a model wrote: they can neither see nor make their verdict, and nothing they do outlives them.
 
-A program gets its own session, PID, network, IPC and mount namespaces (util-linux's `unshare`), a root folder in
-memory that holds a read-only Python and nothing else, no capabilities, and limits on time, memory, file size, files
-and processes. When it ends or its time is over, the kernel kills whatever it started and its folder goes with its
-mounts. A system without these means gets a refusal, never an unconfined run.
+A program and its check are two processes in two sandboxes (`boundary` says what passes between them). A sandbox has
+its own session, PID, network, IPC and mount namespaces, a root folder in memory that holds a read-only Python and
+nothing else, no capabilities, no access to keys, shared memory or other namespaces (a filter of system calls), and
+limits on time, memory, file size, files and processes. When a check ends or its time is over, the kernel kills
+whatever was started and the folders go with their mounts. Where this cannot be had the programs are refused, unless
+the caller says that they may run unconfined.
 
     verdict = run("def f(x): return x + 1", "assert f(1) == 2")
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
+import platform
 import secrets
 import shutil
 import signal
@@ -19,15 +24,26 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dllm.errors import DllmError
+import psutil
 
-_TOOLS = ("unshare", "mount", "umount", "pivot_root", "setpriv", "prlimit", "sh")
-# One user for each run of a root caller: the limit on processes counts per user, and does not bind root.
+from dllm.errors import DllmError, unknown
+
+from . import boundary
+
+# One user for each sandbox of a root caller: the limit on processes counts per user, and does not bind root.
 _UIDS = range(40_000, 60_000)
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_DRIVER = Path(boundary.__file__).read_text(encoding="utf-8")
+_LONGEST = 16 << 20  # bytes of one message: what a program hands over at once
+_TAIL = 4096  # bytes of output that are kept
 
 # Runs as pid 1 of the new namespaces. $1: an empty folder, $2: bytes of the scratch space, $3…: read-only folders,
 # "--", the command. The new root is a tmpfs, so the program sees none of the user's files.
@@ -45,7 +61,7 @@ while [ "$1" != -- ]; do
   elif [ -d "$1" ]; then
     mkdir -p "$root$1"; mount --bind -o ro "$1" "$root$1"
     [ ! -w "$root$1" ] || mount -o remount,bind,ro "$1" "$root$1"  # older tools need the second step
-    [ ! -w "$root$1" ] || { echo "$1 stays writable"; exit 1; }
+    [ ! -w "$root$1" ] || { echo "$1 stays writable" >&2; exit 1; }
   fi
   shift
 done
@@ -67,20 +83,9 @@ mount -o remount,mode=555 / 2>/dev/null || chmod 555 /
 cd /tmp
 drop="--no-new-privs --inh-caps=-all --bounding-set=-all"
 [ "$1" = root ] && drop="$drop --reuid=$2 --regid=$2 --clear-groups"
-limits=$3; shift 3
-setpriv $drop prlimit $limits -- "$@"
+shift 2
+setpriv $drop -- "$@"
 exit $?
-"""
-# The body comes on a descriptor, and the token only after the check has run to its end: sys.exit(0) in an answer is
-# no pass.
-_DRIVER = r"""
-import sys
-parts = sys.stdin.read().split("\0")
-scope = {"__name__": "answer"}
-exec(compile(parts[0], "answer.py", "exec"), scope)
-exec(compile(parts[1], "check.py", "exec"), scope)
-sys.stdout.write("\n" + parts[2] + "\n")
-sys.stdout.flush()
 """
 
 
@@ -89,10 +94,16 @@ class Limits:
     """What one program may use. The defaults are those of the usual code benchmarks, with room for Python itself."""
 
     seconds: float = 5.0  # of wall-clock time; the CPU limit is the next whole second
-    memory_mb: int = 512  # of address space, per process
-    file_mb: int = 8  # per file, and of the whole scratch folder
+    memory_mb: int = 512  # of address space for each process, and of resident memory for all of them
+    file_mb: int = 8  # per file, of the whole scratch folder, and of what is printed
     processes: int = 16
     open_files: int = 64
+
+    def plain(self) -> dict[str, int]:
+        """By the names that the operating system has for them."""
+        size, cpu = self.memory_mb << 20, int(self.seconds) + 1
+        files = {"FSIZE": self.file_mb << 20, "NOFILE": self.open_files}
+        return {"CPU": cpu, "AS": size, **files, "NPROC": self.processes, "CORE": 0, "MSGQUEUE": 0}
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ class Verdict:
     """How a program ended. `status`: `passed`, `failed` (an exception, a wrong exit), or `timeout`."""
 
     status: str
-    output: str  # the end of stdout and stderr
+    output: str  # the end of what program and check printed
     seconds: float
 
     @property
@@ -108,97 +119,371 @@ class Verdict:
         return self.status == "passed"
 
 
-def run(program: str, check: str = "", limits: Limits = Limits()) -> Verdict:
-    """Execute `program`, then `check` in the same scope, confined. Raises `DllmError` where this system cannot
-    confine."""
-    reason = refusal()
-    if reason:
-        raise DllmError(reason)
-    return _run(program, check, limits)
+# ------------------------------------------------------------------------------------------------------------ sandboxes
+
+
+class Sandbox(ABC):
+    """A way to confine a process."""
+
+    name: str
+    guarded = True  # whether the process filters its own system calls
+
+    @abstractmethod
+    def command(self, root: str, limits: Limits) -> list[str]:
+        """The command that runs the driver confined; `root` is an empty folder of this run."""
+
+    def missing(self) -> str | None:
+        """What this system lacks, as far as that is known without a trial."""
+        tools = [tool for tool in self.tools() if not _which(tool)]
+        if not sys.platform.startswith("linux"):
+            return f"this system ({sys.platform}) has no namespaces"
+        if platform.machine() not in boundary.ARCHITECTURES:
+            return f"there is no filter of system calls for {platform.machine()}"
+        return f"{', '.join(tools)} not found" if tools else None
+
+    def tools(self) -> Sequence[str]:
+        return ()
+
+    def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
+        """End a process and all it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+class Namespaces(Sandbox):
+    """Namespaces made by util-linux's `unshare`."""
+
+    name = "namespaces"
+
+    def tools(self) -> Sequence[str]:
+        return ("unshare", "mount", "umount", "pivot_root", "setpriv", "sh")
+
+    def command(self, root: str, limits: Limits) -> list[str]:
+        privileged = os.geteuid() == 0
+        identity = [] if privileged else ["--user", "--map-root-user"]
+        unshare = ["unshare", *identity, "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts", "--mount"]
+        who = "root" if privileged else "user"
+        return [
+            *("setpriv", "--pdeathsig", "KILL", *unshare),
+            *("sh", "-c", _ENTER, "enter", root, str(limits.file_mb << 20), *_folders(), "--"),
+            *("sh", "-c", _LEAVE, "leave", who, str(secrets.choice(_UIDS)), *_python(sys_python())),
+        ]
+
+
+class Bubblewrap(Sandbox):
+    """Namespaces made by bubblewrap, which some systems permit where they forbid them to others."""
+
+    name = "bubblewrap"
+
+    def missing(self) -> str | None:
+        return super().missing() or (None if shutil.which("bwrap") else "bwrap not found")
+
+    def command(self, root: str, limits: Limits) -> list[str]:
+        options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--chdir", "/tmp"]
+        for folder in _folders():
+            options += ["--symlink", os.readlink(folder), folder] if os.path.islink(folder) else []
+            options += ["--ro-bind", folder, folder] if not os.path.islink(folder) else []
+        for device in ("null", "zero", "urandom"):
+            options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+        scratch = ["--size", str(limits.file_mb << 20), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/"]
+        return [shutil.which("bwrap") or "bwrap", *options, *scratch, "--", *_python(sys_python())]
+
+
+class Docker(Sandbox):
+    """A container of an image that holds Python; it has to be here already, for nothing is downloaded."""
+
+    name = "docker"
+
+    def __init__(self, image: str | None = None):
+        self.image = image or f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+
+    def missing(self) -> str | None:
+        if not (docker := shutil.which("docker")):
+            return "docker not found"
+        try:
+            found = subprocess.run(
+                [docker, "image", "inspect", self.image], capture_output=True, check=False, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return "docker does not answer"
+        if found.returncode == 0:
+            return None
+        said = found.stderr.decode("utf-8", "replace").strip()
+        return f"docker pull {self.image} first" if "No such image" in said else f"docker: {said.partition(chr(10))[0]}"
+
+    def command(self, root: str, limits: Limits) -> list[str]:
+        memory = f"{limits.memory_mb}m"
+        return [
+            *(shutil.which("docker") or "docker", "run", "--rm", "--interactive", "--pull", "never"),
+            *("--name", Path(root).name, "--network", "none", "--ipc", "none", "--read-only"),
+            *("--tmpfs", f"/tmp:size={limits.file_mb}m,mode=1777", "--workdir", "/tmp", "--log-driver", "none"),
+            *("--memory", memory, "--memory-swap", memory, "--pids-limit", str(2 * limits.processes)),
+            *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", str(secrets.choice(_UIDS))),
+            # A container outlives its client; `timeout` ends it where nobody is left to do so.
+            *("--entrypoint", "timeout", self.image, "-s", "KILL", str(int(limits.seconds) + 10), *_python("python3")),
+        ]
+
+    def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
+        subprocess.run(["docker", "kill", Path(root).name], capture_output=True, check=False)
+        process.kill()
+
+
+class Unconfined(Sandbox):
+    """No sandbox: a process of the user's own, with limits where the system has them."""
+
+    name = "none"
+    guarded = False
+
+    def missing(self) -> str | None:
+        return None
+
+    def command(self, root: str, limits: Limits) -> list[str]:
+        return _python(sys.executable)
+
+    def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+SANDBOXES: dict[str, type[Sandbox]] = {s.name: s for s in (Namespaces, Bubblewrap, Docker)}
+_ADVICE = (
+    "generated programs are not run; use Linux with util-linux and user namespaces, bubblewrap or docker, a task that "
+    "runs none, or --allow-unconfined-code where they may do what they like"
+)
 
 
 @functools.cache
-def refusal() -> str | None:
-    """Why programs cannot be confined here, or None. Found out by confining one."""
-    advice = "generated programs are not run; use Linux with util-linux and user namespaces, or a task that runs none"
-    if not sys.platform.startswith("linux"):
-        return f"this system ({sys.platform}) has no namespaces, so {advice}"
-    missing = [tool for tool in _TOOLS if not _which(tool)]
-    if missing:
-        return f"{', '.join(missing)} not found, so {advice}"
-    verdict = _run("", "", Limits(seconds=20))
-    if not verdict.passed:
-        last = (verdict.output.strip().splitlines() or [verdict.status])[-1]
-        return f"this system does not let a process be confined ({last}), so {advice}"
+def sandbox(name: str = "auto", allow_unconfined: bool = False) -> Sandbox:
+    """The confinement of this name (`namespaces`, `bubblewrap`, `docker`, `docker:IMAGE`; `none` if allowed), or the
+    first that works here. Found out by confining a program. Raises `DllmError` where there is none, with the reason.
+    """
+    kind, _, image = name.partition(":")
+    if kind not in ("auto", "none", *SANDBOXES):
+        raise unknown("confinement", name, ["auto", "none", *SANDBOXES])
+    if kind == "none" and not allow_unconfined:
+        raise DllmError("confinement 'none' needs --allow-unconfined-code: generated programs may do what they like")
+    reasons = []
+    for cls in SANDBOXES.values() if kind == "auto" else [SANDBOXES[kind]] if kind in SANDBOXES else []:
+        tried = cls(image or None) if cls is Docker else cls()
+        if not (reason := _refusal(tried)):
+            return tried
+        reasons.append(f"{tried.name}: {reason}")
+    if allow_unconfined and kind in ("auto", "none"):
+        return Unconfined()
+    raise DllmError(f"{'; '.join(reasons)}, so {_ADVICE}")
+
+
+def refusal(name: str = "auto", allow_unconfined: bool = False) -> str | None:
+    """Why programs cannot be confined here, or None."""
+    try:
+        sandbox(name, allow_unconfined)
+    except DllmError as error:
+        return str(error)
     return None
 
 
-def _run(program: str, check: str, limits: Limits) -> Verdict:
-    token = secrets.token_hex(16)
-    body = "\0".join((program.replace("\0", ""), check.replace("\0", ""), token))
-    root = tempfile.mkdtemp(
-        prefix="dllm-confined-"
-    )  # stays empty outside: the tmpfs is in the program's own mount namespace
+def _refusal(tried: Sandbox) -> str | None:
+    if reason := tried.missing():
+        return reason
+    verdict = _run(tried, "x = 1", "assert x == 1", Limits(seconds=20))
+    if verdict.passed:
+        return None
+    return f"this system does not let a process be confined ({last_line(verdict)})"
+
+
+def last_line(verdict: Verdict) -> str:
+    """What a failed program said last."""
+    return (verdict.output.strip() or verdict.status).rpartition("\n")[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+def run(
+    program: str,
+    check: str = "",
+    limits: Limits = Limits(),
+    *,
+    context: str = "",
+    entries: Sequence[str] = (),
+    within: Sandbox | None = None,
+) -> Verdict:
+    """Execute `program`, then `check` against it, each confined by itself.
+
+    check     passes when it runs to its end and has asked the program something. Names that it does not define are
+              the program's; only plain values cross
+    context   trusted code before the check, such as the head of the function that was asked for: its helpers stay
+              the benchmark's own whatever the program calls so
+    entries   names that are the program's although Python or the context knows them too
+    within    the sandbox; the first that works here without it. Errors: `DllmError` where there is none
+    """
+    return _run(within or sandbox(), program, check, limits, context, entries)
+
+
+def _run(
+    within: Sandbox, program: str, check: str, limits: Limits, context: str = "", entries: Sequence[str] = ()
+) -> Verdict:
+    program, check, context = (text.replace("\0", "") for text in (program, check, context))
     start = time.monotonic()
-    try:
-        with tempfile.TemporaryFile() as out:  # a file, so that the limit on file size also bounds what is printed
-            process = subprocess.Popen(
-                _command(root, limits),
+    with _Watch(limits) as watch:
+        answering = watch.start(within, {"program": program})
+        asking = watch.start(within, {"check": check, "context": context, "entries": list(entries)}) if check else None
+        passed = answering.hear() == b'"ready"\n'
+        if passed and asking is not None:
+            passed = _exchange(asking, answering, watch)
+    text = (answering.said() + (asking.said() if asking else b""))[-_TAIL:].decode("utf-8", "replace")
+    if watch.reason and not passed:
+        text += f"\n{watch.reason}"
+    status = "passed" if passed else "timeout" if watch.timed_out else "failed"
+    return Verdict(status, text[-_TAIL:], time.monotonic() - start)
+
+
+def _exchange(asking: _Side, answering: _Side, watch: _Watch) -> bool:
+    """Carry questions and answers, unread, until the check says that it has passed or either is gone. A check that has
+    asked nothing says nothing of the program."""
+    asked = False
+    while (message := asking.hear()) is not None:
+        if message == b'"passed"\n':
+            watch.reason = "" if asked else "the check asked the program nothing"
+            return asked
+        asked = True
+        answering.tell(message)
+        if (answer := answering.hear()) is None:
+            asking.close()  # then the check says so and ends
+        else:
+            asking.tell(answer)
+    return False
+
+
+class _Side:
+    """One sandboxed process and this end of its pipes."""
+
+    def __init__(self, within: Sandbox, limits: Limits):
+        self.within, self.limits = within, limits
+        # Stays empty outside: what the program writes is in its own mount namespace.
+        self.root = tempfile.mkdtemp(prefix="dllm-confined-")
+        try:
+            self.process = subprocess.Popen(
+                within.command(self.root, limits),
                 stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**_environment(within), "PATH": _PATH, "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
                 start_new_session=True,
-                cwd="/",
+                cwd=self.root if within.name == "none" else None if within.name == "docker" else "/",
             )
-            timed_out = False
-            try:
-                process.communicate(body.encode("utf-8", "replace"), timeout=limits.seconds)
-            except subprocess.TimeoutExpired:
-                timed_out = True
-            finally:  # also when this process is interrupted
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            size = out.seek(0, os.SEEK_END)
-            out.seek(max(0, size - 4096))
-            text = out.read().decode("utf-8", "replace")
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-    seconds = time.monotonic() - start
-    if timed_out:
-        return Verdict("timeout", text, seconds)
-    passed = process.returncode == 0 and text.endswith(f"\n{token}\n")
-    return Verdict("passed" if passed else "failed", text.removesuffix(f"\n{token}\n"), seconds)
+        except OSError as error:
+            shutil.rmtree(self.root, ignore_errors=True)
+            raise DllmError(f"cannot start a process for a generated program: {error}") from None
+        self._said = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        """Keep the end of what is printed, and stop listening to one that prints without end."""
+        assert self.process.stderr is not None
+        total = 0
+        with self.process.stderr as pipe:
+            while total <= self.limits.file_mb << 20 and (part := os.read(pipe.fileno(), 1 << 16)):
+                total += len(part)
+                self._said = (self._said + part)[-_TAIL:]
+
+    def tell(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it has ended, which `hear` will tell
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+
+    def hear(self) -> bytes | None:
+        """The next line; None where there is none, or one that is too long."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline(_LONGEST)
+        return line if line.endswith(b"\n") else None
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+    def said(self) -> bytes:
+        return self._said
+
+    def memory(self) -> int:
+        """Resident bytes of all its processes."""
+        total = 0
+        with contextlib.suppress(psutil.Error):
+            own = psutil.Process(self.process.pid)
+            for process in [own, *own.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_info().rss
+        return total
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.within.kill(self.process, self.root)
+
+    def end(self) -> None:
+        self.kill()
+        self.process.wait()
+        self.close()
+        self._reader.join(timeout=2)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _command(root: str, limits: Limits) -> list[str]:
-    privileged = os.geteuid() == 0
-    who = "root" if privileged else "user"
-    rlimits = (
-        f"--cpu={int(limits.seconds) + 1} --as={limits.memory_mb << 20} --fsize={limits.file_mb << 20} "
-        f"--nproc={limits.processes} --nofile={limits.open_files} --core=0"
-    )
-    identity = [] if privileged else ["--user", "--map-root-user"]
-    python = [sys_python(), "-I", "-S", "-B", "-c", _DRIVER]
-    return [
-        *(
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "unshare",
-            *identity,
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--net",
-            "--ipc",
-            "--uts",
-            "--mount",
-        ),
-        *("sh", "-c", _ENTER, "enter", root, str(limits.file_mb << 20), *_folders(), "--"),
-        *("sh", "-c", _LEAVE, "leave", who, str(secrets.choice(_UIDS)), rlimits, *python),
-    ]
+class _Watch:
+    """Starts the sides of one run, ends them when their time or memory is used up, and leaves none behind."""
+
+    def __init__(self, limits: Limits):
+        self.limits, self.reason, self.timed_out = limits, "", False
+        self._sides: list[_Side] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:  # also when this process is interrupted
+        self._over.set()
+        self._thread.join()
+        for side in self._sides:
+            side.end()
+
+    def start(self, within: Sandbox, header: Mapping[str, Any]) -> _Side:
+        side = _Side(within, self.limits)
+        self._sides.append(side)
+        side.tell(json.dumps({**header, "limits": self.limits.plain(), "guard": within.guarded}).encode() + b"\n")
+        return side
+
+    def _look(self) -> None:
+        end = time.monotonic() + self.limits.seconds
+        while not self._over.wait(0.1 if self._spent else min(0.1, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                self.timed_out = not self.reason
+            elif any(side.memory() > self.limits.memory_mb << 20 for side in list(self._sides)):
+                self.reason = f"MemoryError: more than {self.limits.memory_mb} MB"
+            if self._spent:
+                for side in list(self._sides):
+                    side.kill()
+
+    @property
+    def _spent(self) -> bool:
+        return self.timed_out or bool(self.reason)
+
+
+def _environment(within: Sandbox) -> dict[str, str]:
+    """What a client of docker needs to find its daemon, and Windows its own libraries; nothing for a program."""
+    names = {"docker": ("HOME", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG", "XDG_RUNTIME_DIR")}
+    kept = names.get(within.name, ("SYSTEMROOT",) if sys.platform == "win32" else ())
+    return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+def _python(interpreter: str) -> list[str]:
+    return [interpreter, "-I", "-S", "-B", "-c", _DRIVER]
 
 
 def sys_python() -> str:
@@ -219,4 +504,4 @@ def _outermost(path: str, paths: list[str]) -> bool:
 
 
 def _which(tool: str) -> str | None:
-    return shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin")
+    return shutil.which(tool, path=_PATH)

@@ -6,7 +6,7 @@ from dllm.training import tasks as source
 
 from ..config import GenerateSpec, TaskSpec
 from .base import Document, Graded, Task, takes
-from .confined import run
+from .scorers import judged
 
 NAMES = ("word_problems", "sudoku", "functions")
 DOCUMENTS = 100  # without `limit`: what two cores decode in half a minute
@@ -42,6 +42,4 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
 
 def _run(document: Document, text: str) -> Graded:
     meta = document.meta["example"].meta
-    verdict = run(text, _CHECK.format(reference=document.target, inputs=meta["inputs"]))
-    last = verdict.output.strip().splitlines()[-1:] if not verdict.passed else []
-    return Graded(float(verdict.passed), text, " ".join([verdict.status, *last])[:200])
+    return judged(text, _CHECK.format(reference=document.target, inputs=meta["inputs"]), text, entries=("f",))

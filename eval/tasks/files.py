@@ -6,7 +6,9 @@ its figures were made with.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +33,8 @@ class Shape:
     stop: tuple[str, ...] = ()
     max_new_tokens: int = 256
     chat: bool | None = None
-    prelude: str = ""  # code before the answer, for `python`
+    prelude: str = ""  # for `python`: code before the answer
+    context: str = ""  # code of the benchmark's own that the check may use
     derive: Callable[[dict[str, Any]], Mapping[str, Any]] = field(default=lambda row: {})
     clean: Callable[[Document, str], str] | None = None
 
@@ -59,7 +62,18 @@ def _mbpp(row: dict[str, Any]) -> Mapping[str, Any]:
         "text": row.get("text") or row.get("prompt", ""),
         "tests": "\n".join(tests),
         "check": "\n".join([setup, *tests]),
+        "_entries": _defined(str(row.get("code", "")), "\n".join(tests)),
     }
+
+
+def _defined(code: str, tests: str) -> list[str]:
+    """The names of the reference solution that the tests use: some are also names of Python's (`sum`)."""
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:
+        return []
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [name for name in names if re.search(rf"\b{name}\b", tests)]
 
 
 def _complete(document: Document, text: str) -> str:
@@ -92,6 +106,8 @@ HUMANEVAL = Shape(
     target="{test}\ncheck({entry_point})",
     metric="python",
     prelude="{prompt}",
+    context="{prompt}",
+    derive=lambda row: {"_entries": [row["entry_point"]]},
     stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     max_new_tokens=512,
 )
@@ -268,11 +284,15 @@ def _filled(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
 def _document(index: int, row: dict[str, Any], shape: Shape, shots: str) -> Document:
     full = _filled(row, shape)
     meta: dict[str, Any] = {k: full[k] for k in ("prompt", "entry_point") if k in full}
-    if shape.prelude:
-        meta["prelude"] = fill(shape.prelude, full)
+    meta |= {k: fill(template, full) for k in ("prelude", "context") if (template := getattr(shape, k))}
+    target = fill(shape.target, full)
+    if shape.metric == "python":
+        meta["entries"] = full.get("_entries", ())
+        if not target.strip():
+            raise DllmError("the check is empty, so any program would pass it")
     name = str(row.get("id", row.get("task_id", index)))
     prompt: Prompt = shots + fill(shape.prompt, full)
-    return Document(name, prompt, fill(shape.target, full), meta)
+    return Document(name, prompt, target, meta)
 
 
 def _version(shape: Shape) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dllm.errors import DllmError, unknown
 
 from .base import Document, Graded
-from .confined import run
+from .confined import last_line, run
 
 NUMBER = r"(-?\$?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)"
 # Names that `extract:` may use instead of a regular expression; of several matches the last counts.
@@ -114,11 +115,19 @@ def _math_verify() -> tuple[Callable[..., bool], Callable[..., list]]:
 
 
 def python(document: Document, answer: str) -> Graded:
-    """The target is a program that checks: it runs after the answer, in its scope, confined."""
-    prelude = str(document.meta.get("prelude", ""))
-    verdict = run(prelude + answer, document.target)
-    last = verdict.output.strip().splitlines()[-1:] if not verdict.passed else []
-    return Graded(float(verdict.passed), answer, " ".join([verdict.status, *last])[:200])
+    """The target is a program that checks the answer's names; each runs confined, in a process of its own."""
+    meta = document.meta
+    program = str(meta.get("prelude", "")) + answer
+    return judged(
+        program, document.target, answer, context=str(meta.get("context", "")), entries=meta.get("entries", ())
+    )
+
+
+def judged(program: str, check: str, answer: str, **options: Any) -> Graded:
+    """The verdict of `confined.run`, with the last word of a program that failed."""
+    verdict = run(program, check, **options)
+    words = [verdict.status] if verdict.passed or verdict.status == "timeout" else [verdict.status, last_line(verdict)]
+    return Graded(float(verdict.passed), answer, " ".join(words)[:200])
 
 
 METRICS: dict[str, Callable[[Document, str], Graded]] = {
