@@ -224,12 +224,12 @@ def visible(source: str) -> str | None:
         return None
 
 
-def drawn(tree: Path, areas: dict[str, dict], seed: int) -> Iterator[Mutant]:
+def drawn(tree: Path, areas: dict[str, list[str]], seed: int) -> Iterator[Mutant]:
     """All mutants in the order of the seed. A mutant's place depends on nothing but itself, so that an edit elsewhere
     changes a draw little."""
     ops, candidates, seen = operators(), [], set()
-    for area, spec in areas.items():
-        for path in sorted(p for pattern in spec["sources"] for p in tree.glob(pattern)):
+    for area, patterns in areas.items():
+        for path in sorted(p for pattern in patterns for p in tree.glob(pattern)):
             name, source = path.relative_to(tree).as_posix(), path.read_text()
             seen.add((name, visible(source)))
             nodes, scopes = list(ast_nodes(parso.parse(source))), Scopes(source)

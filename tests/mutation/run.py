@@ -8,7 +8,7 @@ Works on a copy of a commit (`--rev`, default HEAD), never on the working tree. 
 run that was killed goes on where it stopped. At a later commit mutants that were killed stay killed as long as the
 function around them is the same; survivors meet the tests of that commit (`--fresh` forgets everything).
 
-A first pass runs the tests of an area with coverage. A mutant then meets only the tests that run its lines, quick ones
+A first pass runs an area's tests with coverage. A mutant then meets only the tests that run its lines, quick ones
 first and each test function once before its other parameters, until one fails or `--budget` seconds of tests are spent.
 Tests run in forks of a process that has imported torch already. A mutant that takes five times the processor time of
 its tests has hung: it counts as killed.
@@ -151,16 +151,17 @@ def forked(tree: Path, args: list[str], plugins: list[Any], limit: float, log: P
         time.sleep(0.02)
 
 
-class Area:
-    """One area of a campaign: its copy of the tree, what its tests cover, its answers so far."""
+class Room:
+    """Areas that the same tests judge: their copy of the tree, and which test runs which line."""
 
-    def __init__(self, name: str, spec: dict[str, list[str]], folder: Path, commit: str) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], folder: Path, commit: str) -> None:
         self.name, self.spec, self.commit = name, spec, commit
         self.folder, self.tree = folder / name, folder / name / "tree"
         self.log = self.folder / "pytest.log"
 
     def prepare(self) -> None:
         """Copy the commit, unless it is there already, and learn which test runs which line."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         stamp = self.folder / "commit"
         if not stamp.exists() or stamp.read_text() != self.commit:
             shutil.rmtree(self.tree, ignore_errors=True)
@@ -170,8 +171,9 @@ class Area:
         out = self.folder / "coverage.json"
         if not out.exists():
             print(f"{self.name}: running its tests with coverage", flush=True)
-            sources = [p for pattern in self.spec["sources"] for p in self.tree.glob(pattern)]
-            args = [*self.files(), "-q", "-p", "no:cacheprovider"]
+            patterns = [pattern for patterns in self.spec["areas"].values() for pattern in patterns]
+            sources = [p for pattern in patterns for p in self.tree.glob(pattern)]
+            args = [*self.files(), "-q", "-p", "no:cacheprovider", "-k", self.spec.get("select", "")]
             forked(self.tree, args, [Tracer(self.tree, sources, out)], 0, self.log)
             if not out.exists() or json.loads(out.read_text())["status"] != 0:
                 out.unlink(missing_ok=True)
@@ -211,7 +213,7 @@ class Area:
         """Run the tests against one mutant."""
         order, cut = self.choose(mutant, budget)
         file, began = self.tree / mutant.path, time.monotonic()
-        answer = {"identity": mutant.identity, "area": self.name, "path": mutant.path, "line": mutant.line,
+        answer = {"identity": mutant.identity, "area": mutant.area, "path": mutant.path, "line": mutant.line,
                   "scope": mutant.scope, "operator": mutant.operator, "commit": self.commit,
                   "diff": mutant.diff(self.tree), "tests": len(order), "cut": cut}  # fmt: skip
         if not order:
@@ -283,11 +285,12 @@ def main() -> None:
     parser.add_argument("--area", action="append", help="run only this area's part of the draw (may be repeated)")
     parser.add_argument("--rev", default="HEAD", help="the commit whose files are copied")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutation")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests that a mutant may meet")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of tests that a mutant may meet")
     parser.add_argument("--fresh", action="store_true", help="forget all answers")
     parser.add_argument("--report", action="store_true", help="print what is known and stop")
     options = parser.parse_args()
-    areas = tomllib.loads((HERE / "areas.toml").read_text())
+    rooms = tomllib.loads((HERE / "areas.toml").read_text())
+    areas = {area: sources for spec in rooms.values() for area, sources in spec["areas"].items()}
     if unknown := set(options.area or ()) - set(areas):
         parser.error(f"no area {', '.join(sorted(unknown))}; there are {', '.join(areas)}")
     if options.fresh:
@@ -299,30 +302,31 @@ def main() -> None:
         copy(commit, source)
     mutants = list(itertools.islice(drawn(source, areas, options.seed), options.n))
     if not options.report:
-        for name in options.area or areas:
-            campaign(Area(name, areas[name], options.out, commit), [m for m in mutants if m.area == name], options)
+        wanted = options.area or list(areas)
+        for name, spec in rooms.items():
+            mine = [m for m in mutants if m.area in wanted and m.area in spec["areas"]]
+            campaign(Room(name, spec, options.out, commit), mine, options)
     print(report(mutants, answers(options.out)))
 
 
-def campaign(area: Area, mutants: list[Mutant], options: argparse.Namespace) -> None:
-    """Answer those mutants of an area that have no answer yet, or survived the tests of another commit."""
+def campaign(room: Room, mutants: list[Mutant], options: argparse.Namespace) -> None:
+    """Answer those mutants that have no answer yet, or survived the tests of another commit."""
     known = answers(options.out)
 
     def settled(m: Mutant) -> bool:
         answer = known.get(m.identity)
-        return answer is not None and (answer["outcome"] != "survived" or answer["commit"] == area.commit)
+        return answer is not None and (answer["outcome"] != "survived" or answer["commit"] == room.commit)
 
     todo = [m for m in mutants if not settled(m)]
     if not todo:
         return
-    area.folder.mkdir(parents=True, exist_ok=True)
-    area.prepare()
-    with (area.folder / "answers.jsonl").open("a") as file:
+    room.prepare()
+    with (room.folder / "answers.jsonl").open("a") as file:
         for i, mutant in enumerate(todo):
-            answer = area.judge(mutant, options.budget)
+            answer = room.judge(mutant, options.budget)
             file.write(json.dumps(answer) + "\n")
             file.flush()
-            print(f"{area.name} {i + 1}/{len(todo)} {mutant.path}:{mutant.line} {mutant.operator}: {answer['outcome']} "
+            print(f"{room.name} {i + 1}/{len(todo)} {mutant.path}:{mutant.line} {mutant.operator}: {answer['outcome']} "
                   f"{answer['seconds']:.1f} s {answer['by']}", flush=True)  # fmt: skip
 
 
