@@ -124,6 +124,15 @@ def test_dllm_cache_by_hand():
         assert min(seen[step]) >= 4, "the prompt is left alone"
 
 
+@pytest.mark.parametrize("rho", [0.6, 0.51])  # of ten columns: rounded up
+def test_dllm_cache_fills_its_share_with_what_was_computed_longest_ago(rho):
+    """Six columns a step: the masks of the open block, its last commit, and as many of the second block as are left
+    over, those first whose turn has not come yet."""
+    seen, _ = recomputed(f"dllm_cache:prompt_every=20,response_every=20,rho={rho}")
+    assert [len(columns) for columns in seen[1:5]] == [6] * 4
+    assert [{c for c in columns if c >= 9} for columns in seen[1:4]] == [{9}, {10, 11}, {12, 13}]
+
+
 def test_caches_of_the_command_line():
     assert policy("dllm_cache:rho=0.5,response_every=2").rho == 0.5
     assert policy({"name": "interval", "every": 4}).every == 4 and policy(None).name == "none"

@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import model
@@ -15,13 +16,15 @@ from torch import Tensor
 
 import dllm
 from dllm import lookahead
-from dllm.canvas import State
+from dllm.branches import Query, name, queries
+from dllm.canvas import Plan, State
 from dllm.cli.generate import promise
 from dllm.engine import Part, Runner, decode, opened, step
 from dllm.errors import DllmError
 from dllm.generation import prepare
 from dllm.guesses import Chain, Drafts
 from dllm.lookahead import Lookahead, Walk, alike
+from dllm.memo import differ, written
 from dllm.meter import Meter
 from dllm.pace import Pace
 from dllm.samplers import registry
@@ -135,6 +138,62 @@ def test_ties_go_left_to_right() -> None:
     text, nfe, script = run(table, "confidence", 3)
     assert (text, nfe) == ("AAA", 2)
     assert script.calls[1] == ["A__", "AA_"]
+
+
+# -- what equal queries are -------------------------------------------------------------------------------------------
+
+
+AUTHORS = {0: np.array([1, 2, 3, 4, 5])}  # of the five slots of a lane
+
+
+def query(authors: Any = AUTHORS, **changes: Any) -> Query:
+    """One row that feeds columns 2 and 3, sees slots 0 to 3 and keeps column 2."""
+    table = {
+        "ids": [[7, 8]], "pos": [[2, 3]], "fresh": [[True, True]], "keep": [[True, False]],
+        "visible": [[[True, True, True, True, False]] * 2], "lane": [0], **changes,
+    }  # fmt: skip
+    plan = Plan(**{k: torch.tensor(v) for k, v in table.items()}, refresh=False, stored=True)
+    return name(queries(plan, 1)[0], authors)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ids": [[7, 9]]},
+        {"pos": [[2, 4]]},
+        {"keep": [[False, False]]},
+        {"keep": [[True, True]]},
+        {"fresh": [[True, False]], "visible": [[[True] * 4 + [False] * 3] * 2]},
+        {"visible": [[[True, False, True, True, False]] * 2]},
+        {"visible": [[[True, False, True, True, False], [True, True, True, True, False]]]},  # to one of its queries
+        {"authors": {0: np.array([1, 9, 3, 4, 5])}},
+    ],
+    ids=str,
+)
+def test_queries_that_may_be_answered_differently_have_different_keys(changes: dict[str, Any]) -> None:
+    assert query(**changes).key != query().key
+
+
+def test_private_queries_that_see_each_other_differently_have_different_keys() -> None:
+    private = {"fresh": [[True, False]]}
+    one, other = [[True] * 4 + [False, False, False], [True] * 4 + [False, False, True]], [[True] * 4 + [False] * 3] * 2
+    assert query(**private, visible=[one]).key != query(**private, visible=[other]).key
+
+
+def test_what_a_query_does_not_see_is_not_in_its_key() -> None:
+    """Slots 2 and 3 it writes itself, slot 4 it does not see."""
+    assert query({0: np.array([1, 2, 8, 8, 8])}).key == query().key
+
+
+def test_only_kept_slots_change_their_author() -> None:
+    assert written(AUTHORS, query(), 7)[0].tolist() == [1, 2, 7, 4, 5]
+    assert AUTHORS[0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_query_is_behind_where_it_sees_a_slot_of_another_history() -> None:
+    for slot, behind in enumerate([True, True, False, False, False]):
+        other = {0: np.where(np.arange(5) == slot, 9, AUTHORS[0])}
+        assert differ(AUTHORS, other, query()) is behind
 
 
 # -- drafters ---------------------------------------------------------------------------------------------------------
@@ -407,6 +466,24 @@ def test_branches_share_the_stored_prefix(monkeypatch: pytest.MonkeyPatch) -> No
         model("tiny-llada-random"), [PROMPT, PROMPT[2:]], cache="dual", max_new_tokens=16, block_length=8, lookahead=4
     )
     assert max(width for _, width in seen) == 4 * 8
+
+
+@pytest.mark.parametrize("most", [1, 3, 5])
+def test_no_forward_has_more_rows_than_max_rows(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences: at most `most` rows, guesses included, or the true ones alone where these are more."""
+    seen: list[int] = []
+    forward = Walk.hidden
+
+    def watch(self: Walk, fed: Any) -> Tensor:
+        seen.append(len(fed.ids))
+        return forward(self, fed)
+
+    monkeypatch.setattr(Walk, "hidden", watch)
+    prompts = [PROMPT, PROMPT[1:], PROMPT[2:]]
+    dllm.generate(
+        model("tiny-llada-random"), prompts, lookahead={"rows": 4, "max_rows": most}, early_stop=False, **CALL
+    )
+    assert max(seen) == max(most, 3)
 
 
 @pytest.mark.parametrize(

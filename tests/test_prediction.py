@@ -104,3 +104,20 @@ def test_noise_is_a_pure_function_of_its_keys() -> None:
     many = noise.uniform(torch.zeros(1, dtype=torch.long), torch.arange(50_000), torch.zeros(1, dtype=torch.long))
     assert abs(float(many.mean()) - 0.5) < 0.01
     assert abs(float(many.var()) - 1 / 12) < 0.002
+
+
+def test_the_streams_of_a_step_are_independent() -> None:
+    """Token, order, transfer and remasking draws of one step: each uniform, no two alike, no value twice."""
+    streams = (noise.TOKEN, noise.ORDER, noise.TRANSFER, noise.REMASK)
+    seed, step = torch.arange(40)[:, None, None], torch.arange(10)[:, None]
+    draws = torch.stack([noise.uniform(seed, step, torch.arange(50), s).flatten() for s in streams])
+    assert (draws.mean(1) - 0.5).abs().max() < 0.01
+    assert (draws.corrcoef() - torch.eye(4)).abs().max() < 0.03
+    assert draws.unique().numel() == draws.numel()
+
+
+def test_gumbel_rows_of_another_position_step_or_seed_are_others() -> None:
+    at = [torch.tensor(x) for x in ([0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1])]
+    rows = noise.gumbel_rows(*at, 5000)
+    assert (rows.corrcoef() - torch.eye(4)).abs().max() < 0.06
+    assert rows.mean().item() == pytest.approx(0.5772, abs=0.03) and rows.var().item() == pytest.approx(1.645, abs=0.1)

@@ -110,6 +110,16 @@ def test_hierarchy_remasks_fewer_than_it_commits() -> None:
     assert writes(out)[1] == {2, 3} and masked_again(out)[1] == {0}  # the less probable of the two, 0.1 / 7
 
 
+def test_a_stop_may_still_be_taken_back_inside_an_open_block() -> None:
+    """The first step closes the prefix with an end of sequence; the second finds it improbable and masks it again."""
+    first = torch.cat([peaks([(1, 0.95), (3, 0.95)], 8), confident(0.3, 0.3)])
+    second = torch.cat([peaks([(1, 0.95), (2, 0.95)], 8), confident(0.95, 0.95)])
+    out = decode(Scripted([first, second], eos=3), 4, {"name": "hierarchy", "tau_remask": 0.3}, early_stop=True)
+    assert (out.tokens, out.nfe) == ([1, 2, 1, 1], 3)
+    keeps = decode(Scripted([first, second], eos=3), 4, "hierarchy", early_stop=True)
+    assert (keeps.tokens, keeps.nfe, keeps.finish_reason) == ([1], 1, "stop")
+
+
 # -- DSB ------------------------------------------------------------------------------------------------------------
 
 

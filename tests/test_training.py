@@ -66,6 +66,13 @@ def test_noise_levels_cover_the_interval_evenly() -> None:
     assert t.min() > 0 and t.max() <= 1
 
 
+def test_noise_levels_do_not_depend_on_the_place_in_the_batch() -> None:
+    """Else the first rows of every batch would be the barely masked ones."""
+    g = generator()
+    levels = torch.stack([noise_levels(4, g) for _ in range(2000)])
+    assert (levels.mean(0) - 0.5).abs().max() < 0.03
+
+
 def test_masking_touches_the_window_only_and_at_the_asked_rate() -> None:
     ids = torch.arange(5, 105).repeat(4000, 1)
     first = torch.full((4000,), 20)
