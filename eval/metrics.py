@@ -174,13 +174,13 @@ def aup(points: Sequence[tuple[float, float]], best: float | None = None, alpha:
 
     `points` are (tokens per forward, accuracy in percent); `best` is the best accuracy of any method on the task.
     Points that fall more than 5 percentage points below the first are cut; the first enters unweighted, as in the
-    authors' script.
+    authors' script. Curves can be compared only where they begin at one number of tokens per forward: see `areas`.
     """
     curve = sorted(points)
     if not curve:
         return math.nan
     first = curve[0]
-    curve = [point for point in curve if point[1] >= first[1] - KEEP]
+    curve = [point for point in curve if _kept(point, first)]
     top = max(best if best is not None else -math.inf, *(y for _, y in curve))
 
     def weighted(y: float) -> float:
@@ -190,6 +190,33 @@ def aup(points: Sequence[tuple[float, float]], best: float | None = None, alpha:
     for (rho0, y0), (rho1, y1) in itertools.pairwise(curve):
         area += 0.5 * (rho1 - rho0) * (weighted(y1) + weighted(y0))
     return area
+
+
+def areas(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, float]:
+    """AUP of every method on one task, all curves beginning at a common point.
+
+    The first point of a curve is not weighted, so one that began at 25 tokens per forward would count them all whatever
+    it lost. Here each begins at the slowest setting of any method (the most accurate of those within 5 % of it), unless
+    it has a point there itself; what loses more than 5 points against its beginning is cut. NaN: nothing is left.
+    """
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return {}
+    slowest = 1.05 * min(rho for rho, _ in points)
+    start = max((point for point in points if point[0] <= slowest), key=lambda point: point[1])
+    best = max(y for _, y in points)
+    out = {}
+    for name, curve in curves.items():
+        if min(rho for rho, _ in curve) <= slowest:
+            out[name] = aup(curve, best)
+        else:
+            kept = [point for point in curve if _kept(point, start)]
+            out[name] = aup([start, *kept], best) if kept else math.nan
+    return out
+
+
+def _kept(point: tuple[float, float], first: tuple[float, float]) -> bool:
+    return point[1] >= first[1] - KEEP - 1e-9  # percentages of fractions are off by rounding
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -251,7 +251,8 @@ def _areas(results: Results) -> str:
     lines = [[m, *(number(areas.get(m), 1) for areas in results.aup.values())] for m in methods]
     note = (
         "AUP (arXiv 2601.07568): area under accuracy × tokens per forward, weighted by the loss against the best "
-        "setting here; higher is better."
+        "setting here; higher is better. All curves of a task begin at its slowest setting; a dash: every point of the "
+        f"method loses more than {metrics.KEEP:.0f} points against that, so it has no area."
     )
     return f"## Accuracy under parallelism\n\n{note}\n\n" + table(["method", *results.aup], lines)
 

@@ -312,8 +312,7 @@ def _counted(cells: Sequence[Mapping[str, Any]], store: Store, config: Config) -
 
 
 def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """AUP of every method (the settings that share a sampler) on every task; the best accuracy of any is the
-    reference."""
+    """AUP of every method (the settings that share a sampler) on every task."""
     out: dict[str, dict[str, float]] = {}
     methods = config.methods()
     for task in dict.fromkeys(c["task"] for c in cells):
@@ -321,8 +320,7 @@ def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[
         for cell in cells:
             if cell["task"] == task and cell.get("tpf") is not None and not math.isnan(cell["tpf"]):
                 curves.setdefault(methods[cell["setting"]], []).append((cell["tpf"], 100 * cell["accuracy"]))
-        best = max((y for curve in curves.values() for _, y in curve), default=0.0)
-        out[task] = {name: metrics.aup(curve, best) for name, curve in curves.items()}
+        out[task] = metrics.areas(curves)
     return out
 
 

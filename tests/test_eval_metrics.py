@@ -44,6 +44,34 @@ def test_aup_cuts_points_that_lose_more_than_five():
     assert math.isnan(metrics.aup([]))
 
 
+@pytest.mark.parametrize(("first", "then"), [(70.0, 65.0), (100 * 0.62, 100 * 0.57), (100 * 0.83, 100 * 0.78)])
+def test_aup_keeps_a_point_that_loses_exactly_five(first, then):
+    assert metrics.aup([(1.0, first), (2.0, then)]) > first == metrics.aup([(1.0, first), (2.0, then - 0.01)])
+
+
+def test_areas_begin_at_a_common_point():
+    """A single fast point is no curve of its own: it would count all its tokens, whatever it lost."""
+    curves = {"plain": [(1.0, 100.0)], "fast and wrong": [(25.0, 70.0)], "fast and right": [(7.58, 100.0)]}
+    areas = metrics.areas(curves)
+    assert areas["plain"] == 100.0 and areas["fast and right"] == pytest.approx(758.0)
+    assert math.isnan(areas["fast and wrong"])
+    without = metrics.areas({k: v for k, v in curves.items() if k != "plain"})
+    assert without["fast and right"] == pytest.approx(758.0) and math.isnan(without["fast and wrong"])
+
+
+def test_areas_of_slow_starts_are_the_leaderboards():
+    """Curves that begin at one token per forward keep their own beginning; of several slow settings the most accurate
+    is where the others begin."""
+    assert metrics.areas({k: v for k, (v, _) in GSM8K.items()}) == pytest.approx(
+        {k: area for k, (_, area) in GSM8K.items()}, abs=0.06
+    )
+    areas = metrics.areas(
+        {"random": [(1.0, 40.0)], "confidence": [(1.0, 90.0)], "one": [(3.0, 50.0)], "two": [(3.0, 85.0)]}
+    )
+    assert areas["random"] == 40.0 and math.isnan(areas["one"]) and 90.0 < areas["two"] < 270.0
+    assert metrics.areas({}) == {}
+
+
 def test_interval():
     low, high = metrics.interval([0.0] * 50 + [1.0] * 50)
     assert 0.38 < low < 0.42 and 0.58 < high < 0.62  # normal theory: 0.402 … 0.598

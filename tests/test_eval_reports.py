@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from dllm.cli import app
 from dllm.errors import DllmError
-from dllm.eval import compare, plots
+from dllm.eval import compare, plots, tune
 from dllm.eval.config import load, method
 from dllm.eval.report import compact, report, table
 from dllm.eval.runner import Results, _results, areas
@@ -70,8 +71,11 @@ def test_report_puts_published_figures_beside_ours(tmp_path):
     assert "| credit | -50.0" in text and "| 4 | 0 | 0.125 | 4.00× " in text
     assert results.cell("sudoku", "threshold")["tpf"] == 2.0
     assert "## Overview" not in text  # of one task
-    # one point for each method, so the area is TPF × accuracy
-    assert results.aup["sudoku"] == pytest.approx({"confidence": 75.0, "threshold": 150.0, "credit": 100.0})
+    # all begin at the slowest, confidence; credit loses more than 5 points, so it has no area
+    assert results.aup["sudoku"] == pytest.approx(
+        {"confidence": 75.0, "threshold": 150.0, "credit": math.nan}, nan_ok=True
+    )
+    assert "| threshold | 150.0 |" in text and "| credit | – |" in text
 
 
 def test_methods_name_curves():
@@ -182,8 +186,6 @@ def test_the_choice_is_the_fastest_within_the_loss(tmp_path, loss, choice):
 
 
 def test_tuning_refuses_what_it_cannot_use(tmp_path):
-    from dllm.eval import tune
-
     with pytest.raises(DllmError, match="there is no `tune:`"):
         tune({"tasks": ["sudoku"]})
     with pytest.raises(DllmError, match="chooses the sampler"):
@@ -199,3 +201,19 @@ def test_command_line_mistakes(tmp_path):
     assert isinstance(shell.exception, DllmError) and "there is no configuration" in str(shell.exception)
     shell = CliRunner().invoke(app, ["eval", "--help"])
     assert shell.exit_code == 0 and "compare" in shell.stdout
+
+
+def test_tune_counts_the_work_of_answers_only(tmp_path, monkeypatch):
+    """A prompt that failed did no forwards: it is no work of the candidate's."""
+
+    def measured(config, **options):
+        cells = [
+            {"task": "sudoku", "setting": "baseline", "n": 4, "errors": 0, "accuracy": 0.5, "tokens": 40, "nfe": 10.0},
+            {"task": "sudoku", "setting": "credit", "n": 4, "errors": 2, "accuracy": 0.5, "tokens": 40, "nfe": 10.0},
+        ]
+        return Results(tmp_path, config, tuple(cells))
+
+    monkeypatch.setattr("dllm.eval.tuning.run", measured)
+    found = tune({"tasks": ["sudoku"], "tune": {"space": ["credit"]}})
+    assert "credit" in str(found.sampler)
+    assert found.tokens_per_forward == pytest.approx(2.0)  # 40 tokens in the 2 × 10 forwards that were made
