@@ -20,6 +20,8 @@ import yaml
 
 from dllm.errors import DllmError, unknown
 
+from .arguments import translated
+
 Path_ = tuple[Any, ...]
 
 
@@ -124,6 +126,7 @@ class TaskSpec:
     extract: str | tuple[str, ...] | None = None  # regular expressions, the first that matches; group 1 is the answer
     fields: dict[str, str] = field(default_factory=dict)  # the names a benchmark's columns have in the user's file
     options: dict[str, Any] = field(default_factory=dict)  # lm-eval: num_fewshot, include_path …
+    sampler: Any = None  # of this task only, in place of the setting's
     generate: GenerateSpec = field(default_factory=GenerateSpec)  # decoding arguments of this task only
 
 
@@ -198,9 +201,17 @@ class Config:
         return {s.label: method(s, several) for s in self.settings}
 
     def identity(self) -> dict[str, Any]:
-        """What a result depends on: `plain()` without where it runs and what it is compared with."""
+        """What results depend on: `plain()` without where it runs and what it is compared with."""
         ignored = ("engine", "expected", "unknown", "about", "out", "name", "confidence")
         return {k: v for k, v in self.plain().items() if k not in ignored}
+
+    def cells(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What the samples of each task and setting, by their labels, depend on. How many documents are asked, and
+        what else the file holds, is not in it."""
+        whole = {"seed": self.seed, "batch_size": self.batch_size}
+        tasks = {t.label or t.name: _prune(asdict(t), {"label", "limit"}) for t in self.tasks}
+        settings = {s.label: _prune(asdict(s), {"label", "source"}) for s in self.settings}
+        return {(t, s): {**whole, "task": tasks[t], "setting": settings[s]} for t in tasks for s in settings}
 
 
 # What `expected:` may name: the figures of a cell of the report.
@@ -300,6 +311,9 @@ def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
     except yaml.YAMLError:
         value = text
     whole = len(path) == 1 or path[1:] == ("name",)
+    if path[0] in ("sampler", "generate") and isinstance(data.get("tasks"), list):
+        entries = [_below_the_call(_own_names(entry), path, value, assignment) for entry in data["tasks"]]
+        data = {**data, "tasks": entries}
     sweep = data.get("matrix")
     axes = sweep if isinstance(sweep, list) else [sweep] if isinstance(sweep, dict) else []
     for axis in axes:
@@ -319,6 +333,30 @@ def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
         if whole:  # another name: the old one's parameters go with it
             return {**data, path[0]: _named(value)}
     return _assign(data, path, value, assignment)
+
+
+def _own_names(entry: Any) -> Any:
+    """A task's entry with lm-eval's `gen_kwargs` under our names in `generate`, so that there is one place to look."""
+    options = entry.get("options") if isinstance(entry, dict) else None
+    if not (isinstance(options, dict) and isinstance(options.get("gen_kwargs"), dict)):
+        return entry
+    said = translated(options["gen_kwargs"])
+    methods = {"sampler": said.pop("sampler")} if "sampler" in said else {}
+    rest = {k: v for k, v in options.items() if k != "gen_kwargs"}
+    return {**methods, **entry, "options": rest, "generate": {**said, **(entry.get("generate") or {})}}
+
+
+def _below_the_call(entry: Any, path: Path_, value: Any, assignment: str) -> Any:
+    """A task's entry without what this call says instead; a parameter is changed in the task's own sampler too."""
+    own = entry.get(path[0]) if isinstance(entry, dict) else None
+    if own is None:
+        return entry
+    rest = {k: v for k, v in entry.items() if k != path[0]}
+    if path[0] == "sampler":
+        whole = len(path) == 1 or path[1:] == ("name",)
+        return rest if whole else {**rest, "sampler": _assign(_named(own), path[1:], value, assignment)}
+    said = path[1:2] if len(path) > 1 else value or ()
+    return {**rest, "generate": {k: v for k, v in own.items() if k not in said} if isinstance(own, dict) else own}
 
 
 def _named(value: Any) -> Any:
@@ -379,6 +417,7 @@ def build(data: Mapping[str, Any], source: Source) -> Config:
     if not data.get("tasks"):
         raise source.error(("tasks",) if "tasks" in data else (), "no tasks; give for example `tasks: [word_problems]`")
     raw_tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
+    raw_tasks = [_own_names(entry) for entry in raw_tasks]
     tasks = tuple(make(TaskSpec, _named(t), ("tasks", i), source) for i, t in enumerate(raw_tasks))
     labels = [task.label or task.name for task in tasks]
     for i, label in enumerate(labels):

@@ -12,12 +12,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +28,10 @@ from tqdm import tqdm
 
 import dllm
 from dllm.errors import DllmError, unknown
-from dllm.generation import Arguments, encode
+from dllm.generation import Arguments, encode, prepare
 
+from . import metrics
+from .arguments import THEIRS, layered, translated
 from .config import Config, Setting, TaskSpec
 from .store import Row, Store, decoding_identity, sample_key
 from .worker import Worker, attempt, failed, measure
@@ -35,7 +40,6 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import Collator, normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise DllmError(f"lm-eval is missing ({error}): pip install 'dllm-toolkit[eval]'") from None
@@ -44,8 +48,45 @@ log = logging.getLogger(__name__)
 
 MAX_GEN_TOKS = 256  # lm-eval's own default
 SAMPLES = 128  # of the Monte-Carlo bound, as LLaDA's evaluation takes for likelihood tasks
-# Arguments of lm-eval requests that say nothing to a diffusion model, or that are read otherwise.
-_READ = {"until", "max_gen_toks", "do_sample", "temperature"}
+NO_TIME = {"seconds": 0.0, "share": 0.0}
+CUT = "had prompts that were cut on the left to fit the model"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request made ready: what `dllm.generate` gets, or the problem that there is with it."""
+
+    index: int  # of the answer
+    task: str
+    doc: int
+    context: str
+    given: Mapping[str, Any]  # lm-eval's own arguments of the request
+    seed: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    ids: Sequence[int] = ()
+    cut: int = 0  # tokens of the prompt that did not fit
+    problem: Exception | None = None
+
+
+def gen_kwargs_of_the_call() -> dict[str, Any]:
+    """The `gen_kwargs` of the `simple_evaluate` that is running. lm-eval writes them over a task's own arguments and
+    tells no model which is which; the order of precedence needs to know."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("lm_eval.evaluator", "simple_evaluate"):
+            given = frame.f_locals.get("gen_kwargs")
+            return dict(given) if isinstance(given, Mapping) else {}
+        frame = frame.f_back
+    return {}
+
+
+def stochastic(model: Any, ids: Sequence[int], arguments: Mapping[str, Any]) -> bool:
+    """Whether the sampler of such a call draws even at temperature 0."""
+    return bool(prepare(model, [list(ids)], arguments).sampler.needs.stochastic)
+
+
+def _said(output: Any) -> tuple[str, str | None]:
+    return ("", f"{type(output).__name__}: {output}") if isinstance(output, Exception) else (output.text, None)
 
 
 @register_model("dllm")
@@ -59,8 +100,10 @@ class DiffusionLM(LM):
                       answer is False
     seed              of every draw; request i of a rank uses seed + i
 
-    Everything else is an argument of `dllm.generate` (`sampler`, `cache`, `block_length`, `steps`, …) for every
-    request; a request's own `max_gen_toks`, `until`, `temperature`, `top_p` and `top_k` come first.
+    add_bos_token     every prompt begins with the bos token, as other lm-eval models have it
+
+    Everything else is an argument of `dllm.generate` (`sampler`, `cache`, `max_new_tokens`, `stop`, `temperature`, …)
+    for every request: below the call's `gen_kwargs` and above what a task's file says (`eval/arguments.py`).
     """
 
     def __init__(
@@ -75,6 +118,7 @@ class DiffusionLM(LM):
         mc_num: int = SAMPLES,
         mc_batch: int = 32,
         check_greedy: bool = False,
+        add_bos_token: bool = False,
         seed: int = 0,
         **decoding: Any,
     ) -> None:
@@ -93,9 +137,16 @@ class DiffusionLM(LM):
             raise DllmError(f"{pretrained} has no tokenizer, and lm-eval asks with text")
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size or 1)
         self.mc_num, self.mc_batch, self.check_greedy, self.seed = int(mc_num), int(mc_batch), check_greedy, int(seed)
-        Arguments.parse(decoding)  # unknown arguments are refused now, not at the first request
-        self.decoding = decoding
+        self.add_bos_token = bool(add_bos_token)
+        if self.add_bos_token and self.model.bos_id is None:
+            raise DllmError(f"add_bos_token: {pretrained} has no bos token")
+        # Wrong arguments are refused now, not at the first request.
+        Arguments.parse({k: v for k, v in decoding.items() if k not in THEIRS})
+        self.decoding = translated(decoding)
+        Arguments.parse(self.arguments({}))
         self.journal: Journal | None = None
+        self.used: dict[str, list[dict[str, Any]]] = {}  # decoding arguments by task
+        self.remarks: dict[str, int] = {}  # what happened to requests, and to how many
 
     # ------------------------------------------------------------------------------------------------------------ ranks
 
@@ -157,91 +208,167 @@ class DiffusionLM(LM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of the requests. Equal arguments share batches; every answer is cached when it is
-        there."""
-        indexed = [(request.args[0], request.args[1], i) for i, request in enumerate(requests)]
-        drawn = any(self.arguments(given).get("temperature") for _, given, _ in indexed)
-        # Long prompts first, to pad little and to run out of memory early; where tokens are drawn, in the given order.
-        collator = Collator(
-            indexed, lambda r: (0 if drawn else -len(r[0]), r[2]), group_fn=lambda r: r[1], group_by="gen_kwargs"
-        )
-        bar = tqdm(total=len(indexed), desc="dllm", disable=disable_tqdm or self.rank != 0, file=sys.stderr)
-        answers: list[str] = []
+        there. A request that cannot be decoded is answered with nothing, with its reason in the log."""
+        asks = self._asks(requests)
+        answers = [""] * len(asks)
+        bar = tqdm(total=len(asks), desc="dllm", disable=disable_tqdm or self.rank != 0, file=sys.stderr)
+        failures: list[str] = []
         with bar:
-            for batch in collator.get_batched(n=self.batch_size if not drawn else 1):
-                contexts, given, first = [c for c, _, _ in batch], batch[0][1], batch[0][2]
-                texts = self._answer(contexts, given, first)
-                for context, text in zip(contexts, texts, strict=True):
-                    self.cache_hook.add_partial("generate_until", (context, given), text)
-                answers += texts
-                bar.update(len(texts))
-        return collator.get_original(answers)
+            for batch in self._batches(asks):
+                for ask, (text, error) in zip(batch, self._answer(batch), strict=True):
+                    answers[ask.index] = text
+                    if error is None:
+                        self.cache_hook.add_partial("generate_until", (ask.context, ask.given), text)
+                    else:
+                        failures.append(error)
+                bar.update(len(batch))
+        self._say("failed and count as wrong", failures)
+        self._say(CUT, [f"{ask.cut} tokens" for ask in asks if ask.cut])
+        return answers
 
-    def _answer(self, contexts: list[str], given: Mapping[str, Any], first: int) -> list[str]:
-        """One batch; what a journal already holds is not decoded again."""
-        arguments, seed = self.arguments(given), self.seed + first
+    def _say(self, what: str, cases: Sequence[str]) -> None:
+        if cases:
+            self.remarks[what] = self.remarks.get(what, 0) + len(cases)
+            log.warning("%d requests %s; the first: %s", len(cases), what, cases[0])
+
+    def _asks(self, requests: Sequence[Any]) -> list[Ask]:
+        """Every request made ready. Its seed follows from its document, so that it is the same on any number of ranks
+        and under any limit."""
+        called, asks, repeat = gen_kwargs_of_the_call(), [], 0
+        for index, request in enumerate(requests):
+            context, given = request.args
+            repeat = repeat + 1 if index and request is requests[index - 1] else 0
+            doc, repeats = getattr(request, "doc_id", None), getattr(request, "repeats", None) or 1
+            number = index if doc is None else doc * repeats + repeat
+            task = getattr(request, "task_name", None) or ""
+            ask = Ask(index, task, number if doc is None else doc, context, given, self.seed + number)
+            asks.append(self._ready(ask, called))
+        return asks
+
+    def _ready(self, ask: Ask, called: Mapping[str, Any]) -> Ask:
+        """The ask with its arguments and token ids, or with what is wrong with it."""
+        try:
+            arguments = self.arguments(ask.given, called)
+            arguments["seed"] = arguments.get("seed", self.seed) + ask.seed - self.seed
+            used = {k: v for k, v in arguments.items() if k != "seed"}
+            if used not in (seen := self.used.setdefault(ask.task, [])):
+                seen.append(used)
+            Arguments.parse(arguments)
+            ids, cut = self._ids(ask.context, arguments["max_new_tokens"])
+        except (DllmError, TypeError, ValueError) as error:
+            return replace(ask, problem=error)
+        return replace(ask, arguments=used, seed=arguments["seed"], ids=ids, cut=cut)
+
+    def _batches(self, asks: Sequence[Ask]) -> Iterator[list[Ask]]:
+        """Requests of equal arguments. Row i of a call draws with the call's seed + i: where anything is drawn, a
+        batch is a run of consecutive seeds; else long prompts go first, to pad little and to run out of memory
+        early."""
+        groups: dict[str, list[Ask]] = {}
+        for ask in asks:
+            groups.setdefault(json.dumps(ask.arguments, sort_keys=True, default=str), []).append(ask)
+        for group in groups.values():
+            draws = self._draws(group[0])
+            batch: list[Ask] = []
+            for ask in group if draws else sorted(group, key=lambda a: -len(a.ids)):
+                if len(batch) == self.batch_size or (draws and batch and ask.seed != batch[-1].seed + 1):
+                    yield batch
+                    batch = []
+                batch.append(ask)
+            yield batch
+
+    def _draws(self, ask: Ask) -> bool:
+        """Whether an answer depends on its seed."""
+        try:
+            return bool(ask.arguments.get("temperature") or stochastic(self.model, ask.ids, ask.arguments))
+        except DllmError:  # it comes again when the batch is decoded, and is then these requests' reason
+            return False
+
+    def _answer(self, batch: Sequence[Ask]) -> list[tuple[str, str | None]]:
+        """Text and error of each; what a journal already holds is not decoded again."""
         if self.journal is None:
-            return [output.text for output in self._decode(contexts, arguments, seed)]
-        keys = self.journal.keys(contexts, given, arguments, seed)
-        if not self.journal.holds(keys):  # the whole batch again, so that a resumed row is what it would have been
-            outcomes = attempt(lambda some, seed: self._decode(some, arguments, seed), contexts, seed)
-            self.journal.add(keys, contexts, outcomes)
-        return self.journal.texts(keys)
+            return [_said(output) for output, _ in self._outcomes(batch)]
+        if not self.journal.holds(batch):  # the whole batch again, so that a resumed row is what it would have been
+            self.journal.add(batch, self._outcomes(batch))
+        return self.journal.answers(batch)
 
-    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of `dllm.generate` for one request."""
-        asked = dict(normalize_gen_kwargs(dict(given), MAX_GEN_TOKS))
-        out = {**self.decoding, "max_new_tokens": asked["max_gen_toks"]}
-        out["stop"] = [s for s in asked["until"] if isinstance(s, str) and s]
-        if "temperature" in given or "do_sample" in given:
-            out["temperature"] = float(asked.get("temperature", 0.0)) if asked.get("do_sample") else 0.0
-        known = set(Arguments.__dataclass_fields__) - set(out)
-        for name, value in asked.items():
-            if name in known:
-                out[name] = value
-            elif name not in _READ:
-                log.warning(
-                    "lm-eval's generation argument %s=%r means nothing to a diffusion model; left out", name, value
+    def _outcomes(self, batch: Sequence[Ask]) -> list[tuple[Any, dict[str, Any]]]:
+        """An output or the exception for each, and what the clock says."""
+        if batch[0].problem is not None:  # problems have no arguments, so they are batches of their own
+            return [(ask.problem, NO_TIME) for ask in batch]
+        return attempt(lambda some, seed: self.decode(some, batch[0].arguments, seed), list(batch), batch[0].seed)
+
+    def arguments(self, given: Mapping[str, Any], called: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """The arguments of `dllm.generate` for one request: what the call says (`--gen_kwargs`), then this model's
+        own (`--model_args`, or a configuration), then the task's file (`given`). A length that nobody says is lm-eval's
+        default, or half of what a small model can hold."""
+        length = {"max_new_tokens": min(MAX_GEN_TOKS, self.model.max_positions // 2)}
+        out = layered(translated(called), self.decoding, translated(given), length)
+        for name, plain in (("n", 1), ("infill", False)):
+            if out.pop(name, plain) != plain:
+                raise DllmError(
+                    f"{name}: lm-eval asks for one continuation a request (a task's own `repeats:` for more)"
                 )
         return out
 
-    def _decode(self, contexts: list[str], arguments: dict[str, Any], seed: int) -> list[Any]:
-        ids = [self._ids(context, arguments["max_new_tokens"]) for context in contexts]
-        return dllm.generate(self.model, ids, **{**arguments, "seed": seed, "batch_size": len(ids)})
+    def decode(self, asks: Sequence[Ask], arguments: Mapping[str, Any], seed: int) -> list[Any]:
+        """One batch of equal arguments."""
+        given = {**arguments, "seed": seed, "batch_size": len(asks)}
+        return dllm.generate(self.model, [ask.ids for ask in asks], **given)
 
-    def _ids(self, context: str, room: int) -> list[int]:
-        """Token ids, cut on the left where context and answer would not fit."""
-        ids = encode(self.model, context, False) or self._start()
+    def _ids(self, context: str, room: int) -> tuple[list[int], int]:
+        """Token ids, cut on the left where context and answer would not fit, and how many were cut."""
+        ids = self._begin(encode(self.model, context, False))
         keep = self.model.max_positions - room
         if keep < 1:
             raise DllmError(f"max_gen_toks={room} leaves no room for a prompt in {self.model.max_positions} positions")
-        if len(ids) > keep:
-            log.warning("a prompt of %d tokens is cut on the left to %d", len(ids), keep)
-        return ids[-keep:]
+        return ids[-keep:], max(0, len(ids) - keep)
 
-    def _start(self) -> list[int]:
-        return [self.model.bos_id] if self.model.shift and self.model.bos_id is not None else []
+    def _begin(self, ids: list[int]) -> list[int]:
+        """Behind the bos token, where it was asked for or the model can begin with nothing else."""
+        bos = self.model.bos_id
+        needed = self.add_bos_token or (not ids and self.model.shift)
+        return [bos, *ids] if needed and bos is not None and ids[:1] != [bos] else ids
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What was used, for lm-eval's results file: decoding arguments by task, and requests that failed or were
+        cut."""
+        return {"decoding": self.used, "remarks": self.remarks}
 
     # ------------------------------------------------------------------------------------------------------- likelihood
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The Monte-Carlo lower bound of ln p(continuation | context), and whether the continuation is greedy."""
-        out = []
-        for request in tqdm(requests, desc="dllm", disable=disable_tqdm or self.rank != 0, file=sys.stderr):
-            context, continuation = request.args
+
+        def score(context: str, continuation: str) -> tuple[float, bool]:
             head, tail = self._pair(context, continuation)
             greedy = self.check_greedy and self._greedy(head, len(tail)) == tail
-            out.append((self._score(head, tail), bool(greedy)))
-            self.cache_hook.add_partial("loglikelihood", request.args, out[-1])
-        return out
+            return self._score(head, tail), bool(greedy)
+
+        return self._each(requests, "loglikelihood", score, (-math.inf, False), disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The bound of whole texts: each half window given the half before it, so that every token counts once."""
-        out = []
+
+        def score(text: str) -> float:
+            ids, half = encode(self.model, text, False), self.model.max_positions // 2
+            heads = {i: ids[max(0, i - half) : i] or self._begin([]) for i in range(0, len(ids), half)}
+            return sum(self._score(head, ids[i : i + half]) for i, head in heads.items())
+
+        return self._each(requests, "loglikelihood_rolling", score, -math.inf, disable_tqdm)
+
+    def _each(
+        self, requests: Sequence[Any], kind: str, score: Callable[..., Any], worst: Any, disable_tqdm: bool
+    ) -> list[Any]:
+        """The score of every request; the worst there is, with its reason in the log, for one that has none."""
+        out, failures = [], []
         for request in tqdm(requests, desc="dllm", disable=disable_tqdm or self.rank != 0, file=sys.stderr):
-            ids, half = encode(self.model, request.args[0], False), self.model.max_positions // 2
-            pieces = range(0, len(ids), half)
-            out.append(sum(self._score(ids[max(0, i - half) : i] or self._start(), ids[i : i + half]) for i in pieces))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, out[-1])
+            try:
+                out.append(score(*request.args))
+                self.cache_hook.add_partial(kind, request.args, out[-1])
+            except Exception as error:
+                out.append(worst)
+                failures.append(f"{type(error).__name__}: {error}")
+        self._say("failed and count as impossible", failures)
         return out
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -250,10 +377,11 @@ class DiffusionLM(LM):
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, head = encode(self.model, bare + continuation, False), encode(self.model, bare, False) if bare else []
-        tail = whole[len(head) :]
-        keep = self.model.max_positions - len(tail)
-        head = head or self._start()
-        return head[-keep:] if keep > 0 else [], tail
+        tail, head = whole[len(head) :], self._begin(head)
+        keep = max(0, self.model.max_positions - len(tail))
+        if len(head) > keep:
+            self._say(CUT, [f"{len(head) - keep} tokens"])
+        return head[len(head) - keep :] if len(head) > keep else head, tail
 
     def _score(self, head: list[int], tail: list[int]) -> float:
         options = {"samples": self.mc_num, "batch_size": self.mc_batch, "seed": self.seed}
@@ -275,26 +403,27 @@ class Journal:
     def __init__(self, store: Store, task: str, label: str, setting: Setting, weights: str):
         self.store, self.task, self.label, self.setting, self.weights = store, task, label, setting, weights
 
-    def keys(self, contexts: Sequence[str], given: Any, arguments: Mapping[str, Any], seed: int) -> list[str]:
+    def keys(self, batch: Sequence[Ask]) -> list[str]:
         """The identities of a batch's samples."""
-        out = []
-        for i, context in enumerate(contexts):
-            identity = decoding_identity(self.setting, {**arguments, "request": given}, seed + i)
-            out.append(sample_key(self.task, "", "", context, "", identity, self.weights))
-        return out
+        identities = [decoding_identity(self.setting, ask.arguments, ask.seed) for ask in batch]
+        return [
+            sample_key(self.task, "", ask.task, ask.context, "", identity, self.weights)
+            for ask, identity in zip(batch, identities, strict=True)
+        ]
 
-    def holds(self, keys: Sequence[str]) -> bool:
-        return all(key in self.store.rows for key in keys)
+    def holds(self, batch: Sequence[Ask]) -> bool:
+        return all(key in self.store.rows for key in self.keys(batch))
 
-    def texts(self, keys: Sequence[str]) -> list[str]:
-        return [self.store.rows[key]["text"] for key in keys]
+    def answers(self, batch: Sequence[Ask]) -> list[tuple[str, str | None]]:
+        rows = [self.store.rows[key] for key in self.keys(batch)]
+        return [(row["text"], row["error"]) for row in rows]
 
-    def add(self, keys: Sequence[str], contexts: Sequence[str], outcomes: Sequence[Any]) -> None:
+    def add(self, batch: Sequence[Ask], outcomes: Sequence[Any]) -> None:
         """Append a decoded batch; lm-eval's verdicts come later."""
-        head = {"task": self.label, "setting": self.setting.label, "index": -1, "doc": ""}
         rows = []
-        for key, context, (output, took) in zip(keys, contexts, outcomes, strict=True):
-            row: Row = {"key": key, **head, "prompt": _mark(context), "clock": took}
+        for key, ask, (output, took) in zip(self.keys(batch), batch, outcomes, strict=True):
+            head = {"task": self.label, "setting": self.setting.label, "index": ask.doc, "doc": str(ask.doc)}
+            row: Row = {"key": key, **head, "prompt": _mark(ask.context), "cut": ask.cut, "clock": took}
             if isinstance(output, Exception):
                 rows.append(row | failed(output))
             else:
@@ -302,21 +431,22 @@ class Journal:
                 rows.append({**row, **said, **measure(output), "error": None})
         self.store.append([row for row in rows if row["key"] not in self.store.rows])
 
-    def grade(self, samples: Sequence[Mapping[str, Any]], metric: str, task: str) -> None:
-        """Write lm-eval's verdicts into the rows of every rank: the same keys again, and the last of a key counts.
-        `task` is the label of these samples' line in the report."""
+    def grade(self, samples: Sequence[Mapping[str, Any]], metric: str, task: str) -> list[Row]:
+        """The rows of every rank with lm-eval's verdicts, written again: the last of a key counts. `task` is the
+        label of these samples' line in the report."""
         self.store.reload()
-        mine: dict[str, list[Row]] = {}
+        mine: dict[tuple[str, int], list[Row]] = {}
         for row in self.store.rows.values():
             if row["setting"] == self.setting.label and row["task"] in (self.label, task):
-                mine.setdefault(row["prompt"], []).append(row)
+                mine.setdefault((row.get("prompt", ""), row["index"]), []).append(row)
         rows = []
         for sample in samples:
-            known = {"index": sample["doc_id"], "doc": str(sample["doc_id"]), "target": str(sample["target"])}
-            for row in mine.get(_mark(_prompt(sample)), []):
+            known = {"target": str(sample["target"]), "task": task}
+            for row in mine.get((_mark(_prompt(sample)), sample["doc_id"]), []):
                 correct = 0.0 if row["error"] else float(sample.get(metric) or 0.0)
-                rows.append({**row, **known, "task": task, "correct": correct})
+                rows.append({**row, **known, "correct": correct})
         self.store.append([row for row in rows if row != self.store.rows[row["key"]]])
+        return rows
 
 
 def _mark(prompt: str) -> str:
@@ -353,50 +483,112 @@ def _managed(spec: TaskSpec) -> TaskManager:
     return _manager(**{k: spec.options[k] for k in ("include_path", "include_defaults") if k in spec.options})
 
 
-def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -> list[dict[str, Any]]:
-    """Evaluate the `lm-eval:` tasks of a configuration under every setting; their metrics, task by setting.
+class Drafting(DiffusionLM):
+    """A verifier whose answers are drafted as a setting says; the prompts are the verifier's."""
 
-    Generated answers go through our samples (so they resume and carry counts); likelihoods are lm-eval's alone.
+    def __init__(self, name: str, worker: Worker, setting: Setting, **options: Any):
+        super().__init__(name, worker.model(setting.model), **options)
+        assert setting.speculate is not None
+        self.worker, self.setting = worker, setting
+        self.tokenizer = worker.verifier(setting.speculate.verifier).tokenizer
+
+    def _ids(self, context: str, room: int) -> tuple[list[int], int]:
+        return [], 0
+
+    def _draws(self, ask: Ask) -> bool:
+        return bool(ask.arguments.get("temperature"))
+
+    def decode(self, asks: Sequence[Ask], arguments: Mapping[str, Any], seed: int) -> list[Any]:
+        given = {**arguments, "chat": False}  # lm-eval has applied the template
+        return self.worker.generate(self.setting, [ask.context for ask in asks], given, seed)
+
+    def _score(self, head: list[int], tail: list[int]) -> float:
+        raise DllmError("likelihoods are the model's alone; leave out `speculate` for this task")
+
+
+@dataclass
+class Found:
+    """What lm-eval's tasks gave: cells and rows of the report, and why some tasks were left out."""
+
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -> Found:
+    """Evaluate the `lm-eval:` tasks of a configuration under every setting.
+
+    Generated answers go through our samples (so they resume and carry counts); likelihoods are lm-eval's alone. A task
+    that cannot be had, or that fails, is left out with its reason.
     """
-    out = []
-    for setting in worker.config.settings:
-        model = worker.model(setting.model)
-        lm = DiffusionLM(setting.model.name, model, batch_size=config.batch_size, seed=config.seed)
+    out = Found()
+    for setting in config.settings:
+        lm = _model(setting, worker, config)
         for spec in config.tasks:
-            name, label = spec.name.removeprefix("lm-eval:"), spec.label or spec.name
-            options = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
-            lm.journal = Journal(store, name, label, setting, lm.model.identity())
-            lm.decoding = _decoding(setting, spec)
-            try:
-                found = simple_evaluate(
-                    model=lm,
-                    tasks=[name],
-                    limit=_limit(config, spec),
-                    task_manager=_managed(spec),
-                    bootstrap_iters=0,
-                    random_seed=config.seed,
-                    log_samples=True,
-                    **options,
-                )
-            except (KeyError, ValueError, TypeError, OSError) as error:  # OSError: data that cannot be reached
-                raise config.source.error(("tasks",), f"lm-eval cannot run {name!r}: {error}") from None
-            if found is None or not lead:
+            label = spec.label or spec.name
+            if label in out.skipped:
                 continue
-            for task, results in found["results"].items():
-                samples = found["samples"].get(task, [])
-                chosen = _chosen(results, spec.options.get("metric"))
-                line = label if len(found["results"]) == 1 else f"{label}:{task}"
-                filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
-                lm.journal.grade(filtered, chosen.split(",")[0], line)
-                out.append(_cell(line, setting, results, chosen, found["versions"].get(task, ""), samples))
+            lm.journal = Journal(store, spec.name, label, setting, "+".join(worker.weights_of(setting).values()))
+            lm.decoding, lm.used, lm.remarks = _decoding(setting, spec), {}, {}
+            try:
+                found = _evaluate(lm, spec, setting, config)
+            except DllmError:
+                raise
+            except Exception as error:
+                log.debug("lm-eval failed on %s", label, exc_info=True)
+                out.skipped[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                continue
+            if found is not None and lead:
+                _collect(out, found, lm, spec, setting, config)
     return out
 
 
+def _model(setting: Setting, worker: Worker, config: Config) -> DiffusionLM:
+    options = {"batch_size": config.batch_size, "seed": config.seed}
+    if setting.speculate is not None:
+        return Drafting(setting.model.name, worker, setting, **options)
+    return DiffusionLM(setting.model.name, worker.model(setting.model), **options)
+
+
+def _evaluate(lm: DiffusionLM, spec: TaskSpec, setting: Setting, config: Config) -> dict[str, Any] | None:
+    options = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
+    chat = layered(spec.generate.given(), setting.generate.given()).get("chat")
+    return simple_evaluate(
+        model=lm,
+        tasks=[spec.name.removeprefix("lm-eval:")],
+        limit=_limit(config, spec),
+        task_manager=_managed(spec),
+        bootstrap_iters=0,
+        random_seed=config.seed,
+        log_samples=True,
+        **({"apply_chat_template": chat} if chat is not None else {}) | options,
+    )
+
+
+def _collect(
+    out: Found, found: Mapping[str, Any], lm: DiffusionLM, spec: TaskSpec, setting: Setting, config: Config
+) -> None:
+    """The cells of one task (or group of tasks) under one setting, with the counts of our samples."""
+    label = spec.label or spec.name
+    assert lm.journal is not None
+    for task, results in found["results"].items():
+        samples = found["samples"].get(task, [])
+        chosen = _chosen(results, spec.options.get("metric"))
+        line = label if len(found["results"]) == 1 else f"{label}:{task}"
+        filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
+        rows = lm.journal.grade(filtered, chosen.split(",")[0], line)
+        counts = metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}
+        counts["cut"] = sum(bool(row["cut"]) for row in rows) or lm.remarks.get(CUT, 0)
+        cell = _cell(line, setting, results, chosen, found["versions"].get(task, ""), samples)
+        out.cells.append({**counts, **cell, "decoding": lm.used.get(task, [])})
+        out.rows += rows
+
+
 def _decoding(setting: Setting, spec: TaskSpec) -> dict[str, Any]:
-    """Sampler, cache and decoding arguments; stop strings and lengths are the task's."""
-    given = {**setting.generate.given(), **spec.generate.given()}
-    given = {k: v for k, v in given.items() if k not in ("stop", "chat")}
-    return {**given, "sampler": setting.sampler, "cache": setting.cache}
+    """Sampler, cache and decoding arguments of a task's entry and of the setting. Templates are lm-eval's business."""
+    methods = {"sampler": setting.sampler, "cache": setting.cache}
+    given = layered({**spec.generate.given(), "sampler": spec.sampler}, {**setting.generate.given(), **methods})
+    return {k: v for k, v in given.items() if k != "chat"}
 
 
 def _limit(config: Config, spec: TaskSpec) -> int | None:

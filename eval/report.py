@@ -12,6 +12,7 @@ from dllm.samplers.registry import TUNED
 from dllm.trace import Trace
 
 from . import metrics, plots
+from .config import describe
 from .store import Row, write
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _overview(results: Results, tasks: Sequence[str]) -> str:
 
 def _task(results: Results, task: str, rows: Sequence[Row], figures: bool) -> list[str]:
     cells = [cell for cell in results.cells if cell["task"] == task]
-    parts = [_table(cells)]
+    parts = [_table(cells), _decoding(cells)]
     rows = [row for row in rows if row["correct"] is not None]
     if any("lm_eval" in cell for cell in cells):
         lines = [[c["setting"], k, number(v, 4)] for c in cells for k, v in c.get("lm_eval", {}).items()]
@@ -116,7 +117,7 @@ def _task(results: Results, task: str, rows: Sequence[Row], figures: bool) -> li
 
 
 def _table(cells: Sequence[Mapping[str, Any]]) -> str:
-    head = ["setting", "n", "accuracy %", "interval", "NFE", "NFE≡", "TPF", "tokens/s", "per sample", "errors"]
+    head = ["setting", "n", "accuracy %", "interval", "NFE", "NFE≡", "TPF", "tokens/s", "per sample", "cut", "errors"]
     return compact(
         head,
         (
@@ -130,11 +131,38 @@ def _table(cells: Sequence[Mapping[str, Any]]) -> str:
                 number(c.get("tpf")),
                 number(c.get("clock", {}).get("tokens_per_second"), 1),
                 number(c.get("clock", {}).get("tokens_per_second_sample"), 1),
+                c.get("cut") or "–",
                 c.get("errors", 0),
             ]
             for c in cells
         ),
     )
+
+
+_NAMED = ("sampler", "cache", "max_new_tokens", "stop", "temperature")  # have columns of their own
+
+
+def _decoding(cells: Sequence[Mapping[str, Any]]) -> str:
+    """What every setting was decoded with, as the order of precedence settled it."""
+    lines = []
+    for cell in cells:
+        for used in cell.get("decoding", ()):
+            rest = {k: v for k, v in used.items() if k not in _NAMED}
+            lines.append(
+                [
+                    cell["setting"],
+                    describe(used["sampler"]) if used.get("sampler") else "–",
+                    describe(used["cache"]) if used.get("cache") else "–",
+                    used.get("max_new_tokens", "–"),
+                    used.get("temperature", "–"),
+                    ", ".join(map(repr, used.get("stop") or ())) or "–",
+                    ", ".join(f"{k}={v}" for k, v in rest.items()) or "–",
+                ]
+            )
+    if not lines:
+        return ""
+    head = ["setting", "sampler", "cache", "new tokens", "temperature", "stop", "other"]
+    return "Decoded with (a dash is the model family's own):\n\n" + compact(head, lines)
 
 
 def _work(cells: Sequence[Mapping[str, Any]]) -> str:

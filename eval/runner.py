@@ -25,8 +25,8 @@ from dllm.samplers import registry
 from . import engines, metrics
 from .config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
 from .store import Row, Store, write
-from .tasks.base import takes
-from .worker import Job, environment, load_tasks
+from .tasks.base import Task, takes
+from .worker import Job, arguments, available, environment
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Results:
     folder: Path
     config: Config
     cells: tuple[dict[str, Any], ...]
+    rows: tuple[Row, ...] = ()  # the samples behind the cells
     aup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task -> method -> area
     env: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
@@ -75,6 +76,7 @@ class Results:
             "cells": list(self.cells),
             "aup": self.aup,
             "env": self.env,
+            "samples": [row["key"] for row in self.rows],
         }
 
 
@@ -102,7 +104,9 @@ def run(
         given = rehearsal(given)
     check(given)
     own, foreign = _split(given)
-    tasks = load_tasks(own)
+    own, tasks, skipped = available(own)
+    if not (tasks or foreign.tasks):
+        raise DllmError("no task can run here: " + "; ".join(f"{label}: {why}" for label, why in skipped.items()))
     folder = Path(given.out or Path("runs") / given.name)
     engine = engines.start(own, str(folder), tasks)
     store: Store | None = None
@@ -110,28 +114,33 @@ def run(
         store = Store(folder, given, retry=retry_errors) if engine.lead else None
         engine.wait()
         store = store or Store(folder, given, lead=False)
-        weights = _decode(own, engine, store, tasks, progress and engine.lead)
+        weights, keys = _decode(own, engine, store, tasks, progress and engine.lead)
         engine.wait()
         store.reload()
         env = {**environment(), "weights": weights, "engine": given.engine.kind}
-        results = _results(own, store, tasks, folder, env)
+        rows = [row for key, row in store.rows.items() if key in keys]
+        results = _results(own, rows, tasks, folder, env)
         if foreign.tasks:
             from .harness import run_tasks
 
             found = run_tasks(foreign, store, engine.worker, engine.lead)
-            results = replace(results, cells=(*results.cells, *_counted(found, store, given)))
+            cells, rows = (*results.cells, *found.cells), [*rows, *found.rows]
+            results, skipped = replace(results, cells=cells, rows=tuple(rows)), skipped | found.skipped
         results = replace(results, config=given, aup=areas(given, results.cells), lead=engine.lead)
-        if dry_run:
-            results = replace(results, notices=(REHEARSED, *results.notices))
-        if bad := next((row for row in store.rows.values() if row.get("error")), None):
+        notices = [
+            *results.notices,
+            *_cut(results.cells),
+            *(f"{task} is left out: {why}" for task, why in skipped.items()),
+        ]
+        if bad := next((row for row in rows if row.get("error")), None):
             first = f"{bad['task']}, {bad['setting']}, document {bad['doc']}: {bad['error']}"
-            notice = f"{results.errors} samples failed and count as wrong; the first is {first}"
-            results = replace(results, notices=(*results.notices, notice))
+            notices.append(f"{results.errors} samples failed and count as wrong; the first is {first}")
+        results = replace(results, notices=(*([REHEARSED] if dry_run else []), *notices))
         if engine.lead:
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
             from .report import report
 
-            report(results, list(store.rows.values()), figures=not dry_run)
+            report(results, rows, figures=not dry_run)
         return results
     finally:
         if store is not None:
@@ -158,19 +167,19 @@ def check(config: Config) -> None:
         with _placed(setting.source, "cache"):
             caches.policy(setting.cache)
         with _placed(setting.source, "generate"):
-            arguments = Arguments(**setting.generate.given())
+            given = Arguments(**setting.generate.given())
         with _placed(setting.source, "generate", "lookahead"):
-            Lookahead.parse(arguments.lookahead or 1)
+            Lookahead.parse(given.lookahead or 1)
         if setting.speculate:
             with _placed(setting.source, "speculate", "options"):
                 drafting = SpecConfig.of(None, setting.speculate.options)
-                drafting.build_search(arguments.temperature > 0)
+                drafting.build_search(given.temperature > 0)
                 drafting.build_controller()
-            if any(map(_foreign, config.tasks)):
-                raise setting.source.error(("speculate",), "tasks of lm-eval are decoded by the model alone")
     for i, task in enumerate(config.tasks):
         with _placed(config.source, "tasks", i, "generate"):
             Arguments(**task.generate.given())
+        with _placed(config.source, "tasks", i, "sampler"):
+            registry.parse(task.sampler or "confidence")
         with _placed(config.source, "tasks", i):
             if _foreign(task):
                 from .harness import check_task
@@ -205,7 +214,13 @@ def rehearsal(config: Config) -> Config:
 
     settings = tuple(map(short, config.settings))
     tasks = tuple(
-        replace(t, limit=DRY_DOCUMENTS, generate=GenerateSpec(), options={**t.options, "rehearse": True})
+        replace(
+            t,
+            limit=DRY_DOCUMENTS,
+            sampler=_own_filter(t.sampler),
+            generate=GenerateSpec(),
+            options={**t.options, "rehearse": True},
+        )
         for t in config.tasks
     )
     out = config.out or f"runs/dry/{config.name}"
@@ -234,11 +249,12 @@ def jobs_of(config: Config, setting: int, sizes: Sequence[int]) -> Iterator[Job]
 
 def _decode(
     config: Config, engine: engines.Engine, store: Store, tasks: Sequence[Any], progress: bool
-) -> dict[str, str]:
-    """Run every job that is not finished, model by model, and append its rows as they come."""
+) -> tuple[dict[str, str], set[str]]:
+    """Run every job that is not finished, model by model, and append its rows as they come. Marks of the weights, and
+    the keys of this configuration's samples."""
     sizes = [len(task.documents) for task in tasks]
     weights: dict[str, str] = {}
-    done = set(store.rows)
+    done, keys = set(store.rows), set()
     bar = tqdm(total=sum(sizes) * len(config.settings), unit="sample", disable=not progress, file=sys.stderr)
     live = _Live(bar)
     with bar:
@@ -250,13 +266,29 @@ def _decode(
                 store.match_weights({**environment(), "weights": weights})
             jobs = [job for setting in settings for job in jobs_of(config, setting, sizes)]
             wanted = engine.keys(jobs)
-            bar.update(sum(key in done for keys in wanted for key in keys))
-            left = [job for job, keys in zip(jobs, wanted, strict=True) if not done.issuperset(keys)]
+            keys.update(key for batch in wanted for key in batch)
+            _unmixed(config, store, jobs, wanted)
+            bar.update(sum(key in done for batch in wanted for key in batch))
+            left = [job for job, batch in zip(jobs, wanted, strict=True) if not done.issuperset(batch)]
             for rows in engine.map(left):
                 fresh = [row for row in rows if row["key"] not in done]
                 store.append(fresh)
                 live.update(fresh)
-    return weights
+    return weights, keys
+
+
+def _unmixed(config: Config, store: Store, jobs: Sequence[Job], wanted: Sequence[Sequence[str]]) -> None:
+    """Errors: a sample of the same document under the same names that is not the one wanted now."""
+    have = {(row["task"], row["setting"], row["index"]): key for key, row in store.rows.items()}
+    for job, keys in zip(jobs, wanted, strict=True):
+        spec, setting = config.tasks[job.task], config.settings[job.setting]
+        task = spec.label or spec.name
+        for index, key in zip(range(job.start, job.stop), keys, strict=True):
+            if have.get((task, setting.label, index), key) != key:
+                raise DllmError(
+                    f"{store.folder} holds another sample of {task}, {setting.label!r}, document {index}: its data or "
+                    "the task have changed since; choose another folder with --out"
+                )
 
 
 class _Live:
@@ -284,31 +316,35 @@ class _Live:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def _results(config: Config, store: Store, tasks: Sequence[Any], folder: Path, env: Mapping[str, Any]) -> Results:
+def _results(
+    config: Config, rows: Sequence[Row], tasks: Sequence[Task], folder: Path, env: Mapping[str, Any]
+) -> Results:
+    """The figures of every task under every setting from the samples of this configuration."""
     cells = []
     for spec, task in zip(config.tasks, tasks, strict=True):
         label = spec.label or spec.name
         for setting in config.settings:
-            rows = [r for r in store.rows.values() if r["task"] == label and r["setting"] == setting.label]
-            rows.sort(key=lambda r: r["index"])
-            if not rows:
+            mine = [r for r in rows if r["task"] == label and r["setting"] == setting.label]
+            mine.sort(key=lambda r: r["index"])
+            if not mine:
                 continue
             cell = {"task": label, "setting": setting.label, "version": task.version}
-            cells.append({**cell, **metrics.summarize(rows, config.confidence, config.seed)})
+            used = {"decoding": [arguments(setting, spec, task)]}
+            cells.append({**cell, **metrics.summarize(mine, config.confidence, config.seed), **used})
     notices = [
         f"{spec.label or spec.name}: {len(task.skipped)} broken lines left out: {', '.join(task.skipped[:5])}"
         for spec, task in zip(config.tasks, tasks, strict=True)
         if task.skipped
     ]
-    return Results(folder, config, tuple(cells), areas(config, cells), env, tuple(notices))
+    return Results(folder, config, tuple(cells), tuple(rows), areas(config, cells), env, tuple(notices))
 
 
-def _counted(cells: Sequence[Mapping[str, Any]], store: Store, config: Config) -> Iterator[dict[str, Any]]:
-    """lm-eval's cells with the counts of our samples, where it asked for answers."""
-    for cell in cells:
-        rows = [r for r in store.rows.values() if (r["task"], r["setting"]) == (cell["task"], cell["setting"])]
-        rows = [r for r in rows if r["correct"] is not None]
-        yield {**(metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}), **cell}
+def _cut(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A sentence for each task whose prompts did not fit the model."""
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        counts = [f"{c['cut']} of {c['n']} under {c['setting']}" for c in cells if c["task"] == task and c.get("cut")]
+        if counts:
+            yield f"{task}: prompts were cut on the left to fit the model ({'; '.join(counts)})"
 
 
 def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -343,5 +379,6 @@ def read(folder: str | Path) -> tuple[dict[str, Any], list[Row], Config]:
         raise DllmError(f"there is no evaluation run in {folder}")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    rows = list({row["key"]: row for row in map(json.loads, filter(None, text.splitlines()))}.values())
+    rows = {row["key"]: row for row in map(json.loads, filter(None, text.splitlines()))}
+    rows = [rows[key] for key in results["samples"] if key in rows]
     return results, rows, load(folder / "config.yaml")

@@ -46,13 +46,12 @@ def decoding_identity(setting: Setting, generate: Mapping[str, Any], seed: int) 
     stay two lines of the report.
     """
     drafting = setting.speculate and [setting.speculate.verifier, setting.speculate.drafter, setting.speculate.options]
-    decoding = {"sampler": setting.sampler, "cache": setting.cache, "generate": generate, "speculate": drafting}
-    return {"setting": setting.label, "seed": seed, **decoding}
+    return {"setting": setting.label, "seed": seed, "generate": generate, "speculate": drafting}
 
 
 class Store:
-    """Reads and appends the samples of one run. `retry` drops the rows of prompts that failed. Errors: another
-    configuration's folder, a run in progress, a full disk."""
+    """Reads and appends the samples of one folder. `retry` drops the rows of prompts that failed. Errors: samples that
+    would mix with others, a run in progress, a full disk."""
 
     def __init__(self, folder: str | Path, config: Config, lead: bool = True, retry: bool = False):
         self.folder = Path(folder)
@@ -61,11 +60,15 @@ class Store:
         with _clear(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until close()
+        self.cells = {key: _mark(depends) for key, depends in config.cells().items()}
         if lead:
             self._claim()
-            self._match(config)
             self._mend()
+            if self.path.exists() and self.path.stat().st_size and not (self.folder / "config.yaml").exists():
+                raise DllmError(f"{self.folder} holds samples but no config.yaml; choose another folder with --out")
         self.reload()
+        if lead:
+            self._match(config)
         if retry and any(row.get("error") for row in self.rows.values()):
             self.rows = {key: row for key, row in self.rows.items() if not row.get("error")}
             write(self.path, _lines(self.rows.values()))
@@ -80,24 +83,17 @@ class Store:
             ) from None
 
     def _match(self, config: Config) -> None:
-        """Write the configuration, or refuse to mix with the samples of a different one."""
-        path, mine = self.folder / "config.yaml", config.identity()
-        if not (self.path.exists() and self.path.stat().st_size):
-            write(path, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
-            return
-        if not path.exists():
-            raise DllmError(
-                f"{self.folder} holds samples but no config.yaml, so they cannot be matched; choose another folder"
-            )
-        from .config import load
-
-        old = load(path).identity()
-        changed = sorted(key for key in {*old, *mine} if old.get(key) != mine.get(key))
-        if changed:
-            raise DllmError(
-                f"{self.folder} holds the samples of a different configuration (changed: {', '.join(changed)}); "
-                "choose another folder with --out, or delete this one"
-            )
+        """Write the configuration, or refuse one under which a task and setting of the same names would hold samples
+        of two kinds. More documents, another task or one more setting mix with nothing."""
+        path = self.folder / "config.yaml"
+        for row in self.rows.values():
+            task = row["task"] if (row["task"], row["setting"]) in self.cells else row["task"].rpartition(":")[0]
+            if row.get("cell") != self.cells.get((task, row["setting"]), row.get("cell")):
+                raise DllmError(
+                    f"{self.folder} holds samples of {task}, {row['setting']!r} of a different configuration "
+                    f"(changed: {_changed(path, config)}); choose another folder with --out, or delete this one"
+                )
+        write(path, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
 
     def match_weights(self, env: Mapping[str, Any]) -> None:
         """Record where and with which weights this runs; refuse weights that have changed under the same name."""
@@ -135,7 +131,9 @@ class Store:
                 raise DllmError(f"{self.path}, line {number}: not a sample; delete that line and run again") from None
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add finished samples. They are on disk when this returns."""
+        """Add finished samples, each with the mark of what it depends on. They are on disk when this returns."""
+        for row in rows:
+            row.setdefault("cell", self.cells.get((row["task"], row["setting"])))
         text = _lines(rows).encode()
         with _clear(self.path), open(self.path, "ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -154,6 +152,19 @@ class Store:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _mark(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _changed(path: Path, config: Config) -> str:
+    """What is different about a task and setting of the same names in the configuration of a folder."""
+    from .config import load
+
+    old, new = load(path).cells(), config.cells()
+    parts = {part for key in new if key in old for part in new[key] if old[key][part] != new[key][part]}
+    return ", ".join(sorted(parts)) or "since an earlier file"
 
 
 def _lines(rows: Iterable[Row]) -> str:

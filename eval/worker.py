@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
 from dllm.models.model import fingerprint
 
+from .arguments import layered
 from .config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
 from .store import Row, decoding_identity, sample_key
-from .tasks import Task
+from .tasks import Task, Unavailable
 from .tasks import load as load_task
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,12 @@ class Job:
     stop: int
 
 
-def arguments(config: Config, setting: Setting, spec: TaskSpec, task: Task) -> dict[str, Any]:
-    """The decoding arguments of a cell: the task's own defaults, then the configuration's, then those of its task
-    entry."""
-    return {**task.generate.given(), **setting.generate.given(), **spec.generate.given()}
+def arguments(setting: Setting, spec: TaskSpec, task: Task) -> dict[str, Any]:
+    """The decoding arguments of a cell, sampler and cache with them: those of the task's entry, then the setting's,
+    then the task's own defaults."""
+    methods = {"sampler": setting.sampler, "cache": setting.cache}
+    entry = {**spec.generate.given(), "sampler": spec.sampler}
+    return layered(entry, {**setting.generate.given(), **methods}, task.generate.given())
 
 
 class Drafted:
@@ -84,14 +87,24 @@ class Drafted:
 
 
 def load_tasks(config: Config) -> tuple[Task, ...]:
-    """Every task of a configuration, each error with its place in the file."""
-    tasks = []
+    """Every task of a configuration. Errors: each with its place in the file."""
+    _, tasks, skipped = available(config)
+    for label, reason in skipped.items():
+        raise Unavailable(f"{label}: {reason}")
+    return tasks
+
+
+def available(config: Config) -> tuple[Config, tuple[Task, ...], dict[str, str]]:
+    """The configuration and its loaded tasks without those that cannot run here, and the reason of each of these."""
+    tasks, skipped = [], {}
     for i, spec in enumerate(config.tasks):
         try:
-            tasks.append(load_task(spec, config.limit))
+            tasks.append((spec, load_task(spec, config.limit)))
+        except Unavailable as error:
+            skipped[spec.label or spec.name] = str(error)
         except DllmError as error:
             raise config.source.error(("tasks", i), str(error)) from None
-    return tuple(tasks)
+    return replace(config, tasks=tuple(s for s, _ in tasks)), tuple(t for _, t in tasks), skipped
 
 
 class Worker:
@@ -126,8 +139,11 @@ class Worker:
         return self._verifiers[name]
 
     def weights(self, index: int) -> dict[str, str]:
+        """`weights_of` one of the configuration's settings."""
+        return self.weights_of(self.config.settings[index])
+
+    def weights_of(self, setting: Setting) -> dict[str, str]:
         """A mark of the weights of every network of a setting: two checkpoints under one name do not share it."""
-        setting = self.config.settings[index]
         names = [setting.model.title]
         if names[0] not in self._marks:
             self.model(setting.model)
@@ -146,7 +162,7 @@ class Worker:
     def keys(self, job: Job) -> list[str]:
         """The identities of a job's samples."""
         setting, spec, task = self.config.settings[job.setting], self.config.tasks[job.task], self.tasks[job.task]
-        decoding = arguments(self.config, setting, spec, task)
+        decoding = arguments(setting, spec, task)
         weights = "+".join(self.weights(job.setting).values())
         out = []
         for index in range(job.start, job.stop):
@@ -159,13 +175,13 @@ class Worker:
     def run(self, job: Job) -> list[Row]:
         """Decode and grade one batch; a prompt the model fails on becomes an error row and the others go on."""
         setting, spec, task = self.config.settings[job.setting], self.config.tasks[job.task], self.tasks[job.task]
-        decoding = arguments(self.config, setting, spec, task)
+        decoding = arguments(setting, spec, task)
         documents = task.documents[job.start : job.stop]
         self._warm_up(job, setting, decoding, [d.prompt for d in documents])
         rows: list[Row] = []
         trace = job.start < self.config.trace
         outcomes = attempt(
-            lambda prompts, seed: self._generate(setting, prompts, decoding, seed, trace),
+            lambda prompts, seed: self.generate(setting, prompts, decoding, seed, trace),
             [d.prompt for d in documents],
             self.config.seed + job.start,
         )
@@ -192,27 +208,19 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(self.config.warmup):
             try:
-                self._generate(setting, list(prompts[:1]), decoding, self.config.seed, trace=False)
+                self.generate(setting, list(prompts[:1]), decoding, self.config.seed)
             except Exception:  # it will come again, and then be a row
                 log.debug("warm-up of %s failed", setting.label, exc_info=True)
                 return
 
-    def _generate(
-        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, trace: bool
+    def generate(
+        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, trace: bool = False
     ) -> list[Any]:
+        """One batch by a setting's model, drafted where it says so; row i draws with `seed + i`."""
         model = self.model(setting.model)
         if setting.speculate is not None:
             return [self._speculate(setting.speculate, model, p, decoding, seed + i) for i, p in enumerate(prompts)]
-        return dllm.generate(
-            model,
-            prompts,
-            sampler=setting.sampler,
-            cache=setting.cache,
-            seed=seed,
-            batch_size=len(prompts),
-            trace=trace,
-            **decoding,
-        )
+        return dllm.generate(model, prompts, seed=seed, batch_size=len(prompts), trace=trace, **decoding)
 
     def _speculate(self, spec: SpeculateSpec, model: Any, prompt: Any, decoding: Mapping[str, Any], seed: int) -> Any:
         """One prompt decoded by the verifier, drafted as the setting says."""

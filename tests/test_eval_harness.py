@@ -103,11 +103,11 @@ def test_every_batch_is_cached_when_it_is_there(model, monkeypatch):
     def third_fails(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            raise RuntimeError("power cut")
+            raise KeyboardInterrupt
         return honest(*args, **kwargs)
 
     monkeypatch.setattr(dllm, "generate", third_fails, raising=False)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KeyboardInterrupt):
         lm.generate_until(asked(*((f"{'x' * i}", given) for i in range(1, 7))), disable_tqdm=True)
     assert len(seen) == 4 and all(name == "generate_until" and args[1] == given for name, args, _ in seen)
 
@@ -138,8 +138,11 @@ def test_greedy_continuations_are_recognised_on_request(model):
 def test_arguments(model, caplog):
     lm = DiffusionLM(MODEL, model, temperature=0.3)
     assert lm.arguments({"until": "x"})["temperature"] == 0.3  # a request that says nothing leaves the model's
-    assert lm.arguments({"do_sample": False, "temperature": 0.9})["temperature"] == 0.0
+    assert lm.arguments({"do_sample": False, "temperature": 0.9})["temperature"] == 0.3  # the model's is above a file's
+    assert lm.arguments({}, {"do_sample": False, "temperature": 0.9})["temperature"] == 0.0
+    assert lm.arguments({}, {"temperature": None})["temperature"] == 0.3
     assert lm.arguments({"do_sample": True, "temperature": 0.9, "top_p": 0.8})["top_p"] == 0.8
+    assert "top_k" not in lm.arguments({"top_k": 0}) and lm.arguments({"top_k": 3})["top_k"] == 3
     assert lm.arguments({"max_new_tokens": 7})["max_new_tokens"] == 7
     lm.arguments({"num_beams": 3})
     assert "num_beams" in caplog.text
@@ -149,10 +152,76 @@ def test_arguments(model, caplog):
 
 def test_too_long_prompts_are_cut_on_the_left(model, caplog):
     lm = DiffusionLM(MODEL, model)
-    ids = lm._ids("word " * 400, 10)
-    assert len(ids) == model.max_positions - 10 and "cut on the left" in caplog.text
-    with pytest.raises(DllmError, match="no room"):
-        lm._ids("a", model.max_positions)
+    long, given = "word " * 400, {"until": [], "max_gen_toks": 10}
+    count = len(dllm.generation.encode(model, long, False))
+    cut = lm.generate_until(asked((long, given), ("Tom has 3", given)), disable_tqdm=True)
+    ids = dllm.generation.encode(model, long, False)[10 - model.max_positions :]
+    assert cut[0] == dllm.generate(model, ids, max_new_tokens=10).text
+    said = f"1 requests had prompts that were cut on the left to fit the model; the first: {count - len(ids)} tokens"
+    assert said in caplog.text and list(lm.get_model_info()["remarks"].values()) == [1]
+    caplog.clear()
+    full = {"until": [], "max_gen_toks": model.max_positions}
+    assert lm.generate_until(asked(("a", full), (long, given)), disable_tqdm=True) == ["", cut[0]]
+    assert "1 requests failed and count as wrong; the first: DllmError: max_gen_toks=" in caplog.text
+    assert "no room" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("context", "given", "reason"),
+    [
+        ("Tom has <mask> apples", {}, "contains the mask token"),
+        ("Tom has 3", {"n": 2}, "one continuation a request"),
+        ("Tom has 3", {"top_p": 3.0}, "top_p=3.0"),
+        ("Tom has 3", {"temperature": "warm"}, "temperature='warm'"),
+        ("Tom has 3", {"max_gen_toks": "many"}, "many"),
+        ("Tom has 3", {"sampler": "treshold"}, "did you mean 'threshold'"),
+    ],
+)
+def test_one_bad_request_is_answered_with_nothing_and_the_others_as_ever(model, caplog, context, given, reason):
+    lm, good = DiffusionLM(MODEL, model, batch_size=3), {"until": ["\n"], "max_gen_toks": 4}
+    context = context.replace("<mask>", model.tokenizer.convert_ids_to_tokens(model.mask_id))
+    pair = ("Tom has 4 apples", good)
+    alone = lm.generate_until(asked(pair), disable_tqdm=True)[0]
+    texts = lm.generate_until(asked(pair, (context, {**good, **given}), pair), disable_tqdm=True)
+    assert texts == [alone, "", alone] and reason in caplog.text
+
+
+def test_arguments_of_the_model_itself_are_refused_at_once(model):
+    assert model.bos_id is None
+    for wrong in ({"n": 2}, {"infill": True}, {"top_p": 3.0}, {"add_bos_token": True}):
+        with pytest.raises(DllmError):
+            DiffusionLM(MODEL, model, **wrong)
+
+
+def test_a_likelihood_that_cannot_be_had_is_the_worst_one(model, caplog):
+    mask = model.tokenizer.convert_ids_to_tokens(model.mask_id)
+    lm = DiffusionLM(MODEL, model, mc_num=2)
+    (bad, _), (good, _) = lm.loglikelihood(asked(("Tom", f" {mask}"), ("Tom", " has")), True)
+    assert bad == -float("inf") < good and "1 requests failed" in caplog.text
+
+
+def test_prompts_begin_with_bos_on_request(model, monkeypatch):
+    seen, honest = [], dllm.generate
+
+    def watched(model, ids, **arguments):
+        seen.extend(ids)
+        return honest(model, ids, **arguments)
+
+    monkeypatch.setattr(dllm, "generate", watched, raising=False)
+    monkeypatch.setattr(type(model), "bos_id", 5)
+    given = {"until": [], "max_gen_toks": 2}
+    for asks in ({"add_bos_token": True}, {}):
+        DiffusionLM(MODEL, model, **asks).generate_until(asked(("Tom has 3", given)), disable_tqdm=True)
+    assert seen[0] == [5, *seen[1]]
+
+
+def test_a_document_draws_the_same_whatever_stands_beside_it(model):
+    """Seeds follow the document: batches of any size, a limit, another rank's share."""
+    given = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+    all_of_them = [SimpleNamespace(args=(f"Tom has {i}", given), doc_id=i) for i in range(5)]
+    texts = [DiffusionLM(MODEL, model, batch_size=n).generate_until(all_of_them, True) for n in (1, 2, 5)]
+    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 1
+    assert DiffusionLM(MODEL, model, batch_size=4).generate_until(all_of_them[1::2], True) == texts[0][1::2]
 
 
 def test_what_both_versions_ask_of_a_model(model):

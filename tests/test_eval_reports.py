@@ -47,7 +47,7 @@ def folder_of(folder: Path, samples: list[dict], **changes) -> Results:
     store = Store(folder, config)
     store.append(samples)
     tasks = [Task("sudoku", "1", (), lambda d, t: None)]
-    results = _results(config, store, tasks, folder, {"weights": {"tiny": "abc"}, "packages": {}})
+    results = _results(config, samples, tasks, folder, {"weights": {"tiny": "abc"}, "packages": {}})
     (folder / "results.json").write_text(json.dumps(results.plain()))
     if changes.get("expected"):
         report(results, samples)
@@ -101,7 +101,7 @@ def test_several_tasks_begin_with_an_overview(tmp_path):
     tasks = [Task(name, "1", (), lambda d, t: None) for name in ("sudoku", "word_problems")]
     store = Store(tmp_path, config)
     store.append(both)
-    results = _results(config, store, tasks, tmp_path, {})
+    results = _results(config, list(store.rows.values()), tasks, tmp_path, {})
     store.close()
     text = report(results, both, figures=False).read_text(encoding="utf-8")
     assert "| setting | sudoku | word_problems |" in text and "| credit | 25.0 · 4.00 | 100.0 · 4.00 |" in text

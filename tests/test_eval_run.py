@@ -159,8 +159,80 @@ def test_full_disk_and_resume(tmp_path):
 
 
 def test_a_changed_configuration_refuses_to_mix(whole):
-    with pytest.raises(DllmError, match=r"different configuration \(changed: seed, tasks, trace\)"):
-        run(config(seed=1), out=whole, progress=False)
+    for change, name in (
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 3}, "batch_size"),
+        ({"generate": {"max_new_tokens": 8, "block_length": 2}}, "setting"),
+        ({"tasks": [{"name": "word_problems", "seed": 1}]}, "task"),
+    ):
+        with pytest.raises(DllmError, match=rf"different configuration \(changed: {name}\)"):
+            run(config(**change), out=whole, progress=False)
+
+
+def test_more_documents_settings_and_tasks_go_on_in_the_same_folder(tmp_path, monkeypatch):
+    """Each figure is that of the asked documents, what is there is not decoded again, nothing is counted twice."""
+    honest, decoded = dllm.generate, []
+
+    def counts(model, prompts, **arguments):
+        decoded.extend(prompts)
+        return honest(model, prompts, **arguments)
+
+    monkeypatch.setattr(dllm, "generate", counts, raising=False)
+    one = {"sampler": ["confidence"]}
+    two = {"sampler": ["confidence", {"name": "threshold", "tau": 0.6}]}
+    steps = [  # changes, documents decoded by them, cells
+        ({"limit": 2, "matrix": one}, 2, 1),
+        ({"limit": 6, "matrix": one}, 4, 1),
+        ({"limit": 6, "matrix": two}, 6, 2),
+        ({"limit": 6, "matrix": two, "tasks": ["word_problems", "sudoku"]}, 12, 4),
+        ({"limit": 3, "matrix": one}, 0, 1),
+        ({"limit": 6, "matrix": two, "tasks": ["word_problems", "sudoku"]}, 0, 4),
+    ]
+    for changes, new, cells in steps:
+        decoded.clear()
+        results = run(config(**changes), out=tmp_path / "grown", progress=False)
+        assert len(decoded) == new and len(results.cells) == cells
+        assert {c["n"] for c in results.cells} == {changes["limit"]}
+        assert len(read(tmp_path / "grown")[1]) == cells * changes["limit"] == len(results.rows)
+    run(config(**steps[-1][0]), out=tmp_path / "at-once", progress=False)
+    assert outcome(tmp_path / "grown") == outcome(tmp_path / "at-once")
+    assert figures(tmp_path / "grown") == figures(tmp_path / "at-once")
+
+
+def test_a_file_that_has_changed_is_not_mixed(tmp_path):
+    data = tmp_path / "d.jsonl"
+    one = config(tasks=[{"name": "jsonl", "path": str(data), "prompt": "{q}"}], matrix={"sampler": ["confidence"]})
+    data.write_text('{"q": "a", "answer": "b"}\n{"q": "c", "answer": "d"}\n')
+    run(one, out=tmp_path / "r", progress=False)
+    data.write_text('{"q": "a", "answer": "b"}\n{"q": "c", "answer": "e"}\n')
+    with pytest.raises(DllmError, match="holds another sample of jsonl, 'confidence', document 1"):
+        run(one, out=tmp_path / "r", progress=False)
+
+
+def test_a_row_is_the_same_in_batches_of_any_size_when_tokens_are_drawn(tmp_path):
+    """Document i draws with the run's seed + i, wherever its batch begins."""
+    drawn = {"max_new_tokens": 8, "block_length": 4, "temperature": 1.0}
+    texts = {}
+    for size in (1, 4, 6):
+        run(config(generate=drawn, batch_size=size), out=tmp_path / str(size), progress=False)
+        texts[size] = [(row["setting"], row["index"], row["text"], row["nfe"]) for row in outcome(tmp_path / str(size))]
+    assert texts[1] == texts[4] == texts[6] and len({text for *_, text, _ in texts[1]}) > 6
+    run(config(generate=drawn, seed=3, limit=3), out=tmp_path / "later", progress=False)  # document 0 draws as 3 does
+    assert outcome(tmp_path / "later")[0]["text"] != texts[1][0][2]
+
+
+def test_other_weights_are_other_samples(tmp_path):
+    """The same folder name, task and arguments, but one weight differs: no key is shared, so nothing is reused."""
+    model = dllm.load(MODEL, device="cpu")
+    keys = []
+    for name in ("one", "two"):
+        model.save(tmp_path / "model")
+        run(config(model=str(tmp_path / "model")), out=tmp_path / name, progress=False)
+        keys.append({row["key"] for row in outcome(tmp_path / name)})
+        next(model.transformer.parameters()).data.mul_(1.5)
+    assert not keys[0] & keys[1]
+    with pytest.raises(DllmError, match="other weights"):
+        run(config(model=str(tmp_path / "model")), out=tmp_path / "one", progress=False)
 
 
 def test_a_run_that_decoded_nothing_holds_nobody_to_its_configuration(tmp_path):
@@ -261,8 +333,6 @@ def test_mistakes_are_found_before_any_decoding(tmp_path):
     ):
         with pytest.raises(DllmError, match=message):
             run(config(**{key: value}), out=tmp_path / "r", progress=False)
-    with pytest.raises(DllmError, match="speculate: tasks of lm-eval"):
-        run(config(tasks=["lm-eval:gsm8k"], speculate="tiny-ar"), out=tmp_path / "r", progress=False)
     with pytest.raises(DllmError, match="cache: unknown cache 'duall'"):
         run(config(cache="duall"), out=tmp_path / "r", progress=False)
     with pytest.raises(DllmError, match=r"tasks\.0.*unknown task 'soduku'; did you mean 'sudoku'"):

@@ -6,9 +6,9 @@ from dllm.errors import DllmError, unknown
 
 from ..config import TaskSpec
 from . import confined, embedded, files
-from .base import Document, Graded, Task
+from .base import Document, Graded, Task, Unavailable
 
-__all__ = ["Document", "Graded", "Task", "load", "names"]
+__all__ = ["Document", "Graded", "Task", "Unavailable", "load", "names"]
 
 
 def names() -> list[str]:
@@ -29,5 +29,5 @@ def load(spec: TaskSpec, limit: int | None = None) -> Task:
     else:
         raise unknown("task", spec.name, names())
     if task.runs_code and (reason := confined.refusal()):
-        raise DllmError(f"task {spec.name!r} runs generated programs: {reason}")
+        raise Unavailable(f"it runs generated programs: {reason}")
     return task

@@ -19,6 +19,10 @@ Prompt = str | list[dict[str, str]]
 NOTHING = GenerateSpec()
 
 
+class Unavailable(DllmError):
+    """A task that cannot run here: what it needs is missing. The other tasks of the file go on without it."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One question. `prompt` is a text or chat messages, `target` what the scorer compares with."""
@@ -56,7 +60,7 @@ def takes(spec: TaskSpec, *keys: str) -> None:
     """Refuse what a kind of task has no use for: a key that is ignored would say what is not so."""
     plain = TaskSpec(spec.name)
     for key in (f.name for f in fields(spec)):
-        if key in ("name", "label", "limit", "generate", *keys) or getattr(spec, key) == getattr(plain, key):
+        if key in ("name", "label", "limit", "generate", "sampler", *keys) or getattr(spec, key) == getattr(plain, key):
             continue
         if key == "options" and set(spec.options) == {"rehearse"}:
             continue

@@ -1,0 +1,52 @@
+"""The decoding arguments of a request: who may give them, who comes first, and lm-eval's names for them.
+
+    call > task > setting > task's default > model's default
+
+The call is `--set` or `--gen_kwargs`; the task is its entry in the file; the setting its `generate` and `sampler`, or
+`--model_args`; the task's default is what our own or lm-eval's task file says; the model's is `dllm.generate`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from dllm.generation import Arguments
+
+log = logging.getLogger(__name__)
+
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in lm-eval's own order
+THEIRS = (*LENGTHS, "until", "do_sample")  # what has another name here
+OFF = (0, -1)  # top_k in transformers and in vLLM: no limit
+
+
+def layered(*ranks: Mapping[str, Any]) -> dict[str, Any]:
+    """One mapping from several, the first rank first; None says nothing."""
+    return {k: v for rank in reversed(ranks) for k, v in rank.items() if v is not None}
+
+
+def translated(given: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's generation arguments (`max_gen_toks`, `until`, `do_sample`, …) by the names of `dllm.generate`; only
+    what is said. Names that mean nothing to a diffusion model are left out with a warning."""
+    said = {k: v for k, v in given.items() if v is not None and v != "None"}
+    out: dict[str, Any] = {}
+    lengths = [said.pop(name) for name in LENGTHS if name in said]
+    if lengths:
+        out["max_new_tokens"] = lengths[0]
+    if "until" in said:
+        until = said.pop("until")
+        out["stop"] = [s for s in ([until] if isinstance(until, str) else until) if s]
+    sampled, temperature = said.pop("do_sample", None), said.pop("temperature", None)
+    if sampled is False:
+        out["temperature"] = 0.0
+    elif temperature is not None:
+        out["temperature"] = temperature
+    if said.get("top_k") in OFF:
+        del said["top_k"]
+    for name, value in said.items():
+        if name in Arguments.__dataclass_fields__:
+            out[name] = value
+        else:
+            log.warning("lm-eval's generation argument %s=%r means nothing to a diffusion model; left out", name, value)
+    return out
