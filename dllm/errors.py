@@ -13,7 +13,7 @@ class DllmError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely a slip of."""
-    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.5)), None)
+    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.65)), None)
 
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "", of: str = "") -> DllmError:

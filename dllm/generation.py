@@ -24,9 +24,10 @@ from dllm.meter import Meter
 from dllm.models.diffusion_gemma import DiffusionGemma
 from dllm.models.hub import Model, load
 from dllm.prediction import Law, Prediction
+from dllm.prompts import Padding, check_ids, is_id, joined, read, read_one
 from dllm.samplers import registry
 from dllm.samplers.base import Bundle, Context, Sampler, View
-from dllm.stopping import Stop
+from dllm.stopping import Stop, Stops, stop_strings
 from dllm.trace import Trace, changes
 
 log = logging.getLogger(__name__)
@@ -54,24 +55,49 @@ DEFAULTS: dict[str, FamilyDefaults] = {
 
 # names of other codes -> ours
 RENAMED = {
-    "gen_length": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "remasking": "sampler",
-    "alg": "sampler",
-    "algorithm": "sampler",
-    "diffusion_steps": "steps",
+    **dict.fromkeys(("gen_length", "max_length", "max_tokens", "max_gen_toks"), "max_new_tokens"),
+    **dict.fromkeys(("remasking", "alg", "algorithm"), "sampler"),
+    **dict.fromkeys(("diffusion_steps", "num_steps", "gen_steps"), "steps"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
+    **dict.fromkeys(("num_return_sequences", "best_of"), "n"),
+    **dict.fromkeys(("eos_token_id", "stop_token_ids"), "eos"),
+    **dict.fromkeys(("inputs", "prompts", "messages", "text"), "prompt"),
     "threshold": "sampler='threshold:tau=...'",
     "factor": "sampler='factor:f=...'",
+    "alg_temp": "sampler='dream:alg_temp=...'",
     "use_cache": "cache='prefix'",
     "dual_cache": "cache='dual'",
     "cfg": "cfg_scale",
-    "mask_id": "dllm.load(..., mask_id=...)",
-    "num_return_sequences": "n",
     "do_sample": "temperature",
-    "stop_strings": "stop",
-    "eos_token_id": "eos",
     "generator": "seed",
-    "alg_temp": "sampler='dream:alg_temp=...'",
+    "min_length": "min_new_tokens",
+    "output_history": "trace=True",
+    **{
+        name: f"dllm.load(..., {name}=...)"
+        for name in ("mask_id", "tokenizer", "device", "dtype", "revision", "backend")
+    },
+}
+
+_IDS = "suppress_tokens= bans single ids, and the `adjust` of a sampler changes scores (docs/adding-a-sampler.md)"
+_GRAMMAR = "there is no constrained decoding; infill=True fills the holes of a given text"
+_PROBABILITIES = "dllm.score bounds the likelihood of an answer, trace=True records the confidence of every commit"
+
+# what people ask for by names that have no counterpart -> what there is
+EXISTS = {
+    **dict.fromkeys(("streamer", "stream"), "dllm.stream(model, prompt) yields text as it becomes final"),
+    **dict.fromkeys(("logits_processor", "bad_words_ids", "repetition_penalty", "no_repeat_ngram_size"), _IDS),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "logit_bias"), _IDS),
+    **dict.fromkeys(
+        ("grammar", "guided_json", "guided_regex", "response_format", "prefix_allowed_tokens_fn"), _GRAMMAR
+    ),
+    **dict.fromkeys(("logprobs", "output_scores", "output_logits", "return_dict_in_generate"), _PROBABILITIES),
+    "stopping_criteria": "stop= takes strings, eos= token ids, max_nfe= bounds the forwards",
+    "generation_config": "its fields are arguments here (max_new_tokens, temperature, top_p, top_k, eos, ...)",
+    **dict.fromkeys(("num_beams", "num_beam_groups"), "a canvas has no beams; n= gives several answers"),
+    "assistant_model": "dllm.speculate drafts for an autoregressive model",
+    "past_key_values": "cache= names a policy of the block cache, which lives for one call",
+    "pad_token_id": "attention_mask= says what is padding",
+    "token_type_ids": "a text needs none; the tokenizer's output is taken whole: dllm.generate(model, encoding)",
 }
 
 
@@ -141,29 +167,35 @@ class Arguments:
             wrong = not isinstance(value, rule.kind) or (isinstance(value, bool) and rule.kind is not bool)
             if wrong or not rule.holds(value):
                 raise DllmError(f"{name}={value!r} must be {rule.says}")
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
-            raise DllmError(f"stop={self.stop!r} must be a string, or several, and none of them empty")
+        stop_strings(self.stop)
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Arguments:
-        known = set(cls.__dataclass_fields__)
         for name in given:
-            if name not in known:
-                near = nearest(name, [*known, *RENAMED])
-                raise unknown("argument", name, known, hint=f": here it is {RENAMED[near]}" if near in RENAMED else "")
+            if name not in cls.__dataclass_fields__:
+                raise unknown("argument", name, cls.__dataclass_fields__, hint=counterpart(name))
         return cls(**given)
 
     def ids(self, name: str, vocabulary: int) -> tuple[int, ...]:
         """The token ids of an argument: one, or several. Errors: anything else, ids outside the vocabulary."""
         value = getattr(self, name)
-        listed = (value,) if isinstance(value, Integral) else value
-        if not isinstance(listed, Collection) or not all(isinstance(i, Integral) for i in listed):
+        listed = (value,) if is_id(value) else value
+        if not isinstance(listed, Collection) or isinstance(listed, bytes) or not all(map(is_id, listed)):
             raise DllmError(f"{name}={value!r} must be a token id, or several")
         ids = tuple(map(int, listed))
         if bad := [i for i in ids if not 0 <= i < vocabulary]:
             raise DllmError(f"{name} holds {bad[0]}, outside the vocabulary of {vocabulary}")
         return ids
+
+
+def counterpart(name: str) -> str:
+    """What a hint says of an argument that other codes have: its name here, or what there is instead."""
+    if name in RENAMED:
+        return f": here it is {RENAMED[name]}"
+    if name in EXISTS:
+        return f": {EXISTS[name]}"
+    near = nearest(name, [*Arguments.__dataclass_fields__, *RENAMED])
+    return f"; did you mean {near!r}? Here that is {RENAMED[near]}" if near in RENAMED else ""
 
 
 @dataclass
@@ -219,59 +251,27 @@ class Event(NamedTuple):
 # -- prompts --------------------------------------------------------------------------------------------------------
 
 
-def _kind(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return "text"
-    if hasattr(prompt, "tolist"):  # a tensor or an array
-        return _kind(prompt.tolist())
-    if isinstance(prompt, Mapping):
-        return "message"
-    if isinstance(prompt, Integral):
-        return "id"
-    if isinstance(prompt, Sequence):
-        kinds = {_kind(p) for p in prompt}
-        if kinds == {"id"}:
-            return "ids"
-        if kinds == {"message"}:
-            return "chat"
-        return "list"
-    raise _odd_prompt(type(prompt).__name__)
-
-
-def _odd_prompt(what: str) -> DllmError:
-    return DllmError(f"a prompt is text, a list of token ids or a list of chat messages, not {what}")
-
-
-def as_list(prompt: Any) -> tuple[list[Any], bool]:
-    """The prompts of a call, and whether it was a single one. Errors: empty batch, mixed types."""
-    kind = _kind(prompt)
-    if kind in ("text", "ids", "chat"):
-        return [prompt], True
-    if kind != "list":
-        raise _odd_prompt(f"one {kind}")
-    prompts = list(prompt)
-    if not prompts:
-        raise DllmError("the list of prompts is empty")
-    kinds = {_kind(p) if isinstance(p, str) or not hasattr(p, "__len__") or len(p) else "ids" for p in prompts}
-    if len(kinds) > 1:
-        raise DllmError(f"the prompts of one call must be of one type; got {', '.join(sorted(kinds))}")
-    if kinds == {"list"}:
-        raise _odd_prompt("a list of lists")
-    return prompts, False
+def prompt_ids(model: Model, prompt: Any, chat: bool | None = None) -> tuple[list[list[int]], bool]:
+    """Token ids of the prompts of a call, and whether it was a single one; None starts from nothing."""
+    if prompt is None:
+        return [_unprompted(model)], True
+    return read(prompt, partial(encode, model, chat=chat), _padding(model))
 
 
 def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
-    """Token ids of one prompt. Text goes through the chat template where the tokenizer has one (chat=None)."""
-    kind = _kind(prompt) if len(prompt) else ("text" if isinstance(prompt, str) else "ids")
-    if kind == "ids":
-        return [int(i) for i in prompt]
+    """Token ids of text or chat messages. Text goes through the chat template where there is one (chat=None)."""
     if model.tokenizer is None:
         raise DllmError("this model has no tokenizer: pass the prompt as token ids")
-    if kind == "chat":
+    if not isinstance(prompt, str):
         return model.chat(prompt)
     if chat or (chat is None and getattr(model.tokenizer, "chat_template", None)):
         return model.chat([{"role": "user", "content": prompt}])
     return list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def _padding(model: Model) -> Padding:
+    meaningful = {*model.eos_ids, *(i for i in (model.bos_id, model.mask_id) if i is not None)}
+    return Padding(model.pad_id, frozenset(meaningful))
 
 
 def _unprompted(model: Model) -> list[int]:
@@ -297,7 +297,7 @@ class Job:
     options: Options
     queue: State
     prompts: list[list[int]]
-    stops: list[str]
+    stops: Stops
     single: bool
     tails: list[int]  # columns of each canvas that only complete its last block
     lookahead: Lookahead | None = None
@@ -320,20 +320,14 @@ class Job:
     def output(self, tick: Tick, row: int, meter: Meter, trace: Trace | None) -> Output:
         request, canvas = tick.request[row], tick.state.canvas
         length = int(canvas.length[row])
-        prompt, ids = self.prompts[request], canvas.ids[row, : length - self.tails[request]].tolist()
-        generated = ids if self.args.infill else ids[len(prompt) :]
-        begin = int(canvas.start[row]) - (0 if self.args.infill else len(prompt))
-        eos = set() if self.args.infill else set(self.options.eos_ids)
-        ends = eos | {canvas.mask_id}
-        end = next((i for i, t in enumerate(generated[begin:], begin) if t in ends), len(generated))
-        stopped = end < len(generated) and generated[end] in eos
-        tokens = generated[:end]
-        text = self.text(tokens)
-        cut = min((at for at in map(text.find, self.stops) if at >= 0), default=-1)
-        if cut >= 0:
-            tokens, text, stopped = self._up_to(tokens, cut), text[:cut], True
+        ids, begin = canvas.ids[row, : length - self.tails[request]].tolist(), self.begin(request)
+        written = ids[begin : next((i for i, t in enumerate(ids[begin:], begin) if t == canvas.mask_id), None)]
+        text, tokens, through, stopped = self.stops.cut(written)
         if self.args.early_stop and stopped:
-            ids = ids[: len(ids) - len(generated) + min(end + 1, len(generated))]
+            ids = ids[: begin + through]
+        if self.args.infill:
+            frozen = canvas.frozen[row].tolist()
+            tokens = [t for t, given in zip(written, frozen[begin:], strict=False) if not given]
         reason = "cap" if request in meter.capped else "stop" if stopped else "length"
         return Output(
             text=text,
@@ -355,25 +349,16 @@ class Job:
             stats=self.report[request].report(self.lookahead) if self.lookahead and request in self.report else {},
         )
 
-    def text(self, tokens: list[int]) -> str:
-        if self.model.tokenizer is None:
-            return ""
-        return self.model.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _up_to(self, tokens: list[int], cut: int) -> list[int]:
-        """The shortest prefix of the tokens whose text reaches `cut` characters."""
-        return next((tokens[:i] for i in range(len(tokens) + 1) if len(self.text(tokens[:i])) >= cut), tokens)
+    def begin(self, request: int) -> int:
+        """The first column of a request's text: behind the prompt; an infilled text is returned whole."""
+        return 0 if self.args.infill else len(self.prompts[request])
 
 
 def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) -> Job:
     """Check a call and lay out its canvases."""
     args = Arguments.parse(given)
     model = resolve_model(model)
-    if prompt is None:
-        prompts, single = [_unprompted(model)], True
-    else:
-        listed, single = as_list(prompt)
-        prompts = [encode(model, p, args.chat) for p in listed]
+    prompts, single = prompt_ids(model, prompt, args.chat)
     if args.n > 1:
         prompts, single = [p for p in prompts for _ in range(args.n)], False
     if model.mask_id is None:
@@ -397,8 +382,10 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         tokenizer=model.tokenizer,
         family=model.family,
     )
-    stops = [args.stop] if isinstance(args.stop, str) else list(args.stop or ())
-    sampler = build_sampler(model, args, context, stops, defaults)
+    if args.infill and args.stop:
+        raise DllmError("infill=True fills every hole to its end, so stop strings do not apply: leave stop= out")
+    stops = Stops.of(() if args.infill else eos, args.stop, model.tokenizer)
+    sampler = build_sampler(args, context, stops, defaults)
     if sampler.needs.edits_length:  # what it inserts would move the tail
         canvas, _, tails = lay_out(model, prompts, args, whole=False)
     policy = caches.default(model, sampler.needs.caches) if args.cache is None else caches.policy(args.cache)
@@ -474,22 +461,13 @@ def lay_out(
     return canvas, max(len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)), tails
 
 
-def check_ids(ids: list[int], vocabulary: int, what: str) -> None:
-    """Errors: ids outside the vocabulary."""
-    bad = next((i for i in ids if not 0 <= i < vocabulary), None)
-    if bad is not None:
-        raise DllmError(f"{what} holds the id {bad}, outside the vocabulary")
-
-
 def tail(model: Model, length: int) -> int:
     """Columns behind `length` that complete the last block of a block-causal model, as far as its positions reach."""
     return min(-length % (model.block_size or 1), model.max_positions - length)
 
 
-def build_sampler(
-    model: Model, args: Arguments, context: Context, stops: list[str], defaults: FamilyDefaults
-) -> Sampler:
-    """The sampler of a call: the named ones, then guidance, EOS options and stop rules."""
+def build_sampler(args: Arguments, context: Context, stops: Stops, defaults: FamilyDefaults) -> Sampler:
+    """The sampler of a call: the named ones, then guidance, EOS options and the early stop."""
     spec = args.sampler if args.sampler is not None else defaults.sampler
     adjust = (EosLast(context.eos_ids),) if args.confidence_eos_eot_inf else ()
     inputs = Guidance(args.cfg_scale, context.mask_id) if args.cfg_scale else None
@@ -498,15 +476,7 @@ def build_sampler(
     }  # a caller's own has none
     sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust), tuned)
     if args.early_stop and not args.infill:
-        if stops and model.tokenizer is None:
-            raise DllmError("stop strings need a tokenizer; this model has none")
-
-        def stopped(ids: list[int]) -> bool:
-            text = model.tokenizer.decode(ids, skip_special_tokens=True)
-            return any(s in text for s in stops)
-
-        stop = Stop(context.eos_ids, sampler.needs.revises, stopped if stops else None)
-        sampler = sampler._replace(stop=stop)
+        sampler = sampler._replace(stop=Stop(stops, sampler.needs.revises))
     return sampler
 
 
@@ -526,16 +496,26 @@ class EosLast:
 # -- the three calls ------------------------------------------------------------------------------------------------
 
 
-def generate(model: Model | str | None = None, prompt: Any = None, **arguments: Any) -> Any:
+def generate(
+    model: Model | str | None = None,
+    prompt: Any = None,
+    *,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    **arguments: Any,
+) -> Any:
     """Decode one prompt or a list of prompts.
 
-    model: a loaded `Model`, a folder, a hub id, or None for the embedded model. prompt: text, ids, chat messages, or a
-    list of any one of these (a ragged batch); None generates unconditionally. Further arguments: see `Arguments`.
+    model: a loaded `Model`, a folder, a hub id, or None for the embedded model. prompt: text, ids, chat messages, a
+    list of any one of these (a ragged batch), or what a tokenizer returns, padded on either side; None generates
+    unconditionally. input_ids (B, L) or (L,) and attention_mask (the same shape; 0 is padding) are another way to
+    give ids. Further arguments: see `Arguments`.
 
-    Returns one `Output` for one prompt, a list for a list (or for n > 1, prompt by prompt). Request i uses seed + i, so
-    a row is the same alone and in a batch. Errors: `DllmError`, one line.
+    Returns one `Output` for one prompt, a list for a list, a tensor of two dimensions and n > 1 (prompt by prompt).
+    Request i uses seed + i, so a row is the same alone and in a batch (docs/decoding.md says in which precision).
+    Errors: `DllmError`, one line.
     """
-    model = resolve_model(model)
+    model, prompt = resolve_model(model), joined(prompt, input_ids, attention_mask)
     if isinstance(model, DiffusionGemma):
         answers, single = _native(model, prompt, arguments)
         return answers[0] if single else answers
@@ -560,8 +540,8 @@ def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> tup
         if name not in taken and value != Arguments.__dataclass_fields__[name].default:
             raise DllmError(f"{name}={value!r} does not apply to DiffusionGemma, which decodes itself; leave it out")
     options = model.options(args.sampler)
-    listed, single = as_list(prompt) if prompt is not None else ([_unprompted(model)], True)
-    prompts = [ids for ids in (encode(model, p, args.chat) for p in listed) for _ in range(args.n)]
+    listed, single = prompt_ids(model, prompt, args.chat)
+    prompts = [ids for ids in listed for _ in range(args.n)]
     outputs = []
     for index, ids in enumerate(prompts):
         began = time.perf_counter()
@@ -589,15 +569,28 @@ def _native(model: DiffusionGemma, prompt: Any, given: Mapping[str, Any]) -> tup
 
 
 def stream(
-    model: Model | str | None = None, prompt: Any = None, *, drafts: bool = False, **arguments: Any
+    model: Model | str | None = None,
+    prompt: Any = None,
+    *,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    drafts: bool = False,
+    **arguments: Any,
 ) -> Iterator[Event]:
-    """Decode and yield an `Event` whenever more text is final (or, with drafts, after every forward)."""
-    model = resolve_model(model)
+    """Decode and yield an `Event` whenever more text is final (or, with drafts, after every forward).
+
+    The pieces of a prompt join to its `output.text`. Arguments and errors are those of `generate`; mistakes are raised
+    by the call itself.
+    """
+    model, prompt = resolve_model(model), joined(prompt, input_ids, attention_mask)
     if isinstance(model, DiffusionGemma):
-        for index, output in enumerate(_native(model, prompt, arguments)[0]):
-            yield Event(index, output.text, "" if drafts else None, output.nfe, output)
-        return
-    yield from _run(prepare(model, prompt, arguments), drafts=drafts, stream=True)
+        return _native_stream(_native(model, prompt, arguments)[0], drafts)
+    return _run(prepare(model, prompt, arguments), drafts=drafts, stream=True)
+
+
+def _native_stream(outputs: list[Output], drafts: bool) -> Iterator[Event]:
+    for index, output in enumerate(outputs):
+        yield Event(index, output.text, "" if drafts else None, output.nfe, output)
 
 
 def _run(job: Job, drafts: bool, stream: bool = False) -> Iterator[Event]:
@@ -630,18 +623,19 @@ def _progress(job: Job, tick: Tick, row: int, drafts: bool) -> tuple[str, str | 
     """The final text of a row, and what is written behind it."""
     canvas = tick.state.canvas
     request = tick.request[row]
-    begin, length = len(job.prompts[request]), int(canvas.length[row]) - job.tails[request]
+    begin, length = job.begin(request), int(canvas.length[row]) - job.tails[request]
     end = int(canvas.first_masked()[row])
     if job.sampler.needs.revises:
         end = min(end, max(begin, int(tick.window.lo[row])))
     ids = canvas.ids[row, :length].tolist()
-    final = job.text(ids[begin:end]).rstrip("\ufffd")
-    holding = max((len(s) for s in job.stops), default=1) - 1  # a stop string may be half written
-    final = final[: len(final) - holding] if holding else final
+    closed = ids[begin:end]
+    final = job.stops.settled(closed)
     if not drafts:
         return final, None
-    mask = job.model.mask_id
-    return final, "".join("▁" if t == mask else job.text([t]) for t in ids[end:])
+    if job.stops.ended(closed):
+        return final, ""
+    behind = "".join("▁" if t == canvas.mask_id else job.stops.decode([t]) for t in ids[end:])
+    return final, job.stops.decode(closed)[len(final) :] + behind
 
 
 def _nothing_to_do(job: Job, meter: Meter) -> Iterator[Event]:
@@ -651,7 +645,8 @@ def _nothing_to_do(job: Job, meter: Meter) -> Iterator[Event]:
         rows = torch.tensor([i], device=no_window.device)
         state = job.queue.take(rows)
         tick = Tick([i], state.canvas, state, None)  # type: ignore[arg-type]
-        yield Event(i, "", None, 0, job.output(tick, 0, meter, None))
+        output = job.output(tick, 0, meter, None)
+        yield Event(i, output.text, None, 0, output)
 
 
 def new_trace(job: Job, request: int) -> Trace:
@@ -678,9 +673,11 @@ def seal(trace: Trace, job: Job, tick: Tick, row: int) -> None:
 @torch.inference_mode()
 def score(
     model: Model | str | None,
-    prompt: Any,
-    answer: Any,
+    prompt: Any = None,
+    answer: Any = None,
     *,
+    input_ids: Any = None,
+    attention_mask: Any = None,
     samples: int = 128,
     batch_size: int = 32,
     cfg_scale: float = 0.0,
@@ -692,6 +689,8 @@ def score(
     Each sample masks l of the L answer tokens, l stratified over 1..L, and weighs the log-probabilities at the masks by
     L / l. The prompt stays whole. With cfg_scale the guided distribution is scored.
 
+    prompt, answer: one text each, as `generate` takes them; None (or an empty text) as prompt starts from nothing.
+
     Errors: an empty answer, mask tokens, ids outside the vocabulary, more tokens than the model has positions.
     """
     Arguments(cfg_scale=cfg_scale, seed=seed, batch_size=batch_size, chat=chat)  # checks them
@@ -699,8 +698,13 @@ def score(
     mask = model.mask_id
     if mask is None:
         raise DllmError("this model has no mask id: it is not a masked-diffusion model")
-    head = encode(model, prompt, chat) if prompt is not None else _unprompted(model)
-    tail = encode(model, answer, False)
+    if answer is None:
+        raise DllmError("score needs an answer: dllm.score(model, prompt, answer)")
+    prompt, padding = joined(prompt, input_ids, attention_mask), _padding(model)
+    head = _unprompted(model)
+    if prompt is not None:
+        head = read_one(prompt, partial(encode, model, chat=chat), padding, "the prompt to score")
+    tail = read_one(answer, partial(encode, model, chat=False), padding, "the answer to score")
     if not tail:
         raise DllmError("the answer to score is empty")
     device, size, room = model.device, len(tail), model.max_positions - len(head)

@@ -14,7 +14,7 @@ from scripted import Scripted, peaks
 
 import dllm
 from dllm.errors import DllmError
-from dllm.generation import as_list
+from dllm.prompts import as_list
 from dllm.trace import Trace
 
 TRAINED = GOLDEN / "checkpoints" / "tiny-llada-trained"
@@ -176,7 +176,17 @@ def test_any_module_of_the_package_offers_its_names_lazily() -> None:
         ({"cache": "dual:left=1.5"}, "left=1.5 must be an integer"),
         ({"cache": "dual:lift=1"}, "unknown parameter 'lift' of cache 'dual'; did you mean 'left'"),
         ({"gen_length": 4}, "here it is max_new_tokens"),
-        ({"max_lenght": 4}, "here it is max_new_tokens"),
+        ({"max_lenght": 4}, r"did you mean 'max_length'\? Here that is max_new_tokens"),
+        ({"mask_id": 4}, r"here it is dllm.load\(..., mask_id=...\)"),
+        ({"generation_config": None}, "'generation_config': its fields are arguments here"),
+        ({"streamer": None}, r"'streamer': dllm.stream\(model, prompt\)"),
+        ({"logits_processor": None}, "suppress_tokens= bans single ids"),
+        ({"bad_words_ids": [[1]]}, "suppress_tokens= bans single ids"),
+        ({"stopping_criteria": None}, "stop= takes strings, eos= token ids"),
+        ({"logprobs": 1}, "dllm.score bounds the likelihood"),
+        ({"num_beams": 4}, "n= gives several answers"),
+        ({"grammar": "x"}, "there is no constrained decoding"),
+        ({"unheard_of": 1}, "unknown argument 'unheard_of'; known: batch_size"),
         ({"temprature": 1}, "did you mean 'temperature'"),
         ({"temperature": -1}, "temperature=-1 must be"),
         ({"temperature": "hot"}, "temperature='hot' must be"),
@@ -212,7 +222,7 @@ def test_mistakes_get_one_clear_line(tiny: Any, arguments: dict, message: str) -
         ([], "the list of prompts is empty"),
         (["a", [1]], "must be of one type"),
         ([1, "a"], "must be of one type"),
-        (3.5, "a prompt is text, a list of token ids or a list of chat messages, not float"),
+        (3.5, "a prompt is text, a list of token ids or a list of chat messages .*, not float"),
         (torch.tensor([1.5]), "not float"),
         (5, "not one id"),
         ({"role": "user", "content": "x"}, "not one message"),

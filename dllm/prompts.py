@@ -1,0 +1,231 @@
+"""Prompts as users have them: text, token ids, chat messages, and what a tokenizer returns, padding and all.
+
+One reader for every front door (`generate`, `stream`, `score`, `speculate`). Padding never reaches a model: a prompt is
+the ids that its attention mask keeps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from dllm.errors import DllmError
+
+log = logging.getLogger(__name__)
+
+# what a tokenizer may return beside ids and mask; none of it says more about a text
+IGNORED = {"token_type_ids", "position_ids", "special_tokens_mask", "offset_mapping", "length"}
+
+Encode = Callable[[Any], list[int]]  # text or chat messages -> ids
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The padding id of a tokenizer, and the ids that also mean something in a text (ends, beginning)."""
+
+    id: int | None = None
+    meaningful: frozenset[int] = frozenset()
+
+
+def joined(prompt: Any, input_ids: Any, attention_mask: Any) -> Any:
+    """The prompt of a call that may name `input_ids=` and `attention_mask=`, as transformers' `generate` does."""
+    if input_ids is not None:
+        if prompt is not None:
+            raise DllmError("the prompt is given twice: as prompt and as input_ids=")
+        prompt = input_ids
+    if attention_mask is None:
+        return prompt
+    if prompt is None:
+        raise DllmError("attention_mask= says which ids of a prompt are padding: pass the prompt too")
+    ids = prompt if not _encoded(prompt) else prompt["input_ids"]
+    return {"input_ids": ids, "attention_mask": attention_mask}
+
+
+def read(prompt: Any, encode: Encode, padding: Padding = Padding()) -> tuple[list[list[int]], bool]:
+    """Token ids of the prompts of a call, without padding, and whether it was a single prompt.
+
+    prompt: text, ids, chat messages, a list of any one of these, or a tokenizer's output ({"input_ids": (L,) or (B, L),
+    "attention_mask": the same shape}). Errors: an empty batch, mixed types, padding that cannot be told from text.
+    """
+    if _encoded(prompt):
+        _only_text(prompt)
+        return _read_ids(prompt["input_ids"], prompt.get("attention_mask"), padding)
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and all(map(_encoded, prompt)):
+        batches = [read(p, encode, padding)[0] for p in prompt]
+        if any(len(rows) != 1 for rows in batches):
+            raise DllmError("each tokenizer output in a list of them holds one prompt; got several")
+        return [rows[0] for rows in batches], False
+    listed, single = as_list(prompt)
+    if all(_is_ids(p) for p in listed):
+        return _read_ids(prompt, None, padding)
+    return [encode(checked(p)) for p in listed], single
+
+
+def read_one(prompt: Any, encode: Encode, padding: Padding, what: str) -> list[int]:
+    """Token ids of exactly one prompt, which may be a batch of one or have no ids at all."""
+    if not isinstance(prompt, str | Mapping) and hasattr(prompt, "__len__") and not len(prompt):
+        return []
+    rows, _ = read(prompt, encode, padding)
+    if len(rows) != 1:
+        raise DllmError(f"{what} is one text; got {len(rows)}")
+    return rows[0]
+
+
+def as_list(prompt: Any) -> tuple[list[Any], bool]:
+    """The prompts of a call, and whether it was a single one. Errors: empty batch, mixed types."""
+    kind = _kind(prompt)
+    if kind in ("text", "ids", "chat"):
+        return [prompt], True
+    if kind != "list":
+        raise _odd(f"one {kind}")
+    prompts = list(prompt)
+    if not prompts:
+        raise DllmError("the list of prompts is empty")
+    kinds = {"ids" if _is_ids(p) else _kind(p) for p in prompts}
+    if len(kinds) > 1:
+        raise DllmError(f"the prompts of one call must be of one type; got {', '.join(sorted(kinds))}")
+    if kinds == {"list"}:
+        raise _odd("a list of lists")
+    return prompts, False
+
+
+def checked(prompt: Any) -> Any:
+    """The text or the chat messages as they are. Errors: lone surrogates, which stand for bytes that are no text."""
+    for text in _texts(prompt):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DllmError(
+                f"the text {text[:20]!r} holds {text[error.start]!r}, an undecodable byte or lone surrogate: "
+                "pass valid Unicode"
+            ) from None
+    return prompt
+
+
+def check_ids(ids: list[int], vocabulary: int, what: str) -> None:
+    """Errors: ids outside the vocabulary."""
+    bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+    if bad is not None:
+        raise DllmError(f"{what} holds the id {bad}, outside the vocabulary")
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value is an integer; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _kind(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return "text"
+    if hasattr(prompt, "tolist"):  # a tensor or an array
+        return _kind(prompt.tolist())
+    if isinstance(prompt, Mapping):
+        return "message"
+    if is_id(prompt):
+        return "id"
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
+        kinds = {_kind(p) for p in prompt}
+        if kinds == {"id"}:
+            return "ids"
+        if kinds == {"message"}:
+            return "chat"
+        return "list"
+    raise _odd(type(prompt).__name__)
+
+
+def _is_ids(prompt: Any) -> bool:
+    """Whether a prompt is ids; an empty sequence is."""
+    return not isinstance(prompt, str) and (_kind(prompt) == "ids" or (hasattr(prompt, "__len__") and not len(prompt)))
+
+
+def _odd(what: str) -> DllmError:
+    return DllmError(
+        f"a prompt is text, a list of token ids or a list of chat messages (or a tokenizer's output), not {what}"
+    )
+
+
+def _encoded(prompt: Any) -> bool:
+    """Whether a prompt is what a tokenizer returns: a mapping with input_ids."""
+    return isinstance(prompt, Mapping) and "input_ids" in prompt
+
+
+def _only_text(encoding: Mapping[str, Any]) -> None:
+    other = sorted(set(encoding) - {"input_ids", "attention_mask"} - IGNORED)
+    if other:
+        raise DllmError(f"only text can be decoded; the tokenizer's output also holds {', '.join(other)}")
+
+
+def _texts(prompt: Any) -> Iterable[str]:
+    """Every string of a prompt."""
+    if isinstance(prompt, str):
+        yield prompt
+    elif isinstance(prompt, Mapping):
+        for value in prompt.values():
+            yield from _texts(value)
+    elif isinstance(prompt, Sequence):
+        for value in prompt:
+            yield from _texts(value)
+
+
+# -- padding --------------------------------------------------------------------------------------------------------
+
+
+def _read_ids(given: Any, mask: Any, padding: Padding) -> tuple[list[list[int]], bool]:
+    listed, single = as_list(given)
+    if not all(_is_ids(p) for p in listed):
+        raise DllmError("input_ids and attention_mask are token ids and their mask, not text")
+    rows = [[int(i) for i in p] for p in listed]
+    if mask is None:
+        return _without_padding(rows, hasattr(given, "tolist"), padding), single
+    masks = mask.tolist() if hasattr(mask, "tolist") else mask
+    masks = [masks] if single or not isinstance(masks, Sequence) else list(masks)
+    if len(masks) != len(rows):
+        raise DllmError(f"attention_mask has {len(masks)} rows for {len(rows)} prompts: it has the shape of input_ids")
+    return [_kept(i, *pair) for i, pair in enumerate(zip(rows, masks, strict=True))], single
+
+
+def _kept(index: int, ids: list[int], mask: Any) -> list[int]:
+    """The ids that the mask keeps. Errors: another length, values beside 0 and 1, a hole inside the text."""
+    mask = mask.tolist() if hasattr(mask, "tolist") else mask
+    mask = list(mask) if isinstance(mask, Sequence) else [mask]
+    if len(mask) != len(ids):
+        raise DllmError(f"attention_mask of prompt {index} has {len(mask)} values for {len(ids)} ids")
+    if any(isinstance(v, Sequence) or v not in (0, 1) for v in mask):
+        raise DllmError(f"attention_mask of prompt {index} must hold 1 (text) and 0 (padding)")
+    kept = [i for i, v in enumerate(mask) if v]
+    if kept and kept[-1] - kept[0] + 1 != len(kept):
+        raise DllmError(f"attention_mask hides ids inside prompt {index}: only padding at its ends can be left out")
+    return [ids[i] for i in kept]
+
+
+def _without_padding(rows: list[list[int]], rectangular: bool, padding: Padding) -> list[list[int]]:
+    """Rows that came without a mask. An id that is nothing but padding is taken off both ends, as transformers does;
+    where padding shares its id with an end token, what looks like padding is an error."""
+    if padding.id is None:
+        return rows
+    edges = [_edges(ids, padding.id) for ids in rows]
+    if padding.id not in padding.meaningful:
+        return [ids[left : len(ids) - right] for ids, (left, right) in zip(rows, edges, strict=True)]
+    even = len({len(ids) for ids in rows}) == 1
+    for index, runs in enumerate(edges):
+        for side, run in zip(("begins", "ends"), runs, strict=True):
+            others = {e[side == "ends"] for e in edges}
+            if run < 2 and not (run and even and 0 in others):
+                continue
+            message = (
+                f"prompt {index} {side} with id {padding.id}, which is padding and an end of text: "
+                "pass attention_mask= (1 text, 0 padding)"
+            )
+            if run > 1 or rectangular:
+                raise DllmError(message)
+            log.warning("%s; it is read as text", message)
+    return rows
+
+
+def _edges(ids: list[int], pad: int) -> tuple[int, int]:
+    """How many padding ids a row begins and ends with."""
+    text = [i for i, token in enumerate(ids) if token != pad]
+    return (text[0], len(ids) - 1 - text[-1]) if text else (len(ids), 0)
