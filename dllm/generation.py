@@ -270,8 +270,7 @@ def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
 
 
 def _padding(model: Model) -> Padding:
-    meaningful = {*model.eos_ids, *(i for i in (model.bos_id, model.mask_id) if i is not None)}
-    return Padding(model.pad_id, frozenset(meaningful))
+    return Padding.of(model.tokenizer, model.pad_id, (*model.eos_ids, model.bos_id, model.mask_id))
 
 
 def _unprompted(model: Model) -> list[int]:

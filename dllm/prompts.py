@@ -29,6 +29,12 @@ class Padding:
     id: int | None = None
     meaningful: frozenset[int] = frozenset()
 
+    @classmethod
+    def of(cls, tokenizer: Any, pad: int | None, meaningful: Iterable[int | None]) -> Padding:
+        """The tokenizer's own padding id comes before the checkpoint's (`pad`): it is what users pad with."""
+        named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "unk")]
+        return cls(pad if named[0] is None else named[0], frozenset({*meaningful, *named[1:]} - {None}))
+
 
 def joined(prompt: Any, input_ids: Any, attention_mask: Any) -> Any:
     """The prompt of a call that may name `input_ids=` and `attention_mask=`, as transformers' `generate` does."""

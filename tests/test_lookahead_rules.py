@@ -35,7 +35,8 @@ LETTERS = "?ABCDXZ"  # id 0 is the mask
 class Scripted:
     """A model that looks the canvas up: `{"A__": "1:B .85,2:C .6"}`."""
 
-    supports_cache, shift, block_size, family, tokenizer, bos_id = False, 0, None, "scripted", None, None
+    supports_cache, shift, block_size, family, tokenizer = False, 0, None, "scripted", None
+    bos_id = pad_id = None
     mask_id, eos_ids, vocab_size, max_positions = 0, (), len(LETTERS), 64
     dtype, device, config = torch.float64, torch.device("cpu"), SimpleNamespace(embedding_rows=len(LETTERS))
 
