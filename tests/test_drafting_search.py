@@ -286,6 +286,45 @@ def test_sampled_rows_are_the_law_of_the_draw(search):
         assert counts[t] / 4000 == pytest.approx(float(rows[t]), abs=0.03)
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+def test_searches_say_what_they_draw(name):
+    lat, proxy, eos, ctx = random_problem(3)
+    search = SEARCHES[name]()
+    p = search(lat, ctx, eos=eos, proxy=proxy, generator=torch.Generator().manual_seed(5))
+    assert search.sampled == (p.kind == "sampled")
+    assert search.tree == (p.parents != tuple(range(-1, len(p) - 1)))
+
+
+def test_rows_of_slots_with_few_candidates():
+    """Slots of one and of three tokens, token 0 among them: padding is no token."""
+    lat = from_columns([[(0, 0.0)], [(0, LN(0.5)), (1, LN(0.3)), (2, LN(0.2))]])
+    rows = CPSSample(lam=1.0)(lat, (), generator=torch.Generator().manual_seed(0)).rows
+    assert rows.dense(0, 3).tolist() == [1, 0, 0]
+    assert rows.dense(1, 3).tolist() == pytest.approx([0.5, 0.3, 0.2])
+
+
+def test_sampled_siblings_share_the_confidence_of_their_slot():
+    """The second head is tried only where the first was rejected: half the confidence, and so on."""
+    lat = from_columns([[(t, LN(p)) for t, p in enumerate((0.5, 0.3, 0.2))], [(4, LN(0.8)), (5, LN(0.2))]])
+    tree = SampleTree(3, 2)(lat, (), generator=torch.Generator().manual_seed(0))
+    assert tree.depths == (1, 2) * 3
+    assert tree.conf == pytest.approx((0.5, 0.8, 0.25, 0.8, 0.5 / 3, 0.8))
+
+
+def test_a_tree_has_eight_children_a_node_where_nothing_else_is_said():
+    lat = from_columns([[(t, LN(0.1)) for t in range(10)]])
+    assert len(BestFirstTree()(lat, ())) == 8
+    wide = from_columns([[(t, LN(0.125)) for t in range(8)] for _ in range(2)])
+    assert len(BestFirstTree()(wide, ())) == 32
+
+
+def test_an_empty_lattice_is_worth_nothing():
+    path, value = EAL().solve(from_columns([]), ())
+    assert (path.tokens, value) == ((), 0.0)
+    for make in SEARCHES.values():
+        assert len(make()(from_columns([]), ())) == 0
+
+
 # -- proposals
 
 

@@ -72,6 +72,11 @@ def test_areas_of_slow_starts_are_the_leaderboards():
     assert metrics.areas({}) == {}
 
 
+def test_intervals_of_one_sample():
+    assert metrics.interval([1.0]) == pytest.approx((0.025, 1.0))  # exact binomial: 0.05 / 2
+    assert metrics.interval([0.5]) == (0.5, 0.5)  # a score that is no verdict
+
+
 def test_interval():
     low, high = metrics.interval([0.0] * 50 + [1.0] * 50)
     assert 0.38 < low < 0.42 and 0.58 < high < 0.62  # normal theory: 0.402 … 0.598
@@ -85,6 +90,7 @@ def test_mcnemar_is_the_exact_binomial_of_the_discordant_pairs():
     b = [0] * 8 + [1] * 2 + [1, 0]
     assert metrics.mcnemar(a, b) == {"only_a": 8, "only_b": 2, "p": pytest.approx(0.109375)}
     assert metrics.mcnemar([1, 0], [1, 0])["p"] == 1.0
+    assert metrics.mcnemar([0.5], [0.49]) == {"only_a": 1, "only_b": 0, "p": 1.0}  # half a point is right
 
 
 def test_paired_comparisons():

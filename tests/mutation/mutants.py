@@ -177,6 +177,12 @@ class _Visible(ast.NodeTransformer):
         node.returns = None
         return self._undocumented(node)
 
+    def visit_arguments(self, node: ast.arguments) -> ast.AST:
+        """`*` and `/` say how arguments are written in a call, not what they do."""
+        node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
+        node.posonlyargs = node.kwonlyargs = []
+        return self.generic_visit(node)
+
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         return self._undocumented(node)
 
