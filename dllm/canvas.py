@@ -104,6 +104,7 @@ class State(NamedTuple):
     canvas: Canvas
     step: Tensor  # (B,) logical steps so far: a forward each
     seed: Tensor  # (B,)
+    asked: Tensor  # (B,) columns of the generation window that the call gave the row; edits leave it as it is
     cached: Tensor  # (B,) the epoch whose cache is installed, -1 for none
     done: Tensor  # (B,) bool
     closing: Tensor  # (B,) bool: an exit asked for a full forward that fills what is left

@@ -96,7 +96,7 @@ def advance(s: Sampler, view: View, pred: Prediction, d: Decision) -> State:
         cached = torch.where(edited, -1, cached)
         columns = {key: splice_columns(leaf, d) for key, leaf in columns.items()}
     done = done | ~(canvas.masked.any(1) | view.held)
-    return State(canvas, state.step + 1, state.seed, cached, done, closing, view.memory, columns)
+    return State(canvas, state.step + 1, state.seed, state.asked, cached, done, closing, view.memory, columns)
 
 
 def fill(canvas: Canvas, pred: Prediction, rows: Tensor) -> tuple[Canvas, Tensor]:

@@ -365,13 +365,14 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     if args.compile:
         model.compile()
     defaults = DEFAULTS.get(model.family, FamilyDefaults())
-    canvas, window, tails = lay_out(model, prompts, args)
-    block = args.block_length or model.block_size or defaults.block_length or window
+    canvas, windows, tails = lay_out(model, prompts, args)
+    longest = max(*windows, 1)
+    block = args.block_length or model.block_size or defaults.block_length or longest
     eos = model.eos_ids if args.eos is None else args.ids("eos", model.vocab_size)
     context = Context(
-        block_length=block if model.block_size else min(block, max(window, 1)),
+        block_length=block if model.block_size else min(block, longest),
         steps=args.steps,
-        max_new_tokens=max(window, 1),
+        windows=tuple(sorted({max(w, 1) for w in windows})),
         mask_id=model.mask_id,
         eos_ids=eos,
         vocab_size=model.vocab_size,
@@ -399,8 +400,8 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
     memory, columns = sampler.start(canvas)
-    no = torch.zeros_like(seeds, dtype=torch.bool)
-    queue = State(canvas, torch.zeros_like(seeds), seeds, torch.full_like(seeds, -1), no, no, memory, columns)
+    zero, asked = torch.zeros_like(seeds), torch.tensor(windows, device=model.device)
+    queue = State(canvas, zero, seeds, asked, zero - 1, zero.bool(), zero.bool(), memory, columns)
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
     return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead)
@@ -413,29 +414,17 @@ def resolve_model(model: Any) -> Model:
 
 def lay_out(
     model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True
-) -> tuple[Canvas, int, list[int]]:
-    """The canvases of all requests, right-padded, the widest generation window, and the tail of each canvas.
+) -> tuple[Canvas, list[int], list[int]]:
+    """The canvases of all requests, right-padded, the generation window of each, and its tail.
 
     A block-causal model is fed `whole` blocks: masks beyond max_new_tokens fill the last one. They are decoded with
     early_stop=False only, and never part of an output: the tail.
     """
     mask = model.mask_id
     assert mask is not None
-    longest = max(map(len, prompts))
-    room = model.max_positions - longest
-    default = 0 if args.infill else min(MAX_NEW_TOKENS, room)
-    new = default if args.max_new_tokens is None else args.max_new_tokens
-    if room < 0:
-        raise DllmError(f"a prompt of {longest} tokens exceeds the model's {model.max_positions} positions")
-    if new > room:
-        raise DllmError(
-            f"a prompt of {longest} tokens and max_new_tokens={new} exceed the model's {model.max_positions} "
-            f"positions; at most {room} new tokens fit"
-        )
-    if args.min_new_tokens > new:
-        raise DllmError(f"min_new_tokens={args.min_new_tokens} is more than max_new_tokens={new}")
     starts, rows = [], []
     for index, prompt in enumerate(prompts):
+        new = new_tokens(model, args, len(prompt))
         check_ids(prompt, model.config.embedding_rows, f"prompt {index}")
         holes = [i for i, token in enumerate(prompt) if token == mask]
         if holes and not args.infill:
@@ -457,7 +446,27 @@ def lay_out(
     masked = (ids == mask) & (torch.arange(width) < decoded[:, None])
     ids, masked, start, length = (x.to(model.device) for x in (ids, masked, start, length))
     canvas = Canvas(ids, masked, ~masked, start, length, mask)
-    return canvas, max(len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)), tails
+    return canvas, [len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)], tails
+
+
+def new_tokens(model: Model, args: Arguments, given: int) -> int:
+    """Masks behind a prompt of `given` tokens: what was asked for, else MAX_NEW_TOKENS as far as the positions reach.
+
+    Errors: more than the model has positions.
+    """
+    room = model.max_positions - given
+    default = 0 if args.infill else min(MAX_NEW_TOKENS, room)
+    new = default if args.max_new_tokens is None else args.max_new_tokens
+    if room < 0:
+        raise DllmError(f"a prompt of {given} tokens exceeds the model's {model.max_positions} positions")
+    if new > room:
+        raise DllmError(
+            f"a prompt of {given} tokens and max_new_tokens={new} exceed the model's {model.max_positions} "
+            f"positions; at most {room} new tokens fit"
+        )
+    if args.min_new_tokens > new:
+        raise DllmError(f"min_new_tokens={args.min_new_tokens} is more than max_new_tokens={new}")
+    return new
 
 
 def tail(model: Model, length: int) -> int:

@@ -124,7 +124,7 @@ def context(
     block_length: int = WINDOW, new: int = WINDOW, steps: int | None = None, vocabulary: int = VOCABULARY
 ) -> Context:
     """A call's context without a model: mask id last, EOS before it."""
-    return Context(block_length, steps, new, vocabulary - 1, (vocabulary - 2,), vocabulary, 4096)
+    return Context(block_length, steps, (new,), vocabulary - 1, (vocabulary - 2,), vocabulary, 4096)
 
 
 def scene(sampler: Sampler, rows: int = 1, width: int = WINDOW, mask: int = VOCABULARY - 1) -> State:
@@ -134,7 +134,7 @@ def scene(sampler: Sampler, rows: int = 1, width: int = WINDOW, mask: int = VOCA
     zero = torch.zeros(rows, dtype=torch.long)
     canvas = Canvas(ids, masked, ~masked, zero, zero + width, mask)
     no = zero.bool()
-    return State(canvas, zero, zero, zero - 1, no, no, *sampler.start(canvas))
+    return State(canvas, zero, zero, canvas.length, zero - 1, no, no, *sampler.start(canvas))
 
 
 def step(repeats: int = REPEATS) -> list[Row]:

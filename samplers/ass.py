@@ -72,11 +72,13 @@ class ASS(Method):
     source: ClassVar[str] = "EOSER and ASS, arXiv 2509.23924"
 
     def bundle(self, context: Context) -> Bundle:
-        size, asked = context.max_new_tokens, context.steps
-        steps = max(1, size.bit_length() - 1)
-        if self.blocks > steps:
-            raise DllmError(f"ass: blocks={self.blocks} exceed the {steps} steps that {size} tokens take")
-        if asked not in (None, steps):
-            raise DllmError(f"ass: its schedule has {steps} steps for {size} tokens; leave out steps={asked}")
+        for size in context.windows:
+            steps = max(1, size.bit_length() - 1)
+            if self.blocks > steps:
+                raise DllmError(f"ass: blocks={self.blocks} exceed the {steps} steps that {size} tokens take")
+            if context.steps not in (None, steps):
+                raise DllmError(
+                    f"ass: its schedule has {steps} steps for {size} tokens; leave out steps={context.steps}"
+                )
         rule = Doubling(self.blocks)
         return Bundle(window=rule, select=rule)

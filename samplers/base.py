@@ -50,7 +50,7 @@ class Context:
 
     block_length: int
     steps: int | None  # over the whole generation; None: one token a step
-    max_new_tokens: int
+    windows: tuple[int, ...]  # columns of the generation windows of its rows, ascending, each once
     mask_id: int
     eos_ids: tuple[int, ...]
     vocab_size: int
@@ -61,8 +61,18 @@ class Context:
     family: str = ""
 
     @property
-    def budget(self) -> int:
-        return self.steps if self.steps is not None else self.max_new_tokens
+    def max_new_tokens(self) -> int:
+        """The longest window of the call: for sizes of tables. A row goes by its own, `State.asked`."""
+        return self.windows[-1]
+
+    def budget(self, state: State) -> Tensor:
+        """(B,) steps of each row."""
+        return state.asked if self.steps is None else torch.full_like(state.asked, self.steps)
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """The values that `budget` takes in this call, ascending."""
+        return self.windows if self.steps is None else (self.steps,)
 
 
 @dataclass(frozen=True)

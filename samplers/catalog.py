@@ -52,7 +52,7 @@ def _contexts() -> tuple[Context, ...]:
     plain = Context(
         block_length=8,
         steps=None,
-        max_new_tokens=32,
+        windows=(32,),
         mask_id=31,
         eos_ids=(2,),
         vocab_size=32,
@@ -106,7 +106,7 @@ def describe(name: str) -> dict[str, Any]:
         "source": cls.source,
         "parameters": parameters,
         "presets": dict(cls.presets),
-        "owns": [s for s in (*SINGLE, *CHAINS) if getattr(bundle, s)],
+        "owns": [s for s in (*SINGLE, *CHAINS, "lookahead") if getattr(bundle, s)],
         "assumes": sorted(bundle.assumes),
         "needs": _needs(bundle.needs, bool(bundle.reads)),
         "caches": bundle.needs.caches,

@@ -18,7 +18,8 @@ WARM_UP = 5  # steps that only fill the history, as released
 
 @dataclass(frozen=True)
 class CCD(Method):
-    """Commit what is coherent with earlier steps, or the u = max_new_tokens // steps columns of lowest entropy.
+    """Commit what is coherent with earlier steps, or the u = max_new_tokens // steps best columns, by entropy
+    unless another sampler brings a score.
 
     `agree` (as released): the best n columns of this step that were also among the n best left over by the step
     before, and kept their arg-max, commit together if they hold one of the u best. n grows from 1 by one a step to
@@ -42,18 +43,17 @@ class CCD(Method):
     def bundle(self, context: Context) -> Bundle:
         rule = (Agree if self.mode == "agree" else Mean)(self, context)
         return Bundle(
-            score=rule.score,
             select=rule,
             adjust=rule.adjust,
             memory=rule.memory,
             columns=rule.columns,
-            assumes={"window": Blocks(context.max_new_tokens)},
+            assumes={"window": Blocks(context.max_new_tokens), "score": rule.score},
             needs=Needs(filtered=True),
         )
 
 
 class Rule:
-    """What both modes share: the base budget u."""
+    """What both modes share: the base budget u, one for each row."""
 
     scheduled = False
     memory = columns = None
@@ -61,7 +61,10 @@ class Rule:
 
     def __init__(self, method: CCD, context: Context) -> None:
         self.m, self.context = method, context
-        self.u = max(1, context.max_new_tokens // context.budget)
+
+    def base(self, view: View) -> Tensor:
+        """(B, 1) u."""
+        return (view.state.asked // self.context.budget(view.state)).clamp(min=1)[:, None]
 
     def score(self, view: View, soft: Prediction) -> Tensor:
         return soft.negative_entropy
@@ -75,14 +78,15 @@ class Agree(Rule):
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         order, step = rank(score, view.live), view.state.step[:, None]
-        n = self._compared(view)
-        plain = order < self.u
+        u = self.base(view)
+        n = self._compared(view, u)
+        plain = order < u
         runner_up = view.gather(view.columns["ccd.runner_up"])
         stable = (soft.argmax == view.gather(view.columns["ccd.token"])) & runner_up & (order < n)
         if not self.m.seek:
-            stable &= rank(-order.to(score.dtype), stable) < self.u
-        coherent = (plain & runner_up).any(1, keepdim=True) & (stable.sum(1, keepdim=True) >= self.u)
-        coherent &= (step >= WARM_UP) & (step < self.context.budget - 1)
+            stable &= rank(-order.to(score.dtype), stable) < u
+        coherent = (plain & runner_up).any(1, keepdim=True) & (stable.sum(1, keepdim=True) >= u)
+        coherent &= (step >= WARM_UP) & (step < self.context.budget(view.state)[:, None] - 1)
         chosen = torch.where(coherent, stable, plain)
         left = view.live & ~chosen
         saved = (rank(score, left) < n) & left & (step >= WARM_UP - 2)
@@ -91,13 +95,13 @@ class Agree(Rule):
         view.columns["ccd.token"] = view.scatter(torch.full_like(view.canvas.ids, -1), token, view.live)
         return chosen
 
-    def _compared(self, view: View) -> Tensor:
+    def _compared(self, view: View, u: Tensor) -> Tensor:
         """(B, 1) n: how many of the best columns are compared with the step before. 2 once a tenth is left."""
-        canvas, step = view.canvas, view.state.step
-        most = self.u + int(self.u * self.m.expand)
-        grown = (step - WARM_UP + 3).clamp(min=1, max=most)
-        late = (canvas.masked.sum(1) <= 0.1 * (canvas.length - canvas.start)) & (step >= WARM_UP - 1)
-        return torch.where(late, min(2, most), grown)[:, None]
+        canvas, step = view.canvas, view.state.step[:, None]
+        most = u + (u.double() * self.m.expand).long()
+        grown = torch.minimum((step - WARM_UP + 3).clamp(min=1), most)
+        few = canvas.masked.sum(1) <= 0.1 * (canvas.length - canvas.start)
+        return torch.where(few[:, None] & (step >= WARM_UP - 1), most.clamp(max=2), grown)
 
 
 class Mean(Rule):
@@ -105,7 +109,7 @@ class Mean(Rule):
 
     def __init__(self, method: CCD, context: Context) -> None:
         super().__init__(method, context)
-        self.top = max(method.top, self.u)
+        self.top = max(method.top, context.max_new_tokens // context.steps if context.steps else 1)  # of any row
         self.adjust = (self.blend,)
 
     def memory(self, canvas: Canvas) -> dict[str, Tensor]:  # type: ignore[override]
@@ -117,7 +121,8 @@ class Mean(Rule):
         """Replace token, confidence and entropy of the `top` surest columns by those of their averages."""
         order = rank(pred.negative_entropy, view.live)
         at = order.argsort(dim=1, stable=True)[:, : self.top]  # (B, k) index into the columns of this step
-        ok = order.gather(1, at) < view.live.sum(1, keepdim=True)
+        own = self.base(view).clamp(min=self.m.top)  # the row's own `top`
+        ok = order.gather(1, at) < torch.minimum(view.live.sum(1, keepdim=True), own)
         law = pred.logits.gather(1, at[..., None].expand(-1, -1, pred.logits.shape[-1])).softmax(-1)  # (B, k, V)
         cols = torch.where(ok, view.cols.gather(1, at), -1)
         old_cols, old = view.memory["ccd.cols"], view.memory["ccd.law"].to(law.dtype)
@@ -141,10 +146,11 @@ class Mean(Rule):
         return averages(soft).negative_entropy
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
-        chosen = rank(score.clamp(min=-1e9), view.live) < self.u
+        chosen = rank(score.clamp(min=-1e9), view.live) < self.base(view)
         if not self.m.seek:
             return chosen
-        return chosen | ((averages(soft).contexts > 1) & (-score < self.m.eps))
+        blend = averages(soft)
+        return chosen | ((blend.contexts > 1) & (-blend.negative_entropy < self.m.eps))
 
 
 def _put(table: Tensor, at: Tensor, values: Tensor, ok: Tensor) -> Tensor:

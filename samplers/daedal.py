@@ -13,6 +13,7 @@ from dllm.canvas import Canvas, Decision, State, Window
 from dllm.errors import DllmError
 from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, best, param
+from dllm.samplers.blocks import first_block
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class DAEDAL(Method):
     decodes block by block above tau_high, and as long as the tail is unsure (tau_expand) replaces the least confident
     mask below tau_low by `factor` masks.
 
-    max_new_tokens is the ceiling. The confidence of the tail is the sum of p(EOS) over its last `tail` columns whose
-    arg-max is EOS, divided by `tail`. Every length edit makes the next forward a full one. As released, stage 1 ends by
-    writing tail // 2 end tokens behind the answer.
+    The row's own window (max_new_tokens) is the ceiling. The confidence of the tail is the sum of p(EOS) over its last
+    `tail` columns whose arg-max is EOS, divided by `tail`. Every length edit makes the next forward a full one. As
+    released, stage 1 ends by writing tail // 2 end tokens behind the answer.
     """
 
     initial: int | None = param(None, "None: 64 columns, the paper's start (32 to 512 do equally well)", low=1)
@@ -44,14 +45,13 @@ class DAEDAL(Method):
     cost: ClassVar[str] = "one row, every generated column until the ceiling is reached; stage 1 adds forwards"
 
     def bundle(self, context: Context) -> Bundle:
-        ceiling = context.max_new_tokens
-        if self.initial is not None and self.initial > ceiling:
-            raise DllmError(f"daedal: initial={self.initial} exceeds the ceiling max_new_tokens={ceiling}")
+        if self.initial is not None and self.initial > context.windows[0]:
+            raise DllmError(f"daedal: initial={self.initial} exceeds the ceiling max_new_tokens={context.windows[0]}")
         if not context.eos_ids:
             raise DllmError(
                 "daedal: the length follows the end-of-sequence token and this model has none: pass eos=..."
             )
-        rule = Growing(self, context, min(self.initial or 64, ceiling))
+        rule = Growing(self, context, self.initial or 64)
         return Bundle(
             window=rule,
             amend=(rule.grow,),
@@ -62,7 +62,7 @@ class DAEDAL(Method):
 
 @dataclass(frozen=True)
 class Growing:
-    """Window and length edits. A row in stage 1 has an empty window; in stage 2 the grid of blocks starts at `pos`."""
+    """Window and length edits. A row in stage 1 has an empty window; in stage 2 the open block starts at `pos`."""
 
     m: DAEDAL
     context: Context
@@ -71,7 +71,9 @@ class Growing:
     columns = None
 
     def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        return {"daedal.pos": canvas.start, "daedal.denoising": torch.zeros_like(canvas.start, dtype=torch.bool)}
+        context = self.context
+        first = first_block(canvas, context.block_length, aligned=context.block_size is not None)
+        return {"daedal.pos": first, "daedal.denoising": torch.zeros_like(canvas.start, dtype=torch.bool)}
 
     def open(self, state: State) -> tuple[State, Window]:
         state = self._begin(state)
@@ -81,7 +83,7 @@ class Growing:
         state = state._replace(memory={**state.memory, "daedal.pos": pos})
         lo, hi = pos, torch.minimum(pos + length, canvas.length)
         hi = torch.where(state.memory["daedal.denoising"], hi, lo)
-        full = canvas.length - canvas.start >= self.context.max_new_tokens
+        full = canvas.length - canvas.start >= state.asked
         begin = torch.where(full & (hi > lo), lo, canvas.start)  # at the ceiling nobody asks for the tail
         end = torch.where(full & (hi > lo), hi, canvas.length)
         return state, Window(lo=lo, hi=hi, reads=spans(begin, end, int((end - begin).max())), epoch=pos)
@@ -109,7 +111,7 @@ class Growing:
     def grow(self, view: View, pred: Prediction, d: Decision) -> Decision:
         """The length edits of this step, on the columns before its commits are shifted."""
         canvas, denoising = view.canvas, view.memory["daedal.denoising"]
-        room = self.context.max_new_tokens - (canvas.length - canvas.start)  # (B,)
+        room = view.state.asked - (canvas.length - canvas.start)  # (B,)
         sure = self.tail_confidence(view, pred)
         written = view.gather(d.write)
         weak = view.live & ~written & (pred.confidence < self.m.tau_low)

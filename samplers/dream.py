@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm import noise
 from dllm.prediction import Prediction
@@ -25,7 +25,11 @@ class Dream(Method):
     another sampler owns the window. A step may commit nothing, as in the reference.
     """
 
-    alg: str = param("entropy", "the setting of Dream's published scores", choices=("origin", *SCORES))
+    alg: str | None = param(
+        None,
+        "None: entropy, of Dream's published scores, or the score of a sampler composed with it",
+        choices=(None, "origin", *SCORES),
+    )
     alg_temp: float = param(
         0.0, "0 takes the best columns; above, columns are drawn from softmax(score / alg_temp)", low=0
     )
@@ -35,13 +39,17 @@ class Dream(Method):
     source: ClassVar[str] = "Dream, arXiv 2508.15487"
 
     def bundle(self, context: Context) -> Bundle:
-        times = torch.linspace(1, self.eps, context.budget + 1)  # float32, as the reference
+        budgets = torch.tensor(context.budgets)
+        grids = [torch.linspace(1, self.eps, n + 1) for n in context.budgets]  # float32, as the reference
+        times = nn.utils.rnn.pad_sequence(grids, batch_first=True)  # (budgets, T + 1)
 
         def count(view: View) -> Tensor:
             """(B, 1) the share of the masks that this step transfers; 1 at the last step."""
-            i = view.state.step.clamp(max=len(times) - 2)
-            t = times.to(i.device)
-            return torch.where(i >= len(times) - 2, 1.0, 1 - t[i + 1] / t[i])[:, None]
+            steps, device = context.budget(view.state), view.cols.device
+            i = torch.minimum(view.state.step, steps - 1)
+            t = times.to(device)[torch.searchsorted(budgets.to(device), steps)]  # (B, T + 1)
+            now, then = (t.gather(1, (i + n)[:, None]) for n in (0, 1))
+            return torch.where((i >= steps - 1)[:, None], 1.0, 1 - then / now)
 
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
             share = count(view)
@@ -53,8 +61,8 @@ class Dream(Method):
             return rank(score, view.live) < n
 
         return Bundle(
-            score=SCORES.get(self.alg, quota.confidence),
+            score=None if self.alg is None else SCORES.get(self.alg, quota.confidence),
             select=select,
-            assumes={"window": Blocks(context.max_new_tokens)},
+            assumes={"window": Blocks(context.max_new_tokens), "score": quota.entropy},
             needs=Needs(filtered=True, may_idle=True, stochastic=self.alg == "origin" or self.alg_temp > 0),
         )

@@ -20,13 +20,20 @@ class EB(Method):
     """
 
     gamma: float = param(0.1, "nats; the released function's default (0.01 and 0.001 are used in scripts)", low=0)
-    proxy: str = param("entropy", "the paper's default order", choices=("entropy", "confidence", "margin"))
+    proxy: str | None = param(
+        None,
+        "None: entropy, the paper's order, or that of a sampler composed with it",
+        choices=(None, "entropy", "confidence", "margin"),
+    )
 
     name: ClassVar[str] = "eb"
     source: ClassVar[str] = "EB-Sampler, arXiv 2505.24857"
 
     def bundle(self, context: Context) -> Bundle:
-        return Bundle(score=getattr(quota, self.proxy), select=self.select)
+        proxy = getattr(quota, self.proxy or "entropy")
+        if self.proxy is None:
+            return Bundle(select=self.select, assumes={"score": proxy})
+        return Bundle(score=proxy, select=self.select)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         order = rank(score, view.live)

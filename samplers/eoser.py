@@ -24,7 +24,7 @@ class Demote:
     eos: int | None
     gamma_min: float | None
     gamma_max: float
-    steps: int
+    context: Context
     schedule: Any = None  # the progress of a selection with a schedule of its own (ASS)
 
     def bind(self, slots: dict[str, Any]) -> Demote:
@@ -41,10 +41,9 @@ class Demote:
         low = self.gamma_min if self.gamma_min is not None else 0.4 if self.schedule is None else 0.01
         if self.schedule is not None:
             t = self.schedule(view)
-        elif self.steps == 1:
-            t = torch.ones_like(view.state.step, dtype=torch.float64)
         else:
-            t = (view.state.step.double() / (self.steps - 1)).clamp(max=1)
+            last = self.context.budget(view.state) - 1
+            t = torch.where(last > 0, view.state.step.double() / last.clamp(min=1), 1.0).clamp(max=1)
         return low + (self.gamma_max - low) * t
 
 
@@ -65,7 +64,7 @@ class EOSER(Method):
 
     def bundle(self, context: Context) -> Bundle:
         eos = context.eos_ids[0] if context.eos_ids else None
-        score = Demote(eos, self.gamma_min, self.gamma_max, context.budget)
+        score = Demote(eos, self.gamma_min, self.gamma_max, context)
         if not self.whole:
             return Bundle(score=score)
         length = context.max_new_tokens

@@ -39,9 +39,13 @@ class SubBlocks(Blocks):
 class FastDLLMv2(Method):
     """Threshold decoding in sub-blocks, for models with shifted logits and block-causal attention."""
 
-    tau: float = param(0.9, "the released example; its code defaults to 1, one token a forward", low=0)
+    tau: float = param(
+        0.9, "the bar where no other sampler selects: the released example; its code defaults to 1", low=0
+    )
     sub: int = param(8, "columns of a sub-block, the released default", low=1)
-    whole_block: bool = param(True, "an EOS ends the row when its sub-block is complete, as the released code does")
+    whole_block: bool = param(
+        False, "as released an EOS ends the row once no mask stands before it; True: when its sub-block is complete"
+    )
 
     name: ClassVar[str] = "fast_dllm_v2"
     source: ClassVar[str] = "Fast-dLLM v2, arXiv 2509.26328"
@@ -53,4 +57,5 @@ class FastDLLMv2(Method):
         if block % self.sub:
             raise DllmError(f"fast_dllm_v2: sub={self.sub} must divide the model's block of {block} columns")
         window = SubBlocks(self.sub, aligned=True, block=block)
-        return Bundle(window=window, select=Threshold(self.tau).select, needs=Needs(revises=self.whole_block))
+        select = Threshold(self.tau).select
+        return Bundle(window=window, assumes={"select": select}, needs=Needs(revises=self.whole_block))

@@ -52,6 +52,6 @@ class FreeDave(Method):
             lookahead |= {"ahead": -(-self.rows // context.block_size), "restart": True}
         return Bundle(
             window=Blocks.of(context, lone_opening=True) if self.lone_opening else None,
-            score=quota.confidence,
+            assumes={"score": quota.confidence},
             lookahead=lookahead,
         )

@@ -46,7 +46,7 @@ class KLASS(Method):
     }  # for LLaDA, and with the prefix for Dream
 
     def bundle(self, context: Context) -> Bundle:
-        quota = Quota(context.steps, context.block_length)
+        quota = Quota.of(context)
 
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
             ready = view.live & self.stable(view, soft) & (soft.confidence > self.kappa)

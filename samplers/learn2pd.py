@@ -86,7 +86,7 @@ class Filter:
         conf = torch.where(real, conf, 0.0)
         if self.kind == "block":
             return F.pad(conf, (0, self.block_length - conf.shape[1]))
-        return neighbourhood(conf, masked)
+        return neighbourhood(conf, masked, real)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of its weights and settings."""
@@ -159,12 +159,12 @@ def fill_of(feature: str) -> float:
     return {"prob": 1.0, "log1m": 20.0, "negent": 0.0}[feature]
 
 
-def neighbourhood(conf: Tensor, masked: Tensor) -> Tensor:
+def neighbourhood(conf: Tensor, masked: Tensor, real: Tensor) -> Tensor:
     """(B, W, inputs) what the shared kind sees of a column: confidences and masks around it, share of masks, best."""
     span = 2 * REACH + 1
     around = F.pad(conf, (REACH, REACH)).unfold(1, span, 1)  # (B, W, span)
     open_ = F.pad(masked.float(), (REACH, REACH)).unfold(1, span, 1)
-    share = masked.float().mean(1, keepdim=True).expand_as(conf)
+    share = (masked.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)).expand_as(conf)  # of its own columns
     best = conf.masked_fill(~masked, -torch.inf).amax(1, keepdim=True).nan_to_num(neginf=0.0).expand_as(conf)
     return torch.cat([around, open_, share[..., None], best[..., None]], -1)
 
@@ -233,7 +233,7 @@ class Learn2PD(Method):
             given = Filter.load(given)
         given.check(context)
         tau = given.tau if self.tau is None else self.tau
-        schedule = quota.Quota(context.steps, context.block_length, context.block_size is not None)
+        schedule = quota.Quota.of(context)
 
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
             return accepted(given, tau, view, soft) | (rank(score, view.live) < schedule.count(view)[:, None])

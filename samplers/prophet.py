@@ -127,7 +127,7 @@ class Exit:
             return torch.where(wanted.gather(1, order), order, -1)
         lo, hi = self.bounds(canvas)
         short = self.region in ("suffix", "span", "last_k")
-        return spans(lo, hi, self.length if short else self.context.max_new_tokens)
+        return spans(lo, hi, self.length if short else int((hi - lo).max()))
 
 
 def _region(method: str, region: Any, start: int, length: int, context: Context) -> tuple[Any, int, int]:
@@ -139,10 +139,10 @@ def _region(method: str, region: Any, start: int, length: int, context: Context)
     if not callable(region) and region not in REGIONS:
         known = ", ".join(REGIONS)
         raise DllmError(f"{method}: region={region!r} must be one of {known}, a pair [start, length] or a function")
-    if region == "span" and not (0 <= start < context.max_new_tokens and length >= 1):
+    if region == "span" and not (0 <= start < context.windows[0] and length >= 1):
         raise DllmError(
             f"{method}: the region of {length} columns from {start} is outside the window of "
-            f"{context.max_new_tokens} columns; start counts from the first generated column"
+            f"{context.windows[0]} columns; start counts from the first generated column"
         )
     return region, start, length
 

@@ -7,7 +7,7 @@ nothing are skipped: they cannot change the canvas.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class Quota:
     block_length: int
     aligned: bool = False
     scheduled: ClassVar[bool] = True  # the number of steps is known in advance
+
+    @classmethod
+    def of(cls, context: Context) -> Self:
+        """The schedule of a call, on its blocks."""
+        return cls(context.steps, context.block_length, aligned=context.block_size is not None)
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         return rank(score, view.live) < self.count(view)[:, None]

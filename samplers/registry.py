@@ -280,7 +280,7 @@ def build(spec: Spec, context: Context, extra: Bundle = Bundle(), tuned: Tuned =
     defaults = Bundle(
         window=Blocks.of(context),
         score=confidence,
-        select=Quota(context.steps, context.block_length, context.block_size is not None),
+        select=Quota.of(context),
     )
     if any(getattr(extra, slot) for slot in ("inputs", "adjust", "amend")):
         parts.append(("this call", extra))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dllm import noise
-from dllm.canvas import Canvas, Decision
+from dllm.canvas import Canvas, Decision, State
 from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.blocks import Blocks
@@ -54,7 +54,7 @@ class ReMDM(Method):
             law = Refine(self.fill, self.loops, self.k)
             return Bundle(select=law.select, amend=(law.revoke,), assumes=assumes, needs=needs, memory=law.memory)
         eta = ETA.get(self.schedule, 1.0) if self.eta is None else self.eta
-        chance = Posterior(self.schedule, eta, context.budget)
+        chance = Posterior(self.schedule, eta, context.steps)
         return Bundle(
             select=chance.select, amend=(chance.revoke,), assumes=assumes, needs=needs, columns=chance.columns
         )
@@ -75,7 +75,8 @@ class Refine:
         """(B,) bool: the row is looping; (B,) bool: and this is the half that masks."""
         total, half = view.memory["remdm.masks"], view.memory["remdm.half"]
         filled = total - view.canvas.masked.sum(1)
-        looping = (half < 2 * self.loops) & ((half > 0) | (filled >= (total * self.fill).long())) & (filled > 0)
+        full = (filled >= (total * self.fill).long()) & (filled > 0)
+        looping = (half < 2 * self.loops) & ((half > 0) | full)  # a loop that began runs through
         return looping, looping & (half % 2 == 0)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Posterior:
 
     schedule: str
     eta: float
-    steps: int
+    steps: int | Tensor | None  # None: one for each column of the row's window
 
     def columns(self, canvas: Canvas) -> dict[str, Tensor]:
         return {"remdm.confidence": torch.zeros_like(canvas.ids, dtype=torch.float64)}  # at the commit
@@ -121,8 +122,13 @@ class Posterior:
             return capped
         return torch.where((t > LOOP_TO) & (t <= LOOP_FROM), capped, 0.0)
 
+    def now(self, state: State) -> tuple[Tensor, Tensor]:
+        """(B,) the rates of each row at its step."""
+        return (self if self.steps is not None else replace(self, steps=state.asked)).rates(state.step)
+
     def rates(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """sigma, and the probability that a mask gets its token, at these steps."""
+        assert self.steps is not None
         t, s = (1 - (step.double() + i) / self.steps for i in (0, 1))
         alpha_t, alpha_s = self.alpha(t), self.alpha(s)
         sigma = self.sigma(t, alpha_t, alpha_s)
@@ -130,10 +136,10 @@ class Posterior:
         return sigma, (alpha_s - (1 - staying) * alpha_t) / (1 - alpha_t)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
-        return view.uniform(noise.TRANSFER) < self.rates(view.state.step)[1][:, None]
+        return view.uniform(noise.TRANSFER) < self.now(view.state)[1][:, None]
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
-        sigma = self.rates(view.state.step)[0][:, None].expand(view.cols.shape)
+        sigma = self.now(view.state)[0][:, None].expand(view.cols.shape)
         among, table = decoded(view), view.columns["remdm.confidence"]
         if self.schedule == "conf":
             sigma = sigma * weights(view.gather(table), among)

@@ -14,6 +14,8 @@ from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.revoke import committed_here, decoded, remask
 
+ROUNDING = 32  # units in the last place by which forwards of two shapes may differ on one canvas: no change
+
 
 @dataclass(frozen=True)
 class Saber(Method):
@@ -53,6 +55,7 @@ class Saber(Method):
         conf = pred.confidence
         new = committed_here(view, d)
         change = conf - view.gather(view.columns["saber.last"])
+        change = torch.where(change.abs() < ROUNDING * torch.finfo(conf.dtype).eps, 0.0, change)
         view.columns["saber.last"] = view.scatter(view.columns["saber.last"], conf, view.cols >= 0)
         view.columns["saber.record"] = view.scatter(view.columns["saber.record"], conf, new)
         if not self.backtrack:

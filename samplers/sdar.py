@@ -35,7 +35,7 @@ class SDAR(Method):
     presets: ClassVar[dict] = {**{rule: {"rule": rule} for rule in RULES}, "llada2": {"tau": 0.95}}
 
     def bundle(self, context: Context) -> Bundle:
-        share = Share(self.steps or context.block_length, context.block_length)
+        share = Share(self.steps, context.block_length, context.block_size is not None)
         select = {
             "sequential": self.sequential,
             "low_confidence_static": self.static,
@@ -68,11 +68,23 @@ class SDAR(Method):
 
 @dataclass(frozen=True)
 class Share:
-    """(B, 1) columns that a step commits: block // steps, the first block % steps steps one more."""
+    """(B, 1) columns that a step commits: block // steps, the first block % steps steps one more.
 
-    steps: int
+    No block of a bidirectional model is longer than its row. In a window that is no fixed block, which has no first
+    step, every step has the plain share.
+    """
+
+    steps: int | None
     block_length: int
+    aligned: bool
 
     def __call__(self, view: View) -> Tensor:
-        done = view.state.step - view.memory["window.step"]
-        return (self.block_length // self.steps + (done < self.block_length % self.steps))[:, None].clamp(min=1)
+        if self.steps is None:
+            return torch.ones_like(view.cols[:, :1])
+        block = torch.full_like(view.state.step, self.block_length)
+        if not self.aligned:
+            block = torch.minimum(block, view.state.asked)
+        share = block // self.steps
+        if "window.step" in view.memory:
+            share = share + (view.state.step - view.memory["window.step"] < block % self.steps)
+        return share[:, None].clamp(min=1)

@@ -12,6 +12,7 @@ from dllm.cache import spans
 from dllm.canvas import Canvas, Plan, State, Window
 from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold
 
 CUT = "with truncate=true it feeds a canvas cut short, which no cache keeps (truncate=false works with every cache)"
@@ -31,6 +32,7 @@ class Cycles:
     tau_min: float
     most: int
     spread: float
+    aligned: bool = False  # blocks count from column 0
 
     def memory(self, canvas: Canvas) -> dict[str, Tensor]:
         zero = torch.zeros_like(canvas.start)
@@ -47,8 +49,9 @@ class Cycles:
 
     def open(self, state: State) -> tuple[State, Window]:
         canvas, memory = state.canvas, state.memory
-        block = (canvas.first_masked() - canvas.start) // self.length
-        lo = canvas.start + block * self.length
+        origin = first_block(canvas, self.length, self.aligned)
+        block = (canvas.first_masked() - origin) // self.length
+        lo = origin + block * self.length
         hi = torch.minimum(lo + self.length, canvas.length)
         new = lo != memory["cycle.block"]
         start = torch.where(new, lo, memory["cycle.start"])
@@ -122,7 +125,9 @@ class SlowFast(Method):
 
     def bundle(self, context: Context) -> Bundle:
         return Bundle(
-            window=Cycles(context.block_length, self.tau_min, self.most, self.spread),
+            window=Cycles(
+                context.block_length, self.tau_min, self.most, self.spread, aligned=context.block_size is not None
+            ),
             inputs=Truncation() if self.truncate else None,
             assumes={"select": Threshold(tau=self.tau).select},
             needs=Needs(caches=("none",), caches_why=CUT) if self.truncate else Needs(),

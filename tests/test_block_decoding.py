@@ -215,3 +215,35 @@ def test_token_editing_by_hand():
     # without rounds a block is left with its last mask
     out = dllm.generate(Scripted([*tables[:2], *tables[4:]]), [0], **options | {"sampler": "editing:rounds=0"})
     assert out.trace.commits == [*commits[:2], [[4, 0]]] and out.nfe == 3
+
+
+def test_fast_dllm_v2_ends_as_soon_as_no_mask_stands_before_an_end():
+    """As the released loop, which looks before every forward; `whole_block` completes the sub-block."""
+    model, options = tiny(shift=1), {"sampler": "fast_dllm_v2:tau=0.3,sub=4", "max_new_tokens": 16}
+    saved = 0
+    for cache in ("block", "block_dual"):
+        plain = run(model, [1, 2, 3, 4], cache=cache, **options)
+        for end in set(plain.sequences[4:]):
+            written, closed = {}, None
+            for forward, pairs in enumerate(plain.trace.commits, 1):
+                written |= dict(pairs)
+                prefix = next((c for c in range(4, 20) if c not in written), 20)
+                if closed is None and end in [written[c] for c in range(4, prefix)]:
+                    closed = forward
+            out = run(model, [1, 2, 3, 4], cache=cache, eos=end, **{**options, "early_stop": True})
+            assert out.nfe == closed
+            late = {**options, "sampler": options["sampler"] + ",whole_block=true", "early_stop": True}
+            saved += run(model, [1, 2, 3, 4], cache=cache, eos=end, **late).nfe - closed
+    assert saved > 0
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 5])
+def test_schedules_follow_the_models_blocks(start):
+    """A prompt ends inside a block: the first block is short, for every rule that counts steps or columns of one."""
+    model, prompt = tiny(), list(range(1, start + 1))
+    options = {"max_new_tokens": 14, "steps": 7}
+    plain = run(model, prompt, sampler="confidence", **options)
+    assert story(run(model, prompt, sampler="klass:kappa=2", **options)) == story(plain)
+    for window in ("slowfast:tau=2,truncate=false", "daedal:tau_high=2,tau_eos=0,tau_expand=0"):
+        out = run(model, prompt, sampler=window, eos=7, max_new_tokens=14)
+        assert all(lo // 4 == (hi - 1) // 4 for lo, hi in out.trace.windows if hi > lo), window

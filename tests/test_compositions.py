@@ -31,9 +31,11 @@ GIVEN: dict[str, dict[str, Any]] = {
     "threshold": {"tau": 0.8},
     "localleap": {"kappa": 0.8, "tau": 0.6, "radius": 2},
     "learn2pd": {"filter": HALF},
+    "remdm": {"fill": 0.5, "loops": 3},
     "pc": {"frequencies": [1.0 / (1 + i) for i in range(160)]},
 }
 PROMPTS = [[3, 14, 15, 92, 65], [35, 89], [79, 32, 38, 46, 26, 43, 38, 32]]
+SCORES = ("entropy", "margin", "confidence")
 EOS = 124  # a token that this checkpoint predicts often
 ARGUMENTS: dict[str, Any] = {"max_new_tokens": 12, "block_length": 4, "eos": EOS, "trace": True}
 CACHES = ["none", "prefix", "dual"]  # those that cut the forward in different ways; the others in the sweep
@@ -50,8 +52,9 @@ def spec(*names: str) -> list[dict[str, Any]]:
 
 
 def run(names: tuple[str, ...], cache_: str, **more: Any) -> list[Any]:
+    arguments = {**ARGUMENTS, "sampler": spec(*names), **more}
     with invariants.asserted() as steps:
-        out = dllm.generate(model(), PROMPTS, sampler=spec(*names), cache=cache_, batch_size=2, **{**ARGUMENTS, **more})
+        out = dllm.generate(model(), PROMPTS, cache=cache_, batch_size=2, **arguments)
     assert steps[0] > 0
     return out
 
@@ -91,16 +94,67 @@ def test_pairs(cache_: str) -> None:
     assert frozenset(("threshold", "localleap")) not in both
 
 
-@pytest.mark.parametrize("name", names())
-def test_rows_are_independent(name: str) -> None:
-    """I5: a row of a ragged batch equals the same request alone."""
-    try:
-        together = run((name,), "none")
-    except DllmError:
-        together = run((name,), "dual")
-    for i, out in enumerate(together):
-        alone = dllm.generate(model(), PROMPTS[i], sampler=spec(name), cache=out.cache, seed=i, **ARGUMENTS)
-        assert (alone.sequences, alone.nfe, alone.trace.commits) == (out.sequences, out.nfe, out.trace.commits)
+MASK = 158
+HOLES = [[5, 9, *[MASK] * 4, 7], [3, 14, 15, *[MASK] * 13, 7, MASK, MASK], [79, *[MASK] * 6, 11, 12]]
+ANYWHERE = [*names(), "sdar", "editing", "freedave"]
+
+
+def seen(out: Any) -> tuple[Any, ...]:
+    return out.sequences, out.nfe, out.positions, out.finish_reason, out.trace.commits
+
+
+CALLS = {
+    "behind": (PROMPTS, {}),
+    "holes": (HOLES, {"infill": True}),
+    "sampled": (HOLES[:2], {"infill": True, "temperature": 0.7, "n": 2}),
+}
+SAMPLED = ["dream", "ccd", "eoser", "sdar", "lopa", "daedal"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for k in CALLS for n in (SAMPLED if k == "sampled" else ANYWHERE)])
+def test_rows_are_independent(name: str, kind: str) -> None:
+    """I5: a row of a ragged batch equals the same request alone, its window, ceiling and budget too."""
+    prompts, call = CALLS[kind]
+    arguments = {**ARGUMENTS, "sampler": spec(name), **call}
+    arguments |= {"max_new_tokens": None} if "infill" in call else {}
+    together = dllm.generate(model(), prompts, batch_size=2, **arguments)
+    n = call.get("n", 1)
+    for i, prompt in enumerate(prompts):
+        alone = dllm.generate(model(), prompt, seed=i * n, **arguments)
+        for one, out in zip(alone if n > 1 else [alone], together[i * n :], strict=False):
+            assert seen(one) == seen(out), i
+
+
+def test_the_default_length_is_the_rows_own() -> None:
+    """What a neighbour's long prompt leaves of the positions is nobody else's limit."""
+    small = dllm.load(GOLDEN / "checkpoints" / "tiny-llada-random", dtype="float64")
+    small.config = dataclasses.replace(small.config, max_positions=40)
+    outs = dllm.generate(small, [[5, 9], [3] * 34], eos=[])
+    assert [len(out.sequences) for out in outs] == [40, 40]
+
+
+@pytest.mark.parametrize("window", ["dsb", "slowfast", "daedal", "adablock"])
+def test_a_block_rule_in_a_window_without_blocks(window: str) -> None:
+    """SDAR's share of a block is the plain one where no block was opened."""
+    for rule in ("sdar:steps=2", "sdar:low_confidence_static,steps=2", "learn2pd", "confidence"):
+        method = registry.parse(rule) if ":" in rule else registry.parse(spec(rule))
+        outs = run((window,), "none", sampler=[*method, *spec(window)], steps=6)
+        assert all(MASK not in out.tokens for out in outs)
+
+
+def test_a_default_score_yields() -> None:
+    """CCD, EB, Dream and FreeDave rank as the sampler composed with them does; a proxy that was asked for clashes."""
+
+    def commits(sampler: str) -> list[Any]:
+        return [out.trace.commits for out in run((), "none", sampler=sampler, max_new_tokens=16, eos=[])]
+
+    for name in ("ccd", "eb", "dream", "freedave"):
+        ranked = {score: commits(f"{name}+{score}") for score in SCORES}
+        assert len({str(found) for found in ranked.values()}) > 1, name
+        assert ranked["confidence" if name == "freedave" else "entropy"] == commits(name)
+    for clash in ("eb:proxy=margin+entropy", "dream:alg=entropy+margin"):
+        with pytest.raises(DllmError, match="both decide the score"):
+            run((), "none", sampler=clash)
 
 
 def test_the_mission_composition_under_every_cache() -> None:

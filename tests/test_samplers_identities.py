@@ -127,6 +127,6 @@ def seen(logits: torch.Tensor) -> tuple[View, Prediction]:
     zero, no = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool)
     masked = torch.ones_like(ids, dtype=torch.bool)
     canvas = Canvas(ids, masked, ~masked, zero, zero + width, 6)
-    state = State(canvas, zero, zero, zero - 1, no, no, {}, {})
+    state = State(canvas, zero, zero, canvas.length, zero - 1, no, no, {}, {})
     reads = torch.arange(width)[None]
     return View(state, Window(zero, zero + width, reads, zero)), Prediction(logits, reads)

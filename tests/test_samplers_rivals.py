@@ -303,6 +303,17 @@ def test_remdm_refine_fills_loops_and_finishes() -> None:
     assert out.nfe == 8 + 2 * 2
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_remdm_a_loop_that_masks_everything_fills_again(k: int) -> None:
+    out = decode(
+        Scripted(confident(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)),
+        8,
+        {"name": "remdm", "fill": 0.125, "loops": 2, "k": k},
+    )
+    nets = [len(w) - len(m) for w, m in zip(writes(out), masked_again(out), strict=True)]
+    assert nets[:5] == [k, -k, k, -k, k] and nets[5] == min(k, 8 - k)
+
+
 @pytest.mark.parametrize("schedule", ["cap", "rescale", "conf", "loop"])
 def test_remdm_schedules_end_with_the_budget_and_repeat(schedule: str) -> None:
     def run() -> Any:

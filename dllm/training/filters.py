@@ -93,7 +93,7 @@ class Follow(Method):
     name: ClassVar[str] = "follow"
 
     def bundle(self, context: Context) -> Bundle:
-        schedule = quota.Quota(context.steps, context.block_length, context.block_size is not None)
+        schedule = quota.Quota.of(context)
 
         def adjust(view: View, pred: Prediction) -> Prediction:
             if self.filter is not None:
