@@ -352,11 +352,12 @@ def test_where_namespaces_work_nothing_is_refused():
 
 @pytest.fixture
 def afresh(monkeypatch):
-    """Whether programs can be confined is found out again."""
-    confined.sandbox.cache_clear()
+    """Whether programs can be confined is found out again, and the choice is taken back."""
+    confined._sandbox.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    confined.sandbox.cache_clear()
+    confined.choose()
+    confined._sandbox.cache_clear()
 
 
 def test_where_it_cannot_be_confined_it_is_refused(afresh):
@@ -370,3 +371,38 @@ def test_a_sandbox_that_fails_is_a_refusal(afresh):
     afresh.setattr(confined, "_ENTER", "echo no namespaces for you >&2; exit 1")
     afresh.setenv("PATH", "/nowhere")
     assert "no namespaces for you" in (confined.refusal() or "")
+
+
+def test_unconfined_only_by_leave_and_said_aloud(afresh, caplog):
+    with pytest.raises(DllmError, match="needs --allow-unconfined-code"):
+        confined.choose("none")
+    with pytest.raises(DllmError, match="unknown confinement 'dcker'; did you mean 'docker'"):
+        confined.choose("dcker")
+    confined.choose("none", allow_unconfined=True)
+    assert run("def f(x): return x + 1", "assert f(1) == 2").passed and "UNCONFINED" in caplog.text
+    assert not run("import os\ndef f(x): os._exit(0)", "assert f(1) == 2").passed
+    assert run("import time\ntime.sleep(60)", limits=Limits(seconds=1)).status == "timeout"
+    assert run("x = bytearray(10**10)").status == "failed"
+    if can.args[0] is False:  # leave is no wish: programs are confined where they can be
+        confined.choose("auto", allow_unconfined=True)
+        assert confined.sandbox().name != "none"
+
+
+def test_docker_is_asked_for_its_image(afresh, tmp_path):
+    """Without a daemon: what the client says, and what it is asked to run."""
+    client = tmp_path / "docker"
+    client.write_text("#!/bin/sh\necho 'Error: No such image: x' >&2\nexit 1\n")
+    client.chmod(0o755)
+    afresh.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    confined.choose("docker:python:3.12-slim")
+    assert "docker pull python:3.12-slim first" in (confined.refusal() or "")
+    # A client that runs the container's command here: messages pass through it as through the real one.
+    client.write_text(
+        '#!/bin/sh\n[ "$1" = run ] || exit 0\necho "$@" | head -c 700 > ' + str(tmp_path / "asked") + "\n"
+        'while [ "$1" != -s ]; do shift; done\nshift 3\nexec "$@"\n'
+    )
+    confined._sandbox.cache_clear()
+    assert run("def f(x): return x + 1", "assert f(1) == 2").passed
+    asked = (tmp_path / "asked").read_text()
+    for word in ("--network none", "--read-only", "--memory 512m", "--cap-drop ALL", "no-new-privileges", "--user "):
+        assert word in asked

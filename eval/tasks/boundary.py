@@ -460,11 +460,14 @@ def main():
         else:
             Check(line).run(header)
             line.say("passed")
+        failed = 0
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
+        failed = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the program may have closed it
+            stream.flush()
+    os._exit(failed)
 
 
 if __name__ == "__main__":

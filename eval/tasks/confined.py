@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import platform
 import secrets
@@ -37,6 +38,8 @@ import psutil
 from dllm.errors import DllmError, unknown
 
 from . import boundary
+
+log = logging.getLogger(__name__)
 
 # One user for each sandbox of a root caller: the limit on processes counts per user, and does not bind root.
 _UIDS = range(40_000, 60_000)
@@ -81,10 +84,7 @@ rm /proc
 rmdir /.old
 mount -o remount,mode=555 / 2>/dev/null || chmod 555 /
 cd /tmp
-drop="--no-new-privs --inh-caps=-all --bounding-set=-all"
-[ "$1" = root ] && drop="$drop --reuid=$2 --regid=$2 --clear-groups"
-shift 2
-setpriv $drop -- "$@"
+setpriv "$@"
 exit $?
 """
 
@@ -162,11 +162,10 @@ class Namespaces(Sandbox):
         privileged = os.geteuid() == 0
         identity = [] if privileged else ["--user", "--map-root-user"]
         unshare = ["unshare", *identity, "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts", "--mount"]
-        who = "root" if privileged else "user"
         return [
             *("setpriv", "--pdeathsig", "KILL", *unshare),
             *("sh", "-c", _ENTER, "enter", root, str(limits.file_mb << 20), *_folders(), "--"),
-            *("sh", "-c", _LEAVE, "leave", who, str(secrets.choice(_UIDS)), *_python(sys_python())),
+            *("sh", "-c", _LEAVE, "leave", *_drop(), "--", *_python(sys_python())),
         ]
 
 
@@ -178,15 +177,28 @@ class Bubblewrap(Sandbox):
     def missing(self) -> str | None:
         return super().missing() or (None if shutil.which("bwrap") else "bwrap not found")
 
+    def tools(self) -> Sequence[str]:
+        return ("setpriv",) if os.geteuid() == 0 else ()
+
     def command(self, root: str, limits: Limits) -> list[str]:
-        options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--chdir", "/tmp"]
-        for folder in _folders():
+        options = ["--die-with-parent", "--new-session", "--chdir", "/tmp", "--unshare-pid", "--unshare-ipc"]
+        options += ["--unshare-net", "--unshare-uts", "--cap-drop", "ALL"]
+        drop: list[str] = []
+        if os.geteuid() == 0:  # root is bound by no limit on processes, so the program becomes somebody else
+            options += [word for c in ("SETUID", "SETGID", "SETPCAP") for word in ("--cap-add", f"CAP_{c}")]
+            drop = ["setpriv", *_drop(), "--"]
+        else:
+            options += ["--unshare-user"]
+        folders = _folders()
+        for parent in dict.fromkeys(p for path in (*folders, "/dev/null") for p in [*Path(path).parents][-2::-1]):
+            options += ["--perms", "0755", "--dir", str(parent)]
+        for folder in folders:
             options += ["--symlink", os.readlink(folder), folder] if os.path.islink(folder) else []
             options += ["--ro-bind", folder, folder] if not os.path.islink(folder) else []
         for device in ("null", "zero", "urandom"):
             options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
         scratch = ["--size", str(limits.file_mb << 20), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/"]
-        return [shutil.which("bwrap") or "bwrap", *options, *scratch, "--", *_python(sys_python())]
+        return [shutil.which("bwrap") or "bwrap", *options, *scratch, "--", *drop, *_python(sys_python())]
 
 
 class Docker(Sandbox):
@@ -194,7 +206,7 @@ class Docker(Sandbox):
 
     name = "docker"
 
-    def __init__(self, image: str | None = None):
+    def __init__(self, image: str = ""):
         self.image = image or f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
 
     def missing(self) -> str | None:
@@ -247,6 +259,10 @@ class Unconfined(Sandbox):
                     child.kill()
 
 
+UNCONFINED = (
+    "GENERATED PROGRAMS RUN UNCONFINED (--allow-unconfined-code): they can read and change whatever this user can, and "
+    "their verdicts are not to be trusted"
+)
 SANDBOXES: dict[str, type[Sandbox]] = {s.name: s for s in (Namespaces, Bubblewrap, Docker)}
 _ADVICE = (
     "generated programs are not run; use Linux with util-linux and user namespaces, bubblewrap or docker, a task that "
@@ -254,31 +270,46 @@ _ADVICE = (
 )
 
 
-@functools.cache
-def sandbox(name: str = "auto", allow_unconfined: bool = False) -> Sandbox:
-    """The confinement of this name (`namespaces`, `bubblewrap`, `docker`, `docker:IMAGE`; `none` if allowed), or the
-    first that works here. Found out by confining a program. Raises `DllmError` where there is none, with the reason.
-    """
-    kind, _, image = name.partition(":")
+_choice = ("auto", False)
+
+
+def choose(name: str = "auto", allow_unconfined: bool = False) -> None:
+    """Say how this process confines programs: `namespaces`, `bubblewrap`, `docker`, `docker:IMAGE`, or `auto`, the
+    first of these that works here. `allow_unconfined` lets them run unconfined where none does, or by the name `none`.
+    Errors: an unknown name, `none` without leave."""
+    global _choice  # noqa: PLW0603 - one for a process, like its working folder
+    kind = name.partition(":")[0]
     if kind not in ("auto", "none", *SANDBOXES):
         raise unknown("confinement", name, ["auto", "none", *SANDBOXES])
     if kind == "none" and not allow_unconfined:
         raise DllmError("confinement 'none' needs --allow-unconfined-code: generated programs may do what they like")
+    _choice = (name, allow_unconfined)
+
+
+def sandbox() -> Sandbox:
+    """The chosen sandbox, found out by confining a program. Raises `DllmError` where there is none, with the reason."""
+    return _sandbox(*_choice)
+
+
+@functools.cache
+def _sandbox(name: str, allow_unconfined: bool) -> Sandbox:
+    kind, _, image = name.partition(":")
     reasons = []
     for cls in SANDBOXES.values() if kind == "auto" else [SANDBOXES[kind]] if kind in SANDBOXES else []:
-        tried = cls(image or None) if cls is Docker else cls()
+        tried = Docker(image) if cls is Docker else cls()
         if not (reason := _refusal(tried)):
             return tried
         reasons.append(f"{tried.name}: {reason}")
     if allow_unconfined and kind in ("auto", "none"):
+        log.warning("%s", UNCONFINED)
         return Unconfined()
     raise DllmError(f"{'; '.join(reasons)}, so {_ADVICE}")
 
 
-def refusal(name: str = "auto", allow_unconfined: bool = False) -> str | None:
+def refusal() -> str | None:
     """Why programs cannot be confined here, or None."""
     try:
-        sandbox(name, allow_unconfined)
+        sandbox()
     except DllmError as error:
         return str(error)
     return None
@@ -480,6 +511,13 @@ def _environment(within: Sandbox) -> dict[str, str]:
     names = {"docker": ("HOME", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG", "XDG_RUNTIME_DIR")}
     kept = names.get(within.name, ("SYSTEMROOT",) if sys.platform == "win32" else ())
     return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+def _drop() -> list[str]:
+    """What `setpriv` takes away."""
+    user = str(secrets.choice(_UIDS))
+    other = [f"--reuid={user}", f"--regid={user}", "--clear-groups"] if os.geteuid() == 0 else []
+    return ["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", *other]
 
 
 def _python(interpreter: str) -> list[str]:
