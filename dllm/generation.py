@@ -385,7 +385,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     if args.infill and args.stop:
         raise DllmError("infill=True fills every hole to its end, so stop strings do not apply: leave stop= out")
     stops = Stops.of(() if args.infill else eos, args.stop, model.tokenizer)
-    sampler = build_sampler(args, context, stops, defaults)
+    sampler = build_sampler(model, args, context, stops, defaults)
     if sampler.needs.edits_length:  # what it inserts would move the tail
         canvas, _, tails = lay_out(model, prompts, args, whole=False)
     policy = caches.default(model, sampler.needs.caches) if args.cache is None else caches.policy(args.cache)
@@ -474,7 +474,7 @@ def tail(model: Model, length: int) -> int:
     return min(-length % (model.block_size or 1), model.max_positions - length)
 
 
-def build_sampler(args: Arguments, context: Context, stops: Stops, defaults: FamilyDefaults) -> Sampler:
+def build_sampler(model: Model, args: Arguments, context: Context, stops: Stops, defaults: FamilyDefaults) -> Sampler:
     """The sampler of a call: the named ones, then guidance, EOS options and the early stop."""
     spec = args.sampler if args.sampler is not None else defaults.sampler
     adjust = (EosLast(context.eos_ids),) if args.confidence_eos_eot_inf else ()
