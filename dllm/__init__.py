@@ -25,6 +25,7 @@ _LAZY = {
     "Model": "dllm.models.hub",
     "speculate": "dllm.drafting.speculation",
     "spec_generate": "dllm.drafting.transformers_hook",
+    "speculator": "dllm.drafting.transformers_hook",
 }
 __all__ = [  # noqa: PLE0604
     *_LAZY,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from drafting_kit import KINDS, VOCAB, Noise, Script, Silent, plain, tiny_verifier
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MambaConfig,
@@ -218,11 +219,16 @@ def test_beams_static_and_wrong_padding_are_refused(model):
 
 
 def test_what_would_be_lost_silently_is_refused(model):
-    with pytest.raises(DllmError, match="output_scores: not recorded"):
-        call(model, PROMPT, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
-    config = SimpleNamespace(num_beams=1, return_dict_in_generate=False)
+    with pytest.raises(DllmError, match="output_hidden_states: not recorded"):
+        call(model, PROMPT, max_new_tokens=4, return_dict_in_generate=True, output_hidden_states=True)
+    config = GenerationConfig()
     with pytest.raises(DllmError, match=r"only text.*pixel_values"):
         dllm.spec_generate(model, torch.tensor([PROMPT]), generation_config=config, pixel_values=torch.zeros(1))
+    with pytest.raises(DllmError, match=r"only text.*token_type_ids"):
+        dllm.spec_generate(model, torch.tensor([PROMPT]), generation_config=config, token_type_ids=torch.ones(1, 10))
+    for way in (dict(assistant_model=tiny_verifier()), dict(prompt_lookup_num_tokens=3)):
+        with pytest.raises(DllmError, match="drafter="):
+            call(model, PROMPT, max_new_tokens=4, drafter=Noise(), **way)
 
 
 def test_recurrent_and_encoder_decoder_verifiers_are_refused():

@@ -199,7 +199,12 @@ class Request:
     warp: Callable[[Tensor], Tensor] | None = None
     stop: Callable[[list[int]], bool] | None = None  # (all ids) -> stop behind the last one?
     generator: torch.Generator | None = None
-    pad: list[int] = field(default_factory=list)  # left padding that the processors of a batch expect to see
+    padded: list[int] | None = None  # `ids` with the padding that the processors of a batch expect to see
+    before: int = 0  # tokens of an earlier turn in the cache that `ids` lacks
+
+    @property
+    def shown(self) -> list[int]:
+        return self.ids if self.padded is None else self.padded
 
 
 class Row:
@@ -218,6 +223,8 @@ class Row:
         self.ids = list(request.ids)
         self.result = SpecResult(self.ids, len(self.ids))
         self.done = len(self.ids) >= request.max_length
+        positions = verifier.max_positions
+        self.end = request.max_length if positions is None else min(request.max_length, positions - request.before)
         self.cached = 0
         self.drafter = drafter.fork() if drafter is not None else None
         self.retrieval = as_drafter(cfg.graft).fork() if cfg.graft is not None else None
@@ -245,8 +252,7 @@ class Row:
         """What to verify next."""
         start = time.perf_counter()
         r = self.stats = RoundStats(pending=len(self.ids) - self.cached)
-        limits = (self.request.max_length, self.verifier.max_positions)
-        room = min(limit - len(self.ids) - 1 for limit in limits if limit is not None)
+        room = self.end - len(self.ids) - 1
         room = room if self.cfg.k is None else min(room, self.cfg.k)
         self.chunks = []
         self.proposal = EMPTY
@@ -363,9 +369,8 @@ class Row:
 
     def judge(self, logits: Tensor) -> Verdict:
         q = self.request
-        return judge(
-            self.proposal, logits, [*q.pad, *self.ids] if q.processors else (), q.processors, q.do_sample, q.generator
-        )
+        prefix = [*q.shown, *self.ids[len(q.ids) :]] if q.processors else ()
+        return judge(self.proposal, logits, prefix, q.processors, q.do_sample, q.generator)
 
     def settle(self, verdict: Verdict, successors: dict[int, list[int]]) -> tuple[list[int], tuple[int, ...]]:
         """Append what is emitted, cut at an end token or a stop string; returns it and the path to commit."""
@@ -424,7 +429,7 @@ def decode(
         verifier.check_ids(q.ids)
         if not q.ids:
             raise DllmError("the prompt is empty: give at least one token (the verifier's bos)")
-        if verifier.max_positions is not None and len(q.ids) > verifier.max_positions:
+        if verifier.max_positions is not None and q.before + len(q.ids) > verifier.max_positions:
             raise DllmError(f"the prompt has {len(q.ids)} tokens, the verifier takes {verifier.max_positions}")
         rows.append(Row(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg))
     if any(cfg.tree or row.search.tree for row in rows):

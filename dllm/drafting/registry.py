@@ -46,14 +46,13 @@ def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
     """A `Verifier` of a model, a name or a folder. One wrapper per model, so that its measurements last."""
     if isinstance(what, Verifier):
         return what if tokenizer is None else what.with_tokenizer(tokenizer)
-    if isinstance(what, str):
-        from dllm.models.hub import load_tokenizer, load_verifier, locate
+    if isinstance(what, str | Path):
+        from dllm.models.hub import load_verifier
 
-        tokenizer = load_tokenizer(locate(what, None)) if tokenizer is None else tokenizer
-        return Verifier(load_verifier(what), tokenizer)
+        what = load_verifier(what)
     known = getattr(what, "_dllm_verifier", None)
     if known is None:
-        known = Verifier(what, tokenizer)
+        known = Verifier(what, getattr(what, "tokenizer", None))
         what._dllm_verifier = known
     return known if tokenizer is None else known.with_tokenizer(tokenizer)
 

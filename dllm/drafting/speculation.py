@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dllm.drafting.control import CostAware, LengthController
@@ -70,9 +72,9 @@ def speculate(
         raise DllmError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     requests = []
     for i, p in enumerate(ids):
-        law = verifier_law(
-            temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *(logits_processor or [])]
-        )
+        given = logits_processor or []
+        given = separate(given) if len(ids) > 1 else given
+        law = verifier_law(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *given])
         generator = None if seed is None else torch.Generator().manual_seed(seed + i)
         stopped = _stop_strings(v, stops, len(p))
         limit = len(p) + max_new_tokens
@@ -119,6 +121,48 @@ def law_of(processors: Sequence[Any]) -> Law:
         return logits
 
     return Law(processors if len(processors) else None, warp if free else None)  # type: ignore[arg-type]
+
+
+# of transformers' own processors and criteria, those that remember what they have seen
+STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+
+
+def separate(things: Sequence[Any]) -> list[Any]:
+    """Processors or criteria for one row of a batch: what may count or remember is copied, its models are shared.
+
+    The copies start where the originals stand. Raises DllmError for an object that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for thing in things:
+        for value in (thing, *getattr(thing, "__dict__", {}).values()):
+            if isinstance(value, nn.Module):
+                memo[id(value)] = value
+            elif isinstance(value, FunctionType) and value.__closure__:
+                memo[id(value)] = _reclose(value, memo)
+    out = []
+    for thing in things:
+        own = type(thing).__module__.startswith("transformers.") and type(thing).__name__ not in STATEFUL
+        try:
+            out.append(thing if own and not _holds_function(thing) else copy.deepcopy(thing, memo))
+        except Exception as error:  # whatever an attribute raises that cannot be copied
+            raise DllmError(
+                f"{type(thing).__name__} cannot be copied ({error}), and in a batch every row needs its own: "
+                "generate row by row"
+            ) from error
+    return out
+
+
+def _holds_function(thing: Any) -> bool:
+    return any(callable(value) for value in getattr(thing, "__dict__", {}).values())
+
+
+def _reclose(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The function over copies of the variables that it closes over."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = tuple(CellType(x if isinstance(x, nn.Module) else copy.deepcopy(x, memo)) for x in held)
+    own = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 def verifier_law(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Any]) -> Law:

@@ -123,7 +123,8 @@ class Verifier:
 
     @property
     def max_positions(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(self.config, "max_position_embeddings", None) or 0
+        return limit if limit > 0 else None
 
     @property
     def eos(self) -> frozenset[int]:
@@ -142,11 +143,10 @@ class Verifier:
 
     def open(self, batch: int = 1, cache: Any = None, prompt: Prompt | None = None) -> Session:
         """A session over an empty cache, or (one row) over the cache of an earlier turn and a padded prompt."""
-        if batch == 1:
-            if cache is None:
-                cache = DynamicCache(config=self.config)
+        if cache is not None:
             check_rollback(self.model, cache)
-            return Single(self, cache, prompt)
+        if batch == 1:
+            return Single(self, DynamicCache(config=self.config) if cache is None else cache, prompt)
         if cache is not None and cache.get_seq_length() > 0:
             raise DllmError("a batch starts from an empty cache: generate row by row to continue from past_key_values")
         if self.can("batches"):
@@ -186,7 +186,7 @@ class Verifier:
 class Session:
     """The cache of one decode. `verify` then `commit`, once a round."""
 
-    cache: Any
+    cache: Any = None  # as `generate` leaves it, where there is one such
     past = 0  # tokens in the cache when the session was opened
 
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
@@ -311,9 +311,9 @@ class Ragged(Session):
 
     def __init__(self, verifier: Verifier, batch: int) -> None:
         self.verifier, self.batch = verifier, batch
-        self.cache = DynamicCache(config=verifier.config)
-        self.cache.layers = [
-            DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in self.cache.layers
+        self.store = DynamicCache(config=verifier.config)
+        self.store.layers = [
+            DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in self.store.layers
         ]
         self.lengths = [0] * batch  # tokens in the cache, per row
         self.fed: list[int] = []
@@ -347,7 +347,7 @@ class Ragged(Session):
         }
         first = min(len(r.ids) - 1 for r in rows if r is not None)  # columns before it are text in every row
         logits = self.verifier.forward(
-            ids.to(device), width - first, past_key_values=self.cache, attention_mask=self.verifier.masks(allowed),
+            ids.to(device), width - first, past_key_values=self.store, attention_mask=self.verifier.masks(allowed),
             position_ids=torch.minimum(pos, (lengths + fed - 1).clamp_min(0)),  # padding may not pass the last position
         )  # fmt: skip
         return [
@@ -361,7 +361,8 @@ class Ragged(Session):
         index = torch.full((self.batch, width), total - 1)
         for b in range(self.batch):
             index[b, : lengths[b]] = torch.tensor([*range(self.lengths[b]), *range(self.stored, self.stored + kept[b])])
-        for layer in self.cache.layers:
+        layers: list[Any] = self.store.layers
+        for layer in layers:
             if layer.is_initialized and layer.keys is not None:
                 layer.keys, layer.values = _take(layer.keys, index), _take(layer.values, index)
         self.lengths, self.stored = lengths, width

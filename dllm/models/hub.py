@@ -150,7 +150,10 @@ def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> 
 
 
 def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, device: str = "auto") -> Any:
-    """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or a loaded one."""
+    """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or a loaded one.
+
+    Its tokenizer, where the folder has one, is kept as `.tokenizer`.
+    """
     if not isinstance(name_or_path, (str, Path)):
         return name_or_path
     from transformers import AutoModelForCausalLM
@@ -165,6 +168,7 @@ def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, 
         what = f"{name_or_path} is no causal language model that transformers can load"
         raise DllmError(f"{what}: {first_line(error)}") from error
     model.eval()
+    model.tokenizer = load_tokenizer(folder)
     return model.to(place)  # type: ignore[arg-type]
 
 
