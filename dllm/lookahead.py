@@ -92,7 +92,7 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            if what := misfit(f, value := getattr(self, f.name)):
+            if what := misfit(f.type, value := getattr(self, f.name)):
                 raise DllmError(f"lookahead {f.name}={value!r} must be {what}")
         if self.costs is not None and not _costs(self.costs):
             raise DllmError(f"lookahead costs={self.costs!r} must be a table such as {{1: 1.0, 8: 1.3}}")

@@ -281,9 +281,9 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def misfit(f: dataclasses.Field, value: Any) -> str:
-    """What a value of this field must be, empty where it is that; only integers, numbers and flags are checked."""
-    kinds = str(getattr(f.type, "__name__", f.type)).split(" | ")
+def misfit(kind: Any, value: Any) -> str:
+    """What a value of this annotation must be, empty where it is that; only integers, numbers and flags are checked."""
+    kinds = str(getattr(kind, "__name__", kind)).split(" | ")
     if not set(kinds) <= {*KINDS, "None"} or (value is None and "None" in kinds):
         return ""
     fits, what = KINDS[kinds[0]]
@@ -312,7 +312,7 @@ class Method:
             if value not in choices:
                 raise DllmError(f"{said} one of {', '.join(map(repr, choices))}")
             return
-        if what := misfit(f, value):
+        if what := misfit(f.type, value):
             raise DllmError(f"{said} {what} (default {f.default!r})")
         if not isinstance(value, Real):  # without a value, or of a form that its method reads
             return

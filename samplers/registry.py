@@ -219,7 +219,7 @@ def _read(text: str) -> Named:
     for item in filter(None, (piece.strip() for piece in COMMA.split(rest))):
         key, equals, value = item.partition("=")
         if equals:
-            params[key.strip()] = _value(value)
+            params[key.strip()] = value_of(value)
         elif preset is None:
             preset = key
         else:
@@ -247,7 +247,7 @@ def _changed(part: Part) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A parameter's value as `_value` reads it back; what has no such form (a function) by its name."""
+    """A parameter's value as `value_of` reads it back; what has no such form (a function) by its name."""
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
@@ -255,12 +255,12 @@ def _shown(value: Any) -> str:
     return getattr(value, "__name__", "null" if value is None else repr(value))
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A YAML value, and a number wherever Python reads one: YAML takes 1e-5 for text."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise DllmError(f"sampler parameter {text!r} is no value: a number, a word, or a list in brackets") from error
+        raise DllmError(f"parameter {text!r} is no value: a number, a word, or a list in brackets") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

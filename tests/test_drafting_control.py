@@ -25,6 +25,7 @@ from dllm.drafting.control import (
 )
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import Proposal, chain
+from dllm.drafting.search import EAL
 from dllm.drafting.speculation import calibrate
 from dllm.errors import DllmError
 
@@ -90,6 +91,52 @@ def test_heuristic_and_fixed():
     assert c.next_k(99) == 6 and Fixed(4).next_k(3) == 3 and Fixed(4).next_k(99) == 4
     with pytest.raises(DllmError, match="at least 1"):
         Fixed(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(length="fixed:k=2.5"), r"'fixed': k=2.5 must be an integer \(default 8\)"),
+        (dict(length="fixed:k=1e1"), "k=10.0 must be an integer"),
+        (dict(length="fixed:kk=3"), "unknown option 'kk' of length controller 'fixed'; did you mean 'k'"),
+        (dict(length={"name": "cost", "k_mac": 3}), "did you mean 'k_max'"),
+        (dict(length="cost:margin=wide"), "margin='wide' must be a number"),
+        (dict(length="cost:k_max=true"), "k_max=True must be an integer"),
+        (dict(length="adl:rho=7"), "rho in"),
+        (dict(length="failfast:tau=2"), "probability"),
+        (dict(length=5), "a length controller is a name"),
+        (dict(length=Fixed), "a length controller is a name"),
+        (dict(search="eal:lam=x"), "lam='x' must be a number"),
+        (dict(search="eal:lam=nan"), "lam=nan must be a number"),
+        (dict(search="eal:lam=1.5"), r"lam of a search lies in \[0, 1\]"),
+        (dict(search="cps:beam=0"), "beam of a search must be at least 1"),
+        (dict(search="tree:fanout=2.5"), "fanout=2.5 must be an integer"),
+        (dict(search=EAL), "a search is a name"),
+        (dict(tree=2.5), "tree=2.5 must be an integer"),
+        (dict(tree="many"), "tree='many' must be an integer"),
+        (dict(tau_mass="most"), "tau_mass='most' must be a number"),
+        (dict(m_max=0), "m_max from 1 on"),
+        (dict(decay=0), "decay"),
+        (dict(corpus=["a text"]), "corpus is a list of id sequences"),
+        (dict(graft="suffix:min_match=0", tree=4), "min_match must be at least 1"),
+        (dict(graft="recycle:width=two", tree=4), "width='two' must be an integer"),
+        (dict(controller="cost"), "controller is a LengthController"),
+        (dict(spec=7), "spec is a SpecConfig"),
+    ],
+)
+def test_settings_of_the_wrong_kind_take_one_line(options, says):
+    with pytest.raises(DllmError, match=says) as caught:
+        dllm.speculate(tiny_verifier(), Noise(), PROMPT, max_new_tokens=2, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_in_exponent_form_are_numbers():
+    for length in ("cost:margin=1e-2", {"name": "cost", "margin": "1e-2"}, "cost:margin=0.01"):
+        assert SpecConfig(length=length).build_controller().margin == 0.01
+    assert SpecConfig(search="eal:power=1e0,lam=5e-1").build_search(False) == EAL(0.5, 1.0)
+    assert (
+        SpecConfig(tau_mass="9e-1").tau_mass == 0.9 and SpecConfig(length="fixed:k=12").build_controller().k_max == 12
+    )
 
 
 def test_rejection_threshold():

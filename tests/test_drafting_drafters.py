@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +16,13 @@ import dllm
 from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.candidates import DraftCandidates, assisted_by
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
-from dllm.drafting.drafters import Need
-from dllm.drafting.lattice import DraftFailure
+from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.lattice import DraftFailure, build, from_columns
 from dllm.drafting.loop import SpecConfig
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.drafting.registry import as_drafter
 from dllm.drafting.retrieval import Fallback
+from dllm.drafting.search import Sample, SampleTree
 from dllm.drafting.verifier import Verifier
 from dllm.drafting.vllm import DLLMProposer
 from dllm.drafting.vocabulary import Vocabulary
@@ -315,9 +318,13 @@ def test_candidates_return_no_logits_and_respect_limits():
 
 
 def vllm_config(k=4, **options):
+    """What vLLM hands over: `speculative_config` has no room for keys of ours."""
     return SimpleNamespace(
-        speculative_config={"num_speculative_tokens": k, "dllm": options},
+        speculative_config=SimpleNamespace(
+            method="custom_class", model="dllm.drafting.vllm.DLLMProposer", num_speculative_tokens=k
+        ),
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=20),
+        additional_config={"dllm": options} if options else {},
     )
 
 
@@ -333,3 +340,202 @@ def test_vllm_proposer():
     assert 1 <= len(drafted) <= 4 and all(0 <= t < VOCAB for t in drafted)
     with pytest.raises(DllmError, match="num_speculative_tokens"):
         DLLMProposer(vllm_config(0))
+
+
+def test_vllm_options_come_from_additional_config_or_the_environment(monkeypatch):
+    table = np.array([[1, 2, 3, 4, 1, 2, 3]], dtype=np.int32)
+    monkeypatch.setenv("DLLM_DRAFTER", "lookup:max_ngram=2")
+    proposer = DLLMProposer(vllm_config())
+    proposer.load_model()
+    assert proposer.drafter.name == "lookup" and proposer.propose([[3]], np.array([7]), table) == [[4, 1, 2, 3]]
+    proposer = DLLMProposer(vllm_config(drafter="suffix:min_match=9"))
+    assert proposer.propose([[3]], np.array([7]), table) == [[]] and proposer.drafter.name == "suffix"
+    for options, says in (
+        (dict(drafer="suffix"), "did you mean 'drafter'"),
+        (dict(search="tree"), "chains"),
+        (dict(search="viterby"), "did you mean 'viterbi'"),
+        (dict(drafter="recycle"), "does not show"),
+        (dict(drafter="sufix"), "did you mean 'suffix'"),
+    ):
+        with pytest.raises(DllmError, match=says):
+            DLLMProposer(vllm_config(**options)).load_model()
+
+
+def test_an_error_of_the_drafter_is_a_missing_draft_in_vllm(caplog):
+    class Broken(Drafter):
+        def draft(self, ids, k, *, generator=None):
+            raise ZeroDivisionError("no luck")
+
+    table, proposer = np.array([[1, 2, 3]], dtype=np.int32), DLLMProposer(vllm_config(), drafter=Broken())
+    with caplog.at_level("WARNING"):
+        assert [proposer.propose([[3]], np.array([3]), table) for _ in range(3)] == [[[]]] * 3
+    assert len(caplog.records) == 1 and "no luck" in caplog.text
+    for wrong in (None, [1, 2]):
+        given = DLLMProposer(vllm_config(), drafter=Returns(wrong))
+        assert given.propose([[3]], np.array([3]), table) == [[]]
+
+
+# -- what comes back from a drafter is checked
+
+
+class Returns(Drafter):
+    """Drafts whatever it was given, or the result of calling it with k."""
+
+    name = "mine"
+
+    def __init__(self, what):
+        self.what = what
+
+    def draft(self, ids, k, *, generator=None):
+        return self.what(k) if callable(self.what) else self.what
+
+
+def raises(error):
+    def draft(k):
+        raise error
+
+    return draft
+
+
+def sampled(prob, tokens=(1,)):
+    return lambda k: Proposal(tokens, tuple(range(-1, len(tokens) - 1)), "sampled", Rows(torch.tensor(prob)))
+
+
+FLAT = [1 / VOCAB] * VOCAB
+BAD_DRAFTS = {
+    "None": (None, "returned NoneType"),
+    "a list": ([1, 2], "returned list"),
+    "a class": (lambda k: Proposal, "returned type"),
+    "raises": (raises(KeyError("x")), "failed with KeyError"),
+    "raises without a word": (raises(RuntimeError()), "failed with RuntimeError: RuntimeError"),
+    "NaN confidence": (lambda k: chain([1], [float("nan")]), "confidences"),
+    "a confidence above one": (lambda k: chain([1, 2], [0.5, 7.0]), "confidences"),
+    "no whole token": (lambda k: chain([1.5]), "whole numbers"),
+    "tokens of text": (lambda k: chain(["a"]), "whole numbers"),
+    "outside the vocabulary": (lambda k: chain([VOCAB]), "outside the verifier's vocabulary"),
+    "rows that sum to two": (sampled([[2 * p for p in FLAT]]), "sum to one"),
+    "logits for rows": (sampled([[0.0] * VOCAB]), "sum to one"),
+    "NaN rows": (sampled([[float("nan")] * VOCAB]), "sum to one"),
+    "a row without its token": (sampled([[1.0, *[0.0] * (VOCAB - 1)]]), "no probability"),
+    "a NaN lattice": (lambda k: from_columns([[(1, float("nan"))]]), "log-probabilities"),
+    "logits for a lattice": (lambda k: from_columns([[(1, 3.0), (2, 2.0)]]), "log-probabilities"),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", BAD_DRAFTS)
+def test_a_wrong_draft_is_one_clear_line(name, temperature):
+    what, says = BAD_DRAFTS[name]
+    with pytest.raises(DllmError, match=says) as caught:
+        dllm.speculate(tiny_verifier(), Returns(what), [3, 4, 5], max_new_tokens=4, temperature=temperature, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["fork", "reset", "observe"])
+def test_errors_of_the_other_methods_name_the_drafter(method):
+    drafter = Returns(EMPTY)
+    made = type("Broken", (Returns,), {method: lambda self, *a: {}["x"]})(EMPTY)
+    assert len(dllm.speculate(tiny_verifier(), drafter, [3, 4], max_new_tokens=2).tokens) == 2
+    with pytest.raises(DllmError, match="'mine' failed with KeyError"):
+        dllm.speculate(tiny_verifier(), made, [3, 4], max_new_tokens=2)
+
+
+def test_tensors_and_numpy_make_proposals_as_lists_do():
+    model = tiny_verifier()
+    for make in (list, tuple, np.array, torch.tensor):
+        drafter = Returns(lambda k, make=make: Proposal(make([1, 2]), make([-1, 0]), conf=make([0.5, 0.25])))
+        out = dllm.speculate(model, drafter, [3, 4, 5], max_new_tokens=6, length="fixed:k=2")
+        assert out.sequences == plain(model, [3, 4, 5], 6)
+
+
+def test_unnormalised_rows_of_a_lattice_are_drawn_from_as_they_are_handed_over():
+    lat = replace(build(torch.randn(1, VOCAB), 3, with_rows=True), rows=torch.zeros(1, VOCAB))  # ones, not 1 / V
+    assert Sample()(lat, []).rows.prob.sum() == pytest.approx(1)
+
+
+# -- trees and grafts
+
+
+def test_specials_of_the_drafter_are_banned_from_its_own_drafts_only(models):
+    """The separator of the dLLM stands in the prompt: retrieval says it again, and the verifier decides."""
+    model, verifier = models("tiny-llada-trained"), golden("tiny-llama-ar-random")
+    prompt = [*P, 3, 50, *P, 3, 51, *P]
+    kw = dict(max_new_tokens=16, eos=[], length="fixed:k=4", tree=16)
+    text = plain(verifier, prompt, 16)
+    out = dllm.speculate(verifier, DiffusionDrafter(model, suffix_token_id=3), prompt, graft="suffix", **kw)
+    assert out.sequences == text
+    drafted = Returns(chain([3, 5]))
+    drafted.banned = frozenset([3])
+    with pytest.raises(DllmError, match="its special id 3"):
+        dllm.speculate(verifier, drafted, prompt, graft="suffix", **kw)
+    assert dllm.speculate(verifier, Noise(vocab=255), prompt, graft=Returns(chain([3, 5])), **kw).sequences == text
+
+
+def test_a_dllm_as_graft_drafts_and_is_counted(models):
+    model, verifier = models("tiny-llada-trained"), golden("tiny-llama-ar-random")
+    kw = dict(max_new_tokens=16, eos=[], length="fixed:k=4", tree=16)
+    text = plain(verifier, P, 16)
+    alone = dllm.speculate(verifier, Returns(EMPTY), P, **kw)
+    assert alone.draft_forwards == 0 and sum(r.nodes for r in alone.rounds) == 0
+    grafted = dllm.speculate(verifier, Returns(EMPTY), P, graft=model, **kw)
+    assert grafted.sequences == text and sum(r.nodes for r in grafted.rounds) > 0
+    assert grafted.draft_forwards == sum(r.k > 0 or r.nodes > 0 for r in grafted.rounds)
+    both = dllm.speculate(verifier, model, P, graft=SamplerDrafter(model), **kw)
+    assert both.sequences == text and both.draft_forwards > 2 * both.n_draft  # several steps a graft
+    perfect = dllm.speculate(verifier, Returns(EMPTY), P, graft=Script([*text, *[9] * 40]), **kw)
+    assert perfect.sequences == text and perfect.n_verify < 16 / 3
+    failing = dllm.speculate(verifier, model, P, graft=Returns(raises(DraftFailure("NaN"))), carry="off", **kw)
+    assert failing.sequences == text and failing.draft_failures == failing.n_draft
+
+
+def test_a_tree_is_honoured_or_refused(models):
+    model, verifier = models("tiny-llada-trained"), golden("tiny-llama-ar-random")
+    kw = dict(max_new_tokens=8, eos=[], length="fixed:k=4")
+    text = plain(verifier, P, 8)
+    bridged = DiffusionDrafter(model, vocabulary="text", verifier_tokenizer=model.tokenizer)
+    for drafter in (verifier, SamplerDrafter(model), bridged, Fallback(SamplerDrafter(model))):
+        assert dllm.speculate(verifier, drafter, P, **kw).sequences == text
+        assert dllm.speculate(verifier, drafter, P, tree=8, graft="suffix", **kw).sequences == text
+        for tree in (dict(tree=8), dict(search="tree")):
+            with pytest.raises(DllmError, match="drafts chains here"):
+                dllm.speculate(verifier, drafter, P, **tree, **kw)
+    with pytest.raises(DllmError, match="point trees"):
+        dllm.speculate(verifier, model, P, tree=8, graft="suffix", search="sample_tree", temperature=1.0, **kw)
+    assert SpecConfig(tree=7, search="sample_tree:width=2").build_search(True) == SampleTree(2, 3)
+
+
+@pytest.mark.parametrize("name", ["suffix:min_match=1", "lookup"])
+def test_retrieved_trees_hold_what_followed_every_match(name):
+    text = [7, 1, 2, 3, 9, 4, 2, 3, 8, 5, 3, 6, 0, 1, 2, 3]
+    drafter = as_drafter(name).fork()
+    drafter.reset(text, Need(VOCAB, tree=6))
+    tree = drafter.draft(text, 2)
+    paths = {}
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        paths[len(paths)] = (*paths.get(parent, ()), token)
+    assert set(paths.values()) == {(9,), (9, 4), (8,), (8, 5), (6,), (6, 0)}  # behind 1 2 3, behind 2 3, behind 3
+    assert paths[0] == (9,) and list(tree.survival()) == sorted(tree.survival(), reverse=True)
+    drafter.reset(text, Need(VOCAB))
+    assert drafter.draft(text, 2).tokens == (9, 4)
+
+
+# -- measurements belong to a drafter, as long as it lives
+
+
+def test_controllers_are_kept_while_their_drafter_lives():
+    model = tiny_verifier()
+    kept, v = Noise(), None
+    for _ in range(3):
+        dllm.speculate(model, Noise(), [3, 4], max_new_tokens=3)
+        dllm.speculate(model, kept, [3, 4], max_new_tokens=3)
+        dllm.speculate(model, "suffix", [3, 4], max_new_tokens=3)
+        dllm.speculate(model, {"name": "suffix"}, [3, 4], max_new_tokens=3)
+        dllm.speculate(model, "suffix:min_match=4", [3, 4], max_new_tokens=3)
+        dllm.speculate(model, model, [3, 4], max_new_tokens=3)
+        v = model._dllm_verifier
+    gc.collect()
+    assert len(v.controllers) == 4  # kept, two settings of suffix, the causal LM
+    assert as_drafter(model) is as_drafter(model) and as_drafter("suffix") is as_drafter("suffix")
+    del kept
+    gc.collect()
+    assert len(v.controllers) == 3

@@ -361,7 +361,7 @@ def test_configured_searches():
     assert SpecConfig(tree=8, search="cps:lam=0.7").build_search(False) == BestFirstTree(8, 0.7)
     assert SpecConfig(tree=8, search="argmax").build_search(False) == BestFirstTree(8, 1.0)
     assert SpecConfig(search="tree").build_search(False) == BestFirstTree()
-    assert SpecConfig(tree=8, search="sample_tree").build_search(True) == SampleTree()
+    assert SpecConfig(tree=8, search="sample_tree").build_search(True) == SampleTree(3, 2)
     assert SpecConfig().build_search(True) == Sample() and SpecConfig().build_search(False) == EAL()
     assert SpecConfig(corpus=[[1, 2], [3]]).corpus == ((1, 2), (3,))
 

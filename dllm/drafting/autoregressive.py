@@ -25,11 +25,19 @@ class ARDrafter(Drafter):
     """
 
     name = "ar"
+    chains_only = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.cache: Any = None
         self.known: list[int] = []
+
+    @classmethod
+    def shared(cls, model: Any) -> ARDrafter:
+        """The drafter of a model, kept on it: measured costs belong to a drafter."""
+        if not hasattr(model, "_dllm_drafter"):
+            model._dllm_drafter = cls(model)
+        return model._dllm_drafter
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
         super().reset(ids, need)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from dllm.drafting.control import LengthController, RoundStats
-from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.drafters import Drafter, Need, ask
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.ngram import NgramTable
@@ -39,6 +39,8 @@ class DraftCandidates(CandidateGenerator):
         self.search = cfg.build_search(do_sample=False)
         if self.search.tree:
             raise DllmError("assisted generation verifies chains: use custom_generate=dllm.spec_generate for trees")
+        if drafter.successors:
+            raise DllmError(f"{drafter.name} learns from the verifier's logits, which assisted generation hides")
         self.verifier, self.drafter, self.max_length = verifier, drafter.fork(), max_length
         self.controller: LengthController = cfg.build_controller().fork()
         self.need = Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer)
@@ -74,7 +76,7 @@ class DraftCandidates(CandidateGenerator):
 
     def _draft(self, ids: list[int]) -> Proposal:
         try:
-            draft = self.drafter.draft(ids, self.k)
+            draft = ask(self.drafter, ids, self.k)
         except DraftFailure:
             return EMPTY
         if isinstance(draft, Lattice):

@@ -13,6 +13,7 @@ import math
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,8 @@ class ADL(LengthController):
             raise DllmError(f"ema_init is 'zero' or 'first', not {ema_init!r}")
         if not 1 <= k_min <= k_max:
             raise DllmError(f"adl needs 1 <= k_min <= k_max, got {k_min} and {k_max}")
+        if not 0 < rho <= 1 or delta < 0 or (k_first is not None and k_first < 1):
+            raise DllmError(f"adl needs rho in (0, 1], delta >= 0, k_first >= 1, got {rho}, {delta} and {k_first}")
         self.k_min, self.k_max, self.delta, self.rho = k_min, k_max, delta, rho
         self.count_bonus, self.ema_init = count_bonus, ema_init
         self.k = k_max if k_first is None else k_first
@@ -146,6 +149,8 @@ class FailFast(LengthController):
     """
 
     def __init__(self, chunk: int = 10, tau: float = 0.45, k_max: int = 60) -> None:
+        if not 0 <= tau <= 1:
+            raise DllmError(f"tau of failfast is a probability, got {tau}")
         self.chunk, self.tau, self.k_max = _positive("chunk", chunk), tau, _positive("k_max", k_max)
 
     def next_k(self, room: int) -> int:
@@ -162,7 +167,7 @@ class Heuristic(LengthController):
     """The rule of transformers' assisted generation: two more after a full acceptance, else one less."""
 
     def __init__(self, k: int = 5, k_max: int = 64) -> None:
-        self.k, self.k_max = _positive("k", k), k_max
+        self.k, self.k_max = _positive("k", k), _positive("k_max", k_max)
 
     def next_k(self, room: int) -> int:
         return min(self.k, self.k_max, room)
@@ -378,7 +383,7 @@ def best_length(a: float, fixed: float, slope: float) -> int:
 
 
 def _positive(name: str, value: int) -> int:
-    if value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise DllmError(f"{name} must be at least 1, got {value}")
     return value
 

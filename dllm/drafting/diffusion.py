@@ -70,6 +70,11 @@ class DiffusionDrafter(Drafter):
             model._dllm_drafter = cls(model)
         return model._dllm_drafter
 
+    @property
+    def chains_only(self) -> bool:  # type: ignore[override]
+        """Text that is tokenised anew has no columns of candidates."""
+        return self.vocabulary.kind == "text"
+
     def reset(self, ids: Sequence[int], need: Need) -> None:
         super().reset(ids, need)
         self.vocabulary = self._vocabulary(need)
@@ -166,6 +171,8 @@ class SamplerDrafter(DiffusionDrafter):
     The order of its commits is not left to right, so its rows are not laws of the tokens given the ones before them:
     the draft is a point mass, whatever the sampler draws. `arguments` go to `dllm.generate`; no sampler: the family's.
     """
+
+    chains_only = True
 
     def __init__(
         self,

@@ -1,18 +1,20 @@
 """What a drafter is. One method matters: `draft(ids, k)` returns a lattice (one forward of a dLLM) or a finished
-proposal."""
+proposal. Everybody who drafts asks through `ask`, which checks what comes back."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllm.drafting.lattice import Lattice, build
+from dllm.drafting.lattice import DraftFailure, Lattice, build
 from dllm.drafting.proposal import Proposal
+from dllm.errors import DllmError, first_line, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ class Drafter:
     """Base of all drafters. Ids are the verifier's everywhere.
 
     `forwards` counts model forwards; `successors` asks the loop for the verifier's best eight tokens at every verified
-    node.
+    node; `chains_only` says that a tree budget would do nothing, so that it is refused.
     """
 
     name = "drafter"
     forwards = 0
     successors = False
+    chains_only = False
     banned: frozenset[int] = frozenset()  # ids that must never reach the verifier (mask, pad, drafter-only specials)
     need = Need(0)
 
@@ -75,3 +78,35 @@ class Drafter:
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
         """A round is over: `ids` ends with the `emitted` tokens."""
+
+
+def ask(drafter: Drafter, ids: Sequence[int], k: int, generator: torch.Generator | None = None) -> Lattice | Proposal:
+    """`drafter.draft`, checked: a lattice or a proposal whose numbers are probabilities.
+
+    Raises DraftFailure where the model's logits are unusable, DllmError for everything else that is wrong.
+    """
+    with blamed(drafter):
+        draft = drafter.draft(ids, k, generator=generator)
+    if not isinstance(draft, Lattice | Proposal):
+        raise DllmError(
+            f"drafter {drafter.name!r} returned {type(draft).__name__}: `draft` returns a Lattice or a Proposal, and "
+            "dllm.drafting.proposal.EMPTY where it has nothing to say"
+        )
+    try:
+        draft.check()
+    except DllmError as error:
+        raise DllmError(f"drafter {drafter.name!r}: {error}") from error
+    return draft
+
+
+@contextmanager
+def blamed(drafter: Drafter) -> Iterator[None]:
+    """Errors of a drafter's own code as one line that names it."""
+    try:
+        yield
+    except (DllmError, DraftFailure):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise DllmError(f"drafter {drafter.name!r} failed with {type(error).__name__}: {first_line(error)}") from error

@@ -55,6 +55,12 @@ class Lattice:
         """Probability of the best candidate of each slot."""
         return self.logp[:, 0].exp().tolist() if self.k else []
 
+    def check(self) -> None:
+        """Raises DllmError where the columns are no distributions."""
+        mass = self.logp.exp().sum(-1)  # (k,); NaN compares to nothing
+        if not bool((torch.isfinite(self.logp[:, :1]).all(-1) & (mass <= 1.01)).all()):
+            raise DllmError("every slot of a lattice holds log-probabilities, the best finite, together at most one")
+
     def suffix(self, n: int) -> Lattice:
         """The slots from `n` on: what is left after `n` tokens were emitted.
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ from torch import Tensor
 
 from dllm.drafting.accept import Verdict, judge
 from dllm.drafting.control import CONTROLLERS, LengthController, RoundStats
-from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.ngram import CausalProxy, NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal
-from dllm.drafting.registry import as_drafter, named
-from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, graft
+from dllm.drafting.registry import as_drafter, named, settings
+from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree, graft
 from dllm.drafting.verifier import Pending, Session, Verifier
 from dllm.errors import DllmError, unknown
 
@@ -47,7 +48,8 @@ class SpecConfig:
     carry    unused slots of a draft: "auto" (reused where the controller expects more from them than from a fresh
              draft), "always", "off". Exact in every case: the lattice is carried over, not the tokens.
     order    of the n-gram proxy over prompt and output; 0 = no proxy. `corpus`: id sequences to fit it on as well.
-    graft    a retrieval drafter whose continuations are grafted into the tree (point trees only).
+    graft    another drafter whose continuations are grafted into the tree (point trees only): retrieval, or a model;
+             its forwards are counted with the drafter's.
     """
 
     search: Any = None
@@ -64,6 +66,9 @@ class SpecConfig:
     graft: Any = None
 
     def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in settings("speculate", type(self), given).items():
+            object.__setattr__(self, name, value)
         if self.carry not in ("auto", "always", "off"):
             raise unknown("carry policy", str(self.carry), ("auto", "always", "off"))
         if self.tree < 0 or self.order < 0 or self.reuse_min < 1:
@@ -72,12 +77,21 @@ class SpecConfig:
             raise DllmError(f"k must not be negative, got {self.k}")
         if self.graft is not None and not self.tree:
             raise DllmError("graft adds branches to a tree: give its node budget, such as tree=32")
-        object.__setattr__(self, "corpus", tuple(tuple(ids) for ids in self.corpus))
+        if not 0 < self.tau_mass <= 1 or self.m_max < 1 or not 0 < self.decay <= 1:
+            raise DllmError(
+                f"tau_mass and decay lie in (0, 1], m_max from 1 on: got {self.tau_mass}, {self.decay}, {self.m_max}"
+            )
+        try:
+            object.__setattr__(self, "corpus", tuple(tuple(map(index, ids)) for ids in self.corpus))
+        except TypeError as error:
+            raise DllmError("corpus is a list of id sequences: tokenise texts with the verifier's tokenizer") from error
 
     @classmethod
     def of(cls, base: SpecConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> SpecConfig:
         """A config from an object or mapping and keyword options; an unknown key names its nearest neighbour."""
-        base = cls.of(None, base) if isinstance(base, Mapping) else base or cls()
+        base = cls.of(None, base) if isinstance(base, Mapping) else cls() if base is None else base
+        if not isinstance(base, SpecConfig):
+            raise DllmError(f"spec is a SpecConfig or a mapping of its fields, not {base!r}")
         known = [f.name for f in fields(cls)]
         for key in options:
             if key not in known:
@@ -85,15 +99,20 @@ class SpecConfig:
         return replace(base, **options)
 
     def build_search(self, do_sample: bool) -> PathSearch:
-        search = named("search", self.search or ("sample" if do_sample and not self.tree else "eal"), SEARCHES)
+        search = named(
+            "search", self.search or ("sample" if do_sample and not self.tree else "eal"), SEARCHES, PathSearch
+        )
         if isinstance(search, BestFirstTree):
             return replace(search, budget=self.tree or search.budget)
+        if self.tree and isinstance(search, SampleTree):
+            width = min(search.width, self.tree)
+            return SampleTree(width, max(1, min(search.depth, self.tree // width)))
         if self.tree and not search.tree:
             return BestFirstTree(self.tree, getattr(search, "lam", 1.0))
         return search
 
     def build_controller(self) -> LengthController:
-        return named("length controller", self.length, CONTROLLERS)
+        return named("length controller", self.length, CONTROLLERS, LengthController)
 
 
 @dataclass
@@ -226,8 +245,8 @@ class Row:
         positions = verifier.max_positions
         self.end = request.max_length if positions is None else min(request.max_length, positions - request.before)
         self.cached = 0
-        self.drafter = drafter.fork() if drafter is not None else None
-        self.retrieval = as_drafter(cfg.graft).fork() if cfg.graft is not None else None
+        self.drafter = forked(drafter)
+        self.graft = forked(as_drafter(cfg.graft))
         need = Need(
             verifier.vocab,
             request.eos,
@@ -235,12 +254,14 @@ class Row:
             request.warp,
             cfg.tau_mass,
             cfg.m_max,
-            cfg.tree,
+            cfg.tree or (getattr(search, "budget", 0) if search.tree else 0),
             verifier.tokenizer,
         )
-        self.sources = [d for d in (self.drafter, self.retrieval) if d is not None]
+        self.sources = [d for d in (self.drafter, self.graft) if d is not None]
         for source in self.sources:
-            source.reset(self.ids, need)
+            with blamed(source):
+                source.reset(self.ids, need)
+        self._check_tree()
         self.proxy: CausalProxy | None = None
         self.counted = 0
         self.chunks: list[tuple[int, Lattice]] = []  # (offset in the draft, lattice)
@@ -257,15 +278,19 @@ class Row:
         self.chunks = []
         self.proposal = EMPTY
         if self.drafter is not None and room > 0:
-            before = self.drafter.forwards
+            before = self._forwards()
             self.proposal = self._draft(room)
-            r.forwards = self.drafter.forwards - before
+            r.forwards = self._forwards() - before
         self.rest = None
         r.nodes, r.kind = len(self.proposal), self.proposal.kind if len(self.proposal) else "none"
         r.t_search = time.perf_counter() - start - r.t_draft
         return self.proposal
 
+    def _forwards(self) -> int:
+        return sum(source.forwards for source in self.sources)
+
     def _draft(self, room: int) -> Proposal:
+        assert self.drafter is not None
         r, eos = self.stats, self.request.eos
         k = self.controller.next_k(room)
         if k <= 0:
@@ -276,13 +301,12 @@ class Row:
             proposal = self._search(rest, [])
         else:
             proposal, settled = self._chunks(k, room)
-        if self.retrieval is not None and proposal.kind == "point":
-            proposal = self._graft(proposal)
+        self._check(proposal, self.drafter, self.drafter.banned)
+        if self.graft is not None and proposal.kind == "point":
+            proposal = self._grafted(proposal, room)
         # first how much, then the cut at end tokens: the length of a sampled draft must not depend on what was drawn
         n = self.controller.trim(proposal, r.carried, 0 if r.carried else r.k)
-        proposal = proposal.head(max(settled, n)).within(room, eos)
-        self._check(proposal)
-        return proposal
+        return proposal.head(max(settled, n)).within(room, eos)
 
     def _chunks(self, k: int, room: int) -> tuple[Proposal, int]:
         """A draft of `k` slots, grown while the controller asks for more; and how much of it `trim` may not cut.
@@ -313,15 +337,11 @@ class Row:
     def _fresh(self, k: int, before: Proposal) -> Proposal:
         """A draft of `k` slots behind the text and the chain `before`."""
         assert self.drafter is not None
-        r, start = self.stats, time.perf_counter()
-        try:
-            draft = self.drafter.draft([*self.ids, *before.tokens], k, generator=self.request.generator)
-        except DraftFailure as failure:
-            log.debug("%s: %s", self.drafter.name, failure)
-            r.k, r.failed = r.k + k, True
+        r = self.stats
+        draft = self._ask(self.drafter, before.tokens, k)
+        if draft is None:
+            r.k += k
             return EMPTY
-        finally:
-            r.t_draft += time.perf_counter() - start
         if not isinstance(draft, Lattice):
             r.k += len(draft)
             r.l_gen += len(draft)
@@ -348,23 +368,49 @@ class Row:
         self.counted = len(self.ids)
         return self.proxy
 
-    def _graft(self, proposal: Proposal) -> Proposal:
-        assert self.retrieval is not None
-        extra = self.retrieval.draft(self.ids, self.cfg.tree)
-        return graft(proposal, extra, self.cfg.tree) if isinstance(extra, Proposal) and len(extra) else proposal
+    def _ask(self, source: Drafter, before: Sequence[int], k: int) -> Lattice | Proposal | None:
+        """A draft of `source` behind the text and `before`; None where its logits are unusable."""
+        start = time.perf_counter()
+        try:
+            return ask(source, [*self.ids, *before], k, self.request.generator)
+        except DraftFailure as failure:
+            log.debug("%s: %s", source.name, failure)
+            self.stats.failed = True
+            return None
+        finally:
+            self.stats.t_draft += time.perf_counter() - start
 
-    def _check(self, proposal: Proposal) -> None:
-        assert self.drafter is not None
+    def _grafted(self, proposal: Proposal, room: int) -> Proposal:
+        """The proposal and the branches of the second source, a retrieved text or another model's lattice."""
+        assert self.graft is not None
+        extra = self._ask(self.graft, (), min(self.cfg.tree, room))
+        if isinstance(extra, Lattice):
+            extra = self.search(extra, self.ids, eos=self.request.eos, proxy=self._proxy()) if extra.k else None
+        if extra is None or not len(extra):
+            return proposal
+        self._check(extra, self.graft, frozenset())  # what the text itself says may well be the drafter's special
+        return graft(proposal, extra, self.cfg.tree)
+
+    def _check_tree(self) -> None:
+        """Refuse a tree that would be ignored."""
+        if self.graft is not None:
+            if self.search.sampled:
+                raise DllmError("graft adds branches to point trees: leave out either graft or the search that samples")
+        elif self.drafter is not None and self.drafter.chains_only and (self.cfg.tree or self.search.tree):
+            raise DllmError(
+                f"drafter {self.drafter.name!r} drafts chains here: leave out the tree, or add branches to it with "
+                "graft='suffix'"
+            )
+
+    def _check(self, proposal: Proposal, source: Drafter, banned: frozenset[int]) -> None:
         for token in proposal.tokens:
             if not 0 <= token < self.verifier.vocab:
                 raise DllmError(
-                    f"{self.drafter.name} drafted id {token}, outside the verifier's vocabulary "
-                    f"of {self.verifier.vocab}"
+                    f"{source.name} drafted id {token}, outside the verifier's vocabulary of {self.verifier.vocab}"
                 )
-            if token in self.drafter.banned:
+            if token in banned:
                 raise DllmError(
-                    f"{self.drafter.name} drafted its special id {token} (mask or pad), "
-                    "which must not reach the verifier"
+                    f"{source.name} drafted its special id {token} (mask or pad), which must not reach the verifier"
                 )
 
     def judge(self, logits: Tensor) -> Verdict:
@@ -392,7 +438,8 @@ class Row:
                 self.rest = lattice.suffix(len(emitted) - offset)
                 break
         for source in self.sources:
-            source.observe(self.ids, emitted, successors)
+            with blamed(source):
+                source.observe(self.ids, emitted, successors)
         return emitted, path
 
     def _observe(self, verdict: Verdict) -> None:
@@ -409,6 +456,14 @@ class Row:
         self.result.spans.append((self.stats.accepted, self.stats.emitted))
 
 
+def forked(drafter: Drafter | None) -> Drafter | None:
+    """The drafter's copy for one text."""
+    if drafter is None:
+        return None
+    with blamed(drafter):
+        return drafter.fork()
+
+
 @lru_cache(maxsize=4)
 def _corpus_table(corpus: tuple[tuple[int, ...], ...], vocab: int, order: int) -> NgramTable:
     return NgramTable(vocab, order).fit(corpus)
@@ -423,7 +478,9 @@ def decode(
     session: Session | None = None,
 ) -> Iterator[tuple[list[list[int]], list[Row]]]:
     """Run the loop; after each round yield the new tokens of every row, and the rows."""
-    controller = controller or cfg.build_controller()
+    controller = cfg.build_controller() if controller is None else controller
+    if not isinstance(controller, LengthController):
+        raise DllmError(f"controller is a LengthController (a name goes to length=), not {controller!r}")
     rows = []
     for q in requests:
         verifier.check_ids(q.ids)

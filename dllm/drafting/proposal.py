@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dllm.errors import DllmError
+
+TOLERANCE = 1e-3  # of a sum of probabilities in float32, over vocabularies of 10^5
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Proposal:
     conf: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            for name, number in (("tokens", index), ("parents", index), ("conf", float)):
+                object.__setattr__(self, name, tuple(map(number, getattr(self, name))))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DllmError("tokens and parents of a proposal are whole numbers, its confidences numbers") from error
         if self.kind not in ("point", "sampled"):
             raise DllmError(
                 f"a proposal is 'point' or 'sampled', not {self.kind!r}: no other kind can be verified exactly"
@@ -76,6 +84,20 @@ class Proposal:
             raise DllmError(f"{len(self.tokens)} sampled tokens came with {len(self.rows.prob)} rows")
         if self.conf and len(self.conf) != len(self.tokens):
             raise DllmError(f"{len(self.tokens)} tokens came with {len(self.conf)} confidences")
+        if not all(0 <= c <= 1 + TOLERANCE for c in self.conf):
+            raise DllmError("the confidences of a proposal are probabilities, each in [0, 1]")
+
+    def check(self) -> None:
+        """Raises DllmError where the rows cannot be the laws that the tokens were drawn from."""
+        if self.rows is None or not len(self):
+            return
+        prob, ids = self.rows.prob, self.rows.index
+        if prob.dim() != 2 or not bool(((prob >= 0).all(-1) & ((prob.sum(-1) - 1).abs() < TOLERANCE)).all()):
+            raise DllmError("every row of a sampled proposal holds probabilities that sum to one (float32 at least)")
+        ids = torch.arange(prob.shape[1], device=prob.device).expand_as(prob) if ids is None else ids
+        tokens = torch.tensor(self.tokens, device=prob.device)[:, None]
+        if ids.shape != prob.shape or not bool(((prob > 0) & (ids == tokens)).any(-1).all()):
+            raise DllmError("a sampled token has no probability in its row: rows are the laws of the draws")
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, nearest, unknown
+from dllm.samplers.base import misfit
+from dllm.samplers.registry import value_of
 
 RETRIEVAL: dict[str, Any] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
 
 
-def named(kind: str, what: Any, table: Mapping[str, Any]) -> Any:
-    """The object of "name", "name:key=value,key=value" or {"name": ..., key: value}; an object passes through."""
+def named(kind: str, what: Any, table: Mapping[str, Any], made: type) -> Any:
+    """The object of "name", "name:key=value,key=value" or {"name": ..., key: value}; a `made` object passes."""
+    if isinstance(what, made) and not isinstance(what, str | type):
+        return what
+    name, options = _parsed(kind, what, table)
+    return table[name](**options)
+
+
+def _parsed(kind: str, what: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(what, Mapping):
         options = dict(what)
         if "name" not in options:
@@ -31,15 +41,36 @@ def named(kind: str, what: Any, table: Mapping[str, Any]) -> Any:
             key, equals, value = item.partition("=")
             if not equals:
                 raise DllmError(f"{kind} option {item!r} is not key=value")
-            options[key.strip()] = yaml.safe_load(value)
+            options[key.strip()] = value_of(value)
     else:
-        return what
+        raise DllmError(f"a {kind} is a name ({', '.join(table)}), a mapping with one, or an object, not {what!r}")
     if name not in table:
-        raise unknown(kind, name, table)
-    try:
-        return table[name](**options)
-    except TypeError as error:
-        raise DllmError(f"{kind} {name!r}: {str(error).split('__init__() ')[-1]}") from error
+        raise unknown(kind, str(name), table)
+    return name, settings(f"{kind} {name!r}", table[name], options)
+
+
+def settings(of: str, make: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for the keywords of `make`, of the kinds of their annotations: the one check of drafting's settings.
+
+    Numbers that came as text (YAML reads 1e-2 so) are read. DllmError for other kinds and for unknown names, with the
+    nearest one; ranges are checked by what is made.
+    """
+    known = {name: p for name, p in signature(make).parameters.items() if p.default is not Parameter.empty}
+    out = {}
+    for key, value in given.items():
+        if key not in known:
+            raise unknown("option", str(key), known or ("(none)",), of=of)
+        kind = known[key].annotation
+        out[key] = value_of(value) if isinstance(value, str) and misfit(kind, value) else value
+        if what := misfit(kind, out[key]):
+            raise DllmError(f"{of}: {key}={value!r} must be {what} (default {known[key].default!r})")
+    return out
+
+
+@lru_cache(maxsize=64)
+def _retrieval(name: str, options: tuple[tuple[str, Any], ...]) -> Drafter:
+    """One object a setting, of which every text takes a fork: measured costs belong to a drafter."""
+    return RETRIEVAL[name](**dict(options))
 
 
 def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
@@ -63,7 +94,8 @@ def as_drafter(what: Any) -> Any:
     if what is None or isinstance(what, Drafter):
         return what
     if isinstance(what, Mapping) or (isinstance(what, str) and what.split(":")[0] in RETRIEVAL):
-        return named("drafter", what, RETRIEVAL)
+        name, options = _parsed("drafter", what, RETRIEVAL)
+        return _retrieval(name, tuple(sorted(options.items())))
     from dllm.drafting.autoregressive import ARDrafter
     from dllm.drafting.diffusion import DiffusionDrafter
 
@@ -78,12 +110,9 @@ def as_drafter(what: Any) -> Any:
         if what.config.causal:
             what = load_verifier(name)
         elif how := optional_json(folder / "drafter.json"):  # what `dllm align` left there
-            try:
-                return DiffusionDrafter(what, **how)
-            except TypeError as error:
-                raise DllmError(f"{folder / 'drafter.json'}: {str(error).split('__init__() ')[-1]}") from error
+            return DiffusionDrafter(what, **settings(str(folder / "drafter.json"), DiffusionDrafter, how))
     if isinstance(what, nn.Module):
-        return ARDrafter(what)
+        return ARDrafter.shared(what)
     if hasattr(what, "mask_id") and hasattr(what, "logits"):
         return DiffusionDrafter.shared(what)
     raise DllmError(

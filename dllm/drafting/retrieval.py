@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.drafting.search import union
 from dllm.errors import DllmError
 
 
@@ -79,11 +80,19 @@ class SuffixAutomaton:
 
     def continuation(self, k: int) -> list[int]:
         """The `k` tokens after the match's earlier occurrence; it may run into itself, as a period does."""
-        if not self.match:
-            return []
+        return self._after(self.end, k) if self.match else []
+
+    def shorter(self, k: int, least: int) -> Iterator[tuple[int, list[int]]]:
+        """Lengths (at least `least`) of the match's suffixes that also occurred elsewhere, and what followed there."""
+        state = self.link[self.state] if self.match else 0
+        while state > 0 and self.length[state] >= least:
+            yield self.length[state], self._after(self.position[state], k)
+            state = self.link[state]
+
+    def _after(self, end: int, k: int) -> list[int]:
         out: list[int] = []
         n = len(self.text)
-        for i in range(self.end, self.end + k):
+        for i in range(end, end + k):
             out.append(self.text[i] if i < n else out[i - n])
         return out
 
@@ -92,12 +101,15 @@ class SuffixDrafter(Drafter):
     """Copy what followed the longest repeated suffix of prompt and output (in the manner of SAM-Decoding,
     SuffixDecoding).
 
-    `min_match` tokens must agree, else there is no draft. A longer match is trusted more: confidence m / (m + 1).
+    `min_match` tokens must agree, else there is no draft. A longer match is trusted more: confidence m / (m + 1). A
+    tree also holds what followed the shorter repeated suffixes.
     """
 
     name = "suffix"
 
     def __init__(self, min_match: int = 2) -> None:
+        if min_match < 1:
+            raise DllmError(f"min_match must be at least 1, got {min_match}")
         self.min_match = min_match
         self.automaton = SuffixAutomaton()
 
@@ -118,13 +130,22 @@ class SuffixDrafter(Drafter):
         self._catch_up(ids)
         if self.automaton.match < self.min_match:
             return EMPTY
-        tokens = _until(self.automaton.continuation(k), self.need.eos)
-        m = self.automaton.match
+        best = self._chain(self.automaton.match, self.automaton.continuation(k))
+        if not self.need.tree:
+            return best
+        others = (self._chain(m, tokens) for m, tokens in self.automaton.shorter(k, self.min_match))
+        return union([best, *others], self.need.tree)
+
+    def _chain(self, m: int, tokens: list[int]) -> Proposal:
+        tokens = _until(tokens, self.need.eos)
         return chain(tokens, [m / (m + 1)] * len(tokens))
 
 
 class PromptLookup(Drafter):
-    """Copy what followed the last occurrence of the final n-gram, n from `max_ngram` down to `min_ngram` (PLD)."""
+    """Copy what followed the last occurrence of the final n-gram, n from `max_ngram` down to `min_ngram` (PLD).
+
+    A tree holds what followed each of these n-grams.
+    """
 
     name = "lookup"
 
@@ -144,31 +165,38 @@ class PromptLookup(Drafter):
             for n in range(self.min_ngram, min(self.max_ngram, end) + 1):
                 self.where[tuple(ids[end - n : end])] = end
         self.done = max(self.done, len(ids) - 1)
+        found = self._found(ids, k)
+        return union(found, self.need.tree) if self.need.tree else next(found, EMPTY)
+
+    def _found(self, ids: Sequence[int], k: int) -> Iterator[Proposal]:
         for n in range(min(self.max_ngram, len(ids)), self.min_ngram - 1, -1):
-            found = self.where.get(tuple(ids[len(ids) - n :]))
-            if found is not None:
-                tokens = _until(list(ids[found : found + k]), self.need.eos)
-                return chain(tokens, [n / (n + 1)] * len(tokens))
-        return EMPTY
+            end = self.where.get(tuple(ids[len(ids) - n :]))
+            if end is not None:
+                tokens = _until(list(ids[end : end + k]), self.need.eos)
+                yield chain(tokens, [n / (n + 1)] * len(tokens))
 
 
 class TokenRecycling(Drafter):
     """A table of the verifier's best successors of every token, filled at every verified node, also rejected ones.
 
-    Drafts are trees (or the best chain) over the table, best first by the record of each rank (arXiv 2408.08696).
+    Drafts are trees (or the best chain) over the table, best first by a fixed weight of each rank (in the manner of
+    arXiv 2408.08696). The table belongs to one text and begins empty. It needs the verifier's logits, which only
+    `dllm.speculate` and the transformers hook hand out.
     """
 
     name = "recycle"
     successors = True
 
     def __init__(self, width: int = 8) -> None:
+        if width < 1:
+            raise DllmError(f"width must be at least 1, got {width}")
         self.width = width
         self.table: dict[int, list[int]] = {}
         self.conf = [0.5 / (r + 1) ** 1.2 for r in range(width)]
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
         super().reset(ids, need)
-        self.table = dict(self.table)
+        self.table = {}
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
         for token, best in successors.items():
@@ -208,6 +236,10 @@ class Fallback(Drafter):
         self.name = f"{self.retrieval.name}+{model.name}"
         self.successors = model.successors
 
+    @property
+    def chains_only(self) -> bool:  # type: ignore[override]
+        return self.model.chains_only
+
     def fork(self) -> Fallback:
         return Fallback(self.model.fork(), SuffixDrafter(self.retrieval.min_match), self.min_match)
 
@@ -220,9 +252,10 @@ class Fallback(Drafter):
         found = self.retrieval.draft(ids, k)
         if len(found) and self.retrieval.match >= self.min_match:
             return found
-        out = self.model.draft(ids, k, generator=generator)
-        self.forwards = self.model.forwards
-        return out
+        try:
+            return self.model.draft(ids, k, generator=generator)
+        finally:
+            self.forwards = self.model.forwards
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
         self.model.observe(ids, emitted, successors)

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,10 +34,26 @@ from dllm.drafting.lattice import Lattice
 from dllm.drafting.ngram import CausalProxy
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.errors import DllmError
+from dllm.samplers.base import misfit
 
 Edge = tuple[int, float, Hashable]  # token, log weight, next state
 
 
+class Checked:
+    """Settings of a search: whole numbers are counts of at least one, `lam` a share, `power` positive."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if what := misfit(f.type, value):
+                raise DllmError(f"{f.name} of a search must be {what}, got {value!r}")
+            if (f.name == "lam" and not 0 <= value <= 1) or (f.name == "power" and not 0 < value < math.inf):
+                raise DllmError(f"lam of a search lies in [0, 1] and power is positive, got {f.name}={value}")
+            if f.type == "int" and value < 1:
+                raise DllmError(f"{f.name} of a search must be at least 1, got {value}")
+
+
+@runtime_checkable
 class PathSearch(Protocol):
     """Choose what to verify. `ctx` are the ids before slot 0, `eos` the end tokens: a point path has no successor
     after one."""
@@ -106,7 +122,7 @@ class Argmax:
 
 
 @dataclass(frozen=True)
-class CPSBeam:
+class CPSBeam(Checked):
     """Causal-consistency path search (DiffuSpec, arXiv 2510.02358): beam over the sum of log weights.
 
     Defaults of the paper: lam 0.5, beam 3. Ties go to the smaller token tuple. Sums of logs compare hypotheses of
@@ -134,7 +150,7 @@ class CPSBeam:
 
 
 @dataclass(frozen=True)
-class Viterbi:
+class Viterbi(Checked):
     """The exact maximum of the beam's objective: dynamic programming over the proxy's states, any order."""
 
     lam: float = 0.5
@@ -160,7 +176,7 @@ class Viterbi:
 
 
 @dataclass(frozen=True)
-class EAL:
+class EAL(Checked):
     """The path with the largest expected accepted length, sum_i prod_{j<=i} w_j, exactly.
 
     Backward recursion U_i(s) = max_t w(s, t) (1 + U_{i+1}(s')), U = 0 behind the lattice and behind an end token.
@@ -239,12 +255,12 @@ def _drawn(tokens: list[int], rows: Rows, lat: Lattice) -> Proposal:
 def _law(lat: Lattice) -> tuple[Tensor, Tensor | None]:
     """Probabilities to draw from, (k, M), and their ids (None = the vocabulary), on the CPU."""
     if lat.rows is not None:
-        return lat.rows.exp().cpu(), None
+        return torch.softmax(lat.rows, -1).cpu(), None
     return torch.softmax(lat.logp, -1).cpu(), lat.tokens.cpu()
 
 
 @dataclass(frozen=True)
-class CPSSample:
+class CPSSample(Checked):
     """Causal consistency and exactness at T > 0: draw left to right from r(t) ~ q(t)^lam g(t | state)^(1 - lam).
 
     The row handed over is the true law of the token given the tokens before it, so the ratio test is exact.
@@ -273,7 +289,7 @@ class CPSSample:
 
 
 @dataclass(frozen=True)
-class BestFirstTree:
+class BestFirstTree(Checked):
     """The `budget` most probable prefixes of the lattice, found best first (DDTree, arXiv 2604.12989, when lam = 1).
 
     Popping a node offers its next sibling and its first child; as weights are at most one the pop order is the order of
@@ -327,7 +343,7 @@ class BestFirstTree:
 
 
 @dataclass(frozen=True)
-class SampleTree:
+class SampleTree(Checked):
     """`width` first tokens drawn without replacement, each continued by independent draws: recursive rejection is
     exact."""
 
@@ -375,6 +391,14 @@ def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> 
     trie.insert(base.head(budget - extra))
     trie.insert(source.head(extra))
     return trie.proposal()
+
+
+def union(proposals: Iterable[Proposal], budget: int) -> Proposal:
+    """Trie union of point proposals: the `budget` nodes that are most likely to be reached."""
+    trie = _Trie()
+    for p in proposals:
+        trie.insert(p)
+    return trie.proposal().head(budget)
 
 
 @dataclass

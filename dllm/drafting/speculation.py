@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,13 +87,14 @@ def speculate(
 
 
 def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> LengthController:
-    """The controller of a pair: costs and calibration outlive a call, kept on the verifier by drafter and settings."""
+    """The controller of a pair: costs and calibration outlive a call, kept on the verifier while the drafter lives."""
     if isinstance(cfg.length, LengthController):
         return cfg.length
-    source = (drafter.name, id(getattr(drafter, "model", None))) if drafter else None
-    key = (source, sampled, str(cfg.length), str(cfg.search), cfg.tree)
+    key = (id(drafter), sampled, str(cfg.length), str(cfg.search), cfg.tree)
     if key not in verifier.controllers:
         verifier.controllers[key] = cfg.build_controller()
+        if drafter is not None:
+            weakref.finalize(drafter, verifier.controllers.pop, key, None).atexit = False
     return verifier.controllers[key]
 
 

@@ -105,8 +105,8 @@ class Vocabulary:
     def chain(self, ids: Sequence[int], draft: Sequence[int], k: int) -> list[int]:
         """Drafter tokens behind verifier text `ids` as at most `k` verifier tokens, up to the first that has none."""
         if self.kind == "text":
-            return self.bridge(ids, draft, k)
-        if self.kind == "strings":
+            draft = self.bridge(ids, draft, k)
+        elif self.kind == "strings":
             assert self.to_verifier is not None
             draft = self.to_verifier[list(draft)].tolist()
         return list(draft[: next((i for i, t in enumerate(draft[:k]) if not 0 <= t < self.size), k)])
