@@ -479,9 +479,8 @@ def build_sampler(model: Model, args: Arguments, context: Context, stops: Stops,
     spec = args.sampler if args.sampler is not None else defaults.sampler
     adjust = (EosLast(context.eos_ids),) if args.confidence_eos_eot_inf else ()
     inputs = Guidance(args.cfg_scale, context.mask_id) if args.cfg_scale else None
-    tuned = {
-        name: s.parameters for name, s in getattr(model, "sampler_settings", {}).items()
-    }  # a caller's own has none
+    settings = getattr(model, "sampler_settings", {})  # a caller's own model has none
+    tuned = {name: s.parameters for name, s in settings.items()}
     sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust), tuned)
     if args.early_stop and not args.infill:
         sampler = sampler._replace(stop=Stop(stops, sampler.needs.revises))
