@@ -12,6 +12,7 @@ import torch
 from golden_cases import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import size
 from test_lookahead import HALF
 
 import dllm
@@ -211,7 +212,7 @@ def specified(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @pytest.mark.sweep
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=size(3000, 60), deadline=None)
 @given(
     specified(),
     st.sampled_from(EVERY_CACHE),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from sweeps import size
 
 from dllm.drafting.accept import draw, reject, walk_sample
 from dllm.drafting.control import LengthController
@@ -437,11 +438,11 @@ def test_confidences_of_sequential_draws_are_not_read():
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_loop_is_exact_60k(name):
-    assert loop_pvalue(name, 60_000) > 1e-3
+    assert loop_pvalue(name, size(60_000, 2000)) > 1e-3
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", SOUND)
 def test_exact_60k(name):
     g = torch.Generator().manual_seed(5)
-    assert pvalue([write(SOUND[name], g) for _ in range(60_000)]) > 1e-3
+    assert pvalue([write(SOUND[name], g) for _ in range(size(60_000, 6000))]) > 1e-3

@@ -106,13 +106,15 @@ def test_sampled_rows_are_the_same_alone_and_in_a_batch(arguments: dict[str, Any
 
 
 def test_float32_batches_differ_only_where_the_decision_is_closer_than_the_error() -> None:
-    """In float32 a row may part from its single run only at a decision within the measured numeric error."""
-    single, batch, parted = [], run("tiny-llada-random", PROMPTS, "float32", max_new_tokens=16, early_stop=False), 0
-    for i, prompt in enumerate(PROMPTS):
-        single.append(run("tiny-llada-random", prompt, "float32", max_new_tokens=16, early_stop=False))
-        parted += single[i].sequences != batch[i].sequences
-    reference = [run("tiny-llada-random", p, max_new_tokens=16, early_stop=False).sequences for p in PROMPTS]
-    assert parted == sum(s.sequences != r for s, r in zip(single, reference, strict=True)) == 0
+    """In float32 a row may part from its single run only at a decision within the measured numeric error: the guard of
+    the lookahead, which looks at every decision of a forward for several rows, takes those again."""
+    call: dict[str, Any] = {"max_new_tokens": 16, "early_stop": False}
+    batch = run("tiny-llada-random", PROMPTS, "float32", **call)
+    for prompt, row in zip(PROMPTS, batch, strict=True):
+        single = run("tiny-llada-random", prompt, "float32", **call)
+        guarded = run("tiny-llada-random", [prompt, prompt], "float32", lookahead=1, **call)
+        close = guarded[0].stats["divergences"] + sum(out.stats["reruns"] for out in guarded)
+        assert row.sequences == single.sequences or close
 
 
 def test_caches_are_exact_where_they_must_be() -> None:

@@ -12,7 +12,6 @@ def test_rows() -> None:
     timed, flat = bench_lookahead.run(["confidence"], 1, model=trained, caches=["dual"], problems=1, new=12)
     assert timed.name == "confidence, dual: seconds, auto / plain"
     assert timed.bound == 1.05
-    assert timed.value > 0
     assert "of 12 forwards" in timed.note
     assert "1 of 1 answers equal" in timed.note
     assert flat.met  # at least a quarter of the static schedule's forwards

@@ -29,7 +29,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_the_bench(small: None) -> None:
     rows = {r.name: r for r in bench_step.run(["threshold", "klass", "wino", "lopa"], repeats=5)}
-    assert 0.5 < rows["threshold"].value < 2
     assert rows["klass"].bound == 2.5 and rows["wino"].bound == 1.5
     reads = {name: int(r.note.split(", ")[1].split()[0]) for name, r in rows.items()}
     assert reads["threshold"] == 32
