@@ -10,8 +10,8 @@ function around them is the same; survivors meet the tests of that commit (`--fr
 
 A first pass runs an area's tests with coverage. A mutant then meets only the tests that run its lines, quick ones
 first and each test function once before its other parameters, until one fails or `--budget` seconds of tests are spent.
-Tests run in forks of a process that has imported torch already. A mutant that takes five times the processor time of
-its tests has hung: it counts as killed.
+Tests run in forks of a process that has imported torch already. A mutant under which a test takes many times its
+processor time has hung: it counts as killed.
 
 Needs the extra [mutation]: pip install -e ".[mutation]".
 """
@@ -40,18 +40,23 @@ from mutants import Mutant, Scopes, drawn
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-STARTUP, PATIENCE, MEMORY = 30.0, 5.0, 16 << 30  # seconds of a fork without tests; factor; bytes of address space
+STARTUP, PATIENCE = 10.0, 4.0  # a mutant has hung when a test takes so many seconds and times its own processor time
+MEMORY = 16 << 30  # bytes of address space
 
 
 class Recorder:
-    """A pytest plugin: keeps the chosen tests in their order, and writes down what failed first."""
+    """A pytest plugin: keeps the chosen tests (with their seconds) in their order, and notes what failed first."""
 
-    def __init__(self, order: list[str] | None, out: Path) -> None:
-        self.order, self.out = None if order is None else {name: i for i, name in enumerate(order)}, out
+    def __init__(self, order: dict[str, float], out: Path) -> None:
+        self.seconds, self.out = order, out
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        if self.order is not None:
-            items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
+        place = {name: i for i, name in enumerate(self.seconds)}
+        items[:] = sorted((i for i in items if i.nodeid in place), key=lambda i: place[i.nodeid])
+
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        """A test that takes far longer than it should ends the process."""
+        signal.setitimer(signal.ITIMER_PROF, STARTUP + PATIENCE * self.seconds[item.nodeid])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed and not self.out.exists():
@@ -70,7 +75,7 @@ class Tracer:
 
         self.tree, self.out = tree, out
         self.cov = coverage.Coverage(data_file=None, include=[str(p) for p in sources], config_file=False)
-        self.times: dict[str, float] = {}
+        self.times: dict[str, float] = {}  # processor time, which a busy machine does not stretch
         self.fixtures: dict[str, list[str]] = {}
 
     def pytest_sessionstart(self) -> None:
@@ -79,6 +84,10 @@ class Tracer:
     def pytest_runtest_protocol(self, item: Any) -> None:
         self.cov.switch_context(item.nodeid)
         self.fixtures[item.nodeid] = list(item.fixturenames)
+        self.times[item.nodeid] = -time.process_time()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.times[nodeid] += time.process_time()
 
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> None:
         if fixturedef.scope != "function":  # belongs to every test that uses it, not only to the first
@@ -86,9 +95,6 @@ class Tracer:
 
     def pytest_runtest_call(self, item: Any) -> None:
         self.cov.switch_context(item.nodeid)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        self.times[report.nodeid] = self.times.get(report.nodeid, 0.0) + report.duration
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         self.cov.stop()
@@ -129,7 +135,7 @@ def forked(tree: Path, args: list[str], plugins: list[Any], limit: float, log: P
             os.dup2(output, 2)
             os.setsid()
             if limit:
-                resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+                resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))  # an import may hang, too
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             os.chdir(tree)
             sys.path[:] = [str(tree), *(p for p in sys.path if p != str(HERE))]
@@ -221,14 +227,14 @@ class Room:
         original, stat, failed = file.read_text(), file.stat(), self.folder / "failed"
         failed.unlink(missing_ok=True)
         args = [*sorted({test.partition("::")[0] for test in order}), "-x", "-q", "-p", "no:cacheprovider"]
-        limit = STARTUP + PATIENCE * sum(self.times[t] for t in order)
+        limit = 6 * STARTUP + PATIENCE * sum(self.times[t] for t in order)
         try:
             file.write_text(mutant.source)
-            status = forked(self.tree, args, [Recorder(order, failed)], limit, self.log)
+            status = forked(self.tree, args, [Recorder({t: self.times[t] for t in order}, failed)], limit, self.log)
         finally:
             file.write_text(original)
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        hung = status in (-signal.SIGXCPU, -signal.SIGKILL)
+        hung = status in (-signal.SIGPROF, -signal.SIGXCPU, -signal.SIGKILL)
         outcome = "survived" if status == 0 else "timeout" if hung else "killed"
         by = failed.read_text() if failed.exists() else "" if outcome == "survived" else f"status {status}"
         return answer | {"outcome": outcome, "by": by, "seconds": round(time.monotonic() - began, 2)}
