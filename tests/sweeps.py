@@ -47,9 +47,10 @@ class Sample:
         self.cases, self.share = len(items), 60 * self.minutes / max(len(functions), 1)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: Any) -> bool | None:
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> bool | None:
         now = time.monotonic()
         if now - self.began.setdefault(item.nodeid.partition("[")[0], now) > self.share:
+            item.session._setupstate.teardown_exact(nextitem)  # the fixtures of what was run before it
             return True  # handled: nothing is run, nothing reported
         self.run += 1
         return None

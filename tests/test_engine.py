@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,10 +11,15 @@ from golden_cases import model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import Scripted, peaks
+from torch import Tensor
 
 import dllm
-from dllm.canvas import Canvas, Decision
+from dllm import engine
+from dllm.canvas import Canvas, Decision, State
+from dllm.engine import Part, Runner
 from dllm.errors import DllmError
+from dllm.generation import prepare
+from dllm.meter import Meter
 
 CACHES = ["none", "prefix", "dual", "dual:left=3,right=2"]
 SAMPLERS = ["confidence", "margin", "entropy", "random", "threshold:tau=0.6", "factor", "factor:compat", "eb"]
@@ -161,6 +167,46 @@ def test_invariants(
             assert all(pairs for pairs in out.trace.commits)
         for pairs, (lo, hi) in zip(out.trace.commits, out.trace.windows, strict=True):
             assert all(lo <= c < hi for c, _ in pairs)
+
+
+class Uneven(Runner):
+    """Steps one lane after the other, so that rows drift apart; notes what the others have done when a row enters."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.steps: Counter[int] = Counter()
+        self.entries: dict[int, tuple[int, list[int]]] = {}  # request -> steps of its lane, of the other lanes then
+
+    def clock(self, lane: int) -> int:
+        return self.steps[lane]
+
+    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Part]:
+        lanes = lane.tolist()
+        for own, request in zip(lanes, requests, strict=True):
+            others = [self.steps[other] for other in lanes if other != own]
+            self.entries.setdefault(request, (self.steps[own], others))
+        first = torch.tensor([lanes.index(min(lanes))])
+        [part] = super().tick(state.take(first), lane[first], [requests[int(first)]])
+        self.steps[min(lanes)] += 1
+        return [part._replace(rows=first)]
+
+
+def test_a_row_enters_when_its_lane_is_due() -> None:
+    """Also where lanes have drifted apart: a lane that ran ahead waits until the others have taken as many steps, as it
+    would if all lanes stepped together. Else the order of requests would follow the drift."""
+    made: list[Uneven] = []
+
+    def runner(*args: Any) -> Uneven:
+        made.append(Uneven(*args))
+        return made[0]
+
+    j = prepare(Scripted(peaks([(1, 0.5)] * 3, 4)), [[0]] * 5, {"sampler": "confidence", "max_new_tokens": 3})
+    call: dict[str, Any] = {"batch_size": 2, "options": j.options, "meter": Meter(5), "runner": runner}
+    done = [t.request for t in engine.decode(j.model, j.sampler, j.policy, j.queue, **call) if bool(t.state.done[0])]
+    assert sorted(r for [r] in done) == list(range(5))
+    entries = made[0].entries
+    assert sorted(entries) == list(range(5))
+    assert all(own <= min(others, default=own) for own, others in entries.values())
 
 
 def test_the_cap_fills_what_is_left() -> None:
