@@ -5,9 +5,14 @@ The public names load lazily (PEP 562): importing the package imports neither to
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+from dllm.errors import DllmError
 
 try:
     __version__ = version("dllm-toolkit")
@@ -33,7 +38,26 @@ __all__ = [  # noqa: PLE0604
 ]
 
 
+@functools.cache
+def of_one_tree() -> None:
+    """Errors: samplers or evaluation of another copy of the toolkit than this package. A checkout in the working folder
+    hides the installed `dllm`, but not the installed `dllm.samplers`, which in a checkout lies beside it."""
+    here = Path(__file__).resolve().parent
+    for name in ("samplers", "eval"):
+        spec = find_spec(f"dllm.{name}")
+        there = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if there is None:
+            raise DllmError(f"dllm comes from {here}, where dllm.{name} is missing: install it (pip install -e .)")
+        if there.parent not in (here, here.parent):
+            raise DllmError(
+                f"dllm comes from {here} but dllm.{name} from {there}: two copies are mixed. Install the one you mean "
+                "(pip install -e .), or start Python outside of the other's folder"
+            )
+
+
 def __getattr__(name: str) -> Any:
+    if name in _LAZY or name in ("samplers", "eval"):
+        of_one_tree()
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     if name in ("samplers", "eval", "training", "drafting", "models"):

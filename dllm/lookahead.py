@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from dllm import engine
+from dllm import engine, plain
 from dllm.branches import Branch, Query, lay, name, pack, queries
 from dllm.canvas import Plan, State
 from dllm.engine import Answer, Part, Runner, opened, step
@@ -120,8 +119,8 @@ class Lookahead:
             rows, _, rest = spec.partition(":")
             items = [i.split("=", 1) for i in (f"rows={rows}", *filter(None, rest.split(",")))]
             try:
-                spec = {key.strip(): yaml.safe_load(value) for key, value in items}
-            except (ValueError, yaml.YAMLError) as error:
+                spec = {key.strip(): plain.value(value) for key, value in items}
+            except ValueError as error:
                 raise DllmError(f"lookahead {spec!r} is not of the form rows:setting=value,...") from error
         if not isinstance(spec, Mapping):
             return cls(rows=spec)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import dllm
+
+dllm.of_one_tree()
+
 _LAZY = {
     "run": "runner",
     "read": "runner",

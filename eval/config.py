@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dllm import plain
 from dllm.errors import DllmError, unknown
 
 from .arguments import translated
@@ -231,40 +232,63 @@ _TOP = [f.name for f in fields(Config) if f.name not in ("settings", "source")] 
 def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
     """YAML text to plain values and the lines of its keys. Errors: malformed, not a mapping, a key given twice."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise DllmError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    places: dict[Path_, str] = {}
-    if node is None:
-        raise DllmError(f"{name}: the file is empty; an evaluation needs at least `tasks:`")
-    if not isinstance(node, yaml.MappingNode):
-        raise DllmError(f"{name}, line {node.start_mark.line + 1}: expected `key: value` pairs")
-    loader = yaml.SafeLoader("")
+        return _Reader(text, name).read()
+    except DllmError:
+        raise
+    except plain.ERRORS as error:
+        raise plain.malformed(error, name) from None
 
-    def value(node: yaml.Node, path: Path_) -> Any:
-        places.setdefault(path, f"{name}, line {node.start_mark.line + 1}")
+
+class _Reader:
+    """Builds the values of one text and notes where each key stands."""
+
+    MOST = 100_000  # values; aliases of aliases would multiply without end
+
+    def __init__(self, text: str, name: str):
+        self.loader, self.name = plain.Loader(text), name
+        self.places: dict[Path_, str] = {}
+        self.own: dict[int, set[int]] = {}  # the keys that stand in a mapping itself, not in what it merges (`<<`)
+
+    def read(self) -> tuple[dict[str, Any], Source]:
+        node = self.loader.get_single_node()
+        if node is None:
+            raise DllmError(f"{self.name}: the file is empty; an evaluation needs at least `tasks:`")
+        if not isinstance(node, yaml.MappingNode):
+            raise DllmError(f"{self.place(node)}: expected `key: value` pairs")
+        return self.value(node, ()), Source(self.name, self.places)
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.name}, line {node.start_mark.line + 1}"
+
+    def value(self, node: yaml.Node, path: Path_) -> Any:
+        self.places.setdefault(path, self.place(node))
+        if len(self.places) > self.MOST:
+            raise DllmError(f"{self.place(node)}: more than {self.MOST} values, aliases written out")
         if isinstance(node, yaml.SequenceNode):
-            return [value(child, (*path, i)) for i, child in enumerate(node.value)]
+            return [self.value(child, (*path, i)) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
-            return pairs(node, path)
+            return self.pairs(node, path)
         try:
-            return loader.construct_object(node, deep=True)
-        except yaml.YAMLError as error:
-            raise DllmError(f"{name}, line {node.start_mark.line + 1}: {getattr(error, 'problem', error)}") from None
+            return self.loader.construct_object(node, deep=True)
+        except plain.ERRORS as error:
+            raise DllmError(f"{self.place(node)}: {getattr(error, 'problem', None) or error}") from None
 
-    def pairs(node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+    def pairs(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+        own = self.own.setdefault(id(node), {id(key) for key, _ in node.value})
+        self.loader.flatten_mapping(node)
         out: dict[str, Any] = {}
+        given = set()
         for key_node, child in node.value:
-            key = str(loader.construct_object(key_node))
-            if key in out:
-                raise DllmError(f"{name}, line {key_node.start_mark.line + 1}: key {key!r} is given twice")
-            places[(*path, key)] = f"{name}, line {key_node.start_mark.line + 1}"
-            out[key] = value(child, (*path, key))
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise DllmError(f"{self.place(key_node)}: a key is a word, not a list or a mapping")
+            key = str(self.loader.construct_object(key_node))
+            if key in given and id(key_node) in own:
+                raise DllmError(f"{self.place(key_node)}: key {key!r} is given twice")
+            if id(key_node) in own:
+                given.add(key)
+            self.places[(*path, key)] = self.place(key_node)
+            out[key] = self.value(child, (*path, key))
         return out
-
-    return value(node, ()), Source(name, places)
 
 
 def read(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Source]:
@@ -306,10 +330,7 @@ def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
     path = _split(key.strip())
     if not equals or not path:
         raise DllmError(f"--set {assignment!r}: write key=value, for example --set sampler.name=credit")
-    try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError:
-        value = text
+    value = plain.value(text)
     whole = len(path) == 1 or path[1:] == ("name",)
     if path[0] in ("sampler", "generate") and isinstance(data.get("tasks"), list):
         entries = [_below_the_call(_own_names(entry), path, value, assignment) for entry in data["tasks"]]

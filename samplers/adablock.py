@@ -97,9 +97,11 @@ class AdaBlock(Method):
     delimiters: int | str | list[int | str] | None = param(  # noqa: RUF009
         None, "None: the family's released ids, else every id whose text holds a new line"
     )
-    tau_delimiter: float | None = param(None, "None: 0.5 for Dream, 0.3 for the others, as published", low=0)
+    tau_delimiter: float | None = param(
+        None, "None: 0.5 for Dream, 0.3 for the others, as published; inf: no delimiter ends a block", low=0
+    )
     window: str = param("budget", "the released code's look-ahead", choices=("budget", "progress"))
-    tau: float = param(0.9, "the bar where no other sampler selects (Fast-dLLM's default)", low=0)
+    tau: float = param(0.9, "the bar where no other sampler selects (Fast-dLLM's default)", low=0, high=1)
 
     name: ClassVar[str] = "adablock"
     source: ClassVar[str] = "AdaBlock-dLLM, arXiv 2509.26432"

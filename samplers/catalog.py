@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
@@ -14,8 +15,10 @@ from typing import Any
 
 from dllm.errors import DllmError
 from dllm.samplers import registry
-from dllm.samplers.base import CHAINS, SINGLE, Bundle, Context, Needs
+from dllm.samplers.base import CHAINS, SINGLE, Bundle, Context, Method, Needs
 from dllm.trace import Trace
+
+log = logging.getLogger(__name__)
 
 NEEDS = {
     "committed": "reads committed columns too",
@@ -81,10 +84,26 @@ def clash(*names: str) -> str | None:
     return _build(*names)[1]
 
 
+def everything() -> list[dict[str, Any]]:
+    """All samplers described; one of another package that cannot be is left out with a warning."""
+    found = []
+    for name in registry.names():
+        try:
+            found.append(describe(name))
+        except DllmError as error:
+            log.warning("%s", error)
+    return found
+
+
 @cache
 def describe(name: str) -> dict[str, Any]:
-    """Everything about one sampler. Errors: unknown name."""
+    """Everything about one sampler. Errors: unknown name, another package's that does not load."""
     cls = registry.method(name)
+    with registry.theirs(name):
+        return _described(name, cls)
+
+
+def _described(name: str, cls: type[Method]) -> dict[str, Any]:
     text = inspect.cleandoc(cls.__doc__ or "")
     parameters = [
         {
@@ -135,7 +154,7 @@ def _needs(needs: Needs, reads: bool) -> list[str]:
 
 def markdown(pictured: Collection[str] = ()) -> str:
     """The page about all samplers; `pictured` are those with an image in the folder samplers/ beside it."""
-    entries = [describe(name) for name in registry.names()]
+    entries = everything()
     lines = [
         "# Samplers",
         "",

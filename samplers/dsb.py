@@ -60,7 +60,7 @@ class DSB(Method):
     """
 
     max_length: int | None = param(None, "None lets the window grow (`greedy`); a number bounds it (`const`)", low=1)
-    tau: float = param(0.9, "the threshold of its published runs", low=0)
+    tau: float = param(0.9, "the threshold of its published runs", low=0, high=1)
 
     name: ClassVar[str] = "dsb"
     source: ClassVar[str] = "DSB, arXiv 2602.05992"

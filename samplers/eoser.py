@@ -55,8 +55,10 @@ class EOSER(Method):
     is the whole generation, which is what the method makes usable.
     """
 
-    gamma_min: float | None = param(None, "None: 0.4, the released default; 0.01 with `ass`, as released", low=0)
-    gamma_max: float = param(1.0, "no demotion at the last step", low=0)
+    gamma_min: float | None = param(
+        None, "None: 0.4, the released default; 0.01 with `ass`, as released", low=0, high=1
+    )
+    gamma_max: float = param(1.0, "no demotion at the last step", low=0, high=1)
     whole: bool = param(True, "False keeps the call's blocks")
 
     name: ClassVar[str] = "eoser"

@@ -40,7 +40,7 @@ class FastDLLMv2(Method):
     """Threshold decoding in sub-blocks, for models with shifted logits and block-causal attention."""
 
     tau: float = param(
-        0.9, "the bar where no other sampler selects: the released example; its code defaults to 1", low=0
+        0.9, "the bar where no other sampler selects: the released example; its code defaults to 1", low=0, high=1
     )
     sub: int = param(8, "columns of a sub-block, the released default", low=1)
     whole_block: bool = param(

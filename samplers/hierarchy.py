@@ -23,8 +23,10 @@ class Hierarchy(Method):
     decoded tokens of the window whose probability fell below it are masked again, fewer than the step commits.
     """
 
-    tau_high: float = param(0.85, "inside the paper's range 0.78-0.88, where its GSM8K score equals threshold's", low=0)
-    tau_low: float = param(0.4, "the released default (paper: 0.3-0.5)", low=0)
+    tau_high: float = param(
+        0.85, "inside the paper's range 0.78-0.88, where its GSM8K score equals threshold's", low=0, high=1
+    )
+    tau_low: float = param(0.4, "the released default (paper: 0.3-0.5)", low=0, high=1)
     tau_remask: float | None = param(None, "off, as released; the paper tries 0.01, 0.3 and 0.35", low=0, high=1)
 
     name: ClassVar[str] = "hierarchy"

@@ -25,7 +25,9 @@ class KLASS(Method):
     cache must then serve them all. `"window"` starts with the block and costs the window only.
     """
 
-    kappa: float = param(0.9, "the released default; published: 0.6 GSM8K and MATH, 0.7 MBPP, 0.9 HumanEval", low=0)
+    kappa: float = param(
+        0.9, "the released default; published: 0.6 GSM8K and MATH, 0.7 MBPP, 0.9 HumanEval", low=0, high=1
+    )
     epsilon: float = param(0.01, "nats; the released default, of MATH, HumanEval and MBPP (GSM8K: 0.015)", low=0)
     n: int = param(2, "steps a column must be stable, Table 6 of the paper", low=1)
     history: str = param("window", "bounded memory and any cache", choices=("window", "generation"))

@@ -20,8 +20,8 @@ class LocalLeap(Method):
     or with tau >= kappa this is `threshold` at kappa.
     """
 
-    kappa: float = param(0.9, "the paper's bar for anchors, LLaDA and Dream", low=0)
-    tau: float = param(0.75, "the paper's relaxed bar for LLaDA; accuracy falls markedly below it", low=0)
+    kappa: float = param(0.9, "the paper's bar for anchors, LLaDA and Dream", low=0, high=1)
+    tau: float = param(0.75, "the paper's relaxed bar for LLaDA; accuracy falls markedly below it", low=0, high=1)
     radius: int = param(4, "the paper's neighbourhood, columns to each side", low=0)
 
     name: ClassVar[str] = "localleap"

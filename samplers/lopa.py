@@ -90,7 +90,7 @@ class LoPA(Method):
     """
 
     b: int = param(4, "branches with the row itself; released scripts use 2-4, the paper's D2F runs 7 and 14", low=1)
-    tau: float = param(0.9, "the bar of the ordinary commits where no other sampler selects", low=0)
+    tau: float = param(0.9, "the bar of the ordinary commits where no other sampler selects", low=0, high=1)
 
     name: ClassVar[str] = "lopa"
     source: ClassVar[str] = "LoPA, arXiv 2512.16229"

@@ -15,21 +15,24 @@ A sampler from another package joins through the entry point group `dllm.sampler
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-import yaml
-
-from dllm.errors import DllmError, unknown
+from dllm import plain
+from dllm.errors import DllmError, first_line, unknown
 from dllm.samplers.base import Bundle, Context, Method, Sampler, merge
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota, confidence
+
+log = logging.getLogger(__name__)
 
 BUILTIN = {
     "confidence": "quota:Confidence",
@@ -83,22 +86,56 @@ TRANSLATED = {
 
 
 @cache
-def _external() -> dict[str, Any]:
-    return {point.name: point for point in entry_points(group="dllm.samplers")}
+def _external() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="dllm.samplers") if point.name not in BUILTIN}
+
+
+@cache
+def _loaded(name: str) -> type[Method] | DllmError:
+    """The class of another package's sampler, or why there is none; that is said once as a warning."""
+    try:
+        found = _external()[name].load()
+        if isinstance(found, type) and issubclass(found, Method):
+            return found
+        said = f"{_whose(name)} is no class of dllm.samplers.base.Method"
+    except (Exception, SystemExit) as error:
+        said = f"{_whose(name)} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+    log.warning("%s", said)
+    return DllmError(said)
+
+
+def _whose(name: str) -> str:
+    package = _external()[name].dist
+    return f"sampler {name!r} of the package {package.name if package else 'unknown'!r}"
+
+
+@contextmanager
+def theirs(name: str) -> Iterator[None]:
+    """What goes wrong in another package's sampler is said as that."""
+    try:
+        yield
+    except DllmError:
+        raise
+    except Exception as error:
+        if name not in _external():
+            raise
+        raise DllmError(f"{_whose(name)} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def names() -> list[str]:
-    """All registered samplers, built-in ones in the order of the table."""
-    return [*BUILTIN, *(name for name in _external() if name not in BUILTIN)]
+    """All samplers that there are, built-in ones in the order of the table, then those of other packages that load."""
+    return [*BUILTIN, *(name for name in _external() if not isinstance(_loaded(name), DllmError))]
 
 
 def method(name: str) -> type[Method]:
-    """The class behind a name. Errors: unknown name, with the nearest one."""
+    """The class behind a name. Errors: unknown name, with the nearest one; another package's that does not load."""
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
         return getattr(import_module(f"dllm.samplers.{module}"), attribute)
     if name in _external():
-        return _external()[name].load()
+        if isinstance(found := _loaded(name), DllmError):
+            raise DllmError(str(found))
+        return found
     if name in TRANSLATED:
         raise unknown("sampler", name, names(), hint=f": here it is called {TRANSLATED[name]!r}")
     raise unknown("sampler", name, names())
@@ -181,7 +218,8 @@ def resolve(spec: Spec, tuned: Tuned) -> list[Part]:
 def _built(part: Named, settings: Mapping[str, Any] | None) -> Part:
     cls = method(part.name)
     if settings is None:
-        return Part(cls.build(part.preset, **part.params), None)
+        with theirs(part.name):
+            return Part(cls.build(part.preset, **part.params), None)
     try:
         cls.build(**settings)
     except DllmError as error:
@@ -256,10 +294,10 @@ def _shown(value: Any) -> str:
 
 
 def value_of(text: str) -> Any:
-    """A YAML value, and a number wherever Python reads one: YAML takes 1e-5 for text."""
+    """A YAML value, and a number wherever Python reads one (`inf`). Errors: text that is no value."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = plain.load(text, "")
+    except DllmError as error:
         raise DllmError(f"parameter {text!r} is no value: a number, a word, or a list in brackets") from error
     try:
         return float(value) if isinstance(value, str) else value
@@ -276,7 +314,10 @@ def build(spec: Spec, context: Context, extra: Bundle = Bundle(), tuned: Tuned =
     for name in named:
         if named.count(name) > 1:
             raise DllmError(f"sampler {name!r} is named twice in {'+'.join(named)!r}")
-    parts = [(m.name, m.bundle(context)) for m in methods]
+    parts = []
+    for m in methods:
+        with theirs(m.name):
+            parts.append((m.name, m.bundle(context)))
     defaults = Bundle(
         window=Blocks.of(context),
         score=confidence,

@@ -17,8 +17,8 @@ from dllm.samplers.blocks import Blocks
 class Threshold(Method):
     """Commit every candidate whose confidence reaches tau, and always the best one."""
 
-    tau: float = param(0.9, "Fast-dLLM's default, LLaDA and Dream", low=0)
-    tie: float = param(0.0, "candidates this close to the best one commit with it (dInfer: 1e-5)", low=0)
+    tau: float = param(0.9, "Fast-dLLM's default, LLaDA and Dream", low=0, high=1)
+    tie: float = param(0.0, "candidates this close to the best one commit with it (dInfer: 1e-5)", low=0, high=1)
 
     lone_opening: bool = param(False, "True: the forward that opens a block commits its first column only")
 

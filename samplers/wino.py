@@ -79,8 +79,10 @@ class WINO(Method):
     steps than it has columns. Given tokens are never verified.
     """
 
-    tau_draft: float = param(0.7, "released: 0.7 MATH500, HumanEval, Sudoku; 0.6 GSM8K; 0.8 MBPP; 0.5 ARC", low=0)
-    tau_verify: float = param(0.9, "the paper's bar, all tasks; 0 never takes back", low=0)
+    tau_draft: float = param(
+        0.7, "released: 0.7 MATH500, HumanEval, Sudoku; 0.6 GSM8K; 0.8 MBPP; 0.5 ARC", low=0, high=1
+    )
+    tau_verify: float = param(0.9, "the paper's bar, all tasks; 0 never takes back", low=0, high=1)
     share: float = param(0.7, "the released cap: a share of the masks left", low=0, high=1)
     least: int = param(5, "the released floor of the cap", low=1)
     most: int = param(20, "the released ceiling of the cap", low=1)

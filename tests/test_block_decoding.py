@@ -136,8 +136,8 @@ def test_a_length_that_changes_ends_in_an_open_block(sampler):
 
 def test_whole_blocks_are_fed_but_max_new_tokens_is_kept():
     model = tiny()
-    whole = run(model, [1, 2, 3], max_new_tokens=2, sampler="threshold:tau=2")
-    short = run(model, [1, 2, 3], max_new_tokens=2, sampler="threshold:tau=2", early_stop=True)
+    whole = run(model, [1, 2, 3], max_new_tokens=2, sampler="threshold:tau=1")
+    short = run(model, [1, 2, 3], max_new_tokens=2, sampler="threshold:tau=1", early_stop=True)
     assert len(whole.trace.final) == 8 and len(whole.sequences) == len(short.sequences) == 5
     assert short.nfe == 2 and whole.nfe == 5
     assert short.sequences[:4] == whole.sequences[:4] and MASK not in short.sequences
@@ -168,11 +168,11 @@ def test_other_samplers_of_the_library(sampler):
 def test_fast_dllm_v2_opens_a_block_with_its_first_token():
     """The forward that commits a finished block writes the next one's first column, whatever its confidence."""
     model = tiny(shift=1)
-    outs = [run(model, PROMPTS, sampler="fast_dllm_v2:tau=2,sub=2", cache=c, batch_size=2) for c in ("none", "block")]
+    outs = [run(model, PROMPTS, sampler="fast_dllm_v2:tau=1,sub=2", cache=c, batch_size=2) for c in ("none", "block")]
     assert [story(o) for o in outs[0]] == [story(o) for o in outs[1]]
     out = outs[1][1]  # a prompt of one whole block
     assert out.trace.commits[0][0][0] == 4 and out.trace.windows[0] == [4, 5] and out.trace.windows[1] == [4, 6]
-    assert run(model, PROMPTS[1], sampler="fast_dllm_v2:tau=2,sub=2", max_new_tokens=4).positions == 4 + 4 + 4 + 4
+    assert run(model, PROMPTS[1], sampler="fast_dllm_v2:tau=1,sub=2", max_new_tokens=4).positions == 4 + 4 + 4 + 4
     with pytest.raises(DllmError, match="shifted logits"):
         run(tiny(), PROMPTS, sampler="fast_dllm_v2")
     with pytest.raises(DllmError, match="divide"):
@@ -180,7 +180,7 @@ def test_fast_dllm_v2_opens_a_block_with_its_first_token():
 
 
 def test_block_dual_is_exact_when_a_block_opens_and_rows_are_independent():
-    model, options = tiny(shift=1), {"sampler": "fast_dllm_v2:tau=2,sub=2", "cache": "block_dual"}
+    model, options = tiny(shift=1), {"sampler": "fast_dllm_v2:tau=1,sub=2", "cache": "block_dual"}
     together = run(model, PROMPTS, batch_size=2, **options)
     for i, prompt in enumerate(PROMPTS):
         assert story(run(model, prompt, seed=i, **options)) == story(together[i])
@@ -243,7 +243,7 @@ def test_schedules_follow_the_models_blocks(start):
     model, prompt = tiny(), list(range(1, start + 1))
     options = {"max_new_tokens": 14, "steps": 7}
     plain = run(model, prompt, sampler="confidence", **options)
-    assert story(run(model, prompt, sampler="klass:kappa=2", **options)) == story(plain)
-    for window in ("slowfast:tau=2,truncate=false", "daedal:tau_high=2,tau_eos=0,tau_expand=0"):
+    assert story(run(model, prompt, sampler="klass:kappa=1", **options)) == story(plain)
+    for window in ("slowfast:tau=1,truncate=false", "daedal:tau_high=1,tau_eos=0,tau_expand=0"):
         out = run(model, prompt, sampler=window, eos=7, max_new_tokens=14)
         assert all(lo // 4 == (hi - 1) // 4 for lo, hi in out.trace.windows if hi > lo), window

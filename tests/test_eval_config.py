@@ -100,6 +100,16 @@ def test_a_saved_configuration_reads_back_as_itself(tmp_path):
         ("tasks: [sudoku]\nengine: {kind: rey}\n", "line 2: engine.kind: unknown value 'rey'; did you mean 'ray'?"),
         ("tasks: [sudoku]\ngenerate:\n  blok_length: 3\n", "line 3: generate.blok_length: unknown key"),
         ("a: [1\n", "not valid YAML"),
+        ("tasks: &a [*a]\n", "line 1, column 12: not valid YAML: the anchor 'a' refers to itself"),
+        ("tasks: [sudoku]\ngenerate: &g {stop: {x: *g}}\n", "the anchor 'g' refers to itself"),
+        ("tasks: [sudoku]\nabout: 2024-13-45\n", "line 2: month must be in 1..12"),
+        ("tasks: [sudoku]\n[a, b]: c\n", "line 2: a key is a word"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        (
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"{c}: &{c} [{', '.join(['*' + b] * 8)}]\n" for b, c in zip("abcdef", "bcdefg", strict=True)),
+            "more than 100000 values",
+        ),
         ("tasks: [sudoku]\ntasks: [x]\n", "line 2: key 'tasks' is given twice"),
         ("tasks: [sudoku, sudoku]\n", "'sudoku' is there twice"),
         ("tasks: [sudoku]\nmatrix: {samplr: [b]}\n", "unknown axis 'samplr'; did you mean 'sampler'?"),
@@ -130,6 +140,20 @@ def test_refusals_name_line_and_key(tmp_path, text, message):
         load(write(tmp_path, text))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    text = "tasks: [sudoku]\ngenerate: {temperature: 1e-1}\nsampler: {name: threshold, tau: 8.5E-1}\n"
+    for config in (load(write(tmp_path, text)), load({"tasks": ["sudoku"]}, ["generate.temperature=1e-1",
+                   "sampler={name: threshold, tau: 85e-2}"])):  # fmt: skip
+        (setting,) = config.settings
+        assert setting.generate.temperature == 0.1 and setting.sampler == {"name": "threshold", "tau": 0.85}
+
+
+def test_a_mapping_may_merge_another(tmp_path):
+    text = "tasks: [sudoku]\nmatrix:\n- &one {sampler: [threshold], label: a, cache: [none]}\n- {<<: *one, label: b}\n"
+    a, b = load(write(tmp_path, text)).settings
+    assert (a.label, b.label) == ("a", "b") and a.sampler == b.sampler == "threshold"
 
 
 def test_missing_file_suggests_the_nearest(tmp_path):

@@ -53,7 +53,7 @@ INF = float("inf")
         ("eoser:gamma_min=1,gamma_max=1,whole=false", "confidence"),
         ("sched:high=2,low=2", "prophet:high=2,mid=2,low=2,region=all"),
         ("localleap+credit:alpha=0", "localleap"),
-        ("threshold:tau=1.1", "confidence"),
+        ("threshold:tau=1", "confidence"),
         ("ccd:expand=0", "ccd:seek=false,expand=0"),
     ],
 )
@@ -74,7 +74,7 @@ def test_the_limits_differ_from_the_defaults() -> None:
 
 def test_one_forward_a_block_or_one_a_column() -> None:
     assert [nfe for _, nfe, _ in decode("threshold:tau=0")] == [2, 2, 2]
-    assert [nfe for _, nfe, _ in decode("threshold:tau=1.1")] == [16, 16, 16]
+    assert [nfe for _, nfe, _ in decode("threshold:tau=1")] == [16, 16, 16]
 
 
 def test_prophet_at_once_is_one_forward() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,11 @@ from scripted import Scripted, peaks
 from typer.testing import CliRunner
 
 import dllm
+from dllm import cache as caches
 from dllm import invariants
 from dllm.cli import app
 from dllm.errors import DllmError
+from dllm.lookahead import Lookahead
 from dllm.samplers import catalog, registry
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -36,7 +40,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(f"[dllm.samplers]\nodd_even = my_package.{entry[1]}\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    caches = (registry._external, catalog.clash, catalog.describe)
+    caches = (registry._external, registry._loaded, catalog.clash, catalog.describe)
     for known in caches:
         known.cache_clear()
     yield
@@ -57,6 +61,73 @@ def test_a_sampler_from_another_package(outside: None) -> None:
     assert shown["source"] == "this page" and "credit" in shown["composes_with"]
     with pytest.raises(DllmError, match=r"tau=2 must be in \[0, 1\]"):
         dllm.generate(model, [0], sampler="odd_even:tau=2", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_thing", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("raise SystemExit(3)", "cannot be loaded: SystemExit: 3"),
+        ("OddEven = 3", "is no class of dllm.samplers.base.Method"),
+        ("class OddEven: pass", "is no class of dllm.samplers.base.Method"),
+    ],
+)
+def test_a_broken_sampler_of_another_package_breaks_nothing_else(
+    outside: None, tmp_path: Path, code: str, said: str
+) -> None:
+    (tmp_path / "my_package" / "odd_even.py").write_text(code, encoding="utf-8")
+    listed = CliRunner().invoke(app, ["samplers", "--json"])
+    assert listed.exit_code == 0 and "odd_even" not in [e["name"] for e in json.loads(listed.stdout)]
+    assert registry.parse("threshold")[0].name == "threshold"
+    for call in (lambda: registry.parse("odd_even"), lambda: registry.parse("credit+odd_even:tau=0.5")):
+        with pytest.raises(DllmError, match=f"sampler 'odd_even' of the package 'my-package' {re.escape(said)}"):
+            call()
+
+
+def test_one_that_breaks_when_it_is_built_is_named(outside: None, tmp_path: Path) -> None:
+    path = tmp_path / "my_package" / "odd_even.py"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("def bundle(", "def bundle(self, context): 1 / 0\n\n    def other(")
+    )
+    listed = CliRunner().invoke(app, ["samplers", "--json"])
+    assert listed.exit_code == 0 and "threshold" in [e["name"] for e in json.loads(listed.stdout)]
+    with pytest.raises(DllmError, match="sampler 'odd_even' of the package 'my-package' failed: ZeroDivisionError"):
+        dllm.generate(Scripted(peaks([(1, 0.8)] * 6, 8)), [0], sampler="odd_even", max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("threshold:tau=7", r"tau=7 must be in \[0, 1\]"),
+        ("threshold:tau=-0.1", r"tau=-0.1 must be in \[0, 1\]"),
+        ("localleap:kappa=1.5", r"kappa=1.5 must be in \[0, 1\]"),
+        ({"name": "wino", "tau_verify": 90}, r"tau_verify=90 must be in \[0, 1\]"),
+        ("daedal:tau_eos=1.01", r"tau_eos=1.01 must be in \[0, 1\]"),
+    ],
+)
+def test_a_confidence_is_a_probability(spec: Any, said: str) -> None:
+    with pytest.raises(DllmError, match=said):
+        registry.parse(spec)
+
+
+def test_numbers_are_read_as_python_writes_them() -> None:
+    tenth = registry.parse("threshold:tau=0.1")
+    assert registry.parse("threshold:tau=1e-1") == registry.parse("threshold:tau=.1") == tenth
+    assert registry.parse("adablock:delimiters=[8, 2e1],tau=8E-1")[0].delimiters == [8, 20.0]
+    assert Lookahead.parse("4:delta=1e-3") == Lookahead(4, delta=0.001)
+    assert caches.policy("dllm_cache:rho=2.5e-1") == caches.policy({"name": "dllm_cache", "rho": 0.25})
+
+
+def test_two_copies_of_the_toolkit_are_not_mixed(tmp_path: Path) -> None:
+    """A checkout in the working folder hides `dllm`; its samplers would come from the installed copy."""
+    root = Path(dllm.__file__).parent
+    shutil.copytree(root, tmp_path / "dllm", ignore=shutil.ignore_patterns("assets", "__pycache__", "samplers", "eval"))
+    tried = ("dllm.generate", "import dllm.samplers", "import dllm.eval")
+    lines = [f"try: {one}\nexcept ValueError as error: print(error)" for one in tried]
+    code = "\n".join(["import sys", "sys.path.insert(0, sys.argv[1])", "import dllm", *lines])
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    said = found.stdout.splitlines()
+    assert len(said) == 3 and all("two copies are mixed" in line and str(tmp_path) in line for line in said), found
 
 
 def test_it_is_gone_with_its_package() -> None:

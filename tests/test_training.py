@@ -287,6 +287,8 @@ def test_an_example_beyond_max_length_is_named() -> None:
         ("loss: elbo\nmasks: {hard: 0.5}", "leave out masks"),
         ("lora: {rank: 4}", "model.start"),
         ("- a", "not valid YAML"),
+        ("lora: &l {targets: *l}", "the anchor 'l' refers to itself"),
+        ("seed: 2024-13-45", "month must be in"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(tmp_path: Path, change: str, message: str) -> None:

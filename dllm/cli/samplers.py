@@ -21,12 +21,12 @@ def samplers(
     model: Annotated[str, typer.Option(help="The model of the pictures, and whose own settings are shown.")] = "tiny",
 ) -> None:
     """List the unmasking schedulers: what they do, parameters and reasons, needs, cost, what composes."""
-    from dllm.samplers import catalog, registry
+    from dllm.samplers import catalog
 
     if write_docs is not None:
         _write(write_docs, model)
         return
-    entries = [catalog.describe(n) for n in ([name] if name else registry.names())]
+    entries = [catalog.describe(name)] if name else catalog.everything()
     if as_json:
         typer.echo(json.dumps(entries[0] if name else entries, indent=2, default=str))
     elif name:

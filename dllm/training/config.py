@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from .. import plain
 from ..errors import DllmError, unknown
 
 
@@ -213,9 +212,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type = Tr
     if not path.is_file():
         raise DllmError(f"no recipe {path}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DllmError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raw = plain.load(path.read_text(encoding="utf-8"), str(path)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DllmError(f"cannot read {path}: {error}") from None
     if not isinstance(raw, dict):
         raise DllmError(f"{path}: a recipe is a mapping of keys")
     for item in overrides:
@@ -232,10 +231,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raw = raw.setdefault(parent, {})
         if not isinstance(raw, dict):
             raise DllmError(f"--set {item}: {parent!r} is a value, not a section")
-    try:
-        raw[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DllmError(f"--set {item}: the value is not valid YAML") from error
+    raw[last] = plain.value(text)
 
 
 def build(cls: Any, raw: Any, where: str = "") -> Any:
@@ -267,7 +263,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {str(k): _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return _number(value, where)  # YAML reads 1e-3 as text
+        return _number(value, where)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = "a list" if origin is tuple else "keys with values" if origin in (Union, types.UnionType) else _name(kind)
