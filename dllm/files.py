@@ -10,6 +10,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from dllm.errors import DllmError
 
 DRAFT, READY = ".saving", ".saved"  # folders of a checkpoint that is being written, and of one that is complete
 INDEX = "model.safetensors.index.json"
@@ -99,6 +102,19 @@ def _shards(folder: Path) -> set[str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return set()
     return {name for name in named if isinstance(name, str) and Path(name).name == name and (folder / name).is_file()}
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Errors: not JSON, no object."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DllmError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DllmError(f"{path} does not hold a JSON object")
+    return value
 
 
 def _sync(path: Path) -> None:

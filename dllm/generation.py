@@ -23,6 +23,7 @@ from dllm.lookahead import Lookahead, Stats, Walk
 from dllm.meter import Meter
 from dllm.models.diffusion_gemma import DiffusionGemma
 from dllm.models.hub import Model, load
+from dllm.models.model import NO_TOKENIZER
 from dllm.prediction import Law, Prediction
 from dllm.prompts import Padding, check_ids, is_id, joined, read, read_one
 from dllm.samplers import registry
@@ -261,7 +262,7 @@ def prompt_ids(model: Model, prompt: Any, chat: bool | None = None) -> tuple[lis
 def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
     """Token ids of text or chat messages. Text goes through the chat template where there is one (chat=None)."""
     if model.tokenizer is None:
-        raise DllmError("this model has no tokenizer: pass the prompt as token ids")
+        raise DllmError(f"this model has no tokenizer ({NO_TOKENIZER}): pass ids, or load it with tokenizer=")
     if not isinstance(prompt, str):
         return model.chat(prompt)
     if chat or (chat is None and getattr(model.tokenizer, "chat_template", None)):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import dllm
 from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
 from dllm.samplers.registry import published
 from dllm.training import tasks
 
@@ -56,6 +57,7 @@ class Cell(NamedTuple):
 class Answers:
     """The answers of one model, and the file that holds them.
 
+    model: loaded, a name, or a `Checkpoint` (a name with arguments of `dllm.load`).
     about: what else the answers depend on, noted in the file. workers: processes; above 1 the model is given by name.
     Errors: a file with answers of another model or setting.
     """
@@ -70,10 +72,11 @@ class Answers:
         cache: str | None = None,
         workers: int = 1,
     ) -> None:
-        if workers > 1 and not isinstance(model, str):
+        model = Checkpoint(model) if isinstance(model, str) else model
+        if workers > 1 and not isinstance(model, Checkpoint):
             raise DllmError(f"workers={workers} load the model themselves: give its name or folder")
         self.path, self.batch_size, self.workers = Path(path), batch_size, workers
-        self.name, self.model = model, dllm.load(model) if isinstance(model, str) else model
+        self.name, self.model = model, _load(model) if isinstance(model, Checkpoint) else model
         self.arguments = {"batch_size": batch_size, "cache": cache}
         header = {"model": self.model.fingerprint(), "cache": cache or "default", "length": LENGTH, **(about or {})}
         self.done: dict[tuple[str, str, str], dict[int, Answer]] = {}
@@ -155,7 +158,7 @@ def problems(task: str, split: str, n: int) -> list[tasks.Example]:
 _load = cache(dllm.load)
 
 
-def _decode_by_name(name: str, arguments: dict[str, Any], job: Job) -> list[Answer]:
+def _decode_by_name(name: Checkpoint, arguments: dict[str, Any], job: Job) -> list[Answer]:
     return decode(_load(name), arguments, job)
 
 

@@ -31,6 +31,7 @@ from dllm.canvas import Canvas, State
 from dllm.engine import step as engine_step
 from dllm.generation import prepare
 from dllm.meter import Meter
+from dllm.models.arguments import Checkpoint
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
 from dllm.prediction import Law, Prediction
@@ -212,10 +213,11 @@ def overhead(model: Model, prompt: Any, bound: float, label: str, repeats: int, 
     return Row(f"decode / bare forwards: {label}", decode / bare, bound, note=f"{forwards} forwards, {decode:.2f} s")
 
 
-def generate(repeats: int = 5, length: int = 512) -> Iterator[Row]:
+def generate(repeats: int = 5, length: int = 512, embedded: Checkpoint = Checkpoint("tiny")) -> Iterator[Row]:
     """The loop against its forwards; `dual` against `none`; cost per token as the window grows; KV memory.
 
     One block stands for a decode where all of its blocks cost the same: the canvas has its full length from the start.
+    embedded: the checkpoint of the one row that is measured on a real model.
     """
     model, block = random_model(), 32
     common: dict[str, Any] = {"early_stop": False, "block_length": block}
@@ -224,7 +226,8 @@ def generate(repeats: int = 5, length: int = 512) -> Iterator[Row]:
         call = {**common, "cache": cache, "steps": steps, "max_new_tokens": new}
         label = f"width 512, length {length}, {cache}"
         yield overhead(model, prompt[new:], bound, label, repeats, **call)
-    yield overhead(dllm.load("tiny"), PROBLEM, 1.3, "embedded model", repeats, max_new_tokens=64, **common)
+    label = "embedded model" if embedded.name == "tiny" else embedded.name
+    yield overhead(dllm.load(embedded), PROBLEM, 1.3, label, repeats, max_new_tokens=64, **common)
     for steps, bound in ((32, 5.0), (8, 3.5)):
         call = {**common, "steps": steps, "max_new_tokens": block}
         full, cached = (partial(dllm.generate, model, prompt[block:], cache=c, **call) for c in ("none", "dual"))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import dllm
 from dllm.eval.bench import Row
+from dllm.models.arguments import Checkpoint
 from dllm.training import tasks
 
 SAMPLERS = (
@@ -40,7 +41,7 @@ def run(
 
     The last row is what `auto` saves of the static schedule's forwards where the recorded costs are flat.
     """
-    model = dllm.load(model) if isinstance(model, str) else model
+    model = dllm.load(model) if isinstance(model, str | Checkpoint) else model
     prompts = [e.prompt for e in tasks.generate("word_problems", "test", problems)]
     call = {"max_new_tokens": new}
     cells = [(name, cache) for name in names or SAMPLERS for cache in caches]

@@ -20,6 +20,7 @@ import yaml
 
 from dllm import plain
 from dllm.errors import DllmError, unknown
+from dllm.models.arguments import Checkpoint
 
 from .arguments import translated
 
@@ -51,23 +52,16 @@ class Source:
 
 
 NOWHERE = Source("the configuration")
+WHERE = ("cache_dir", "local_files_only")  # of a model: where its files lie, not what they are
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """What `dllm.load` needs; `None` leaves the choice to the model's family."""
-
-    name: str = "tiny"
-    dtype: str | None = None
-    device: str | None = None
-    revision: str | None = None
-    backend: str | None = None
+class ModelSpec(Checkpoint):
+    """What `dllm.load` takes; an argument that is left out, or null, is the model's own."""
 
     @property
     def title(self) -> str:
         """The name with whatever else decides the weights: `tiny(dtype=float64)`."""
-        rest = {k: v for k, v in asdict(self).items() if v is not None and k != "device"}
-        return describe(rest)
+        return describe({k: v for k, v in self.plain().items() if k not in (*WHERE, "device", "device_map")})
 
 
 @dataclass(frozen=True)
@@ -193,7 +187,10 @@ class Config:
         point by point."""
         values = _prune(asdict(self), {"source"})
         points = values.pop("settings")  # in a sweep a list is a choice, so a composition goes in as the only one
-        values["matrix"] = [{k: [v] if isinstance(v, list) else v for k, v in point.items()} for point in points]
+        values["matrix"] = [
+            {k: [v] if isinstance(v, list) else v for k, v in {**point, "model": setting.model.plain()}.items()}
+            for point, setting in zip(points, self.settings, strict=True)
+        ]
         return values
 
     def methods(self) -> dict[str, str]:
@@ -597,7 +594,11 @@ def make(cls: type, data: Any, path: Path_, source: Source) -> Any:
     for name, member in members.items():
         if name not in data and member.default is MISSING and member.default_factory is MISSING:
             raise source.error(path, f"{name!r} is missing")
-    return cls(**{k: _cast(v, hints[k], (*path, k), source) for k, v in data.items()})
+    values = {k: _cast(v, hints[k], (*path, k), source) for k, v in data.items()}
+    try:
+        return cls(**values)
+    except DllmError as error:  # what a kind alone does not say
+        raise source.error(path, str(error)) from None
 
 
 def _cast(value: Any, hint: Any, path: Path_, source: Source) -> Any:

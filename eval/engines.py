@@ -72,9 +72,8 @@ class Accelerate(Local):
         self.accelerator = Accelerator(kwargs_handlers=[patience])
         self.lead = self.accelerator.is_main_process
         device = str(self.accelerator.device)
-        settings = tuple(
-            replace(s, model=replace(s.model, device=s.model.device or device)) for s in config.settings
-        )  # each rank its own accelerator
+        own = [replace(s.model, device=device) if s.model.device == "auto" else s.model for s in config.settings]
+        settings = tuple(replace(s, model=m) for s, m in zip(config.settings, own, strict=True))
         super().__init__(replace(config, settings=settings), folder, tasks)
 
     def map(self, jobs: Sequence[Job]) -> Iterator[list[Row]]:

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.errors import DllmError, unknown
+from dllm.errors import DllmError, nearest, unknown
 from dllm.generation import Arguments, encode, prepare
+from dllm.models.arguments import RENAMED, LoadArguments
 
 from . import metrics
 from .arguments import THEIRS, layered, translated
@@ -102,6 +103,7 @@ class DiffusionLM(LM):
 
     add_bos_token     every prompt begins with the bos token, as other lm-eval models have it
 
+    Every argument of `dllm.load` (`dtype`, `mask_id`, `revision`, …) may be given too.
     Everything else is an argument of `dllm.generate` (`sampler`, `cache`, `max_new_tokens`, `stop`, `temperature`, …)
     for every request: below the call's `gen_kwargs` and above what a task's file says (`eval/arguments.py`).
     """
@@ -110,9 +112,7 @@ class DiffusionLM(LM):
         self,
         pretrained: str = "tiny",
         model: Any = None,
-        dtype: str | None = None,
         device: str | None = None,
-        revision: str | None = None,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
         mc_num: int = SAMPLES,
@@ -128,8 +128,10 @@ class DiffusionLM(LM):
             device = self._join(device)
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None  # lm-eval's default, which nobody asked for
-        wanted = {"dtype": dtype, "device": device, "revision": revision}
-        self.model = model or dllm.load(pretrained, **{k: v for k, v in wanted.items() if v is not None})
+        loading, decoding = _sorted({"device": device, **decoding})
+        # Wrong arguments are refused now, not at the first request.
+        Arguments.parse({k: v for k, v in decoding.items() if k not in THEIRS})
+        self.model = model or dllm.load(pretrained, **loading.given())
         self.name = pretrained
         self._device = self.model.device
         self.tokenizer = self.model.tokenizer
@@ -140,8 +142,6 @@ class DiffusionLM(LM):
         self.add_bos_token = bool(add_bos_token)
         if self.add_bos_token and self.model.bos_id is None:
             raise DllmError(f"add_bos_token: {pretrained} has no bos token")
-        # Wrong arguments are refused now, not at the first request.
-        Arguments.parse({k: v for k, v in decoding.items() if k not in THEIRS})
         self.decoding = translated(decoding)
         Arguments.parse(self.arguments({}))
         self.journal: Journal | None = None
@@ -392,6 +392,32 @@ class DiffusionLM(LM):
         """One token a forward, the surest first, with no early end."""
         one_by_one = {"max_new_tokens": length, "block_length": length, "steps": length, "early_stop": False}
         return dllm.generate(self.model, head, sampler="confidence", **one_by_one).sequences[len(head) :]
+
+
+def _sorted(given: Mapping[str, Any]) -> tuple[LoadArguments, dict[str, Any]]:
+    """Model arguments as those of `dllm.load` and those of `dllm.generate`. Errors: a slip of one of the former."""
+    given, names = _joined(given), {*(f.name for f in fields(LoadArguments)), *RENAMED}
+    others = {*Arguments.__dataclass_fields__, *THEIRS}
+    for name in given.keys() - others:
+        if nearest(name, names | others) in names:
+            LoadArguments.of({name: None})
+    loading = {name: value for name, value in given.items() if name in names}
+    return LoadArguments.read(loading), {name: value for name, value in given.items() if name not in names}
+
+
+def _joined(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists and mappings whole again: lm-eval splits `eos_ids=[1,2]` at the comma, into `[1` and a name `2]`."""
+    out: dict[str, Any] = {}
+    torn = ""
+    for name, value in given.items():
+        if torn and value == "":
+            out[torn] += f",{name}"
+        else:
+            torn, out[name] = name, value
+        text = out[torn]
+        if not isinstance(text, str) or not text.startswith(("[", "{")) or text.endswith(("]", "}")):
+            torn = ""
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------- configuration

@@ -92,7 +92,7 @@ def tune(
     sweep = [baseline, *({"label": describe(point), "sampler": [registry.published(point)]} for point in points)]
     built = build({**data, "matrix": sweep}, source)
     model = built.settings[0].model
-    beside = locate(model.name, model.revision) if save else None  # what cannot be saved is said before the work
+    beside = locate(model.name, **model.hub) if save else None  # what cannot be saved is said before the work
     results = run(built, out=out, progress=progress)
     found = _choose(results, spec, data)
     if beside is None:

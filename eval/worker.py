@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,7 @@ class Worker:
         """The loaded model; the one before it is let go first."""
         if self._spec != spec:
             self._model, self._spec = None, None
-            wanted = {f.name: v for f in fields(spec) if f.name != "name" and (v := getattr(spec, f.name)) is not None}
-            self._model = dllm.load(spec.name, **wanted)
+            self._model = dllm.load(spec)
             self._spec, self._marks[spec.title] = spec, self._model.identity()
         return self._model
 

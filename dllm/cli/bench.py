@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from dllm.cli.options import loading, located, takes
 from dllm.errors import DllmError, unknown
+from dllm.models.arguments import Checkpoint
 
 if TYPE_CHECKING:
     from dllm.eval.bench import Row
 
+WITH_MODEL = ("generate", "lookahead", "samplers")
 
+
+@takes(loading)
 def bench(
     name: Annotated[
         str, typer.Argument(help="step, generate, own-work, lookahead, drafting, samplers, ...; `all`: the short ones.")
@@ -32,23 +37,35 @@ def bench(
     ] = None,
     drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    **common: Any,
 ) -> None:
-    """Measure the runtime on this machine, ratios side by side in one run."""
+    """Measure the runtime on this machine, ratios side by side in one run.
+
+    --model and its arguments are for generate, lookahead and samplers; the other benches have models of their own.
+    """
     import torch
     from tqdm import tqdm
 
     from dllm.eval import bench_drafting, bench_lookahead, bench_step
     from dllm.eval.bench import BENCHES
 
-    short = {**BENCHES, "own-work": lambda repeats: bench_step.run(only or None, repeats)}
+    model, _ = located(common)
+    short = {
+        **BENCHES,
+        "generate": lambda repeats: BENCHES["generate"](repeats=repeats, embedded=model),
+        "own-work": lambda repeats: bench_step.run(only or None, repeats),
+    }
     benches = {
         **short,
-        "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats),
+        "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats, model=model),
         "drafting": lambda repeats: bench_drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-smollm": lambda repeats: bench_drafting.run_smollm(only, repeats),
     }
     if name not in (*benches, "samplers", "all"):
         raise unknown("bench", name, [*benches, "samplers", "all"])
+    if model != Checkpoint() and name not in WITH_MODEL:
+        hint = "; what drafts is --drafter" if name.startswith("drafting") else ""
+        raise DllmError(f"--model is for the benches {', '.join(WITH_MODEL)}, not for {name!r}{hint}")
     if drafter != "tiny" and name != "drafting":
         raise DllmError(f"--drafter belongs to the bench 'drafting', not to {name!r}")
     torch.set_num_threads(threads)
@@ -56,7 +73,9 @@ def bench(
         from dllm.eval import bench_samplers
 
         names, file = only or list(bench_samplers.SETTINGS), out or "bench-samplers.jsonl"
-        typer.echo(bench_samplers.run(out=file, n=n or 1500, validation=validation, names=names, workers=workers))
+        typer.echo(
+            bench_samplers.run(model, out=file, n=n or 1500, validation=validation, names=names, workers=workers)
+        )
         return
     rows: list[Row] = []
     try:

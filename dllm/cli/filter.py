@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
+
+from dllm.cli.options import loaded, loading, located, takes
 
 filter_app = typer.Typer(no_args_is_help=True, help="Learned filters: collect traces, train, evaluate.")
 
 
 @filter_app.command()
+@takes(loading)
 def collect(
     out: Path = typer.Argument(..., help="Traces to write (safetensors)."),
-    model: str = typer.Option("tiny", help="The embedded model, a folder or a hub id."),
     prompts: Path = typer.Option(None, help="A text file with one prompt a line; default: the embedded tasks."),
     n: int = typer.Option(200, min=3, help="Prompts to take."),
     max_new_tokens: int = typer.Option(64, min=1),
@@ -20,15 +23,15 @@ def collect(
     feature: str = typer.Option("log1m", help="log1m, prob or negent."),
     on_policy: Path = typer.Option(None, help="A filter: follow its own path, label by the teacher."),
     seed: int = 0,
+    **common: Any,
 ) -> None:
     """Record what the model is sure of, and where it is right, along the greedy parallel path."""
-    from dllm.models.hub import load
     from dllm.samplers.learn2pd import Filter
     from dllm.training import filters
 
     texts = prompts.read_text(encoding="utf-8").splitlines()[:n] if prompts else embedded_prompts(n, seed)
     traces = filters.collect(
-        load(model), texts, max_new_tokens=max_new_tokens, block_length=block_length, feature=feature,
+        loaded(common)[0], texts, max_new_tokens=max_new_tokens, block_length=block_length, feature=feature,
         filter=Filter.load(on_policy) if on_policy else None,
     )  # fmt: skip
     traces.save(out)
@@ -76,19 +79,21 @@ def evaluate(
 
 
 @filter_app.command()
+@takes(loading)
 def compare(
     filter: Path = typer.Argument(None, help="A filter of `dllm filter train`; default: the embedded one."),
-    model: str = typer.Option("tiny", help="The embedded model, or a folder with another one of its kind."),
     n: int = typer.Option(1500, min=2, help="Test problems a task."),
     validation: int = typer.Option(200, min=2, help="Problems a task on which the settings are chosen."),
     task: list[str] = typer.Option(None, help="word_problems, sudoku, functions; default: all three."),
     out: Path = typer.Option("filter-compare.jsonl", help="Answers so far; a run that was stopped goes on from it."),
     workers: int = typer.Option(1, min=1, help="Processes, one torch thread each."),
+    **common: Any,
 ) -> None:
     """Decode with the filter and with the plain threshold, and compare them at equal accuracy. Resumable."""
     from dllm.eval import bench_filters
     from dllm.eval.answers import LENGTH
 
     names = task or list(LENGTH)
-    report = bench_filters.run(filter, model, out=out, n=n, validation=validation, task_names=names, workers=workers)
+    options = {"out": out, "n": n, "validation": validation, "task_names": names, "workers": workers}
+    report = bench_filters.run(filter, located(common)[0], **options)
     typer.echo(report)

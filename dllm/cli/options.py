@@ -1,18 +1,21 @@
-"""The options that every command shares which decodes with a masked-diffusion model."""
+"""The options that commands share which load a masked-diffusion model, or decode with one."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from dllm.models.arguments import Checkpoint
 
 Command = Callable[..., None]
 
 
 def takes(shared: Command) -> Callable[[Command], Command]:
-    """A command that also takes the options of `shared`, and gets them as further keywords."""
+    """A command (or a set of options) that also takes the options of `shared`, and gets them as further keywords."""
 
     def widened(command: Command) -> Command:
         theirs, own = (inspect.signature(f, eval_str=True).parameters.values() for f in (shared, command))
@@ -23,12 +26,27 @@ def takes(shared: Command) -> Callable[[Command], Command]:
     return widened
 
 
-def decoding(
+def loading(
     model: Annotated[
         str, typer.Option("--model", "-m", help="tiny (embedded), a folder, or a Hugging Face id.")
     ] = "tiny",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps.")] = None,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model-arg",
+            metavar="KEY=VALUE",
+            help="Any other argument of dllm.load, such as mask_id=5, eos_ids=[1,2], block_size=8, shift=1, "
+            "backend=transformers, revision=v2, quantization=int8, local_files_only=true; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """A model, and the arguments of `dllm.load`."""
+
+
+@takes(loading)
+def decoding(
     sampler: Annotated[
         str | None, typer.Option("--sampler", "-s", help="Name, name:param=value, or a+b; see `dllm samplers`.")
     ] = None,
@@ -52,6 +70,23 @@ def loaded(common: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model of these options, and the other ones: arguments of `dllm.generate`."""
     from dllm.models.hub import load
 
-    where = {name: common[name] for name in ("model", "dtype", "device")}
-    arguments = {name: value for name, value in common.items() if name not in where}
-    return load(where.pop("model"), **where), arguments
+    where, arguments = located(common)
+    return load(where), arguments
+
+
+def located(common: dict[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint that these options name, not yet loaded, and the other options."""
+    own = ("model", "dtype", "device", "model_arg")
+    given = {name: common[name] for name in ("dtype", "device") if common[name] is not None}
+    return named(common["model"], common["model_arg"], given=given), {k: v for k, v in common.items() if k not in own}
+
+
+def named(name: str, texts: list[str] | None, option: str = "--model-arg", given: Any = None) -> Checkpoint:
+    """A checkpoint with arguments given as KEY=VALUE texts, and others beside them."""
+    from dllm.errors import DllmError
+    from dllm.models.arguments import Checkpoint, LoadArguments, pairs
+
+    read, given = pairs(texts or (), option), given or {}
+    if twice := sorted(read.keys() & given.keys()):
+        raise DllmError(f"{twice[0]} is given twice: as --{twice[0]} and as {option}")
+    return Checkpoint(name, **LoadArguments.read({**read, **given}).given())

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dllm.cli.options import loading, located, takes
 
+if TYPE_CHECKING:
+    from dllm.models.arguments import Checkpoint
+
+
+@takes(loading)
 def samplers(
     name: Annotated[str | None, typer.Argument(help="One sampler; all of them without a name.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     write_docs: Annotated[
         Path | None, typer.Option(help="Write samplers.md and a picture of each sampler into this folder.")
     ] = None,
-    model: Annotated[str, typer.Option(help="The model of the pictures, and whose own settings are shown.")] = "tiny",
+    **common: Any,
 ) -> None:
-    """List the unmasking schedulers: what they do, parameters and reasons, needs, cost, what composes."""
+    """List the unmasking schedulers: what they do, parameters and reasons, needs, cost, what composes.
+
+    The model is that of the pictures, and the one whose own settings are shown.
+    """
     from dllm.samplers import catalog
 
+    model, _ = located(common)
     if write_docs is not None:
         _write(write_docs, model)
         return
@@ -68,25 +78,27 @@ def _one(e: dict[str, Any]) -> None:
         console.print(f"{key}: {value}", highlight=False, markup=False)
 
 
-def _own(name: str, model: str) -> None:
+def _own(name: str, model: Checkpoint) -> None:
     """The settings that a model brings for a sampler and its compositions."""
     from dllm.models.hub import locate
     from dllm.models.settings import read_settings
     from dllm.samplers import registry
 
-    for key, s in read_settings(locate(model, None)).items():
+    for key, s in read_settings(locate(model.name, **model.hub)).items():
         if name in key.split("+"):
             spec = registry.spell([{"name": part, **values} for part, values in s.parameters.items()])
             low, high = (100 * x for x in s.interval)
             figures = f"{100 * s.accuracy:.1f} % [{low:.1f}, {high:.1f}] at {s.tokens_per_forward:g} tokens a forward"
             against = f"{s.loss:+.1f} points lost against {s.baseline}, n = {s.n} ({s.task})"
-            Console().print(f"{model} brings for {key}: {spec}: {figures}, {against}", highlight=False, markup=False)
+            Console().print(
+                f"{model.name} brings for {key}: {spec}: {figures}, {against}", highlight=False, markup=False
+            )
 
 
 PROMPT = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many apples does he have now?"
 
 
-def _write(folder: Path, name: str) -> None:
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
     from tqdm import tqdm
 
     import dllm
@@ -94,7 +106,7 @@ def _write(folder: Path, name: str) -> None:
     from dllm.samplers import catalog, registry
 
     (folder / "samplers").mkdir(parents=True, exist_ok=True)
-    model = dllm.load(name)
+    model = dllm.load(checkpoint)
     separator = model.tokenizer.sep_token_id
     ids = model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"] + ([separator] if separator else [])
     pictured = set()

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dllm.cli.options import named
+from dllm.errors import DllmError
+
 ACCEPTED = ("green", "cyan")  # alternating, so that the rounds can be told apart
 CORRECTION = "bold yellow"
 
@@ -21,6 +24,23 @@ def speculate(
     drafter: Annotated[
         str, typer.Option("--drafter", help="tiny, a folder, a Hugging Face id, suffix, lookup, recycle, or none.")
     ] = "tiny",
+    verifier_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--verifier-arg",
+            metavar="KEY=VALUE",
+            help="An argument of dllm.load_verifier, such as dtype=bfloat16, device=cuda, revision=v2, "
+            "device_map=auto, attn_implementation=sdpa; may be repeated.",
+        ),
+    ] = None,
+    drafter_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drafter-arg",
+            metavar="KEY=VALUE",
+            help="An argument of dllm.load, such as dtype=bfloat16, mask_id=5, block_size=8; may be repeated.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 64,
     search: Annotated[str | None, typer.Option(help="eal, cps, viterbi, argmax, sample, cps_sample.")] = None,
     tree: Annotated[int, typer.Option(help="Node budget of a tree; 0 = chain.")] = 0,
@@ -34,11 +54,14 @@ def speculate(
     compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly: speed-up and equality.")] = False,
 ) -> None:
     """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
-    from dllm.drafting.registry import as_drafter, as_verifier
+    from dllm.drafting.registry import RETRIEVAL, as_drafter, as_verifier
     from dllm.drafting.speculation import speculate as run
 
-    v = as_verifier(verifier)
-    d = None if drafter == "none" else as_drafter(drafter)
+    v = as_verifier(named(verifier, verifier_arg, "--verifier-arg"))
+    if drafter_arg and (drafter == "none" or drafter.split(":")[0] in RETRIEVAL):
+        raise DllmError(f"--drafter-arg is for a model that drafts, not for {drafter!r}")
+    source = named(drafter, drafter_arg, "--drafter-arg") if drafter_arg else drafter
+    d = None if drafter == "none" else as_drafter(source)
     law: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
     law["max_new_tokens"] = max_new_tokens
     out = run(v, d, prompt, search=search, tree=tree, length=length, carry=carry, **law)

@@ -14,6 +14,7 @@ from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, nearest, unknown
+from dllm.models.arguments import Checkpoint
 from dllm.samplers.base import misfit
 from dllm.samplers.registry import value_of
 
@@ -77,7 +78,7 @@ def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
     """A `Verifier` of a model, a name or a folder. One wrapper per model, so that its measurements last."""
     if isinstance(what, Verifier):
         return what if tokenizer is None else what.with_tokenizer(tokenizer)
-    if isinstance(what, str | Path):
+    if isinstance(what, str | Path | Checkpoint):
         from dllm.models.hub import load_verifier
 
         what = load_verifier(what)
@@ -99,16 +100,16 @@ def as_drafter(what: Any) -> Any:
     from dllm.drafting.autoregressive import ARDrafter
     from dllm.drafting.diffusion import DiffusionDrafter
 
-    if isinstance(what, str):
+    if isinstance(what, str | Checkpoint):
         from dllm.models.hub import EMBEDDED, load, load_verifier, locate, optional_json
 
-        near = nearest(what, (*RETRIEVAL, *EMBEDDED))
-        if near in RETRIEVAL and "/" not in what and not Path(what).exists():
-            raise DllmError(f"unknown drafter {what!r}; did you mean {near!r}?")
-        folder = locate(what, None)
-        name, what = what, load(what)
+        spec = Checkpoint(what) if isinstance(what, str) else what
+        near = nearest(spec.name, (*RETRIEVAL, *EMBEDDED))
+        if near in RETRIEVAL and "/" not in spec.name and not Path(spec.name).exists():
+            raise DllmError(f"unknown drafter {spec.name!r}; did you mean {near!r}?")
+        folder, what = locate(spec.name, **spec.hub), load(spec)
         if what.config.causal:
-            what = load_verifier(name)
+            what = load_verifier(spec)
         elif how := optional_json(folder / "drafter.json"):  # what `dllm align` left there
             return DiffusionDrafter(what, **settings(str(folder / "drafter.json"), DiffusionDrafter, how))
     if isinstance(what, nn.Module):

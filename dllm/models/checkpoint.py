@@ -59,7 +59,7 @@ def load_weights(
                 kind = _dtype(piece.parameter, dtype or tensor.dtype)
                 shape = parameters[piece.parameter].shape
                 filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
-            _part(filled, piece).copy_(tensor if piece.rows is None else tensor[piece.rows])
+            part(filled, piece).copy_(tensor if piece.rows is None else tensor[piece.rows])
     if broken:
         raise DllmError(f"NaN or infinite values in {_some(broken)} of {folder}")
     for name, value in filled.items():
@@ -80,7 +80,7 @@ def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: 
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, pieces in table.items():
-        size = sum(_part(parameters, p).nbytes for p in pieces)
+        size = sum(part(parameters, p).nbytes for p in pieces)
         if size > room and shards[-1]:
             shards.append([])
             room = shard_bytes
@@ -94,13 +94,13 @@ def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: 
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(_part(parameters, p).nbytes for pieces in table.values() for p in pieces)
+        total = sum(part(parameters, p).nbytes for pieces in table.values() for p in pieces)
         (folder / INDEX).write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2), encoding="utf-8"
         )
 
 
-def _part(parameters: Mapping[str, Tensor], piece: Piece) -> Tensor:
+def part(parameters: Mapping[str, Tensor], piece: Piece) -> Tensor:
     """The view of a parameter that an official tensor, or some rows of it, holds."""
     value = parameters[piece.parameter].detach()
     value = value[piece.part] if piece.part else value
@@ -108,7 +108,7 @@ def _part(parameters: Mapping[str, Tensor], piece: Piece) -> Tensor:
 
 
 def _assemble(parameters: dict[str, nn.Parameter], pieces: tuple[Piece, ...]) -> Tensor:
-    parts = [_part(parameters, p) for p in pieces]
+    parts = [part(parameters, p) for p in pieces]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole.cpu().clone(memory_format=torch.contiguous_format)
 
@@ -173,7 +173,7 @@ def _stream(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_shape(name: str, tensor: Tensor, pieces: tuple[Piece, ...], parameters: dict[str, nn.Parameter]) -> None:
-    shapes = [_part(parameters, p).shape for p in pieces]
+    shapes = [part(parameters, p).shape for p in pieces]
     expected = (sum(s[0] for s in shapes), *shapes[0][1:])
     if tuple(tensor.shape) != expected:
         raise DllmError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {expected}")

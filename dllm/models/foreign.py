@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.errors import DllmError, first_line
+from dllm.errors import DllmError, first_line, unknown
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.model import Model
+
+ATTENTION = ("sdpa", "eager")  # those that take a mask of any shape
 
 
 class ForeignModel(Model):
@@ -64,16 +66,18 @@ class ForeignModel(Model):
         self.transformer.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
 
 
-def load_network(folder: Path, dtype: torch.dtype | None) -> Any:
+def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None = None) -> Any:
     """A masked or causal language model of transformers' own classes; remote code is never run."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+    if attention not in (None, *ATTENTION):
+        raise unknown("attn_implementation", attention, ATTENTION)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         masked = type(config) in AutoModelForMaskedLM._model_mapping
         auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        return auto.from_pretrained(folder, trust_remote_code=False, attn_implementation="sdpa", **options)
+        return auto.from_pretrained(folder, trust_remote_code=False, attn_implementation=attention or "sdpa", **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DllmError(
             f"transformers has no class of its own for {folder}: {first_line(error)} "

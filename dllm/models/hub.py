@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from dllm.errors import DllmError, first_line, out_of_memory, unknown
-from dllm.files import current
+from dllm.files import current, optional_json
 from dllm.models import diffusion_gemma
+from dllm.models.adapter import base_of, is_adapter, merge_adapter, merge_by_peft
+from dllm.models.arguments import Checkpoint, LoadArguments
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import read_config
 from dllm.models.family import Family, RawConfig
 from dllm.models.foreign import load_network, read_network, wrap
-from dllm.models.model import Model
+from dllm.models.model import NO_TOKENIZER, Model
 from dllm.models.parallel import device_plan, process_device, split_over_processes
 from dllm.models.quantize import quantize
 from dllm.models.settings import read_settings
@@ -33,71 +35,94 @@ log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny", "tiny-ar")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no code, no pickles
+FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]  # no code, no pickles
 DTYPES = {
     "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
 
 
-def load(
-    name_or_path: Any,
-    *,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "auto",
-    backend: str = "native",
-    mask_id: int | None = None,
-    eos_ids: int | Sequence[int] | None = None,
-    block_size: int | None = None,
-    shift: int | None = None,
-    tokenizer: Any = None,
-    device_map: str | Mapping[str, Any] | None = None,
-    quantization: str | None = None,
-    revision: str | None = None,
-) -> Model:
+def load(name_or_path: Any, **given: Any) -> Model:
     """Load a masked-diffusion model: "tiny" (embedded), a checkpoint folder, or a Hugging Face id.
 
-    dtype         None: as stored on an accelerator, float32 on the CPU; "auto": as stored; or a name or torch dtype.
-    device        "cuda", "mps", "cpu", or "auto": the best there is.
-    backend       "native": the families known here; "transformers": any class that transformers itself has, without a
-                  cache. A transformers model that is already loaded may be passed in place of a name.
-    mask_id, eos_ids, block_size, shift   settle what the checkpoint's files leave open or contradict.
-    device_map    "auto" or "balanced": layers over all devices (accelerate); a dict module name -> device;
-                  "tensor": every layer split over the processes of torchrun.
-    quantization  "int8" or "int4": weight-only, through torchao.
+    A folder with a LoRA adapter (peft) is merged into the base that it names. A transformers model that is already
+    loaded may be passed in place of a name.
+
     """
-    place = pick_device(device)
-    if backend not in ("native", "transformers"):
-        raise unknown("backend", backend, ("native", "transformers"))
+    if isinstance(name_or_path, Checkpoint):
+        given, name_or_path = {**name_or_path.given(), **given}, name_or_path.name
+    arguments = LoadArguments.of(given)
     if not isinstance(name_or_path, (str, Path)):
-        return _wrapped(name_or_path, None, tokenizer, mask_id, eos_ids, shift)
-    folder = locate(name_or_path, revision)
+        return _passed(name_or_path, arguments)
+    place = pick_device(arguments.device)
+    kind = pick_dtype(arguments.dtype, place)
+    folder, adapter = locate(name_or_path, **arguments.hub), None
+    tokenizer = _tokenizer(folder, arguments)
+    if is_adapter(folder):
+        adapter, name_or_path = folder, base_of(folder)
+        where = {k: v for k, v in arguments.hub.items() if k not in ("revision", "subfolder")}
+        folder = locate(name_or_path, **where)
+        tokenizer = _tokenizer(folder, arguments) if tokenizer is None else tokenizer
     raw = read_json_config(folder, str(name_or_path))
-    tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
-    kind = pick_dtype(dtype, place)
-    if backend == "transformers":
-        if device_map or quantization or block_size:
-            raise DllmError('device_map, quantization and block_size are for backend="native"')
-        return _wrapped(load_network(folder, kind).to(place), folder, tokenizer, mask_id, eos_ids, shift)
+    if arguments.backend == "transformers":
+        _refuse(arguments, 'for backend="native"', "device_map", "quantization", "block_size")
+        network = load_network(folder, kind, arguments.attn_implementation)
+        if adapter is not None:
+            network = merge_by_peft(network, adapter)
+        return _wrapped(network.to(place), folder, tokenizer, arguments)
     if raw.architecture == diffusion_gemma.ARCHITECTURE:
-        if device_map or quantization or block_size or shift or mask_id is not None:
-            raise DllmError("DiffusionGemma takes dtype, device and tokenizer only")
+        _refuse(arguments, "not for DiffusionGemma", "device_map", "quantization", "block_size", "shift", "mask_id",
+                "eos_ids", "attn_implementation")  # fmt: skip
         return diffusion_gemma.load_native(folder, raw, kind, tokenizer).to(place)
+    if arguments.attn_implementation not in (None, "sdpa"):
+        raise DllmError('attn_implementation is "sdpa" for the native backbone; others need backend="transformers"')
     family, config = read_config(raw)
-    config = _settled(config, block_size, shift)
-    config = resolve(config, family, tokenizer, optional_json(folder / "generation_config.json"), mask_id, eos_ids)
+    if config.causal:
+        _refuse(arguments, f"for masked-diffusion models; {config.architecture} is autoregressive "
+                '(backend="transformers" lets it attend to everything)', "mask_id", "block_size", "shift")  # fmt: skip
+    config = _settled(config, arguments.block_size, arguments.shift)
+    generation = optional_json(folder / "generation_config.json")
+    config = resolve(config, family, tokenizer, generation, arguments.mask_id, arguments.eos_ids)
     try:
-        transformer = _build(folder, family, config, kind, place, device_map)
-        if quantization is not None:
-            quantize(transformer, quantization)
+        transformer = _build(folder, family, config, kind, place, arguments.device_map, adapter)
+        if arguments.quantization is not None:
+            quantize(transformer, arguments.quantization)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         hint = 'try a smaller dtype or device_map="auto"'
         raise DllmError(f"{name_or_path} does not fit on {place}: {first_line(error)}; {hint}") from error
     model = Model(config, transformer.eval(), tokenizer)
-    model.sampler_settings = read_settings(folder)
+    model.sampler_settings = read_settings(folder) if adapter is None else {}
     return model
+
+
+load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defined]
+    parameters=[
+        next(iter(inspect.signature(load).parameters.values())),
+        *inspect.signature(LoadArguments).parameters.values(),
+    ]
+)
+load.__doc__ = f"{inspect.getdoc(load)}\n\n{(inspect.getdoc(LoadArguments) or '').partition('.')[2].strip()}"
+
+
+def _refuse(arguments: LoadArguments, why: str, *names: str) -> None:
+    if named := [name for name in names if name in arguments.given()]:
+        raise DllmError(f"{', '.join(named)} {'is' if len(named) == 1 else 'are'} {why}")
+
+
+def _tokenizer(folder: Path, arguments: LoadArguments) -> Any:
+    """The tokenizer that was passed or named, else the folder's own."""
+    given = arguments.tokenizer
+    if given is None:
+        return load_tokenizer(folder)
+    if not isinstance(given, (str, Path)):
+        return given
+    where = {k: v for k, v in arguments.hub.items() if k not in ("revision", "subfolder")}
+    found = load_tokenizer(locate(given, **where))
+    if found is None:
+        raise DllmError(f"tokenizer={str(given)!r}: {NO_TOKENIZER}")
+    return found
 
 
 def _build(
@@ -107,29 +132,41 @@ def _build(
     dtype: torch.dtype | None,
     place: torch.device,
     device_map: str | Mapping[str, Any] | None,
+    adapter: Path | None,
 ) -> Transformer:
     if device_map == "tensor":
         place = process_device(place)
     where = (lambda _: place) if device_map in (None, "tensor") else device_plan(config, device_map, dtype)
     transformer = load_weights(folder, family, config, dtype, where)
+    if adapter is not None:
+        merge_adapter(transformer, family, config, adapter)
     transformer.spread = len({p.device for p in transformer.parameters()}) > 1
     if device_map == "tensor":
         split_over_processes(transformer)
     return transformer
 
 
-def _wrapped(
-    network: Any,
-    folder: Path | None,
-    tokenizer: Any,
-    mask_id: int | None,
-    eos_ids: int | Sequence[int] | None,
-    shift: int | None,
-) -> Model:
+def _passed(network: Any, arguments: LoadArguments) -> Model:
+    """A model that is already in memory."""
     if not hasattr(network, "config") or not hasattr(network, "parameters"):
         raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(network).__name__}")
+    taken = ("dtype", "device", "backend", "mask_id", "eos_ids", "shift", "tokenizer")
+    others = [name for name in arguments.given() if name not in taken]
+    _refuse(arguments, "for names and folders, not for a model that is already loaded", *others)
+    if arguments.dtype is not None or arguments.device != "auto":
+        place = pick_device(arguments.device) if arguments.device != "auto" else None
+        kind = pick_dtype(arguments.dtype, place or torch.device("cuda")) if arguments.dtype is not None else None
+        network.to(device=place, dtype=kind)
+    tokenizer = arguments.tokenizer
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(locate(tokenizer))
+    return _wrapped(network, None, tokenizer, arguments)
+
+
+def _wrapped(network: Any, folder: Path | None, tokenizer: Any, arguments: LoadArguments) -> Model:
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
-    config = resolve(read_network(network, shift or 0), None, tokenizer, generation, mask_id, eos_ids)
+    config = read_network(network, arguments.shift or 0)
+    config = resolve(config, None, tokenizer, generation, arguments.mask_id, arguments.eos_ids)
     model = wrap(network, config, tokenizer)
     model.sampler_settings = read_settings(folder) if folder is not None else {}
     return model
@@ -137,8 +174,6 @@ def _wrapped(
 
 def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> ModelConfig:
     """The caller's word on alignment and blocks; a checkpoint trained otherwise than its family needs it."""
-    if shift not in (None, 0, 1):
-        raise DllmError(f"shift is 0 or 1, not {shift}")
     config = config if shift is None else replace(config, shift=shift)
     if block_size is None:
         return config
@@ -149,56 +184,77 @@ def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> 
     return replace(config, block_size=block_size)
 
 
-def load_verifier(name_or_path: Any, *, dtype: str | torch.dtype | None = None, device: str = "auto") -> Any:
+def load_verifier(name_or_path: Any, **given: Any) -> Any:
     """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or a loaded one.
 
-    Its tokenizer, where the folder has one, is kept as `.tokenizer`.
+    Of the arguments of `load` it takes dtype, device, device_map (as transformers has it), attn_implementation and
+    those that say where the files come from: revision, token, cache_dir, local_files_only, subfolder. Its
+    tokenizer (`tokenizer`, or the folder's) is kept as `.tokenizer`.
     """
+    if isinstance(name_or_path, Checkpoint):
+        given, name_or_path = {**name_or_path.given(), **given}, name_or_path.name
+    arguments = LoadArguments.of(given)
+    _refuse(arguments, "for masked-diffusion models, not for a verifier", "backend", "mask_id", "eos_ids", "block_size",
+            "shift", "quantization")  # fmt: skip
     if not isinstance(name_or_path, (str, Path)):
         return name_or_path
     from transformers import AutoModelForCausalLM
 
-    folder, place = locate(name_or_path, None), pick_device(device)
-    kind = pick_dtype(dtype, place)
+    folder, place = locate(name_or_path, **arguments.hub), pick_device(arguments.device)
+    kind = pick_dtype(arguments.dtype, place)
+    asked = {"device_map": arguments.device_map, "attn_implementation": arguments.attn_implementation}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto" if kind is None else kind, trust_remote_code=False, use_safetensors=True
+            folder, dtype="auto" if kind is None else kind, trust_remote_code=False, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         what = f"{name_or_path} is no causal language model that transformers can load"
         raise DllmError(f"{what}: {first_line(error)}") from error
     model.eval()
-    model.tokenizer = load_tokenizer(folder)
-    return model.to(place)  # type: ignore[arg-type]
+    model.tokenizer = _tokenizer(folder, arguments)
+    return model if arguments.device_map is not None else model.to(place)  # type: ignore[arg-type]
 
 
-def locate(name: str | Path, revision: str | None) -> Path:
-    """The folder to read a checkpoint from, downloaded if it is a Hugging Face id."""
+def locate(name: str | Path, revision: str | None = None, *, subfolder: str | None = None, **hub: Any) -> Path:
+    """The folder to read a checkpoint from, downloaded if it is a Hugging Face id; `hub`: how (`LoadArguments.hub`)."""
     if name in EMBEDDED:
         folder = ASSETS / str(name)
         if not (folder / "config.json").is_file():
             raise DllmError(f"the embedded model {name!r} is not in this installation; name a folder or a hub id")
         return folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return current(folder)
-    if folder.exists():
+    try:
+        there, exists = folder.is_dir(), folder.exists()
+    except OSError:  # no name that a file could have
+        there = exists = False
+    if there:
+        return _inside(folder, subfolder)
+    if exists:
         raise DllmError(f"{name} is a file; a checkpoint is a folder with config.json and safetensors")
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
         raise DllmError(f"no such folder: {name}")
     if HUB_ID.fullmatch(name):
-        return _download(name, revision)
+        return _inside(_download(name, revision, subfolder, **hub), subfolder)
     if re.fullmatch(r"[\w.-]+", name):
         error = unknown("model", name, EMBEDDED)
         raise DllmError(f"{error} (or name a folder or a Hugging Face id; a prompt is passed as prompt=...)")
     raise DllmError(f"{name[:60]!r} is neither a folder nor a Hugging Face id; a prompt is passed as prompt=...")
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _inside(folder: Path, subfolder: str | None) -> Path:
+    inner = folder if subfolder is None else folder / subfolder
+    if not inner.resolve().is_relative_to(folder.resolve()) or not inner.is_dir():
+        raise DllmError(f"{folder} holds no folder {subfolder!r}")
+    return current(inner)
+
+
+def _download(name: str, revision: str | None, subfolder: str | None, **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns = FILES if subfolder is None else [f"{subfolder}/{pattern}" for pattern in FILES]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub))
     except Exception as error:  # the many network and authorisation errors of several libraries
         what = f"{name} is no folder here and did not come from the Hugging Face hub"
         raise DllmError(f"{what}: {first_line(error)}") from error
@@ -207,25 +263,14 @@ def _download(name: str, revision: str | None) -> Path:
 def read_json_config(folder: Path, name: str = "") -> RawConfig:
     path = folder / "config.json"
     if not path.is_file():
-        raise DllmError(f"{folder} is no checkpoint: it has no config.json")
+        inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        hint = f'; did you mean subfolder="{inner[0]}"?' if inner else ""
+        raise DllmError(f"{folder} is no checkpoint: it has no config.json{hint}")
     raw = RawConfig(optional_json(path))
     raw.name = name
     if HUB_ID.fullmatch(name) and not Path(name).exists():
         raw.qualify_code()
     return raw
-
-
-def optional_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file. Errors: not JSON, no object."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DllmError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DllmError(f"{path} does not hold a JSON object")
-    return value
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -247,7 +292,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise unknown("device", str(device), ("auto", "cuda", "mps", "cpu")) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise DllmError('device="cuda" was asked for, but torch sees no CUDA device; use device="cpu" or "auto"')
@@ -266,10 +311,10 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     """None = as stored, which is slow and coarse on a CPU (bf16), so there the default is float32."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else None
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype == "auto":
         return None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise unknown("dtype", str(dtype), [*DTYPES, "auto"])
     return DTYPES[dtype]

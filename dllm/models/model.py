@@ -21,6 +21,8 @@ from dllm.models.parallel import layer_devices
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.transformer import KVStore, Transformer
 
+NO_TOKENIZER = "there is no tokenizer.json, tokenizer.model, vocab.txt, or vocab.json with merges.txt"
+
 
 class Model:
     """A loaded or freshly built masked-diffusion (or causal) model.
@@ -112,7 +114,7 @@ class Model:
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation and the opening of the answer, by the tokenizer's template or else the family's."""
         if self.tokenizer is None:
-            raise DllmError("this model has no tokenizer: pass the prompt as ids")
+            raise DllmError(f"this model has no tokenizer ({NO_TOKENIZER}): pass ids, or load it with tokenizer=")
         if self.tokenizer.chat_template:
             ids = self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False

@@ -1,0 +1,102 @@
+"""LoRA adapter folders (peft): read with the base that they name, and merged into its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dllm.errors import DllmError, first_line
+from dllm.files import optional_json
+from dllm.models.checkpoint import part
+from dllm.models.config import ModelConfig
+from dllm.models.family import Family
+from dllm.models.transformer import Transformer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# what changes the meaning of the matrices, with the value that leaves it as it is
+PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "fan_in_fan_out": False, "megatron_config": None}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter and no whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The name or folder of the model that an adapter belongs to."""
+    base = optional_json(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise DllmError(f"{folder / CONFIG} names no base model (the key 'base_model_name_or_path')")
+    return base
+
+
+def merge_adapter(model: Transformer, family: Family, config: ModelConfig, folder: Path) -> None:
+    """Add the low-rank updates of `folder` to the weights in place, and put the weights that it holds whole in theirs.
+
+    Names are those of the official code, as peft writes them. Errors: another kind of adapter, layers that the model
+    does not have, wrong shapes.
+    """
+    settings, tensors = optional_json(folder / CONFIG), _tensors(folder)
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise DllmError(f"{folder} holds an adapter of the kind {kind!r}; only LORA can be merged here")
+    if bent := [k for k, plain in PLAIN.items() if settings.get(k) not in (None, plain)]:
+        raise DllmError(f"{folder} has {bent[0]}={settings[bent[0]]!r}, which cannot be merged here")
+    table, parameters = family.layout(config), dict(model.named_parameters())
+    for name, value in tensors.items():
+        stem, _, end = name.removeprefix(PREFIX).rpartition(".lora_A.")
+        official = f"{stem}.weight" if stem else name.removeprefix(PREFIX)
+        if not stem and ".lora_B." in name:
+            continue
+        if official not in table:
+            raise DllmError(f"the adapter {folder} changes {official}, which this model does not have")
+        other = name.replace(".lora_A.", ".lora_B.")
+        if stem and other not in tensors:
+            raise DllmError(f"the adapter {folder} lacks {other}")
+        update = tensors[other].double() @ value.double() * _scale(settings, stem, len(value)) if end else value
+        targets = [part(parameters, piece) for piece in table[official]]
+        expected = (sum(len(t) for t in targets), *targets[0].shape[1:])
+        if tuple(update.shape) != expected:
+            raise DllmError(f"the adapter's {official} has shape {tuple(update.shape)}, the model's {expected}")
+        for target, rows in zip(targets, update.split([len(t) for t in targets]), strict=True):
+            target.copy_(target.cpu().double() + rows if end else rows)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise DllmError(f"{folder} holds {CONFIG}, but no {WEIGHTS}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DllmError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r); a pattern may give a layer an alpha of its own."""
+    patterns: Mapping[str, Any] = settings.get("alpha_pattern") or {}
+    own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
+    alpha = own if own is not None else settings.get("lora_alpha", 8)
+    try:
+        return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+    except (TypeError, ValueError):
+        raise DllmError(f"{CONFIG}: lora_alpha is a number, not {alpha!r}") from None
+
+
+def merge_by_peft(network: Any, folder: Path) -> Any:
+    """The same for a transformers model, by peft itself."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise DllmError("an adapter needs peft: pip install 'dllm-toolkit[lora]'") from error
+    try:
+        return PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+        raise DllmError(f"peft cannot merge the adapter {folder}: {first_line(error)}") from error
