@@ -20,6 +20,8 @@ TABLE = {
     **dict.fromkeys(("mpt", "bart", "bloom", "falcon-alibi", "gpt_neo", "roformer"), CHAINS),
     # chunks, convolutions, sparse attention: what transformers' own assisted decoding rolls back
     **dict.fromkeys(("llama4_text", "lfm2", "deepseek_v32"), CHAINS),
+    "phi3-longrope": ALL,  # computes its cache anew where the factors change
+    "llama-dynamic": "chain tree",  # the longest row would decide for all
     "trocr": CHAINS,  # returns the logits of the whole text, whatever `logits_to_keep` says
     # a running state, no cache, one token at a time, a window in the cache that the mask does not know
     **dict.fromkeys(("mamba", "rwkv", "minimax", "openai-gpt", "xlnet", "prophetnet", "moshi"), ""),

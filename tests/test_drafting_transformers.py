@@ -21,6 +21,8 @@ from transformers import (
 )
 
 import dllm
+from dllm.drafting.candidates import assisted_by
+from dllm.drafting.loop import SpecConfig
 from dllm.errors import DllmError
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]
@@ -367,3 +369,49 @@ def test_in_a_pipeline():
         assert pipe(asked, custom_generate=dllm.spec_generate, drafter=drafter, **kw) == text
         assert pipe(asked, custom_generate=dllm.speculator(drafter), **kw) == text
     assert pipe(prompts, batch_size=2, custom_generate=dllm.speculator(drafter), **kw) == pipe(prompts, **kw)
+
+
+# -- transformers' own assisted generation
+
+
+class Sevens(StoppingCriteria):
+    """Stops at the third multiple of 7; counts its calls."""
+
+    def __init__(self):
+        self.calls, self.seen = 0, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        self.seen += int(input_ids[0, -1]) % 7 == 0
+        return torch.tensor([self.seen >= 3])
+
+
+@pytest.mark.parametrize("agree", ["always", "sometimes"])
+def test_assisted_generation_ends_where_plain_decoding_does(model, agree):
+    ids = torch.tensor([PROMPT])
+    long = plain(model, PROMPT, 60)
+    kw = dict(max_new_tokens=60, do_sample=False)
+    for make in (Sevens, lambda: MaxLengthCriteria(max_length=len(PROMPT) + 9), Countdown):
+        text = model.generate(ids, stopping_criteria=[make()], **kw)[0].tolist()
+        assert len(text) < len(long)
+        own = make()
+        with assisted_by(model, Script(long, agree), SpecConfig(length="fixed:k=6")):
+            assert model.generate(ids, stopping_criteria=[own], **kw)[0].tolist() == text
+        assert getattr(own, "calls", len(text) - len(PROMPT)) == len(text) - len(PROMPT)
+
+
+def test_assisted_blocks_nest_and_leave_nothing_behind(model, tmp_path):
+    text = plain(model, PROMPT, N)
+    with assisted_by(model, Script(text, "never")) as outer:
+        with assisted_by(model, Script(text)) as inner:
+            assert plain(model, PROMPT, N) == text and plain(model, PROMPT, N) == text
+        assert inner.drafter.forwards > 0 == outer.drafter.forwards
+        assert plain(model, PROMPT, N) == text and outer.drafter.forwards > 0
+        model.save_pretrained(tmp_path)
+        with pytest.raises(DllmError, match="assistant_model"):
+            model.generate(torch.tensor([PROMPT]), max_new_tokens=4, assistant_model=tiny_verifier())
+        with pytest.raises(DllmError, match="remembers"):
+            model.generate(torch.tensor([PROMPT]), max_new_tokens=4, guidance_scale=2.0)
+    assert "prompt_lookup_num_tokens" not in (tmp_path / "generation_config.json").read_text()
+    assert model.generation_config.prompt_lookup_num_tokens is None and plain(model, PROMPT, N) == text
+    assert not any(name.startswith("_get_") or name.startswith("_prepare_") for name in vars(model))

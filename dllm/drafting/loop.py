@@ -273,7 +273,9 @@ class Row:
         """What to verify next."""
         start = time.perf_counter()
         r = self.stats = RoundStats(pending=len(self.ids) - self.cached)
-        room = self.end - len(self.ids) - 1
+        room, turn = self.end - len(self.ids) - 1, self.verifier.turn
+        if turn is not None and len(self.ids) <= turn:
+            room = min(room, turn - len(self.ids))
         room = room if self.cfg.k is None else min(room, self.cfg.k)
         self.chunks = []
         self.proposal = EMPTY
@@ -489,6 +491,11 @@ def decode(
         if verifier.max_positions is not None and q.before + len(q.ids) > verifier.max_positions:
             raise DllmError(f"the prompt has {len(q.ids)} tokens, the verifier takes {verifier.max_positions}")
         rows.append(Row(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg))
+        if len(requests) > 1 and verifier.rope.get("rope_type") == "dynamic" and q.max_length > rows[-1].end:
+            raise DllmError(
+                f"{type(verifier.model).__name__} stretches its positions by the longest text so far (dynamic RoPE): "
+                f"a batch may not pass {verifier.max_positions} tokens; decode row by row"
+            )
     if any(cfg.tree or row.search.tree for row in rows):
         if len(rows) > 1:
             raise DllmError("trees are verified one prompt at a time: use a chain (tree=0) for a batch")
@@ -506,6 +513,10 @@ def decode(
 
 def _round(session: Session, rows: list[Row]) -> list[list[int]]:
     start = time.perf_counter()
+    for b, row in enumerate(rows):
+        if row.verifier.restarts and row.cached <= (row.verifier.turn or 0) < len(row.ids) and not row.done:
+            session.restart(b)
+            row.cached = 0
     pending = [None if row.done else Pending(row.ids[row.cached :], row.propose()) for row in rows]
     ready = time.perf_counter()
     logits = session.verify(pending)

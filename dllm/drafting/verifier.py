@@ -65,7 +65,7 @@ class Verifier:
         self.model, self.tokenizer = model, tokenizer
         self.controllers: dict[Any, Any] = {}  # measured costs of this verifier, by drafter
         self.config = _text_config(model)
-        self.takes = frozenset(inspect.signature(type(_bare(model)).forward).parameters)
+        self.takes = frozenset(inspect.signature(type(bare(model)).forward).parameters)
         cache = DynamicCache(config=self.config)
         check_rollback(model, cache)
         kinds = getattr(self.config, "layer_types", None)
@@ -75,6 +75,7 @@ class Verifier:
         self.window = windows.pop() if len(windows) == 1 else None
         self.odd = set(self.kinds) - set(KINDS) or set(self.layers) - set(STORED) or windows
         self.mixed = bool(kinds) and len(set(self.kinds)) > 1
+        self.rope = getattr(self.config, "rope_parameters", None) or {}
         self.fit: dict[str, bool] = {}  # what `can` has found out
         if not self.can("chains"):
             raise DllmError(
@@ -94,15 +95,14 @@ class Verifier:
         """The standard decoder of transformers turns keys by `position_ids` and leaves the mask to its caller."""
         if "past_key_values" not in self.takes or BY_SLOT.get(self.config.model_type) == "nothing":
             return False
-        bare = _bare(self.model)
-        rotary = hasattr(getattr(bare, "base_model", bare), "rotary_emb")
-        standard = rotary and bool(getattr(bare, "_supports_attention_backend", False))
+        inner = bare(self.model)
+        rotary = hasattr(getattr(inner, "base_model", inner), "rotary_emb")
+        standard = rotary and bool(getattr(inner, "_supports_attention_backend", False))
         if what == "chains":
             return True if standard and not self.odd else None
         if "position_ids" not in self.takes or self.odd or self.config.model_type in BY_SLOT:
             return False
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if what == "batches" and rope.get("rope_type") in ("dynamic", "longrope"):
+        if what == "batches" and self.rope.get("rope_type") in ("dynamic", "longrope"):
             return False  # the longest row decides how all rows are turned
         return True if standard else None
 
@@ -125,6 +125,18 @@ class Verifier:
     def max_positions(self) -> int | None:
         limit = getattr(self.config, "max_position_embeddings", None) or 0
         return limit if limit > 0 else None
+
+    @property
+    def turn(self) -> int | None:
+        """The length from which LongRoPE turns keys by other factors: a forward with one token behind it uses them for
+        all of its tokens, so no draft may cross it."""
+        long = self.rope.get("rope_type") == "longrope"
+        return self.rope.get("original_max_position_embeddings") if long else None
+
+    @property
+    def restarts(self) -> bool:
+        """Whether `generate` computes the cache anew at the turn (Phi-3 and its kin)."""
+        return self.turn is not None and hasattr(self.config, "original_max_position_embeddings")
 
     @property
     def eos(self) -> frozenset[int]:
@@ -195,6 +207,10 @@ class Session:
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         raise NotImplementedError
 
+    def restart(self, row: int) -> None:
+        """Forget the cache of a row."""
+        raise NotImplementedError
+
 
 class Single(Session):
     """One row. Chains need no mask but the prompt's; trees bring their own and are compacted by a gather.
@@ -215,6 +231,9 @@ class Single(Session):
         self.last: tuple[Proposal, int] = EMPTY, 0
         if hasattr(cache, "activate_past_recording"):
             cache.activate_past_recording()
+
+    def restart(self, row: int) -> None:
+        vars(self).update(vars(Single(self.verifier, DynamicCache(config=self.verifier.config))))
 
     def _place(self, prompt: Prompt) -> None:
         before = len(prompt.real) - len(prompt.ids)  # of an earlier turn, whose ids are not given again
@@ -382,6 +401,9 @@ class Separate(Session):
             if path is not None:
                 row.commit([path])
 
+    def restart(self, row: int) -> None:
+        self.rows[row].restart(0)
+
 
 def rehearse(verifier: Verifier, what: str) -> bool:
     """Verify a made-up text in the way that `what` names, with rejected tokens in between, and compare its logits with
@@ -449,7 +471,7 @@ def _text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _bare(model: Any) -> Any:
+def bare(model: Any) -> Any:
     """The model inside the wrappers of torch.compile and PEFT."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
