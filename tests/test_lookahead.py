@@ -154,6 +154,24 @@ def test_drafts_save_forwards() -> None:
         assert all(out.stats["rows"] <= rows * out.stats["forwards"] for out in outs)
 
 
+@pytest.mark.parametrize("cache_", ["none", "dual", "delayed:every=3"])
+@pytest.mark.parametrize(
+    "setting", [4, {"rows": 4, "drafter": "ladder", "multi_source": False}, {"rows": 3, "ahead": 0}]
+)
+def test_a_row_is_guessed_in_a_batch_as_it_is_alone(cache_: str, setting: Any) -> None:
+    """Not only its tokens: forwards, hits and evaluated guesses do not depend on its neighbours either."""
+    prompts = [*PROMPTS, [40]]
+
+    def work(out: Any) -> Any:
+        return out.nfe, {k: out.stats[k] for k in ("hits", "retained", "rows", "depth", "reruns")}
+
+    call: dict[str, Any] = {"cache": cache_, "lookahead": setting, **CALL}
+    together = dllm.generate(model(RANDOM), prompts, **call)
+    assert sum(out.stats["hits"] for out in together) > 0
+    for i, out in enumerate(together):
+        assert work(out) == work(dllm.generate(model(RANDOM), prompts[i], seed=i, **call))
+
+
 def test_rows_enter_as_they_would_without_lookahead() -> None:
     prompts = [*PROMPTS, [30, 31], [40, 41, 42]]
     for sampler in ("confidence", "threshold:tau=0.3"):

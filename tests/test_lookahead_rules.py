@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -358,6 +359,22 @@ def test_a_wide_guard_takes_every_decision_again() -> None:
         assert o.stats["reruns"] >= o.stats["steps"] - 1
 
 
+@pytest.mark.parametrize("cache_", ["dual", "prefix", "interval:warmup=1,every=3", "dllm_cache"])
+def test_a_wide_guard_with_a_cache(cache_: str) -> None:
+    """A decision is taken again on the store of the plain call: what hits still owe it is written before."""
+    call = partial(dllm.generate, model("tiny-llada-random"), [PROMPT, PROMPT[1:]], cache=cache_, **CALL)
+    for mode in ({"mode": "guarded", "delta": 50.0}, {"mode": "fast", "audit": 1}, {"mode": "fast", "audit": 3}):
+        outs = call(lookahead={"rows": 4, **mode})
+        assert [o.sequences for o in outs] == [o.sequences for o in call()]
+        assert all(o.stats["divergences"] == 0 for o in outs) and any(o.stats["hits"] for o in outs)
+
+
+def test_a_wide_guard_on_a_block_causal_model() -> None:
+    call = partial(dllm.generate, model("tiny-sdar-random"), [PROMPT, PROMPT[1:]], sampler="confidence", cache="block")
+    for o, b in zip(call(lookahead="4:mode=guarded,delta=50", max_new_tokens=16), call(max_new_tokens=16), strict=True):
+        assert (o.sequences, o.stats["divergences"]) == (b.sequences, 0)
+
+
 def test_fast_promises_nothing_and_audits() -> None:
     call = partial(dllm.generate, model("tiny-llada-random", dtype="float32"), PROMPT, cache="dual", **CALL)
     base, out = call(), call(lookahead={"rows": 4, "mode": "fast", "audit": 2})
@@ -423,6 +440,16 @@ def test_a_pause_of_the_machine_is_no_cost_of_a_forward() -> None:
     for seconds in [1.0] * 50 + [1000.0]:
         pace.note(1, seconds, 1)
     assert pace.cost(1) < 1.1
+
+
+def test_what_a_forward_costs_is_measured_where_it_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[tuple[int, float]] = []
+    monkeypatch.setattr(Pace, "note", lambda self, rows, seconds, sequences: noted.append((rows, seconds)))
+    began = time.perf_counter()
+    dllm.generate(model("tiny-llada-random"), PROMPT, **CALL, cache="dual", lookahead="auto")
+    wall = time.perf_counter() - began
+    assert noted and all(rows >= 1 and seconds > 0 for rows, seconds in noted)
+    assert sum(seconds for _, seconds in noted) < wall
 
 
 def test_pace_weighs_cost_against_hits() -> None:

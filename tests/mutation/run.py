@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -139,8 +140,10 @@ def forked(tree: Path, args: list[str], plugins: list[Any], limit: float, log: P
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             os.chdir(tree)
             sys.path[:] = [str(tree), *(p for p in sys.path if p != str(HERE))]
-            sys.dont_write_bytecode = True
-            os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+            os.environ["PYTHONPATH"] = str(tree)
+            if limit:  # without a mutant the compiled files are kept for the others
+                sys.dont_write_bytecode = True
+                os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
             import pytest
 
             status = int(pytest.main(args, plugins=plugins))
@@ -186,10 +189,11 @@ class Room:
                 raise SystemExit(f"{self.name}: the tests fail without a mutant, see {self.log}")
         found = json.loads(out.read_text())
         self.tests, self.times, self.lines = found["tests"], found["times"], found["lines"]
-        for module in found["modules"]:
+        for module in ["hypothesis", "hypothesis.strategies", *found["modules"]]:
             with warnings.catch_warnings(), contextlib.suppress(Exception):  # only saves the forks their time
                 warnings.simplefilter("ignore")
                 import_module(module)
+        gc.freeze()  # else every fork walks through what the preloaded modules hold
 
     def files(self) -> list[str]:
         found = {p.relative_to(self.tree).as_posix() for t in self.spec["tests"] for p in self.tree.glob(f"tests/{t}")}
