@@ -60,6 +60,12 @@ def value(text: str) -> Any:
         return text
 
 
+def lines(text: str) -> list[str]:
+    """The lines of a text. `str.splitlines` would also cut at characters that stand inside of JSON strings (U+2028,
+    U+0085, form feeds)."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def malformed(error: Exception, name: str) -> DllmError:
     """What is wrong with a text, and where."""
     mark = getattr(error, "problem_mark", None)

@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.errors import DllmError
+from dllm import plain
+from dllm.errors import DllmError, first_line
 from dllm.models.arguments import Checkpoint
 from dllm.samplers.registry import published
 from dllm.training import tasks
@@ -87,12 +88,16 @@ class Answers:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
             return
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            first, *rest = plain.lines(text)
+            found = json.loads(first)
+        except (OSError, ValueError, RecursionError) as error:
+            raise DllmError(f"{self.path} is no file of answers ({first_line(error)}): choose another") from None
         if not text.endswith("\n"):  # stopped in the middle of a line
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("\n")
-        first, *rest = text.splitlines()
-        if json.loads(first) != header:
+        if found != header:
             raise DllmError(f"{self.path} holds answers of another model or setting: choose another file for this run")
         for line in rest:
             try:

@@ -10,7 +10,6 @@ Needs the extra [eval].
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import logging
@@ -449,7 +448,7 @@ class Journal:
         rows = []
         for key, ask, (output, took) in zip(self.keys(batch), batch, outcomes, strict=True):
             head = {"task": self.label, "setting": self.setting.label, "index": ask.doc, "doc": str(ask.doc)}
-            row: Row = {"key": key, **head, "prompt": _mark(ask.context), "cut": ask.cut, "clock": took}
+            row: Row = {"key": key, **head, "prompt": ask.context, "cut": ask.cut, "clock": took}
             if isinstance(output, Exception):
                 rows.append(row | failed(output))
             else:
@@ -468,15 +467,11 @@ class Journal:
         rows = []
         for sample in samples:
             known = {"target": str(sample["target"]), "task": task}
-            for row in mine.get((_mark(_prompt(sample)), sample["doc_id"]), []):
+            for row in mine.get((_prompt(sample), sample["doc_id"]), []):
                 correct = 0.0 if row["error"] else float(sample.get(metric) or 0.0)
                 rows.append({**row, **known, "correct": correct})
         self.store.append([row for row in rows if row != self.store.rows[row["key"]]])
         return rows
-
-
-def _mark(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def _prompt(sample: Mapping[str, Any]) -> str:

@@ -24,9 +24,9 @@ from dllm.samplers import registry
 
 from . import engines, metrics
 from .config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
-from .store import Row, Store, write
+from .store import Row, Store, read_mapping, read_rows, write, write_csv
 from .tasks.base import Task, takes
-from .worker import Job, arguments, available, environment
+from .worker import Job, arguments, available, environment, occasion
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ def run(
         results = replace(results, notices=(*([REHEARSED] if dry_run else []), *notices))
         if engine.lead:
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
+            write_csv(folder / "results.csv", results.cells)
+            write_csv(folder / "samples.csv", rows)
             from .report import report
 
             report(results, rows, figures=not dry_run)
@@ -263,7 +265,7 @@ def _decode(
             for setting in settings:
                 weights |= engine.weights(setting)
             if engine.lead:
-                store.match_weights({**environment(), "weights": weights})
+                store.match_weights({**environment(), **occasion(), "weights": weights})
             jobs = [job for setting in settings for job in jobs_of(config, setting, sizes)]
             wanted = engine.keys(jobs)
             keys.update(key for batch in wanted for key in batch)
@@ -377,8 +379,6 @@ def read(folder: str | Path) -> tuple[dict[str, Any], list[Row], Config]:
         if path.is_file():
             raise DllmError(f"the run in {folder} has not finished; start it again to go on")
         raise DllmError(f"there is no evaluation run in {folder}")
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    rows = {row["key"]: row for row in map(json.loads, filter(None, text.splitlines()))}
-    rows = [rows[key] for key in results["samples"] if key in rows]
-    return results, rows, load(folder / "config.yaml")
+    results = read_mapping(folder / "results.json", cells=list, env=dict, samples=list)
+    found = read_rows(path)
+    return results, [found[key] for key in results["samples"] if key in found], load(folder / "config.yaml")

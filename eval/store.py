@@ -7,19 +7,22 @@ once (a lock around each append); a line that a kill or a full disk cut short is
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
-import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from dllm.errors import DllmError
+from dllm.errors import DllmError, first_line
 
 from .config import Config, Setting
 
@@ -59,7 +62,7 @@ class Store:
         self.rows: dict[str, Row] = {}
         with _clear(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until close()
+        self._lock, self._appending = (FileLock(self.folder / name) for name in (".lock", ".append.lock"))
         self.cells = {key: _mark(depends) for key, depends in config.cells().items()}
         if lead:
             self._claim()
@@ -76,8 +79,9 @@ class Store:
     def _claim(self) -> None:
         """One run at a time. The kernel frees the lock when its process dies, however it dies."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            with _clear(self.folder):
+                self._lock.acquire(timeout=0)
+        except Timeout:
             raise DllmError(
                 f"another run is writing to {self.folder}; wait for it, or choose another folder with --out"
             ) from None
@@ -98,7 +102,9 @@ class Store:
     def match_weights(self, env: Mapping[str, Any]) -> None:
         """Record where and with which weights this runs; refuse weights that have changed under the same name."""
         path = self.folder / "env.json"
-        old = json.loads(path.read_text(encoding="utf-8")).get("weights", {}) if path.exists() and self.rows else {}
+        old = read_mapping(path).get("weights") or {} if path.exists() and self.rows else {}
+        if not isinstance(old, dict):
+            raise DllmError(f"{path}: `weights` are no mapping; delete the file and run again")
         for name, mark in env["weights"].items():
             if old.get(name, mark) != mark:
                 raise DllmError(
@@ -118,25 +124,15 @@ class Store:
                 file.truncate(end)
 
     def reload(self) -> None:
-        """Read every sample. A broken line in the middle is named, since no kill leaves one."""
-        self.rows = {}
-        if not self.path.exists():
-            return
-        lines = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                row = json.loads(line)
-                self.rows[row["key"]] = row
-            except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
-                raise DllmError(f"{self.path}, line {number}: not a sample; delete that line and run again") from None
+        """Read every sample."""
+        self.rows = read_rows(self.path)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add finished samples, each with the mark of what it depends on. They are on disk when this returns."""
         for row in rows:
             row.setdefault("cell", self.cells.get((row["task"], row["setting"])))
         text = _lines(rows).encode()
-        with _clear(self.path), open(self.path, "ab", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with _clear(self.path), self._appending, open(self.path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
             try:
                 written = file.write(text)
@@ -151,7 +147,7 @@ class Store:
             self.rows[row["key"]] = row
 
     def close(self) -> None:
-        self._lock.close()
+        self._lock.release()
 
 
 def _mark(value: Any) -> str:
@@ -168,7 +164,67 @@ def _changed(path: Path, config: Config) -> str:
 
 
 def _lines(rows: Iterable[Row]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return "".join(_line(row) + "\n" for row in rows)
+
+
+def _line(row: Row) -> str:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text if text.isascii() or not _HALF.search(text) else json.dumps(row, default=str)
+
+
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character, which JSON may hold and UTF-8 may not
+_ROW = {"key": str, "task": str, "setting": str, "index": int, "doc": str, "clock": dict, "tokens": int, "nfe": int}
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The samples of a file by their keys, the last of a key. Errors: a line that is none, which no kill leaves."""
+    rows: dict[str, Row] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return rows
+    except OSError as error:
+        raise DllmError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            if not all(isinstance(row[key], kind) for key, kind in _ROW.items()):
+                raise TypeError
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise DllmError(f"{path}, line {number}: not a sample; delete that line and run again") from None
+        rows[row["key"]] = row
+    return rows
+
+
+def read_mapping(path: Path, **kinds: type) -> dict[str, Any]:
+    """A JSON object that a run has written. Errors: it is damaged, or a key is not of its kind."""
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        if wrong := [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]:
+            raise ValueError(f"{', '.join(wrong)} missing or of another kind")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run the evaluation again") from None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with every column that any row has; nested mappings as `clock.seconds`, lists and chats as JSON."""
+    flat = [dict(_flat(row)) for row in rows]
+    out = io.StringIO(newline="")
+    table = csv.DictWriter(out, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(flat)
+    write(path, out.getvalue().encode("utf-8", "replace").decode())
+
+
+def _flat(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

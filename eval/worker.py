@@ -7,9 +7,11 @@ document's index), so it does not matter which worker runs it, when, or whether 
 from __future__ import annotations
 
 import bisect
+import datetime
 import logging
 import platform
-import resource
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -188,7 +190,7 @@ class Worker:
             range(job.start, job.stop), documents, self.keys(job), outcomes, strict=True
         ):
             head = {"task": spec.label or spec.name, "setting": setting.label, "index": index, "doc": doc.id}
-            row: Row = {"key": key, **head, "target": doc.target, "clock": took}
+            row: Row = {"key": key, **head, "prompt": doc.prompt, "target": doc.target, "clock": took}
             if isinstance(output, Exception):
                 rows.append(row | failed(output))
             else:
@@ -307,8 +309,15 @@ def memory() -> dict[str, float]:
     """Peak memory so far in MB: the accelerator's where there is one, else this process's."""
     if torch.cuda.is_available():
         return {"peak_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    return {"peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)}
+    try:
+        import resource
+
+        peak = (1 if sys.platform == "darwin" else 2**10) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except ImportError:  # Windows
+        import psutil
+
+        peak = psutil.Process().memory_info().peak_wset
+    return {"peak_mb": round(peak / 2**20, 1)}
 
 
 def environment() -> dict[str, Any]:
@@ -337,6 +346,30 @@ def environment() -> dict[str, Any]:
         "packages": packages,
         "hardware": hardware(),
     }
+
+
+def occasion() -> dict[str, Any]:
+    """When a run began, by which command, and from which state of the toolkit."""
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": now, "commit": commit(), "command": shlex.join(command)}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the toolkit runs from, with `+` where files have changed; None outside of one."""
+    tree = Path(dllm.__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(tree), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != tree:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def hardware() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
 import json
 import logging
 import os
@@ -64,10 +66,20 @@ def whole(tmp_path_factory) -> Path:
 
 def test_run_folder(whole):
     assert {p.name for p in whole.iterdir() if not p.name.startswith(".")} == {
-        "config.yaml", "env.json", "samples.jsonl", "results.json", "report.md", "plots", "trace",
+        "config.yaml", "env.json", "samples.jsonl", "samples.csv", "results.json", "results.csv", "report.md",
+        "plots", "trace",
     }  # fmt: skip
     env = json.loads((whole / "env.json").read_text())
     assert env["hardware"] and env["weights"][MODEL] and env["packages"]["torch"]
+    assert datetime.datetime.fromisoformat(env["date"]).tzinfo and "commit" in env and env["command"]
+    with open(whole / "samples.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert {row["key"] for row in table} == {row["key"] for row in outcome(whole)} and len(table) == 24
+    assert all(row["prompt"] and float(row["correct"]) in (0, 1) and row["clock.seconds"] for row in table)
+    with open(whole / "results.csv", encoding="utf-8", newline="") as file:
+        assert [(c["task"], c["n"]) for c in csv.DictReader(file)] == [
+            (t, "6") for t in ("word_problems",) * 2 + ("sudoku",) * 2
+        ]
     text = (whole / "report.md").read_text(encoding="utf-8")
     assert "## word_problems" in text and "| confidence |" in text and "left out of every figure" in text
     for line in text.splitlines():
@@ -263,6 +275,42 @@ def test_a_broken_line_in_the_middle_is_named(whole, tmp_path):
     (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(DllmError, match=r"samples\.jsonl, line 3: not a sample"):
         Store(tmp_path, load(tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize("damage", [b"\x80\x00\xff", b"{", b"[1, 2]", b"{}", b"null", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["results.json", "env.json", "samples.jsonl", "config.yaml"])
+def test_damaged_files_of_a_run_are_one_line(whole, tmp_path, name, damage):
+    for part in ("config.yaml", "samples.jsonl", "results.json", "env.json"):
+        (tmp_path / part).write_bytes((whole / part).read_bytes())
+    (tmp_path / name).write_bytes(damage + b"\n")
+    with pytest.raises(DllmError) as error:
+        read(tmp_path)
+        store = Store(tmp_path, load(whole / "config.yaml"))
+        try:
+            store.match_weights({"weights": {}})
+            assert (name, damage) == ("env.json", b"{}")  # weights that nobody noted hold nobody to them
+            raise DllmError("nothing to say")
+        finally:
+            store.close()
+    assert "\n" not in str(error.value)
+
+
+def test_it_imports_where_locks_and_limits_are_of_another_kind():
+    """Windows has neither fcntl nor resource, and no process groups."""
+    code = """
+import os, sys
+from types import SimpleNamespace as Some
+for name in ("fcntl", "resource", "pwd", "grp", "termios"): sys.modules[name] = None
+for name in ("geteuid", "killpg"): delattr(os, name)
+import dllm.cli.eval, dllm.eval.runner, dllm.eval.tuning, dllm.eval.comparison, dllm.eval.report
+from dllm.eval.worker import memory
+used = Some(memory_info=lambda: Some(rss=1, peak_wset=3 * 2**20))  # as there
+sys.modules["psutil"] = Some(Process=lambda: used)
+assert memory() == {"peak_mb": 3.0}
+print("imported")
+"""
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout == "imported\n", found.stderr
 
 
 def test_a_model_that_fails_on_one_prompt(tmp_path, monkeypatch, caplog):

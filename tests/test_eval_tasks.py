@@ -57,6 +57,38 @@ def test_jsonl_with_templates_shots_and_extractor(tmp_path):
     assert task.score(task.documents[0], "no idea").note == "no answer found"
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x1c", "\u000b", "\u000c", "\r"])
+def test_only_a_new_line_ends_a_line(tmp_path, inside):
+    path = tmp_path / "d.jsonl"
+    rows = [{"q": f"a{inside}b", "a": "x"}, {"q": "c", "a": "y"}]
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\r\n" for r in rows))
+    task = load(TaskSpec("jsonl", path=str(path), prompt="{q}", answer="{a}"))
+    assert [d.prompt for d in task.documents] == [f"a{inside}b", "c"]
+
+
+def test_null_fields_are_broken_lines(tmp_path):
+    path = lines(tmp_path / "d.jsonl", {"q": "2+2?", "a": 4}, {"q": None, "a": 5}, {"q": "3+3?", "a": None})
+    spec = TaskSpec("jsonl", path=path, prompt="{q}", answer="{a}")
+    with pytest.raises(
+        DllmError, match=r"2 of 3 lines are broken: line 2 \(field 'q' is null\), line 3 \(field 'a' is null"
+    ):
+        load(spec)
+    task = load(TaskSpec("jsonl", path=path, prompt="{q}", answer="{a}", options={"broken": "skip"}))
+    assert [d.prompt for d in task.documents] == ["2+2?"] and len(task.skipped) == 2
+
+
+def test_documents_of_one_id_are_told_apart(tmp_path):
+    path = lines(tmp_path / "d.jsonl", *({"q": str(i), "a": i, "id": id} for i, id in enumerate(["x", None, "x", "y"])))
+    task = load(TaskSpec("jsonl", path=path, prompt="{q}", answer="{a}"))
+    assert [d.id for d in task.documents] == ["x#0", "1", "x#2", "y"]
+
+
+def test_a_check_that_is_empty_is_a_broken_line(tmp_path):
+    path = lines(tmp_path / "d.jsonl", {"q": "f", "a": " \n"})
+    with pytest.raises(DllmError, match="the check is empty, so any program would pass it"):
+        load(TaskSpec("jsonl", path=path, prompt="{q}", answer="{a}", metric="python"))
+
+
 def test_broken_lines_are_named_and_never_dropped_silently(tmp_path):
     data = lines(tmp_path / "d.jsonl", {"q": "a", "answer": "b"}, "{not json", "[1]", {"q": "only"})
     spec = TaskSpec("jsonl", path=data, prompt="{q}")

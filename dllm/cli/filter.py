@@ -28,8 +28,9 @@ def collect(
     """Record what the model is sure of, and where it is right, along the greedy parallel path."""
     from dllm.samplers.learn2pd import Filter
     from dllm.training import filters
+    from dllm.training.data import read_prompts
 
-    texts = prompts.read_text(encoding="utf-8").splitlines()[:n] if prompts else embedded_prompts(n, seed)
+    texts = read_prompts(prompts)[:n] if prompts else embedded_prompts(n, seed)
     traces = filters.collect(
         loaded(common)[0], texts, max_new_tokens=max_new_tokens, block_length=block_length, feature=feature,
         filter=Filter.load(on_policy) if on_policy else None,

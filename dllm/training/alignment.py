@@ -27,6 +27,7 @@ from ..models.model import Model
 from ..models.transformer import Transformer
 from . import checkpoint
 from .config import AlignConfig
+from .data import read_prompts
 from .diffusion import noise_levels
 from .tasks import generate
 from .trainer import as_diffusion, patience
@@ -301,10 +302,7 @@ def initial_drafter(config: AlignConfig) -> Model:
 def task_prompts(model: Model, config: AlignConfig, split: str = "train") -> list[list[int]]:
     """Prompt ids of the recipe: problems of the built-in tasks, or the lines of a file."""
     if config.prompts:
-        path = Path(config.prompts)
-        if not path.is_file():
-            raise DllmError(f"no file of prompts: {path}")
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_prompts(config.prompts)
     else:
         lines = [e.prompt for name, n in config.tasks.items() for e in generate(name, split, n, config.seed)]
     return [model.chat([{"role": "user", "content": line}]) for line in lines]

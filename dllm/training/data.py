@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import plain
 from ..errors import DllmError
 from .tasks import Example, task
 
@@ -100,10 +101,24 @@ def read_jsonl(path: str | Path) -> list[Example]:
     return good
 
 
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file that are not empty. Errors: no file, not UTF-8, no line."""
+    path = Path(path)
+    try:
+        lines = [line for line in plain.lines(path.read_text(encoding="utf-8-sig")) if line.strip()]
+    except FileNotFoundError:
+        raise DllmError(f"no file of prompts: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DllmError(f"cannot read {path}: {error}") from None
+    if not lines:
+        raise DllmError(f"{path}: no prompts")
+    return lines
+
+
 def _parse(line: bytes) -> Example | None:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except ValueError:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dllm.errors import DllmError
+from dllm import plain
+from dllm.errors import DllmError, first_line
 
 from ..config import GenerateSpec, TaskSpec
 
@@ -75,7 +76,7 @@ def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[dict[str,
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DllmError(f"there is no data file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -84,8 +85,11 @@ def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[dict[str,
     for number, raw in _lines(text, path):
         try:
             row = json.loads(raw) if isinstance(raw, str) else raw
-        except json.JSONDecodeError as error:
-            bad.append(f"line {number} (not JSON: {error.msg} at column {error.colno})")
+        except (ValueError, RecursionError) as error:
+            what = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+            )
+            bad.append(f"line {number} (not JSON: {what})")
             continue
         if isinstance(row, dict):
             rows.append({**row, "_line": number})
@@ -99,9 +103,9 @@ def _lines(text: str, path: Path) -> list[tuple[int, Any]]:
     if path.suffix == ".json":
         try:
             return list(enumerate(json.loads(text), 1))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise DllmError(f"{path}: not a JSON list: {error}") from None
-    return [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(i, line) for i, line in enumerate(plain.lines(text), 1) if line.strip()]
 
 
 def refuse(path: str | Path, bad: Sequence[str], total: int, broken: str) -> None:
@@ -114,8 +118,8 @@ def refuse(path: str | Path, bad: Sequence[str], total: int, broken: str) -> Non
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """`{field}` replaced by the document's field, `{{` and `}}` by braces. An absent field is an error that lists
-    the present."""
+    """`{field}` replaced by the document's field, `{{` and `}}` by braces. A null or absent field is an error; of an
+    absent one it lists those present."""
 
     def value(match: re.Match[str]) -> str:
         if match.group(1) is None:
@@ -124,6 +128,8 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
             have = ", ".join(k for k in row if k != "_line")
             raise DllmError(f"no field {match.group(1)!r} (the document has: {have})")
         found = row[match.group(1)]
+        if found is None:
+            raise DllmError(f"field {match.group(1)!r} is null")
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
     return re.sub(r"\{\{|\}\}|\{(\w+)\}", value, template)

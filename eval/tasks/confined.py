@@ -33,8 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from dllm.errors import DllmError, unknown
 
 from . import boundary
@@ -253,6 +251,8 @@ class Unconfined(Sandbox):
         return _python(sys.executable)
 
     def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
+        import psutil
+
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -443,6 +443,8 @@ class _Side:
 
     def memory(self) -> int:
         """Resident bytes of all its processes."""
+        import psutil
+
         total = 0
         with contextlib.suppress(psutil.Error):
             own = psutil.Process(self.process.pid)

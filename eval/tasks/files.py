@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def _math(row: dict[str, Any]) -> Mapping[str, Any]:
 
 def _mbpp(row: dict[str, Any]) -> Mapping[str, Any]:
     tests = row.get("test_list")
-    if not isinstance(tests, list) or not tests:
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise DllmError("field 'test_list' is not a list of assertions")
     setup = row.get("test_setup_code") or ""
     return {
@@ -199,6 +200,7 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
         except DllmError as error:
             absent.append(f"line {row['_line']} ({error})")
     refuse(spec.path, absent, len(rows), broken)
+    documents = _told_apart(documents)
     if not documents:
         raise DllmError(f"{spec.path}: no document in it, so task {spec.label or spec.name!r} is empty")
     grade = scorers.scorer(shape.metric, shape.extract)
@@ -215,6 +217,12 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
         skipped=(*skipped, *absent),
         runs_code=shape.metric == "python",
     )
+
+
+def _told_apart(documents: list[Document]) -> list[Document]:
+    """Documents of one id with their places behind it: comparisons go by the id."""
+    times = Counter(d.id for d in documents)
+    return [replace(d, id=f"{d.id}#{i}") if times[d.id] > 1 else d for i, d in enumerate(documents)]
 
 
 def _rows(path: str, spec: TaskSpec, broken: str = "refuse") -> tuple[list[dict[str, Any]], tuple[str, ...]]:
@@ -290,7 +298,7 @@ def _document(index: int, row: dict[str, Any], shape: Shape, shots: str) -> Docu
         meta["entries"] = full.get("_entries", ())
         if not target.strip():
             raise DllmError("the check is empty, so any program would pass it")
-    name = str(row.get("id", row.get("task_id", index)))
+    name = next((str(row[key]) for key in ("id", "task_id") if row.get(key) is not None), str(index))
     prompt: Prompt = shots + fill(shape.prompt, full)
     return Document(name, prompt, target, meta)
 
