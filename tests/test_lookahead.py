@@ -37,6 +37,7 @@ SHOWING = {
     "credit": "credit:tau=0.5",
     "wino": "wino:tau_draft=0.4,tau_verify=0.6,least=2",
     "klass": "klass:kappa=0.4,epsilon=0.5",
+    "remdm": "remdm:loops=4",
 }
 
 

@@ -130,6 +130,14 @@ def test_retention() -> None:
     assert run(E5, "confidence", kept)[:2] == ("ABCX", 3)
 
 
+def test_states_passed_by_hits_are_drafted_from_too() -> None:
+    prompts = [[107, 10, 66, 130], [103, 77, 122, 91], [55, 129, 35, 72, 35], [64]]
+    call = partial(dllm.generate, model("tiny-llada-random"), prompts, max_new_tokens=16, block_length=16)
+    one, all_of_them = (call(lookahead={"rows": 8, "multi_source": several}) for several in (False, True))
+    assert [o.sequences for o in one] == [o.sequences for o in all_of_them]
+    assert sum(o.nfe for o in all_of_them) < sum(o.nfe for o in one)
+
+
 def test_predicted_mask_is_skipped() -> None:
     table = {"_": "0:? .9,0:A .08"}
     assert run(table, "confidence", 4)[:2] == ("A", 1)
@@ -154,7 +162,8 @@ def query(authors: Any = AUTHORS, **changes: Any) -> Query:
         "ids": [[7, 8]], "pos": [[2, 3]], "fresh": [[True, True]], "keep": [[True, False]],
         "visible": [[[True, True, True, True, False]] * 2], "lane": [0], **changes,
     }  # fmt: skip
-    plan = Plan(**{k: torch.tensor(v) for k, v in table.items()}, refresh=False, stored=True)
+    tensors = {k: None if v is None else torch.tensor(v) for k, v in table.items()}
+    plan = Plan(**tensors, refresh=False, stored=True)
     return name(queries(plan, 1)[0], authors)
 
 
@@ -185,6 +194,15 @@ def test_private_queries_that_see_each_other_differently_have_different_keys() -
 def test_what_a_query_does_not_see_is_not_in_its_key() -> None:
     """Slots 2 and 3 it writes itself, slot 4 it does not see."""
     assert query({0: np.array([1, 2, 8, 8, 8])}).key == query().key
+
+
+def test_padding_and_what_is_said_by_default_are_not_in_the_key() -> None:
+    padded = query(ids=[[7, 8, 0]], pos=[[2, 3, -1]], fresh=[[True, True, False]], keep=[[True, False, False]],
+                   visible=[[[True, True, True, True, False]] * 3])  # fmt: skip
+    assert padded.key == query(fresh=None).key == query().key
+    assert (
+        query(visible=[[[True, True, True, True, False]]]).outside[0].tolist() == query().outside[0].tolist() == [0, 1]
+    )
 
 
 def test_only_kept_slots_change_their_author() -> None:
@@ -367,6 +385,8 @@ def test_a_wide_guard_with_a_cache(cache_: str) -> None:
         outs = call(lookahead={"rows": 4, **mode})
         assert [o.sequences for o in outs] == [o.sequences for o in call()]
         assert all(o.stats["divergences"] == 0 for o in outs) and any(o.stats["hits"] for o in outs)
+        if mode["mode"] == "fast":  # nothing that hits owe the store is computed twice
+            assert sum(o.stats["reruns"] for o in outs) == 0
 
 
 def test_a_wide_guard_on_a_block_causal_model() -> None:
