@@ -176,6 +176,8 @@ class Config:
     trace: int = 0  # documents per task and setting whose commit order is kept
     confidence: float = 0.95  # of the bootstrap intervals
     engine: EngineSpec = EngineSpec()
+    confinement: str = "auto"  # of generated programs: namespaces, bubblewrap, docker, docker:IMAGE
+    allow_unconfined_code: bool = False  # where programs cannot be confined (`confinement: none`: anywhere)
     expected: tuple[Expected, ...] = ()
     unknown: tuple[str, ...] = ()  # what a paper leaves open, printed in the report
     about: str = ""

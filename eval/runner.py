@@ -25,7 +25,9 @@ from dllm.samplers import registry
 from . import engines, metrics
 from .config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
 from .store import Row, Store, read_mapping, read_rows, write, write_csv
+from .tasks import confined
 from .tasks.base import Task, takes
+from .tasks.scorers import UNCONFINED
 from .worker import Job, arguments, available, environment, occasion
 
 log = logging.getLogger(__name__)
@@ -131,6 +133,7 @@ def run(
             *results.notices,
             *_cut(results.cells),
             *(f"{task} is left out: {why}" for task, why in skipped.items()),
+            *_unconfined(rows),
         ]
         if bad := next((row for row in rows if row.get("error")), None):
             first = f"{bad['task']}, {bad['setting']}, document {bad['doc']}: {bad['error']}"
@@ -339,6 +342,13 @@ def _results(
         if task.skipped
     ]
     return Results(folder, config, tuple(cells), tuple(rows), areas(config, cells), env, tuple(notices))
+
+
+def _unconfined(rows: Sequence[Row]) -> Iterator[str]:
+    """Said of a report in which a program may have made its own verdict."""
+    free = sum(str(row.get("note", "")).startswith(UNCONFINED) for row in rows)
+    if free:
+        yield f"{confined.UNCONFINED} ({free} samples)"
 
 
 def _cut(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:

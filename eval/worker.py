@@ -31,7 +31,7 @@ from dllm.models.model import fingerprint
 from .arguments import layered
 from .config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
 from .store import Row, decoding_identity, sample_key
-from .tasks import Task, Unavailable
+from .tasks import Task, Unavailable, confined
 from .tasks import load as load_task
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,10 @@ def load_tasks(config: Config) -> tuple[Task, ...]:
 
 def available(config: Config) -> tuple[Config, tuple[Task, ...], dict[str, str]]:
     """The configuration and its loaded tasks without those that cannot run here, and the reason of each of these."""
+    try:
+        confined.choose(config.confinement, config.allow_unconfined_code)
+    except DllmError as error:
+        raise config.source.error(("confinement",), str(error)) from None
     tasks, skipped = [], {}
     for i, spec in enumerate(config.tasks):
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dllm.errors import DllmError
+from dllm.eval import run as run_evaluation
 from dllm.eval.tasks import boundary, confined
 from dllm.eval.tasks.confined import Limits, run
 
@@ -406,3 +407,30 @@ def test_docker_is_asked_for_its_image(afresh, tmp_path):
     asked = (tmp_path / "asked").read_text()
     for word in ("--network none", "--read-only", "--memory 512m", "--cap-drop ALL", "no-new-privileges", "--user "):
         assert word in asked
+
+
+def test_a_task_that_cannot_run_is_left_out_with_its_reason(afresh, tmp_path):
+    """The others go on; by leave it runs, and the report says so before anything else."""
+    afresh.setattr(confined, "_which", lambda tool: None)
+    afresh.setenv("PATH", "/nowhere")
+    asked = {
+        "tasks": ["functions", "sudoku"],
+        "model": {"name": "tiny", "device": "cpu"},
+        "sampler": "threshold",
+        "limit": 2,
+        "generate": {"max_new_tokens": 32},
+    }
+    results = run_evaluation(asked, out=tmp_path / "a", progress=False)
+    assert [cell["task"] for cell in results.cells] == ["sudoku"]
+    (notice,) = results.notices
+    assert notice.startswith("functions is left out: it runs generated programs: namespaces: ") and "\n" not in notice
+    assert notice in (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(DllmError, match="no task can run here: functions: it runs generated programs"):
+        run_evaluation({**asked, "tasks": ["functions"]}, out=tmp_path / "b", progress=False)
+    results = run_evaluation(asked, ["allow_unconfined_code=true"], out=tmp_path / "a", progress=False)
+    assert {cell["task"] for cell in results.cells} == {"functions", "sudoku"}
+    assert results.notices == (f"{confined.UNCONFINED} (2 samples)",)
+    report = (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
+    assert report.index("GENERATED PROGRAMS RUN UNCONFINED") < report.index("## ")
+    with pytest.raises(DllmError, match="confinement: confinement 'none' needs --allow-unconfined-code"):
+        run_evaluation({**asked, "confinement": "none"}, out=tmp_path / "c", progress=False)

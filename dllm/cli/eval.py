@@ -27,6 +27,12 @@ eval_app = typer.Typer(
 SETS = typer.Option(
     [], "--set", metavar="KEY=VALUE", help="Override one key, for example sampler.name=credit; may be repeated."
 )
+UNCONFINED = typer.Option(
+    False,
+    "--allow-unconfined-code",
+    help="Run generated programs even where they cannot be confined: they may then do whatever you may.",
+)
+LEAVE = ("allow_unconfined_code=true",)
 OUT = typer.Option(None, "--out", help="The run folder; runs/<name> without it.")
 
 
@@ -41,11 +47,13 @@ def run_command(
         False, "--dry-run", help="The embedded model and two documents: does the configuration hold together?"
     ),
     retry_errors: bool = typer.Option(False, "--retry-errors", help="Decode again what failed before."),
+    unconfined: bool = UNCONFINED,
 ) -> None:
     """Run an evaluation, or go on with one that was cut short. Exit code 3: some prompts failed."""
     from dllm.eval import run
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    sets = [*sets, *LEAVE[:unconfined]]
     results = run(config, sets, out=out, limit=limit, seed=seed, dry_run=dry_run, retry_errors=retry_errors)
     if not results.lead:  # another rank speaks
         raise typer.Exit(results.exit_code)
@@ -81,6 +89,7 @@ def tune(
     out: Path | None = OUT,
     limit: int | None = typer.Option(None, help="The first documents of each task only."),
     seed: int | None = typer.Option(None, help="Seed of every random choice."),
+    unconfined: bool = UNCONFINED,
     save: bool = typer.Option(
         False, "--save", help="Write the choice for every sampler beside the model: a bare name takes it from there."
     ),
@@ -90,6 +99,8 @@ def tune(
     from dllm.eval import tune as search
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    found = search(config, sets, out=out, limit=limit, seed=seed, save=save)
+    found = search(config, [*sets, *LEAVE[:unconfined]], out=out, limit=limit, seed=seed, save=save)
+    for notice in found.results.notices:
+        typer.echo(notice, err=True)
     typer.echo(found.text)
     raise typer.Exit(found.results.exit_code)

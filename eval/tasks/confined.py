@@ -111,6 +111,7 @@ class Verdict:
     status: str
     output: str  # the end of what program and check printed
     seconds: float
+    confined: bool = True
 
     @property
     def passed(self) -> bool:
@@ -368,7 +369,7 @@ def _run(
     if watch.reason and not passed:
         text += f"\n{watch.reason}"
     status = "passed" if passed else "timeout" if watch.timed_out else "failed"
-    return Verdict(status, text[-_TAIL:], time.monotonic() - start)
+    return Verdict(status, text[-_TAIL:], time.monotonic() - start, within.name != Unconfined.name)
 
 
 def _exchange(asking: _Side, answering: _Side, watch: _Watch) -> bool:

@@ -16,6 +16,7 @@ from .base import Document, Graded
 from .confined import last_line, run
 
 NUMBER = r"(-?\$?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)"
+UNCONFINED = "unconfined:"  # begins the note of a verdict that a program may have made itself
 # Names that `extract:` may use instead of a regular expression; of several matches the last counts.
 EXTRACTORS = {
     "number": NUMBER,
@@ -126,7 +127,8 @@ def python(document: Document, answer: str) -> Graded:
 def judged(program: str, check: str, answer: str, **options: Any) -> Graded:
     """The verdict of `confined.run`, with the last word of a program that failed."""
     verdict = run(program, check, **options)
-    words = [verdict.status] if verdict.passed or verdict.status == "timeout" else [verdict.status, last_line(verdict)]
+    words = [verdict.status] if verdict.confined else [UNCONFINED, verdict.status]
+    words += [last_line(verdict)] if verdict.status == "failed" else []
     return Graded(float(verdict.passed), answer, " ".join(words)[:200])
 
 
