@@ -3,7 +3,9 @@ with a memory, records, streamers, pipelines."""
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -415,3 +417,11 @@ def test_assisted_blocks_nest_and_leave_nothing_behind(model, tmp_path):
     assert "prompt_lookup_num_tokens" not in (tmp_path / "generation_config.json").read_text()
     assert model.generation_config.prompt_lookup_num_tokens is None and plain(model, PROMPT, N) == text
     assert not any(name.startswith("_get_") or name.startswith("_prepare_") for name in vars(model))
+
+
+def test_the_blocks_of_the_page_run():
+    page = (Path(__file__).parent.parent / "docs" / "drafting.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["results"][0].tau > 1 and names["ids"].shape[1] > 1
