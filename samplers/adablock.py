@@ -13,7 +13,7 @@ from dllm.cache import spans
 from dllm.canvas import Canvas, State, Window
 from dllm.errors import DllmError
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, View, best, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, View, best, param
 from dllm.samplers.threshold import Threshold
 
 # The released delimiter sets: ids of the families' own vocabularies whose text holds a new line.
@@ -101,7 +101,7 @@ class AdaBlock(Method):
         None, "None: 0.5 for Dream, 0.3 for the others, as published; inf: no delimiter ends a block", low=0
     )
     window: str = param("budget", "the released code's look-ahead", choices=("budget", "progress"))
-    tau: float = param(0.9, "the bar where no other sampler selects (Fast-dLLM's default)", low=0, high=1)
+    tau: float = param(0.9, "the bar where no other sampler selects (Fast-dLLM's default)", low=0, high=OFF)
 
     name: ClassVar[str] = "adablock"
     source: ClassVar[str] = "AdaBlock-dLLM, arXiv 2509.26432"

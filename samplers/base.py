@@ -268,6 +268,11 @@ def best(score: Tensor, among: Tensor) -> Tensor:
 # -- parameters of a named sampler ----------------------------------------------------------------------------------
 
 
+# The highest bar for a confidence: above 1 nothing reaches it, which switches the rule off (one token a step is left of
+# `threshold`). What is larger still is a slip: 7 for 0.7.
+OFF = 2
+
+
 def param(default: Any, why: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
     """A documented parameter: default, the reason for it, and the range that `__post_init__` enforces."""
     return field(default=default, metadata={"why": why, "low": low, "high": high, "choices": choices})

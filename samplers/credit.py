@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm.canvas import Canvas
 from dllm.prediction import Prediction, Rescored
-from dllm.samplers.base import Bundle, Context, Method, View, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, View, param
 from dllm.samplers.threshold import Threshold
 
 FREE = 0  # an unused slot; token ids are stored plus one, so that new slots may be zeros
@@ -30,7 +30,7 @@ class Credit(Method):
     alpha: float = param(0.65, "the paper's final setting for all models: strength of the credit", low=0)
     beta: float = param(0.70, "the paper's final setting: what a step keeps of earlier credit", low=0, high=1)
     gamma: float = param(0.20, "the paper's final setting: below 1 lifts weak early evidence", low=0)
-    tau: float = param(0.9, "the bar where no other sampler selects (Fast-dLLM's default)", low=0, high=1)
+    tau: float = param(0.9, "the bar where no other sampler selects (Fast-dLLM's default)", low=0, high=OFF)
     tie: float = param(0.0, "candidates this close to the best one commit with it (dInfer: 1e-5)", low=0, high=1)
     tuning_free: bool = param(False, "True: gamma 1 and alpha = beta = 1 - masked fraction, the paper's variant")
 

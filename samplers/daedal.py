@@ -12,7 +12,7 @@ from dllm.cache import spans
 from dllm.canvas import Canvas, Decision, State, Window
 from dllm.errors import DllmError
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, best, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, best, param
 from dllm.samplers.blocks import first_block
 
 
@@ -28,10 +28,10 @@ class DAEDAL(Method):
     """
 
     initial: int | None = param(None, "None: 64 columns, the paper's start (32 to 512 do equally well)", low=1)
-    tau_high: float = param(0.9, "paper, all tasks: a column above it is committed", low=0, high=1)
-    tau_low: float = param(0.1, "paper, all tasks: a column below it may be expanded", low=0, high=1)
-    tau_eos: float = param(0.5, "paper, all tasks: the tail's confidence that ends stage 1", low=0, high=1)
-    tau_expand: float = param(0.9, "paper, all tasks: no expansion once the tail is this sure", low=0, high=1)
+    tau_high: float = param(0.9, "paper, all tasks: a column above it is committed", low=0, high=OFF)
+    tau_low: float = param(0.1, "paper, all tasks: a column below it may be expanded", low=0, high=OFF)
+    tau_eos: float = param(0.5, "paper, all tasks: the tail's confidence that ends stage 1", low=0, high=OFF)
+    tau_expand: float = param(0.9, "paper, all tasks: no expansion once the tail is this sure", low=0, high=OFF)
     factor: int = param(8, "paper's expansion; 16 to 32 do equally well on GSM8K", low=1)
     tail: int = param(32, "paper's best window of the end-of-sequence signal", low=1)
     growth: str = param(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.cache import spans
 from dllm.canvas import Canvas, State, Window
-from dllm.samplers.base import Bundle, Context, Method, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, param
 from dllm.samplers.threshold import Threshold
 
 
@@ -60,7 +60,7 @@ class DSB(Method):
     """
 
     max_length: int | None = param(None, "None lets the window grow (`greedy`); a number bounds it (`const`)", low=1)
-    tau: float = param(0.9, "the threshold of its published runs", low=0, high=1)
+    tau: float = param(0.9, "the threshold of its published runs", low=0, high=OFF)
 
     name: ClassVar[str] = "dsb"
     source: ClassVar[str] = "DSB, arXiv 2602.05992"

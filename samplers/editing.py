@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.canvas import Canvas, Decision
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold
 
@@ -23,8 +23,8 @@ class Editing(Method):
     that were left are never edited. Composes: `editing+NAME` edits behind the selection rule of NAME.
     """
 
-    tau: float = param(0.95, "LLaDA2.1's code; its card names 0.7 for quality and 0.5 for speed", low=0, high=1)
-    edit: float = param(0.9, "LLaDA2.1's editing threshold", low=0, high=1)
+    tau: float = param(0.95, "LLaDA2.1's code; its card names 0.7 for quality and 0.5 for speed", low=0, high=OFF)
+    edit: float = param(0.9, "LLaDA2.1's editing threshold", low=0, high=OFF)
     rounds: int = param(16, "forwards on a block without masks, LLaDA2.1's max_post_steps", low=0)
 
     name: ClassVar[str] = "editing"

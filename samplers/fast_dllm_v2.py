@@ -13,7 +13,7 @@ import torch
 
 from dllm.canvas import State, Window
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Context, Method, Needs, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold
 
@@ -40,7 +40,7 @@ class FastDLLMv2(Method):
     """Threshold decoding in sub-blocks, for models with shifted logits and block-causal attention."""
 
     tau: float = param(
-        0.9, "the bar where no other sampler selects: the released example; its code defaults to 1", low=0, high=1
+        0.9, "the bar where no other sampler selects: the released example; its code defaults to 1", low=0, high=OFF
     )
     sub: int = param(8, "columns of a sub-block, the released default", low=1)
     whole_block: bool = param(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.canvas import Decision
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 
 
@@ -24,9 +24,9 @@ class Hierarchy(Method):
     """
 
     tau_high: float = param(
-        0.85, "inside the paper's range 0.78-0.88, where its GSM8K score equals threshold's", low=0, high=1
+        0.85, "inside the paper's range 0.78-0.88, where its GSM8K score equals threshold's", low=0, high=OFF
     )
-    tau_low: float = param(0.4, "the released default (paper: 0.3-0.5)", low=0, high=1)
+    tau_low: float = param(0.4, "the released default (paper: 0.3-0.5)", low=0, high=OFF)
     tau_remask: float | None = param(None, "off, as released; the paper tries 0.01, 0.3 and 0.35", low=0, high=1)
 
     name: ClassVar[str] = "hierarchy"

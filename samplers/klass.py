@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.canvas import Canvas, State, Window
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
 from dllm.samplers.quota import Quota
 
 ROWS = 1  # distributions compared at once: their temporaries stay in a CPU's cache
@@ -26,7 +26,7 @@ class KLASS(Method):
     """
 
     kappa: float = param(
-        0.9, "the released default; published: 0.6 GSM8K and MATH, 0.7 MBPP, 0.9 HumanEval", low=0, high=1
+        0.9, "the released default; published: 0.6 GSM8K and MATH, 0.7 MBPP, 0.9 HumanEval", low=0, high=OFF
     )
     epsilon: float = param(0.01, "nats; the released default, of MATH, HumanEval and MBPP (GSM8K: 0.015)", low=0)
     n: int = param(2, "steps a column must be stable, Table 6 of the paper", low=1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, View, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, View, param
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class LocalLeap(Method):
     or with tau >= kappa this is `threshold` at kappa.
     """
 
-    kappa: float = param(0.9, "the paper's bar for anchors, LLaDA and Dream", low=0, high=1)
-    tau: float = param(0.75, "the paper's relaxed bar for LLaDA; accuracy falls markedly below it", low=0, high=1)
+    kappa: float = param(0.9, "the paper's bar for anchors, LLaDA and Dream", low=0, high=OFF)
+    tau: float = param(0.75, "the paper's relaxed bar for LLaDA; accuracy falls markedly below it", low=0, high=OFF)
     radius: int = param(4, "the paper's neighbourhood, columns to each side", low=0)
 
     name: ClassVar[str] = "localleap"

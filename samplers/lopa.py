@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.canvas import Canvas, Decision, Plan, State, Window
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.threshold import Threshold
 
 
@@ -90,7 +90,7 @@ class LoPA(Method):
     """
 
     b: int = param(4, "branches with the row itself; released scripts use 2-4, the paper's D2F runs 7 and 14", low=1)
-    tau: float = param(0.9, "the bar of the ordinary commits where no other sampler selects", low=0, high=1)
+    tau: float = param(0.9, "the bar of the ordinary commits where no other sampler selects", low=0, high=OFF)
 
     name: ClassVar[str] = "lopa"
     source: ClassVar[str] = "LoPA, arXiv 2512.16229"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.eb import EB
 
@@ -25,7 +25,7 @@ class SDAR(Method):
     """Block decoding: from left to right, by confidence, by confidence above tau, or by bounded entropy."""
 
     rule: str = param("low_confidence_dynamic", "the released default", choices=RULES)
-    tau: float = param(0.85, "the released threshold of the dynamic rule", low=0, high=1)
+    tau: float = param(0.85, "the released threshold of the dynamic rule", low=0, high=OFF)
     gamma: float = param(0.35, "nats of entropy that a step may spend on further columns (eb_threshold)", low=0)
     steps: int | None = param(None, "forwards of a block; None: as many as its columns, at least one a step", low=1)
     whole_block: bool = param(False, "True: an EOS ends the row when its block is complete, as the released codes do")

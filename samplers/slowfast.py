@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.cache import spans
 from dllm.canvas import Canvas, Plan, State, Window
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold
 
@@ -112,8 +112,8 @@ class SlowFast(Method):
     but the model sees a shorter canvas, so that the output is not that of the full input.
     """
 
-    tau: float = param(0.85, "the paper's bar (released code: 0.9)", low=0, high=1)
-    tau_min: float = param(0.1, "the paper's bar for the region's end (released code: 0.3)", low=0, high=1)
+    tau: float = param(0.85, "the paper's bar (released code: 0.9)", low=0, high=OFF)
+    tau_min: float = param(0.1, "the paper's bar for the region's end (released code: 0.3)", low=0, high=OFF)
     most: int = param(8, "the paper's longest slow phase (released code: 6)", low=1)
     spread: float = param(1.0, "columns; the released bar on the standard deviation of the last two estimates", low=0)
     truncate: bool = param(True, "as published; False feeds the whole canvas and works with every cache")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, View, param, rank
+from dllm.samplers.base import OFF, Bundle, Context, Method, View, param, rank
 from dllm.samplers.blocks import Blocks
 
 
@@ -17,7 +17,7 @@ from dllm.samplers.blocks import Blocks
 class Threshold(Method):
     """Commit every candidate whose confidence reaches tau, and always the best one."""
 
-    tau: float = param(0.9, "Fast-dLLM's default, LLaDA and Dream", low=0, high=1)
+    tau: float = param(0.9, "Fast-dLLM's default, LLaDA and Dream", low=0, high=OFF)
     tie: float = param(0.0, "candidates this close to the best one commit with it (dInfer: 1e-5)", low=0, high=1)
 
     lone_opening: bool = param(False, "True: the forward that opens a block commits its first column only")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm.canvas import Canvas, Decision, Plan, State, Window
 from dllm.errors import DllmError
 from dllm.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.revoke import committed_here, decoded, remask
 
 
@@ -80,9 +80,9 @@ class WINO(Method):
     """
 
     tau_draft: float = param(
-        0.7, "released: 0.7 MATH500, HumanEval, Sudoku; 0.6 GSM8K; 0.8 MBPP; 0.5 ARC", low=0, high=1
+        0.7, "released: 0.7 MATH500, HumanEval, Sudoku; 0.6 GSM8K; 0.8 MBPP; 0.5 ARC", low=0, high=OFF
     )
-    tau_verify: float = param(0.9, "the paper's bar, all tasks; 0 never takes back", low=0, high=1)
+    tau_verify: float = param(0.9, "the paper's bar, all tasks; 0 never takes back", low=0, high=OFF)
     share: float = param(0.7, "the released cap: a share of the masks left", low=0, high=1)
     least: int = param(5, "the released floor of the cap", low=1)
     most: int = param(20, "the released ceiling of the cap", low=1)

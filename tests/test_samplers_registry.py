@@ -98,16 +98,22 @@ def test_one_that_breaks_when_it_is_built_is_named(outside: None, tmp_path: Path
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("threshold:tau=7", r"tau=7 must be in \[0, 1\]"),
-        ("threshold:tau=-0.1", r"tau=-0.1 must be in \[0, 1\]"),
-        ("localleap:kappa=1.5", r"kappa=1.5 must be in \[0, 1\]"),
-        ({"name": "wino", "tau_verify": 90}, r"tau_verify=90 must be in \[0, 1\]"),
-        ("daedal:tau_eos=1.01", r"tau_eos=1.01 must be in \[0, 1\]"),
+        ("threshold:tau=7", r"tau=7 must be in \[0, 2\]"),
+        ("threshold:tau=-0.1", r"tau=-0.1 must be in \[0, 2\]"),
+        ("localleap:kappa=75", r"kappa=75 must be in \[0, 2\]"),
+        ({"name": "wino", "tau_verify": 90}, r"tau_verify=90 must be in \[0, 2\]"),
+        ("wino:share=1.01", r"share=1.01 must be in \[0, 1\]"),
     ],
 )
-def test_a_confidence_is_a_probability(spec: Any, said: str) -> None:
+def test_a_bar_for_a_confidence_is_no_percentage(spec: Any, said: str) -> None:
     with pytest.raises(DllmError, match=said):
         registry.parse(spec)
+
+
+def test_a_bar_above_one_switches_its_rule_off() -> None:
+    model = Scripted(peaks([(1, 1.0)] * 6, 8))
+    for spec in ("threshold:tau=1.1", "klass:kappa=2", "localleap:kappa=1.5", "credit:tau=2"):
+        assert dllm.generate(model, [0], sampler=spec, max_new_tokens=6, block_length=6).nfe == 6
 
 
 def test_numbers_are_read_as_python_writes_them() -> None:
