@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import DllmError
+from ..errors import DllmError, first_line
 from ..models.hub import load, load_verifier, pick_device
 from ..models.model import Model
 from ..models.transformer import Transformer
@@ -94,10 +94,13 @@ def _kept(path: Path | None) -> dict[tuple[int, ...], list[int]]:
     """prompt -> answer of an earlier run; a line that was cut off is dropped, from the file too."""
     if path is None or not path.exists():
         return {}
-    *whole, rest = path.read_text(encoding="utf-8").split("\n")
-    if rest:
-        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-    return {tuple(prompt): answer for prompt, answer in map(json.loads, whole)}
+    try:
+        *whole, rest = path.read_text(encoding="utf-8").split("\n")
+        if rest:
+            path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+        return {tuple(prompt): answer for prompt, answer in map(json.loads, whole)}
+    except (OSError, ValueError, TypeError) as error:
+        raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run again") from None
 
 
 def stage_one(
