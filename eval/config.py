@@ -170,6 +170,7 @@ class Config:
     tasks: tuple[TaskSpec, ...]
     settings: tuple[Setting, ...]
     seed: int = 0
+    data: str | None = None  # a folder of local data, BENCHMARK/SPLIT.jsonl; lm-eval's tasks take their documents there
     limit: int | None = None
     batch_size: int = 8
     warmup: int = 1  # batches decoded and thrown away before a setting's clock starts
@@ -308,7 +309,7 @@ def read(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     if parent in (*_seen, path.resolve()):
         raise source.error(("extends",), f"{base} extends this file again")
     data_base, source_base = read(parent, (*_seen, path.resolve()))
-    return merge(data_base, data), Source(str(path), {**source_base.places, **source.places})
+    return _merge_keys(data_base, data), Source(str(path), {**source_base.places, **source.places})
 
 
 def merge(base: Any, top: Any) -> Any:
@@ -316,6 +317,10 @@ def merge(base: Any, top: Any) -> Any:
     parameters."""
     if not (isinstance(base, dict) and isinstance(top, dict)) or ("name" in top and top["name"] != base.get("name")):
         return top
+    return _merge_keys(base, top)
+
+
+def _merge_keys(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, **{k: merge(base[k], v) if k in base else v for k, v in top.items()}}
 
 

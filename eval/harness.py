@@ -33,7 +33,9 @@ from dllm.models.arguments import RENAMED, LoadArguments
 from . import metrics
 from .arguments import THEIRS, layered, translated
 from .config import Config, Setting, TaskSpec
+from .lm_tasks import prepared
 from .store import Row, Store, decoding_identity, sample_key
+from .tasks.base import Unavailable
 from .worker import Worker, attempt, failed, measure
 
 try:
@@ -83,6 +85,14 @@ def gen_kwargs_of_the_call() -> dict[str, Any]:
 def stochastic(model: Any, ids: Sequence[int], arguments: Mapping[str, Any]) -> bool:
     """Whether the sampler of such a call draws even at temperature 0."""
     return bool(prepare(model, [list(ids)], arguments).sampler.needs.stochastic)
+
+
+def _fitting(ids: list[int], room: int, positions: int) -> tuple[list[int], int]:
+    """The end of a prompt that leaves `room` for the answer, and how many tokens were cut before it."""
+    keep = positions - room
+    if keep < 1:
+        raise DllmError(f"max_gen_toks={room} leaves no room for a prompt in {positions} positions")
+    return ids[-keep:], max(0, len(ids) - keep)
 
 
 def _said(output: Any) -> tuple[str, str | None]:
@@ -228,7 +238,8 @@ class DiffusionLM(LM):
     def _say(self, what: str, cases: Sequence[str]) -> None:
         if cases:
             self.remarks[what] = self.remarks.get(what, 0) + len(cases)
-            log.warning("%d requests %s; the first: %s", len(cases), what, cases[0])
+            level = logging.WARNING if self.journal is None else logging.INFO  # a journal's rows say it again
+            log.log(level, "%d requests %s; the first: %s", len(cases), what, cases[0])
 
     def _asks(self, requests: Sequence[Any]) -> list[Ask]:
         """Every request made ready. Its seed follows from its document, so that it is the same on any number of ranks
@@ -316,11 +327,7 @@ class DiffusionLM(LM):
 
     def _ids(self, context: str, room: int) -> tuple[list[int], int]:
         """Token ids, cut on the left where context and answer would not fit, and how many were cut."""
-        ids = self._begin(encode(self.model, context, False))
-        keep = self.model.max_positions - room
-        if keep < 1:
-            raise DllmError(f"max_gen_toks={room} leaves no room for a prompt in {self.model.max_positions} positions")
-        return ids[-keep:], max(0, len(ids) - keep)
+        return _fitting(self._begin(encode(self.model, context, False)), room, self.model.max_positions)
 
     def _begin(self, ids: list[int]) -> list[int]:
         """Behind the bos token, where it was asked for or the model can begin with nothing else."""
@@ -510,18 +517,18 @@ class Drafting(DiffusionLM):
     def __init__(self, name: str, worker: Worker, setting: Setting, **options: Any):
         super().__init__(name, worker.model(setting.model), **options)
         assert setting.speculate is not None
-        self.worker, self.setting = worker, setting
-        self.tokenizer = worker.verifier(setting.speculate.verifier).tokenizer
+        self.worker, self.setting, self.verifier = worker, setting, worker.verifier(setting.speculate.verifier)
+        self.tokenizer = self.verifier.tokenizer
 
     def _ids(self, context: str, room: int) -> tuple[list[int], int]:
-        return [], 0
+        ids = list(self.tokenizer(context, add_special_tokens=False)["input_ids"])
+        return _fitting(ids, room, self.verifier.max_positions or len(ids) + room)
 
     def _draws(self, ask: Ask) -> bool:
         return bool(ask.arguments.get("temperature"))
 
     def decode(self, asks: Sequence[Ask], arguments: Mapping[str, Any], seed: int) -> list[Any]:
-        given = {**arguments, "chat": False}  # lm-eval has applied the template
-        return self.worker.generate(self.setting, [ask.context for ask in asks], given, seed)
+        return self.worker.generate(self.setting, [ask.ids for ask in asks], arguments, seed)
 
     def _score(self, head: list[int], tail: list[int]) -> float:
         raise DllmError("likelihoods are the model's alone; leave out `speculate` for this task")
@@ -542,17 +549,21 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
     Generated answers go through our samples (so they resume and carry counts); likelihoods are lm-eval's alone. A task
     that cannot be had, or that fails, is left out with its reason.
     """
-    out = Found()
-    for setting in config.settings:
+    out, ready = Found(), {}
+    for spec in config.tasks:
+        try:
+            ready[spec.label or spec.name] = spec, *prepared(spec, _managed(spec), config.data)
+        except Unavailable as error:
+            out.skipped[spec.label or spec.name] = str(error)
+    for setting in config.settings if ready else ():
         lm = _model(setting, worker, config)
-        for spec in config.tasks:
-            label = spec.label or spec.name
+        for label, (spec, task, options) in ready.items():
             if label in out.skipped:
                 continue
             lm.journal = Journal(store, spec.name, label, setting, "+".join(worker.weights_of(setting).values()))
             lm.decoding, lm.used, lm.remarks = _decoding(setting, spec), {}, {}
             try:
-                found = _evaluate(lm, spec, setting, config)
+                found = _evaluate(lm, task, options, spec, setting, config)
             except DllmError:
                 raise
             except Exception as error:
@@ -571,18 +582,20 @@ def _model(setting: Setting, worker: Worker, config: Config) -> DiffusionLM:
     return DiffusionLM(setting.model.name, worker.model(setting.model), **options)
 
 
-def _evaluate(lm: DiffusionLM, spec: TaskSpec, setting: Setting, config: Config) -> dict[str, Any] | None:
-    options = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
+def _evaluate(
+    lm: DiffusionLM, task: Any, options: Mapping[str, Any], spec: TaskSpec, setting: Setting, config: Config
+) -> dict[str, Any] | None:
+    own = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
     chat = layered(spec.generate.given(), setting.generate.given()).get("chat")
     return simple_evaluate(
         model=lm,
-        tasks=[spec.name.removeprefix("lm-eval:")],
+        tasks=[task],
         limit=_limit(config, spec),
         task_manager=_managed(spec),
         bootstrap_iters=0,
         random_seed=config.seed,
         log_samples=True,
-        **({"apply_chat_template": chat} if chat is not None else {}) | options,
+        **({} if chat is None else {"apply_chat_template": chat}) | options | own,
     )
 
 

@@ -24,6 +24,7 @@ from dllm.samplers import registry
 
 from . import engines, metrics
 from .config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
+from .data import rehearse as examples
 from .store import Row, Store, read_mapping, read_rows, write, write_csv
 from .tasks import confined
 from .tasks.base import Task, takes
@@ -89,6 +90,7 @@ def run(
     out: str | Path | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    data: str | Path | None = None,
     dry_run: bool = False,
     retry_errors: bool = False,
     progress: bool = True,
@@ -99,7 +101,8 @@ def run(
     and short answers in place, to see that a configuration holds together. Errors: everything wrong with the
     configuration, before any decoding.
     """
-    given = load(config, sets, limit=limit, seed=seed, out=None if out is None else str(out))
+    folders = {name: str(path) for name, path in (("out", out), ("data", data)) if path is not None}
+    given = load(config, sets, limit=limit, seed=seed, **folders)
     if given.limit is not None and given.limit < 1:
         raise given.source.error(("limit",), f"{given.limit} leaves no document; the least is 1")
     if dry_run:
@@ -108,8 +111,10 @@ def run(
     own, foreign = _split(given)
     own, tasks, skipped = available(own)
     if not (tasks or foreign.tasks):
-        raise DllmError("no task can run here: " + "; ".join(f"{label}: {why}" for label, why in skipped.items()))
+        raise _nothing(skipped)
     folder = Path(given.out or Path("runs") / given.name)
+    if dry_run and given.data:
+        examples(given.data)
     engine = engines.start(own, str(folder), tasks)
     store: Store | None = None
     try:
@@ -128,6 +133,8 @@ def run(
             found = run_tasks(foreign, store, engine.worker, engine.lead)
             cells, rows = (*results.cells, *found.cells), [*rows, *found.rows]
             results, skipped = replace(results, cells=cells, rows=tuple(rows)), skipped | found.skipped
+        if engine.lead and not results.cells:
+            raise _nothing(skipped)
         results = replace(results, config=given, aup=areas(given, results.cells), lead=engine.lead)
         notices = [
             *results.notices,
@@ -151,6 +158,10 @@ def run(
         if store is not None:
             store.close()
         engine.close()
+
+
+def _nothing(skipped: Mapping[str, str]) -> DllmError:
+    return DllmError("no task can run here: " + "; ".join(f"{task}: {why}" for task, why in skipped.items()))
 
 
 def _split(config: Config) -> tuple[Config, Config]:
@@ -189,7 +200,7 @@ def check(config: Config) -> None:
             if _foreign(task):
                 from .harness import check_task
 
-                takes(task, "options")
+                takes(task, "options", "path", "shots_path")
                 check_task(task)
 
 
@@ -218,20 +229,18 @@ def rehearsal(config: Config) -> Config:
         return replace(setting, model=TINY, sampler=_own_filter(setting.sampler), generate=generate, speculate=spec)
 
     settings = tuple(map(short, config.settings))
-    tasks = tuple(
-        replace(
-            t,
-            limit=DRY_DOCUMENTS,
-            sampler=_own_filter(t.sampler),
-            generate=GenerateSpec(),
-            options={**t.options, "rehearse": True},
-        )
-        for t in config.tasks
-    )
+
+    def small(task: TaskSpec) -> TaskSpec:
+        options = {**task.options, "rehearse": True}
+        if _foreign(task):  # our own documents, and no shots
+            task, options = replace(task, path=None, shots_path=None), {**options, "num_fewshot": 0}
+        sampler = _own_filter(task.sampler)
+        return replace(task, limit=DRY_DOCUMENTS, sampler=sampler, generate=GenerateSpec(), options=options)
+
+    tasks = tuple(map(small, config.tasks))
     out = config.out or f"runs/dry/{config.name}"
-    return replace(
-        config, settings=settings, tasks=tasks, limit=None, out=out, batch_size=2, warmup=0, trace=min(config.trace, 1)
-    )
+    quick = {"limit": None, "batch_size": 2, "warmup": 0, "trace": min(config.trace, 1)}
+    return replace(config, settings=settings, tasks=tasks, out=out, data=f"{out}/data", **quick)
 
 
 def _own_filter(sampler: Any) -> Any:

@@ -50,8 +50,8 @@ def test_matrix_as_a_list_is_a_union_with_labels(tmp_path):
 
 
 def test_extends_merges_and_another_name_drops_old_parameters(tmp_path):
-    write(tmp_path, "tasks: [sudoku]\nseed: 3\nsampler: {name: threshold, tau: 0.7}\n", "base.yaml")
-    top = write(tmp_path, "extends: base.yaml\nsampler: {name: confidence}\nlimit: 4\n")
+    write(tmp_path, "name: base\ntasks: [sudoku]\nseed: 3\nsampler: {name: threshold, tau: 0.7}\n", "base.yaml")
+    top = write(tmp_path, "extends: base.yaml\nname: top\nsampler: {name: confidence}\nlimit: 4\n")  # its own name
     config = load(top)
     assert (config.seed, config.limit, config.settings[0].sampler) == (3, 4, "confidence")
     kept = load(write(tmp_path, "extends: base.yaml\nsampler: {name: threshold}\n", "kept.yaml"))

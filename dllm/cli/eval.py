@@ -33,6 +33,9 @@ UNCONFINED = typer.Option(
     help="Run generated programs even where they cannot be confined: they may then do whatever you may.",
 )
 LEAVE = ("allow_unconfined_code=true",)
+DATA = typer.Option(
+    None, "--data", metavar="FOLDER", help="Documents of benchmarks as local files (see `dllm data get`)."
+)
 OUT = typer.Option(None, "--out", help="The run folder; runs/<name> without it.")
 
 
@@ -43,6 +46,7 @@ def run_command(
     out: Path | None = OUT,
     limit: int | None = typer.Option(None, help="The first documents of each task only."),
     seed: int | None = typer.Option(None, help="Seed of every random choice."),
+    data: Path | None = DATA,
     dry_run: bool = typer.Option(
         False, "--dry-run", help="The embedded model and two documents: does the configuration hold together?"
     ),
@@ -53,8 +57,8 @@ def run_command(
     from dllm.eval import run
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    sets = [*sets, *LEAVE[:unconfined]]
-    results = run(config, sets, out=out, limit=limit, seed=seed, dry_run=dry_run, retry_errors=retry_errors)
+    given = {"out": out, "limit": limit, "seed": seed, "data": data}
+    results = run(config, [*sets, *LEAVE[:unconfined]], **given, dry_run=dry_run, retry_errors=retry_errors)
     if not results.lead:  # another rank speaks
         raise typer.Exit(results.exit_code)
     for cell in results.cells:

