@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral, Real
@@ -25,7 +25,7 @@ from dllm.models.diffusion_gemma import DiffusionGemma
 from dllm.models.hub import Model, load
 from dllm.models.model import NO_TOKENIZER
 from dllm.prediction import Law, Prediction
-from dllm.prompts import Padding, check_ids, is_id, joined, read, read_one
+from dllm.prompts import Padding, check_ids, joined, listed_ids, read, read_one
 from dllm.samplers import registry
 from dllm.samplers.base import Bundle, Context, Sampler, View
 from dllm.stopping import Stop, Stops, stop_strings
@@ -176,17 +176,6 @@ class Arguments:
             if name not in cls.__dataclass_fields__:
                 raise unknown("argument", name, cls.__dataclass_fields__, hint=counterpart(name))
         return cls(**given)
-
-    def ids(self, name: str, vocabulary: int) -> tuple[int, ...]:
-        """The token ids of an argument: one, or several. Errors: anything else, ids outside the vocabulary."""
-        value = getattr(self, name)
-        listed = (value,) if is_id(value) else value
-        if not isinstance(listed, Collection) or isinstance(listed, bytes) or not all(map(is_id, listed)):
-            raise DllmError(f"{name}={value!r} must be a token id, or several")
-        ids = tuple(map(int, listed))
-        if bad := [i for i in ids if not 0 <= i < vocabulary]:
-            raise DllmError(f"{name} holds {bad[0]}, outside the vocabulary of {vocabulary}")
-        return ids
 
 
 def counterpart(name: str) -> str:
@@ -369,7 +358,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     canvas, windows, tails = lay_out(model, prompts, args)
     longest = max(*windows, 1)
     block = args.block_length or model.block_size or defaults.block_length or longest
-    eos = model.eos_ids if args.eos is None else args.ids("eos", model.vocab_size)
+    eos = model.eos_ids if args.eos is None else listed_ids("eos", args.eos, model.vocab_size)
     context = Context(
         block_length=block if model.block_size else min(block, longest),
         steps=args.steps,
@@ -396,7 +385,9 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         why = f": {sampler.needs.caches_why}" if sampler.needs.caches_why else ""
         raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}{why}; use {usable}")
     sampler = policy.attach(sampler)
-    suppress = args.ids("suppress_tokens", model.vocab_size) + (eos if args.logits_eos_inf else ())
+    suppress = listed_ids("suppress_tokens", args.suppress_tokens, model.vocab_size) + (
+        eos if args.logits_eos_inf else ()
+    )
     law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)
     options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed

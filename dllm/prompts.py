@@ -7,7 +7,7 @@ the ids that its attention mask keeps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -116,6 +116,17 @@ def check_ids(ids: list[int], vocabulary: int, what: str) -> None:
     bad = next((i for i in ids if not 0 <= i < vocabulary), None)
     if bad is not None:
         raise DllmError(f"{what} holds the id {bad}, outside the vocabulary")
+
+
+def listed_ids(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
+    """The token ids of an argument: one, or several. Errors: anything else, ids outside the vocabulary."""
+    listed = (value,) if is_id(value) else value
+    if not isinstance(listed, Collection) or isinstance(listed, bytes) or not all(map(is_id, listed)):
+        raise DllmError(f"{name}={value!r} must be a token id, or several")
+    ids = tuple(map(int, listed))
+    if bad := [i for i in ids if not 0 <= i < vocabulary]:
+        raise DllmError(f"{name} holds {bad[0]}, outside the vocabulary of {vocabulary}")
+    return ids
 
 
 def is_id(value: Any) -> bool:

@@ -6,7 +6,6 @@ document's index), so it does not matter which worker runs it, when, or whether 
 
 from __future__ import annotations
 
-import bisect
 import datetime
 import logging
 import platform
@@ -14,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,20 +71,13 @@ def arguments(setting: Setting, spec: TaskSpec, task: Task) -> dict[str, Any]:
 
 class Drafted:
     """A drafting result with the names of an output. Its forwards are the verifier's; the drafter's are counted
-    apart. `tokens` end at the first stop, without it, as an output's do."""
+    apart."""
 
-    def __init__(self, result: SpecResult, verifier: Verifier, eos: Collection[int]):
+    def __init__(self, result: SpecResult):
         self.text, self.finish_reason, self.seconds = result.text or "", result.finish_reason, result.seconds
-        self.nfe, self.draft_forwards, self.decoded = result.n_verify, result.draft_forwards, len(result.tokens)
+        self.nfe, self.draft_forwards, self.tokens = result.n_verify, result.draft_forwards, result.tokens
+        self.decoded = len(result.emitted)
         self.accepted = [r.accepted for r in result.rounds]
-        end = next((i for i, token in enumerate(result.tokens) if token in eos), len(result.tokens))
-
-        def length(n: int) -> int:
-            return len(verifier.tokenizer.decode(result.tokens[:n], skip_special_tokens=True))
-
-        if length(end) > len(self.text):  # a stop string: the shortest prefix that says as much
-            end = bisect.bisect_left(range(end), len(self.text), key=length)
-        self.tokens = result.tokens[:end]
 
 
 def load_tasks(config: Config) -> tuple[Task, ...]:
@@ -232,7 +224,7 @@ class Worker:
         verifier, drafter = self.verifier(spec.verifier), self._drafter(spec.drafter, model)
         given = {k: v for k, v in decoding.items() if k in VERIFIER_ARGUMENTS}
         result = dllm.speculate(verifier, drafter, prompt, seed=seed, **given, **spec.options)
-        return Drafted(result, verifier, given.get("eos") or verifier.eos)
+        return Drafted(result)
 
     def _drafter(self, name: str, model: Any) -> Any:
         """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""

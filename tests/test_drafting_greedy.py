@@ -171,7 +171,8 @@ def test_eos_inside_a_draft_ends_the_text(verifiers):
             model, Script(text), PROMPT, max_new_tokens=N, eos=ends, search=search, tree=tree, length="fixed:k=8"
         )
         assert out.sequences == expected and out.finish_reason == "stop"
-        assert out.tokens[-1] in ends and not set(out.tokens[:-1]) & set(ends)
+        assert out.sequences[-1] in ends and not set(out.tokens) & set(ends)
+        assert out.tokens == out.sequences[len(PROMPT) : -1]
 
 
 def test_max_length_is_never_passed(verifiers):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -23,8 +21,8 @@ from transformers import (
 import dllm
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.proposal import chain
-from dllm.drafting.speculation import _stop_strings
 from dllm.errors import DllmError
+from dllm.stopping import Stops
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]
 N = 20
@@ -184,7 +182,8 @@ def test_stop_strings(model, text, agree):
     cut = whole.index(stop)
     assert (
         out.text == whole[:cut]
-        and out.tokens == text[len(PROMPT) : len(PROMPT) + cut + 2]
+        and out.tokens == text[len(PROMPT) : len(PROMPT) + cut]
+        and out.sequences == text[: len(PROMPT) + cut + 2]
         and out.finish_reason == "stop"
     )
     assert dllm.speculate(model, Script(text, agree), prompt, stop=["~", stop], **kw).tokens == out.tokens
@@ -194,12 +193,12 @@ def test_stop_strings(model, text, agree):
 
 def test_a_stop_string_of_many_tokens_a_sign():
     class Bytes:
-        def decode(self, ids):
+        def decode(self, ids, skip_special_tokens=False):
             return bytes(ids).decode(errors="replace")
 
     ducks = list(("\N{DUCK}" * 4).encode())  # 16 tokens
-    stopped = _stop_strings(SimpleNamespace(tokenizer=Bytes()), ["\N{DUCK}" * 4], 3)
-    assert stopped([1, 2, 3, 65, *ducks]) and not stopped([1, 2, 3, 65, *ducks[:-1]]) and not stopped(ducks)
+    stops, text = Stops.of((), "\N{DUCK}" * 4, Bytes()), [65, *ducks]
+    assert [stops.ended(text[:n], seen=n - 1) for n in range(1, 18)] == [False] * 16 + [True]
 
 
 # -- refusals and fallbacks

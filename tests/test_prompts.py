@@ -129,3 +129,33 @@ def test_a_prompt_is_given_once(trained: Any) -> None:
     for name, value in (("eos", True), ("eos", b"ab"), ("suppress_tokens", [True])):
         with pytest.raises(DllmError, match=f"{name}=.* must be a token id, or several"):
             dllm.generate(trained, [5], max_new_tokens=2, **{name: value})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_drafting_strips_padding_and_ends_where_generate_ends(side: str) -> None:
+    tiny, verifier = dllm.load("tiny"), dllm.load_verifier("tiny-ar")
+    tok, problem = tiny.tokenizer, "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
+    texts = [f"{problem}<|sep|>", f"{problem[19:]}<|sep|>"]
+    call = {"tokenizer": tok, "max_new_tokens": 24, "length": "fixed:k=8"}
+    padded = tok(texts, padding=True, padding_side=side, return_tensors="pt")
+    alone = [dllm.speculate(verifier, tiny, text, chat=False, **call).sequences for text in texts]
+    for given in (padded, padded["input_ids"], tok(texts)):
+        assert sequences(dllm.speculate(verifier, tiny, given, **call)) == alone
+    assert sequences(dllm.speculate(verifier, tiny, **padded, **call)) == alone
+    assert sequences(dllm.speculate(verifier, tiny, tok(texts[0], return_tensors="pt"), **call)) == alone[:1]
+    for stop in (None, "####", "les.\n", "19<|eos|>"):
+        ends = {"stop": stop, "eos": [] if stop and "eos" in stop else None}
+        for drafted in (tiny, None):
+            out = dllm.speculate(verifier, drafted, problem, **call, **ends)
+            same = dllm.generate(tiny, problem, max_new_tokens=24, **ends)
+            fields = [(o.text, o.tokens, o.sequences, o.finish_reason) for o in (out, same)]
+            assert fields[0] == fields[1]
+    for name, message in (
+        ("gen_length", "here it is max_new_tokens"),
+        ("max_new_tokns", "did you mean 'max_new_tokens'"),
+    ):
+        with pytest.raises(DllmError, match=message):
+            dllm.speculate(verifier, None, problem, **{name: 4})
+    for bad in (b"12", [True], "\udcff"):
+        with pytest.raises(DllmError, match=r"not bytes|not bool|lone surrogate"):
+            dllm.speculate(verifier, None, bad, tokenizer=tok)

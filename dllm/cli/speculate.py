@@ -79,7 +79,7 @@ def speculate(
 
 
 def coloured(out: Any, tokenizer: Any) -> Text:
-    """The output with every round's accepted tokens in one colour; a sign of several tokens has that of its last."""
+    """The text with every round's accepted tokens in one colour; a sign of several tokens has that of its last."""
     text, at, shown = Text(), out.prompt_length, ""
     for i, (accepted, emitted) in enumerate(out.spans):
         for j in range(emitted):
@@ -88,7 +88,7 @@ def coloured(out: Any, tokenizer: Any) -> Text:
             if not whole.endswith("\ufffd"):
                 text.append(whole[len(shown) :], style=ACCEPTED[i % 2] if j < accepted else CORRECTION)
                 shown = whole
-    return text
+    return text[: len(out.text)]
 
 
 def align(

@@ -119,9 +119,10 @@ class SpecConfig:
 class SpecResult:
     """One decoded prompt. Lengths in tokens, times in seconds."""
 
-    sequences: list[int]  # prompt and output
+    sequences: list[int]  # prompt and output, up to the token that completes a stop
     prompt_length: int
     finish_reason: str = "length"  # stop | length
+    end: int | None = None  # where a stop begins in `sequences`
     text: str | None = None
     rounds: list[RoundStats] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)  # (accepted, emitted) per round, as printed
@@ -129,6 +130,12 @@ class SpecResult:
 
     @property
     def tokens(self) -> list[int]:
+        """The output up to the stop, without it, as in `dllm.Output`."""
+        return self.sequences[self.prompt_length : self.end]
+
+    @property
+    def emitted(self) -> list[int]:
+        """The output with the stop."""
         return self.sequences[self.prompt_length :]
 
     @property
@@ -427,6 +434,8 @@ class Row:
         for token in verdict.emitted:
             emitted.append(token)
             self.ids.append(token)
+            if token in self.request.eos:
+                self.result.end = len(self.ids) - 1
             if token in self.request.eos or (self.request.stop is not None and self.request.stop(self.ids)):
                 self.done, self.result.finish_reason = True, "stop"
                 break

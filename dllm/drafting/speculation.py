@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from numbers import Integral
 from types import CellType, FunctionType
 from typing import Any
 
@@ -19,11 +19,14 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from dllm.drafting.control import CostAware, LengthController
 from dllm.drafting.drafters import Drafter, Need
-from dllm.drafting.loop import Processors, Request, SpecConfig, run
+from dllm.drafting.loop import Processors, Request, SpecConfig, SpecResult, run
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.verifier import Pending, Verifier
-from dllm.errors import DllmError
+from dllm.errors import DllmError, unknown
+from dllm.generation import RENAMED
+from dllm.prompts import Padding, joined, listed_ids, read
+from dllm.stopping import Stops
 
 
 def speculate(
@@ -31,6 +34,8 @@ def speculate(
     drafter: Any = None,
     prompt: Any = None,
     *,
+    input_ids: Any = None,
+    attention_mask: Any = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -52,8 +57,8 @@ def speculate(
     verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
     drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle", or None (plain
                decoding).
-    prompt     a string (through the chat template where there is one, see `chat`), ids, chat messages, or a list of
-               these (a batch; chains only).
+    prompt     text (through the chat template where there is one, see `chat`), ids, chat messages, a list of these (a
+               batch; chains only), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
     temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses seed +
     i. spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
     controller   a length controller to keep its measurements from call to call.
@@ -61,14 +66,14 @@ def speculate(
     Returns a `SpecResult` per prompt. Raises DllmError for a verifier that cannot be rolled back and other mistakes of
     input.
     """
-    cfg = SpecConfig.of(spec, options)
+    cfg = SpecConfig.of(spec, _known(options))
     v = as_verifier(verifier, tokenizer)
     d = as_drafter(drafter)
-    ids, many = encode(v, prompt, chat)
+    ids, many = encode(v, joined(prompt, input_ids, attention_mask), chat)
     if streamer is not None and len(ids) > 1:
         raise DllmError("a streamer follows one text: pass one prompt")
-    end = v.eos if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    end = v.eos if eos is None else frozenset(listed_ids("eos", eos, v.vocab))
+    stops = Stops.of(end, stop, v.tokenizer)
     if max_new_tokens < 0:
         raise DllmError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     requests = []
@@ -77,13 +82,25 @@ def speculate(
         given = separate(given) if len(ids) > 1 else given
         law = verifier_law(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *given])
         generator = None if seed is None else torch.Generator().manual_seed(seed + i)
-        stopped = _stop_strings(v, stops, len(p))
+        stopped = partial(_stopped, stops, len(p)) if stops.strings else None
         limit = len(p) + max_new_tokens
         requests.append(Request(p, limit, end, temperature > 0, law.processors, law.warp, stopped, generator))
     results = run(v, d, requests, cfg, controller or shared_controller(v, d, cfg, temperature > 0), streamer)
     for r in results:
-        r.text = _text(v, r.tokens, stops)
+        _end(r, stops)
     return results if many else results[0]
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """The options. Errors: one that neither `speculate` nor `SpecConfig` has, with the name that it has here."""
+    own = [name for name in inspect.signature(speculate).parameters if name != "options"]
+    known = [field.name for field in fields(SpecConfig)]
+    for name in options:
+        if name not in known:
+            here = RENAMED.get(name)
+            hint = f": here it is {here}" if here in own else ""
+            raise unknown("option of speculate", name, [*own, *known], hint)
+    return options
 
 
 def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> LengthController:
@@ -214,23 +231,15 @@ def encode(verifier: Verifier, prompt: Any, chat: bool | None = None) -> tuple[l
     """Prompt ids, and whether several prompts were given."""
     if prompt is None:
         raise DllmError("speculate needs a prompt: a string, ids, chat messages, or a list of these")
-    prompt = _plain(prompt)
-    many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], Integral | Mapping)
-    return [_encode_one(verifier, _plain(p), chat) for p in (prompt if many else [prompt])], many
+    config = getattr(verifier.model, "generation_config", None)
+    pad, bos = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))
+    ids, single = read(
+        prompt, partial(_encode_one, verifier, chat), Padding.of(verifier.tokenizer, pad, (*verifier.eos, bos))
+    )
+    return ids, not single
 
 
-def _plain(prompt: Any) -> Any:
-    """Tensors, arrays and tuples as lists."""
-    if hasattr(prompt, "tolist"):
-        return prompt.tolist()
-    return list(prompt) if isinstance(prompt, tuple) else prompt
-
-
-def _encode_one(verifier: Verifier, prompt: Any, chat: bool | None) -> list[int]:
-    if not isinstance(prompt, str | list):
-        raise DllmError(f"a prompt is a string, ids, or chat messages, got {type(prompt).__name__}")
-    if isinstance(prompt, list) and all(isinstance(t, Integral) for t in prompt):
-        return [int(t) for t in prompt]
+def _encode_one(verifier: Verifier, chat: bool | None, prompt: Any) -> list[int]:
     tokenizer = verifier.tokenizer
     if tokenizer is None:
         raise DllmError("the verifier came without a tokenizer: pass tokenizer=..., or the prompt as ids")
@@ -244,29 +253,19 @@ def _encode_one(verifier: Verifier, prompt: Any, chat: bool | None) -> list[int]
     return list(ids)
 
 
-def _stop_strings(verifier: Verifier, stops: list[str], prompt: int) -> Callable[[list[int]], bool] | None:
-    if not stops:
-        return None
-    tokenizer = verifier.tokenizer
-    if tokenizer is None:
-        raise DllmError("stop strings need a tokenizer: pass tokenizer=...")
-    if not all(stops):
-        raise DllmError("a stop string must not be empty")
-    tail = max(len(s.encode()) for s in stops) + 8  # a token is at least a byte; some decode to nothing
-
-    def stopped(ids: list[int]) -> bool:
-        text = tokenizer.decode(ids[max(prompt, len(ids) - tail) :])
-        return any(s in text for s in stops)
-
-    return stopped
+def _stopped(stops: Stops, prompt: int, ids: list[int]) -> bool:
+    """Whether the last id completes a stop string."""
+    return stops.ended(ids[prompt:], len(ids) - 1 - prompt)
 
 
-def _text(verifier: Verifier, tokens: list[int], stops: list[str]) -> str | None:
-    if verifier.tokenizer is None:
-        return None
-    text = verifier.tokenizer.decode(tokens, skip_special_tokens=True)
-    cut = min((text.index(s) for s in stops if s in text), default=len(text))
-    return text[:cut]
+def _end(result: SpecResult, stops: Stops) -> None:
+    """Text, tokens and reason by the contract of all front doors."""
+    begin = result.prompt_length
+    cut = stops.cut(result.emitted)
+    result.text = None if stops.tokenizer is None else cut.text
+    if cut.stopped:
+        result.finish_reason, result.end = "stop", begin + len(cut.tokens)
+        del result.sequences[begin + cut.through :]
 
 
 def calibrate(

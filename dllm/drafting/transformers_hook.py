@@ -79,14 +79,14 @@ def spec_generate(
         raise
     if spec_results is not None:
         spec_results.extend(results)
-    sequences = _pad([[*q.shown, *r.tokens] for q, r in zip(requests, results, strict=True)], generation_config)
+    sequences = _pad([[*q.shown, *r.emitted] for q, r in zip(requests, results, strict=True)], generation_config)
     sequences = sequences.to(input_ids.device)
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(
         sequences=sequences,  # type: ignore[arg-type]
         past_key_values=session.cache,
-        **_steps(records, [len(r.tokens) for r in results], generation_config),
+        **_steps(records, [len(r.emitted) for r in results], generation_config),
     )
 
 
