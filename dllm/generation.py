@@ -45,11 +45,10 @@ class FamilyDefaults:
 
 
 # LLaDA's instruct scores use blocks; Dream decodes the whole window on its own schedule; block-causal models decode
-# their own blocks by threshold, at the values of their model cards.
+# their own blocks by threshold, at the values of their model cards (Dream's reasoner has none and takes no risk).
 DEFAULTS: dict[str, FamilyDefaults] = {
     "dream": FamilyDefaults("dream", None),
     "sdar": FamilyDefaults("threshold:tau=0.85", None),
-    "sdar_moe": FamilyDefaults("threshold:tau=0.85", None),
     "llada2": FamilyDefaults("threshold:tau=0.95", None),
     "fast_dllm": FamilyDefaults("fast_dllm_v2:tau=0.9", None),
 }

@@ -29,6 +29,7 @@ import dllm
 from dllm.errors import DllmError, nearest, unknown
 from dllm.generation import Arguments, encode, prepare
 from dllm.models.arguments import RENAMED, LoadArguments
+from dllm.models.model import by_template
 
 from . import metrics
 from .arguments import THEIRS, layered, translated
@@ -206,7 +207,8 @@ class DiffusionLM(LM):
         """Messages to one text; without a generation prompt the last (assistant's) message is left open to go on."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise DllmError(f"{self.name} has no chat template; leave out --apply_chat_template")
-        return self.tokenizer.apply_chat_template(
+        return by_template(
+            self.tokenizer,
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,

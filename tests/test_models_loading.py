@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -423,12 +424,12 @@ def test_model_type_is_not_trusted():
         ("tiny-llada-random", {"block_group_size": 2}, "block_group_size=2"),
         ("tiny-llada-random", {"scale_logits": True}, "scale_logits=True"),
         ("tiny-llada-random", {"d_model": "delete"}, "lacks 'd_model'"),
-        ("tiny-llada-random", {"d_model": "wide"}, "holds a wrong value"),
+        ("tiny-llada-random", {"d_model": "wide"}, "d_model is a positive whole number"),
         ("tiny-dream-random", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
         ("tiny-dream-random", {"rope_parameters": {"rope_type": "llama3"}}, "rope scaling 'llama3'"),
         ("tiny-dream-random", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("tiny-dream-random", {"rope_theta": "delete"}, "lacks 'rope_theta'"),
-        ("tiny-llada-moe-random", {"rope_theta": -1}, "lacks 'rope_theta'"),
+        ("tiny-llada-moe-random", {"rope_theta": -1}, "rope_theta is a positive number"),
         ("tiny-llada-moe-random", {"num_experts": "delete"}, "lacks 'num_experts'"),
         ("tiny-llada2-random", {"use_bias": True}, "use_bias=True"),
         ("tiny-llada2-random", {"use_bias": "delete"}, "lacks 'use_bias'"),
@@ -632,3 +633,97 @@ def test_no_memory_is_taken_before_the_weights_come(monkeypatch, folder):
     monkeypatch.setattr(Transformer, "__init__", spy)
     model = cpu(folder)
     assert seen == ["meta"] and all(p.device.type == "cpu" for p in model.transformer.parameters())
+
+
+# --- values of the wrong kind -----------------------------------------------------------------------------------------
+
+WRONG = ["x", "2", 664.5, -1, 0, True, [], ["a"], {"a": 1}, 10**9, float("nan")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_value_in_a_config_is_one_line_or_means_nothing(name, tmp_path):
+    """Every key of every family with values of other kinds: a model that computes, or one clear line."""
+    folder = Path(shutil.copytree(CHECKPOINTS / name, tmp_path / name))
+    raw = json.loads((folder / "config.json").read_text())
+    keys = {*raw, "eos_token_id", "pad_token_id", "rope_scaling", "rope_parameters", "head_dim", "num_key_value_heads"}
+    rng, refused = random.Random(name), 0
+    for key in sorted(keys):
+        for wrong in rng.sample(WRONG, 3):
+            edit(folder, **{**raw, key: wrong})
+            try:
+                model = cpu(folder, mask_id=MASKS.get(name))
+            except DllmError as error:
+                refused += 1
+                assert "\n" not in str(error)
+            else:
+                model.forward(torch.tensor([[5, 6, 7]]))
+    assert refused > len(keys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token_id": "2"}, "eos_token_id is an id or a list of ids, not '2'"),
+        ({"vocab_size": 664.0}, "vocab_size is a positive whole number, not 664.0"),
+        ({"weight_tying": "false"}, "weight_tying is true or false, not 'false'"),
+        ({"n_kv_heads": 3}, "4 heads share 3 of keys"),
+        ({"n_layers": 9000}, "asks for 9000 layers"),
+        ({"architectures": {"a": 1}}, "names no architecture"),
+        ({"rope_theta": "1e4"}, "rope_theta is a positive number"),
+    ],
+)
+def test_what_a_wrong_value_is_called(folder, change, message):
+    edit(folder, **change)
+    with pytest.raises(DllmError, match=message):
+        cpu(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"eos_token_id": "2"}', '{"bos_token_id": [1]}', '{"eos_token_id": [1, null]}', "[]"]
+)
+def test_a_wrong_generation_config_is_one_line(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(DllmError, match=r"generation_config\.json"):
+        cpu(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"mask_token": 5}', '{"mask_token": {"a": 1}}', '{"tokenizer_class": 5}']
+)
+def test_a_wrong_tokenizer_config_is_one_line_or_means_nothing(tmp_path, content):
+    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-llada-trained", tmp_path / "t"))
+    (folder / "tokenizer_config.json").write_text(content)
+    try:
+        cpu(folder)
+    except DllmError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_chat_template_that_raises_is_one_line(tmp_path):
+    model = cpu(CHECKPOINTS / "tiny-llada-trained")
+    for template in (
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[9]['content'] }}",
+        "{% if %}",
+        "{{ 1/0 }}",
+    ):
+        model.tokenizer.chat_template = template
+        with pytest.raises(DllmError, match="chat template") as error:
+            model.chat([{"role": "user", "content": "12"}])
+        assert "\n" not in str(error.value)
+
+
+def test_the_block_causal_dream_decodes_its_blocks(tmp_path):
+    import dllm
+    from dllm.generation import DEFAULTS
+    from dllm.models.families import FAMILIES
+
+    assert set(DEFAULTS) <= set(FAMILIES)  # each can be reached
+    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-dream-random", tmp_path / "reasoner"))
+    assert dllm.generate(cpu(folder), [5, 6], max_new_tokens=4).sampler == "dream"
+    edit(folder, architectures=["DreamForCausalLM"], block_size=4)
+    model = cpu(folder)
+    assert (model.block_size, model.shift) == (4, 0)
+    out = dllm.generate(model, [5, 6], max_new_tokens=6, early_stop=False, trace=True)
+    assert out.sampler == "confidence" and out.nfe == 6
+    assert cpu(model.save(tmp_path / "copy")).config == model.config

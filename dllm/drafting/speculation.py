@@ -25,6 +25,7 @@ from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.verifier import Pending, Verifier
 from dllm.errors import DllmError, unknown
 from dllm.generation import RENAMED
+from dllm.models.model import by_template
 from dllm.prompts import Padding, joined, listed_ids, read
 from dllm.stopping import Stops
 
@@ -249,8 +250,7 @@ def _encode_one(verifier: Verifier, chat: bool | None, prompt: Any) -> list[int]
     if not templated:
         raise DllmError("the verifier's tokenizer has no chat template: pass plain text or ids")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return list(ids)
+    return list(by_template(tokenizer, messages, add_generation_prompt=True))
 
 
 def _stopped(stops: Stops, prompt: int, ids: list[int]) -> bool:

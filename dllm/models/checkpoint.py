@@ -42,8 +42,16 @@ def load_weights(
 
     Errors: missing, unexpected or duplicated tensors, wrong shapes, truncated files, NaN or infinite values.
     """
-    model, table = build(config), family.layout(config)
-    where = _account(folder, table, _tied_head(family, config))
+    where = _stored(folder)
+    experts = 0 if config.moe is None else config.moe.n_experts
+    for asked, what in ((config.n_layers, "layers"), (experts, "experts")):
+        if asked > len(where):  # building them to see that they are absent might never end
+            raise DllmError(f"config.json asks for {asked} {what}, but {folder} holds {len(where)} tensors")
+    try:
+        model, table = build(config), family.layout(config)
+    except (RuntimeError, OverflowError) as error:
+        raise DllmError(f"config.json asks for an impossible model: {first_line(error)}") from error
+    _account(folder, where, table, _tied_head(family, config))
     parameters = dict(model.named_parameters())
     filled: dict[str, Tensor] = {}
     broken: list[str] = []
@@ -113,8 +121,8 @@ def _assemble(parameters: dict[str, nn.Parameter], pieces: tuple[Piece, ...]) ->
     return whole.cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _account(folder: Path, table: Layout, optional: str | None) -> dict[str, Path]:
-    """The file of every tensor; raises unless the files hold exactly the tensors of `table`."""
+def _stored(folder: Path) -> dict[str, Path]:
+    """The file of every tensor. Errors: a tensor in two files, or not where the index says."""
     where: dict[str, Path] = {}
     for file, indexed in _files(folder):
         with _open(file) as shard:
@@ -124,12 +132,16 @@ def _account(folder: Path, table: Layout, optional: str | None) -> dict[str, Pat
         if indexed is not None and (absent := indexed - set(names)):
             raise DllmError(f"{INDEX} places {_some(absent)} in {file.name}, which does not hold it")
         where.update(dict.fromkeys(names, file))
+    return where
+
+
+def _account(folder: Path, where: dict[str, Path], table: Layout, optional: str | None) -> None:
+    """Errors: the files do not hold exactly the tensors of `table`."""
     missing = table.keys() - where.keys()
     extra = where.keys() - table.keys() - {optional}
     if missing or extra:
         parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
         raise DllmError(f"the checkpoint {folder} {' and '.join(parts)}")
-    return where
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:

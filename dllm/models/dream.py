@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family, Message, RawConfig, standard, write_standard
 
-REASONER = "DreamForCausalLM"  # the block-causal variant without a shift: alignment belongs to the checkpoint
+BLOCK = 32  # of the reasoner, where its config does not say
 
 
 def read(raw: RawConfig) -> ModelConfig:
-    reasoner = raw.architecture == REASONER
-    return standard(
-        raw, "dream", qkv_bias=True, shift=0 if reasoner else 1,
-        block_size=(raw.get("block_size") or 32) if reasoner else None,
-    )  # fmt: skip
+    return standard(raw, "dream", qkv_bias=True, shift=1)
+
+
+def read_reasoner(raw: RawConfig) -> ModelConfig:
+    """The block-causal variant without a shift: alignment belongs to the checkpoint."""
+    return standard(raw, "dream_reasoner", qkv_bias=True, block_size=raw.get("block_size") or BLOCK)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
     return {**write_standard(config), "model_type": "Dream"}
+
+
+def write_reasoner(config: ModelConfig) -> dict[str, Any]:
+    return {**write(config), "block_size": config.block_size}
 
 
 def chatml(messages: list[Message]) -> str:
@@ -32,7 +38,7 @@ def chatml(messages: list[Message]) -> str:
 
 FAMILY = Family(
     name="dream",
-    architectures=("DreamModel", REASONER),
+    architectures=("DreamModel",),
     read=read,
     write=write,
     mask_id=151666,
@@ -40,3 +46,7 @@ FAMILY = Family(
     turn_end_id=151645,
     chat=chatml,
 )
+REASONER = replace(
+    FAMILY, name="dream_reasoner", architectures=("DreamForCausalLM",), read=read_reasoner, write=write_reasoner,
+    mask_id=151669,
+)  # fmt: skip

@@ -7,9 +7,8 @@ from dllm.models import causal, dream, fast_dllm, illada, llada, llada2, llada_m
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family, RawConfig
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
-}
+MODULES = (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
+FAMILIES: dict[str, Family] = {f.name: f for f in (*(m.FAMILY for m in MODULES), dream.REASONER)}
 
 
 def family_of(raw: RawConfig) -> Family:
@@ -29,9 +28,33 @@ def family_of(raw: RawConfig) -> Family:
 def read_config(raw: RawConfig) -> tuple[Family, ModelConfig]:
     """The family and the configuration of a config.json. Errors: keys that are missing, or hold what they cannot."""
     family = family_of(raw)
+    raw.check()
     try:
-        return family, family.read(raw)
+        config = family.read(raw)
     except DllmError:
         raise
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise DllmError(f"config.json of this {raw.architecture} checkpoint holds a wrong value: {error}") from error
+    if wrong := _impossible(config):
+        raise DllmError(f"config.json of this {raw.architecture} checkpoint is impossible: {wrong}")
+    return family, config
+
+
+def _impossible(config: ModelConfig) -> str:
+    """What the sizes of a configuration contradict each other in; empty if they do not."""
+    moe, rotated = config.moe, config.head_dim * config.rotary_fraction
+    checks = [
+        (config.n_heads % config.n_kv_heads == 0, f"{config.n_heads} heads share {config.n_kv_heads} of keys"),
+        (rotated >= 2 and rotated % 2 == 0, f"{rotated:g} of {config.head_dim} columns of a head are rotated"),
+        (rotated <= config.head_dim, f"{rotated:g} of {config.head_dim} columns of a head are rotated"),
+        (config.vocab_size <= config.embedding_rows,
+         f"{config.vocab_size} tokens have {config.embedding_rows} rows of the embedding"),
+    ]  # fmt: skip
+    if moe is not None:
+        groups = f"{moe.topk_groups} of {moe.n_groups} groups of {moe.n_experts} experts"
+        checks += [
+            (1 <= moe.top_k <= moe.n_experts, f"a token takes {moe.top_k} of {moe.n_experts} experts"),
+            (moe.intermediate_size > 0, "the experts have no width"),
+            (moe.n_experts % moe.n_groups == 0 and moe.topk_groups <= moe.n_groups, groups),
+        ]
+    return next((wrong for fine, wrong in checks if not fine), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,15 +33,68 @@ class Family:
         return layout(config, self.names)
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_ids(value: Any) -> bool:
+    """Whether a value of a configuration is an id or a list of ids."""
+    return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
+
+
+Kind = tuple[Callable[[Any], bool], str]
+SIZE: Kind = (lambda v: _whole(v) and v > 0, "a positive whole number")
+LAYERS: Kind = (lambda v: _whole(v) and 0 < v <= 10_000, "a positive whole number, at most 10 000")
+COUNT: Kind = (lambda v: _whole(v) and v >= 0, "a whole number, 0 or more")
+FACTOR: Kind = (lambda v: _number(v) and v > 0, "a positive number")
+FLAG: Kind = (lambda v: isinstance(v, bool) or v in (0, 1), "true or false")
+ID: Kind = (_whole, "a whole number")
+OBJECT: Kind = (lambda v: isinstance(v, dict), "an object")
+
+# what the values of config.json may be, besides null
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("vocab_size", "embedding_size", "hidden_size", "d_model"), SIZE),
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_key_value_heads", "n_kv_heads", "head_dim"), SIZE),
+    **dict.fromkeys(("intermediate_size", "mlp_hidden_size", "block_size", "bd_size"), SIZE),
+    **dict.fromkeys(("max_position_embeddings", "max_sequence_length"), SIZE),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok", "num_shared_experts", "first_k_dense_replace"), COUNT),
+    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size", "dense_intermediate_size"), COUNT),
+    **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step"), COUNT),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor"), FACTOR),
+    **dict.fromkeys(("clip_qkv", "mlp_ratio"), FACTOR),
+    **dict.fromkeys(("tie_word_embeddings", "weight_tying", "include_qkv_bias", "rope_full_precision"), FLAG),
+    **dict.fromkeys(("qk_layernorm", "use_qk_norm", "use_bias", "norm_topk_prob", "multi_query_attention"), FLAG),
+    **dict.fromkeys(("moe_router_enable_expert_bias",), FLAG),
+    **dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id"), ID),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), OBJECT),
+    "eos_token_id": (is_ids, "an id or a list of ids"),
+    "mlp_only_layers": (lambda v: isinstance(v, list) and is_ids(v), "a list of layers"),
+    "moe_layer_freq": (lambda v: is_ids(v) and v not in ([], -1), "a whole number, or a list of 0 and 1"),
+}
+
+
 class RawConfig(dict[str, Any]):
-    """config.json with errors that say which key is missing or cannot be honoured."""
+    """config.json with errors that say which key is missing, of another kind, or cannot be honoured."""
 
     name = ""  # id or folder the checkpoint came from; some families write the block size there
 
     @property
     def architecture(self) -> str:
         named = self.get("architectures") or ""
-        return named if isinstance(named, str) else str(named[0])
+        named = named[0] if isinstance(named, list) else named
+        return named if isinstance(named, str) else ""
+
+    def check(self) -> None:
+        """Errors: a value of another kind than its key has."""
+        for key, value in self.items():
+            fits, what = KINDS.get(key, (None, ""))
+            if fits is not None and value is not None and not fits(value):
+                raise DllmError(f"config.json of this {self.architecture} checkpoint: {key} is {what}, not {value!r}")
 
     def need(self, key: str) -> Any:
         if self.get(key) is None:
@@ -71,7 +125,7 @@ class RawConfig(dict[str, Any]):
         if kind != "default":
             raise DllmError(f'rope scaling {kind!r} is not supported; backend="transformers" may run this checkpoint')
         theta = rope.get("rope_theta", self.get("rope_theta"))
-        if theta is None or theta <= 0:
+        if not _number(theta) or theta <= 0:
             raise DllmError(f"config.json of this {self.architecture} checkpoint lacks 'rope_theta'")
         return float(theta)
 
@@ -100,7 +154,8 @@ def standard(raw: RawConfig, family: str, **switches: Any) -> ModelConfig:
 
 
 def special_ids(raw: RawConfig) -> dict[str, Any]:
-    """Ids that config.json itself names; the hub adds the other sources."""
+    """Ids that config.json itself names; the hub adds the other sources. Errors: values that are no ids."""
+    RawConfig({k: v for k, v in raw.items() if k.endswith("_token_id") or k == "architectures"}).check()
     eos = raw.get("eos_token_id")
     return {
         "mask_id": raw.get("mask_token_id"),

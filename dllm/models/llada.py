@@ -43,7 +43,7 @@ def read(raw: RawConfig) -> ModelConfig:
         n_heads=heads,
         n_kv_heads=raw.get("n_kv_heads") or kv,
         head_dim=hidden // heads,
-        intermediate_size=raw.get("mlp_hidden_size") or raw.need("mlp_ratio") * hidden,
+        intermediate_size=raw.get("mlp_hidden_size") or int(raw.need("mlp_ratio") * hidden),
         norm_eps=float(raw.need("rms_norm_eps")),
         rope_theta=raw.rope_theta,
         rope_full_precision=bool(raw.get("rope_full_precision", True)),

@@ -45,7 +45,7 @@ def read(raw: RawConfig) -> ModelConfig:
             topk_groups=raw.get("topk_group") or 1,
             expert_bias=bool(raw.get("moe_router_enable_expert_bias", True)),
             shared_size=width * (raw.get("num_shared_experts") or 0),
-            dense_layers=tuple(range(raw.get("first_k_dense_replace") or 0)),
+            dense_layers=tuple(range(min(raw.get("first_k_dense_replace") or 0, raw.need("num_hidden_layers")))),
         ),
     )
 

@@ -116,10 +116,7 @@ class Model:
         if self.tokenizer is None:
             raise DllmError(f"this model has no tokenizer ({NO_TOKENIZER}): pass ids, or load it with tokenizer=")
         if self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return list(ids)
+            return list(by_template(self.tokenizer, messages, add_generation_prompt=True))
         family = FAMILIES.get(self.family)
         if family is None or family.chat is None or family.turn_end not in self.tokenizer.get_vocab():
             raise DllmError("this checkpoint has no chat template and its tokenizer no chat tokens: pass plain text")
@@ -189,6 +186,14 @@ class Model:
             return self.fingerprint()
         settings = json.dumps({name: s.parameters for name, s in self.sampler_settings.items()}, sort_keys=True)
         return f"{self.fingerprint()}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+
+def by_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, tokenize: bool = True, **how: Any) -> Any:
+    """Ids (or text) of a conversation by the tokenizer's own template. Errors: whatever the template objects to."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=tokenize, return_dict=False, **how)
+    except Exception as error:  # a template can raise whatever it likes
+        raise DllmError(f"the tokenizer's chat template cannot write this: {first_line(error)}") from error
 
 
 def _without_absent_code(path: Path, folder: Path) -> None:

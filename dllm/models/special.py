@@ -8,7 +8,7 @@ from typing import Any
 
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
-from dllm.models.family import Family
+from dllm.models.family import Family, is_ids
 
 MASK_STRINGS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "<MASK>", "<[MASK]>", "|<MASK>|")
 
@@ -29,6 +29,10 @@ def resolve(
     vocab = tokenizer.get_vocab() if tokenizer is not None else {}
     if not config.causal:
         config = replace(config, mask_id=_mask(config, family, tokenizer, vocab, mask_id))
+    for name in ("eos_token_id", "bos_token_id"):
+        value = generation.get(name)
+        if value is not None and not (is_ids(value) and (name == "eos_token_id" or isinstance(value, int))):
+            raise DllmError(f"generation_config.json: {name} is an id, not {value!r}")
     ends = _ids(eos_ids) if eos_ids is not None else _ends(config, family, tokenizer, vocab, generation)
     pad = config.pad_id if config.pad_id is not None else getattr(tokenizer, "pad_token_id", None)
     begins = (getattr(tokenizer, "bos_token_id", None), config.bos_id, generation.get("bos_token_id"))
