@@ -124,7 +124,7 @@ class RawConfig(dict[str, Any]):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             raise DllmError(f'rope scaling {kind!r} is not supported; backend="transformers" may run this checkpoint')
-        theta = rope.get("rope_theta", self.get("rope_theta"))
+        theta: Any = rope.get("rope_theta", self.get("rope_theta"))
         if not _number(theta) or theta <= 0:
             raise DllmError(f"config.json of this {self.architecture} checkpoint lacks 'rope_theta'")
         return float(theta)
