@@ -166,6 +166,8 @@ class _Visible(ast.NodeTransformer):
     """A module without what no test should look at."""
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if "TypeAlias" in ast.dump(node.annotation):
+            node.value = None
         node.annotation = ast.Constant(None)
         return self.generic_visit(node)
 
@@ -180,7 +182,8 @@ class _Visible(ast.NodeTransformer):
     def visit_arguments(self, node: ast.arguments) -> ast.AST:
         """`*` and `/` say how arguments are written in a call, not what they do."""
         node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
-        node.posonlyargs = node.kwonlyargs = []
+        node.defaults = [*node.defaults, *filter(None, node.kw_defaults)]
+        node.posonlyargs, node.kwonlyargs, node.kw_defaults = [], [], []
         return self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
@@ -230,12 +233,18 @@ def visible(source: str) -> str | None:
         return None
 
 
+def files(tree: Path, patterns: list[str]) -> list[Path]:
+    """The files of an area: those that the patterns match, without those of patterns that begin with '!'."""
+    wanted = {p for pattern in patterns if pattern[0] != "!" for p in tree.glob(pattern)}
+    return sorted(wanted - {p for pattern in patterns if pattern[0] == "!" for p in tree.glob(pattern[1:])})
+
+
 def drawn(tree: Path, areas: dict[str, list[str]], seed: int) -> Iterator[Mutant]:
     """All mutants in the order of the seed. A mutant's place depends on nothing but itself, so that an edit elsewhere
     changes a draw little."""
     ops, candidates, seen = operators(), [], set()
     for area, patterns in areas.items():
-        for path in sorted(p for pattern in patterns for p in tree.glob(pattern)):
+        for path in files(tree, patterns):
             name, source = path.relative_to(tree).as_posix(), path.read_text()
             seen.add((name, visible(source)))
             nodes, scopes = list(ast_nodes(parso.parse(source))), Scopes(source)

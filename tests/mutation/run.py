@@ -37,7 +37,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mutants import Mutant, Scopes, drawn
+from mutants import Mutant, Scopes, drawn, files
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -180,8 +180,7 @@ class Room:
         out = self.folder / "coverage.json"
         if not out.exists():
             print(f"{self.name}: running its tests with coverage", flush=True)
-            patterns = [pattern for patterns in self.spec["areas"].values() for pattern in patterns]
-            sources = [p for pattern in patterns for p in self.tree.glob(pattern)]
+            sources = [p for patterns in self.spec["areas"].values() for p in files(self.tree, patterns)]
             args = [*self.files(), "-q", "-p", "no:cacheprovider", "-k", self.spec.get("select", "")]
             forked(self.tree, args, [Tracer(self.tree, sources, out)], 0, self.log)
             if not out.exists() or json.loads(out.read_text())["status"] != 0:
