@@ -214,6 +214,16 @@ def test_the_cap_fills_what_is_left() -> None:
     assert (out.nfe, out.finish_reason, out.tokens) == (4, "cap", [1] * 12)
 
 
+def test_an_exit_whose_last_forward_is_the_cap_is_no_cap() -> None:
+    """Prophet leaves at the third forward; what that one did not cover takes a fourth, which the cap allows."""
+    out = run(
+        "tiny-llada-random", PROMPTS[0], max_new_tokens=12, block_length=4, max_nfe=4, cache="dual", early_stop=False,
+        sampler="prophet:high=3,mid=3,low=3,region=[0, 2]",
+    )  # fmt: skip
+    assert (out.nfe, [len(pairs) for pairs in out.trace.commits]) == (4, [1, 1, 0, 10])
+    assert out.finish_reason == "length"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_logits_stop_the_decode(bad: float) -> None:
     def script(ids: list[int]) -> torch.Tensor:

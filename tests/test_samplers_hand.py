@@ -223,6 +223,20 @@ def test_credit_is_gone_in_the_next_block() -> None:
     assert state.columns["credit.value"][0, 3:].max() == 0
 
 
+def test_credit_of_a_column_that_was_written_starts_again() -> None:
+    """Two steps as a candidate, one as a token, one as a candidate again: the credit is that of a first step."""
+    method, logits = Credit(), torch.cat([probabilities([[0.6, 0.4]]), torch.full((1, 1), -torch.inf)], 1)
+    j = job(Scripted(logits[:, :2]), 1, method)
+    state, window = j.sampler.window.open(j.queue)
+    fused = []
+    for live in (True, True, False, True):
+        view = View(state, window)
+        view.live = view.live & live
+        fused.append(method.fuse(view, Prediction(logits[None], window.reads)).confidence.item())
+        state = state._replace(columns=view.columns)
+    assert fused[0] == fused[3] < fused[1]
+
+
 # -- Prophet and SchED ----------------------------------------------------------------------------------------------
 
 
@@ -288,6 +302,24 @@ def test_prophet_counts_text_up_to_the_first_end() -> None:
     j = job(Scripted(table, eos=3), 4, "prophet")
     view, pred = opened(j, torch.cat([table, torch.full((4, 1), -torch.inf)], 1))
     assert j.sampler.amend[0].inside(view, pred)[0].tolist() == [True, True, True, False]
+
+
+def test_prophet_exits_on_a_region_of_one_column() -> None:
+    """The answer's first column is an end of sequence: the text is that column alone."""
+    table = torch.zeros(4, 8, dtype=torch.float64)
+    table[:, 1] = 1.0
+    table[0, 3] = 9.0
+    out = decode(Scripted(table, eos=3), 4, "prophet")
+    assert (out.nfe, out.sequences[1]) == (1, 3)
+
+
+@pytest.mark.parametrize("sampler", ["prophet", "sched"])
+def test_a_suffix_is_five_columns(sampler: str) -> None:
+    model = Scripted(gap_table(9, n=12))
+    hole = model.mask_id
+    j = prepare(model, [0, hole, 4, *[hole] * 10], {"infill": True, "sampler": {"name": sampler, "region": "suffix"}})
+    lo, hi = j.sampler.amend[0].bounds(j.queue.canvas)
+    assert (lo.item(), hi.item()) == (4, 9)  # behind the phrase and one column
 
 
 def test_prophet_counts_the_steps_that_a_short_block_skips() -> None:
@@ -368,6 +400,15 @@ def first_block(delimiters: dict[int, float], decoded: int = 0, tau: float = 0.3
 )
 def test_adablock_length(delimiters: dict[int, float], decoded: int, length: int) -> None:
     assert first_block(delimiters, decoded) == length
+
+
+def test_adablock_ends_a_block_at_a_delimiter_that_was_given() -> None:
+    """Whatever the model now thinks of that column."""
+    model = Scripted(peaks([(1, 0.95)] * 8, 8))
+    hole = model.mask_id
+    spec = {"name": "adablock", "delimiters": [5]}
+    out = decode(model, 0, spec, [0, hole, 5, *[hole] * 6], infill=True, block_length=4)
+    assert out.trace.commits[0] == [[1, 1]]
 
 
 def test_adablock_without_an_attainable_bar_is_fixed_blocks() -> None:

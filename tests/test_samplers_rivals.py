@@ -120,6 +120,16 @@ def test_a_stop_may_still_be_taken_back_inside_an_open_block() -> None:
     assert (keeps.tokens, keeps.nfe, keeps.finish_reason) == ([1], 1, "stop")
 
 
+def test_eotp_leaves_a_canvas_that_ends_with_its_end_alone() -> None:
+    """An edit, even of no column, would cost the caches a refresh."""
+    table = torch.cat([peaks([(1, 0.9), (1, 0.9), (3, 0.9)], 8), torch.full((3, 1), -torch.inf)], 1)
+    j = prepare(Scripted(table[:, :8], eos=3), [0], {"sampler": "eotp", "max_new_tokens": 3})
+    view, pred = first_step(j, table)
+    for chosen, edits in (([2], ()), ([0, 2], ())):
+        d = view.commit(torch.isin(torch.arange(3), torch.tensor(chosen))[None], pred.token)
+        assert j.sampler.amend[0](view, pred, d).edits == edits
+
+
 # -- DSB ------------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +428,15 @@ def test_slowfast_region_ends_with_a_canvas_that_was_cut() -> None:
     out = decode(Scripted(table, eos=3), 8, "slowfast:tau_min=0.2+eotp")
     assert out.trace.windows == [[1, 9], [1, 9], [1, 9], [1, 5]]
     assert writes(out) == [{0}, {1}, {3}, {2}]
+
+
+def test_slowfast_needs_two_estimates_at_the_first_column_too() -> None:
+    """Without a prompt, only the first column sure: the estimates are 1 and 1, and the region is that column."""
+    model = Scripted(confident(0.5, *[0.05] * 7, vocab=40), prompt=0)
+    out = dllm.generate(
+        model, sampler={"name": "slowfast", "tau_min": 0.3}, max_new_tokens=8, block_length=8, trace=True
+    )
+    assert out.trace.windows[:3] == [[0, 8], [0, 8], [1, 8]]
 
 
 def test_slowfast_phases() -> None:
