@@ -92,7 +92,7 @@ def queries(plan: Plan, rows: int) -> list[Query]:
 
     out = []
     for row in range(rows):
-        feeds = [feed(n) for n in range(row, total, rows)]
+        feeds = [feed(n) for n in range(row, total, rows) if n == row or (pos[n] >= 0).any()]  # others are padding
         query = Query(feeds, plan.stored, width, plan.refresh and plan.stored)
         query.outside = [f.outside for f in feeds] if plan.stored else []
         out.append(query)
@@ -151,41 +151,48 @@ def pack(rows: list[list[Branch]], device: torch.device) -> Packed:
 
 
 def _along_batch(rows: list[list[Branch]], device: torch.device) -> Packed:
-    copies = len(rows[0][0].query.feeds)
-    flat = [b.query.feeds[c] for c in range(copies) for branches in rows for b in branches]
-    count, width = sum(map(len, rows)), max(len(f.ids) for f in flat)
+    copies = _copies(rows)
+    flat = [_copy(b.query, c) for c in range(copies) for branches in rows for b in branches]
+    count, width = sum(map(len, rows)), max(len(f.ids) for f in flat if f is not None)
     ids, pos = np.zeros((len(flat), width), np.int64), np.full((len(flat), width), -1, np.int64)
     visible = None
-    if any(f.peers is not None for f in flat):
+    if any(f is not None and f.peers is not None for f in flat):
         visible = np.zeros((len(flat), width, width), bool)
     for n, f in enumerate(flat):
+        if f is None:
+            continue
         q = len(f.ids)
         ids[n, :q], pos[n, :q] = f.ids, f.pos
         if visible is not None:
             visible[n, :q, :q] = True if f.peers is None else f.peers
     table, at = [], 0
     for branches in rows:
-        table.append([([at + i + c * count for c in range(copies)], 0) for i in range(len(branches))])
+        own = [range(len(b.query.feeds)) for b in branches]
+        table.append([([at + i + c * count for c in cs], 0) for i, cs in enumerate(own)])
         at += len(branches)
     tensors = [None if x is None else torch.from_numpy(x).to(device) for x in (ids, pos, visible)]
     return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, False, False]), table)
 
 
 def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
-    copies, n = len(rows[0][0].query.feeds), len(rows)
-    lines = [[b.query.feeds[c] for b in branches] for c in range(copies) for branches in rows]
+    copies, n = _copies(rows), len(rows)
+    lines = [[_copy(b.query, c) for b in branches] for c in range(copies) for branches in rows]
+    sizes = [[len(b.query.feeds[0].ids) for b in branches] for branches in rows] * copies
     parents = [[b.parent for b in branches] for branches in rows] * copies
-    width = max(sum(len(f.ids) for f in line) for line in lines)
-    slots = max(f.sees.shape[1] for line in lines for f in line if f.sees is not None)
+    width = max(map(sum, sizes))
+    slots = max(f.sees.shape[1] for line in lines for f in line if f is not None and f.sees is not None)
     ids, pos = np.zeros((len(lines), width), np.int64), np.full((len(lines), width), -1, np.int64)
     keep, lane = np.zeros((len(lines), width), bool), np.zeros(len(lines), np.int64)
     visible = np.zeros((len(lines), width, slots + width), bool)
     places: list[list[tuple[list[int], int]]] = [[([], 0)] * len(branches) for branches in rows]
     for i, (line, parent) in enumerate(zip(lines, parents, strict=True)):
-        lane[i], at = line[0].lane, 0
+        lane[i], at = next((f.lane for f in line if f is not None), lane[i % n]), 0
         holders: list[Ints] = []  # of each branch: which column holds each slot after it
-        for b, (f, p) in enumerate(zip(line, parent, strict=True)):
-            q = len(f.ids)
+        for b, (f, p, q) in enumerate(zip(line, parent, sizes[i], strict=True)):
+            if f is None:  # padding
+                holders.append(np.full(slots, -1, np.int64))
+                at += q
+                continue
             span = slice(at, at + q)
             ids[i, span], pos[i, span] = f.ids, f.pos
             stays = f.keep if b == 0 else np.zeros(q, bool)
@@ -207,6 +214,15 @@ def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
     return Packed(Plan._make([*tensors, False, True]), places)
 
 
+def _copies(rows: list[list[Branch]]) -> int:
+    return max(len(b.query.feeds) for branches in rows for b in branches)
+
+
+def _copy(query: Query, c: int) -> Feed | None:
+    """What a copy of a query feeds; None for one that it has not."""
+    return query.feeds[c] if c < len(query.feeds) else None
+
+
 def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:
     """Fill the (q, slots + Q) visibility of one branch: a slot is read where its keys and values are."""
     assert f.sees is not None
@@ -221,9 +237,9 @@ def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:
         visible[:, slots + at + alone] = np.broadcast_to(f.peers, (len(visible), len(f.ids)))[:, alone]
 
 
-def lay(hidden: Tensor, query: Query) -> Tensor:
-    """Hidden states (copies, q, D) of a query back in the layout of what was fed, (copies, Q, D)."""
-    out = hidden.new_zeros((hidden.shape[0], query.width, hidden.shape[-1]))
+def lay(hidden: Tensor, query: Query, copies: int) -> Tensor:
+    """Hidden states (own copies, q, D) of a query back in the layout of what was fed, (copies, Q, D)."""
+    out = hidden.new_zeros((copies, query.width, hidden.shape[-1]))
     for copy, f in enumerate(query.feeds):
         out[copy, torch.from_numpy(f.real).to(hidden.device)] = hidden[copy]
     return out

@@ -53,8 +53,6 @@ class Drafts:
             if not rows:
                 continue
             sources = [asked.lines[i].recent[-1 - age] for i in rows]
-            rows = [i for i, s in zip(rows, sources, strict=True) if len(s.ids) == len(sources[0].ids)]
-            sources = [asked.lines[i].recent[-1 - age] for i in rows]
             if age == 0:
                 at = torch.tensor(rows, device=asked.lane.device)
                 state, win, authors = asked.state.take(at), asked.window.take(at), [self.roots[i] for i in rows]
@@ -142,7 +140,7 @@ class Drafts:
         if query.key in line.memo:
             return chain.parent
         view = views[chain.parent]
-        if len(query.feeds) != len(self.asked.queries[row].feeds) or differ(view, chain.authors, query):
+        if differ(view, chain.authors, query):
             return None
         self.guesses[row].append(Guess(query, chain.parent, depth, ids))
         known[query.key] = len(self.guesses[row])
@@ -173,11 +171,11 @@ class Stale:
         self.walk = walk
         self.planned = max(s.planned for s in sources)
         extra = max(s.pos.shape[1] - s.planned for s in sources)
+        copies = max(len(s.pos) for s in sources)
 
         def stack(tables: list[Tensor], value: int) -> Tensor:  # (copies, B, Q + E, ...)
-            return torch.stack(
-                [_widen(t, s.planned, self.planned, extra, value) for t, s in zip(tables, sources, strict=True)], 1
-            )
+            wide = [_widen(t, s.planned, self.planned, extra, value) for t, s in zip(tables, sources, strict=True)]
+            return torch.stack([_more(t, copies, value) for t in wide], 1)
 
         self.ids = stack([s.ids for s in sources], 0)
         self.pos = stack([s.pos for s in sources], -1)
@@ -207,6 +205,11 @@ class Stale:
         ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
         plan = Plan(ids, pos, None, None, None, None, False, False)
         return Answer(walk.model, walk.s, walk.options, state, win, plan, hidden, self.planned)
+
+
+def _more(x: Tensor, copies: int, value: int) -> Tensor:
+    """A table (own copies, ...) padded to `copies`."""
+    return torch.cat([x, x.new_full((copies - len(x), *x.shape[1:]), value)])
 
 
 def _widen(x: Tensor, planned: int, width: int, extra: int, value: int) -> Tensor:

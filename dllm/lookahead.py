@@ -189,7 +189,6 @@ class Walk(Runner):
             self.delta = setting.delta if setting.delta is not None else measured_delta(self.model)
         self.batch = 0  # rows of the tick
         self.limit = 1  # query rows of a sequence in the next forward
-        self.steady = not self.policy.sparse  # between refreshes, all steps of a row keep the same slots
 
     # -- the tick -----------------------------------------------------------------------------------------------------
 
@@ -229,7 +228,7 @@ class Walk(Runner):
             slots = self.store.keys[0].shape[2] if self.store is not None else 0
             lanes = self.s.inputs.lanes if self.s.inputs is not None else 1
             own = range(lanes * lane, lanes * (lane + 1))
-            line = self.lines[lane] = Line(request, line.clock if line else 0, own, slots)
+            line = self.lines[lane] = Line(request, line.clock if line else 0, own, slots, not self.policy.sparse)
             self.report[request] = Stats(delta=self.delta)
         return line
 
@@ -264,9 +263,9 @@ class Walk(Runner):
         if not index:
             return []
         entries = [e for e in found if e is not None]
-        group = asked.take(index, len(entries[0].guess.query.feeds))
+        group = asked.take(index)
         laid = torch.stack(
-            [lay(e.hidden, q) for e, q in zip(entries, group.queries, strict=True)], 1
+            [lay(e.hidden, q, group.copies) for e, q in zip(entries, group.queries, strict=True)], 1
         )  # (copies, B, Q, D)
         for line, entry in zip(group.lines, entries, strict=True):
             self.count_hit(line, entry)
@@ -320,7 +319,7 @@ class Walk(Runner):
             self.pace.learn(line.streak, line.guessed)
         if query is not None and query.stored:
             self.note_span(line, query)
-        if line.debts and (query is None or not self.steady or line.behind(query)):
+        if line.debts and (query is None or not line.steady or line.behind(query)):
             self.repay(line)
         if query is None or query.opening or not self.setting.retain:
             line.memo.clear()
@@ -328,13 +327,13 @@ class Walk(Runner):
             if not entry.old and entry.kv is not None:  # a finished block is worth its memory; a span of masks is not
                 entry.kv = None if any(f.keep.all() for f in entry.guess.query.feeds) else entry.kv.alone()
             entry.old = True
-            if entry.kv is None and entry.guess.query.keeps and not self.steady:
+            if entry.kv is None and entry.guess.query.keeps and not line.steady:
                 del line.memo[key]
 
     def note_span(self, line: Line, query: Query) -> None:
         """Where steps rewrite ever other slots, a guess is of use only with the keys and values that it wrote."""
         span = None if query.opening else [f.pos[f.keep].tobytes() for f in query.feeds]
-        self.steady = self.steady and (span is None or line.span is None or span == line.span)
+        line.steady = line.steady and (span is None or line.span is None or span == line.span)
         line.span = span
 
     def repay(self, line: Line) -> None:
@@ -376,7 +375,7 @@ class Walk(Runner):
                 kv = Kept(layers, lanes, kept) if layers and any(map(len, kept)) else None
                 fresh.append(Entry(g, states, line.number(g.query), kv))
             entries.append(fresh)
-        laid = torch.stack([lay(states[0], q) for states, q in zip(split, asked.queries, strict=True)], 1)
+        laid = torch.stack([lay(states[0], q, asked.copies) for states, q in zip(split, asked.queries, strict=True)], 1)
         return laid.flatten(0, 1), entries
 
     def wrote(self, line: Line, query: Query | None) -> None:

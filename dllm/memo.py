@@ -76,7 +76,7 @@ class Source(NamedTuple):
 class Line:
     """What is known of the row that occupies a lane."""
 
-    def __init__(self, request: int, clock: int, lanes: Iterable[int], slots: int) -> None:
+    def __init__(self, request: int, clock: int, lanes: Iterable[int], slots: int, steady: bool) -> None:
         self.request, self.clock = request, clock
         self.waiting = False  # for a forward
         self.memo: dict[bytes, Entry] = {}
@@ -88,6 +88,7 @@ class Line:
         self.debts: list[Entry] = []  # hits whose writes the store still lacks
         self.span: list[bytes] | None = None  # the slots that the last step kept
         self.guessed = self.streak = 0  # guesses of the last forward, and how many of them came true so far
+        self.steady = steady  # between refreshes, all steps of the row keep the same slots
         self.home = -1  # first column of the window that the last forward without a source was for
 
     def number(self, query: Query) -> int:
@@ -130,11 +131,16 @@ class Asked(NamedTuple):
     lane: Tensor
     queries: list[Query]  # none where nobody looks ahead
 
-    def take(self, index: list[int], copies: int) -> Asked:
+    @property
+    def copies(self) -> int:
+        """Times that each row is fed."""
+        return len(self.fed.pos) // len(self.rows)
+
+    def take(self, index: list[int]) -> Asked:
         if len(index) == len(self.rows):
             return self
         at = torch.tensor(index, device=self.lane.device)
-        wide = torch.cat([at + c * len(self.rows) for c in range(copies)])
+        wide = torch.cat([at + c * len(self.rows) for c in range(self.copies)])
         rows, lines = [self.rows[i] for i in index], [self.lines[i] for i in index]
         asked = [self.queries[i] for i in index]
         plan, fed = (_rows(p, i) for p, i in ((self.plan, at), (self.fed, wide)))

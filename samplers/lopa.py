@@ -16,23 +16,24 @@ from dllm.samplers.threshold import Threshold
 
 @dataclass(frozen=True)
 class Branches:
-    """Feeds every row b times: as it is, and with one more column filled in each copy; the surest copy answers.
+    """Feeds every row as it is, and once more with each column that it tries filled; the surest copy answers.
 
-    The copies read their row's lane of the store; the row as it is leaves there what it would leave alone. The forward
-    that opens an epoch has no branches.
+    A row that tries fewer columns than its neighbours has padding for copies. All copies read their row's lane of the
+    store; the row as it is leaves there what it would leave alone. The forward that opens an epoch has no branches.
     """
 
     lanes: ClassVar[int] = 1
 
-    b: int
-
     def expand(self, plan: Plan, state: State, window: Window) -> Plan:
         branch, token = (state.columns[key] for key in ("lopa.branch", "lopa.token"))  # (B, L)
-        if (plan.stored and plan.refresh) or not bool((branch > 0).any()):
+        tried = branch.amax(1, keepdim=True)  # (B, 1) branches of each row: columns that it tries
+        copies = 1 + int(tried.max())
+        if (plan.stored and plan.refresh) or copies == 1:
             return plan
-        at, copies = plan.pos.clamp(min=0), self.b
+        at = plan.pos.clamp(min=0)
         branch, token = branch.gather(1, at).masked_fill(plan.pos < 0, 0), token.gather(1, at)  # (B, Q)
         filled = [torch.where(branch == k, token, plan.ids) for k in range(1, copies)]
+        places = [torch.where(tried >= k, plan.pos, -1) for k in range(1, copies)]
 
         def repeat(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.repeat(copies, *[1] * (x.dim() - 1))
@@ -44,7 +45,7 @@ class Branches:
             keep = torch.cat([own, torch.zeros_like(own).repeat(copies - 1, 1)])
         return plan._replace(
             ids=torch.cat([plan.ids, *filled]),
-            pos=plan.pos.repeat(copies, 1),
+            pos=torch.cat([plan.pos, *places]),
             fresh=repeat(plan.fresh),
             keep=keep,
             visible=repeat(plan.visible),
@@ -86,7 +87,7 @@ def winner(branches: Tensor, cols: Tensor, answer: Any) -> Tensor:
 class LoPA(Method):
     """After the ordinary commits, branch k also fills the k-th most confident column that is left; one forward reads
     all branches, and the one whose remaining masks have the highest mean confidence becomes the row. Its logits decide
-    the next commits, so a step costs one batched forward of b rows.
+    the next commits, so a step costs one batched forward of b rows, fewer where fewer masks are left.
     """
 
     b: int = param(4, "branches with the row itself; released scripts use 2-4, the paper's D2F runs 7 and 14", low=1)
@@ -98,7 +99,7 @@ class LoPA(Method):
 
     def bundle(self, context: Context) -> Bundle:
         return Bundle(
-            inputs=Branches(self.b),
+            inputs=Branches(),
             adjust=(exclude,),
             amend=(self.branch,),
             assumes={"select": Threshold(tau=self.tau).select},
