@@ -54,6 +54,7 @@ class Options:
     min_new_tokens: int = 0
     eos_ids: tuple[int, ...] = ()
     max_nfe: int | None = None  # steps (a forward each) a row may take; None: 4 per column of its window, and 64
+    blank: bool = False  # some row begins with nothing but masks, and the model tells columns by differences alone
 
 
 def opened(s: Sampler, state: State) -> tuple[State, Window]:
@@ -155,6 +156,12 @@ class Answer:
         queries = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
         return scatter(torch.full_like(self.state.canvas.ids, -1), pos, queries).gather(1, source)
 
+    def _blank(self) -> Tensor:
+        """(B,) rows that hold nothing but masks: all their columns tie, and rounding must not order them."""
+        canvas = self.state.canvas
+        outside = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) >= canvas.length[:, None]
+        return ((canvas.ids == canvas.mask_id) | outside).all(1)
+
     def _predict(self, cols: Tensor, row: Tensor) -> Prediction | None:
         if not self.plan.refresh and bool(((row < 0) & (cols >= 0)).any()):
             return None
@@ -163,6 +170,8 @@ class Answer:
         index = row.repeat(copies, 1) if copies > 1 else row
         picked = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
         logits = self.model.logits(picked)  # (copies B, W, V)
+        if self.options.blank:
+            logits = torch.where(self._blank().repeat(copies)[:, None, None], logits[:, :1], logits)
         if self.s.inputs is not None:
             logits = self.s.inputs.reduce(logits, cols, self)
             logits[..., self.model.mask_id] = -torch.inf

@@ -388,7 +388,8 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         eos if args.logits_eos_inf else ()
     )
     law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)
-    options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe)
+    blank = getattr(model, "relative", False) and any(set(p) <= {model.mask_id} for p in prompts)
+    options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe, blank)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
     memory, columns = sampler.start(canvas)
     zero, asked = torch.zeros_like(seeds), torch.tensor(windows, device=model.device)
@@ -684,8 +685,8 @@ def score(
 ) -> float:
     """Monte-Carlo lower bound of ln p(answer | prompt), in nats (LLaDA, arXiv 2502.09992, appendix B.5).
 
-    Each sample masks l of the L answer tokens, l stratified over 1..L, and weighs the log-probabilities at the masks by
-    L / l. The prompt stays whole. With cfg_scale the guided distribution is scored.
+    Each sample masks l of the L answer tokens, l stratified over 1..L from a keyed offset, and weighs the log-
+    probabilities at the masks by L / l. The prompt stays whole. With cfg_scale the guided distribution is scored.
 
     prompt, answer: one text each, as `generate` takes them; None (or an empty text) as prompt starts from nothing.
 
@@ -719,7 +720,9 @@ def score(
     if samples < 1:
         raise DllmError(f"samples={samples} must be at least 1")
     text = torch.tensor(head + tail, device=device)
-    counts = 1 + (torch.arange(samples, device=device) * size + size // 2) // samples % size  # stratified over 1..L
+    draw = noise.uniform(*(torch.tensor([x], device=device) for x in (seed, 0, 0)), noise.TRANSFER)
+    offset = (draw * size).long()  # of the strata: each l is as likely, whatever `samples` is
+    counts = 1 + (torch.arange(samples, device=device) * size + offset) // samples  # stratified over 1..L
     columns = torch.arange(size, device=device)
     key, sample = torch.full((1, 1), seed, device=device), torch.arange(samples, device=device)[:, None]
     keys = noise.uniform(key, sample, columns[None], noise.ORDER)

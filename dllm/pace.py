@@ -37,7 +37,7 @@ class Pace:
         if setting.costs is not None:
             return cls(dict(setting.costs))
         mine = cls.known.setdefault(model, {})
-        return mine.setdefault((sampler.spec, policy.name, setting.drafter), cls())
+        return mine.setdefault((sampler.spec, policy, setting.drafter), cls())
 
     def learn(self, streak: int, guessed: int) -> None:
         """A round of `guessed` guesses, of which the first `streak` came true."""

@@ -247,3 +247,13 @@ def test_schedules_follow_the_models_blocks(start):
     for window in ("slowfast:tau=1,truncate=false", "daedal:tau_high=1,tau_eos=0,tau_expand=0"):
         out = run(model, prompt, sampler=window, eos=7, max_new_tokens=14)
         assert all(lo // 4 == (hi - 1) // 4 for lo, hi in out.trace.windows if hi > lo), window
+
+
+def test_a_lookahead_over_a_stale_block_cache_is_the_rows_own():
+    """What one row's steps keep in the store tells nothing of another's."""
+    model, prompts = tiny(), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+    options = {"sampler": "freedave", "cache": "block_dual", "max_new_tokens": 24}
+    for size in (1, 3):
+        for i, out in enumerate(run(model, prompts, batch_size=size, **options)):
+            alone = run(model, prompts[i], seed=i, **options)
+            assert (alone.sequences, alone.nfe) == (out.sequences, out.nfe)

@@ -97,7 +97,7 @@ def test_pairs(cache_: str) -> None:
 
 MASK = 158
 HOLES = [[5, 9, *[MASK] * 4, 7], [3, 14, 15, *[MASK] * 13, 7, MASK, MASK], [79, *[MASK] * 6, 11, 12]]
-ANYWHERE = [n for n in (*names(), "sdar", "editing", "freedave") if n != "lopa"]
+ANYWHERE = [*names(), "sdar", "editing", "freedave"]
 
 
 def seen(out: Any) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ CALLS = {
     "holes": (HOLES, {"infill": True}),
     "sampled": (HOLES[:2], {"infill": True, "temperature": 0.7, "n": 2}),
 }
-SAMPLED = ["dream", "ccd", "eoser", "sdar", "daedal"]
+SAMPLED = ["dream", "ccd", "eoser", "sdar", "lopa", "daedal"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [(n, k) for k in CALLS for n in (SAMPLED if k == "sampled" else ANYWHERE)])
@@ -236,3 +236,34 @@ def test_any_composition_with_any_parameters(
             dllm.generate(model(), prompts, sampler=samplers, cache=cache_, batch_size=2, **{**ARGUMENTS, **call})
     except DllmError as refusal:
         assert any(s["name"] in str(refusal) for s in samplers) and "\n" not in str(refusal)
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny-llada-random", "tiny-sdar-random"])
+@pytest.mark.parametrize("sampler", ["confidence", "margin", "entropy", "saber", "threshold:tau=0.5"])
+def test_a_row_of_masks_alone_is_no_matter_of_rounding(checkpoint: str, sampler: str) -> None:
+    """All its columns tie, so the first one goes first, whatever the shape of the forward."""
+    blank = dllm.load(GOLDEN / "checkpoints" / checkpoint, dtype="float32")
+    call = {"sampler": sampler, "max_new_tokens": 5, "block_length": 8, "eos": [], "trace": True}
+    alone = dllm.generate(blank, None, **call)
+    assert alone.trace.commits[0][0][0] == (1 if sampler == "saber" else 0)  # two commits, of which it takes one back
+    for other in ([7] * 9, [3] * 20):
+        assert dllm.generate(blank, [[], other], **call)[0].trace.commits == alone.trace.commits
+    assert dllm.generate(blank, [[MASK] * 5, [7, MASK]], infill=True, **call | {"max_new_tokens": 0})[
+        0
+    ].trace.commits == (alone.trace.commits)
+
+
+def test_lopa_tries_no_more_columns_than_are_masked() -> None:
+    call = {"max_new_tokens": 4, "block_length": 4, "eos": []}
+    many, few = (dllm.generate(model(), [5], sampler=f"lopa:b={b},tau=2", **call) for b in (10_000, 5))
+    assert many.sequences == few.sequences and many.positions == few.positions <= 5 * (1 + 4 + 3 + 2)
+
+
+@pytest.mark.parametrize("cache_", ["none", "dual"])
+@pytest.mark.parametrize("sampler", ["lopa:b=3,tau=0.5", "confidence", "klass"])
+def test_fixed_rows_of_a_lookahead_make_no_row_depend_on_its_neighbours(sampler: str, cache_: str) -> None:
+    call = {**ARGUMENTS, "sampler": sampler, "cache": cache_, "lookahead": 3}
+    for i, out in enumerate(dllm.generate(model(), PROMPTS, **call)):
+        alone, plain = (dllm.generate(model(), PROMPTS[i], seed=i, **call | more) for more in ({}, {"lookahead": None}))
+        assert (alone.sequences, alone.nfe) == (out.sequences, out.nfe)
+        assert alone.sequences == plain.sequences and alone.nfe <= plain.nfe

@@ -141,6 +141,23 @@ def test_the_score_is_the_exact_likelihood_where_that_is_known() -> None:
     assert math.isclose(dllm.score(scripted, [0], [1, 2], samples=64), 2 * math.log(0.5), rel_tol=1e-6)
 
 
+def test_the_score_is_unbiased_with_any_number_of_samples() -> None:
+    """One sample takes each value that an enumeration of counts and masks gives, as often as it must."""
+    random = model("tiny-llada-random")
+    head, answer = [5, 17, 99, 30], [124, 11]
+    expected = []
+    for hidden in ((0,), (1,), (0, 1)):
+        ids = torch.tensor([head + [random.mask_id if i in hidden else t for i, t in enumerate(answer)]])
+        log_p = random.logits(random.forward(ids, None)).log_softmax(-1)[0, len(head) :]
+        expected.append(sum(float(log_p[i, answer[i]]) for i in hidden) * 2 / len(hidden))
+    values = [dllm.score(random, head, answer, samples=1, seed=seed) for seed in range(64)]
+    found = [sum(math.isclose(v, e, rel_tol=1e-9) for v in values) for e in expected]
+    assert sum(found) == 64 and 8 < found[0] < 24 and 8 < found[1] < 24 and 22 < found[2] < 42  # 16, 16 and 32
+    # two samples are one of each count: what is left of the variance is which column one of them hides
+    pairs = {round(dllm.score(random, head, answer, samples=2, seed=seed), 6) for seed in range(16)}
+    assert pairs == {round((expected[i] + expected[2]) / 2, 6) for i in (0, 1)}
+
+
 def test_the_score_is_seeded_and_independent_of_the_batch(tiny: Any) -> None:
     a = dllm.score(tiny, [3, 4, 5], [6, 7, 8, 9], samples=24, batch_size=5, seed=1)
     assert math.isclose(a, dllm.score(tiny, [3, 4, 5], [6, 7, 8, 9], samples=24, batch_size=24, seed=1), rel_tol=1e-9)

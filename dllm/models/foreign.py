@@ -21,6 +21,7 @@ class ForeignModel(Model):
     """A transformers model behind the interface of `Model`; its "hidden states" are already logits (N, Q, V)."""
 
     supports_cache = False
+    relative = False  # as far as is known
 
     def __init__(self, config: ModelConfig, network: Any, tokenizer: Any = None) -> None:
         super().__init__(config, network, tokenizer)

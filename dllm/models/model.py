@@ -32,6 +32,7 @@ class Model:
     """
 
     supports_cache = True
+    relative = True  # positions enter as differences only: a canvas of masks alone predicts the same in every column
 
     def __init__(self, config: ModelConfig, transformer: Transformer | None = None, tokenizer: Any = None) -> None:
         self.config = config
