@@ -17,7 +17,9 @@ from transformers import (
 
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import from_columns
+from dllm.drafting.loop import Request, SpecConfig, decode
 from dllm.drafting.proposal import EMPTY, chain
+from dllm.drafting.verifier import Session
 
 VOCAB = 40
 SMALL = dict(
@@ -109,3 +111,92 @@ class Silent(Drafter):
 
     def draft(self, ids, k, *, generator=None):
         return EMPTY
+
+
+class Clock:
+    """Time that passes only where it is told to: what costs what is then a matter of arithmetic."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class TimedScript(Script):
+    """A scripted drafter whose drafts take `seconds`, a number or a function of k."""
+
+    def __init__(self, clock, text, agree="always", seconds=0.0):
+        super().__init__(text, agree)
+        self.clock, self.seconds, self.asked = clock, seconds, []
+
+    def draft(self, ids, k, *, generator=None):
+        self.clock.now += self.seconds(k) if callable(self.seconds) else self.seconds
+        self.asked.append(k)
+        return super().draft(ids, k, generator=generator)
+
+
+class TimedSession(Session):
+    """A verifier that writes `texts` and takes 10 ms (1 + 0.03 n) for n columns of each row, times `scale(rows)`."""
+
+    def __init__(self, clock, texts, scale=lambda rows: 1.0):
+        self.clock, self.texts, self.scale = clock, texts, scale
+
+    def verify(self, rows):
+        width = max(len(row.ids) + len(row.proposal) for row in rows if row is not None)
+        self.clock.now += 0.01 * (1 + 0.03 * width) * self.scale(len(rows))
+        return [row and self._logits(row, text) for row, text in zip(rows, self.texts, strict=True)]
+
+    def _logits(self, row, text):
+        """Chains and trees alike: the token of the text at every node's depth."""
+        at = self.at[id(text)] + len(row.ids)
+        out = torch.zeros(1 + len(row.proposal), VOCAB)
+        for i, depth in enumerate((0, *row.proposal.depths)):
+            if at + depth < len(text):
+                out[i, text[at + depth]] = 9.0
+        return out
+
+    def commit(self, paths):
+        pass
+
+
+class TimedVerifier:
+    """What the loop asks of a verifier, beside its session."""
+
+    vocab, max_positions, tokenizer, model = VOCAB, None, None, None
+
+    def check_ids(self, ids):
+        pass
+
+    def can(self, what):
+        return True
+
+
+def timed(clock, controller, drafts, n, prompt=4, scale=lambda rows: 1.0, **spec):
+    """Decode `n` tokens for each of `drafts` (drafters over their own texts), as one batch; results, seconds."""
+    texts = [d.text for d in drafts]
+    requests = [Request(text[:prompt], prompt + n) for text in texts]
+    session, start = TimedSession(clock, texts, scale), clock.now
+    session.at = dict.fromkeys(map(id, texts), 0)
+    rows = []
+    for _, rows in decode(TimedVerifier(), ByText(drafts), requests, SpecConfig(**spec), controller, session):
+        session.at = {id(text): row.cached for text, row in zip(texts, rows, strict=True)}
+    return [row.result for row in rows], clock.now - start
+
+
+class ByText(Drafter):
+    """The drafter of each text, by the text that it is given."""
+
+    name = "timed"
+
+    def __init__(self, drafts):
+        self.drafts = drafts
+
+    def reset(self, ids, need):
+        super().reset(ids, need)
+        self.mine = next(d for d in self.drafts if d.text[: len(ids)] == list(ids))
+        self.mine.need = need
+
+    def draft(self, ids, k, *, generator=None):
+        self.forwards += 1
+        return self.mine.draft(ids, k, generator=generator)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from drafting_kit import Noise, Script, plain, tiny_verifier
+from drafting_kit import VOCAB, Clock, Noise, Script, TimedScript, plain, timed, tiny_verifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -199,17 +200,27 @@ def test_hand_example_and_closed_form():
         best_length(1.0, 1, 1)
 
 
-def test_drafting_pauses_where_it_does_not_pay_and_is_probed():
-    c = fed([1.0 + n for n in range(10)], [5.0] * 10)  # a dear drafter, linear verification
-    c.probe = 4
-    for _ in range(60):
-        c.update(RoundStats(k=2, observed=[(0, 0.5, False)], pending=2))
-    assert [c.next_k(99) > 0 for _ in range(8)] == [False, False, False, True, False, False, False, True]
-    assert c.trim(chain([1, 2], [0.02, 0.02])) >= 1  # a probe is submitted
+def test_drafting_pauses_where_it_does_not_pay_and_probes_within_its_share():
+    c = CostAware(probe=0.1)
+    for n in range(1, 9):  # a dear drafter, linear verification
+        c.verify.add(n, float(n))
+        c.draft.add(n, 5.0)
+    asked, lost = [], 0.0
+    for _ in range(200):
+        k = c.next_k(99)
+        n = c.trim(chain([1] * k, [0.02] * k), k=k) if k else 0
+        assert n == min(k, 1)  # a probe is one slot, and submitted
+        c.update(RoundStats(k=k, nodes=n, observed=[(0, 0.02, False)][:k], t_draft=5.0 * k, t_verify=1.0 + n))
+        asked.append(k)
+        lost += 6 * k
+        assert lost <= 0.1 * c.spent + 6
+    assert c.paused and set(asked) == {0, 1} and 3 <= sum(asked) <= 6
     c.hits[:], c.tries[:] = 1000, 1000
     c.draft.mean = dict.fromkeys(c.draft.keys, 1e-6)
     c.draft._table = None
-    assert c.next_k(99) > 0 and not c.paused
+    assert c.next_k(99) > 1 and not c.paused
+    with pytest.raises(DllmError, match="share"):
+        CostAware(probe=32)
 
 
 def test_cost_tables_interpolate_and_never_decrease():
@@ -257,12 +268,19 @@ def test_costs_outlive_a_call():
     assert len(model._dllm_verifier.controllers) == 1
 
 
-def test_what_was_learned_from_a_text_holds_for_the_next():
+def test_costs_and_calibration_belong_to_the_pair_record_and_pause_to_the_text():
     model, noise = tiny_verifier(), Noise()
     for _ in range(2):
         dllm.speculate(model, noise, PROMPT, max_new_tokens=20)
     (c,) = model._dllm_verifier.controllers.values()
-    assert c.fork() is c and c.drafted > 0 and c.overhead > 0 and c.tries.sum() > 0
+    one = c.fork()
+    assert one.costs is c.costs and one.verify.keys and one.draft.keys and c.costs.overhead > 0
+    assert c.costs.tries > 4 and c.costs.calib.tries.sum() > 0 and one.calib.tries.sum() > 0
+    one.update(RoundStats(k=2, nodes=1, observed=[(0, 0.6, False)], t_draft=1e6, t_verify=0.1))
+    one.next_k(9)
+    two = one.fork()
+    assert one.paused and one.tries[1] == 1 and not two.paused and two.tries.sum() == two.spent == two.lost == 0
+    assert CostAware(k_max=4).fork().costs.draft.keys == []
 
 
 def test_siblings_count_once_and_failures_count():
@@ -339,3 +357,100 @@ def test_tokens_behind_a_stop_are_not_counted_as_accepted():
         )
         assert out.sequences == text[: len(PROMPT) + 4] and out.finish_reason == "stop"
         assert out.spans == [(4, 4)] and out.accepted_per_round == 4
+
+
+# -- a simulated clock: 10 ms (1 + 0.03 n) for a verify of n tokens a row, the drafter as said
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def story(seed, n=420):
+    """A text without a pattern; each has its own beginning."""
+    return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
+
+
+def drafted(clock, controller, agree, n, seconds=0.0, seed=0):
+    """Rounds, slots asked for, and seconds against plain decoding, of a text of n tokens."""
+    d = TimedScript(clock, story(seed), agree, seconds)
+    (out,), took = timed(clock, controller, [d], n)
+    assert out.tokens == d.text[4 : 4 + n]
+    return out, d.asked, took / (0.0103 * n + 0.0009)
+
+
+@pytest.mark.parametrize("failed", [40, 400])
+def test_a_text_whose_drafts_fail_spoils_nothing_for_the_next(clock, failed):
+    c = CostAware()
+    _, _, cost = drafted(clock, c, "never", failed, seed=1)
+    assert cost < 1.06
+    out, _, _ = drafted(clock, c, "always", 64, seed=2)
+    assert out.tau >= 12
+    again, _, _ = drafted(clock, CostAware(), "always", 64, seed=2)
+    assert out.n_verify <= again.n_verify  # it has the costs already
+
+
+@pytest.mark.parametrize(
+    "seconds", [0.02, 0.01, 0.003, lambda k: 0.005 * k, lambda k: 0.02 * k], ids=["2", "1", "0.3", "0.5 k", "2 k"]
+)
+def test_a_useless_drafter_costs_little_of_the_first_text(clock, seconds):
+    """In verifies: a draft of two forwards, of one, ..., and drafters that pay by the slot."""
+    c = CostAware()
+    for seed in (1, 2):
+        out, asked, cost = drafted(clock, c, "never", 64, seconds, seed)
+        assert cost < 1.07 and max(asked) <= 2 and out.tau == 1
+    _, asked, cost = drafted(clock, c, "never", 400, seconds, 3)
+    assert cost < 1.05 and len(asked) > 2  # probed to the end, within its share
+    out, _, _ = drafted(clock, c, "always", 400, seconds, 4)  # and where it is of use, it is used
+    assert out.tau > (4 if seconds in (0.02, 0.01, 0.003) else 1)
+
+
+def test_a_free_draft_is_always_made_and_trimmed_by_its_confidence(clock):
+    c = CostAware(k_max=16)
+    drafted(clock, c, "sometimes", 200, 0.0001)
+    f = c.fork()
+    assert f.next_k(99) == 16 and f.next_k(7) == 7
+    sure, doubtful = f.trim(chain([1] * 16, [0.97] * 16), k=16), f.trim(chain([1] * 16, [0.3] * 16), k=16)
+    assert doubtful < 3 < sure
+    for _ in range(50):
+        f.update(RoundStats(k=16, nodes=1, observed=[(0, 0.8, False)], t_verify=0.0106))
+    assert f.next_k(99) == 16 and not f.paused
+
+
+def test_a_good_drafter_is_used_at_once(clock):
+    for seconds in (0.0, 0.003, 0.01):
+        c = CostAware()
+        first, asked, _ = drafted(clock, c, "always", 64, seconds, 1)
+        assert first.n_verify <= 6 and asked[:2] == [1, 1]  # its cost was unknown for two rounds
+        second, _, _ = drafted(clock, c, "always", 64, seconds, 2)
+        assert second.n_verify <= 4
+
+
+def test_verifies_are_measured_by_their_rows(clock):
+    c = CostAware()
+    drafted(clock, c, "sometimes", 40, 0.001, 50)
+    single = dict(c.verify.mean)
+    scripts = [TimedScript(clock, story(60 + i), "sometimes", 0.001) for i in range(16)]
+    results, _ = timed(clock, c, scripts, 40, scale=lambda rows: rows / 4)
+    assert all(r.tokens == s.text[4:44] for r, s in zip(results, scripts, strict=True))
+    assert set(c.costs.verifies) == {1, 16} and c.verify.mean == single
+    for rows, scale in ((1, 1.0), (16, 4.0)):  # every length that was seen has its own cost, exactly
+        for n, seconds in c.costs.verifies[rows].mean.items():
+            assert seconds == pytest.approx(0.01 * (1 + 0.03 * n) * scale, rel=0.03), (rows, n)
+        assert c.costs.seconds(rows, 1)[1] == pytest.approx(0.0103 * scale / rows, rel=0.03)
+    assert c.costs.seconds(12, 1)[1] == pytest.approx(0.0103 * 4 / 16, rel=0.03)  # as the nearest that was seen
+    assert [r.rows for r in results[0].rounds[:2]] == [16, 16] and results[0].rounds[1].width >= 1
+
+
+def test_a_dear_drafter_is_not_asked_where_the_verify_is_shared(clock):
+    """One forward of the drafter a row against a forward of the verifier for all: it pays alone, not in a batch."""
+    c = CostAware()
+    for i in range(2):
+        alone, _, _ = drafted(clock, c, "always", 64, 0.01, 70 + i)
+    assert alone.n_verify <= 4
+    scripts = [TimedScript(clock, story(80 + i), "sometimes", 0.01) for i in range(16)]
+    _, took = timed(clock, c, scripts, 64)
+    assert took < 1.4 * 64 * 0.0103 and all(len(s.asked) < 20 for s in scripts)

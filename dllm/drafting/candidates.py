@@ -10,6 +10,7 @@ are not.) transformers asks stopping criteria once a block: no draft goes past t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from dllm.drafting.control import LengthController, RoundStats
-from dllm.drafting.drafters import Drafter, Need, ask
+from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.ngram import NgramTable
@@ -56,28 +57,35 @@ class DraftCandidates(CandidateGenerator):
         self.known: list[int] = []
         self.drafted = EMPTY
         self.k = 0
+        self.pending = 2  # as `RoundStats` counts it: the first round of a text also reads the prompt
+        self.t_draft = self.sent = 0.0
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         """(1, n) ids -> (1, n + k) ids and no logits; k = 0 is a plain step."""
         if len(input_ids) != 1:
             raise DllmError("assisted generation is for batch size 1: use custom_generate=dllm.spec_generate")
-        ids = input_ids[0].tolist()
+        ids, start = input_ids[0].tolist(), time.perf_counter()
         self._follow(ids)
         limits = [x for x in (self.max_length, self.verifier.max_positions) if x is not None]
         room = min(limits, default=len(ids) + 1000) - len(ids) - 1
         self.k = max(0, min(self.controller.next_k(room), room))
         self.drafted = self._draft(ids) if self.k else EMPTY
         draft = input_ids.new_tensor([list(self.drafted.tokens)])
+        self.sent = time.perf_counter()
+        self.t_draft = self.sent - start
         return (torch.cat([input_ids, draft], 1) if len(self.drafted) else input_ids), None
 
     def _follow(self, ids: list[int]) -> None:
         """Start a text, or learn what the round added."""
         if not self.known or ids[: len(self.known)] != self.known:
-            self.drafter.reset(ids, self.need)
+            with blamed(self.drafter):
+                self.drafter.reset(ids, self.need)
+            self.pending = 2
             fresh = ids
         else:
             fresh = ids[len(self.known) :]
-            self.drafter.observe(ids, fresh, {})
+            with blamed(self.drafter):
+                self.drafter.observe(ids, fresh, {})
         if self.proxy is not None:
             self.proxy.update(fresh)
         self.known = ids
@@ -106,9 +114,10 @@ class DraftCandidates(CandidateGenerator):
         n = len(self.drafted)
         judged = min(n, num_matches + 1)
         observed = [(i, c, i < num_matches) for i, c in enumerate(self.drafted.conf[:judged])]
-        self.controller.update(
-            RoundStats(self.k, n, self.k, num_matches, num_matches + 1, "point", pending=2, observed=observed)
-        )
+        r = RoundStats(self.k, n, self.k, num_matches, num_matches + 1, "point", pending=self.pending)
+        r.observed, r.t_draft, r.t_verify = observed, self.t_draft, time.perf_counter() - self.sent
+        self.controller.update(r)
+        self.pending = 1
 
 
 class EveryToken(StoppingCriteria):

@@ -36,6 +36,9 @@ class RoundStats:
     failed: bool = False
     forwards: int = 0  # of the drafter
     pending: int = 1  # text tokens fed beside the draft (the prompt in round one)
+    rows: int = 1  # of the verifying forward
+    width: int = 0  # tokens of its widest row, 0 = of this one
+    leads: bool = True  # of the rows of a forward, the one that speaks for its seconds
     observed: list[tuple[int, float, bool]] = field(
         default_factory=list
     )  # (slot, confidence, accepted) of judged nodes
@@ -62,6 +65,7 @@ class LengthController:
     """The interface, and the controller that drafts as much as it may."""
 
     k_max: int = 32
+    rows: int = 1  # of the batch; set by the loop
 
     def fork(self) -> LengthController:
         """A copy for another row or another text."""
@@ -252,22 +256,32 @@ class Calibrator:
     """Acceptance probability of a node from its slot and confidence: Beta counts per bin, prior = the confidence
     itself.
 
-    The data are censored: nodes behind a rejection were never judged and are not fed. Prior strength 8, clipped to
-    [0.02, 0.98].
+    The data are censored: nodes behind a rejection were never judged and are not fed. Prior strength 4, clipped to
+    [0.02, 0.98]. Counts fade beyond `WINDOW` trials of a bin. A text's own calibrator starts from those of the texts
+    before it, which weigh at most `TRUST` trials a bin: enough to know a pair, little enough to see that texts differ.
     """
 
     EDGES = (1, 2, 4, 8, 16)
+    WINDOW, TRUST = 128, 16
 
-    def __init__(self, strength: float = 8.0) -> None:
-        self.strength = strength
+    def __init__(self, strength: float = 4.0, parent: Calibrator | None = None) -> None:
+        self.strength, self.parent = strength, parent
         self.hits = np.zeros((len(self.EDGES) + 1, 10))
         self.tries = np.zeros_like(self.hits)
+        if parent is not None:
+            weight = np.minimum(1.0, self.TRUST / np.maximum(parent.tries, 1.0))
+            self.hits, self.tries = parent.hits * weight, parent.tries * weight
 
     def _bin(self, slot: int, conf: float) -> tuple[int, int]:
         return sum(slot >= e for e in self.EDGES), min(9, int(conf * 10))
 
     def add(self, slot: int, conf: float, accepted: bool) -> None:
+        if self.parent is not None:
+            self.parent.add(slot, conf, accepted)
         where = self._bin(slot, conf)
+        if self.tries[where] >= self.WINDOW:
+            self.hits[where] /= 2
+            self.tries[where] /= 2
         self.tries[where] += 1
         self.hits[where] += accepted
 
@@ -277,72 +291,123 @@ class Calibrator:
         return float(min(max(a, 0.02), 0.98))
 
 
+class Costs:
+    """What outlives a text, because it belongs to the pair of verifier and drafter: seconds and calibration.
+
+    A verify is measured by the rows of its batch and the tokens of the widest one: sixteen rows are no sixteen times
+    one row.
+    """
+
+    def __init__(self) -> None:
+        self.verifies: dict[int, CostTable] = {}  # by rows
+        self.draft = CostTable()  # of one row, by slots
+        self.overhead = 0.0  # of a round with a draft, for one row
+        self.calib, self.stale = Calibrator(), Calibrator()
+        self.hits, self.tries = 3.2, 4.0  # of judged slots, over all texts; begins hopeful
+
+    def verify(self, rows: int) -> CostTable:
+        return self.verifies.setdefault(rows, CostTable())
+
+    def seconds(self, rows: int, n: int) -> np.ndarray:
+        """A row's share of a verify of 0..n tokens a row; of the nearest number of rows that was seen."""
+        measured = [r for r, table in self.verifies.items() if table.keys]
+        if measured and rows not in measured:
+            rows = min(measured, key=lambda r: abs(r - rows))
+        return self.verify(rows).table(n) / rows
+
+
 class CostAware(LengthController):
     """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed.
 
     E(k) = 1 + sum_i prod_{j<=i} a_j from calibrated confidences, T(k) from measured tables: real costs are staircases,
     so every k is tried. Two decisions a round: slots to draft (from the acceptance record of each slot), nodes to
-    submit (from this draft's confidences). Where no k beats plain decoding, drafting pauses and is probed ever more
-    rarely, at last every `probe` rounds.
+    submit (from this draft's confidences, all of them scaled by how far the text's last ten judged nodes kept what was
+    expected of them).
+
+    Seconds and calibration (`Costs`) belong to the pair, the record of the slots and the pause to one text: `fork`
+    begins it anew. Where no k beats plain decoding, drafting pauses and is probed with one slot, as often as the probes
+    have lost at most `probe` of the text's time. A drafter whose cost is not known yet is probed as well. A draft that
+    takes under a percent of a verify is always made: its confidences decide what is submitted.
 
     The tables are learned while decoding; `calibrate` (dllm.drafting.speculation) fills them beforehand.
     """
 
-    WARM_UP = 6  # the first forwards of a process are slow and say little
+    FREE = 0.01  # of a verify
+    FADE, LENIENT = 0.9, 2.0  # of the record of hopes: a memory of ten nodes, and nodes that it begins with
 
-    def __init__(self, k_max: int = 32, probe: int = 32, margin: float = 0.02) -> None:
+    def __init__(self, k_max: int = 32, probe: float = 0.03, margin: float = 0.02) -> None:
+        if not 0 <= probe < 1 or not 0 <= margin < math.inf:
+            raise DllmError(f"probe is a share of the time in [0, 1), margin not negative: got {probe} and {margin}")
         self.k_max, self.probe, self.margin = _positive("k_max", k_max), probe, margin
-        self.verify, self.draft = CostTable(), CostTable()
-        self.overhead = 0.0
-        self.calib, self.stale = Calibrator(), Calibrator()
-        self.hits, self.tries = np.zeros(k_max + 1), np.zeros(k_max + 1)
-        self.idle = 0  # rounds since drafting paused
-        self.wait = 0  # rounds to the next probe: doubles with every probe that fails
-        self.drafted = 0  # rounds with a draft: the first ones are measured before anything is concluded
-        self.paused = False
+        self.costs = Costs()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.calib = Calibrator(parent=self.costs.calib)
+        self.stale = Calibrator(parent=self.costs.stale)
+        self.hits, self.tries = np.zeros(self.k_max + 1), np.zeros(self.k_max + 1)
+        self.passed = self.hoped = self.LENIENT  # recent judged nodes that passed, and how many should have
+        self.spent = self.lost = 0.0  # seconds of the text; of them what drafts that were probes did not bring in
+        self.paused = self.probing = False
+
+    @property
+    def verify(self) -> CostTable:
+        return self.costs.verify(self.rows)
+
+    @property
+    def draft(self) -> CostTable:
+        return self.costs.draft
 
     def fork(self) -> CostAware:
-        """Itself: costs, calibration and the pause belong to the pair of models, not to a text."""
-        return self
+        """The controller of another text or row of the same pair."""
+        twin = copy.copy(self)
+        twin._begin()
+        return twin
 
     def slots(self) -> np.ndarray:
         """Acceptance of each slot 1..k_max given that the ones before were accepted."""
-        pooled = (4 * 0.8 + self.hits.sum()) / (4 + self.tries.sum())
+        pooled = (4 * self.costs.hits / self.costs.tries + self.hits.sum()) / (4 + self.tries.sum())
         return np.clip((4 * pooled + self.hits[1:]) / (4 + self.tries[1:]), 0.02, 0.98)
 
     def rate(self, a: np.ndarray, drafted: np.ndarray | float) -> np.ndarray:
         """Tokens per second for 0..len(a) submitted slots, `drafted` seconds spent on drafting them."""
         reward = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(a))])
-        return reward / (drafted + self.verify.table(len(a) + 1)[1:] + self.overhead)
+        return reward / (drafted + self.costs.seconds(self.rows, len(a) + 1)[1:] + self.costs.overhead)
 
     def next_k(self, room: int) -> int:
         room = min(room, self.k_max)
+        self.probing = False
         if room <= 0:
             return 0
-        rate = self.rate(self.slots()[:room], self.draft.table(room))
-        plain = 1 / float(self.verify.table(1)[1])
+        plain = float(self.costs.seconds(self.rows, 1)[1])
+        if not self.draft.keys:
+            return self._probe(1)
+        drafted = self.draft.table(room)
+        if drafted[room] <= self.FREE * plain:
+            self.paused = False
+            return room
+        rate = self.rate(self.slots()[:room], drafted)
         best = 1 + int(np.argmax(rate[1:]))
-        if self.drafted < self.WARM_UP or rate[best] >= plain * (1 + self.margin * self.paused):
-            self.paused, self.idle, self.wait = False, 0, 0
-            return best
-        self.wait = self.wait if self.paused else min(4, self.probe)
-        self.paused = True
-        self.idle += 1
-        if self.idle < self.wait:
-            return 0
-        self.idle, self.wait = 0, min(2 * self.wait, self.probe)
-        return best
+        self.paused = bool(rate[best] * plain < 1 + self.margin * self.paused)
+        return self._probe(1) if self.paused else best
+
+    def _probe(self, n: int) -> int:
+        """`n` where the probes of this text may lose more, else 0."""
+        self.probing = self.lost <= self.probe * self.spent
+        return n if self.probing else 0
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
         if not len(proposal) or not proposal.conf:
             return len(proposal)
-        calib = self.stale if carried else self.calib
-        a = [calib(d - 1, c) for d, c in zip(proposal.depths, proposal.conf, strict=True)]
+        calib, trust = self.stale if carried else self.calib, self.passed / self.hoped
+        a = [min(0.98, trust * calib(d - 1, c)) for d, c in zip(proposal.depths, proposal.conf, strict=True)]
         reward = 1 + np.concatenate([[0.0], np.cumsum(proposal.survival(a))])
         spent = 0.0 if carried or not k else float(self.draft.table(k)[k])
-        cost = spent + self.verify.table(len(a) + 1)[1:] + self.overhead
+        cost = spent + self.costs.seconds(self.rows, len(a) + 1)[1:] + self.costs.overhead
         best = int(np.argmax(reward / cost))
-        return max(best, 1) if self.paused else best  # a probe must be submitted, or nothing is learned
+        if self.probing:
+            return max(best, 1)
+        return best if best or not self.spent else self._probe(1)  # what is never submitted is never learned about
 
     def keep(self, remaining: int, conf: Sequence[float]) -> bool:
         a = np.array([self.stale(i, c) for i, c in enumerate(conf[:remaining])])
@@ -352,22 +417,40 @@ class CostAware(LengthController):
         return bool(reuse >= fresh)
 
     def update(self, r: RoundStats) -> None:
-        self.drafted += r.k > 0
         if r.pending == 1:
-            self.verify.add(1 + r.nodes, r.t_verify)
-            if r.k and not r.carried:
-                self.draft.add(r.k, r.t_draft)
-            if r.k:
-                self.overhead += 0.1 * (r.t_search + r.t_commit + r.t_other - self.overhead)
+            self._book(r)
         calib = self.stale if r.carried else self.calib
         for slot, conf, accepted in r.observed:
+            self.passed = self.FADE * self.passed + (1 - self.FADE) * self.LENIENT + accepted
+            self.hoped = self.FADE * self.hoped + (1 - self.FADE) * self.LENIENT + calib(slot, conf)
             calib.add(slot, conf, accepted)
-        for slot, accepted in {0: False}.items() if r.failed and not r.nodes else r.judged.items():
+        judged = {0: False} if r.failed and not r.nodes else r.judged
+        for slot, accepted in judged.items():
             if not r.carried and slot < self.k_max:
                 self.tries[slot + 1] += 1
                 self.hits[slot + 1] += accepted
-        if self.tries[1] > 512:  # forget slowly: texts differ
+                self.costs.tries += 1
+                self.costs.hits += accepted
+        if self.tries[1] > 128:  # forget slowly: texts change
             self.hits, self.tries = self.hits / 2, self.tries / 2
+        if self.costs.tries > 128:
+            self.costs.hits, self.costs.tries = self.costs.hits / 2, self.costs.tries / 2
+
+    def _book(self, r: RoundStats) -> None:
+        """The seconds of a round. The first one is left out: it also reads the prompt."""
+        costs = self.costs
+        if r.leads:
+            costs.verify(r.rows).add(r.width or 1 + r.nodes, r.t_verify)
+        if r.k and not r.carried:
+            costs.draft.add(r.k, r.t_draft)
+        if r.k:
+            costs.overhead += 0.1 * (r.t_search + (r.t_commit + r.t_other) / r.rows - costs.overhead)
+        plain = float(costs.seconds(r.rows, 1)[1])
+        self.spent += r.t_draft + r.t_verify / r.rows
+        if self.probing:
+            draft = float(costs.draft.table(r.k)[r.k]) if r.k and not r.carried else 0.0
+            wider = float(costs.seconds(r.rows, 1 + r.nodes)[1 + r.nodes]) - plain
+            self.lost = max(0.0, self.lost + draft + wider + costs.overhead - r.accepted * plain)
 
 
 def best_length(a: float, fixed: float, slope: float) -> int:

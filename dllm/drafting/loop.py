@@ -516,6 +516,7 @@ def decode(
     session = session or verifier.open(len(rows))
     for row in rows:
         row.cached = session.past
+        row.controller.rows = len(rows)
     while not all(row.done for row in rows):
         yield _round(session, rows), rows
 
@@ -547,8 +548,11 @@ def _round(session: Session, rows: list[Row]) -> list[list[int]]:
     end = time.perf_counter()
     verify, commit = verified - ready, end - judged
     other = end - start - verify - commit - sum(row.stats.t_draft + row.stats.t_search for row in live)
+    width = max(len(p.ids) + len(p.proposal) for p in pending if p is not None)
     for row in live:
-        row.stats.t_verify, row.stats.t_commit, row.stats.t_other = verify, commit, max(0.0, other)
+        r = row.stats
+        r.t_verify, r.t_commit, r.t_other = verify, commit, max(0.0, other)
+        r.rows, r.width, r.leads = len(rows), width, row is live[0]
         row.finish_round()
     return emitted
 
