@@ -164,6 +164,7 @@ class TimedVerifier:
     """What the loop asks of a verifier, beside its session."""
 
     vocab, max_positions, tokenizer, model = VOCAB, None, None, None
+    turn, restarts, rope = None, False, {}
 
     def check_ids(self, ids):
         pass

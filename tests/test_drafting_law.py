@@ -260,7 +260,7 @@ def test_a_zero_entry_is_never_drawn():
 class Tabular:
     """What `Row` asks of a verifier."""
 
-    vocab, max_positions, tokenizer = V, None, None
+    vocab, max_positions, tokenizer, turn = V, None, None, None
 
 
 class Slots(Drafter):
