@@ -727,3 +727,150 @@ def test_the_block_causal_dream_decodes_its_blocks(tmp_path):
     out = dllm.generate(model, [5, 6], max_new_tokens=6, early_stop=False, trace=True)
     assert out.sampler == "confidence" and out.nfe == 6
     assert cpu(model.save(tmp_path / "copy")).config == model.config
+
+
+# --- tokenizers and adapters ------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_files(folder, caplog):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    model = cpu(folder, mask_id=4, eos_ids=3)
+    assert model.tokenizer("hello worlds", add_special_tokens=False)["input_ids"] == [5, 6, 7]
+    (folder / "vocab.txt").unlink()
+    (folder / "vocab.json").write_text("{}")
+    with caplog.at_level("WARNING"):
+        assert cpu(folder).tokenizer is None
+    assert "lacks merges.txt" in caplog.text
+    with pytest.raises(DllmError, match=r"no tokenizer \(there is no tokenizer\.json, tokenizer\.model, vocab\.txt"):
+        cpu(folder).chat([{"role": "user", "content": "12"}])
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x01nope")
+    with pytest.raises(DllmError, match=r"tokenizer\.model|cannot be read") as error:
+        cpu(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizer_files_are_fetched(monkeypatch):
+    from fnmatch import fnmatch
+
+    import huggingface_hub
+
+    def offline(name, allow_patterns, **_):
+        asked = ("tokenizer.json", "tokenizer.model", "vocab.txt", "merges.txt", "vocab.json", "adapter_config.json")
+        assert all(any(fnmatch(file, pattern) for pattern in allow_patterns) for file in asked)
+        assert not any(fnmatch(f, p) for f in ("model.py", "pytorch_model.bin") for p in allow_patterns)
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(DllmError, match="offline"):
+        cpu("someone/model")
+
+
+def adapter(path: Path, base: Path | str, updates: dict[str, tuple[torch.Tensor, torch.Tensor]], **settings) -> Path:
+    """An adapter folder as peft writes it: module -> (A, B)."""
+    path.mkdir()
+    tensors = {
+        f"base_model.model.{m}.lora_{k}.weight": t for m, ab in updates.items() for k, t in zip("AB", ab, strict=True)
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 6, "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps({**values, **settings}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "shape"),
+    [
+        ("tiny-llada-random", "model.transformer.blocks.1.q_proj", (48, 48)),
+        ("tiny-dream-random", "model.layers.0.self_attn.k_proj", None),
+        ("tiny-llada2-random", "model.layers.1.attention.query_key_value", None),  # three parts of the backbone
+        ("tiny-llada-moe-random", "model.layers.1.mlp.experts.2.down_proj", None),
+    ],
+)
+def test_an_adapter_is_merged_into_its_base(name, module, shape, tmp_path):
+    torch.manual_seed(0)
+    before = load_file(CHECKPOINTS / name / "model.safetensors")[f"{module}.weight"].double()
+    assert shape in (None, tuple(before.shape))
+    a, b = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
+    for settings, scale in (
+        ({}, 3.0),
+        ({"use_rslora": True}, 6 / 2**0.5),
+        ({"alpha_pattern": {module.rpartition(".")[2]: 1}}, 0.5),
+    ):
+        folder = adapter(tmp_path / f"a{scale:.2f}", CHECKPOINTS / name, {module: (a, b)}, **settings)
+        model = cpu(folder, dtype="float64")
+        after = load_file(model.save(tmp_path / f"m{scale:.2f}") / "model.safetensors")
+        original = load_file(CHECKPOINTS / name / "model.safetensors")
+        assert torch.allclose(after[f"{module}.weight"], before + scale * b.double() @ a.double(), atol=1e-12)
+        assert all(
+            torch.equal(after[n], original[n].double()) for n in after if n != f"{module}.weight" and "bias" not in n
+        )
+        model.save(folder)  # over the adapter: a whole checkpoint takes its place
+        assert cpu(folder, dtype="float64").fingerprint() == model.fingerprint()
+        assert not (folder / "adapter_config.json").exists()
+
+
+def test_an_adapter_of_peft_equals_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = CHECKPOINTS / "tiny-llama-ar-random"
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], alpha_pattern={"down_proj": 9},
+        modules_to_save=["lm_head"], init_lora_weights=False,
+    )  # fmt: skip
+    tuned = peft.get_peft_model(network, settings).eval()
+    tuned.save_pretrained(tmp_path / "a")
+    model = cpu(tmp_path / "a")
+    ids = torch.randint(0, model.vocab_size, (1, 9))
+    with torch.no_grad():
+        theirs = tuned(ids).logits
+    assert (model.transformer.head(model.forward(ids)) - theirs).abs().max() < 1e-4
+    masked = cpu(tmp_path / "a", backend="transformers", mask_id=9)
+    assert torch.allclose(
+        masked.transformer.model.layers[0].self_attn.q_proj.weight, model.transformer.layers[0].self_attn.q_proj.weight,
+        atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "only LORA"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"base_model_name_or_path": None}, "names no base model"),
+        ({"base_model_name_or_path": "./nowhere"}, "no such folder: ./nowhere"),
+        ({"lora_alpha": "x"}, "lora_alpha is a number"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+    ],
+)
+def test_adapters_that_cannot_be_merged(tmp_path, change, message):
+    module = "model.transformer.blocks.1.q_proj"
+    update = {module: (torch.ones(2, 48), torch.ones(48, 2))}
+    with pytest.raises(DllmError, match=message):
+        cpu(adapter(tmp_path / "a", CHECKPOINTS / "tiny-llada-random", update, **change))
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    base, a, b = CHECKPOINTS / "tiny-llada-random", torch.ones(2, 48), torch.ones(48, 2)
+    with pytest.raises(DllmError, match=r"changes model\.layers\.0\.q\.weight, which this model does not have"):
+        cpu(adapter(tmp_path / "1", base, {"model.layers.0.q": (a, b)}))
+    with pytest.raises(DllmError, match=r"q_proj\.weight has shape \(48, 40\), the model's \(48, 48\)"):
+        cpu(adapter(tmp_path / "2", base, {"model.transformer.blocks.1.q_proj": (a[:, :40].contiguous(), b)}))
+    folder = adapter(tmp_path / "3", base, {"model.transformer.blocks.1.q_proj": (a, b)})
+    rank = "base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight"
+    save_file({rank: a}, folder / "adapter_model.safetensors")
+    with pytest.raises(DllmError, match=r"lacks .*lora_B"):
+        cpu(folder)
+    save_file({rank: a, rank.replace("_A", "_B"): torch.ones(48, 3)}, folder / "adapter_model.safetensors")
+    with pytest.raises(DllmError, match="do not fit"):
+        cpu(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(DllmError, match="truncated"):
+        cpu(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(DllmError, match=r"no adapter_model\.safetensors"):
+        cpu(folder)

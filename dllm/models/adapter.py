@@ -51,22 +51,30 @@ def merge_adapter(model: Transformer, family: Family, config: ModelConfig, folde
         raise DllmError(f"{folder} has {bent[0]}={settings[bent[0]]!r}, which cannot be merged here")
     table, parameters = family.layout(config), dict(model.named_parameters())
     for name, value in tensors.items():
-        stem, _, end = name.removeprefix(PREFIX).rpartition(".lora_A.")
-        official = f"{stem}.weight" if stem else name.removeprefix(PREFIX)
-        if not stem and ".lora_B." in name:
+        stem, low_rank, _ = name.removeprefix(PREFIX).rpartition(".lora_A.")
+        if ".lora_B." in name:
             continue
+        official = f"{stem}.weight" if low_rank else name.removeprefix(PREFIX)
         if official not in table:
             raise DllmError(f"the adapter {folder} changes {official}, which this model does not have")
-        other = name.replace(".lora_A.", ".lora_B.")
-        if stem and other not in tensors:
-            raise DllmError(f"the adapter {folder} lacks {other}")
-        update = tensors[other].double() @ value.double() * _scale(settings, stem, len(value)) if end else value
+        update = _scale(settings, stem, len(value)) * _product(tensors, name, folder) if low_rank else value
         targets = [part(parameters, piece) for piece in table[official]]
         expected = (sum(len(t) for t in targets), *targets[0].shape[1:])
         if tuple(update.shape) != expected:
             raise DllmError(f"the adapter's {official} has shape {tuple(update.shape)}, the model's {expected}")
         for target, rows in zip(targets, update.split([len(t) for t in targets]), strict=True):
-            target.copy_(target.cpu().double() + rows if end else rows)
+            target.copy_(target.cpu().double() + rows if low_rank else rows)
+
+
+def _product(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
+    """B A of the A that is called `name`, (out, in) float64."""
+    other = name.replace(".lora_A.", ".lora_B.")
+    if other not in tensors:
+        raise DllmError(f"the adapter {folder} lacks {other}")
+    a, b = tensors[name], tensors[other]
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        raise DllmError(f"the adapter's {name} {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit")
+    return b.double() @ a.double()
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -81,13 +89,15 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r); a pattern may give a layer an alpha of its own."""
-    patterns: Mapping[str, Any] = settings.get("alpha_pattern") or {}
-    own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
-    alpha = own if own is not None else settings.get("lora_alpha", 8)
     try:
-        return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
-    except (TypeError, ValueError):
-        raise DllmError(f"{CONFIG}: lora_alpha is a number, not {alpha!r}") from None
+        patterns = dict(settings.get("alpha_pattern") or {})
+        own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
+    except (TypeError, ValueError, re.error) as error:
+        raise DllmError(f"{CONFIG}: alpha_pattern cannot be read: {first_line(error)}") from error
+    alpha = own if own is not None else settings.get("lora_alpha", 8)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise DllmError(f"{CONFIG}: lora_alpha is a number, not {alpha!r}")
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def merge_by_peft(network: Any, folder: Path) -> Any:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -273,16 +274,30 @@ def read_json_config(folder: Path, name: str = "") -> RawConfig:
     return raw
 
 
+TOKENIZERS = {  # the files that each class of transformers reads; the first that are all there
+    "PreTrainedTokenizerFast": ("tokenizer.json",),
+    "Qwen2Tokenizer": ("vocab.json", "merges.txt"),  # Dream ships only Qwen2's BPE files
+    "LlamaTokenizer": ("tokenizer.model",),
+    "BertTokenizer": ("vocab.txt",),
+}
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder from its data files alone; None when it has none."""
-    if (folder / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast as Tokenizer
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():  # Dream ships only Qwen2's BPE files
-        from transformers import Qwen2Tokenizer as Tokenizer
-    else:
+    """The tokenizer of a checkpoint folder from its data files alone; None when it has none. A log line says what an
+    incomplete one lacks."""
+    absent = {name: [f for f in files if not (folder / f).is_file()] for name, files in TOKENIZERS.items()}
+    found = next((name for name, lacks in absent.items() if not lacks), None)
+    if found is None:
+        for name, lacks in absent.items():
+            if len(lacks) < len(TOKENIZERS[name]):
+                log.warning("%s has part of a tokenizer, but lacks %s", folder, ", ".join(lacks))
         return None
+    if found == "LlamaTokenizer" and not all(map(find_spec, ("sentencepiece", "google"))):
+        raise DllmError(f"{folder / 'tokenizer.model'} is read with two packages: pip install sentencepiece protobuf")
+    import transformers
+
     try:
-        return Tokenizer.from_pretrained(folder, trust_remote_code=False)
+        return getattr(transformers, found).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise DllmError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
 
