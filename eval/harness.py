@@ -34,8 +34,9 @@ from dllm.models.model import by_template
 from . import metrics
 from .arguments import THEIRS, layered, translated
 from .config import Config, Setting, TaskSpec
-from .lm_tasks import prepared
+from .lm_tasks import CodeEval, confine, prepared
 from .store import Row, Store, decoding_identity, sample_key
+from .tasks import confined
 from .tasks.base import Unavailable
 from .worker import Worker, attempt, failed, measure
 
@@ -48,6 +49,7 @@ except ImportError as error:
     raise DllmError(f"lm-eval is missing ({error}): pip install 'dllm-toolkit[eval]'") from None
 
 log = logging.getLogger(__name__)
+confine()  # whoever loads this module's model: the programs that lm-eval's tasks have checked run confined
 
 MAX_GEN_TOKS = 256  # lm-eval's own default
 SAMPLES = 128  # of the Monte-Carlo bound, as LLaDA's evaluation takes for likelihood tasks
@@ -248,6 +250,7 @@ class DiffusionLM(LM):
         and under any limit."""
         called, asks, repeat = gen_kwargs_of_the_call(), [], 0
         for index, request in enumerate(requests):
+            CodeEval.learn(getattr(request, "doc", None))
             context, given = request.args
             repeat = repeat + 1 if index and request is requests[index - 1] else 0
             doc, repeats = getattr(request, "doc_id", None), getattr(request, "repeats", None) or 1
@@ -490,6 +493,7 @@ def _prompt(sample: Mapping[str, Any]) -> str:
     return str(first)
 
 
+LEAVE = "--allow-unconfined-code"
 OWN = ("metric", "include_path", "include_defaults")  # options that are not simple_evaluate's
 
 
@@ -668,10 +672,14 @@ def _cell(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """lm-eval's own command line with the model `dllm` registered, and taken where none is named."""
+    """lm-eval's own command line with the model `dllm` registered, and taken where none is named; besides its own
+    flags it takes `--allow-unconfined-code`."""
     from lm_eval.__main__ import cli_evaluate
 
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if LEAVE in arguments:
+        arguments.remove(LEAVE)
+        confined.choose(allow_unconfined=True)
     if arguments[:1] and arguments[0] in ("ls", "validate"):
         pass
     elif not any(a == "--model" or a.startswith("--model=") for a in arguments) and "--config" not in arguments:

@@ -4,22 +4,24 @@ a confined place for the programs that they have checked.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dllm.errors import DllmError
 
 from . import data
 from .config import TaskSpec
+from .tasks import confined
 from .tasks.base import Unavailable
-from .tasks.confined import refusal, run
 
 try:
     import evaluate
+    from lm_eval import evaluator
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 except ImportError as error:
@@ -34,14 +36,31 @@ Config = dict[str, Any]
 
 
 class CodeEval:
-    """What `evaluate.load("code_eval")` is for a task file, with the programs confined."""
+    """What `evaluate.load("code_eval")` is for a task file, with the programs confined.
+
+    heads     beginnings of functions that benchmarks gave (`learn`): of a program that begins with one, its helpers
+              are the benchmark's, and only the function that it leaves open is the program's
+    """
+
+    heads: ClassVar[set[str]] = set()
+
+    @classmethod
+    def learn(cls, doc: Any) -> None:
+        """Note the head of a document of HumanEval's shape."""
+        if isinstance(doc, Mapping) and isinstance(doc.get("prompt"), str) and "entry_point" in doc:
+            cls.heads.add(doc["prompt"])
+
+    def passes(self, program: str, check: str) -> bool:
+        head = max((head for head in self.heads if program.startswith(head)), key=len, default="")
+        asked = re.search(r"^check\((\w+)\)\s*\Z", check, re.MULTILINE)
+        return confined.run(program, check, context=head, entries=[asked[1]] if head and asked else []).passed
 
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: Any
     ) -> tuple[dict[str, float], dict[int, list[bool]]]:
         """pass@k of the programs of every reference (unbiased, arXiv 2107.03374), and which of them passed."""
         passed = {
-            i: [run(program, check).passed for program in programs]
+            i: [self.passes(program, check) for program in programs]
             for i, (check, programs) in enumerate(zip(references, predictions, strict=True))
         }
         return {f"pass@{n}": sum(_at(n, found) for found in passed.values()) / max(1, len(passed)) for n in k}, passed
@@ -51,15 +70,57 @@ def _at(k: int, passed: Sequence[bool]) -> float:
     return 1 - math.comb(len(passed) - sum(passed), k) / math.comb(len(passed), k)
 
 
-@contextlib.contextmanager
-def _confined() -> Iterator[None]:
-    """Task files that load `code_eval` meanwhile get ours: the published one runs programs in this process' reach."""
-    published = evaluate.load
-    evaluate.load = lambda path, *args, **more: CodeEval() if path == "code_eval" else published(path, *args, **more)
-    try:
-        yield
-    finally:
-        evaluate.load = published
+def confine() -> None:
+    """From here on `code_eval` is ours for every task file that this process loads, and a task that runs programs by
+    itself is refused without leave: the published ones run them with all that this process may do."""
+    if isinstance(evaluate.load, _Loading):
+        return
+    evaluate.load = _Loading(evaluate.load)
+    evaluator.evaluate = _guarded(evaluator.evaluate)
+
+
+class _Loading:
+    """`evaluate.load` with our `code_eval`."""
+
+    def __init__(self, published: Callable[..., Any]):
+        self.published = published
+
+    def __call__(self, path: str, *arguments: Any, **more: Any) -> Any:
+        return CodeEval() if path == "code_eval" else self.published(path, *arguments, **more)
+
+
+def _guarded(published: Callable[..., Any]) -> Callable[..., Any]:
+    """lm-eval's `evaluate`: programs that we run need no consent, others need ours besides lm-eval's."""
+
+    @functools.wraps(published)
+    def evaluate(lm: Any, task_dict: Mapping[str, Any], *arguments: Any, **more: Any) -> Any:
+        for name, task in _members(task_dict):
+            if ours(task):
+                if reason := confined.refusal():
+                    raise Unavailable(f"{name} runs generated programs: {reason}")
+                task.UNSAFE_CODE = False
+            elif not confined.unconfined_allowed():
+                raise Unavailable(f"{name} runs generated programs itself, unconfined; --allow-unconfined-code lets it")
+            else:
+                log.warning("%s", confined.UNCONFINED)
+        return published(lm, task_dict, *arguments, **more)
+
+    return evaluate
+
+
+def _members(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tasks that have programs checked, those of groups too."""
+    for name, task in tasks.items():
+        if isinstance(task, Mapping):
+            yield from _members(task)
+        elif getattr(task, "UNSAFE_CODE", False):
+            yield str(name), task
+
+
+def ours(task: Any) -> bool:
+    """Whether it is us who run a task's programs."""
+    found = [getattr(f, "__self__", f) for f in getattr(task, "_metric_fn_list", {}).values()]  # it keeps f.__call__
+    return any(isinstance(value, CodeEval) for f in found for value in getattr(f, "__globals__", {}).values())
 
 
 def prepared(spec: TaskSpec, manager: TaskManager, folder: str | None) -> tuple[Any, dict[str, Any]]:
@@ -91,15 +152,14 @@ def _code(config: Config) -> dict[str, Any]:
     ours = any(isinstance(value, CodeEval) for f in functions for value in f.__globals__.values())
     if not (config.get("unsafe_code") and ours):
         return {}
-    if reason := refusal():
+    if reason := confined.refusal():
         raise Unavailable(f"it runs generated programs: {reason}")
     return {"confirm_run_unsafe_code": True}
 
 
 def _read(name: str, file: Path) -> Config:
     try:
-        with _confined():
-            return dict(load_yaml(file))
+        return dict(load_yaml(file))
     except Exception as error:
         log.debug("lm-eval cannot read %s", file, exc_info=True)
         raise Unavailable(f"lm-eval cannot load {name}: {_line(error)}") from None

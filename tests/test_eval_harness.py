@@ -21,6 +21,8 @@ import dllm
 from dllm.errors import DllmError
 from dllm.eval import run
 from dllm.eval.harness import DiffusionLM
+from dllm.eval.lm_tasks import CodeEval
+from dllm.eval.tasks import confined
 
 MODEL = str(Path(__file__).parent / "golden" / "checkpoints" / "tiny-llada-trained")
 
@@ -337,3 +339,58 @@ def test_command_line_on_one_rank_and_on_two(tasks, tmp_path):
     two = command(tasks, tmp_path / "two", *launch)
     assert two.returncode == 0, two.stderr[-2000:]
     assert figures(tmp_path / "two") == figures(tmp_path / "one")
+
+
+CODE_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{test}}}}"
+unsafe_code: true
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
+metric_list: [{metric}]
+filter_list: [{{name: build, filter: [{{function: custom, filter_fn: !function utils.build}}]}}]
+"""
+CODE_UTILS = """
+import evaluate
+checker = evaluate.load("code_eval")
+def passed(**given): return checker.compute(**given, k=[1])[0]["pass@1"]
+def build(resps, docs): return [[PROGRAM] for _ in resps]
+"""
+
+
+def test_programs_that_lm_eval_checks_run_confined(tmp_path):
+    """By its own interface too: what they write stays inside, and a task that runs programs itself needs leave."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if confined.refusal():
+        pytest.skip("programs cannot be confined here")
+    mark, data = tmp_path / "mark", tmp_path / "data.jsonl"
+    program = f"try: open({str(mark)!r}, 'w').write('x')\nexcept OSError: pass\ndef f(x): return x + 1\n"
+    data.write_text(json.dumps({"prompt": "Tom has 2 apples.", "test": "assert f(1) == 2"}) + "\n")
+    (tmp_path / "utils.py").write_text(f"PROGRAM = {program!r}\n{CODE_UTILS}")
+    ours = "{metric: !function utils.passed, aggregation: mean, higher_is_better: true}"
+    for name, metric in (("ours", ours), ("theirs", "{metric: exact_match}")):
+        (tmp_path / f"{name}.yaml").write_text(CODE_TASK.format(name=name, data=data, metric=metric))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    lm = DiffusionLM("tiny", device="cpu")
+    found = simple_evaluate(model=lm, tasks=["ours"], task_manager=manager, bootstrap_iters=0)
+    assert found["results"]["ours"]["passed,build"] == 1.0 and not mark.exists()
+    with pytest.raises(DllmError, match="theirs runs generated programs itself, unconfined; --allow-unconfined-code"):
+        simple_evaluate(model=lm, tasks=["theirs"], task_manager=manager, confirm_run_unsafe_code=True)
+
+
+def test_helpers_of_a_benchmarks_head_are_its_own():
+    head = (
+        "def poly(xs: list, x: float):\n    return sum(c * x**i for i, c in enumerate(xs))\n\n\ndef root(xs: list):\n"
+    )
+    check = "def check(candidate):\n    assert abs(poly([1, 2], candidate([1, 2]))) < 1e-3\n\ncheck(root)"
+    programs = [head + "    return -0.5\n", head + "    return 0.0\n\ndef poly(xs, x): return 0.0\n"]
+    CodeEval.learn({"prompt": head, "entry_point": "root"})
+    if confined.refusal():
+        pytest.skip("programs cannot be confined here")
+    assert CodeEval().compute([check], [programs]) == ({"pass@1": 0.5}, {0: [True, False]})

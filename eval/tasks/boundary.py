@@ -282,8 +282,10 @@ class Check:
         """`context` is code that comes with the check (the head of the function that was asked for, with its
         helpers); `entries` are the program's names even where Python or the context knows them too."""
         scope = Scope(__name__="check")
-        with contextlib.suppress(SyntaxError):  # a head without a body
-            exec(compile(header["context"], "context.py", "exec"), scope)
+        for body in ("", "\n    pass"):  # the head of a function may come without one
+            with contextlib.suppress(SyntaxError):
+                exec(compile(header["context"] + body, "context.py", "exec"), scope)
+                break
         code = compile(header["check"], "check.py", "exec")
         scope.entries = tuple(header["entries"] or self.guessed(code, scope))
         for name in scope.entries:

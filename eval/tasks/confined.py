@@ -287,6 +287,11 @@ def choose(name: str = "auto", allow_unconfined: bool = False) -> None:
     _choice = (name, allow_unconfined)
 
 
+def unconfined_allowed() -> bool:
+    """Whether the user has given leave to run programs unconfined."""
+    return _choice[1]
+
+
 def sandbox() -> Sandbox:
     """The chosen sandbox, found out by confining a program. Raises `DllmError` where there is none, with the reason."""
     return _sandbox(*_choice)
