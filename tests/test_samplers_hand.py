@@ -574,6 +574,22 @@ def test_daedal_tail_confidence_skips_other_columns() -> None:
     assert j.sampler.window.tail_confidence(view, pred).item() == pytest.approx((0.9 + 0.8 + 0.7) / 4)
 
 
+def test_daedal_pushes_out_what_the_ceiling_leaves_no_room_for() -> None:
+    """Six columns and an end token behind them; the fourth becomes four masks, of which the ceiling of nine lets two
+    push the others on: the end token goes."""
+
+    def script(ids: list[int]) -> Tensor:
+        rows = [(2, 0.95), *[(1, 0.5)] * (len(ids) - 2)]
+        rows[3], rows[-2:] = (1, 0.2), [(3, 0.6)] * 2
+        return peaks(rows, 8)
+
+    spec = {"name": "daedal", "initial": 6, "tail": 2, "factor": 4, "tau_low": 0.4}
+    out = decode(Scripted(script, vocab=9, eos=3), 9, spec)
+    assert out.trace.lengths[:3] == [8, 10, 10]
+    assert out.trace.commits[:2] == [[[7, 3]], [[1, 2], [7, 8], [8, 8], [9, 8]]]  # 8 is the mask
+    assert out.trace.final == [0, 2, 1, 1, 1, 1, 1, 1, 3, 3]
+
+
 def test_daedal_without_growth_keeps_its_length() -> None:
     model = Scripted(peaks([(1, 0.6)] * 40, 8), eos=3)
     out = decode(model, 40, "daedal:initial=8,tau_eos=0,tau_expand=0,tail=4", block_length=4)

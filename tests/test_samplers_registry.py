@@ -177,3 +177,5 @@ def test_the_page_has_every_sampler_and_its_picture() -> None:
         assert f"\n## {name}\n" in page, f"run `dllm samplers --write-docs docs`: {name} is missing"
         if f"samplers/{name}.png" in page:
             assert (DOCS / "samplers" / f"{name}.png").stat().st_size > 500
+    pictured = [path.stem for path in (DOCS / "samplers").glob("*.png")]
+    assert page == catalog.markdown(pictured), "run `dllm samplers --write-docs docs`"

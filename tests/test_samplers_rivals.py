@@ -439,6 +439,12 @@ def test_slowfast_needs_two_estimates_at_the_first_column_too() -> None:
     assert out.trace.windows[:3] == [[0, 8], [0, 8], [1, 8]]
 
 
+def test_slowfast_region_holds_a_column_where_nothing_is_sure() -> None:
+    """Each slow step estimates one column behind the cycle's start; two agree, and that column is full by then."""
+    out = decode(Scripted(confident(*[0.05] * 6, vocab=40)), 6, {"name": "slowfast", "tau_min": 0.3})
+    assert out.trace.windows == [[1, 7], [1, 7], [2, 7], [2, 7], [3, 7], [3, 7]]
+
+
 def test_slowfast_phases() -> None:
     """Slow: the window is the block, one commit each; the estimates 3 and 3 agree; fast: columns 0-2 until full."""
     table = confident(0.5, 0.45, 0.4, 0.05, 0.05, 0.05, 0.05, 0.05, vocab=40)
@@ -485,6 +491,19 @@ def test_lopa_follows_the_surest_branch() -> None:
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [1]
     state.columns["lopa.branch"] = torch.tensor([[0, 0, 2, 0]])  # the first branch has no column to try
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [2]
+
+
+def test_lopa_commits_a_candidate_beside_the_winners_column() -> None:
+    """The winner had filled column 1; its forward is sure of another token there, which is no candidate any more."""
+
+    def script(ids: list[int]) -> Tensor:
+        if ids[1:3] == [1, 2]:
+            return peaks([(1, 0.9), (5, 0.95), (3, 0.7), (4, 0.6)], 8)
+        return peaks([(1, 0.6), (2, 0.5), (3, 0.4), (4, 0.3)], 8)
+
+    out = decode(Scripted(script, vocab=9), 4, {"name": "lopa", "b": 3})
+    assert writes(out)[:2] == [{0}, {1, 2}]
+    assert out.tokens[:3] == [1, 2, 3]
 
 
 def test_lopa_commits_the_winners_column_and_goes_on_from_its_logits() -> None:
