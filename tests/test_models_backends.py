@@ -70,6 +70,28 @@ def test_foreign_padding_and_visibility(kind):
     assert (model.forward(ids, visible=visible)[:, :9] - model.forward(ids[:, :9])).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_every_attention_of_a_foreign_model_masks_the_same(kind, tmp_path):
+    """Eager attention adds its mask, where the others choose by it."""
+    model = load(random_network(kind), device="cpu", mask_id=59)
+    model.save(tmp_path)
+    eager = load(tmp_path, device="cpu", backend="transformers", mask_id=59, attn_implementation="eager")
+    passed = random_network(kind)
+    passed.set_attn_implementation("eager")
+    pos = torch.arange(12).expand(2, -1).clone()
+    pos[1, 7:] = -1
+    ids, visible = torch.randint(0, 59, (2, 12)), (torch.arange(12) < 9)[None, None].expand(2, 1, 12)
+    for other in (eager, load(passed, device="cpu", mask_id=59)):
+        assert other.adds_mask and not model.adds_mask
+        assert (other.forward(ids, pos) - model.forward(ids, pos))[:, :7].abs().max() < 1e-5
+        assert (other.forward(ids, visible=visible) - model.forward(ids, visible=visible))[:, :9].abs().max() < 1e-5
+    with pytest.raises(DllmError, match="unknown attn_implementation 'flash_attention_2'"):
+        load(tmp_path, device="cpu", backend="transformers", mask_id=59, attn_implementation="flash_attention_2")
+    passed.config._attn_implementation = "flex_attention"
+    with pytest.raises(DllmError, match="takes no mask of this shape"):
+        load(passed, device="cpu", mask_id=59)
+
+
 def test_foreign_models_have_no_cache():
     model = load(random_network("Llama"), device="cpu", mask_id=59, shift=1)
     assert model.shift == 1

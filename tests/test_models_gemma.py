@@ -65,5 +65,5 @@ def test_other_samplers_and_caches_are_refused(folder):
             dllm.generate(model, [5, 6], **arguments)
     with pytest.raises(DllmError, match='sampler="native"'):
         model.forward(torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(DllmError, match="takes dtype, device and tokenizer only"):
+    with pytest.raises(DllmError, match="mask_id is not for DiffusionGemma"):
         dllm.load(folder, device="cpu", mask_id=3)

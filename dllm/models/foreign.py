@@ -25,6 +25,7 @@ class ForeignModel(Model):
 
     def __init__(self, config: ModelConfig, network: Any, tokenizer: Any = None) -> None:
         super().__init__(config, network, tokenizer)
+        self.adds_mask = getattr(network.config, "_attn_implementation", None) == "eager"  # others choose by it
         self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
 
     @property
@@ -45,6 +46,10 @@ class ForeignModel(Model):
         pos = torch.arange(q, device=ids.device).expand(n, q) if pos is None else pos.expand(n, q)
         seen = (pos >= 0)[:, None, :] if visible is None else visible & (pos >= 0)[:, None, :]  # (N, 1|Q, Q)
         seen = (seen.expand(n, q, q) | (pos < 0)[:, :, None])[:, None]  # (N, 1, Q, Q); padding sees everything
+        if self.adds_mask:
+            seen = torch.zeros(seen.shape, dtype=self.dtype, device=ids.device).masked_fill(
+                ~seen, torch.finfo(self.dtype).min
+            )
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": seen}
         if self.takes_positions:
             arguments["position_ids"] = pos.clamp(min=0)
@@ -115,6 +120,9 @@ def describe(raw: RawConfig, family: str, shift: int, ids: dict[str, Any]) -> Mo
 
 def wrap(network: Any, config: ModelConfig, tokenizer: Any) -> ForeignModel:
     """Attention is made bidirectional where a config says causal: a masked-diffusion model attends to everything."""
+    attention = getattr(network.config, "_attn_implementation", None)
+    if attention not in (None, *ATTENTION):
+        raise DllmError(f"attention by {attention!r} takes no mask of this shape: load it with one of {ATTENTION}")
     if getattr(network.config, "is_causal", None) is not False:
         network.config.is_causal = False
     return ForeignModel(config, network.eval(), tokenizer)
