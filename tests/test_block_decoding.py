@@ -179,6 +179,15 @@ def test_fast_dllm_v2_opens_a_block_with_its_first_token():
         run(model, PROMPTS, sampler="fast_dllm_v2:sub=3")
 
 
+def test_block_dual_recomputes_the_window_alone_where_logits_are_not_shifted():
+    """Also while its first column is masked: the row that predicts it lies inside."""
+    model, call = tiny(), {"sampler": "confidence", "block_length": 2, "max_new_tokens": 8, "early_stop": False}
+    whole, window = (dllm.generate(model, [1, 2, 3, 4], cache=cache, **call) for cache in ("block", "block_dual"))
+    assert window.nfe == whole.nfe == 8
+    # the block before and the block in each opening forward, then three of the window's two columns or of the block
+    assert (window.positions, whole.positions) == (2 * (8 + 3 * 2), 2 * (8 + 3 * 4))
+
+
 def test_block_dual_is_exact_when_a_block_opens_and_rows_are_independent():
     model, options = tiny(shift=1), {"sampler": "fast_dllm_v2:tau=1,sub=2", "cache": "block_dual"}
     together = run(model, PROMPTS, batch_size=2, **options)

@@ -136,12 +136,14 @@ def test_dllm_cache_fills_its_share_with_what_was_computed_longest_ago(rho):
 def test_caches_of_the_command_line():
     assert policy("dllm_cache:rho=0.5,response_every=2").rho == 0.5
     assert policy({"name": "interval", "every": 4}).every == 4 and policy(None).name == "none"
+    assert policy("dual:left=2,right=3") == POLICIES["dual"](2, 3)  # what belongs to the model comes by name
     assert set(POLICIES) == {"none", "prefix", "dual", "interval", "delayed", "dllm_cache", "block", "block_dual"}
 
 
 @pytest.mark.parametrize(("spec", "words"), [
     ("duel", "dual"), ("dual:lef=2", "left"), ("dual:left", "name=number"), ("dual:left=-1", "negative"),
     ("interval:every=-2", "negative"), ("delayed:every=0", "at least 1"), ("dllm_cache:rho=2", "rho"),
+    ("dllm_cache:prompt_every=0", "at least 1"), ("dllm_cache:response_every=0", "at least 1"),
     ({"left": 3}, "None"), ("dual:block_size=4", "left"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(spec, words):

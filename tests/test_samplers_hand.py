@@ -574,6 +574,11 @@ def test_daedal_tail_confidence_skips_other_columns() -> None:
     assert j.sampler.window.tail_confidence(view, pred).item() == pytest.approx((0.9 + 0.8 + 0.7) / 4)
 
 
+def test_daedal_grows_into_the_last_column() -> None:
+    out = decode(Scripted(peaks([(1, 0.5)] * 6, 8), eos=3), 6, "daedal:initial=5,tail=2,tau_low=0")
+    assert out.trace.lengths[:2] == [7, 7]  # one column short of the ceiling, and the prompt
+
+
 def test_daedal_pushes_out_what_the_ceiling_leaves_no_room_for() -> None:
     """Six columns and an end token behind them; the fourth becomes four masks, of which the ceiling of nine lets two
     push the others on: the end token goes."""
@@ -588,6 +593,9 @@ def test_daedal_pushes_out_what_the_ceiling_leaves_no_room_for() -> None:
     assert out.trace.lengths[:3] == [8, 10, 10]
     assert out.trace.commits[:2] == [[[7, 3]], [[1, 2], [7, 8], [8, 8], [9, 8]]]  # 8 is the mask
     assert out.trace.final == [0, 2, 1, 1, 1, 1, 1, 1, 3, 3]
+    out = decode(Scripted(script, vocab=9, eos=3), 8, {**spec, "tail": 1})  # without an end token a mask goes
+    assert (out.trace.lengths[:2], out.trace.lengths[-1], out.finish_reason) == ([7, 9], 9, "stop")
+    assert out.nfe <= 10 and 8 not in out.trace.final
 
 
 def test_daedal_without_growth_keeps_its_length() -> None:

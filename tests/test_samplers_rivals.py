@@ -291,6 +291,7 @@ def test_remdm_loop_holds_alpha() -> None:
     law = Posterior("loop", 0.02, 20)
     sigma, unmask = law.rates(torch.arange(20))
     assert law.alpha(torch.tensor([1.0, 0.55, 0.3, 0.05, 0.0])).tolist() == pytest.approx([0, 0.9, 0.9, 0.9, 1])
+    assert law.alpha(torch.tensor([0.775, 0.025])).tolist() == pytest.approx([0.45, 0.95])  # linear before and after
     inside = (torch.arange(20) >= 9) & (torch.arange(20) < 19)
     assert torch.equal(sigma > 0, inside)
     assert unmask[12].item() == pytest.approx(0.02 * 0.9 / 0.1)
