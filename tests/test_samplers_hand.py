@@ -577,7 +577,7 @@ def test_daedal_tail_confidence_skips_other_columns() -> None:
 def test_daedal_grows_into_the_last_column() -> None:
     out = decode(Scripted(peaks([(1, 0.5)] * 6, 8), eos=3), 6, "daedal:initial=5,tail=2,tau_low=0")
     assert out.trace.lengths[:2] == [7, 7]  # one column short of the ceiling, and the prompt
-    assert out.trace.commits[0] == [[6, out.trace.mask_id]]  # a column to decode, not yet the end token behind it
+    assert out.trace.final == [0] + [1] * 6  # a column to decode, not the end token behind the answer
 
 
 def test_daedal_pushes_out_what_the_ceiling_leaves_no_room_for() -> None:
