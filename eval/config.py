@@ -211,7 +211,10 @@ class Config:
         what else the file holds, is not in it."""
         whole = {"seed": self.seed, "batch_size": self.batch_size}
         tasks = {t.label or t.name: _prune(asdict(t), {"label", "limit"}) for t in self.tasks}
-        settings = {s.label: _prune(asdict(s), {"label", "source"}) for s in self.settings}
+        models = {s.label: {k: v for k, v in s.model.plain().items() if k not in WHERE} for s in self.settings}
+        settings = {
+            s.label: _prune({**asdict(s), "model": models[s.label]}, {"label", "source"}) for s in self.settings
+        }
         return {(t, s): {**whole, "task": tasks[t], "setting": settings[s]} for t in tasks for s in settings}
 
 

@@ -221,6 +221,10 @@ def test_a_configuration_takes_every_argument(bare, tmp_path):
     again = configuration.load(plain)
     spec = configuration.ModelSpec(str(bare), mask_id=1, eos_ids=[0, 2], device="cpu")
     assert again.settings[0].model == spec
+    elsewhere = configuration.load(
+        {**plain, "matrix": [{"model": [{**model, "token": "other", "cache_dir": "there"}]}]}
+    )
+    assert list(elsewhere.cells().values()) == list(config.cells().values())  # the same model, wherever it came from
     swept = configuration.load(
         {"tasks": ["word_problems"], "model": "tiny", "matrix": {"model.dtype": ["float32", "float64"]}},
         ["model.device_map={layers: cpu}"],
