@@ -582,7 +582,7 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
 
 
 def _model(setting: Setting, worker: Worker, config: Config) -> DiffusionLM:
-    options = {"batch_size": config.batch_size, "seed": config.seed}
+    options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
     if setting.speculate is not None:
         return Drafting(setting.model.name, worker, setting, **options)
     return DiffusionLM(setting.model.name, worker.model(setting.model), **options)
@@ -601,7 +601,7 @@ def _evaluate(
         bootstrap_iters=0,
         random_seed=config.seed,
         log_samples=True,
-        **({} if chat is None else {"apply_chat_template": chat}) | options | own,
+        **{**({} if chat is None else {"apply_chat_template": chat}), **options, **own},
     )
 
 

@@ -239,7 +239,7 @@ def rehearsal(config: Config) -> Config:
 
     tasks = tuple(map(small, config.tasks))
     out = config.out or f"runs/dry/{config.name}"
-    quick = {"limit": None, "batch_size": 2, "warmup": 0, "trace": min(config.trace, 1)}
+    quick: dict[str, Any] = {"limit": None, "batch_size": 2, "warmup": 0, "trace": min(config.trace, 1)}
     return replace(config, settings=settings, tasks=tasks, out=out, data=f"{out}/data", **quick)
 
 
@@ -268,7 +268,8 @@ def _decode(
     the keys of this configuration's samples."""
     sizes = [len(task.documents) for task in tasks]
     weights: dict[str, str] = {}
-    done, keys = set(store.rows), set()
+    done = set(store.rows)
+    keys: set[str] = set()
     bar = tqdm(total=sum(sizes) * len(config.settings), unit="sample", disable=not progress, file=sys.stderr)
     live = _Live(bar)
     with bar:

@@ -78,13 +78,13 @@ class Store:
 
     def _claim(self) -> None:
         """One run at a time. The kernel frees the lock when its process dies, however it dies."""
-        try:
-            with _clear(self.folder):
+        with _clear(self.folder):
+            try:
                 self._lock.acquire(timeout=0)
-        except Timeout:
-            raise DllmError(
-                f"another run is writing to {self.folder}; wait for it, or choose another folder with --out"
-            ) from None
+            except Timeout:
+                raise DllmError(
+                    f"another run is writing to {self.folder}; wait for it, or choose another folder with --out"
+                ) from None
 
     def _match(self, config: Config) -> None:
         """Write the configuration, or refuse one under which a task and setting of the same names would hold samples

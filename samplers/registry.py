@@ -99,7 +99,7 @@ def _loaded(name: str) -> type[Method] | DllmError:
             return found
         said = f"{_whose(name)} is no class of dllm.samplers.base.Method"
     except (Exception, SystemExit) as error:
-        said = f"{_whose(name)} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        said = f"{_whose(name)} cannot be loaded: {type(error).__name__}: {first_line(Exception(error))}"
     log.warning("%s", said)
     return DllmError(said)
 

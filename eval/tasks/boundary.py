@@ -39,7 +39,18 @@ PARTS = {
     "datetime.time": lambda v: [v.hour, v.minute, v.second, v.microsecond],
     "datetime.timedelta": lambda v: [v.days, v.seconds, v.microseconds],
 }
-BASES = (int, float, str, list, tuple, dict, set, frozenset, bytes)
+# How the value of a builtin's subclass is read, whatever the subclass has to say to it.
+PLAIN = (
+    (int, int.__int__),
+    (float, float.__float__),
+    (str, str.__str__),
+    (bytes, bytes),
+    (list, lambda v: [*list.__iter__(v)]),
+    (tuple, lambda v: (*tuple.__iter__(v),)),
+    (dict, lambda v: dict(dict.items(v))),
+    (set, lambda v: {*set.__iter__(v)}),
+    (frozenset, lambda v: frozenset(frozenset.__iter__(v))),
+)
 
 
 def encode(value, opaque):
@@ -52,7 +63,7 @@ def encode(value, opaque):
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name in PARTS and getattr(value, "tzinfo", None) is None:
         return {"kind": name, "parts": [encode(part, opaque) for part in PARTS[name](value)]}
-    if kind is type and getattr(builtins, value.__name__, None) is value:
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
         return {"type": value.__name__}
     return opaque(value)
 
@@ -171,12 +182,11 @@ class Program:
     def theirs(self, value):
         """How an object that does not cross is spoken of. The value of a builtin's subclass goes with it."""
         kind, plain = type(value), NOTHING
-        base = next((b for b in BASES if isinstance(value, b)), None)
-        if base in (int, float, str, bytes):
-            return encode({int: int.__int__, float: float.__float__, str: str.__str__, bytes: bytes}[base](value), None)
-        if base is not None:
-            plain = encode(dict(dict.items(value)) if base is dict else base(base.__iter__(value)), self.theirs)
-            if kind.__module__.partition(".")[0] in sys.stdlib_module_names:  # Counter, defaultdict, OrderedDict …
+        base, read = next(((b, r) for b, r in PLAIN if isinstance(value, b)), (None, None))
+        if read is not None:
+            plain = encode(read(value), self.theirs)
+            standard = kind.__module__.partition(".")[0] in sys.stdlib_module_names  # Counter, defaultdict …
+            if standard or base in (int, float, str, bytes):
                 return plain
         self.objects.append(value)
         spoken = {"object": len(self.objects) - 1, "shown": kind.__name__}
@@ -261,7 +271,7 @@ class Remote:
 class Scope(dict):
     """The check's names: its own, then Python's, then the program's; `entries` are the program's before Python's."""
 
-    entries = ()
+    entries: "tuple[str, ...]" = ()
 
     def __missing__(self, name):
         if name not in self.entries and (name.startswith("__") or hasattr(builtins, name)):
@@ -272,7 +282,7 @@ class Scope(dict):
 class Check:
     """Executes the check, of which there is one in a process."""
 
-    only = None
+    only: "Check"
 
     def __init__(self, line):
         self.line, self.callbacks = line, []
