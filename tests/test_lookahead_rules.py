@@ -455,6 +455,19 @@ def test_auto_looks_far_where_rows_are_free() -> None:
     assert max(o.stats["rows"] / o.stats["forwards"] for o in out) > 2
 
 
+def test_a_pace_belongs_to_one_setting() -> None:
+    """Hits of one threshold or of one cache say nothing of another's."""
+    net, setting = model("tiny-llada-random"), Lookahead("auto")
+
+    def paces(sampler: str, cache: str) -> int:
+        job = prepare(net, [1], {"sampler": sampler, "cache": cache, "max_new_tokens": 4})
+        return id(Pace.of(net, job.sampler, job.policy, setting))
+
+    calls = [("threshold:tau=0.5", "dual"), ("threshold:tau=0.6", "dual"), ("threshold:tau=0.5", "dual:left=4")]
+    assert len({paces(*call) for call in calls}) == 3
+    assert paces(*calls[0]) == paces(*calls[0])
+
+
 def test_a_pause_of_the_machine_is_no_cost_of_a_forward() -> None:
     pace = Pace()
     for seconds in [1.0] * 50 + [1000.0]:
