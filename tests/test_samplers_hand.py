@@ -493,6 +493,14 @@ def test_ccd_commits_what_two_steps_agree_on(
     assert {c for c in range(8) if chosen[0, c]} == expected
 
 
+def test_ccd_mean_commits_what_it_has_seen_before() -> None:
+    """All columns are sure. The first step knows none of them from before; the second knows three of the best four."""
+    out = decode(Scripted(peaks([(1, 0.9999)] * 6, 8)), 6, "ccd:mode=mean")
+    assert commits(out)[0] == {0} and {1, 2, 3} <= commits(out)[1]
+    out = decode(Scripted(peaks([(1, 0.9999)] * 6, 8)), 6, "ccd:mode=mean,seek=false")
+    assert [len(columns) for columns in commits(out)] == [1] * 6
+
+
 # -- EOSER and ASS --------------------------------------------------------------------------------------------------
 
 

@@ -492,6 +492,8 @@ def test_lopa_follows_the_surest_branch() -> None:
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [1]
     state.columns["lopa.branch"] = torch.tensor([[0, 0, 2, 0]])  # the first branch has no column to try
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [2]
+    canvas.masked = torch.tensor([[False, False, True, False]])  # the second branch fills the last mask
+    assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [2]
 
 
 def test_lopa_commits_a_candidate_beside_the_winners_column() -> None:
