@@ -281,6 +281,18 @@ def test_a_saved_twin_is_read_by_transformers(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "t").mask_token_id == 1
 
 
+@pytest.mark.parametrize("name", ["tiny-dream-random", "tiny-llada-random", "tiny-sdar-random"])
+def test_what_a_caller_settled_is_saved(name, tmp_path):
+    settled = {"eos_ids": [3, 5], "mask_id": 9} | ({"block_size": 2} if "sdar" in name else {})
+    for shift in (0, 1):
+        model = cpu(CHECKPOINTS / name, shift=shift, **settled)
+        again = cpu(model.save(tmp_path / "copy"))
+        assert again.config == model.config and again.shift == shift
+    assert cpu(again.save(tmp_path / "copy")).shift == 1
+    back = cpu(tmp_path / "copy", shift=0).save(tmp_path / "copy")
+    assert cpu(back).shift == 0
+
+
 def test_two_sets_of_weights_are_refused(folder):
     single = (folder / "model.safetensors").read_bytes()
     cpu(folder).save(folder, shard_bytes=40_000)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dllm.errors import DllmError
 from dllm.models import causal, dream, fast_dllm, illada, llada, llada2, llada_moe, sdar
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family, RawConfig
 
+SHIFT = "logits_shift"  # our own key of config.json, written where a checkpoint is aligned otherwise than its family
 MODULES = (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
 FAMILIES: dict[str, Family] = {f.name: f for f in (*(m.FAMILY for m in MODULES), dream.REASONER)}
 
@@ -37,7 +40,7 @@ def read_config(raw: RawConfig) -> tuple[Family, ModelConfig]:
         raise DllmError(f"config.json of this {raw.architecture} checkpoint holds a wrong value: {error}") from error
     if wrong := _impossible(config):
         raise DllmError(f"config.json of this {raw.architecture} checkpoint is impossible: {wrong}")
-    return family, config
+    return family, config if raw.get(SHIFT) is None else replace(config, shift=raw[SHIFT])
 
 
 def _impossible(config: ModelConfig) -> str:

@@ -72,6 +72,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("moe_router_enable_expert_bias",), FLAG),
     **dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id"), ID),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), OBJECT),
+    "logits_shift": (lambda v: _whole(v) and v in (0, 1), "0 or 1"),
     "eos_token_id": (is_ids, "an id or a list of ids"),
     "mlp_only_layers": (lambda v: isinstance(v, list) and is_ids(v), "a list of layers"),
     "moe_layer_freq": (lambda v: is_ids(v) and v not in ([], -1), "a whole number, or a list of 0 and 1"),

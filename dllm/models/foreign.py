@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dllm.errors import DllmError, first_line, unknown
+from dllm.files import optional_json
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.model import Model
@@ -70,6 +72,9 @@ class ForeignModel(Model):
 
     def _write(self, folder: Path, shard_bytes: int) -> None:
         self.transformer.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
+        if self.mask_id is not None:
+            values = {**optional_json(folder / "config.json"), "mask_token_id": self.mask_id}
+            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None = None) -> Any:

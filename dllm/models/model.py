@@ -16,7 +16,8 @@ from dllm.errors import DllmError, first_line
 from dllm.files import replaced_checkpoint
 from dllm.models.checkpoint import save_weights
 from dllm.models.config import ModelConfig
-from dllm.models.families import FAMILIES
+from dllm.models.families import FAMILIES, SHIFT, read_config
+from dllm.models.family import RawConfig
 from dllm.models.parallel import layer_devices
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.transformer import KVStore, Transformer
@@ -173,6 +174,9 @@ class Model:
         dtype = str(self.dtype).removeprefix("torch.")
         values = {**self.config.raw, **family.write(self.config), "torch_dtype": dtype}
         values.pop("dtype", None)
+        values.pop(SHIFT, None)
+        if read_config(RawConfig(values))[1].shift != self.shift:  # the caller settled it otherwise than the family
+            values[SHIFT] = self.shift
         generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
         _dump(values, folder / "config.json")
         _dump(generation, folder / "generation_config.json")
