@@ -25,7 +25,7 @@ from dllm.models.model import Model
 from dllm.models.transformer import Transformer
 from dllm.training import checkpoint, trainer
 from dllm.training.config import MaskSpec, ScheduleSpec, TrainConfig, build, load_config
-from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, Window, read_jsonl
+from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, Window, read_jsonl, read_prompts
 from dllm.training.diffusion import mask_hard, mask_window, noise_levels, reading_rows, weighted
 from dllm.training.evaluate import wilson
 from dllm.training.log import read_curve
@@ -271,6 +271,17 @@ def test_an_example_beyond_max_length_is_named() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffone\u2028still one\r\n\n two\x85\n".encode())
+    assert read_prompts(path) == ["one\u2028still one", " two\x85"]
+    path.write_bytes(b"\xff")
+    with pytest.raises(DllmError, match="cannot read"):
+        read_prompts(path)
+    with pytest.raises(DllmError, match="no file of prompts"):
+        read_prompts(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
