@@ -63,7 +63,7 @@ def encode(value, opaque):
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name in PARTS and getattr(value, "tzinfo", None) is None:
         return {"kind": name, "parts": [encode(part, opaque) for part in PARTS[name](value)]}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+    if isinstance(value, type) and value in vars(builtins).values():
         return {"type": value.__name__}
     return opaque(value)
 
