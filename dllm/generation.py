@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from dllm import cache as caches
 from dllm import noise
-from dllm.canvas import Canvas, State
+from dllm.canvas import Canvas, Decision, State, scatter
 from dllm.engine import Options, Runner, Tick, decode
 from dllm.errors import DllmError, nearest, out_of_memory, unknown
 from dllm.guidance import Guidance
@@ -29,7 +30,7 @@ from dllm.prompts import Padding, check_ids, joined, listed_ids, read, read_one
 from dllm.samplers import registry
 from dllm.samplers.base import Bundle, Context, Sampler, View
 from dllm.stopping import Stop, Stops, stop_strings
-from dllm.trace import Trace, changes
+from dllm.trace import BLANK, Trace, changes
 
 log = logging.getLogger(__name__)
 
@@ -384,6 +385,9 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         why = f": {sampler.needs.caches_why}" if sampler.needs.caches_why else ""
         raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}{why}; use {usable}")
     sampler = policy.attach(sampler)
+    if args.trace:
+        notes = Confidences()
+        sampler = sampler._replace(amend=(*sampler.amend, notes), starts=(*sampler.starts, (None, notes.columns)))
     suppress = listed_ids("suppress_tokens", args.suppress_tokens, model.vocab_size) + (
         eos if args.logits_eos_inf else ()
     )
@@ -633,7 +637,7 @@ def _progress(job: Job, tick: Tick, row: int, drafts: bool) -> tuple[str, str | 
         return final, None
     if job.stops.ended(closed):
         return final, ""
-    behind = "".join("▁" if t == canvas.mask_id else job.stops.decode([t]) for t in ids[end:])
+    behind = "".join(BLANK if t == canvas.mask_id else job.stops.decode([t]) for t in ids[end:])
     return final, job.stops.decode(closed)[len(final) :] + behind
 
 
@@ -648,13 +652,50 @@ def _nothing_to_do(job: Job, meter: Meter) -> Iterator[Event]:
         yield Event(i, output.text, None, 0, output)
 
 
+@dataclass(frozen=True)
+class Confidences:
+    """Notes of a trace: per column the model's probability of the token that stands there, NaN where none is known.
+
+    It is the last in the chain of amendments and changes nothing.
+    """
+
+    key: ClassVar[str] = "trace.confidence"
+
+    def columns(self, canvas: Canvas) -> dict[str, torch.Tensor]:
+        return {self.key: torch.full(canvas.ids.shape, torch.nan, device=canvas.ids.device)}
+
+    def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        table = torch.where(view.canvas.masked | d.write, torch.nan, view.columns[self.key])
+        logit = pred.logits.gather(-1, view.gather(d.token)[..., None])[..., 0]
+        table = view.scatter(table, pred.probability_of(logit), view.gather(d.write) & (view.cols >= 0))
+        if d.fill is not None:
+            cols = caches.indices(view.canvas.apply(d).masked & d.fill[:, None])
+            wide = pred.at(cols)
+            table = table if wide is None else scatter(table, cols, wide.confidence.to(table.dtype))
+        view.columns[self.key] = table
+        return d
+
+
 def new_trace(job: Job, request: int) -> Trace:
-    return Trace(list(job.prompts[request]), job.queue.canvas.mask_id, job.sampler.spec)
+    given = {f.name: v for f in fields(job.args) if (v := getattr(job.args, f.name)) != f.default}
+    prompt = list(job.prompts[request])
+    return Trace(
+        prompt,
+        job.queue.canvas.mask_id,
+        job.sampler.spec,
+        start=int(job.queue.canvas.start[request]),
+        prompt_text=job.stops.decode(prompt, special=True),
+        cache=job.policy.name,
+        arguments=json.loads(json.dumps(given, default=str)),
+    )
 
 
 def record(trace: Trace, tick: Tick, row: int) -> None:
     """Add one forward to a row's trace."""
-    trace.commits.append(changes(tick.before, tick.state.canvas, row))
+    pairs = changes(tick.before, tick.state.canvas, row)
+    sure = tick.state.columns[Confidences.key][row].tolist()
+    trace.commits.append(pairs)
+    trace.confidence.append([None if math.isnan(sure[col]) else round(sure[col], 6) for col, _ in pairs])
     trace.windows.append([int(tick.window.lo[row]), int(tick.window.hi[row])])
     trace.lengths.append(int(tick.state.canvas.length[row]))
 
@@ -700,9 +741,8 @@ def score(
     if answer is None:
         raise DllmError("score needs an answer: dllm.score(model, prompt, answer)")
     prompt, padding = joined(prompt, input_ids, attention_mask), _padding(model)
-    head = _unprompted(model)
-    if prompt is not None:
-        head = read_one(prompt, partial(encode, model, chat=chat), padding, "the prompt to score")
+    reads = partial(encode, model, chat=chat)
+    head = _unprompted(model) if prompt is None else read_one(prompt, reads, padding, "the prompt to score")
     tail = read_one(answer, partial(encode, model, chat=False), padding, "the answer to score")
     if not tail:
         raise DllmError("the answer to score is empty")

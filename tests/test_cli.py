@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +117,56 @@ def test_usage_errors_exit_with_2(dllm: Dllm) -> None:
 
 
 def test_chat_answers_until_the_end_of_input(dllm: Dllm) -> None:
-    shown = dllm("chat", "-m", TRAINED, "-n", "4", stdin="12+30=\n/clear\n/quit\n")
+    shown = dllm("chat", "-n", "24", "--stop", "####", stdin=f"{PROBLEM[:-5]}\n/help\n/clear\n/quit\n")
     assert shown.returncode == 0, shown.stderr
-    assert "forwards" in shown.stdout or "no chat" in shown.stdout
+    assert "forwards" in shown.stdout
+    assert "####" not in shown.stdout
+    assert "interrupt an answer" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-s", "thresold"], "did you mean 'threshold'"),
+        (["--top-p", "2"], "top_p=2.0"),
+        (["-m", TRAINED], "no chat template"),
+    ],
+)
+def test_chat_says_a_mistake_before_the_first_message(dllm: Dllm, args: list[str], message: str) -> None:
+    shown = dllm("chat", *args, stdin="hello\n")
+    assert (shown.returncode, message in shown.stderr) == (1, True), shown
+    assert not shown.stdout
+
+
+@pytest.mark.parametrize("args", [["\udcff"], ["x", "--stop", "\udcff"]])
+def test_bytes_that_are_no_text_are_one_line(dllm: Dllm, args: list[str]) -> None:
+    shown = dllm("generate", "-m", TRAINED, *args)
+    assert shown.returncode == 1
+    assert "undecodable byte" in shown.stderr
+    assert len(shown.stderr.strip().splitlines()) == 1
+
+
+def test_any_console_and_any_bytes(tmp_path: Path) -> None:
+    """A console without the signs of --watch, standard input that is no text, and the package run as a module."""
+    command = [sys.executable, "-m", "dllm", "generate", "-", "-m", TRAINED, "-n", "4", "--watch"]
+    run = {"capture_output": True, "env": {**os.environ, "PYTHONIOENCODING": "cp1252:strict"}}
+    shown = subprocess.run(command, check=False, input=b"12+30=\n", **run)
+    assert shown.returncode == 0, shown.stderr
+    assert b"_" in shown.stdout
+    run["env"] = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    refused = subprocess.run(command, check=False, input=b"\xff", **run)
+    assert refused.returncode == 1
+    assert b"standard input is no utf-8 text" in refused.stderr
+    assert b"Traceback" not in refused.stderr
+
+
+def test_a_picture_of_a_short_run_fits_its_frame(dllm: Dllm, tmp_path: Path) -> None:
+    run, picture = tmp_path / "run.json", tmp_path / "run.svg"
+    assert dllm("generate", PROBLEM, "-n", "32", "-s", "prophet", "--trace", str(run)).returncode == 0
+    assert dllm("trace", str(run), str(picture)).returncode == 0
+    svg = picture.read_text()
+    frame = float(re.search(r'viewBox="0 0 ([0-9.]+)', svg)[1])
+    ends = [float(x) + float(w) for x, w in re.findall(r'<text[^>]* x="([0-9.]+)"[^>]* textLength="([0-9.]+)"', svg)]
+    assert ends
+    assert max(ends) < frame
+    assert len(re.findall("&lt;\\|eos\\|&gt;|&lt;", svg)) > 10  # every commit of the one forward is in the picture

@@ -135,6 +135,37 @@ def test_a_trace_survives_json_and_becomes_a_page(trained: Any, tmp_path: Any) -
         Trace.load(tmp_path / "bad.json")
 
 
+def test_a_trace_says_what_was_asked_and_how_sure_the_model_was() -> None:
+    scripted = Scripted(peaks([(1, 0.6), (3, 0.9), (1, 0.5), (1, 0.8)], 5), eos=3)
+    trace = dllm.generate(
+        scripted, [0], max_new_tokens=4, block_length=2, sampler="threshold:tau=0.7", trace=True
+    ).trace
+    assert trace.commits == [[[2, 3]], [[1, 1]]]
+    assert trace.confidence == [[pytest.approx(0.9)], [pytest.approx(0.6)]]
+    assert (trace.cache, trace.arguments["max_new_tokens"], trace.arguments["sampler"]) == (
+        "none",
+        4,
+        "threshold:tau=0.7",
+    )
+    assert trace.cells() == [("1 ", 1), ("3 ", 0)]  # what was never decoded is neither painted nor left out silently
+    assert trace.undecoded == 2
+    assert "2 columns were never decoded" in trace.summary
+    filled = dllm.generate(scripted, [0], max_new_tokens=4, block_length=4, max_nfe=2, trace=True).trace
+    assert filled.confidence == [[pytest.approx(0.9)], [None] * 3]  # the closing forward is no step
+
+
+def test_a_trace_of_an_infilled_text_shows_the_holes_and_what_was_given(trained: Any) -> None:
+    ids = trained.tokenizer("12+30=")["input_ids"]
+    holes = [*ids[:2], trained.mask_id, ids[3], trained.mask_id, *ids[5:]]
+    out = dllm.generate(trained, holes, infill=True, trace=True)
+    cells = out.trace.cells()
+    assert [k is None for _, k in cells] == [False, True, False, *[True] * (len(ids) - 5)]
+    assert sum(k is not None for _, k in cells) == len(out.tokens) == 2
+    page = out.trace.to_html()
+    assert page.count('class="t"') == 2
+    assert page.count('title="given"') == len(cells) - 2
+
+
 def test_the_score_is_the_exact_likelihood_where_that_is_known() -> None:
     """Two independent columns: the bound is tight and equals the sum of the log-probabilities."""
     scripted = Scripted(peaks([(1, 0.5), (2, 0.5)], 4))

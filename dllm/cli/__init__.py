@@ -19,7 +19,6 @@ INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 app = typer.Typer(
     name="dllm",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Decode masked-diffusion language models: unmasking schedulers, block caches, exact verification, drafting.",
 )
@@ -56,6 +55,9 @@ app.command()(speculate.align)
 
 def main() -> None:
     """Entry point of the console script: 0 success, 1 a user's mistake (one line), 2 usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a console may lack signs that a model writes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except DllmError as error:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +14,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from dllm.cli.options import decoding, loaded, takes
 from dllm.errors import DllmError
+from dllm.trace import BLANK
 
 
 @takes(decoding)
@@ -51,7 +53,7 @@ def generate(
 
     Answers go to standard output, what they cost to standard error.
     """
-    prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in prompt or []]
+    prompts = [_standard_input() if p == "-" else p for p in prompt or []]
     model, arguments = loaded(common)
     arguments |= {
         "top_p": top_p, "top_k": top_k, "cfg_scale": cfg_scale, "n": n, "stop": stop or None, "batch_size": batch_size,
@@ -82,6 +84,13 @@ def generate(
     finally:  # interrupted or not: what is finished is printed
         for index in sorted(waiting):
             show(waiting[index])
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DllmError(f"standard input is no {error.encoding} text: {error.reason} at byte {error.start}") from None
 
 
 def _finished(model: Any, prompt: Any, arguments: dict[str, Any], watch: bool, total: int) -> Iterator[tuple[int, Any]]:
@@ -132,30 +141,55 @@ def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> dict[int, Any]
     drafts: dict[int, str] = {}
     outputs: dict[int, Any] = {}
     console = Console(highlight=False)
+    blank, line_end = _shown_as(BLANK, "_"), _shown_as("⏎", "|")
     live = Live(console=console, refresh_per_second=30) if console.is_terminal else None
     with live or nullcontext():
         for event in stream(model, prompt, drafts=True, **arguments):
             row = event.request
-            final[row], drafts[row] = final.get(row, "") + event.text, event.draft or ""
+            final[row], drafts[row] = final.get(row, "") + event.text, (event.draft or "").replace(BLANK, blank)
             if event.output is not None:
                 outputs[row], final[row] = event.output, event.output.text
             if live:
                 parts = [((final[i], "bold"), (drafts[i], "cyan"), "\n") for i in sorted(final)]
                 live.update(Text.assemble(*(part for line in parts for part in line)))
             else:
-                shown = (final[row] + drafts[row]).replace("\n", "⏎")
+                shown = (final[row] + drafts[row]).replace("\n", line_end)
                 typer.echo(f"{event.nfe:4d}  {shown}")
     return outputs
 
 
-@takes(decoding)
-def chat(**common: Any) -> None:
-    """Talk with the model. /clear forgets the conversation, /quit (or Ctrl-D) leaves."""
-    from dllm.generation import stream
+def _shown_as(sign: str, plain: str) -> str:
+    """The sign, or a plain one where standard output cannot write it."""
+    try:
+        sign.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return plain
+    return sign
 
+
+HELP = """/clear   forget the conversation
+/help    these lines
+/quit    leave (also Ctrl-D)
+Ctrl-C   interrupt an answer; the question is dropped"""
+
+
+@takes(decoding)
+def chat(
+    top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
+    **common: Any,
+) -> None:
+    """Talk with the model. /help lists the commands; lines can be edited, the arrows bring earlier ones back."""
+    from dllm.generation import prepare, stream
+
+    with suppress(ImportError):
+        import readline  # noqa: F401  gives input() its line editing where the system has it
     model, arguments = loaded(common)
+    arguments |= {"top_p": top_p, "top_k": top_k, "stop": stop or None}
+    prepare(model, [{"role": "user", "content": "?"}], arguments)  # a mistake is said now, not at the first message
     console = Console(highlight=False)
-    console.print(f"{model} · /clear forgets, /quit leaves", style="dim")
+    console.print(f"{model} · /help lists the commands", style="dim")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -166,25 +200,31 @@ def chat(**common: Any) -> None:
             return
         if line == "/clear":
             messages = []
-            continue
-        if not line:
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        try:
-            output = None
-            for event in stream(model, asked, **arguments):
-                console.print(event.text, end="", markup=False)
-                output = event.output or output
-            console.print()
-        except DllmError as error:  # the conversation goes on
-            console.print(f"dllm: {error}", style="red", markup=False)
-            continue
-        except KeyboardInterrupt:
-            console.print("\ninterrupted; the question was dropped", style="dim")
-            continue
-        assert output is not None
-        summarise(output, console)
-        messages = [*asked, {"role": "assistant", "content": output.text}]
+        elif line.startswith("/"):
+            console.print(HELP, style="dim", markup=False)
+        elif line:
+            messages = _answered(stream, model, [*messages, {"role": "user", "content": line}], arguments, console)
+
+
+def _answered(
+    stream: Any, model: Any, asked: list[dict[str, str]], arguments: dict[str, Any], console: Console
+) -> list[dict[str, str]]:
+    """The conversation with its answer, printed as it becomes final; without the question where that failed."""
+    output = None
+    try:
+        for event in stream(model, asked, **arguments):
+            console.out(event.text, end="")
+            output = event.output or output
+        console.print()
+    except DllmError as error:  # the conversation goes on
+        console.print(f"dllm: {error}", style="red", markup=False)
+        return asked[:-1]
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; the question was dropped", style="dim")
+        return asked[:-1]
+    assert output is not None
+    summarise(output, console)
+    return [*asked, {"role": "assistant", "content": output.text}]
 
 
 def trace(
@@ -213,14 +253,18 @@ def trace(
 
 def _show(loaded: Any, console: Console) -> None:
     """The text coloured by commit order, then what each forward wrote."""
-    steps = max(len(loaded.commits), 1)
+    steps = len(loaded.commits)
     text = Text()
     for piece, k in loaded.cells():
         shade = 0 if k is None else k / max(steps - 1, 1)
         colour = f"white on #{int(50 + 150 * shade):02x}46{int(200 - 150 * shade):02x}"
         text.append(piece, style="dim" if k is None else colour)
     console.print(text)
-    console.print(f"\n{loaded.sampler}: {steps} forwards; blue first, red last", style="dim", highlight=False)
+    console.print(Text(f"\n{loaded.summary}", style="dim"))
+    forwards = Table.grid(padding=(0, 2))
+    forwards.add_column(justify="right", no_wrap=True)
+    forwards.add_column(overflow="fold")
     for k, pairs in enumerate(loaded.commits):
         shown = "  ".join(f"{c}:{loaded.piece(t)!r}" if t != loaded.mask_id else f"{c}:re-masked" for c, t in pairs)
-        console.print(Text(f"{k + 1:4d}  {shown}", style="dim"), soft_wrap=True)
+        forwards.add_row(str(k + 1), Text(shown), style="dim")
+    console.print(forwards)
