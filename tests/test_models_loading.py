@@ -566,6 +566,8 @@ def test_chat(tmp_path):
         ("tinny", "did you mean 'tiny'"),
         ("./nowhere", "no such folder"),
         ("/nowhere/at/all", "no such folder"),
+        ("x" * 5000, r"^'x{60}' is neither a folder"),
+        ("a\0b", "prompt="),
     ],
 )
 def test_names_that_lead_nowhere(name, message):

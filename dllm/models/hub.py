@@ -237,7 +237,7 @@ def locate(name: str | Path, revision: str | None = None, *, subfolder: str | No
         raise DllmError(f"no such folder: {name}")
     if HUB_ID.fullmatch(name):
         return _inside(_download(name, revision, subfolder, **hub), subfolder)
-    if re.fullmatch(r"[\w.-]+", name):
+    if re.fullmatch(r"[\w.-]{1,96}", name):
         error = unknown("model", name, EMBEDDED)
         raise DllmError(f"{error} (or name a folder or a Hugging Face id; a prompt is passed as prompt=...)")
     raise DllmError(f"{name[:60]!r} is neither a folder nor a Hugging Face id; a prompt is passed as prompt=...")
