@@ -117,6 +117,11 @@ def test_guesses_beyond_the_edge_need_masks_ahead() -> None:
     )
     assert [out.sequences for out in far] == [out.sequences for out in near] == [out.sequences for out in base]
     assert sum(out.nfe for out in far) < sum(out.nfe for out in near) <= sum(out.nfe for out in base)
+    usual, inside = (
+        dllm.generate(model(SDAR), prompts, **call, lookahead=s) for s in (4, {"rows": 4, "cross_blocks": False})
+    )
+    assert [out.nfe for out in usual] == [out.nfe for out in far]
+    assert [out.nfe for out in inside] == [out.nfe for out in near]
 
 
 @pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.3,lone_opening=true"])

@@ -405,6 +405,12 @@ def test_fast_promises_nothing_and_audits() -> None:
     assert out.nfe <= base.nfe
 
 
+def test_every_sixteenth_hit_is_audited_where_nothing_else_is_said() -> None:
+    half = model("tiny-llada-random", dtype="float32")
+    out = dllm.generate(half, PROMPT, cache="dual", max_new_tokens=72, block_length=8, lookahead="4:mode=fast")
+    assert out.stats["audits"] == out.stats["hits"] // 16 != out.stats["hits"] // 17
+
+
 def test_an_audit_leaves_the_store_as_the_plain_call_would() -> None:
     """Audits of some hits only: a finished block whose keys and values are still owed is written before them."""
     call = partial(dllm.generate, model("tiny-sdar-random"), [PROMPT, PROMPT[1:]], sampler="confidence", cache="block")
@@ -431,7 +437,10 @@ def test_settings_as_text() -> None:
         ({"drafter": "rol"}, "'roll'"),
         ({"relax": "subsets"}, "'subset'"),
         ({"ahead": -1}, "must not be negative"),
-        ("4:mode=[", "rows:setting=value"),
+        ({"audit": 0}, "audit=0 must be at least 1"),
+        ({"delta": -1.0}, "delta=-1.0 not negative"),
+        ({"max_rows": 0}, "must be at least 1"),
+        ("4:mode=[", "unknown lookahead mode"),
     ],
 )
 def test_bad_settings_say_what_to_do(setting: Any, message: str) -> None:
