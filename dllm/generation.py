@@ -131,34 +131,34 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """Every decoding argument with its default. Errors name the argument and what it may be."""
+    """Every decoding argument with its default (docs/decoding.md). Errors name the argument and what it may be."""
 
-    sampler: Any = None
-    cache: Any = None
-    max_new_tokens: int | None = None
-    block_length: int | None = None
-    steps: int | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
+    sampler: Any = None  # a name, "name:key=value", "a+b", a mapping or a list of these; None: the family's
+    cache: Any = None  # a policy, in the same forms; None: the model's (docs/caches.md)
+    max_new_tokens: int | None = None  # columns behind the prompt; None: 128 or what fits, 0 with infill
+    block_length: int | None = None  # columns decoded before the next ones; None: the model's, else the family's
+    steps: int | None = None  # forwards over the whole window (quota samplers); None: one token a step
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float | None = None  # nucleus
     top_k: int | None = None
-    gumbel: bool = False
-    cfg_scale: float = 0.0
-    seed: int = 0
-    n: int = 1
-    stop: str | Sequence[str] | None = None
-    eos: int | Sequence[int] | None = None
-    min_new_tokens: int = 0
-    suppress_tokens: Sequence[int] = ()
-    logits_eos_inf: bool = False
-    confidence_eos_eot_inf: bool = False
-    early_stop: bool = True
-    lookahead: int | str | dict[str, Any] | None = None
-    batch_size: int = 8
-    chat: bool | None = None
-    infill: bool = False
-    trace: bool = False
-    compile: bool = False
-    max_nfe: int | None = None
+    gumbel: bool = False  # draw by Gumbel noise instead of the inverse CDF: the same law, other draws
+    cfg_scale: float = 0.0  # classifier-free guidance; 0 is off
+    seed: int = 0  # request i uses seed + i
+    n: int = 1  # answers per prompt
+    stop: str | Sequence[str] | None = None  # strings that end the answer
+    eos: int | Sequence[int] | None = None  # ids that end it; None: the model's
+    min_new_tokens: int = 0  # no end token in the first columns
+    suppress_tokens: Sequence[int] = ()  # ids that are never predicted
+    logits_eos_inf: bool = False  # end tokens are never predicted (LLaDA)
+    confidence_eos_eot_inf: bool = False  # columns that predict an end token are committed last (LLaDA)
+    early_stop: bool = True  # False: every column is decoded, as in the public codes
+    lookahead: int | str | dict[str, Any] | None = None  # rows of exact verification (docs/lookahead.md)
+    batch_size: int = 8  # rows decoded at a time
+    chat: bool | None = None  # whether text goes through the chat template; None: where there is one
+    infill: bool = False  # fill the mask tokens inside the prompt
+    trace: bool = False  # record what each forward committed
+    compile: bool = False  # torch.compile of the backbone
+    max_nfe: int | None = None  # forwards a row may take; None: 4 a column, and 64
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():

@@ -14,6 +14,7 @@ from scripted import Scripted, peaks
 
 import dllm
 from dllm.errors import DllmError
+from dllm.generation import Arguments
 from dllm.prompts import as_list
 from dllm.trace import Trace
 
@@ -344,3 +345,8 @@ def test_kinds_of_prompt_lists() -> None:
     assert as_list([1, 2]) == ([[1, 2]], True)
     assert as_list(chat) == ([chat], True)
     assert as_list([chat, chat]) == ([chat, chat], False)
+
+
+def test_every_argument_is_documented() -> None:
+    page = (GOLDEN.parents[1] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    assert [name for name in Arguments.__dataclass_fields__ if f"`{name}`" not in page] == []
