@@ -179,3 +179,43 @@ def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
         assert torch.equal(a, b)
     drafter = as_drafter(str(tmp_path / "halves" / "model"))
     assert drafter.suffix == SEP and drafter.model.config.n_layers == 1
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_trained(tmp_path):
+    config = AlignConfig(
+        str(tmp_path / "out"), verifier="tests/golden/checkpoints/tiny-llama-ar-random", tasks={"word_problems": 2},
+        one=Stage(1, 1e-3), two=Stage(1, 1e-3),
+    )  # fmt: skip
+    with pytest.raises(DllmError, match="share no vocabulary"):
+        alignment.run(config)
+    assert not (tmp_path / "out" / "teacher.jsonl").exists() and not (tmp_path / "out" / "model").exists()
+
+
+def test_answers_with_ids_that_the_drafter_lacks_are_left_out_with_a_word(model, caplog):
+    small, odd = shrink(model, 1), Continuation([10], [model.vocab_size])
+    config = AlignConfig("unused", tasks={"x": 1}, one=Stage(1, 1e-3), two=Stage(1, 1e-3), batch_size=2)
+    with caplog.at_level("WARNING"):
+        assert len(align(small, [*DATA, odd], config)) == 2
+    assert "1 of 3 teacher answers" in caplog.text
+    with pytest.raises(DllmError, match="lacks"):
+        align(small, [odd], config)
+
+
+def test_the_dtype_of_a_recipe_is_that_of_teacher_and_saved_drafter(tmp_path, monkeypatch):
+    teachers = []
+    answers = alignment.continuations
+
+    def seen(verifier, *args):
+        teachers.append(verifier.dtype)
+        return answers(verifier, *args)
+
+    monkeypatch.setattr(alignment, "continuations", seen)
+    config = AlignConfig(
+        str(tmp_path / "out"), layers=1, tasks={"word_problems": 3}, max_new_tokens=6, block=4, max_suffix=4,
+        one=Stage(2, 1e-3), two=Stage(0, 1e-3), batch_size=2, dtype="bfloat16", threads=1,
+    )  # fmt: skip
+    made = alignment.run(config)
+    assert teachers == [torch.bfloat16] and made.dtype == torch.bfloat16
+    assert dllm.load(str(tmp_path / "out" / "model"), dtype="auto").dtype == torch.bfloat16
+    with pytest.raises(DllmError, match="dtype"):
+        load_config("configs/align/tiny.yaml", ["dtype=float8"], kind=AlignConfig)

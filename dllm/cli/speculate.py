@@ -101,13 +101,14 @@ def align(
     """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
     from dllm.drafting.registry import as_verifier
     from dllm.eval.bench_drafting import held_out, tau_rows
-    from dllm.training.alignment import initial_drafter, run
+    from dllm.training.alignment import pair, run
     from dllm.training.checkpoint import begin
     from dllm.training.config import AlignConfig, load_config
 
     config = load_config(recipe, overrides or (), AlignConfig)
     begin(config, resume)  # refused before anything is measured
-    v, first = as_verifier(config.verifier), initial_drafter(config)
+    first, teacher = pair(config)  # the same for a vocabulary that does not fit
+    v = as_verifier(teacher)
     prompts = {task: held_out(first, task, problems) for task in config.tasks if problems}
     if problems and not prompts:
         typer.echo("tau is measured on the built-in tasks only: this recipe has prompts of its own")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ..drafting.vocabulary import Vocabulary
 from ..errors import DllmError, first_line
 from ..models.hub import load, load_verifier, pick_device
 from ..models.model import Model
@@ -30,7 +31,7 @@ from .config import AlignConfig
 from .data import read_prompts
 from .diffusion import noise_levels
 from .tasks import generate
-from .trainer import as_diffusion, patience
+from .trainer import as_diffusion, mixed, patience
 
 log = logging.getLogger(__name__)
 
@@ -208,9 +209,15 @@ def align(
         raise DllmError("the teacher gave no answers to learn from")
     sep = separator(model) if config.separator else None
     room = model.max_positions - max(config.block, min(config.max_suffix, config.max_new_tokens)) - 1
-    data = [c for c in data if len(c.prompt) + len(c.answer) <= room]
-    if not data:
+    fits = [c for c in data if len(c.prompt) + len(c.answer) <= room]
+    if not fits:
         raise DllmError(f"every teacher answer is longer than the drafter's {model.max_positions} positions allow")
+    known = [c for c in fits if max(*c.prompt, *c.answer) < model.vocab_size]
+    if not known:
+        raise DllmError(f"every teacher answer holds an id that the drafter's vocabulary of {model.vocab_size} lacks")
+    if len(known) < len(data):
+        log.warning("%d of %d teacher answers do not fit the drafter: left out", len(data) - len(known), len(data))
+    data = known
     losses: list[float] = []
     model.transformer.train()
     for number, stage in enumerate((config.one, config.two), 1):
@@ -231,7 +238,8 @@ def align(
                     rows = stage_two(some, model, config.max_suffix, config.alpha, sep, rng)
                 for group in optimizer.param_groups:
                     group["lr"] = stage.lr * min(1.0, 10 * (step + 1) / stage.steps, 1 - step / stage.steps)
-                loss = loss_of(model, rows)
+                with mixed(config.dtype, model.device):
+                    loss = loss_of(model, rows)
                 if not bool(torch.isfinite(loss)):
                     raise DllmError(f"the loss of stage {number} is not finite at step {step}: lower lr or alpha")
                 optimizer.zero_grad(set_to_none=True)
@@ -269,7 +277,7 @@ def run(config: AlignConfig, resume: bool = False) -> Model:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    model = initial_drafter(config)
+    model, verifier = pair(config)
 
     def save(stage: int, step: int, optimizer: Any) -> None:
         state = optimizer.state_dict() if optimizer is not None else {}
@@ -283,14 +291,28 @@ def run(config: AlignConfig, resume: bool = False) -> Model:
         save(0, 0, None)
     else:
         model.transformer.load_state_dict(saved["weights"], strict=False)
-    verifier = load_verifier(config.verifier, dtype=torch.float32, device=str(model.device))
     data = continuations(verifier, task_prompts(model, config), config.max_new_tokens, config.batch_size, answers)
     log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
     align(model, data, config, saved, save)
     save(3, 0, None)  # nothing left to do
+    model.transformer.to(getattr(torch, config.dtype))
     how = {"suffix_token_id": separator(model)} if config.separator else {}
     model.save(folder / "model", extra={"drafter.json": how})
     return model
+
+
+def pair(config: AlignConfig) -> tuple[Model, Any]:
+    """The drafter before alignment and its teacher. DllmError where they number their tokens differently."""
+    model = initial_drafter(config)
+    verifier = load_verifier(config.verifier, dtype=config.dtype, device=str(model.device))
+    size = verifier.get_input_embeddings().weight.shape[0]
+    tokenizer = getattr(verifier, "tokenizer", None)
+    if Vocabulary.between(model.tokenizer, tokenizer, model.vocab_size, size).kind != "ids":
+        raise DllmError(
+            f"drafter {config.drafter} and verifier {config.verifier} number their tokens differently: an aligned "
+            "drafter learns the verifier's ids, so take one that has the verifier's tokenizer"
+        )
+    return model, verifier
 
 
 def initial_drafter(config: AlignConfig) -> Model:

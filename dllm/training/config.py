@@ -175,6 +175,8 @@ class AlignConfig:
     block       most masked tokens in a row: the k to draft with. `max_suffix`: most in stage two (the paper's 96).
     separator   close the block with the tokenizer's separator; draft with the same setting.
     alpha       1.01 is stable, 1.02 noisy, 1.05 diverges (section 4 of the paper).
+    dtype       of the verifier and of the drafter that is saved. In bfloat16 the drafter learns under mixed precision:
+                its weights stay float32 until then.
     """
 
     output: str
@@ -192,6 +194,7 @@ class AlignConfig:
     two: Stage = Stage(200, 1e-3)
     batch_size: int = 32
     seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     threads: int = 0
     save_every: int = 200

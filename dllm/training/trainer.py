@@ -119,7 +119,7 @@ class Trainer:
 
     def _backward(self, batch: Any, step: int, part: int) -> Loss:
         generator = torch.Generator().manual_seed((self.config.seed << 40) + step * self.config.accumulate + part)
-        with _mixed(self.config.precision, self.device):
+        with mixed(self.config.precision, self.device):
             loss: Loss = self.objective(self.backbone, batch, generator)
         if not math.isfinite(loss.value.item()):
             self._fail(step, "loss")
@@ -192,7 +192,8 @@ def patience() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _mixed(precision: str, device: torch.device) -> AbstractContextManager:
+def mixed(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context of a forward: bfloat16 is mixed precision, whose weights stay as they are."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
