@@ -113,7 +113,7 @@ class TaskSpec:
     path: str | None = None  # the user's file (jsonl and the benchmark shapes)
     split: str = "test"
     seed: int = 0  # of the problem generator
-    shots: int = 0
+    shots: int | None = None  # solved examples before the question; None: what the benchmark's own file says
     shots_path: str | None = None
     prompt: str | None = None  # template over the document's fields: "{question}\nAnswer:"
     answer: str | None = None  # template over the document's fields: "{answer}"

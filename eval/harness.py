@@ -34,7 +34,7 @@ from dllm.models.model import by_template
 from . import metrics
 from .arguments import THEIRS, layered, translated
 from .config import Config, Setting, TaskSpec
-from .lm_tasks import CodeEval, confine, prepared
+from .lm_tasks import CodeEval, confine, note, prepared
 from .store import Row, Store, decoding_identity, sample_key
 from .tasks import confined
 from .tasks.base import Unavailable
@@ -460,7 +460,7 @@ class Journal:
         rows = []
         for key, ask, (output, took) in zip(self.keys(batch), batch, outcomes, strict=True):
             head = {"task": self.label, "setting": self.setting.label, "index": ask.doc, "doc": str(ask.doc)}
-            row: Row = {"key": key, **head, "prompt": ask.context, "cut": ask.cut, "clock": took}
+            row: Row = {"key": key, **head, "asked_by": ask.task, "prompt": ask.context, "cut": ask.cut, "clock": took}
             if isinstance(output, Exception):
                 rows.append(row | failed(output))
             else:
@@ -468,18 +468,24 @@ class Journal:
                 rows.append({**row, **said, **measure(output), "error": None})
         self.store.append([row for row in rows if row["key"] not in self.store.rows])
 
-    def grade(self, samples: Sequence[Mapping[str, Any]], metric: str, task: str) -> list[Row]:
-        """The rows of every rank with lm-eval's verdicts, written again: the last of a key counts. `task` is the
-        label of these samples' line in the report."""
+    def grade(
+        self, samples: Sequence[Mapping[str, Any]], metric: str, task: str, line: str, said: Mapping[str, str]
+    ) -> list[Row]:
+        """The rows of every rank for one of lm-eval's tasks with its verdicts, written again: the last of a key counts.
+        `line` is the task's label in the report."""
         self.store.reload()
-        mine: dict[tuple[str, int], list[Row]] = {}
+        mine: dict[str, list[Row]] = {}
         for row in self.store.rows.values():
-            if row["setting"] == self.setting.label and row["task"] in (self.label, task):
-                mine.setdefault((row.get("prompt", ""), row["index"]), []).append(row)
+            if (row["setting"], row.get("asked_by")) == (self.setting.label, task) and row["task"] in (
+                self.label,
+                line,
+            ):
+                mine.setdefault(row["prompt"], []).append(row)
         rows = []
         for sample in samples:
-            known = {"target": str(sample["target"]), "task": task}
-            for row in mine.get((_prompt(sample), sample["doc_id"]), []):
+            known = {"target": str(sample["target"]), "task": line, **said}
+            same = mine.get(_prompt(sample), [])  # chosen documents (`samples:`) are counted otherwise by lm-eval
+            for row in [row for row in same if row["index"] == sample["doc_id"]] or same:
                 correct = 0.0 if row["error"] else float(sample.get(metric) or 0.0)
                 rows.append({**row, **known, "correct": correct})
         self.store.append([row for row in rows if row != self.store.rows[row["key"]]])
@@ -577,7 +583,7 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
                 out.skipped[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 continue
             if found is not None and lead:
-                _collect(out, found, lm, spec, setting, config)
+                _collect(out, found, lm, spec, setting, config, note(options))
     return out
 
 
@@ -606,22 +612,33 @@ def _evaluate(
 
 
 def _collect(
-    out: Found, found: Mapping[str, Any], lm: DiffusionLM, spec: TaskSpec, setting: Setting, config: Config
+    out: Found,
+    found: Mapping[str, Any],
+    lm: DiffusionLM,
+    spec: TaskSpec,
+    setting: Setting,
+    config: Config,
+    said: Mapping[str, str],
 ) -> None:
-    """The cells of one task (or group of tasks) under one setting, with the counts of our samples."""
-    label = spec.label or spec.name
+    """The cells of one task (or group of tasks) under one setting, with the counts of our samples; `said` goes into
+    their rows."""
+    label, asked = spec.label or spec.name, spec.name.removeprefix("lm-eval:")
     assert lm.journal is not None
-    for task, results in found["results"].items():
-        samples = found["samples"].get(task, [])
+    mine: list[Row] = []
+    for task in sorted(found["results"], key=lambda name: name not in found["samples"]):  # groups behind their tasks
+        results, samples = found["results"][task], found["samples"].get(task, [])
+        if task not in found["samples"] and not _figures(results):
+            continue  # a group that only names its tasks
         chosen = _chosen(results, spec.options.get("metric"))
-        line = label if len(found["results"]) == 1 else f"{label}:{task}"
+        line = label if task == asked or len(found["results"]) == 1 else f"{label}:{task}"
         filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
-        rows = lm.journal.grade(filtered, chosen.split(",")[0], line)
+        rows = lm.journal.grade(filtered, chosen.split(",")[0], task, line, said) if samples else mine
+        mine += rows if samples else []
         counts = metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}
         counts["cut"] = sum(bool(row["cut"]) for row in rows) or lm.remarks.get(CUT, 0)
-        cell = _cell(line, setting, results, chosen, found["versions"].get(task, ""), samples)
+        cell = _cell(line, setting, results, chosen, found["versions"].get(task, ""), samples or rows)
         out.cells.append({**counts, **cell, "decoding": lm.used.get(task, [])})
-        out.rows += rows
+    out.rows += mine
 
 
 def _decoding(setting: Setting, spec: TaskSpec) -> dict[str, Any]:
@@ -636,9 +653,13 @@ def _limit(config: Config, spec: TaskSpec) -> int | None:
     return min(limits) if limits else None
 
 
+def _figures(results: Mapping[str, Any]) -> list[str]:
+    return [k for k, v in results.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)]
+
+
 def _chosen(results: Mapping[str, Any], metric: str | None) -> str:
     """The asked metric, or the task's first: lm-eval names them `metric,filter`."""
-    names = [k for k, v in results.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)]
+    names = _figures(results)
     fitting = [k for k in names if metric in (None, k, k.split(",")[0])]
     if not fitting:
         raise unknown("metric", str(metric), names)
@@ -664,7 +685,7 @@ def _cell(
         "task": task,
         "setting": setting.label,
         "version": str(version),
-        "n": len({s["doc_id"] for s in samples}),
+        "n": len({(s.get("task"), s["doc_id"] if "doc_id" in s else s["index"]) for s in samples}),
         "metric": chosen,
         "accuracy": float(results[chosen]) if 0 <= results[chosen] <= 1 else math.nan,
         "lm_eval": {k: v for k, v in results.items() if isinstance(v, int | float)},

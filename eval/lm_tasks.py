@@ -18,6 +18,8 @@ from . import data
 from .config import TaskSpec
 from .tasks import confined
 from .tasks.base import Unavailable
+from .tasks.files import defined
+from .tasks.scorers import UNCONFINED
 
 try:
     import evaluate
@@ -40,20 +42,26 @@ class CodeEval:
 
     heads     beginnings of functions that benchmarks gave (`learn`): of a program that begins with one, its helpers
               are the benchmark's, and only the function that it leaves open is the program's
+    names     of checks of MBPP's shape: what the reference solution defines is the program's, also Python's own names
     """
 
     heads: ClassVar[set[str]] = set()
+    names: ClassVar[dict[str, list[str]]] = {}
 
     @classmethod
     def learn(cls, doc: Any) -> None:
-        """Note the head of a document of HumanEval's shape."""
+        """Note the head of a document of HumanEval's shape, the names of one of MBPP's."""
         if isinstance(doc, Mapping) and isinstance(doc.get("prompt"), str) and "entry_point" in doc:
             cls.heads.add(doc["prompt"])
+        elif isinstance(doc, Mapping) and isinstance(doc.get("test_list"), list) and isinstance(doc.get("code"), str):
+            check = "\n".join(map(str, doc["test_list"][:3]))  # as MBPP's task files join them
+            cls.names[check] = defined(doc["code"], check)
 
     def passes(self, program: str, check: str) -> bool:
         head = max((head for head in self.heads if program.startswith(head)), key=len, default="")
         asked = re.search(r"^check\((\w+)\)\s*\Z", check, re.MULTILINE)
-        return confined.run(program, check, context=head, entries=[asked[1]] if head and asked else []).passed
+        entries = [asked[1]] if head and asked else self.names.get(check, [])
+        return confined.run(program, check, context=head, entries=entries).passed
 
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: Any
@@ -155,6 +163,12 @@ def _code(config: Config) -> dict[str, Any]:
     if reason := confined.refusal():
         raise Unavailable(f"it runs generated programs: {reason}")
     return {"confirm_run_unsafe_code": True}
+
+
+def note(options: Mapping[str, Any]) -> dict[str, str]:
+    """What the rows of a prepared task say of their verdicts: nothing, or that no program was confined."""
+    free = options.get("confirm_run_unsafe_code") and isinstance(confined.sandbox(), confined.Unconfined)
+    return {"note": UNCONFINED} if free else {}
 
 
 def _read(name: str, file: Path) -> Config:

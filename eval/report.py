@@ -252,11 +252,9 @@ def _figures(
     counts = {s: [n for r in rows if r["setting"] == s for n in r.get("accepted") or ()] for s in labels}
     counts = {s: values for s, values in counts.items() if any(values)}  # plain decoding drafts nothing
     yield from _made("accepted draft tokens", plots.accepted(counts, folder / f"{name}-accepted.png", task))
-    at = [t.label or t.name for t in results.config.tasks].index(task)
     for index in range(results.config.trace):
-        files = [
-            (label, results.folder / "trace" / f"{i:02d}-{at:02d}-{index:04d}.json") for i, label in enumerate(labels)
-        ]
+        mine = {r["setting"]: results.folder / "trace" / f"{r['key']}.json" for r in rows if r["index"] == index}
+        files = [(label, mine[label]) for label in labels if label in mine]
         traces = [(label, Trace.load(path)) for label, path in files if path.exists()]
         path = folder / f"{name}-order-{index}.png"
         width = max((r["tokens"] for r in rows if r["index"] == index), default=0) + 4

@@ -191,7 +191,7 @@ class Worker:
                 rows.append(row | failed(output))
             else:
                 rows.append(row | self._graded(task, doc, output))
-                self._keep_trace(job, index, output)
+                self._keep_trace(key, index, output)
         return rows
 
     # --------------------------------------------------------------------------------------------------------- decoding
@@ -247,12 +247,12 @@ class Worker:
             row["note"] = graded.note
         return {**row, **measure(output), "error": None}
 
-    def _keep_trace(self, job: Job, index: int, output: Any) -> None:
+    def _keep_trace(self, key: str, index: int, output: Any) -> None:
         if self.folder is None or index >= self.config.trace or getattr(output, "trace", None) is None:
             return
         folder = self.folder / "trace"
         folder.mkdir(parents=True, exist_ok=True)
-        output.trace.save(folder / f"{job.setting:02d}-{job.task:02d}-{index:04d}.json")
+        output.trace.save(folder / f"{key}.json")
 
 
 def attempt(

@@ -267,6 +267,24 @@ def test_a_task_in_a_configuration_counts_and_resumes(tasks, tmp_path, monkeypat
     assert [c["accuracy"] for c in again.cells] == [c["accuracy"] for c in results.cells]
 
 
+def test_a_group_has_a_line_of_its_own_under_its_name(tasks, tmp_path):
+    """Its figure is over all documents of its tasks, whose lines stand below."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text((tasks / "words.yaml").read_text().replace("tiny_words", name))
+    group = "group: both\ntask: [one, two]\naggregate_metric_list: [{metric: exact_match, weight_by_size: true}]\n"
+    (folder / "both.yaml").write_text(group + "metadata: {version: 1.0}\n")
+    spec = {"name": "lm-eval:both", "label": "b", "options": {"include_path": str(folder), "include_defaults": False}}
+    results = run(config(tasks, tasks=[spec], matrix={"sampler": ["confidence"]}), out=tmp_path / "r", progress=False)
+    assert {c["task"]: (c["n"], c["accuracy"]) for c in results.cells} == {
+        "b:one": (5, 0.2),
+        "b:two": (5, 0.2),
+        "b": (10, 0.2),
+    }
+    assert len(results.rows) == 10 and results.cell("b", "confidence")["tpf"] > 0
+
+
 def test_a_prompt_that_fails_is_an_error_row(tasks, tmp_path, monkeypatch):
     """The other requests of its batch are answered, the exit code says so, --retry-errors mends it."""
     honest = dllm.generate

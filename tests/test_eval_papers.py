@@ -20,9 +20,11 @@ import dllm
 from dllm.cli import app
 from dllm.errors import DllmError
 from dllm.eval import data, harness, load, run
+from dllm.eval.config import TaskSpec
 from dllm.eval.harness import DiffusionLM
 from dllm.eval.lm_tasks import CodeEval
 from dllm.eval.tasks import confined
+from dllm.eval.tasks import load as load_task
 
 PAPERS = sorted(
     p for p in (Path(__file__).parents[1] / "configs" / "papers").glob("*.yaml") if not p.name.startswith("_")
@@ -134,6 +136,9 @@ def test_prompts_and_shots_are_those_of_lm_evals_files(tmp_path, monkeypatch):
     names = ["gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot", *(["mbpp", "humaneval"] if confined.refusal() is None else [])]
     config = {"tasks": [f"lm-eval:{name}" for name in names], "generate": {"max_new_tokens": 4}, "limit": 1}
     run(config, out=tmp_path / "r", data=tmp_path / "data", progress=False)
+    for name in {"gsm8k_cot", "gsm8k_cot_zeroshot", "mbpp", "humaneval"} & set(names):  # our readers ask the same
+        own = load_task(TaskSpec(name, path=str(data.path(tmp_path / "data", name.split("_")[0], "test"))), 1)
+        assert own.documents[0].prompt == seen[name][0] and set(own.generate.stop) <= set(seen[name][1])
     question = data.EXAMPLES["gsm8k"][0]["question"]
     assert seen["gsm8k_cot_zeroshot"][0] == f"Q: {question}\nA: Let's think step by step."
     eight, stops = seen["gsm8k_cot"]
@@ -159,6 +164,12 @@ def test_programs_of_lm_evals_code_tasks_are_checked_confined(tmp_path, monkeypa
     config = {"tasks": ["lm-eval:humaneval"], "generate": {"max_new_tokens": 2}, "limit": 2, "batch_size": 1}
     results = run(config, out=tmp_path / "r", data=tmp_path / "data", progress=False)
     assert [row["correct"] for row in results.rows] == [1.0, 0.0] and results.cells[0]["accuracy"] == 0.5
+    answers = iter(["    return a + b\n", "    return a - b\n"])
+    loose = {**config, "confinement": "none", "allow_unconfined_code": True}
+    results = run(loose, out=tmp_path / "loose", data=tmp_path / "data", progress=False)
+    confined.choose()
+    assert [row["correct"] for row in results.rows] == [1.0, 0.0]
+    assert any(f"{confined.UNCONFINED} (2 samples)" in notice for notice in results.notices)
     found, passed = CodeEval().compute(
         ["assert f(1) == 2"], [["f = lambda x: x + 1", "f = lambda x: x", "f ="]], k=[1, 2]
     )

@@ -211,6 +211,12 @@ def test_more_documents_settings_and_tasks_go_on_in_the_same_folder(tmp_path, mo
     assert figures(tmp_path / "grown") == figures(tmp_path / "at-once")
 
 
+def test_traces_follow_their_samples_when_a_folder_grows(tmp_path):
+    for sampler in (["margin"], ["confidence", "margin"]):
+        results = run(config(matrix={"sampler": sampler}, trace=1, limit=1), out=tmp_path, progress=False)
+        assert {row["key"] for row in results.rows} == {p.stem for p in (tmp_path / "trace").iterdir()}
+
+
 def test_a_file_that_has_changed_is_not_mixed(tmp_path):
     data = tmp_path / "d.jsonl"
     one = config(tasks=[{"name": "jsonl", "path": str(data), "prompt": "{q}"}], matrix={"sampler": ["confidence"]})

@@ -89,6 +89,20 @@ def test_a_check_that_is_empty_is_a_broken_line(tmp_path):
         load(TaskSpec("jsonl", path=path, prompt="{q}", answer="{a}", metric="python"))
 
 
+def test_shots_of_benchmarks(tmp_path):
+    """MATH has its four, MBPP its three and the chain of thought its eight unless another number or file is said."""
+    pytest.importorskip("lm_eval")
+    for name, mark, number in (("math", "Problem:\n", 4), ("gsm8k_cot", "Q: ", 8), ("gsm8k", "Question: ", 0)):
+        path = lines(tmp_path / f"{name}.jsonl", *EXAMPLES[name])
+        counts = [load(TaskSpec(name, path=path, shots=n)).documents[0].prompt.count(mark) - 1 for n in (None, 0)]
+        assert counts == [number, 0]
+    assert load(TaskSpec("gsm8k_cot", path=path, shots=2)).documents[0].prompt.count("The answer is") == 2
+    with pytest.raises(DllmError, match="8 documents, too few for 9 shots"):
+        load(TaskSpec("gsm8k_cot", path=path, shots=9))
+    with pytest.raises(DllmError, match="`shots_path:` needs `shots:`"):
+        load(TaskSpec("gsm8k", path=path, shots_path=path))
+
+
 def test_broken_lines_are_named_and_never_dropped_silently(tmp_path):
     data = lines(tmp_path / "d.jsonl", {"q": "a", "answer": "b"}, "{not json", "[1]", {"q": "only"})
     spec = TaskSpec("jsonl", path=data, prompt="{q}")

@@ -12,11 +12,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dllm.errors import DllmError, unknown
 
+from .. import data
 from ..config import GenerateSpec, TaskSpec
 from . import scorers
 from .base import Document, Graded, Prompt, Task, fill, read_jsonl, refuse, takes
@@ -61,13 +65,13 @@ def _mbpp(row: dict[str, Any]) -> Mapping[str, Any]:
     setup = row.get("test_setup_code") or ""
     return {
         "text": row.get("text") or row.get("prompt", ""),
-        "tests": "\n".join(tests),
+        "tests": "\n".join(tests[:3]),  # as lm-eval asks, of the few that have more
         "check": "\n".join([setup, *tests]),
-        "_entries": _defined(str(row.get("code", "")), "\n".join(tests)),
+        "_entries": defined(str(row.get("code", "")), "\n".join(tests)),
     }
 
 
-def _defined(code: str, tests: str) -> list[str]:
+def defined(code: str, tests: str) -> list[str]:
     """The names of the reference solution that the tests use: some are also names of Python's (`sum`)."""
     try:
         body = ast.parse(code).body
@@ -116,6 +120,12 @@ SHAPES: dict[str, Shape] = {
     "gsm8k": GSM8K,
     "gsm8k_cot": replace(
         GSM8K,
+        prompt="Q: {question}\nA:",
+        extract=("the_answer_is", *GSM8K.extract),
+        stop=("Q:",),
+    ),
+    "gsm8k_cot_zeroshot": replace(
+        GSM8K,
         prompt="Q: {question}\nA: Let's think step by step.",
         extract=("the_answer_is", *GSM8K.extract),
         stop=("Q:",),
@@ -132,7 +142,8 @@ SHAPES: dict[str, Shape] = {
     "humaneval": HUMANEVAL,
     "humaneval_instruct": replace(
         HUMANEVAL,
-        prompt="Complete this Python function; answer with one code block.\n```python\n{prompt}\n```",
+        prompt="Write a solution to the following problem and make sure that it passes the tests:\n"
+        "```python\n{prompt}\n```\n",
         prelude="",
         stop=(),
         chat=True,
@@ -152,32 +163,18 @@ SHAPES: dict[str, Shape] = {
 NAMES = ("jsonl", *SHAPES)
 
 # Two documents of each shape, for rehearsals: they have the columns of the benchmark and none of its content.
-_WORDS = (
-    {"question": "A box holds 3 rows of 4 cups. How many cups is that?", "answer": "3 * 4 = 12 cups.\n#### 12"},
-    {"question": "Kim had 9 pens and lent 2. How many are left?", "answer": "9 - 2 = 7 pens.\n#### 7"},
-)
-_ADD = {
-    "task_id": "rehearsal/0",
-    "prompt": 'def add(a, b):\n    """Return the sum of a and b."""\n',
-    "entry_point": "add",
-    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+EXAMPLES = {
+    "gsm8k": data.EXAMPLES["gsm8k"],
+    "gsm8k_cot": data.EXAMPLES["gsm8k"],
+    "gsm8k_cot_zeroshot": data.EXAMPLES["gsm8k"],
+    "math": data.EXAMPLES["math500"],
+    "humaneval": data.EXAMPLES["humaneval"],
+    "humaneval_instruct": data.EXAMPLES["humaneval"],
+    "mbpp": data.EXAMPLES["mbpp"],
 }
-EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
-    "gsm8k": _WORDS,
-    "gsm8k_cot": _WORDS,
-    "math": (
-        {"problem": "What is $2 + 3$?", "solution": "The sum is $\\boxed{5}$."},
-        {"problem": "Simplify $\\frac{4}{8}$.", "solution": "It is $\\boxed{\\frac{1}{2}}$."},
-    ),
-    "humaneval": (_ADD, {**_ADD, "task_id": "rehearsal/1"}),
-    "humaneval_instruct": (_ADD, {**_ADD, "task_id": "rehearsal/1"}),
-    "mbpp": (
-        {"text": "Write a function that doubles a number.", "code": "def double(n):\n    return 2 * n",
-         "test_list": ["assert double(4) == 8"]},
-        {"text": "Write a function that negates a number.", "code": "def negate(n):\n    return -n",
-         "test_list": ["assert negate(4) == -4"]},
-    ),
-}  # fmt: skip
+
+# lm-eval's files that hold the solved examples of a benchmark; another benchmark's are drawn from its training rows.
+SHOTS = {"gsm8k_cot": "gsm8k/gsm8k-cot.yaml", "math": "minerva_math/utils.py", "mbpp": "mbpp/utils.py"}
 
 
 def load(spec: TaskSpec, limit: int | None) -> Task:
@@ -263,23 +260,46 @@ def _renamed(row: dict[str, Any], spec: TaskSpec) -> dict[str, Any]:
 
 
 def _shots(spec: TaskSpec, shape: Shape) -> str:
-    """The first `shots` documents of `shots_path`, solved, before the question (as in the papers' few-shot
-    settings)."""
-    if not spec.shots:
+    """Solved examples before the question: the first `shots` documents of `shots_path`, or of those that lm-eval's file
+    of the benchmark holds (all of them where no number is said)."""
+    if spec.shots_path and spec.shots is None:
+        raise DllmError("`shots_path:` needs `shots:`, how many of its documents go before the question")
+    if spec.shots == 0 or (spec.shots is None and spec.name not in SHOTS):
         return ""
-    if not spec.shots_path:
+    if spec.shots_path:
+        rows, _ = _rows(spec.shots_path, spec)
+        rows = [_renamed(row, spec) for row in rows]
+    elif spec.name in SHOTS:
+        rows = _published(spec.name)
+    else:
         raise DllmError(f"{spec.shots} shots asked for, but no file of solved examples: set `shots_path:`")
-    rows, _ = _rows(spec.shots_path, spec)
-    if len(rows) < spec.shots and not spec.options.get("rehearse"):
-        raise DllmError(f"{spec.shots_path}: {len(rows)} documents, too few for {spec.shots} shots")
+    source, shots = spec.shots_path or f"lm-eval's {SHOTS.get(spec.name)}", spec.shots or len(rows)
+    if len(rows) < shots and not spec.options.get("rehearse"):
+        raise DllmError(f"{source}: {len(rows)} documents, too few for {shots} shots")
     solved = []
-    for row in rows[: spec.shots]:
+    for row in rows[:shots]:
         try:
-            full = _filled(_renamed(row, spec), shape)
+            full = _filled(row, shape)
             solved.append(fill(shape.prompt, full) + fill(shape.shot or " " + shape.target, full))
         except DllmError as error:
-            raise DllmError(f"{spec.shots_path}: line {row['_line']}: {error}") from None
+            raise DllmError(f"{source}: line {row['_line']}: {error}") from None
     return "\n\n".join(solved) + "\n\n"
+
+
+def _published(name: str) -> list[dict[str, Any]]:
+    """The solved examples in lm-eval's file of a benchmark, read without running it. Errors: no lm-eval."""
+    package = find_spec("lm_eval")
+    if package is None or not package.submodule_search_locations:
+        raise DllmError("its shots are in lm-eval's file: pip install 'dllm-toolkit[eval]', or say `shots: 0`")
+    file = Path(package.submodule_search_locations[0]) / "tasks" / SHOTS[name]
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".yaml":
+        found = [{**row, "answer": row["target"]} for row in yaml.safe_load(text)["fewshot_config"]["samples"]]
+    else:
+        functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        (listed,) = [f.body[-1] for f in functions if f.name == "list_fewshot_samples"]
+        found = ast.literal_eval(listed.value) if isinstance(listed, ast.Return) and listed.value else []
+    return [{**row, "_line": i} for i, row in enumerate(found, 1)]
 
 
 def _filled(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
