@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from drafting_kit import Script
+import torch
+from drafting_kit import Noise, Script
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
-from verifier_zoo import OWN, PROMPTS, varied
+from verifier_zoo import OWN, PROMPTS, VOCAB, varied
 
 import dllm
 from dllm.errors import DllmError
@@ -75,3 +76,13 @@ def test_every_family_gives_its_own_text_or_is_refused(family, attn):
     except Exception as error:  # a family that cannot be shrunk, or does not generate
         pytest.skip(f"{type(error).__name__}: {str(error)[:80]}")
     served(model, texts)
+
+
+@pytest.mark.parametrize("family", ["bart", "gpt_neo", "lfm2", "gemma4_text"])
+def test_a_padded_batch_through_the_hook(family):
+    """Rows that are verified one after the other keep their padding, as `generate` does."""
+    model, _ = varied(family, 8)
+    ids = torch.tensor([PROMPTS[0], [0, 0, 0, *PROMPTS[2]], [0] * 7 + PROMPTS[1]])
+    kw = dict(attention_mask=(ids != 0).long(), max_new_tokens=N, do_sample=False)
+    ours = model.generate(ids, custom_generate=dllm.speculator(Noise(vocab=VOCAB), length="fixed:k=4"), **kw)
+    assert ours.tolist() == model.generate(ids, **kw).tolist()

@@ -94,5 +94,9 @@ class ARDrafter(Drafter):
                 use_cache=True,
                 logits_to_keep=1,
             )
+        if not self.cache.is_croppable:  # a running state, which shows in the first forward
+            raise DllmError(
+                f"{type(self.model).__name__} is recurrent: its state cannot be rolled back; use another drafter"
+            )
         self.known = list(ids)
         return out.logits[0, -1]

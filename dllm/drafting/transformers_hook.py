@@ -66,9 +66,8 @@ def spec_generate(
         criteria = [*(stopping_criteria or []), *_stop_strings(verifier, spec_stop)]
         records = [Record() for _ in input_ids] if _recorded(generation_config) else []
         requests = _requests(input_ids, logits_processor, criteria, generation_config, model_kwargs, records)
-        session = verifier.open(
-            len(input_ids), model_kwargs.get("past_key_values"), _prompt(input_ids, generation_config, model_kwargs)
-        )
+        prompts = _prompts(verifier, input_ids, generation_config, model_kwargs)
+        session = verifier.open(len(input_ids), model_kwargs.get("past_key_values"), prompts)
         if spec_streamer is not None:
             spec_streamer.put(input_ids.cpu())
         controller = shared_controller(verifier, source, cfg, generation_config.do_sample)
@@ -129,7 +128,7 @@ def _refuse(model: Any, config: Any, kwargs: Mapping[str, Any], assistant: Any) 
     if mode not in ("greedy_search", "sample"):
         raise DllmError(f"{mode} cannot be speculated: use num_beams=1, greedy or sampled")
     if kwargs.get("use_cache") is False:
-        raise DllmError("speculation needs the verifier's cache: drop use_cache=False")
+        raise DllmError("speculation needs the verifier's cache: pass use_cache=True")
     wanted = [f"output_{x}" for x in ("attentions", "hidden_states") if getattr(config, f"output_{x}", False)]
     if wanted and config.return_dict_in_generate:
         raise DllmError(f"{', '.join(wanted)}: not recorded while speculating (spec_results= has the metrics)")
@@ -218,20 +217,24 @@ def _mask(ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> list[list[bool
     return (mask != 0).tolist()
 
 
-def _prompt(ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> Prompt | None:
-    """The one padded row of a batch of 1, with position ids where they are not those that `generate` makes."""
+def _prompts(verifier: Any, ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> list[Prompt]:
+    """The padded rows, with position ids where they are not those that `generate` makes."""
     mask = _mask(ids, config, kwargs)
     given = kwargs.get("position_ids")
     if given is not None:
-        usual = (torch.tensor(mask).long().cumsum(-1) - 1)[:, -given.shape[-1] :]
         text = torch.tensor(mask)[:, -given.shape[-1] :]
+        usual = (torch.tensor(mask).long().cumsum(-1) - 1)[:, -given.shape[-1] :]
         if bool(((given.cpu() == usual) | ~text).all()):
             given = None
+    if verifier.restarts and config.max_length > verifier.turn and not all(map(all, mask)):
+        raise DllmError(
+            f"a padded text may not pass {verifier.turn} tokens, where LongRoPE changes its factors: "
+            "generate without padding, or pass fewer new tokens"
+        )
     if given is not None and (len(ids) > 1 or given.dim() != 2):
         raise DllmError("position_ids of your own are kept for one text: generate with batch size 1, or drop them")
-    if len(ids) > 1:
-        return None
-    return Prompt(ids[0].tolist(), mask[0], None if given is None else given[0].tolist())
+    own = None if given is None else given[0].tolist()
+    return [Prompt(row, real, own) for row, real in zip(ids.tolist(), mask, strict=True)]
 
 
 def _row_of(processors: Any, row: int, batch: int) -> Any:

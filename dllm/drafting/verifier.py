@@ -102,6 +102,8 @@ class Verifier:
             return True if standard and not self.odd else None
         if "position_ids" not in self.takes or self.odd or self.config.model_type in BY_SLOT:
             return False
+        if getattr(self.config, "alibi", False):
+            return False
         if what == "batches" and self.rope.get("rope_type") in ("dynamic", "longrope"):
             return False  # the longest row decides how all rows are turned
         return True if standard else None
@@ -153,18 +155,19 @@ class Verifier:
                 f"id {bad} is outside the verifier's vocabulary of {self.vocab}; tokenise with the verifier's tokenizer"
             )
 
-    def open(self, batch: int = 1, cache: Any = None, prompt: Prompt | None = None) -> Session:
-        """A session over an empty cache, or (one row) over the cache of an earlier turn and a padded prompt."""
+    def open(self, batch: int = 1, cache: Any = None, prompts: Sequence[Prompt] | None = None) -> Session:
+        """A session over an empty cache or (one row) that of an earlier turn; `prompts` where they are padded."""
         if cache is not None:
             check_rollback(self.model, cache)
         if batch == 1:
-            return Single(self, DynamicCache(config=self.config) if cache is None else cache, prompt)
+            cache = DynamicCache(config=self.config) if cache is None else cache
+            return Single(self, cache, prompts[0] if prompts else None)
         if cache is not None and cache.get_seq_length() > 0:
             raise DllmError("a batch starts from an empty cache: generate row by row to continue from past_key_values")
         if self.can("batches"):
             return Ragged(self, batch)
         log.info("%s places keys by slot: its rows are verified one after the other", type(self.model).__name__)
-        return Separate([self.open() for _ in range(batch)])
+        return Separate([self.open(1, None, prompts and prompts[i : i + 1]) for i in range(batch)])
 
     def forward(self, ids: Tensor, keep: int, **kw: Any) -> Tensor:
         """Logits (B, keep, V) of the last `keep` positions."""
