@@ -282,7 +282,7 @@ class Interval(Dual):
         state, age = opened(state, window)
         refreshes = state.step.clamp(max=max(self.warmup - 1, 0))
         if self.every:
-            refreshes = refreshes + self.warmup + age // self.every
+            refreshes = refreshes + age // self.every
         return state, window._replace(epoch=window.epoch * EPOCHS + refreshes)
 
 

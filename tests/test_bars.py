@@ -76,6 +76,9 @@ BARS = [
     ("lopa:tau=BAR", (1, 2, 4), 0.5, {0, 1}, above(0.5), {0}),
     ("slowfast:tau=BAR", (1, 2, 4), 0.5, {0, 1}, above(0.5), {0}),
     ("editing:tau=BAR", (1, 2, 4), 0.5, {0, 1}, above(0.5), {0}),
+    ("sdar:tau=BAR", (1, 2, 4), 0.5, {0}, below(0.5), {0, 1}),
+    ("sdar:entropy_bounded,gamma=BAR", (1, 2, 2, 4), entropy(2), {0, 1, 2}, below(entropy(2)), {0, 1}),
+    ("sdar:entropy_bounded,steps=2,gamma=BAR", (4, 4, 4, 4), entropy(4), {0, 1}, below(entropy(4)), {0, 1}),
     ("wino:tau_draft=BAR,tau_verify=0", (1, 2, 4), 0.5, {0}, below(0.5), {0, 1}),
 ]
 

@@ -111,6 +111,18 @@ def test_sampled_rows_are_the_same_alone_and_in_a_batch(arguments: dict[str, Any
     assert alone.sequences == together[1].sequences
 
 
+@pytest.mark.parametrize("sampler", ["eotp", "daedal:initial=4,factor=2,tail=2,tau_low=0.4"])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_an_edit_refreshes_its_own_row_alone(sampler: str, cache: str) -> None:
+    call: dict[str, Any] = {
+        "sampler": sampler, "cache": cache, "max_new_tokens": 12, "block_length": 4, "early_stop": False,
+        "eos": [124, 40, 65, 102, 150, 12],
+    }  # fmt: skip
+    together = run("tiny-llada-random", PROMPTS, **call)
+    alone = [run("tiny-llada-random", prompt, seed=i, **call) for i, prompt in enumerate(PROMPTS)]
+    assert [(o.sequences, o.nfe, o.positions) for o in together] == [(o.sequences, o.nfe, o.positions) for o in alone]
+
+
 def test_float32_batches_differ_only_where_the_decision_is_closer_than_the_error() -> None:
     """In float32 a row may part from its single run only at a decision within the measured numeric error: the guard of
     the lookahead, which looks at every decision of a forward for several rows, takes those again."""

@@ -335,6 +335,13 @@ def test_prophet_counts_the_steps_that_a_short_block_skips() -> None:
     assert [len(c) for c in out.trace.commits] == [1, 1, 1, 1, 3]
 
 
+def test_prophet_counts_one_step_a_column_over_all_blocks() -> None:
+    """Eight columns in blocks of two, no budget given: the sixth forward is the first behind two thirds."""
+    table = gap_table(3, n=8)
+    table[:, 1], table[:, 2] = 3.0, 0.0  # the gap is 3 everywhere: not 5.0, but 2.5
+    assert decode(Scripted(table), 8, "prophet:region=all", block_length=2).nfe == 6
+
+
 def test_prophet_rows_exit_on_their_own() -> None:
     def script(ids: list[int]) -> Tensor:
         table = gap_table(8 if ids[0] == 1 else 3)
@@ -605,6 +612,8 @@ def test_daedal_pushes_out_what_the_ceiling_leaves_no_room_for() -> None:
     out = decode(Scripted(script, vocab=9, eos=3), 8, {**spec, "tail": 1})  # without an end token a mask goes
     assert (out.trace.lengths[:2], out.trace.lengths[-1], out.finish_reason) == ([7, 9], 9, "stop")
     assert out.nfe <= 10 and 8 not in out.trace.final
+    out = decode(Scripted(script, vocab=9, eos=3), 8, {**spec, "tail": 1, "factor": 8})  # masks that reach the ceiling
+    assert (out.trace.lengths[:2], out.trace.lengths[-1]) == ([7, 9], 9) and 8 not in out.trace.final
 
 
 def test_daedal_without_growth_keeps_its_length() -> None:

@@ -78,6 +78,7 @@ class Tracer:
         self.cov = coverage.Coverage(data_file=None, include=[str(p) for p in sources], config_file=False)
         self.times: dict[str, float] = {}  # processor time, which a busy machine does not stretch
         self.fixtures: dict[str, list[str]] = {}
+        self.failed: set[str] = set()
 
     def pytest_sessionstart(self) -> None:
         self.cov.start()  # before the modules are imported: what runs then has the context ''
@@ -97,14 +98,18 @@ class Tracer:
     def pytest_runtest_call(self, item: Any) -> None:
         self.cov.switch_context(item.nodeid)
 
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         self.cov.stop()
         data, lines = self.cov.get_data(), {}
-        names = sorted(self.times)
+        names = sorted(set(self.times) - self.failed)
         number = {name: i for i, name in enumerate(names)}
         users: dict[str, list[int]] = {}
-        for test, used in self.fixtures.items():
-            for fixture in used:
+        for test in names:
+            for fixture in self.fixtures[test]:
                 users.setdefault(fixture, []).append(number[test])
         for file in data.measured_files():
             table = lines[Path(file).relative_to(self.tree).as_posix()] = {}
@@ -121,7 +126,7 @@ class Tracer:
         )
         self.out.write_text(
             json.dumps({"status": int(exitstatus), "tests": names, "times": self.times, "lines": lines,
-                        "modules": modules})
+                        "modules": modules, "failed": sorted(self.failed)})
         )  # fmt: skip
 
 
@@ -183,10 +188,12 @@ class Room:
             sources = [p for patterns in self.spec["areas"].values() for p in files(self.tree, patterns)]
             args = [*self.files(), "-q", "-p", "no:cacheprovider", "-k", self.spec.get("select", "")]
             forked(self.tree, args, [Tracer(self.tree, sources, out)], 0, self.log)
-            if not out.exists() or json.loads(out.read_text())["status"] != 0:
+            if not out.exists() or json.loads(out.read_text())["status"] not in (0, 1):
                 out.unlink(missing_ok=True)
-                raise SystemExit(f"{self.name}: the tests fail without a mutant, see {self.log}")
+                raise SystemExit(f"{self.name}: its tests do not run, see {self.log}")
         found = json.loads(out.read_text())
+        for test in found["failed"]:
+            print(f"{self.name}: left out, for it fails without a mutant: {test}", flush=True)
         self.tests, self.times, self.lines = found["tests"], found["times"], found["lines"]
         for module in ["hypothesis", "hypothesis.strategies", *found["modules"]]:
             with warnings.catch_warnings(), contextlib.suppress(Exception):  # only saves the forks their time
