@@ -53,7 +53,7 @@ def speculate(
     **options: Any,
 ) -> Any:
     """Decode `prompt` with an autoregressive verifier, drafted by a dLLM (or anything else), without changing its
-    output.
+    output (token for token in float64, and in float32 but for ties; docs/decoding.md).
 
     verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
     drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle", or None (plain
