@@ -70,6 +70,8 @@ def test_areas_of_slow_starts_are_the_leaderboards():
     )
     assert areas["random"] == 40.0 and math.isnan(areas["one"]) and 90.0 < areas["two"] < 270.0
     assert metrics.areas({}) == {}
+    near = metrics.areas({"a": [(1.0, 40.0)], "b": [(1.04, 90.0)], "c": [(3.0, 85.0)]})  # within 5 % of the slowest
+    assert near["b"] == pytest.approx(1.04 * 90) and 1.04 * 90 < near["c"] < 3 * 90
 
 
 def test_intervals_of_one_sample():

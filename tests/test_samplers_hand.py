@@ -500,6 +500,13 @@ def test_ccd_commits_what_two_steps_agree_on(
     assert {c for c in range(8) if chosen[0, c]} == expected
 
 
+def test_ccd_agreement_widens_a_step_within_the_budget_only() -> None:
+    """23 columns in 8 steps are 2 a step. Steady predictions agree from the seventh step on; the eighth is the budget's
+    last, from where on the base rate holds, as released."""
+    out = decode(Scripted(peaks([(1, 0.9 - 0.01 * i) for i in range(23)], 8)), 23, "ccd", steps=8)
+    assert [len(columns) for columns in commits(out)] == [2] * 6 + [3] + [2] * 4
+
+
 def test_ccd_mean_commits_what_it_has_seen_before() -> None:
     """All columns are sure. The first step knows none of them from before; the second knows three of the best four."""
     out = decode(Scripted(peaks([(1, 0.9999)] * 6, 8)), 6, "ccd:mode=mean")
