@@ -29,6 +29,7 @@ from dllm.drafting.search import (
     SampleTree,
     Viterbi,
     graft,
+    union,
 )
 from dllm.errors import DllmError
 
@@ -353,6 +354,14 @@ def test_graft_is_a_trie_union():
     assert dict(zip(node_paths(both), both.conf, strict=True))[(1,)] == 0.9
     with pytest.raises(DllmError, match="point"):
         graft(Proposal((1,), (-1,), "sampled", Rows(torch.ones(1, 2))), base, 4)
+
+
+def test_a_union_keeps_what_is_likeliest_to_be_reached():
+    parts = [chain((1, 2), (0.9, 0.5)), chain((1, 3), (0.8, 0.4)), chain((4,), (0.3,))]
+    both = union(parts, budget=4)
+    assert node_paths(both) == [(1,), (1, 2), (1, 3), (4,)]
+    assert both.survival() == pytest.approx([0.9, 0.45, 0.36, 0.3])
+    assert node_paths(union(parts, budget=3)) == [(1,), (1, 2), (1, 3)]
 
 
 def test_configured_searches():
