@@ -63,7 +63,9 @@ def agrees(checkpoint: str, sampler: str, cache_: str, setting: Any, **extra: An
         assert b.trace.windows == a.trace.windows
         assert b.finish_reason == a.finish_reason
         assert b.nfe <= a.nfe
-        assert b.stats["steps"] == a.nfe - (a.finish_reason == "cap")  # a capped row ends with a forward of its own
+        capped = a.finish_reason == "cap"  # such a row ends with a forward of its own
+        assert b.stats["steps"] == a.nfe - capped
+        assert b.stats["forwards"] + b.stats["reruns"] == b.nfe - capped
         assert b.lossless
     assert outs[0].calls <= base[0].calls
     return outs

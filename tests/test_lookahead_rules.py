@@ -405,6 +405,18 @@ def test_fast_promises_nothing_and_audits() -> None:
     assert out.nfe <= base.nfe
 
 
+@pytest.mark.parametrize(
+    ("size", "sampler", "audit"), [(2, "confidence", 3), (2, "threshold:tau=0.1", 3), (4, "threshold:tau=0.1", 2)]
+)
+def test_an_audit_of_a_hit_that_leaves_a_block_behind_others(size: int, sampler: str, audit: int) -> None:
+    """Several blocks pass between two forwards: the audited hit owes the store a block, and so do hits before it."""
+    m = model("tiny-sdar-random", block_size=size)
+    prompts = [[49], [85, 40, 61, 57, 114, 96], [71, 34, 61, 123, 90], [61, 12, 78, 45, 133, 18], [103, 84, 76]]
+    call = partial(dllm.generate, m, prompts, sampler=sampler, cache="block", max_new_tokens=16, early_stop=False)
+    for o, b in zip(call(lookahead=f"8:ahead=3,mode=fast,audit={audit}"), call(), strict=True):
+        assert (o.sequences, o.stats["divergences"], o.stats["reruns"]) == (b.sequences, 0, 0)
+
+
 def test_every_sixteenth_hit_is_audited_where_nothing_else_is_said() -> None:
     half = model("tiny-llada-random", dtype="float32")
     out = dllm.generate(half, PROMPT, cache="dual", max_new_tokens=72, block_length=8, lookahead="4:mode=fast")

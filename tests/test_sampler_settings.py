@@ -191,3 +191,11 @@ def test_samples_of_other_settings_have_another_key(folder: Path) -> None:
     before = keys()
     write_settings(folder, [setting("factor", {"factor": {"f": 0.02}})])
     assert not set(before) & set(keys()) and keys() == keys()
+
+
+def test_published_says_so_wherever_no_parameter_is_named() -> None:
+    own = registry.method("threshold")(tau=0.5)
+    assert registry.published("threshold + credit:alpha=0.5") == "threshold:published+ credit:alpha=0.5"
+    assert registry.published({"name": "eb"}) == {"name": "eb", "preset": "published"}
+    assert registry.published({"name": "eb", "gamma": 1}) == {"name": "eb", "gamma": 1}
+    assert registry.published(["eb", own]) == ["eb:published", own]
