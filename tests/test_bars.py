@@ -179,6 +179,14 @@ def test_learn2pd_wants_more_than_its_bar(tau: float, sizes: list[int]) -> None:
     assert [len(pairs) for pairs in out.trace.commits] == sizes  # sigmoid(0) = 1/2
 
 
+def test_a_filter_takes_a_written_column_for_certain() -> None:
+    """Accepts all where the confidences of the block sum to more than 3/2: 1/2 and three times 1/4, then 1 and those."""
+    rows = {"linear1.weight": torch.ones(4, 4), "linear1.bias": torch.zeros(4),
+            "linear2.weight": torch.eye(4), "linear2.bias": torch.full((4,), -1.5)}  # fmt: skip
+    out = decode(even(2, 4, 4, 4), {"name": "learn2pd", "filter": Filter(rows, 4, revealed="fill", tau=0.5)}, 4)
+    assert [len(pairs) for pairs in out.trace.commits] == [1, 3]
+
+
 @pytest.mark.parametrize(("second", "epoch"), [(4, 0), (2, 1)])
 def test_dsb_refreshes_after_exactly_a_block_of_commits(second: int, epoch: int) -> None:
     """Blocks of 4: two commits, then as many as reach the bar, one or two; four of them are a block."""

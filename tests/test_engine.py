@@ -111,7 +111,10 @@ def test_sampled_rows_are_the_same_alone_and_in_a_batch(arguments: dict[str, Any
     assert alone.sequences == together[1].sequences
 
 
-@pytest.mark.parametrize("sampler", ["eotp", "daedal:initial=4,factor=2,tail=2,tau_low=0.4"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["eotp", "daedal:initial=4,factor=2,tail=2,tau_low=0.4", "daedal:initial=10,factor=6,tail=1,tau_low=0.9,tau_eos=0"],
+)
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_an_edit_refreshes_its_own_row_alone(sampler: str, cache: str) -> None:
     call: dict[str, Any] = {

@@ -129,6 +129,12 @@ def test_eotp_leaves_a_canvas_that_ends_with_its_end_alone() -> None:
         assert j.sampler.amend[0](view, pred, d).edits == edits
 
 
+def test_eotp_looks_for_an_end_where_no_mask_is_left() -> None:
+    """Editing holds a full block open for another forward."""
+    out = decode(Scripted(confident(0.99, 0.99, 0.99), eos=3), 3, "editing+eotp:mode=eager")
+    assert (out.tokens, out.nfe) == ([1, 1, 1], 2)
+
+
 # -- DSB ------------------------------------------------------------------------------------------------------------
 
 
