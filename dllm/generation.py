@@ -760,7 +760,8 @@ def score(
     if samples < 1:
         raise DllmError(f"samples={samples} must be at least 1")
     text = torch.tensor(head + tail, device=device)
-    draw = noise.uniform(*(torch.tensor([x], device=device) for x in (seed, 0, 0)), noise.TRANSFER)
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    draw = noise.uniform(zero + seed, zero, zero, noise.TRANSFER)
     offset = (draw * size).long()  # of the strata: each l is as likely, whatever `samples` is
     counts = 1 + (torch.arange(samples, device=device) * size + offset) // samples  # stratified over 1..L
     columns = torch.arange(size, device=device)

@@ -33,7 +33,9 @@ class Padding:
     def of(cls, tokenizer: Any, pad: int | None, meaningful: Iterable[int | None]) -> Padding:
         """The tokenizer's own padding id comes before the checkpoint's (`pad`): it is what users pad with."""
         named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "unk")]
-        return cls(pad if named[0] is None else named[0], frozenset({*meaningful, *named[1:]} - {None}))
+        return cls(
+            pad if named[0] is None else named[0], frozenset(i for i in (*meaningful, *named[1:]) if i is not None)
+        )
 
 
 def joined(prompt: Any, input_ids: Any, attention_mask: Any) -> Any:
