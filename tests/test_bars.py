@@ -180,7 +180,7 @@ def test_learn2pd_wants_more_than_its_bar(tau: float, sizes: list[int]) -> None:
 
 
 def test_a_filter_takes_a_written_column_for_certain() -> None:
-    """Accepts all where the confidences of the block sum to more than 3/2: 1/2 and three times 1/4, then 1 and those."""
+    """Accepts all where the block's confidences sum to more than 3/2: not 1/2 and three times 1/4, but 1 and those."""
     rows = {"linear1.weight": torch.ones(4, 4), "linear1.bias": torch.zeros(4),
             "linear2.weight": torch.eye(4), "linear2.bias": torch.full((4,), -1.5)}  # fmt: skip
     out = decode(even(2, 4, 4, 4), {"name": "learn2pd", "filter": Filter(rows, 4, revealed="fill", tau=0.5)}, 4)

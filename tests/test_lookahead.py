@@ -155,7 +155,9 @@ def test_true_steps_are_checked_and_guesses_are_not(drafter: str) -> None:
 
 def test_drafts_save_forwards() -> None:
     base = sum(out.nfe for out in plain(RANDOM, "confidence", "dual"))
-    assert sum(out.nfe for out in agrees(RANDOM, "confidence", "dual", 1)) == base
+    none = agrees(RANDOM, "confidence", "dual", 1)
+    assert sum(out.nfe for out in none) == base
+    assert all(out.stats["rows"] == out.stats["forwards"] for out in none)  # the true one of each
     for rows in (2, 4, 8):
         outs = agrees(RANDOM, "confidence", "dual", rows)
         assert sum(out.nfe for out in outs) < 0.8 * base
