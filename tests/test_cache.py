@@ -104,6 +104,12 @@ def test_interval_by_hand():
     assert seen == [whole, whole, first, whole, first, whole, second, second, whole, second]
 
 
+def test_interval_refreshes_for_either_reason():
+    """While it warms up every step, and every other step of a block: neither hides the other."""
+    seen, _ = recomputed("interval:left=1,right=2,warmup=4,every=2")
+    assert [len(columns) == 14 for columns in seen] == [True] * 5 + [True, False, True, False, True]
+
+
 def test_delayed_by_hand():
     """A step recomputes the masks that the step before it saw: its commits ride along once more."""
     seen, commits = recomputed("delayed:every=4")

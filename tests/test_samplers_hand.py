@@ -342,6 +342,13 @@ def test_prophet_counts_one_step_a_column_over_all_blocks() -> None:
     assert decode(Scripted(table), 8, "prophet:region=all", block_length=2).nfe == 6
 
 
+def test_prophet_counts_tokens_where_the_steps_are_not_known() -> None:
+    """Threshold takes as many columns as are sure, here one a step: six of eight are more than two thirds."""
+    table = gap_table(3, n=8)
+    table[:, 1], table[:, 2] = 3.0, 0.0
+    assert decode(Scripted(table), 8, "threshold:tau=0.99+prophet:region=all").nfe == 7
+
+
 def test_prophet_rows_exit_on_their_own() -> None:
     def script(ids: list[int]) -> Tensor:
         table = gap_table(8 if ids[0] == 1 else 3)
