@@ -278,10 +278,18 @@ def param(default: Any, why: str, *, low: float | None = None, high: float | Non
     return field(default=default, metadata={"why": why, "low": low, "high": high, "choices": choices})
 
 
+def _is_float(value: Real) -> bool:
+    """Whether a number is one as a float: no NaN, and no integer beyond all floats."""
+    try:
+        return not math.isnan(value)
+    except OverflowError:
+        return False
+
+
 # annotation -> what fits it, and how to say so
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer"),
-    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and not math.isnan(v), "a number"),
+    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number"),
     "bool": (lambda v: isinstance(v, bool), "true or false"),
 }
 

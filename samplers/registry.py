@@ -141,7 +141,7 @@ def method(name: str) -> type[Method]:
     raise unknown("sampler", name, names())
 
 
-Spec: TypeAlias = str | dict[str, Any] | Method | Iterable[Any]
+Spec: TypeAlias = str | Mapping[str, Any] | Method | Iterable[Any]
 Tuned: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name or composition -> part -> parameters
 
 UNTUNED: Tuned = MappingProxyType({})
@@ -189,9 +189,9 @@ def published(spec: Spec) -> Spec:
     """The specification with the published defaults where it names no parameters, whatever the model's settings are."""
     if isinstance(spec, str):
         return "+".join(part if ":" in part else f"{part.strip()}:{PUBLISHED}" for part in spec.split("+"))
-    if isinstance(spec, dict):
+    if isinstance(spec, Mapping):
         return {**spec, "preset": PUBLISHED} if set(spec) == {"name"} else spec
-    return spec if isinstance(spec, Method) else [published(part) for part in spec]
+    return spec if isinstance(spec, Method) or not isinstance(spec, Iterable) else [published(part) for part in spec]
 
 
 def resolve(spec: Spec, tuned: Tuned) -> list[Part]:
@@ -239,14 +239,27 @@ def _parts(spec: Spec) -> list[Named | Method]:
         if not spec.strip():
             raise DllmError(f"empty sampler name; known: {', '.join(names())}")
         return [_read(part) for part in spec.split("+")]
-    if isinstance(spec, dict):
-        params = dict(spec)
-        if "name" not in params:
-            raise DllmError(f"a sampler given as a mapping needs the key 'name'; got {sorted(params)}")
-        return [Named(params.pop("name"), params.pop("preset", None), params)]
-    if not isinstance(spec, Iterable):
+    if isinstance(spec, Mapping):
+        return [_of_mapping(spec)]
+    if not isinstance(spec, Iterable) or isinstance(spec, bytes | type):
         raise DllmError(f"a sampler is a name, a mapping with the key 'name', or a list of these, not {spec!r}")
-    return [part for one in spec for part in _parts(one)]
+    parts = [part for one in spec for part in _parts(one)]
+    if not parts:
+        raise DllmError("a list of samplers names at least one")
+    return parts
+
+
+def _of_mapping(spec: Mapping[str, Any]) -> Named:
+    """One part of a specification as a mapping."""
+    params = dict(spec)
+    if odd := [key for key in params if not isinstance(key, str)]:
+        raise DllmError(f"a sampler given as a mapping has words as keys, not {odd[0]!r}")
+    if "name" not in params:
+        raise DllmError(f"a sampler given as a mapping needs the key 'name'; got {sorted(params)}")
+    name, preset = params.pop("name"), params.pop("preset", None)
+    if not isinstance(name, str) or not isinstance(preset, str | None):
+        raise DllmError(f"the name of a sampler and its preset are words, not {name if preset is None else preset!r}")
+    return Named(name, preset, params)
 
 
 def _read(text: str) -> Named:

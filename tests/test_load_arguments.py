@@ -103,6 +103,13 @@ def test_a_tokenizer_is_named_or_passed():
     named = load(RANDOM, device="cpu", tokenizer="tiny", mask_id=158, eos_ids=157)
     passed = load(RANDOM, device="cpu", tokenizer=named.tokenizer, mask_id=158, eos_ids=157)
     assert passed.tokenizer is named.tokenizer and len(named.tokenizer) > 100
+    with pytest.raises(DllmError, match="tokenizer= is a tokenizer, a folder or a Hugging Face id, not int"):
+        load(RANDOM, device="cpu", tokenizer=5)
+
+
+def test_the_home_of_no_user_is_no_folder():
+    with pytest.raises(DllmError, match="no such folder: ~nobody-here/model"):
+        load("~nobody-here/model")
 
 
 def test_what_decides_the_download_reaches_the_hub(monkeypatch, tmp_path):

@@ -140,6 +140,10 @@ def test_device_map():
         load(name, device="cpu", device_map="autoo")
     with pytest.raises(DllmError, match="disk"):
         load(name, device="cpu", device_map={"": "disk"})
+    for absent in (17, "cuda:17", "gpu"):
+        with pytest.raises(DllmError, match="device"):
+            load(name, device="cpu", device_map={"": absent})
+    assert torch.equal(load(name, device="cpu", device_map={"": torch.device("cpu")}).forward(ids), plain.forward(ids))
 
 
 def test_the_longest_name_decides():

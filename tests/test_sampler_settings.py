@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -199,3 +200,33 @@ def test_published_says_so_wherever_no_parameter_is_named() -> None:
     assert registry.published({"name": "eb"}) == {"name": "eb", "preset": "published"}
     assert registry.published({"name": "eb", "gamma": 1}) == {"name": "eb", "gamma": 1}
     assert registry.published(["eb", own]) == ["eb:published", own]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": None},
+        {"name": 5},
+        {"name": ["threshold"]},
+        {"name": "threshold", "preset": 3},
+        {"name": "threshold", "preset": ["a"]},
+        {"name": "threshold", 5: 0.5},
+        [None],
+        [],
+        b"threshold",
+        7,
+        registry.method("threshold"),
+        "prophet:low=" + "9" * 400,
+    ],
+    ids=lambda spec: repr(spec)[:40],
+)
+def test_what_is_no_specification_is_said_in_one_line(spec: Any) -> None:
+    for read in (registry.check, registry.spell, lambda s: registry.check(registry.published(s))):
+        with pytest.raises(DllmError) as error:
+            read(spec)
+        assert "\n" not in str(error.value)
+
+
+def test_any_mapping_is_a_specification() -> None:
+    assert registry.spell(MappingProxyType({"name": "prophet"}), OWN) == "prophet:tuned,high=12,mid=12,low=12"
+    assert registry.spell(registry.published(MappingProxyType({"name": "prophet"})), OWN) == "prophet:published"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -118,6 +119,8 @@ def _tokenizer(folder: Path, arguments: LoadArguments) -> Any:
     if given is None:
         return load_tokenizer(folder)
     if not isinstance(given, (str, Path)):
+        if not hasattr(given, "get_vocab"):
+            raise DllmError(f"tokenizer= is a tokenizer, a folder or a Hugging Face id, not {type(given).__name__}")
         return given
     where = {k: v for k, v in arguments.hub.items() if k not in ("revision", "subfolder")}
     found = load_tokenizer(locate(given, **where))
@@ -137,6 +140,8 @@ def _build(
 ) -> Transformer:
     if device_map == "tensor":
         place = process_device(place)
+    if isinstance(device_map, Mapping):
+        device_map = {part: _usable(device) for part, device in device_map.items()}
     where = (lambda _: place) if device_map in (None, "tensor") else device_plan(config, device_map, dtype)
     transformer = load_weights(folder, family, config, dtype, where)
     if adapter is not None:
@@ -145,6 +150,11 @@ def _build(
     if device_map == "tensor":
         split_over_processes(transformer)
     return transformer
+
+
+def _usable(device: Any) -> str:
+    """A device of a device_map. Errors: one that is not here."""
+    return str(device if device == "disk" else pick_device(f"cuda:{device}" if isinstance(device, int) else device))
 
 
 def _passed(network: Any, arguments: LoadArguments) -> Model:
@@ -158,9 +168,7 @@ def _passed(network: Any, arguments: LoadArguments) -> Model:
         place = pick_device(arguments.device) if arguments.device != "auto" else None
         kind = pick_dtype(arguments.dtype, place or torch.device("cuda")) if arguments.dtype is not None else None
         network.to(device=place, dtype=kind)
-    tokenizer = arguments.tokenizer
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(locate(tokenizer))
+    tokenizer = None if arguments.tokenizer is None else _tokenizer(Path(), arguments)
     return _wrapped(network, None, tokenizer, arguments)
 
 
@@ -224,7 +232,7 @@ def locate(name: str | Path, revision: str | None = None, *, subfolder: str | No
         if not (folder / "config.json").is_file():
             raise DllmError(f"the embedded model {name!r} is not in this installation; name a folder or a hub id")
         return folder
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # an unknown user stays as it is
     try:
         there, exists = folder.is_dir(), folder.exists()
     except OSError:  # no name that a file could have
