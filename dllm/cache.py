@@ -420,13 +420,16 @@ class Block(Policy):
     partial = refresh
 
 
+FAR = 1 << 24  # beyond the columns of any canvas
+
+
 @dataclass(frozen=True)
 class BlockDual(Block):
     """`block`, but inside a block only the window is recomputed, against keys of the block's last whole forward.
 
     Fast-dLLM v2's block cache (arXiv 2509.26328): exact across blocks, stale inside one. A shifted model reruns the
     block while the window's first column is masked, since the row that predicts it lies outside the window.
-    `cached` is twice the frontier, and one more when the open block is in the store too.
+    `cached` is the frontier and the end of what is in the store, `FAR` apart: a window may reach into the next block.
     """
 
     name: ClassVar[str] = "block_dual"
@@ -434,7 +437,7 @@ class BlockDual(Block):
 
     def enter(self, state: State, window: Window) -> tuple[State, Window]:
         frontier = self.frontier(state, window)
-        return state, window._replace(epoch=2 * frontier + (self.block_end(state, window) > frontier))
+        return state, window._replace(epoch=FAR * frontier + torch.maximum(self.block_end(state, window), frontier))
 
     def stale(self, state: State, window: Window) -> Tensor:
         first = window.lo.clamp(max=state.canvas.ids.shape[1] - 1)[:, None]
@@ -442,7 +445,7 @@ class BlockDual(Block):
         return (state.cached != window.epoch) | headless
 
     def refresh(self, state: State, window: Window, lane: Tensor) -> Plan:
-        pos = self.span(state, window, state.cached // 2, window.epoch // 2)
+        pos = self.span(state, window, state.cached // FAR, window.epoch // FAR)
         return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=pos.amax(1) + 1)
 
     def recomputed(self, state: State, window: Window) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,11 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     says: str
 
+    def check(self, name: str, value: Any) -> None:
+        wrong = not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool)
+        if wrong or not self.holds(value):
+            raise DllmError(f"{name}={value!r} must be {self.says}")
+
 
 def _at_least(lowest: int) -> Rule:
     return Rule(Integral, lambda n: n >= lowest, f"an integer of at least {lowest}")
@@ -165,9 +170,7 @@ class Arguments:
             value = getattr(self, name)
             if value is None and self.__dataclass_fields__[name].default is None:
                 continue
-            wrong = not isinstance(value, rule.kind) or (isinstance(value, bool) and rule.kind is not bool)
-            if wrong or not rule.holds(value):
-                raise DllmError(f"{name}={value!r} must be {rule.says}")
+            rule.check(name, value)
         stop_strings(self.stop)
 
     @classmethod
@@ -734,6 +737,7 @@ def score(
     Errors: an empty answer, mask tokens, ids outside the vocabulary, more tokens than the model has positions.
     """
     Arguments(cfg_scale=cfg_scale, seed=seed, batch_size=batch_size, chat=chat)  # checks them
+    _at_least(1).check("samples", samples)
     model = resolve_model(model)
     mask = model.mask_id
     if mask is None:
@@ -757,8 +761,6 @@ def score(
         )
     if model.shift and not head:
         raise DllmError("with shifted logits position 0 cannot be predicted: pass a prompt of at least one token")
-    if samples < 1:
-        raise DllmError(f"samples={samples} must be at least 1")
     text = torch.tensor(head + tail, device=device)
     zero = torch.zeros(1, dtype=torch.long, device=device)
     draw = noise.uniform(zero + seed, zero, zero, noise.TRANSFER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_cases import model as golden
 from scripted import Scripted, peaks
 
 import dllm
@@ -266,3 +267,14 @@ def test_a_lookahead_over_a_stale_block_cache_is_the_rows_own():
         for i, out in enumerate(run(model, prompts, batch_size=size, **options)):
             alone = run(model, prompts[i], seed=i, **options)
             assert (alone.sequences, alone.nfe) == (out.sequences, out.nfe)
+
+
+@pytest.mark.parametrize("sampler", ["editing:edit=0.3", "hierarchy:tau_low=0.7,tau_remask=0.3", "confidence"])
+def test_a_window_over_two_blocks_reads_no_column_that_its_row_never_computed(sampler):
+    """Blocks of 3 columns in a model of blocks of 4; the third row takes the place of a finished one, store and all."""
+    model = golden("tiny-sdar-random")
+    options = {"sampler": sampler, "cache": "block_dual", "block_length": 3, "max_new_tokens": 12, "early_stop": False}
+    prompts = [[48, 95, 69, 64, 147, 108, 149, 115], [*range(40, 57)], [86, 96]]
+    for prompt, row in zip(prompts, dllm.generate(model, prompts, batch_size=2, **options), strict=True):
+        [alone] = dllm.generate(model, [prompt], **options)
+        assert (row.sequences, row.nfe, row.positions) == (alone.sequences, alone.nfe, alone.positions)

@@ -123,11 +123,24 @@ def test_heuristic_and_fixed():
         (dict(graft="recycle:width=two", tree=4), "width='two' must be an integer"),
         (dict(controller="cost"), "controller is a LengthController"),
         (dict(spec=7), "spec is a SpecConfig"),
+        (dict(max_new_tokens="5"), "max_new_tokens='5' must be an integer"),
+        (dict(max_new_tokens=1.5), "max_new_tokens=1.5 must be an integer"),
+        (dict(max_new_tokens=-1), "max_new_tokens=-1 must be an integer of at least 0"),
+        (dict(temperature="hot"), "temperature='hot' must be 0"),
+        (dict(temperature=float("nan")), "temperature=nan must be 0"),
+        (dict(temperature=-1), "temperature=-1 must be 0"),
+        (dict(seed="x"), "seed='x' must be an integer"),
+        (dict(seed=1 << 70), r"seed=\d+ must be an integer, below"),
+        (dict(temperature=1, top_k=1.5), "top_k=1.5 must be an integer"),
+        (dict(temperature=1, top_p="x"), r"top_p='x' must be in \(0, 1\]"),
+        (dict(top_p=2), r"top_p=2 must be in \(0, 1\]"),
+        (dict(logits_processor=7), "logits_processor is a list of processors"),
+        (dict(drafter={"name": ["suffix"]}), "unknown drafter"),
     ],
 )
 def test_settings_of_the_wrong_kind_take_one_line(options, says):
     with pytest.raises(DllmError, match=says) as caught:
-        dllm.speculate(tiny_verifier(), Noise(), PROMPT, max_new_tokens=2, **options)
+        dllm.speculate(tiny_verifier(), prompt=PROMPT, **{"drafter": Noise(), "max_new_tokens": 2, **options})
     assert "\n" not in str(caught.value)
 
 

@@ -315,6 +315,12 @@ def test_what_cannot_be_scored(tiny: Any, prompt: list[int], answer: list[int], 
         dllm.score(tiny, prompt, answer, samples=1)
 
 
+@pytest.mark.parametrize("samples", [0, 1.5, True, "8"])
+def test_samples_of_a_score_are_a_number(tiny: Any, samples: Any) -> None:
+    with pytest.raises(DllmError, match=r"samples=.* must be an integer of at least 1"):
+        dllm.score(tiny, [5], [6], samples=samples)
+
+
 def test_a_shifted_model_cannot_predict_the_first_position() -> None:
     dream = model("tiny-dream-random")
     with pytest.raises(DllmError, match="position 0 cannot be predicted"):

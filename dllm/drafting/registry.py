@@ -45,7 +45,7 @@ def _parsed(kind: str, what: Any, table: Mapping[str, Any]) -> tuple[str, dict[s
             options[key.strip()] = value_of(value)
     else:
         raise DllmError(f"a {kind} is a name ({', '.join(table)}), a mapping with one, or an object, not {what!r}")
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown(kind, str(name), table)
     return name, settings(f"{kind} {name!r}", table[name], options)
 

@@ -24,7 +24,7 @@ from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.verifier import Pending, Verifier
 from dllm.errors import DllmError, unknown
-from dllm.generation import RENAMED
+from dllm.generation import RENAMED, RULES
 from dllm.models.model import by_template
 from dllm.prompts import Padding, joined, listed_ids, read
 from dllm.stopping import Stops
@@ -75,8 +75,11 @@ def speculate(
         raise DllmError("a streamer follows one text: pass one prompt")
     end = v.eos if eos is None else frozenset(listed_ids("eos", eos, v.vocab))
     stops = Stops.of(end, stop, v.tokenizer)
-    if max_new_tokens < 0:
-        raise DllmError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    RULES["max_new_tokens"].check("max_new_tokens", max_new_tokens)
+    if seed is not None:
+        RULES["seed"].check("seed", seed)
+    if not isinstance(logits_processor, Sequence | None):
+        raise DllmError(f"logits_processor is a list of processors, not {type(logits_processor).__name__}")
     requests = []
     for i, p in enumerate(ids):
         given = logits_processor or []
@@ -187,10 +190,11 @@ def _reclose(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
 
 def verifier_law(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Any]) -> Law:
     """temperature, top_k and top_p as transformers' own warpers, behind the processors `before`."""
-    if temperature < 0:
-        raise DllmError(f"temperature must not be negative, got {temperature}")
-    if (top_k or 0) < 0 or not 0 < (1 if top_p is None else top_p) <= 1:
-        raise DllmError(f"top_k must not be negative and top_p lie in (0, 1], got {top_k} and {top_p}")
+    RULES["temperature"].check("temperature", temperature)
+    if top_p is not None:
+        RULES["top_p"].check("top_p", top_p)
+    if top_k:  # 0 is none, as in transformers
+        RULES["top_k"].check("top_k", top_k)
     processors = LogitsProcessorList(before)
     if temperature > 0:
         if temperature != 1:
