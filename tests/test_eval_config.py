@@ -170,7 +170,7 @@ def test_shipped_configurations_load(path):
     assert load(path).settings
 
 
-@pytest.mark.parametrize(("path", "n"), [("eval/tune.yaml", 11), ("tune/tiny.yaml", 45)])
+@pytest.mark.parametrize(("path", "n"), [("eval/tune.yaml", 11), ("tune/tiny.yaml", 47)])
 def test_the_shipped_tuning_has_candidates(path, n):
     data = yaml.safe_load((CONFIGS / path).read_text())
     spec = TuneSpec(**data.pop("tune"))
