@@ -109,7 +109,43 @@ FORGED = {  # a program, and a check that it does not deserve to pass
     "changing its argument": ("def f(x):\n x.clear()\n return []", "x = [2, 1]\nassert f(x) == sorted(x)"),
     "a trace function": ("import sys\nsys.settrace(lambda *a: None)\nsys.exit = print\n" + F, "assert f(2) == 4"),
     "a check that asks nothing": (F, "def check(candidate):\n assert candidate(2) == 4"),
+    "changing its argument behind its answer": (
+        "import sys\ndef answer(self, asked):\n"
+        " if asked['do'] == 'name': return {'value': {'object': 0, 'shown': ''}}\n"
+        " return {'value': [], 'after': {'arguments': [[]], 'named': {}}}\n"
+        "sys.modules['__main__'].Program.answer = answer",
+        "x = [2, 1]\nassert f(x) == sorted(x)",
+    ),
+    "changing it before a print": (
+        "def f(x):\n x.clear()\n return []",
+        "x = [2]\nr = f(x)\nprint(r)\nassert r == sorted(x)",
+    ),
+    "forgiving": (
+        "class f:\n def __init__(self, x): pass\n def __enter__(self): return 0\n def __exit__(self, *a): return True",
+        "with f(2) as y:\n assert y == 4",
+    ),
+    "a hash like another's": (
+        ALWAYS.replace("self: 0\n    __iter__", "self: 4\n    __iter__"),
+        "assert f(2) in {4, 5}",
+    ),
+    "between everything": ("class I:\n __lt__ = __gt__ = lambda *a: True\ndef f(x): return I()", "assert 3 < f(2) < 5"),
 }
+UNNAMED = {  # the same, where nobody says which names are the program's
+    "a class called math": ("class math: isclose = lambda *a: True\n" + F, "assert math.isclose(f(2), 4)"),
+    "another module called math": ("import operator as math\n" + F, "assert math.floor(f(2)) == 4"),
+    "nothing of the name": ("x = 1", "assert sum([10, 15]) == 25"),
+    "a tool of the check's": ("def abs(x): return 0", "assert abs(max([1, 2]) - 7) < 1"),
+    "a lenient exception": (
+        "class E(StopIteration): pass\ndef f(x): raise E",
+        "assert all(map(lambda y: f(y) == 4, [2]))",
+    ),
+}
+
+
+@can
+@pytest.mark.parametrize("name", UNNAMED)
+def test_nor_where_the_check_alone_says_what_is_asked(name):
+    assert not run(*UNNAMED[name]).passed
 
 
 @can
@@ -165,6 +201,45 @@ FAIR = {  # right programs of every kind that checks ask for
     "threads and children": ("import subprocess, sys, threading\ndef f(x):\n t = threading.Thread(target=int)\n"
                              " t.start()\n t.join()\n return subprocess.run([sys.executable, '-c', '1']).returncode",
                              "assert f(1) == 0"),
+    "exceptions of its own": (
+        "class E(ValueError): pass\nclass D(E): pass\ndef f(x): raise D('no', 2)",
+        "for kind in (E, D, ValueError):\n try:\n  f(1)\n  assert 0\n except kind as e: assert e.args == ('no', 2)\n"
+        "try: f(1)\nexcept KeyError: assert False\nexcept Exception: pass"),
+    "exceptions of many arguments": (
+        "import json\ndef f(x): return x.decode('ascii')\ndef g(x): return json.loads(x)\n"
+        "def h(x): raise SystemExit(3)\ndef k(x): return {}[x]",
+        "for call, kind, given in [(f, UnicodeDecodeError, b'\\xff'), (g, ValueError, '{'), (h, SystemExit, 1), "
+        "(k, KeyError, 'a')]:\n try:\n  call(given)\n  assert False\n except kind as e: said = str(e)\n"
+        "assert said == repr('a')"),
+    "in place and returned": ("def f(x):\n x.sort()\n return x", "x = [3, 1]\nf(x)\nassert x == [1, 3]"),
+    "in place by name": ("def f(x, y=1): x.append(y)", "x = [1]\nf(x=x, y=2)\nassert x == [1, 2]"),
+    "methods of counters": (
+        "from collections import Counter, defaultdict\ndef f(x): return Counter(x)\ndef g(): return defaultdict(list)",
+        "assert f('aab').most_common(1) == [('a', 2)] and f('a')['z'] == 0\n"
+        "assert f(f('aa')) == {'a': 2} and g()[7] == []"),
+    "operators": (
+        "import dataclasses\n@dataclasses.dataclass(frozen=True, order=True)\nclass V:\n x: int\n"
+        " def __add__(self, o): return V(self.x + o.x)\n def __neg__(self): return V(-self.x)\n"
+        " def __reversed__(self): return iter([2, 1])",
+        "import copy\nassert V(1) + V(2) == V(3) and V(1) < V(2) and -V(1) == V(-1) and V(1) != None\n"
+        "assert min(V(3), V(2)).x == 2 and len({V(1), V(1), V(2)}) == 2 and list(reversed(V(1))) == [2, 1]\n"
+        "assert issubclass(V, V) and copy.deepcopy(V(1)) == V(1)"),
+    "contexts": ("import contextlib\n@contextlib.contextmanager\ndef f(x): yield x + 1",
+                 "with f(1) as y:\n assert y == 2"),
+    "coroutines": ("import asyncio\nasync def f(x):\n await asyncio.sleep(0)\n return x + 1",
+                   "import asyncio\nassert asyncio.run(f(1)) == 2\nasync def t(): return await f(2)\n"
+                   "assert asyncio.run(t()) == 3"),
+    "slices": ("class R:\n def __getitem__(self, i): return [1, 2, 3][i]\n def __delitem__(self, i): self.gone = i",
+               "r = R()\nassert r[1:] == [2, 3]\ndel r[2]\nassert r.gone == 2"),
+    "iterators in": ("def f(x): return [*x]",
+                     "assert f(iter('ab')) == ['a', 'b'] and f(i for i in range(3)) == [0, 1, 2]\n"
+                     "assert f({1: 2}.keys()) == [1]"),
+    "decorators": ("import functools\ndef f(g):\n @functools.wraps(g)\n def h(*a): return g(*a) + 1\n return h",
+                   "@f\ndef k(x): return x\nassert k(1) == 2 and k.__name__ == 'k'"),
+    "tuples with names": ("from typing import NamedTuple\nclass P(NamedTuple):\n x: int",
+                          "assert isinstance(P(1), tuple) and P(1) < (2,) and sorted([P(2), P(1)]) == [(1,), (2,)]"),
+    "time zones": ("from datetime import datetime, timezone\ndef f(x): return datetime.fromtimestamp(x, timezone.utc)",
+                   "from datetime import datetime, timezone\nassert f(0) == datetime(1970, 1, 1, tzinfo=timezone.utc)"),
 }  # fmt: skip
 
 

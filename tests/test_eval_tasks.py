@@ -246,3 +246,21 @@ def test_mbpp_tests_functions_with_the_names_of_builtins(tmp_path):
     (document,) = task.documents
     assert task.score(document, row["code"]).correct == 1.0
     assert task.score(document, "def sum(a, b): return 0\ndef abs(x): return 0").correct == 0.0
+
+
+def test_which_name_is_the_programs(tmp_path):
+    """`entry_point` says so where the check could also mean Python's; MBPP's sanitized set brings its imports."""
+    if confined.refusal():
+        pytest.skip("programs cannot be confined here")
+    row = {"q": "?", "answer": "assert abs(max(1, 2) - 7) < 1", "entry_point": "max"}
+    (document,) = (
+        task := load(TaskSpec("jsonl", path=lines(tmp_path / "p.jsonl", row), prompt="{q}", metric="python"))
+    ).documents
+    assert task.score(document, "def max(a, b): return 7").correct == 1.0
+    assert task.score(document, "def abs(a): return 0").correct == 0.0
+    row = {"prompt": "?", "test_list": ["assert math.isclose(f(1), 0.5)"], "test_imports": ["import math"]}
+    path = lines(tmp_path / "m.jsonl", {**row, "code": "def f(x): return x / 2"})
+    (document,) = (task := load(TaskSpec("mbpp", path=path, shots=0))).documents
+    assert task.score(document, "def f(x): return x / 2").correct == 1.0
+    with pytest.raises(DllmError, match="'test_imports' is not a list"):
+        load(TaskSpec("mbpp", path=lines(tmp_path / "b.jsonl", {**row, "code": "", "test_imports": "x"}), shots=0))

@@ -9,15 +9,18 @@ nothing. Everything else of the program's stays where it is, behind a `Remote`.
 Messages are JSON, one a line, over stdin and stdout. Only the standard library is imported.
 """
 
+import ast
 import builtins
 import contextlib
 import importlib
+import itertools
 import json
 import operator
 import os
 import sys
 import traceback
 import types
+from collections.abc import Iterator, MappingView
 
 NOTHING = object()
 
@@ -31,12 +34,17 @@ PARTS = {
     "builtins.bytearray": lambda v: [list(v)],
     "builtins.complex": lambda v: [v.real, v.imag],
     "builtins.range": lambda v: [v.start, v.stop, v.step],
+    "builtins.slice": lambda v: [v.start, v.stop, v.step],
     "collections.deque": lambda v: [list(v), v.maxlen],
+    "collections.Counter": lambda v: [dict(v)],
+    "collections.OrderedDict": lambda v: [[[k, v[k]] for k in v]],
+    "collections.defaultdict": lambda v: [v.default_factory, dict(v)],
     "decimal.Decimal": lambda v: [str(v)],
     "fractions.Fraction": lambda v: [v.numerator, v.denominator],
+    "datetime.timezone": lambda v: [v.utcoffset(None)],
     "datetime.date": lambda v: [v.year, v.month, v.day],
-    "datetime.datetime": lambda v: [v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond],
-    "datetime.time": lambda v: [v.hour, v.minute, v.second, v.microsecond],
+    "datetime.datetime": lambda v: [v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.tzinfo],
+    "datetime.time": lambda v: [v.hour, v.minute, v.second, v.microsecond, v.tzinfo],
     "datetime.timedelta": lambda v: [v.days, v.seconds, v.microseconds],
 }
 # How the value of a builtin's subclass is read, whatever the subclass has to say to it.
@@ -61,7 +69,7 @@ def encode(value, opaque):
     if kind is list:
         return [encode(item, opaque) for item in value]
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if name in PARTS and getattr(value, "tzinfo", None) is None:
+    if name in PARTS and type(getattr(value, "tzinfo", None)).__name__ in ("NoneType", "timezone"):
         return {"kind": name, "parts": [encode(part, opaque) for part in PARTS[name](value)]}
     if isinstance(value, type) and value in vars(builtins).values():
         return {"type": value.__name__}
@@ -99,16 +107,42 @@ class ProgramError(Exception):
     """What the other side raised, where it is no builtin exception that may be expected."""
 
 
-def error(name, message):
-    """The exception of this name, as far as it may cross."""
-    kind = getattr(builtins, str(name), None)
+def lineage(kind):
+    """The names of an exception class and its bases, the nearest first."""
+    return [str(base.__name__) for base in kind.__mro__]
+
+
+def exception(names, known):
+    """The exception class of a `lineage`: a builtin as far as it may cross, or one of ours, in `known`, that stands for
+    it under that builtin."""
+    name, *bases = map(str, names or ["object"])
+    kind = getattr(builtins, name, None)
     stops = (StopIteration, StopAsyncIteration)  # they would end a loop of the check early
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, stops):
-        try:
-            return kind(message)
-        except TypeError:
-            pass
-    return ProgramError(f"{name}: {message}")
+    if isinstance(kind, type) and issubclass(kind, Exception | SystemExit) and not issubclass(kind, stops):
+        return kind
+    if not bases or name in ("BaseException", "object"):
+        return ProgramError
+    if name not in known:
+        known[name] = type(name, (exception(bases, known),), {})
+    return known[name]
+
+
+def raised(problem, opaque):
+    """An exception as JSON: its lineage and its arguments."""
+    try:
+        arguments = [encode(value, opaque) for value in problem.args]
+    except Exception:
+        arguments = [str(problem)[:1000]]
+    return {"raised": [lineage(type(problem)), arguments]}
+
+
+def error(names, arguments, known, remote):
+    """The exception that the other side raised."""
+    values = [decode(value, remote) for value in arguments]
+    try:
+        return exception(names, known)(*values)
+    except TypeError:  # a builtin that wants other arguments
+        return ProgramError(*values)
 
 
 class Line:
@@ -137,7 +171,7 @@ class Program:
     """Executes the program and answers what is asked of its names and objects."""
 
     def __init__(self, line, source):
-        self.line, self.objects = line, []
+        self.line, self.objects, self.loop = line, [], None
         self.module = types.ModuleType("answer")
         sys.modules["answer"] = self.module
         exec(compile(source, "answer.py", "exec"), self.module.__dict__)
@@ -152,7 +186,7 @@ class Program:
             return self.answer(asked)
         except BaseException as error:
             ended = asked["do"] == "next" and isinstance(error, StopIteration)
-            return {"end": True} if ended else {"raised": [type(error).__name__, str(error)[:1000]]}
+            return {"end": True} if ended else raised(error, self.theirs)
 
     def answer(self, asked):
         arguments = [decode(value, self.mine) for value in asked["arguments"]]
@@ -161,27 +195,40 @@ class Program:
         if asked["do"] == "name" and isinstance(result, types.ModuleType):
             return {"module": result.__name__}
         reply = {"value": encode(result, self.theirs)}
-        if asked["do"] == "call" and result is None:  # by convention, a function that works in place
-            reply["after"] = [encode(value, self.theirs) for value in arguments[1:]]
+        if asked["do"] == "call":
+            reply["after"] = spread(arguments[1:], named, self.theirs)
         return reply
 
     def mine(self, data):
-        if "callback" in data:
-            return lambda *arguments, **named: self.call_back(data["callback"], arguments, named)
-        return self.objects[data["object"]]
+        if "object" in data:
+            return self.objects[data["object"]]
+
+        def function(*arguments, **named):
+            return self.call_back(data["callback"], arguments, named)
+
+        function.__name__ = function.__qualname__ = data["shown"]
+        return self.walk(function) if data["walk"] else function
+
+    @staticmethod
+    def walk(function):
+        """An iterator of the check's, of which every call takes one item."""
+        while items := function():
+            yield items[0]
 
     def call_back(self, number, arguments, named):
         """Call a function of the check's, which may in turn ask the program."""
         self.line.say({"callback": number, **spread(arguments, named, self.theirs)})
-        while "do" in (heard := self.line.hear() or {"raised": ["EOFError", ""]}):
+        while "do" in (heard := self.line.hear() or {"raised": [["EOFError"], []]}):
             self.line.say(self.reply(heard))
         if "raised" in heard:
-            raise error(*heard["raised"])
+            raise error(*heard["raised"], {}, self.mine)
         return decode(heard["value"], self.mine)
 
     def theirs(self, value):
         """How an object that does not cross is spoken of. The value of a builtin's subclass goes with it."""
         kind, plain = type(value), NOTHING
+        if isinstance(value, type) and issubclass(value, Exception):
+            return {"error": lineage(value)}
         base, read = next(((b, r) for b, r in PLAIN if isinstance(value, b)), (None, None))
         if read is not None:
             plain = encode(read(value), self.theirs)
@@ -190,6 +237,8 @@ class Program:
                 return plain
         self.objects.append(value)
         spoken = {"object": len(self.objects) - 1, "shown": kind.__name__}
+        if kind is types.CoroutineType:
+            return {**spoken, "awaited": True}
         return spoken if plain is NOTHING else {**spoken, "plain": plain}
 
     def do_name(self, name):
@@ -197,12 +246,26 @@ class Program:
             raise NameError(f"name {name!r} is not defined")
         return self.module.__dict__[name]
 
-    do_get, do_set, do_item, do_put = getattr, setattr, operator.getitem, operator.setitem
-    do_iter, do_next, do_len, do_bool, do_str, do_repr = iter, next, len, bool, str, repr
-    do_same, do_isinstance = operator.eq, isinstance
+    do_get, do_set, do_item, do_put, do_drop = getattr, setattr, operator.getitem, operator.setitem, operator.delitem
+    do_iter, do_next, do_len, do_bool, do_str, do_repr, do_hash = iter, next, len, bool, str, repr, hash
+    do_reversed, do_same, do_isinstance, do_issubclass = reversed, operator.eq, isinstance, issubclass
 
     def do_call(self, function, *arguments, **named):
         return function(*arguments, **named)
+
+    def do_operate(self, name, *operands):
+        return getattr(operator, name)(*operands)
+
+    def do_copy(self, value):
+        import copy
+
+        return copy.deepcopy(value)
+
+    def do_await(self, coroutine):
+        import asyncio
+
+        self.loop = self.loop or asyncio.new_event_loop()
+        return self.loop.run_until_complete(coroutine)
 
 
 # --------------------------------------------------------------------------------------------------- the check's side
@@ -233,8 +296,20 @@ class Remote:
     def __setitem__(self, key, value):
         Check.only.ask("put", self, key, value)
 
+    def __delitem__(self, key):
+        Check.only.ask("drop", self, key)
+
+    def __enter__(self):
+        return self.__getattr__("__enter__")()
+
+    def __exit__(self, kind, problem, trace):
+        self.__getattr__("__exit__")(None, None, None)  # what went wrong in the check is not the program's to forgive
+
     def __iter__(self):
         return Check.only.ask("iter", self)
+
+    def __reversed__(self):
+        return Check.only.ask("reversed", self)
 
     def __next__(self):
         return Check.only.ask("next", self)
@@ -254,18 +329,37 @@ class Remote:
     def __instancecheck__(self, instance):
         return isinstance(instance, Remote) and Check.only.ask("isinstance", instance, self)
 
+    def __subclasscheck__(self, kind):
+        return isinstance(kind, Remote) and Check.only.ask("issubclass", kind, self)
+
+    @property
+    def __class__(self):
+        return Remote if self._plain is NOTHING else type(self._plain)
+
     def __eq__(self, other):
+        return other is not None and self._with(other, "eq", "same")
+
+    def _with(self, other, name, *asked):
+        """An operation on two of the program's objects is the program's own; on a value, and where both have one, it is
+        that of the values."""
         if isinstance(other, Remote) and self._plain is NOTHING and other._plain is NOTHING:
-            return Check.only.ask("same", self, other)
+            return Check.only.ask(*(asked or ("operate", name)), self, other)
         mine, theirs = self._plain, other._plain if isinstance(other, Remote) else other
         if mine is NOTHING or theirs is NOTHING:
             raise TypeError(f"the program's {self._shown} cannot be compared with a value")
-        return mine == theirs
+        return getattr(operator, name)(mine, theirs)
 
     def __hash__(self):
-        if self._plain is NOTHING:
-            raise TypeError(f"the program's {self._shown} cannot be compared with a value")
-        return hash(self._plain)
+        return Check.only.ask("hash", self) if self._plain is NOTHING else hash(self._plain)
+
+    def __deepcopy__(self, memo):
+        return Check.only.ask("copy", self)
+
+
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "and", "or", "xor", "lt", "le", "gt", "ge"):
+    setattr(Remote, f"__{_name}__", lambda self, other, name=f"__{_name}__": self._with(other, name))
+for _name in ("neg", "pos", "abs", "invert"):
+    setattr(Remote, f"__{_name}__", lambda self, name=f"__{_name}__": Check.only.ask("operate", name, self))
 
 
 class Scope(dict):
@@ -285,7 +379,8 @@ class Check:
     only: "Check"
 
     def __init__(self, line):
-        self.line, self.callbacks = line, []
+        self.line, self.callbacks, self.errors = line, [], {}
+        self.modules, self.pending = set(), []
         Check.only = self
 
     def run(self, header):
@@ -296,43 +391,64 @@ class Check:
             with contextlib.suppress(SyntaxError):
                 exec(compile(header["context"] + body, "context.py", "exec"), scope)
                 break
+        tree = ast.parse(header["check"], "check.py")
         code = compile(header["check"], "check.py", "exec")
-        scope.entries = tuple(header["entries"] or self.guessed(code, scope))
+        scope.entries = tuple(header["entries"] or self.guessed(tree, code, scope))
         for name in scope.entries:
             scope.pop(name, None)
-        exec(code, scope)
+        self.modules = _modules(tree) - set(scope.entries)
+        scope[SETTLE] = self.settle
+        exec(compile(Settling().visit(tree), "check.py", "exec"), scope)
 
-    def guessed(self, code, scope):
-        """A check that knows only Python's names (`assert sum(10, 15) == 6`) means the one that the program defines."""
+    def guessed(self, tree, code, scope):
+        """A check that knows only Python's names (`assert sum(10, 15) == 150`) means the one that the program defines,
+        of those that it calls on values alone: another (`abs(max(1, 2) - 3)`) is the check's tool. Errors: `NameError`
+        where it defines none of them, or several."""
         names = set(_names(code, ("LOAD_NAME", "LOAD_GLOBAL"))) - set(_names(code, ("STORE_NAME",))) - set(scope)
-        if not all(hasattr(builtins, name) for name in names):
+        if not names or not all(hasattr(builtins, name) for name in names):
             return ()
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in names]
+        tools = {call.func.id for call in calls if any(n is not call and n in calls for n in ast.walk(call))}
         defined = []
-        for name in sorted(names):
-            try:
+        for name in sorted({call.func.id for call in calls} - tools or names):
+            with contextlib.suppress(NameError):
                 self.name(name)
-            except NameError:
-                continue
-            defined.append(name)
-        return defined if len(defined) == 1 else ()
+                defined.append(name)
+        if len(defined) != 1:
+            raise NameError(
+                f"which of {', '.join(sorted(names))} is the program's? The program defines none, or several"
+            )
+        return defined
 
     def name(self, name):
         """A name of the program's. A module of the standard library is this side's own."""
-        return self.ask("name", name)
+        found = self.ask("name", name)
+        return importlib.import_module(name) if name in self.modules else found
 
     def ask(self, do, *arguments, **named):
         self.line.say({"do": do, **spread(arguments, named, self.mine)})
+        self.pending = []
         while "callback" in (reply := self.hear()):
             self.line.say(self.called(**reply))
         if "end" in reply and do == "next":
             raise StopIteration
         if "value" in reply:
-            for given, after in zip(arguments[1:], reply.get("after", ()), strict=False):
-                _put_back(given, decode(after, self.theirs))
+            if do == "call" and (after := reply.get("after")):
+                self.pending = [(given, after["arguments"][i]) for i, given in enumerate(arguments[1:])]
+                self.pending += [(given, after["named"][name]) for name, given in named.items()]
+            if reply["value"] is None:  # by convention, a function that works in place
+                self.settle()
             return self.fitting(do, decode(reply["value"], self.theirs))
         if "module" in reply and do == "name" and reply["module"].partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(reply["module"])
-        raise error(*reply.get("raised", ("RuntimeError", "no answer")))
+        raise error(*reply.get("raised", (["RuntimeError"], ["no answer"])), self.errors, self.theirs)
+
+    def settle(self, given_back=True):
+        """Give the arguments of the last call what the program left in its copies of them, or forget it."""
+        pending, self.pending = self.pending, []
+        for given, after in pending:
+            if given_back and type(given) in (list, bytearray, dict, set):
+                _put_back(given, decode(after, self.theirs))
 
     def hear(self):
         reply = self.line.hear()
@@ -348,12 +464,14 @@ class Check:
             words = {key: decode(value, self.theirs) for key, value in named.items()}
             return {"value": encode(self.callbacks[callback](*values, **words), self.mine)}
         except Exception as problem:
-            return {"raised": [type(problem).__name__, str(problem)]}
+            return raised(problem, self.mine)
 
     @staticmethod
     def fitting(do, value):
         """What Python itself requires of the answer."""
-        wanted = {"len": int, "bool": bool, "str": str, "repr": str, "same": bool, "isinstance": bool}.get(do, object)
+        kinds = {"len": int, "hash": int, "str": str, "repr": str}
+        kinds |= dict.fromkeys(("bool", "same", "isinstance", "issubclass"), bool)
+        wanted = kinds.get(do, object)
         if not isinstance(value, wanted):
             raise TypeError(f"{do} gave no {wanted.__name__}")
         return value
@@ -361,16 +479,56 @@ class Check:
     def mine(self, value):
         if isinstance(value, Remote):
             return {"object": value._object}
-        if callable(value):
-            self.callbacks.append(value)
-            return {"callback": len(self.callbacks) - 1}
+        if isinstance(value, MappingView):
+            return encode([*value], self.mine)
+        if (walk := isinstance(value, Iterator)) or callable(value):
+            self.callbacks.append((lambda: [*itertools.islice(value, 1)]) if walk else value)
+            shown = str(getattr(value, "__name__", "function"))
+            return {"callback": len(self.callbacks) - 1, "shown": shown, "walk": walk}
         raise TypeError(
             f"the check cannot hand a {type(value).__name__} to the program: only plain values and functions cross"
         )
 
     def theirs(self, data):
+        if "error" in data:
+            return exception(data["error"], self.errors)
         plain = decode(data["plain"], self.theirs) if "plain" in data else NOTHING
-        return Remote(int(data["object"]), str(data["shown"]), plain)
+        remote = Remote(int(data["object"]), str(data["shown"]), plain)
+        return self.awaited(remote) if "awaited" in data else remote
+
+    async def awaited(self, remote):
+        """A coroutine of the program's, which runs there."""
+        return self.ask("await", remote)
+
+
+SETTLE = "__settle__"
+
+
+class Settling(ast.NodeTransformer):
+    """After a call whose value is let go (`sort(x)`), which is made for what it does, its arguments are settled."""
+
+    def visit_Expr(self, node):
+        if not isinstance(node.value, ast.Call):
+            return node
+        around = ast.parse(f"{SETTLE}(False)\n{SETTLE}(True)")
+        for part in ast.walk(around):
+            ast.copy_location(part, node)
+        return [around.body[0], node, around.body[1]]
+
+
+def _modules(tree):
+    """Names that a check uses only for what a module of the standard library has (`math.isclose`): its own tools."""
+    used = {}
+    inside = {n.value: n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in sys.stdlib_module_names:
+            used.setdefault(node.id, set()).add(inside.get(node))
+    found = set()
+    for name, attributes in used.items():
+        with contextlib.suppress(ImportError):
+            if None not in attributes and all(hasattr(importlib.import_module(name), a) for a in attributes):
+                found.add(name)
+    return found
 
 
 def _names(code, operations):

@@ -62,11 +62,13 @@ def _mbpp(row: dict[str, Any]) -> Mapping[str, Any]:
     tests = row.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise DllmError("field 'test_list' is not a list of assertions")
-    setup = row.get("test_setup_code") or ""
+    imports = row.get("test_imports") or []  # of the sanitized set
+    if not isinstance(imports, list):
+        raise DllmError("field 'test_imports' is not a list of imports")
     return {
         "text": row.get("text") or row.get("prompt", ""),
         "tests": "\n".join(tests[:3]),  # as lm-eval asks, of the few that have more
-        "check": "\n".join([setup, *tests]),
+        "check": "\n".join([row.get("test_setup_code") or "", *map(str, imports), *tests]),
         "_entries": defined(str(row.get("code", "")), "\n".join(tests)),
     }
 
@@ -315,7 +317,7 @@ def _document(index: int, row: dict[str, Any], shape: Shape, shots: str) -> Docu
     meta |= {k: fill(template, full) for k in ("prelude", "context") if (template := getattr(shape, k))}
     target = fill(shape.target, full)
     if shape.metric == "python":
-        meta["entries"] = full.get("_entries", ())
+        meta["entries"] = full.get("_entries", [str(full["entry_point"])] if "entry_point" in full else ())
         if not target.strip():
             raise DllmError("the check is empty, so any program would pass it")
     name = next((str(row[key]) for key in ("id", "task_id") if row.get(key) is not None), str(index))
