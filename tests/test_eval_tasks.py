@@ -264,3 +264,12 @@ def test_which_name_is_the_programs(tmp_path):
     assert task.score(document, "def f(x): return x / 2").correct == 1.0
     with pytest.raises(DllmError, match="'test_imports' is not a list"):
         load(TaskSpec("mbpp", path=lines(tmp_path / "b.jsonl", {**row, "code": "", "test_imports": "x"}), shots=0))
+
+
+def test_templates_without_a_field_and_numbers_that_json_lacks(tmp_path):
+    path = lines(tmp_path / "d.jsonl", {"q": "?", "answer": 1})
+    for prompt in ("{q", "{q.x}", "{{q}}"):
+        with pytest.raises(DllmError, match="names no field"):
+            load(TaskSpec("jsonl", path=path, prompt=prompt))
+    with pytest.raises(DllmError, match=r"line 1 .*NaN is no number"):
+        load(TaskSpec("jsonl", path=lines(tmp_path / "n.jsonl", '{"q": NaN, "answer": 1}'), prompt="{q}"))

@@ -84,7 +84,7 @@ def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[dict[str,
     rows, bad = [], []
     for number, raw in _lines(text, path):
         try:
-            row = json.loads(raw) if isinstance(raw, str) else raw
+            row = json.loads(raw, parse_constant=_no_number) if isinstance(raw, str) else raw
         except (ValueError, RecursionError) as error:
             what = (
                 f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
@@ -97,6 +97,10 @@ def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[dict[str,
             bad.append(f"line {number} (a {type(row).__name__}, not an object)")
     refuse(path, bad, len(rows) + len(bad), broken)
     return rows, tuple(bad)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _lines(text: str, path: Path) -> list[tuple[int, Any]]:
@@ -117,6 +121,9 @@ def refuse(path: str | Path, bad: Sequence[str], total: int, broken: str) -> Non
         )
 
 
+_FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+
+
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """`{field}` replaced by the document's field, `{{` and `}}` by braces. A null or absent field is an error; of an
     absent one it lists those present."""
@@ -132,4 +139,9 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
             raise DllmError(f"field {match.group(1)!r} is null")
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
-    return re.sub(r"\{\{|\}\}|\{(\w+)\}", value, template)
+    return _FIELD.sub(value, template)
+
+
+def named(template: str) -> list[str]:
+    """The fields that a template names."""
+    return [name for name in _FIELD.findall(template) if name]

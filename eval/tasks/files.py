@@ -23,7 +23,7 @@ from dllm.errors import DllmError, unknown
 from .. import data
 from ..config import GenerateSpec, TaskSpec
 from . import scorers
-from .base import Document, Graded, Prompt, Task, fill, read_jsonl, refuse, takes
+from .base import Document, Graded, Prompt, Task, fill, named, read_jsonl, refuse, takes
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,10 @@ def _user_shape(spec: TaskSpec) -> Shape:
 
 def _refined(shape: Shape, spec: TaskSpec) -> Shape:
     """The user's template, answer, metric and extractors in place of the shape's own."""
+    if spec.prompt and not named(spec.prompt):
+        raise DllmError(
+            f"prompt: {spec.prompt!r} names no field, so every document would ask the same; write {{field}}"
+        )
     extract = spec.extract if spec.extract is not None else shape.extract
     return replace(
         shape,
