@@ -147,7 +147,7 @@ def test_commands_take_every_argument(dllm: Dllm, bare, tmp_path):  # noqa: F811
     model = load(bare, device="cpu", mask_id=1, eos_ids=[0, 2], dtype="float64")
     assert json.loads(shown.stdout)["text"] == toolkit.generate(model, "12+30=", max_new_tokens=4).text
     shown = dllm("chat", *common, "-n", "4", stdin="12+30=\n/quit\n")
-    assert shown.returncode == 0, shown.stderr
+    assert "no chat template" in shown.stderr  # the model is loaded, and no chat model
     traces = tmp_path / "t.safetensors"
     prompts = tmp_path / "p.txt"
     prompts.write_text("12+30=\n1+2=\n7+8=\n")

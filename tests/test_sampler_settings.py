@@ -115,6 +115,10 @@ def test_settings_of_other_samplers_stay(folder: Path) -> None:
         json.dumps({"settings": [{**vars(setting("eb", {"eb": {}})), "interval": 3}]}),
         json.dumps({"settings": [{**vars(setting("eb", {"eb": {}})), "extra": 3}]}),
         json.dumps({"settings": [{**vars(setting("eb", {"eb": {}})), "sampler": 3}]}),
+        json.dumps({"settings": [{**vars(setting("eb", {"eb": {}})), "accuracy": None}]}),
+        json.dumps({"settings": [{**vars(setting("eb", {"eb": {}})), "n": "100"}]}),
+        json.dumps({"settings": [{**vars(setting("eb", {"eb": {}})), "task": 3}]}),
+        "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_broken_file_is_one_line(folder: Path, text: str) -> None:

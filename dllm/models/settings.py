@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def read_settings(folder: Path) -> dict[str, SamplerSetting]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["settings"]
         settings = [_setting(entry) for entry in entries]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{path} holds no sampler settings ({type(error).__name__}: {error})"
         raise DllmError(f"{what}: write it with `dllm tune --save`, or remove it") from error
     return {s.sampler: s for s in settings}
@@ -54,6 +55,10 @@ def _setting(entry: Mapping[str, Any]) -> SamplerSetting:
     parameters = {part: dict(values) for part, values in setting.parameters.items()}
     if not isinstance(setting.sampler, str) or set(parameters) != set(setting.sampler.split("+")):
         raise ValueError(f"the parameters of {setting.sampler!r} are not those of its parts")
+    kinds = {"str": str, "int": Integral, "float": Real}
+    for f in dataclasses.fields(SamplerSetting):
+        if f.type in kinds and not isinstance(getattr(setting, f.name), kinds[str(f.type)]):
+            raise ValueError(f"{f.name} of {setting.sampler!r} is {getattr(setting, f.name)!r}, not {f.type}")
     return dataclasses.replace(
         setting, parameters=parameters, interval=_pair(setting.interval), loss_interval=_pair(setting.loss_interval)
     )
