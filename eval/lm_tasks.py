@@ -71,7 +71,9 @@ class CodeEval:
             i: [self.passes(program, check) for program in programs]
             for i, (check, programs) in enumerate(zip(references, predictions, strict=True))
         }
-        return {f"pass@{n}": sum(_at(n, found) for found in passed.values()) / max(1, len(passed)) for n in k}, passed
+        enough = [n for n in k if all(len(found) >= n for found in passed.values())]  # `evaluate` leaves out others too
+        scores = {f"pass@{n}": sum(_at(n, found) for found in passed.values()) / max(1, len(passed)) for n in enough}
+        return scores, passed
 
 
 def _at(k: int, passed: Sequence[bool]) -> float:

@@ -195,7 +195,7 @@ def check(config: Config) -> None:
         with _placed(config.source, "tasks", i, "generate"):
             Arguments(**task.generate.given())
         with _placed(config.source, "tasks", i, "sampler"):
-            registry.parse(task.sampler or "confidence")
+            registry.check(task.sampler or "confidence")
         with _placed(config.source, "tasks", i):
             if _foreign(task):
                 from .harness import check_task

@@ -310,6 +310,14 @@ def test_options_are_checked(model):
         dllm.speculate(model, None, 3.5)
     with pytest.raises(DllmError, match="top_p"):
         dllm.speculate(model, None, PROMPT, temperature=1.0, top_p=0.0)
+    for name, value in (
+        ("max_new_tokens", "5"), ("max_new_tokens", 2.5), ("max_new_tokens", -1), ("temperature", "hot"),
+        ("temperature", float("nan")), ("top_k", 1.5), ("top_p", "a"), ("seed", "x"), ("seed", 1 << 70),
+    ):  # fmt: skip
+        with pytest.raises(DllmError, match=f"^{name}="):
+            dllm.speculate(model, None, PROMPT, **{name: value})
+    with pytest.raises(DllmError, match="unknown search"):
+        dllm.speculate(model, Noise(), PROMPT, search={"name": ["eal"]})
 
 
 def test_forms_of_a_prompt(model):

@@ -412,3 +412,6 @@ def test_helpers_of_a_benchmarks_head_are_its_own():
     if confined.refusal():
         pytest.skip("programs cannot be confined here")
     assert CodeEval().compute([check], [programs]) == ({"pass@1": 0.5}, {0: [True, False]})
+    assert CodeEval().compute([check], [programs], k=[2, 10])[0] == {
+        "pass@2": 1.0
+    }  # of two programs there is no best of 10

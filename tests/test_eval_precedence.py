@@ -77,6 +77,11 @@ def test_a_call_reaches_every_point_of_a_sweep_and_the_samplers_of_tasks():
         run({**text, "tasks": [{"name": "sudoku", "sampler": "confidance"}]}, progress=False)
 
 
+def test_a_task_may_ask_for_the_models_own_settings(tmp_path):
+    text = {"tasks": [{"name": "sudoku", "sampler": "prophet:tuned", "limit": 1}], "warmup": 0}
+    assert run(text, out=tmp_path, progress=False).rows[0]["sampler"].startswith("prophet:tuned")
+
+
 lm_eval = pytest.importorskip("lm_eval")
 from dllm.eval.harness import DiffusionLM  # noqa: E402
 

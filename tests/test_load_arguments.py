@@ -87,6 +87,12 @@ def test_wrong_arguments_are_one_line(given, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["2024-13-45", "&a [*a]", "[" * 3000, ""])
+def test_wrong_text_for_an_argument_is_one_line(text):
+    with pytest.raises(DllmError, match="mask_id is an id"):
+        LoadArguments.read({"mask_id": text})
+
+
 def test_arguments_that_a_model_cannot_take_are_refused():
     with pytest.raises(DllmError, match="mask_id is for masked-diffusion models; LlamaForCausalLM is autoregressive"):
         load(CHECKPOINTS / "tiny-llama-ar-random", device="cpu", mask_id=9)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import dllm
+from dllm.cli import app
 from dllm.errors import DllmError
 from dllm.models.diffusion_gemma import DiffusionGemma
 
@@ -50,6 +52,11 @@ def test_native_decoding(folder):
     alone = dllm.generate(model, [9, 10], sampler=options, max_new_tokens=6, seed=1)
     assert alone.tokens == second.tokens  # request i uses seed + i
     assert alone.tokens != dllm.generate(model, [9, 10], sampler=options, max_new_tokens=6, seed=2).tokens
+
+
+def test_chat(folder):
+    shown = CliRunner().invoke(app, ["chat", "-m", str(folder), "--device", "cpu"], input="/quit\n")
+    assert shown.exit_code == 0, shown.exception
 
 
 def test_other_samplers_and_caches_are_refused(folder):

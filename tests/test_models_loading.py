@@ -16,6 +16,7 @@ from dllm.models.checkpoint import INDEX
 from dllm.models.config import ModelConfig
 from dllm.models.hub import load, load_verifier
 from dllm.models.model import Model
+from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.transformer import Transformer
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
@@ -842,7 +843,13 @@ def test_an_adapter_of_peft_equals_peft(tmp_path):
     with torch.no_grad():
         theirs = tuned(ids).logits
     assert (model.transformer.head(model.forward(ids)) - theirs).abs().max() < 1e-4
+    own, others = (SamplerSetting(n, {n: {}}, "t", 1, 1, (0, 1), 1, "confidence", 0, (0, 0)) for n in ("eb", "factor"))
+    write_settings(tmp_path / "a", [own])  # an adapter changes the model, so that what was chosen for the base is void
+    write_settings(Path(shutil.copytree(base, tmp_path / "base")), [others])
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     masked = cpu(tmp_path / "a", backend="transformers", mask_id=9)
+    assert [*masked.sampler_settings] == [*cpu(tmp_path / "a").sampler_settings] == ["eb"]
     assert torch.allclose(
         masked.transformer.model.layers[0].self_attn.q_proj.weight, model.transformer.layers[0].self_attn.q_proj.weight,
         atol=1e-6,

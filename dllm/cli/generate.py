@@ -187,7 +187,8 @@ def chat(
         import readline  # noqa: F401  gives input() its line editing where the system has it
     model, arguments = loaded(common)
     arguments |= {"top_p": top_p, "top_k": top_k, "stop": stop or None}
-    prepare(model, [{"role": "user", "content": "?"}], arguments)  # a mistake is said now, not at the first message
+    if model.mask_id is not None:  # DiffusionGemma decodes itself
+        prepare(model, [{"role": "user", "content": "?"}], arguments)  # a mistake is said now, not at the first message
     console = Console(highlight=False)
     console.print(f"{model} · /help lists the commands", style="dim")
     messages: list[dict[str, str]] = []

@@ -14,6 +14,7 @@ from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, nearest, unknown
+from dllm.files import optional_json
 from dllm.models.arguments import Checkpoint
 from dllm.samplers.base import misfit
 from dllm.samplers.registry import value_of
@@ -53,7 +54,7 @@ def _parsed(kind: str, what: Any, table: Mapping[str, Any]) -> tuple[str, dict[s
 def settings(of: str, make: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Options for the keywords of `make`, of the kinds of their annotations: the one check of drafting's settings.
 
-    Numbers that came as text (YAML reads 1e-2 so) are read. DllmError for other kinds and for unknown names, with the
+    Numbers that came as text are read. DllmError for other kinds and for unknown names, with the
     nearest one; ranges are checked by what is made.
     """
     known = {name: p for name, p in signature(make).parameters.items() if p.default is not Parameter.empty}
@@ -101,7 +102,7 @@ def as_drafter(what: Any) -> Any:
     from dllm.drafting.diffusion import DiffusionDrafter
 
     if isinstance(what, str | Checkpoint):
-        from dllm.models.hub import EMBEDDED, load, load_verifier, locate, optional_json
+        from dllm.models.hub import EMBEDDED, load, load_verifier, locate
 
         spec = Checkpoint(what) if isinstance(what, str) else what
         near = nearest(spec.name, (*RETRIEVAL, *EMBEDDED))

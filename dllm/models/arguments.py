@@ -8,8 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dllm import plain
 from dllm.errors import DllmError, unknown
 
 BACKENDS = ("native", "transformers")
@@ -155,12 +154,7 @@ def _read(name: str, value: Any) -> Any:
         return str(value) if name in ("revision", "subfolder", "cache_dir") and _whole(value) else value
     if value.lower() == "none":
         return None
-    if name not in READ_AS_YAML:
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
+    return plain.value(value) if name in READ_AS_YAML else value
 
 
 def pairs(texts: Iterable[str], option: str) -> dict[str, str]:

@@ -71,7 +71,9 @@ def load(name_or_path: Any, **given: Any) -> Model:
         network = load_network(folder, kind, arguments.attn_implementation)
         if adapter is not None:
             network = merge_by_peft(network, adapter)
-        return _wrapped(network.to(place), folder, tokenizer, arguments)
+        model = _wrapped(network.to(place), folder, tokenizer, arguments)
+        model.sampler_settings = read_settings(adapter or folder)
+        return model
     if raw.architecture == diffusion_gemma.ARCHITECTURE:
         _refuse(arguments, "not for DiffusionGemma", "device_map", "quantization", "block_size", "shift", "mask_id",
                 "eos_ids", "attn_implementation")  # fmt: skip
@@ -95,7 +97,7 @@ def load(name_or_path: Any, **given: Any) -> Model:
         hint = 'try a smaller dtype or device_map="auto"'
         raise DllmError(f"{name_or_path} does not fit on {place}: {first_line(error)}; {hint}") from error
     model = Model(config, transformer.eval(), tokenizer)
-    model.sampler_settings = read_settings(folder) if adapter is None else {}
+    model.sampler_settings = read_settings(adapter or folder)  # an adapter changes the model: its own settings count
     return model
 
 
@@ -176,9 +178,7 @@ def _wrapped(network: Any, folder: Path | None, tokenizer: Any, arguments: LoadA
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
     config = read_network(network, arguments.shift or 0)
     config = resolve(config, None, tokenizer, generation, arguments.mask_id, arguments.eos_ids)
-    model = wrap(network, config, tokenizer)
-    model.sampler_settings = read_settings(folder) if folder is not None else {}
-    return model
+    return wrap(network, config, tokenizer)
 
 
 def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> ModelConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError
+from dllm.files import optional_json, replaced
 
 FILE = "sampler_settings.json"
 
@@ -42,8 +42,7 @@ def read_settings(folder: Path) -> dict[str, SamplerSetting]:
     if not path.is_file():
         return {}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        settings = [_setting(entry) for entry in entries]
+        settings = [_setting(entry) for entry in optional_json(path)["settings"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{path} holds no sampler settings ({type(error).__name__}: {error})"
         raise DllmError(f"{what}: write it with `dllm tune --save`, or remove it") from error
@@ -74,7 +73,6 @@ def write_settings(folder: Path, settings: Iterable[SamplerSetting]) -> Path:
     path = folder / FILE
     merged = {**read_settings(folder), **{s.sampler: s for s in settings}}
     text = json.dumps({"settings": [dataclasses.asdict(s) for s in merged.values()]}, indent=1) + "\n"
-    aside = path.with_suffix(".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with replaced(path) as draft:
+        draft.write_text(text, encoding="utf-8")
     return path
