@@ -221,7 +221,7 @@ class Program:
         while "do" in (heard := self.line.hear() or {"raised": [["EOFError"], []]}):
             self.line.say(self.reply(heard))
         if "raised" in heard:
-            raise error(*heard["raised"], {}, self.mine)
+            raise error(*heard["raised"], {}, self.mine)  # type: ignore[call-arg]
         return decode(heard["value"], self.mine)
 
     def theirs(self, value):
@@ -332,7 +332,7 @@ class Remote:
     def __subclasscheck__(self, kind):
         return isinstance(kind, Remote) and Check.only.ask("issubclass", kind, self)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         return Remote if self._plain is NOTHING else type(self._plain)
 
@@ -408,9 +408,9 @@ class Check:
         if not names or not all(hasattr(builtins, name) for name in names):
             return ()
         calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in names]
-        tools = {call.func.id for call in calls if any(n is not call and n in calls for n in ast.walk(call))}
+        tools = {call.func.id for call in calls if any(n is not call and n in calls for n in ast.walk(call))}  # type: ignore[attr-defined]
         defined = []
-        for name in sorted({call.func.id for call in calls} - tools or names):
+        for name in sorted({call.func.id for call in calls} - tools or names):  # type: ignore[attr-defined]
             with contextlib.suppress(NameError):
                 self.name(name)
                 defined.append(name)
@@ -441,7 +441,7 @@ class Check:
             return self.fitting(do, decode(reply["value"], self.theirs))
         if "module" in reply and do == "name" and reply["module"].partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(reply["module"])
-        raise error(*reply.get("raised", (["RuntimeError"], ["no answer"])), self.errors, self.theirs)
+        raise error(*reply.get("raised", (["RuntimeError"], ["no answer"])), self.errors, self.theirs)  # type: ignore[call-arg]
 
     def settle(self, given_back=True):
         """Give the arguments of the last call what the program left in its copies of them, or forget it."""
@@ -480,7 +480,7 @@ class Check:
         if isinstance(value, Remote):
             return {"object": value._object}
         if isinstance(value, MappingView):
-            return encode([*value], self.mine)
+            return encode([*value], self.mine)  # type: ignore[misc]
         if (walk := isinstance(value, Iterator)) or callable(value):
             self.callbacks.append((lambda: [*itertools.islice(value, 1)]) if walk else value)
             shown = str(getattr(value, "__name__", "function"))
@@ -518,7 +518,7 @@ class Settling(ast.NodeTransformer):
 
 def _modules(tree):
     """Names that a check uses only for what a module of the standard library has (`math.isclose`): its own tools."""
-    used = {}
+    used: dict = {}
     inside = {n.value: n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in sys.stdlib_module_names:
