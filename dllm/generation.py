@@ -646,9 +646,8 @@ def _progress(job: Job, tick: Tick, row: int, drafts: bool) -> tuple[str, str | 
 
 def _nothing_to_do(job: Job, meter: Meter) -> Iterator[Event]:
     """max_new_tokens=0: the prompts come back as they are."""
-    no_window = torch.zeros_like(job.queue.step)
     for i in range(len(job.prompts)):
-        rows = torch.tensor([i], device=no_window.device)
+        rows = torch.tensor([i], device=job.queue.step.device)
         state = job.queue.take(rows)
         tick = Tick([i], state.canvas, state, None)  # type: ignore[arg-type]
         output = job.output(tick, 0, meter, None)

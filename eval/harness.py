@@ -112,7 +112,6 @@ class DiffusionLM(LM):
     check_greedy      also say whether a continuation is the greedy one, a decode for each request; without it the
                       answer is False
     seed              of every draw; request i of a rank uses seed + i
-
     add_bos_token     every prompt begins with the bos token, as other lm-eval models have it
 
     Every argument of `dllm.load` (`dtype`, `mask_id`, `revision`, …) may be given too.

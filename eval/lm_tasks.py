@@ -130,7 +130,11 @@ def _members(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def ours(task: Any) -> bool:
     """Whether it is us who run a task's programs."""
     found = [getattr(f, "__self__", f) for f in getattr(task, "_metric_fn_list", {}).values()]  # it keeps f.__call__
-    return any(isinstance(value, CodeEval) for f in found for value in getattr(f, "__globals__", {}).values())
+    return _call_ours(found)
+
+
+def _call_ours(functions: Sequence[Any]) -> bool:
+    return any(isinstance(value, CodeEval) for f in functions for value in getattr(f, "__globals__", {}).values())
 
 
 def prepared(spec: TaskSpec, manager: TaskManager, folder: str | None) -> tuple[Any, dict[str, Any]]:
@@ -159,8 +163,7 @@ def prepared(spec: TaskSpec, manager: TaskManager, folder: str | None) -> tuple[
 def _code(config: Config) -> dict[str, Any]:
     """The consent that lm-eval asks for before it has programs checked: given where it is us who run them, confined."""
     functions = [metric["metric"] for metric in config.get("metric_list") or () if callable(metric["metric"])]
-    ours = any(isinstance(value, CodeEval) for f in functions for value in f.__globals__.values())
-    if not (config.get("unsafe_code") and ours):
+    if not (config.get("unsafe_code") and _call_ours(functions)):
         return {}
     if reason := confined.refusal():
         raise Unavailable(f"it runs generated programs: {reason}")

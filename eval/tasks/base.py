@@ -59,9 +59,9 @@ class Task:
 
 def takes(spec: TaskSpec, *keys: str) -> None:
     """Refuse what a kind of task has no use for: a key that is ignored would say what is not so."""
-    plain = TaskSpec(spec.name)
+    bare = TaskSpec(spec.name)
     for key in (f.name for f in fields(spec)):
-        if key in ("name", "label", "limit", "generate", "sampler", *keys) or getattr(spec, key) == getattr(plain, key):
+        if key in ("name", "label", "limit", "generate", "sampler", *keys) or getattr(spec, key) == getattr(bare, key):
             continue
         if key == "options" and set(spec.options) == {"rehearse"}:
             continue
