@@ -180,7 +180,7 @@ def feature_of(pred: Prediction, feature: str) -> Tensor:
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Sixteen hex digits of a tokenizer's vocabulary; empty without one."""
-    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+    if not hasattr(tokenizer, "get_vocab"):  # None, too
         return ""
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
 

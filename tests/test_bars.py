@@ -136,6 +136,11 @@ def test_saber_wants_more_than_the_mean_of_its_record() -> None:
     assert committed(out, 1) == {2, 3, 4}
 
 
+def test_saber_takes_the_mean_of_a_single_record_too() -> None:
+    out = decode([even(2, 4, 4, 4), even(2, 3, 3, 4)], "saber:n=1,backtrack=false", 4)
+    assert (committed(out, 0), committed(out, 1)) == ({0}, {1})  # a third is less than a half
+
+
 @pytest.mark.parametrize(("tau", "again"), [(0.5, set()), (above(0.5), {0})])
 def test_wino_takes_back_what_is_below_its_bar(tau: float, again: set[int]) -> None:
     first, shadow = even(1, 1, 4, 4, 4), even(2, 1, 1, 1, 1)

@@ -213,14 +213,14 @@ class Room:
         numbers = {t for line in range(first, last + 1) for t in lines.get(str(line), ())}
         if scopes.at_import(mutant.line):
             numbers = {t for tests in lines.values() for t in tests} or set(range(len(self.tests)))
-        looking = self.spec.get("at_import", []) if scopes.at_import(mutant.line) else []
-        numbers |= {i for i, test in enumerate(self.tests) if any(name in test for name in looking)}
+        always = {i for i, test in enumerate(self.tests) if any(name in test for name in self.spec.get("always", []))}
+        ahead = {self.tests[i] for i in always} if scopes.at_import(mutant.line) else set()
+        numbers |= always
         turn: Counter[str] = Counter()
         ranked = []
         for test in sorted((self.tests[i] for i in numbers), key=lambda t: self.times[t]):
             function = test.partition("[")[0]
-            first = any(name in test for name in looking)
-            ranked.append((-1 if first else min(turn[function], 3), self.times[test], test))
+            ranked.append((-1 if test in ahead else min(turn[function], 3), self.times[test], test))
             turn[function] += 1
         chosen = [test for _, _, test in sorted(ranked)]
         within = list(
