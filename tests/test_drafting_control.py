@@ -135,6 +135,10 @@ def test_heuristic_and_fixed():
         (dict(temperature=1, top_p="x"), r"top_p='x' must be in \(0, 1\]"),
         (dict(top_p=2), r"top_p=2 must be in \(0, 1\]"),
         (dict(logits_processor=7), "logits_processor is a list of processors"),
+        (dict(logits_processor=[5]), "logits_processor is a list of processors"),
+        (dict(tokenizer=5), "tokenizer= is a loaded tokenizer, not int"),
+        (dict(streamer=5), "streamer= has the methods put and end"),
+        (dict(chat="x"), "chat=.x. must be True or False"),
         (dict(drafter={"name": ["suffix"]}), "unknown drafter"),
     ],
 )

@@ -68,6 +68,7 @@ def speculate(
     input.
     """
     cfg = SpecConfig.of(spec, _known(options))
+    _check(tokenizer, streamer, logits_processor, chat)
     v = as_verifier(verifier, tokenizer)
     d = as_drafter(drafter)
     ids, many = encode(v, joined(prompt, input_ids, attention_mask), chat)
@@ -78,8 +79,6 @@ def speculate(
     RULES["max_new_tokens"].check("max_new_tokens", max_new_tokens)
     if seed is not None:
         RULES["seed"].check("seed", seed)
-    if not isinstance(logits_processor, Sequence | None):
-        raise DllmError(f"logits_processor is a list of processors, not {type(logits_processor).__name__}")
     requests = []
     for i, p in enumerate(ids):
         given = logits_processor or []
@@ -93,6 +92,18 @@ def speculate(
     for r in results:
         _end(r, stops)
     return results if many else results[0]
+
+
+def _check(tokenizer: Any, streamer: Any, processors: Any, chat: Any) -> None:
+    """Errors: an argument that is another object than its name says."""
+    if tokenizer is not None and not callable(tokenizer):
+        raise DllmError(f"tokenizer= is a loaded tokenizer, not {type(tokenizer).__name__}")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):  # foreign
+        raise DllmError(f"streamer= has the methods put and end, as transformers' TextStreamer; got {streamer!r}")
+    if not isinstance(processors, Sequence | None) or not all(map(callable, processors or ())):
+        raise DllmError(f"logits_processor is a list of processors, not {processors!r}")
+    if chat is not None:
+        RULES["chat"].check("chat", chat)
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
