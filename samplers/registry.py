@@ -191,7 +191,7 @@ def published(spec: Spec) -> Spec:
         return "+".join(part if ":" in part else f"{part.strip()}:{PUBLISHED}" for part in spec.split("+"))
     if isinstance(spec, Mapping):
         return {**spec, "preset": PUBLISHED} if set(spec) == {"name"} else spec
-    return spec if isinstance(spec, Method) or not isinstance(spec, Iterable) else [published(part) for part in spec]
+    return [published(part) for part in spec] if isinstance(spec, Iterable) else spec
 
 
 def resolve(spec: Spec, tuned: Tuned) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scripted import Scripted, peaks
 import dllm
 from dllm.errors import DllmError
 from dllm.prediction import Prediction
-from dllm.samplers.learn2pd import Filter, feature_of
+from dllm.samplers.learn2pd import EMBEDDED, Filter, feature_of, tokenizer_hash
 from dllm.training import filters
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
@@ -244,3 +245,10 @@ def test_a_filter_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         replace(made, tau=0.1).save(path)
     assert Filter.load(path).fingerprint() == made.fingerprint() and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_shipped_filter_is_the_embedded_models() -> None:
+    """A filter knows its tokenizer by sixteen hex digits; a model without one is not asked."""
+    shipped = Filter.load(str(files("dllm.assets").joinpath(EMBEDDED)))
+    assert shipped.meta is not None and shipped.meta["tokenizer"] == tokenizer_hash(dllm.load("tiny").tokenizer)
+    assert tokenizer_hash(None) == ""
