@@ -123,6 +123,21 @@ def test_the_subset_rule_changes_the_output_and_says_so() -> None:
     assert promise(exact.lossless, exact.stats) == "lossless"
 
 
+def test_the_subset_rule_looks_at_the_guesses_of_the_last_forward_only() -> None:
+    """ABC__ was guessed a forward earlier and lies inside the step A_C__ to ABC_Z; as released it is not taken."""
+    table = {
+        "_____": "0:A .9,1:B .7,2:C .6,3:X .55,4:Z .52",
+        "A____": "2:C .9,3:X .7,1:B .6,4:Z .55",
+        "A_C__": "1:B .9,4:Z .9,3:X .6",
+        "ABC_Z": "3:X .9",
+        "ABC__": "3:X .9,4:X .9",
+    }
+    call = partial(dllm.generate, prompt=[5], sampler="threshold:tau=0.75", max_new_tokens=5, block_length=5)
+    out = call(Scripted(table), lookahead="3:relax=subset")
+    assert out.tokens == call(Scripted(table)).tokens == [LETTERS.index(x) for x in "ABCXZ"]
+    assert out.stats["cuts"] == 0
+
+
 def test_retention() -> None:
     kept = {"rows": 3, "multi_source": False}
     assert run(E5, "confidence", None)[:2] == ("ABCX", 4)

@@ -255,11 +255,16 @@ class Room:
 
 def copy(commit: str, tree: Path) -> None:
     """The files of a commit, laid out so that the one folder on the path holds the whole package."""
-    tree.mkdir(parents=True)
+    parts = tree.with_name(f"{tree.name}.{os.getpid()}")  # another run may want the same copy
+    parts.mkdir(parents=True)
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit], check=True, capture_output=True).stdout
-    subprocess.run(["tar", "-x", "-C", str(tree)], input=archive, check=True)
+    subprocess.run(["tar", "-x", "-C", str(parts)], input=archive, check=True)
     for name in ("samplers", "eval"):
-        (tree / "dllm" / name).symlink_to(Path("..") / name)
+        (parts / "dllm" / name).symlink_to(Path("..") / name)
+    try:
+        parts.rename(tree)
+    except OSError:  # it was quicker
+        shutil.rmtree(parts)
 
 
 def answers(folder: Path) -> dict[str, dict[str, Any]]:
