@@ -129,6 +129,13 @@ def test_eotp_leaves_a_canvas_that_ends_with_its_end_alone() -> None:
         assert j.sampler.amend[0](view, pred, d).edits == edits
 
 
+def test_eotp_cuts_behind_what_is_written_only() -> None:
+    """Prophet's exit takes the place of the step's commit, an end of sequence: nothing is cut, everything is filled."""
+    model = Scripted(peaks([(1, 0.9), (3, 0.99), (1, 0.9)], 8), eos=3)
+    out = decode(model, 3, "prophet:high=0,mid=0,low=0,region=all+eotp")
+    assert (out.trace.final, out.nfe) == ([0, 1, 3, 1], 1)
+
+
 def test_eotp_looks_for_an_end_where_no_mask_is_left() -> None:
     """Editing holds a full block open for another forward."""
     out = decode(Scripted(confident(0.99, 0.99, 0.99), eos=3), 3, "editing+eotp:mode=eager")
