@@ -95,6 +95,6 @@ def compare(
     from dllm.eval.answers import LENGTH
 
     names = task or list(LENGTH)
-    options = {"out": out, "n": n, "validation": validation, "task_names": names, "workers": workers}
+    options: dict[str, Any] = {"out": out, "n": n, "validation": validation, "task_names": names, "workers": workers}
     report = bench_filters.run(filter, located(common)[0], **options)
     typer.echo(report)
