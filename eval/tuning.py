@@ -75,7 +75,7 @@ def tune(
 
     save: also write, for every sampler of the space, its fastest candidate within the loss into `sampler_settings.json`
     beside the model; of a sampler without such a candidate nothing is written. Parts named without parameters run at
-    their published defaults. Errors: no `tune:`, an empty space, `save` with several models.
+    their published defaults. Errors: no `tune:`, an empty space.
     """
     data, source = gather(config, sets)
     if "tune" not in data:
