@@ -96,7 +96,7 @@ def speculate(
 
 def _check(tokenizer: Any, streamer: Any, processors: Any, chat: Any) -> None:
     """Errors: an argument that is another object than its name says."""
-    if tokenizer is not None and not callable(tokenizer):
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):  # foreign
         raise DllmError(f"tokenizer= is a loaded tokenizer, not {type(tokenizer).__name__}")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):  # foreign
         raise DllmError(f"streamer= has the methods put and end, as transformers' TextStreamer; got {streamer!r}")
