@@ -20,17 +20,17 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = {
-    "generate": "dllm.generation",
-    "stream": "dllm.generation",
-    "score": "dllm.generation",
-    "cache_error": "dllm.staleness",
-    "Output": "dllm.generation",
+    "generate": "dllm.call.generate",
+    "stream": "dllm.call.generate",
+    "score": "dllm.call.generate",
+    "cache_error": "dllm.call.cache_error",
+    "Output": "dllm.call.generate",
     "load": "dllm.models.hub",
     "load_verifier": "dllm.models.hub",
     "Model": "dllm.models.hub",
-    "speculate": "dllm.drafting.speculation",
-    "spec_generate": "dllm.drafting.transformers_hook",
-    "speculator": "dllm.drafting.transformers_hook",
+    "speculate": "dllm.drafting.front",
+    "spec_generate": "dllm.drafting.hooks.transformers",
+    "speculator": "dllm.drafting.hooks.transformers",
 }
 __all__ = [  # noqa: PLE0604
     *_LAZY,

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError
-
-from .config import Config
-from .report import PAIR, number, pair, table
-from .runner import read
-from .store import Row
+from dllm.eval.config import Config
+from dllm.eval.report import PAIR, number, pair, table
+from dllm.eval.runner import read
+from dllm.eval.store import Row
 
 Groups = dict[tuple[str, str], dict[str, Row]]  # (task, setting) -> document -> row
 

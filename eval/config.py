@@ -18,11 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
-from dllm import plain
+from dllm import spec as plain
 from dllm.errors import DllmError, unknown
+from dllm.eval.arguments import translated
 from dllm.models.arguments import Checkpoint
-
-from .arguments import translated
 
 Path_ = tuple[Any, ...]
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError, unknown
-
-from .store import write
+from dllm.eval.store import write
 
 log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds to find out that there is no network

@@ -12,11 +12,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from dllm.errors import DllmError
-
-from .config import Config, EngineSpec
-from .store import Row
-from .tasks import Task
-from .worker import Job, Worker
+from dllm.eval.config import Config, EngineSpec
+from dllm.eval.store import Row
+from dllm.eval.tasks import Task
+from dllm.eval.worker import Job, Worker
 
 log = logging.getLogger(__name__)
 

@@ -26,19 +26,18 @@ import torch
 from tqdm import tqdm
 
 import dllm
+from dllm.call.generate import Arguments, encode, prepare
 from dllm.errors import DllmError, nearest, unknown
-from dllm.generation import Arguments, encode, prepare
+from dllm.eval import metrics
+from dllm.eval.arguments import THEIRS, layered, translated
+from dllm.eval.config import Config, Setting, TaskSpec
+from dllm.eval.lm_tasks import CodeEval, confine, note, prepared
+from dllm.eval.store import Row, Store, decoding_identity, sample_key
+from dllm.eval.tasks import confined
+from dllm.eval.tasks.base import Unavailable
+from dllm.eval.worker import Worker, attempt, failed, measure
 from dllm.models.arguments import RENAMED, LoadArguments
 from dllm.models.model import by_template
-
-from . import metrics
-from .arguments import THEIRS, layered, translated
-from .config import Config, Setting, TaskSpec
-from .lm_tasks import CodeEval, confine, note, prepared
-from .store import Row, Store, decoding_identity, sample_key
-from .tasks import confined
-from .tasks.base import Unavailable
-from .worker import Worker, attempt, failed, measure
 
 try:
     from lm_eval import simple_evaluate

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dllm.errors import DllmError
-
-from . import data
-from .config import TaskSpec
-from .tasks import confined
-from .tasks.base import Unavailable
-from .tasks.files import defined
-from .tasks.scorers import UNCONFINED
+from dllm.eval import data
+from dllm.eval.config import TaskSpec
+from dllm.eval.tasks import confined
+from dllm.eval.tasks.base import Unavailable
+from dllm.eval.tasks.files import defined
+from dllm.eval.tasks.scorers import UNCONFINED
 
 try:
     import evaluate

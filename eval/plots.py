@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dllm.trace import Trace
-
-from .metrics import frontier
+from dllm.decoding.trace import Trace
+from dllm.eval.metrics import frontier
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.decoding.trace import Trace
+from dllm.eval import metrics, plots
+from dllm.eval.config import describe
+from dllm.eval.store import Row, write
 from dllm.samplers.registry import TUNED
-from dllm.trace import Trace
-
-from . import metrics, plots
-from .config import describe
-from .store import Row, write
 
 if TYPE_CHECKING:
-    from .runner import Results
+    from dllm.eval.runner import Results
 
 COUNTING = (
     "Tokens are generated ids up to the first stop, so an empty answer is 0; `raw` counts every decoded position. "

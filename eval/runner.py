@@ -14,22 +14,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dllm import cache as caches
+from dllm.call.generate import Arguments
+from dllm.decoding.cache import policy as caches
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.registry import RETRIEVAL
 from dllm.errors import DllmError, unknown
-from dllm.generation import Arguments
-from dllm.lookahead import Lookahead
+from dllm.eval import engines, metrics
+from dllm.eval.config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
+from dllm.eval.data import rehearse as examples
+from dllm.eval.store import Row, Store, read_mapping, read_rows, write, write_csv
+from dllm.eval.tasks import confined
+from dllm.eval.tasks.base import Task, takes
+from dllm.eval.tasks.scorers import UNCONFINED
+from dllm.eval.worker import Job, arguments, available, environment, occasion
+from dllm.lookahead.walk import Lookahead
 from dllm.samplers import registry
-
-from . import engines, metrics
-from .config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
-from .data import rehearse as examples
-from .store import Row, Store, read_mapping, read_rows, write, write_csv
-from .tasks import confined
-from .tasks.base import Task, takes
-from .tasks.scorers import UNCONFINED
-from .worker import Job, arguments, available, environment, occasion
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def run(
         rows = [row for key, row in store.rows.items() if key in keys]
         results = _results(own, rows, tasks, folder, env)
         if foreign.tasks:
-            from .harness import run_tasks
+            from dllm.eval.harness import run_tasks
 
             found = run_tasks(foreign, store, engine.worker, engine.lead)
             cells, rows = (*results.cells, *found.cells), [*rows, *found.rows]
@@ -150,7 +149,7 @@ def run(
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
             write_csv(folder / "results.csv", results.cells)
             write_csv(folder / "samples.csv", rows)
-            from .report import report
+            from dllm.eval.report import report
 
             report(results, rows, figures=not dry_run)
         return results
@@ -198,7 +197,7 @@ def check(config: Config) -> None:
             registry.check(task.sampler or "confidence")
         with _placed(config.source, "tasks", i):
             if _foreign(task):
-                from .harness import check_task
+                from dllm.eval.harness import check_task
 
                 takes(task, "options", "path", "shots_path")
                 check_task(task)

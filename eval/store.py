@@ -23,8 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dllm.errors import DllmError, first_line
-
-from .config import Config, Setting
+from dllm.eval.config import Config, Setting
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -156,7 +155,7 @@ def _mark(value: Any) -> str:
 
 def _changed(path: Path, config: Config) -> str:
     """What is different about a task and setting of the same names in the configuration of a folder."""
-    from .config import load
+    from dllm.eval.config import load
 
     old, new = load(path).cells(), config.cells()
     parts = {part for key in new if key in old for part in new[key] if old[key][part] != new[key][part]}

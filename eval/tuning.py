@@ -26,15 +26,14 @@ import yaml
 from scipy.stats import qmc
 
 from dllm.errors import DllmError
+from dllm.eval import metrics
+from dllm.eval.config import build, describe, gather, make
+from dllm.eval.report import table
+from dllm.eval.runner import Results, read, run
+from dllm.eval.store import Row, write
 from dllm.models.hub import locate
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.samplers import registry
-
-from . import metrics
-from .config import build, describe, gather, make
-from .report import table
-from .runner import Results, read, run
-from .store import Row, write
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,12 @@ from dllm.drafting.loop import SpecResult
 from dllm.drafting.registry import RETRIEVAL, as_drafter, as_verifier
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
+from dllm.eval.arguments import layered
+from dllm.eval.config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
+from dllm.eval.store import Row, decoding_identity, sample_key
+from dllm.eval.tasks import Task, Unavailable, confined
+from dllm.eval.tasks import load as load_task
 from dllm.models.model import fingerprint
-
-from .arguments import layered
-from .config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
-from .store import Row, decoding_identity, sample_key
-from .tasks import Task, Unavailable, confined
-from .tasks import load as load_task
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.cache import spans
-from dllm.canvas import Canvas, State, Window
+from dllm.decoding.cache.policy import spans
+from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, View, best, param
 from dllm.samplers.threshold import Threshold
 

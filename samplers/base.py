@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm import noise
-from dllm.canvas import Canvas, Decision, State, Window, scatter, spread
+from dllm.decoding import noise
+from dllm.decoding.canvas import Canvas, Decision, State, Window, scatter, spread
 from dllm.errors import DllmError, unknown
 
 if TYPE_CHECKING:
-    from dllm.prediction import Prediction
+    from dllm.decoding.prediction import Prediction
 
 SINGLE = {  # slots of one owner, and what they decide
     "window": "which columns may be committed",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dllm.cache import spans
-from dllm.canvas import Canvas, State, Window
+from dllm.decoding.cache.policy import spans
+from dllm.decoding.canvas import Canvas, State, Window
 
 if TYPE_CHECKING:
     from dllm.samplers.base import Context

@@ -13,10 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dllm.decoding.trace import Trace
 from dllm.errors import DllmError
 from dllm.samplers import registry
 from dllm.samplers.base import CHAINS, SINGLE, Bundle, Context, Method, Needs
-from dllm.trace import Trace
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.canvas import Canvas
-from dllm.prediction import Prediction, Rescored
+from dllm.decoding.canvas import Canvas
+from dllm.decoding.prediction import Prediction, Rescored
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.blocks import Blocks
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.canvas import Canvas
-from dllm.prediction import Prediction, Rescored
+from dllm.decoding.canvas import Canvas
+from dllm.decoding.prediction import Prediction, Rescored
 from dllm.samplers.base import OFF, Bundle, Context, Method, View, param
 from dllm.samplers.threshold import Threshold
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dllm import noise
-from dllm.prediction import Prediction
+from dllm.decoding import noise
+from dllm.decoding.prediction import Prediction
 from dllm.samplers import quota
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.blocks import Blocks

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.cache import spans
-from dllm.canvas import Canvas, State, Window
+from dllm.decoding.cache.policy import spans
+from dllm.decoding.canvas import Canvas, State, Window
 from dllm.samplers.base import OFF, Bundle, Context, Method, param
 from dllm.samplers.threshold import Threshold
 

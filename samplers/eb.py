@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dllm.prediction import Prediction
+from dllm.decoding.prediction import Prediction
 from dllm.samplers import quota
 from dllm.samplers.base import Bundle, Context, Method, View, param, rank
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.canvas import Canvas, Decision
-from dllm.prediction import Prediction
+from dllm.decoding.canvas import Canvas, Decision
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.prediction import Prediction
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, View, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.canvas import Decision
+from dllm.decoding.canvas import Decision
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
 
 

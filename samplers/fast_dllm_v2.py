@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from dllm.canvas import State, Window
+from dllm.decoding.canvas import State, Window
 from dllm.errors import DllmError
 from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, param
 from dllm.samplers.blocks import Blocks

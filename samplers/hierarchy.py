@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.canvas import Decision
-from dllm.prediction import Prediction
+from dllm.decoding.canvas import Decision
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 

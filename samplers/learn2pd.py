@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.files import replaced
-from dllm.prediction import Prediction
+from dllm.models.files import replaced
 from dllm.samplers import quota
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.canvas import Canvas, Decision, Plan, State, Window
-from dllm.prediction import Prediction
+from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.threshold import Threshold
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, View, param
 
 Frequencies = str | Path | Mapping[int, float] | Sequence[float] | Tensor | None

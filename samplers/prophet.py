@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.cache import spans
-from dllm.canvas import Canvas, Decision, State, Window
+from dllm.decoding.cache.policy import spans
+from dllm.decoding.canvas import Canvas, Decision, State, Window
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, View, param
 
 Region = Callable[[Canvas], Tensor]  # canvas -> (B, L) bool

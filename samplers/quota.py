@@ -12,8 +12,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dllm import noise
-from dllm.prediction import Prediction
+from dllm.decoding import noise
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, rank
 from dllm.samplers.blocks import first_block
 

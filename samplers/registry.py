@@ -26,7 +26,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from dllm import plain
+from dllm import spec as plain
 from dllm.errors import DllmError, first_line, unknown
 from dllm.samplers.base import Bundle, Context, Method, Sampler, merge
 from dllm.samplers.blocks import Blocks

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm import noise
-from dllm.canvas import Canvas, Decision, State
-from dllm.prediction import Prediction
+from dllm.decoding import noise
+from dllm.decoding.canvas import Canvas, Decision, State
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm.canvas import Decision
-from dllm.prediction import Prediction
+from dllm.decoding.canvas import Decision
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import View, rank
 
 

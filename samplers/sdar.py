@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.prediction import Prediction
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.eb import EB

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.cache import spans
-from dllm.canvas import Canvas, Plan, State, Window
-from dllm.prediction import Prediction
+from dllm.decoding.cache.policy import spans
+from dllm.decoding.canvas import Canvas, Plan, State, Window
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold

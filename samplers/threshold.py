@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.prediction import Prediction
+from dllm.decoding.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, View, param, rank
 from dllm.samplers.blocks import Blocks
 

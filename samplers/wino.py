@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.canvas import Canvas, Decision, Plan, State, Window
+from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.prediction import Prediction
 from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
 from dllm.samplers.revoke import committed_here, decoded, remask
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from golden_cases import model as load
 
-from dllm.eval import bench
+from dllm.bench import runtime as bench
 from dllm.models.model import Model
 
 

@@ -8,10 +8,10 @@ from golden_cases import model as golden
 from scripted import Scripted, peaks
 
 import dllm
+from dllm.call.cache_error import cache_error
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
-from dllm.staleness import cache_error
 
 MASK = 39
 PROMPTS = [[5], [7, 8, 9, 10], [4, 4, 11, 12, 13, 3, 2, 1, 30]]
@@ -81,7 +81,7 @@ def test_logits_equal_a_full_forward(shift, options):
 
 def test_nothing_that_a_forward_with_masks_computed_is_read(monkeypatch):
     """After every forward, what lies behind the clean blocks is overwritten with large values: nothing changes."""
-    model, policy = tiny(), dllm.cache.Block
+    model, policy = tiny(), dllm.decoding.cache.policy.Block
     plain = run(model, PROMPTS, sampler="threshold:tau=0.3")
     forward, spoiled = Model.forward, []
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import dllm
-from dllm.cache import POLICIES, policy
+from dllm.call.cache_error import cache_error
+from dllm.decoding.cache.policy import POLICIES, policy
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
-from dllm.staleness import cache_error
 
 MASK = 39
 PROMPTS = [[5, 6], [1, 2, 3, 30, 31, 32, 33], [7, 8, 9, 10]]

@@ -16,8 +16,8 @@ from sweeps import size
 from test_lookahead import HALF
 
 import dllm
-from dllm import cache as caches
-from dllm import invariants
+from dllm.decoding import invariants
+from dllm.decoding.cache import policy as caches
 from dllm.errors import DllmError
 from dllm.models.hub import load
 from dllm.samplers import registry

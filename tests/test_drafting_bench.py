@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dllm.bench.drafting import SETTINGS, held_out, run, tally, wall_row
 from dllm.drafting.control import RoundStats
 from dllm.drafting.loop import SpecResult
 from dllm.errors import DllmError
-from dllm.eval.bench_drafting import SETTINGS, held_out, run, tally, wall_row
 
 torch.set_num_threads(1)
 
@@ -48,7 +48,7 @@ def test_the_median_counts_and_names_are_checked():
 
 def test_held_out_prompts_are_test_problems():
     import dllm
-    from dllm.training import tasks
+    from dllm.tasks import word_problems as tasks
 
     model = dllm.load("tiny")
     wanted = [model.chat([{"role": "user", "content": e.prompt}]) for e in tasks.generate("functions", "test", 3, 1)]

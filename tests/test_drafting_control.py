@@ -24,10 +24,10 @@ from dllm.drafting.control import (
     RoundStats,
     best_length,
 )
+from dllm.drafting.front import calibrate
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import Proposal, chain
 from dllm.drafting.search import EAL
-from dllm.drafting.speculation import calibrate
 from dllm.errors import DllmError
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]

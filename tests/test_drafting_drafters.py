@@ -14,9 +14,10 @@ from drafting_kit import VOCAB, Noise, Script, golden, plain, tiny_verifier
 
 import dllm
 from dllm.drafting.autoregressive import ARDrafter
-from dllm.drafting.candidates import DraftCandidates, assisted_by
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.hooks.candidates import DraftCandidates, assisted_by
+from dllm.drafting.hooks.vllm import DLLMProposer
 from dllm.drafting.lattice import DraftFailure, build, from_columns
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
@@ -24,7 +25,6 @@ from dllm.drafting.registry import as_drafter
 from dllm.drafting.retrieval import Fallback
 from dllm.drafting.search import Sample, SampleTree
 from dllm.drafting.verifier import Verifier
-from dllm.drafting.vllm import DLLMProposer
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
 
@@ -321,7 +321,7 @@ def vllm_config(k=4, **options):
     """What vLLM hands over: `speculative_config` has no room for keys of ours."""
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
-            method="custom_class", model="dllm.drafting.vllm.DLLMProposer", num_speculative_tokens=k
+            method="custom_class", model="dllm.drafting.hooks.vllm.DLLMProposer", num_speculative_tokens=k
         ),
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=20),
         additional_config={"dllm": options} if options else {},

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import dllm
+from dllm.decoding.stopping import Stops
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.proposal import chain
 from dllm.errors import DllmError
-from dllm.stopping import Stops
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]
 N = 20

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import dllm
-from dllm.drafting.candidates import assisted_by
+from dllm.bench.drafting import Rehearsed, load_smollm
+from dllm.drafting.hooks.candidates import assisted_by
 from dllm.errors import DllmError
-from dllm.eval.bench_drafting import Rehearsed, load_smollm
 
 pytestmark = pytest.mark.smollm
 N = 24

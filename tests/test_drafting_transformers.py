@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import dllm
-from dllm.drafting.candidates import assisted_by
+from dllm.drafting.hooks.candidates import assisted_by
 from dllm.drafting.loop import SpecConfig
 from dllm.errors import DllmError
 

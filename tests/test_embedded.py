@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dllm.generation import generate
+from dllm.call.generate import generate
 from dllm.models.hub import ASSETS, load, load_verifier
 from dllm.models.model import Model
+from dllm.tasks.word_problems import TASKS, Example
+from dllm.tasks.word_problems import generate as problems
 from dllm.training.evaluate import WINDOW, Accuracy, answers, evaluate
-from dllm.training.tasks import TASKS, Example
-from dllm.training.tasks import generate as problems
 
 PROBLEMS = 100  # a task; fixed seed
 BOUNDS = {

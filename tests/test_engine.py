@@ -14,12 +14,12 @@ from scripted import Scripted, peaks
 from torch import Tensor
 
 import dllm
-from dllm import engine
-from dllm.canvas import Canvas, Decision, State
-from dllm.engine import Part, Runner
+from dllm.call.generate import prepare
+from dllm.decoding import engine
+from dllm.decoding.canvas import Canvas, Decision, State
+from dllm.decoding.engine import Part, Runner
+from dllm.decoding.meter import Meter
 from dllm.errors import DllmError
-from dllm.generation import prepare
-from dllm.meter import Meter
 
 CACHES = ["none", "prefix", "dual", "dual:left=3,right=2"]
 SAMPLERS = ["confidence", "margin", "entropy", "random", "threshold:tau=0.6", "factor", "factor:compat", "eb"]

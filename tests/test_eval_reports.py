@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dllm.cli import app
+from dllm.decoding.trace import Trace
 from dllm.errors import DllmError
 from dllm.eval import compare, plots, tune
 from dllm.eval.config import load, method
@@ -19,7 +20,6 @@ from dllm.eval.runner import Results, _results, areas
 from dllm.eval.store import Store
 from dllm.eval.tasks import Task
 from dllm.eval.tuning import TuneSpec, _choose, candidates
-from dllm.trace import Trace
 
 PLAIN = {"name": "made-up", "tasks": ["sudoku"], "matrix": {"sampler": ["confidence", "threshold", "credit"]}}
 

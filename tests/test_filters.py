@@ -13,8 +13,8 @@ from golden_cases import model
 from scripted import Scripted, peaks
 
 import dllm
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.prediction import Prediction
 from dllm.samplers.learn2pd import EMBEDDED, Filter, feature_of, tokenizer_hash
 from dllm.training import filters
 

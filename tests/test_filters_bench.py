@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from dllm.bench import answers
+from dllm.bench import filters as bench_filters
 from dllm.errors import DllmError
-from dllm.eval import answers, bench_filters
 from dllm.samplers.learn2pd import Filter
-from dllm.training import filters, tasks
+from dllm.tasks import word_problems as tasks
+from dllm.training import filters
 
 
 class Fake:

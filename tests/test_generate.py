@@ -13,10 +13,10 @@ from golden_cases import GOLDEN, model, read
 from scripted import Scripted, peaks
 
 import dllm
+from dllm.call.generate import Arguments
+from dllm.call.prompts import as_list
+from dllm.decoding.trace import Trace
 from dllm.errors import DllmError
-from dllm.generation import Arguments
-from dllm.prompts import as_list
-from dllm.trace import Trace
 
 TRAINED = GOLDEN / "checkpoints" / "tiny-llada-trained"
 

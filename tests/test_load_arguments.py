@@ -198,7 +198,8 @@ def test_speculate_takes_arguments_of_both_models(dllm: Dllm):  # noqa: F811
 
 
 def test_benches_take_a_model_or_say_that_they_have_their_own(dllm: Dllm, monkeypatch):  # noqa: F811
-    from dllm.eval import bench_lookahead, bench_samplers
+    from dllm.bench import lookahead as bench_lookahead
+    from dllm.bench import samplers as bench_samplers
 
     seen: list[Any] = []
     monkeypatch.setattr(bench_lookahead, "run", lambda only, repeats, model: seen.append(model) or [])
@@ -213,7 +214,7 @@ def test_benches_take_a_model_or_say_that_they_have_their_own(dllm: Dllm, monkey
 
 
 def test_answers_are_decoded_by_a_checkpoint_with_arguments(bare, tmp_path):
-    from dllm.eval.answers import Answers
+    from dllm.bench.answers import Answers
 
     answers = Answers(tmp_path / "a.jsonl", Checkpoint(str(bare), mask_id=1, device="cpu"))
     assert answers.model.mask_id == 1

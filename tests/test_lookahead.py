@@ -10,7 +10,7 @@ import torch
 from golden_cases import model, read
 
 import dllm
-from dllm import invariants
+from dllm.decoding import invariants
 from dllm.errors import DllmError
 from dllm.samplers import registry
 from dllm.samplers.learn2pd import Filter

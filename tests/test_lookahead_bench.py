@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from golden_cases import model
 
-from dllm.eval import bench_lookahead
+from dllm.bench import lookahead as bench_lookahead
 
 
 def test_rows() -> None:

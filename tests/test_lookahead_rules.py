@@ -16,18 +16,18 @@ from test_lookahead import SHOWING, SPECS
 from torch import Tensor
 
 import dllm
-from dllm import lookahead
-from dllm.branches import Query, name, queries
-from dllm.canvas import Plan, State
+from dllm.call.generate import prepare
 from dllm.cli.generate import promise
-from dllm.engine import Part, Runner, decode, opened, step
+from dllm.decoding.canvas import Plan, State
+from dllm.decoding.engine import Part, Runner, decode, opened, step
+from dllm.decoding.meter import Meter
 from dllm.errors import DllmError
-from dllm.generation import prepare
-from dllm.guesses import Chain, Drafts
-from dllm.lookahead import Lookahead, Walk, alike
-from dllm.memo import differ, written
-from dllm.meter import Meter
-from dllm.pace import Pace
+from dllm.lookahead import walk as lookahead
+from dllm.lookahead.branches import Query, name, queries
+from dllm.lookahead.guesses import Chain, Drafts
+from dllm.lookahead.memo import differ, written
+from dllm.lookahead.pace import Pace
+from dllm.lookahead.walk import Lookahead, Walk, alike
 from dllm.samplers import registry
 
 LETTERS = "?ABCDXZ"  # id 0 is the mask

@@ -186,8 +186,8 @@ def test_a_save_cut_short_anywhere_leaves_the_old_model_or_the_new(folder, monke
     """The process is killed before each call that touches the disk, until a save gets through."""
     import os
 
-    import dllm.files
     import dllm.models.checkpoint
+    import dllm.models.files
 
     class Killed(BaseException):
         pass
@@ -730,7 +730,7 @@ def test_a_chat_template_that_raises_is_one_line(tmp_path):
 
 def test_the_block_causal_dream_decodes_its_blocks(tmp_path):
     import dllm
-    from dllm.generation import DEFAULTS
+    from dllm.call.generate import DEFAULTS
     from dllm.models.families import FAMILIES
 
     assert set(DEFAULTS) <= set(FAMILIES)  # each can be reached

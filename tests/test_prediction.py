@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm import noise
-from dllm.prediction import Law, Prediction, draw, first_argmax, inverse_cdf, nucleus, support
+from dllm.decoding import noise
+from dllm.decoding.prediction import Law, Prediction, draw, first_argmax, inverse_cdf, nucleus, support
 
 
 def sorted_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from dllm.bench import answers
+from dllm.bench import samplers as bench_samplers
+from dllm.bench.answers import Answers, Cell
 from dllm.errors import DllmError
-from dllm.eval import answers, bench_samplers
-from dllm.eval.answers import Answers, Cell
-from dllm.training import tasks
+from dllm.tasks import word_problems as tasks
 
 
 class Fake:

@@ -11,11 +11,11 @@ from scripted import Scripted, peaks, probabilities
 from torch import Tensor
 
 import dllm
-from dllm.engine import step
+from dllm.call.generate import Job, prepare
+from dllm.decoding.engine import step
+from dllm.decoding.meter import Meter
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.generation import Job, prepare
-from dllm.meter import Meter
-from dllm.prediction import Prediction
 from dllm.samplers.base import View
 from dllm.samplers.ccd import CCD
 from dllm.samplers.credit import Credit

@@ -10,9 +10,9 @@ import torch
 from golden_cases import GOLDEN
 
 import dllm
-from dllm.canvas import Canvas, State, Window
+from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.prediction import Prediction
 from dllm.models.hub import load
-from dllm.prediction import Prediction
 from dllm.samplers.base import View
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.threshold import Threshold

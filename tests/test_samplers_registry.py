@@ -16,11 +16,11 @@ from scripted import Scripted, peaks
 from typer.testing import CliRunner
 
 import dllm
-from dllm import cache as caches
-from dllm import invariants
 from dllm.cli import app
+from dllm.decoding import invariants
+from dllm.decoding.cache import policy as caches
 from dllm.errors import DllmError
-from dllm.lookahead import Lookahead
+from dllm.lookahead.walk import Lookahead
 from dllm.samplers import catalog, registry
 
 DOCS = Path(__file__).parent.parent / "docs"

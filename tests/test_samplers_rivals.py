@@ -15,13 +15,13 @@ from scripted import Scripted, peaks, probabilities
 from torch import Tensor
 
 import dllm
-from dllm import invariants
-from dllm.canvas import Window
-from dllm.engine import step
+from dllm.call.generate import Job, prepare
+from dllm.decoding import invariants
+from dllm.decoding.canvas import Window
+from dllm.decoding.engine import step
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.generation import Job, prepare
 from dllm.models.hub import load
-from dllm.prediction import Prediction
 from dllm.samplers import klass, pc, registry
 from dllm.samplers.base import Method, View
 from dllm.samplers.lopa import winner

@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dllm.canvas import Window
+from dllm.bench import step as bench_step
+from dllm.decoding.canvas import Window
+from dllm.decoding.prediction import best_two
 from dllm.errors import DllmError
-from dllm.eval import bench_step
-from dllm.prediction import best_two
 from dllm.samplers import registry
 from dllm.samplers.base import widen
 
@@ -17,7 +17,7 @@ from dllm.samplers.base import widen
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A narrow vocabulary: the shape of the numbers, not their size."""
-    from dllm.eval import bench
+    from dllm.bench import runtime as bench
 
     for module in (bench, bench_step):
         monkeypatch.setattr(module, "VOCABULARY", 512)

@@ -11,8 +11,8 @@ from scripted import Scripted, peaks
 from tokenizers import Tokenizer, decoders, models
 
 import dllm
+from dllm.decoding.stopping import Stops
 from dllm.errors import DllmError
-from dllm.stopping import Stops
 
 PROBLEM = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
 

@@ -23,6 +23,7 @@ from dllm.models.config import ModelConfig
 from dllm.models.hub import load
 from dllm.models.model import Model
 from dllm.models.transformer import Transformer
+from dllm.tasks.word_problems import Example
 from dllm.training import checkpoint, trainer
 from dllm.training.config import MaskSpec, ScheduleSpec, TrainConfig, build, load_config
 from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, Window, read_jsonl, read_prompts
@@ -31,7 +32,6 @@ from dllm.training.evaluate import wilson
 from dllm.training.log import read_curve
 from dllm.training.objectives import Autoregressive, Diffusion, _hidden
 from dllm.training.optim import Muon, orthogonal
-from dllm.training.tasks import Example
 from dllm.training.trainer import Trainer, train
 
 RECIPE = {
@@ -236,7 +236,7 @@ def test_batches_depend_on_the_step_alone() -> None:
 
 
 def test_task_mix_never_leaves_the_training_split() -> None:
-    from dllm.training.tasks import hash_split
+    from dllm.tasks.word_problems import hash_split
 
     for example in TaskMix({"word_problems": 1.0, "functions": 1.0}).take(0, 200, 0):
         assert hash_split(example.meta["key"]) == "train"

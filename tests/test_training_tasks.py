@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from dllm.errors import DllmError
-from dllm.training import tasks
-from dllm.training.tasks import TASKS, Example, Interpreter, generate, grade
+from dllm.tasks import word_problems as tasks
+from dllm.tasks.word_problems import TASKS, Example, Interpreter, generate, grade
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -14,7 +14,7 @@ from dllm.errors import DllmError, unknown
 from dllm.models.arguments import Checkpoint
 
 if TYPE_CHECKING:
-    from dllm.eval.bench import Row
+    from dllm.bench.runtime import Row
 
 WITH_MODEL = ("generate", "lookahead", "samplers")
 
@@ -46,8 +46,10 @@ def bench(
     import torch
     from tqdm import tqdm
 
-    from dllm.eval import bench_drafting, bench_lookahead, bench_step
-    from dllm.eval.bench import BENCHES
+    from dllm.bench import drafting as bench_drafting
+    from dllm.bench import lookahead as bench_lookahead
+    from dllm.bench import step as bench_step
+    from dllm.bench.runtime import BENCHES
 
     model, _ = located(common)
     short = {
@@ -70,7 +72,7 @@ def bench(
         raise DllmError(f"--drafter belongs to the bench 'drafting', not to {name!r}")
     torch.set_num_threads(threads)
     if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
-        from dllm.eval import bench_samplers
+        from dllm.bench import samplers as bench_samplers
 
         names, file = only or list(bench_samplers.SETTINGS), out or "bench-samplers.jsonl"
         typer.echo(
@@ -87,8 +89,8 @@ def bench(
 
 
 def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
-    from dllm.eval.bench import as_json as dump
-    from dllm.eval.bench import machine
+    from dllm.bench.runtime import as_json as dump
+    from dllm.bench.runtime import machine
 
     if out is not None:
         out.write_text(dump(rows) + "\n", encoding="utf-8")

@@ -41,7 +41,7 @@ def collect(
 
 def embedded_prompts(n: int, seed: int) -> list[str]:
     """Training prompts of all embedded tasks in turn."""
-    from dllm.training.tasks import TASKS
+    from dllm.tasks.word_problems import TASKS
 
     each = [[e.prompt for e in t.generate("train", -(-n // len(TASKS)), seed)] for t in TASKS.values()]
     return [p for group in zip(*each, strict=True) for p in group][:n]
@@ -91,8 +91,8 @@ def compare(
     **common: Any,
 ) -> None:
     """Decode with the filter and with the plain threshold, and compare them at equal accuracy. Resumable."""
-    from dllm.eval import bench_filters
-    from dllm.eval.answers import LENGTH
+    from dllm.bench import filters as bench_filters
+    from dllm.bench.answers import LENGTH
 
     names = task or list(LENGTH)
     options: dict[str, Any] = {"out": out, "n": n, "validation": validation, "task_names": names, "workers": workers}

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dllm.cli.options import decoding, loaded, takes
+from dllm.decoding.trace import BLANK
 from dllm.errors import DllmError
-from dllm.trace import BLANK
 
 
 @takes(decoding)
@@ -100,7 +100,7 @@ def _finished(model: Any, prompt: Any, arguments: dict[str, Any], watch: bool, t
         return
     from tqdm import tqdm
 
-    from dllm.generation import stream
+    from dllm.call.generate import stream
 
     with tqdm(total=total, unit="prompt", leave=False, disable=None if total > 1 else True) as bar:
         for event in stream(model, prompt, **arguments):
@@ -135,7 +135,7 @@ def promise(lossless: bool, stats: dict[str, Any]) -> str:
 
 def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> dict[int, Any]:
     """Show the canvas while it fills: in place on a terminal, one line a forward elsewhere."""
-    from dllm.generation import stream
+    from dllm.call.generate import stream
 
     final: dict[int, str] = {}
     drafts: dict[int, str] = {}
@@ -181,7 +181,7 @@ def chat(
     **common: Any,
 ) -> None:
     """Talk with the model. /help lists the commands; lines can be edited, the arrows bring earlier ones back."""
-    from dllm.generation import prepare, stream
+    from dllm.call.generate import prepare, stream
 
     with suppress(ImportError):
         import readline  # noqa: F401  gives input() its line editing where the system has it
@@ -235,7 +235,7 @@ def trace(
     ] = None,
 ) -> None:
     """Show which forward committed which token: in the terminal, or as an .html page or an .svg picture."""
-    from dllm.trace import Trace
+    from dllm.decoding.trace import Trace
 
     loaded = Trace.load(source)
     if target is not None and target.suffix not in (".html", ".svg"):

@@ -54,8 +54,8 @@ def speculate(
     compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly: speed-up and equality.")] = False,
 ) -> None:
     """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
+    from dllm.drafting.front import speculate as run
     from dllm.drafting.registry import RETRIEVAL, as_drafter, as_verifier
-    from dllm.drafting.speculation import speculate as run
 
     v = as_verifier(named(verifier, verifier_arg, "--verifier-arg"))
     if drafter_arg and (drafter == "none" or drafter.split(":")[0] in RETRIEVAL):
@@ -99,8 +99,8 @@ def align(
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
 ) -> None:
     """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
+    from dllm.bench.drafting import held_out, tau_rows
     from dllm.drafting.registry import as_verifier
-    from dllm.eval.bench_drafting import held_out, tau_rows
     from dllm.training.alignment import pair, run
     from dllm.training.checkpoint import begin
     from dllm.training.config import AlignConfig, load_config

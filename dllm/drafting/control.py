@@ -329,7 +329,7 @@ class CostAware(LengthController):
     have lost at most `probe` of the text's time. A drafter whose cost is not known yet is probed as well. A draft that
     takes under a percent of a verify is always made: its confidences decide what is submitted.
 
-    The tables are learned while decoding; `calibrate` (dllm.drafting.speculation) fills them beforehand.
+    The tables are learned while decoding; `calibrate` (dllm.drafting.front) fills them beforehand.
     """
 
     FREE = 0.01  # of a verify

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm.call.generate import generate
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
-from dllm.generation import generate
 
 
 class DiffusionDrafter(Drafter):

@@ -14,8 +14,8 @@ from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, nearest, unknown
-from dllm.files import optional_json
 from dllm.models.arguments import Checkpoint
+from dllm.models.files import optional_json
 from dllm.samplers.base import misfit
 from dllm.samplers.registry import value_of
 

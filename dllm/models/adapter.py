@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dllm.errors import DllmError, first_line
-from dllm.files import optional_json
 from dllm.models.checkpoint import part
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
+from dllm.models.files import optional_json
 from dllm.models.transformer import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

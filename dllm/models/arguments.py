@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from dllm import plain
+from dllm import spec as plain
 from dllm.errors import DllmError, unknown
 
 BACKENDS = ("native", "transformers")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dllm.errors import DllmError, first_line
-from dllm.files import INDEX
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
+from dllm.models.files import INDEX
 from dllm.models.layout import Layout, Piece
 from dllm.models.transformer import Transformer
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dllm.errors import DllmError, first_line, unknown
-from dllm.files import optional_json
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
+from dllm.models.files import optional_json
 from dllm.models.model import Model
 
 ATTENTION = ("sdpa", "eager")  # those that take a mask of any shape

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from dllm.errors import DllmError, first_line, out_of_memory, unknown
-from dllm.files import current, optional_json
 from dllm.models import diffusion_gemma
 from dllm.models.adapter import base_of, is_adapter, merge_adapter, merge_by_peft
 from dllm.models.arguments import Checkpoint, LoadArguments
@@ -23,6 +22,7 @@ from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import read_config
 from dllm.models.family import Family, RawConfig
+from dllm.models.files import current, optional_json
 from dllm.models.foreign import load_network, read_network, wrap
 from dllm.models.model import NO_TOKENIZER, Model
 from dllm.models.parallel import device_plan, process_device, split_over_processes

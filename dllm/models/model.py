@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dllm.errors import DllmError, first_line
-from dllm.files import replaced_checkpoint
 from dllm.models.checkpoint import save_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
+from dllm.models.files import replaced_checkpoint
 from dllm.models.parallel import layer_devices
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.transformer import KVStore, Transformer

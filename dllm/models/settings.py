@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError
-from dllm.files import optional_json, replaced
+from dllm.models.files import optional_json, replaced
 
 FILE = "sampler_settings.json"
 

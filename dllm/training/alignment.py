@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..drafting.vocabulary import Vocabulary
-from ..errors import DllmError, first_line
-from ..models.hub import load, load_verifier, pick_device
-from ..models.model import Model
-from ..models.transformer import Transformer
-from . import checkpoint
-from .config import AlignConfig
-from .data import read_prompts
-from .diffusion import noise_levels
-from .tasks import generate
-from .trainer import as_diffusion, mixed, patience
+from dllm.drafting.vocabulary import Vocabulary
+from dllm.errors import DllmError, first_line
+from dllm.models.hub import load, load_verifier, pick_device
+from dllm.models.model import Model
+from dllm.models.transformer import Transformer
+from dllm.tasks.word_problems import generate
+from dllm.training import checkpoint
+from dllm.training.config import AlignConfig
+from dllm.training.data import read_prompts
+from dllm.training.diffusion import noise_levels
+from dllm.training.trainer import as_diffusion, mixed, patience
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..errors import DllmError
-from ..files import replaced
-from .config import AlignConfig, ScheduleSpec, TrainConfig, build
+from dllm.errors import DllmError
+from dllm.models.files import replaced
+from dllm.training.config import AlignConfig, ScheduleSpec, TrainConfig, build
 
 CHECKPOINT = "checkpoint.pt"
 FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule")  # may differ on resume

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .. import plain
-from ..errors import DllmError, unknown
+from dllm import spec as plain
+from dllm.errors import DllmError, unknown
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import plain
-from ..errors import DllmError
-from .tasks import Example, task
+from dllm import spec as plain
+from dllm.errors import DllmError
+from dllm.tasks.word_problems import Example, task
 
 CHUNK = 16  # batches drawn together, then sorted by length
 STRIDE = 8  # row lengths are multiples of this: few shapes, little waste

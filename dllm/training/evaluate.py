@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..generation import generate as decode
-from ..models.hub import load
-from ..models.model import Model
-from .tasks import TASKS, Example, task
+from dllm.call.generate import generate as decode
+from dllm.models.hub import load
+from dllm.models.model import Model
+from dllm.tasks.word_problems import TASKS, Example, task
 
 WINDOW = {"word_problems": 48, "sudoku": 24, "functions": 32}  # tokens; every answer of the task fits
 TWIN_TASKS = ("word_problems", "functions")  # sudoku has no order of reading, which is all a causal model can do

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dllm.call.generate import generate
+from dllm.decoding.prediction import Prediction
 from dllm.errors import DllmError
-from dllm.files import replaced
-from dllm.generation import generate
-from dllm.prediction import Prediction
+from dllm.models.files import replaced
 from dllm.samplers import quota
 from dllm.samplers.base import Bundle, Context, Method, Needs, View
 from dllm.samplers.learn2pd import REACH, Filter, accepted, block_view, feature_of, tokenizer_hash

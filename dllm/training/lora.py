@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ..errors import DllmError
-from ..models.transformer import Transformer
-from .config import LoraSpec
+from dllm.errors import DllmError
+from dllm.models.transformer import Transformer
+from dllm.training.config import LoraSpec
 
 
 def _peft() -> Any:

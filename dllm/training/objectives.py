@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.transformer import Transformer
-from .config import MaskSpec
-from .data import Batch
-from .diffusion import Weighting, mask_hard, mask_window, noise_levels, reading_rows, weighted
+from dllm.models.transformer import Transformer
+from dllm.training.config import MaskSpec
+from dllm.training.data import Batch
+from dllm.training.diffusion import Weighting, mask_hard, mask_window, noise_levels, reading_rows, weighted
 
 
 class Loss(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import OptimizerSpec, ScheduleSpec
+from dllm.training.config import OptimizerSpec, ScheduleSpec
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from .tasks import Example, generate
+from dllm.tasks.word_problems import Example, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

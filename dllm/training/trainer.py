@@ -17,20 +17,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..errors import DllmError
-from ..models.config import ModelConfig
-from ..models.hub import load, pick_device
-from ..models.model import Model
-from ..models.transformer import Transformer
-from . import checkpoint
-from .config import DataSpec, ModelSpec, TrainConfig
-from .data import Batches, JsonLines, Pair, Source, TaskMix, Window
-from .log import Curve
-from .lora import add_lora, merge_lora
-from .objectives import Autoregressive, Diffusion, Loss
-from .optim import build_optimizers
-from .tasks import Example, task
-from .tokenizer import embedded_tokenizer
+from dllm.errors import DllmError
+from dllm.models.config import ModelConfig
+from dllm.models.hub import load, pick_device
+from dllm.models.model import Model
+from dllm.models.transformer import Transformer
+from dllm.tasks.word_problems import Example, task
+from dllm.training import checkpoint
+from dllm.training.config import DataSpec, ModelSpec, TrainConfig
+from dllm.training.data import Batches, JsonLines, Pair, Source, TaskMix, Window
+from dllm.training.log import Curve
+from dllm.training.lora import add_lora, merge_lora
+from dllm.training.objectives import Autoregressive, Diffusion, Loss
+from dllm.training.optim import build_optimizers
+from dllm.training.tokenizer import embedded_tokenizer
 
 logger = logging.getLogger(__name__)
 

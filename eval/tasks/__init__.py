@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dllm.errors import DllmError, unknown
-
-from ..config import TaskSpec
-from . import confined, embedded, files
-from .base import Document, Graded, Task, Unavailable
+from dllm.eval.config import TaskSpec
+from dllm.eval.tasks import confined, embedded, files
+from dllm.eval.tasks.base import Document, Graded, Task, Unavailable
 
 __all__ = ["Document", "Graded", "Task", "Unavailable", "load", "names"]
 

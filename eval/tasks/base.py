@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dllm import plain
+from dllm import spec as plain
 from dllm.errors import DllmError, first_line
-
-from ..config import GenerateSpec, TaskSpec
+from dllm.eval.config import GenerateSpec, TaskSpec
 
 Prompt = str | list[dict[str, str]]
 

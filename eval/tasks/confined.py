@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError, unknown
-
-from . import boundary
+from dllm.eval.tasks import boundary
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dllm.training import tasks as source
-
-from ..config import GenerateSpec, TaskSpec
-from .base import Document, Graded, Task, takes
-from .scorers import judged
+from dllm.eval.config import GenerateSpec, TaskSpec
+from dllm.eval.tasks.base import Document, Graded, Task, takes
+from dllm.eval.tasks.scorers import judged
+from dllm.tasks import word_problems as source
 
 NAMES = ("word_problems", "sudoku", "functions")
 DOCUMENTS = 100  # without `limit`: what two cores decode in half a minute

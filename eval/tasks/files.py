@@ -19,11 +19,10 @@ from typing import Any
 import yaml
 
 from dllm.errors import DllmError, unknown
-
-from .. import data
-from ..config import GenerateSpec, TaskSpec
-from . import scorers
-from .base import Document, Graded, Prompt, Task, fill, named, read_jsonl, refuse, takes
+from dllm.eval import data
+from dllm.eval.config import GenerateSpec, TaskSpec
+from dllm.eval.tasks import scorers
+from dllm.eval.tasks.base import Document, Graded, Prompt, Task, fill, named, read_jsonl, refuse, takes
 
 
 @dataclass(frozen=True)

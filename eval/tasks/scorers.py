@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dllm.errors import DllmError, unknown
-
-from .base import Document, Graded
-from .confined import last_line, run
+from dllm.eval.tasks.base import Document, Graded
+from dllm.eval.tasks.confined import last_line, run
 
 NUMBER = r"(-?\$?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)"
 UNCONFINED = "unconfined:"  # begins the note of a verdict that a program may have made itself

@@ -1,0 +1,281 @@
+"""Benches of the runtime: ratios measured side by side in one run, median of several repeats.
+
+`step` measures the work after a forward against the softmax that nobody can avoid; `generate` measures the loop against
+its own bare forwards, and the cache policies against each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dllm
+from dllm.call.generate import prepare
+from dllm.decoding.canvas import Canvas, State
+from dllm.decoding.engine import step as engine_step
+from dllm.decoding.meter import Meter
+from dllm.decoding.prediction import Law, Prediction
+from dllm.models.arguments import Checkpoint
+from dllm.models.config import ModelConfig
+from dllm.models.model import Model
+from dllm.samplers import registry
+from dllm.samplers.base import Context, Sampler
+
+VOCABULARY, WINDOW = 126_464, 32  # LLaDA-8B's head, one block
+REPEATS = 7
+PROBLEM = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many apples does he have now?"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured ratio. `bound` is what it should stay under (`at least` when `higher_is_better`)."""
+
+    name: str
+    value: float
+    bound: float | None = None
+    higher_is_better: bool = False
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.bound is None:
+            return None
+        return self.value >= self.bound if self.higher_is_better else self.value <= self.bound
+
+
+def machine() -> str:
+    """The hardware and software of this run; no host name."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} core(s)"
+    return (
+        f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def side_by_side(a: Callable[[], Any], b: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, float]:
+    """Median seconds of two callables, run in turn so that both see the same machine."""
+    a(), b()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for f, kept in zip((a, b), times, strict=True):
+            began = time.perf_counter()
+            f()
+            kept.append(time.perf_counter() - began)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+class _Allocations(TorchDispatchMode):
+    """Sums the storages that are alive, operator by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.held -= size
+            self.alive.pop(key, None)
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+def peak_extra(f: Callable[[], Any]) -> int:
+    """Bytes that the tensors made by `f` hold at their peak."""
+    with _Allocations() as allocations:
+        f()
+    return allocations.peak
+
+
+def context(
+    block_length: int = WINDOW, new: int = WINDOW, steps: int | None = None, vocabulary: int = VOCABULARY
+) -> Context:
+    """A call's context without a model: mask id last, EOS before it."""
+    return Context(block_length, steps, (new,), vocabulary - 1, (vocabulary - 2,), vocabulary, 4096)
+
+
+def scene(sampler: Sampler, rows: int = 1, width: int = WINDOW, mask: int = VOCABULARY - 1) -> State:
+    """Rows whose whole canvas is one masked window."""
+    ids = torch.full((rows, width), mask)
+    masked = torch.ones_like(ids, dtype=torch.bool)
+    zero = torch.zeros(rows, dtype=torch.long)
+    canvas = Canvas(ids, masked, ~masked, zero, zero + width, mask)
+    no = zero.bool()
+    return State(canvas, zero, zero, canvas.length, zero - 1, no, no, *sampler.start(canvas))
+
+
+def step(repeats: int = REPEATS) -> list[Row]:
+    """Post-forward work of one greedy step, window 32, vocabulary 126 464, float32."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, WINDOW, VOCABULARY)
+    rows = []
+    cases: list[tuple[str, str, Law, float | None]] = [
+        ("confidence", "confidence", Law(), 1.3),
+        ("threshold", "threshold", Law(), 1.3),
+        ("entropy", "entropy", Law(), None),
+        ("confidence, T=0.7", "confidence", Law(0.7), None),
+        ("confidence, T=0.7, top-p 0.95", "confidence", Law(0.7, 0.95), None),
+    ]
+    for label, name, law, bound in cases:
+        sampler = registry.build(name, context())
+        state = scene(sampler)
+
+        def ours(sampler: Sampler = sampler, state: State = state, law: Law = law) -> None:
+            opened, window = sampler.window.open(state)
+            pred = Prediction(logits, window.reads, law=law)
+            assert pred.finite
+            engine_step(sampler, opened, window, pred)
+
+        mine, base = side_by_side(ours, lambda: logits.softmax(-1).max(-1), repeats)
+        rows.append(Row(f"step / softmax-max: {label}", mine / base, bound, note=f"{mine * 1e3:.1f} ms"))
+        extra = peak_extra(ours) / logits.nbytes
+        rows.append(
+            Row(f"peak extra memory / window logits: {label}", 1 + extra, 2.0, note="the logits themselves count 1")
+        )
+    return rows
+
+
+def random_model(width: int = 512, layers: int = 8, vocabulary: int = 32_000, positions: int = 2048) -> Model:
+    """A random LLaDA-shaped model in float32 on the CPU."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        family="llada", architecture="LLaDAModelLM", vocab_size=vocabulary, embedding_rows=vocabulary,
+        hidden_size=width, n_layers=layers, n_heads=width // 64, n_kv_heads=width // 64, head_dim=64,
+        intermediate_size=3 * width, max_positions=positions, mask_id=vocabulary - 1, eos_ids=(vocabulary - 2,),
+    )  # fmt: skip
+    return Model(config)
+
+
+class Recorder:
+    """Wraps a model: remembers every forward and head call of a decode so that they can be run bare."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.calls: list[tuple[str, tuple, dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls.append(("forward", args, kwargs))
+        return self.model.forward(*args, **kwargs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.calls.append(("logits", (hidden,), {}))
+        return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for name, args, kwargs in self.calls:
+            getattr(self.model, name)(*args, **kwargs)
+
+
+def overhead(model: Model, prompt: Any, bound: float, label: str, repeats: int, **arguments: Any) -> Row:
+    """Decode divided by the sum of its bare forwards (transformer and head on the same rows)."""
+    recorder = Recorder(model)
+    dllm.generate(recorder, prompt, **arguments)
+    decode, bare = side_by_side(lambda: dllm.generate(model, prompt, **arguments), recorder.replay, repeats)
+    forwards = sum(name == "forward" for name, *_ in recorder.calls)
+    return Row(f"decode / bare forwards: {label}", decode / bare, bound, note=f"{forwards} forwards, {decode:.2f} s")
+
+
+def generate(repeats: int = 5, length: int = 512, embedded: Checkpoint = Checkpoint("tiny")) -> Iterator[Row]:
+    """The loop against its forwards; `dual` against `none`; cost per token as the window grows; KV memory.
+
+    One block stands for a decode where all of its blocks cost the same: the canvas has its full length from the start.
+    embedded: the checkpoint of the one row that is measured on a real model.
+    """
+    model, block = random_model(), 32
+    common: dict[str, Any] = {"early_stop": False, "block_length": block}
+    prompt = [1 + i for i in range(length)]
+    for cache, steps, new, bound in (("none", 4, block, 1.02), ("dual", 16, 2 * block, 1.12)):
+        call = {**common, "cache": cache, "steps": steps, "max_new_tokens": new}
+        label = f"width 512, length {length}, {cache}"
+        yield overhead(model, prompt[new:], bound, label, repeats, **call)
+    label = "embedded model" if embedded.name == "tiny" else embedded.name
+    yield overhead(dllm.load(embedded), PROBLEM, 1.3, label, repeats, max_new_tokens=64, **common)
+    for steps, bound in ((32, 5.0), (8, 3.5)):
+        call = {**common, "steps": steps, "max_new_tokens": block}
+        full, cached = (partial(dllm.generate, model, prompt[block:], cache=c, **call) for c in ("none", "dual"))
+        slow, fast = side_by_side(full, cached, repeats)
+        name = f"none / dual at {steps} steps a block, length {length}"
+        yield Row(name, slow / fast, bound, True, f"{slow:.2f} and {fast:.2f} s a block")
+    yield growth(model, repeats)
+    c, store = model.config, model.new_store(1, length)
+    expected = c.n_layers * 2 * c.n_kv_heads * c.head_dim * length * model.dtype.itemsize
+    yield Row("KV bytes / (layers x 2 x kv heads x head dim x length x bytes)", store.nbytes / expected, 1.0)
+
+
+def growth(model: Model, repeats: int, short: int = 128, long: int = 1024, given: int = 64) -> Row:
+    """Cost per token in a window of `long` new tokens against one of `short`; `dual`, 32 steps a block, one block."""
+    parts: dict[int, list[tuple[float, float]]] = {short: [], long: []}
+    first_block(model, given, short)
+    for _ in range(repeats):
+        for new, measured in parts.items():
+            measured.append(first_block(model, given, new))
+    median = {new: [statistics.median(part) for part in zip(*m, strict=True)] for new, m in parts.items()}
+    total = {new: statistics.median(map(sum, m)) for new, m in parts.items()}
+    note = "; ".join(
+        f"{new}: refresh {refresh / WINDOW * 1e3:.2f} + steps {steps / WINDOW * 1e3:.2f} ms a token"
+        for new, (refresh, steps) in median.items()
+    )
+    return Row(f"dual, cost per token, {long} / {short} new tokens", total[long] / total[short], 2.2, note=note)
+
+
+def first_block(model: Model, given: int, new: int) -> tuple[float, float]:
+    """Seconds of the first block of a decode under `dual`: its refresh, and its other steps, one token each."""
+    call = {"max_new_tokens": new, "block_length": WINDOW, "cache": "dual", "early_stop": False}
+    job = prepare(model, list(range(1, 1 + given)), call)
+    ticks = job.ticks(Meter(1))
+    began = time.perf_counter()
+    next(ticks)
+    refreshed = time.perf_counter()
+    for _ in islice(ticks, WINDOW - 1):
+        pass
+    return refreshed - began, time.perf_counter() - refreshed
+
+
+def cache(**options: Any) -> list[Row]:
+    """See bench_cache, which builds on this module."""
+    return import_module("dllm.bench.cache").cache(**options)
+
+
+BENCHES: dict[str, Callable[..., Iterable[Row]]] = {"step": step, "generate": generate, "cache": cache}
+
+
+def as_json(rows: Iterable[Row]) -> str:
+    return json.dumps({"machine": machine(), "rows": [{**asdict(r), "met": r.met} for r in rows]}, indent=2)

@@ -1,0 +1,180 @@
+"""What a sampler costs beside the model: own work of a step for each head row, against plain `threshold`.
+
+A tick runs through the real engine on a model that computes nothing: its logits are tables of LLaDA-8B's width. The CPU
+time of what is left (window, plan, inputs, prediction, scores, selection, amends) is divided by the head rows that were
+read. One thread, one row, float32; all samplers take turns in one run, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm.bench.runtime import REPEATS, VOCABULARY, WINDOW, Row, context, scene
+from dllm.decoding.cache.policy import Policy
+from dllm.decoding.canvas import State
+from dllm.decoding.engine import Options, Runner
+from dllm.decoding.meter import Meter
+from dllm.decoding.prediction import Law
+from dllm.errors import DllmError
+from dllm.samplers import registry
+from dllm.samplers.base import Context, Sampler
+from dllm.samplers.learn2pd import Filter
+
+log = logging.getLogger(__name__)
+
+BASE = "threshold"
+STEPS = 4  # consecutive steps of one block: history has begun, and both halves of a remasking loop are among them
+BOUND = 1.5
+BOUNDS = {**dict.fromkeys(("entropy", "eb", "dream", "ccd", "credit"), 2.0), "klass": 2.5}
+
+
+def identity(size: int) -> Filter:
+    """A Learn2PD filter of the usual shape: it accepts a column above its confidence."""
+    eye, no = torch.eye(size), torch.zeros(size)
+    weights = {"linear1.weight": eye, "linear1.bias": no, "linear2.weight": 10 * eye, "linear2.bias": no - 5}
+    return Filter(weights, size)
+
+
+# what a sampler must be told without a tokenizer, and settings under which a short window shows its work
+GIVEN: dict[str, dict[str, Any]] = {
+    "adablock": {"delimiters": [198]},
+    "daedal": {"initial": WINDOW},
+    "learn2pd": {"filter": identity(WINDOW)},
+    "remdm": {"fill": 0.0},
+}
+SHIFTED = ("fast_dllm_v2",)  # for block-causal models with shifted logits
+
+
+class Tables:
+    """Stands where the model stands. Its logits are ready: the table of the running step, read without a copy."""
+
+    device = torch.device("cpu")
+    mask_id = VOCABULARY - 1
+
+    def __init__(self, tables: list[Tensor]) -> None:
+        self.tables = tables  # each (rows, V); more rows than any step reads
+        self.step = self.rows = 0  # which table; head rows read so far
+
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **_: Any) -> Tensor:
+        return torch.zeros(*ids.shape, 1)
+
+    def source(self, pos: Tensor) -> Tensor:
+        return pos.clamp(min=0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        n = hidden.shape[0] * hidden.shape[1]
+        self.rows += n
+        return self.tables[self.step][:n].view(*hidden.shape[:2], -1)
+
+
+class Lap:
+    """A sampler with the states of its first steps, ready to be stepped again."""
+
+    def __init__(self, name: str, model: Tables) -> None:
+        self.name, self.model = name, model
+        sampler, frame = build(name), call(name)
+        policy, law = Policy(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
+        self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)  # type: ignore[arg-type]
+        self.lane = torch.zeros(1, dtype=torch.long)
+        state, self.states = scene(sampler), list[State]()
+        for k in range(STEPS):
+            self.states.append(state)
+            state = self.tick(k)
+            if bool(state.done.any()):
+                break
+        model.rows = 0
+        self.time()
+        self.rows = model.rows
+
+    def tick(self, k: int) -> State:
+        self.model.step = k
+        [part] = self.run.tick(self.states[k], self.lane, [0])
+        return part.state
+
+    @torch.inference_mode()
+    def time(self) -> float:
+        """CPU seconds of all steps."""
+        began = time.thread_time()
+        for k in range(len(self.states)):
+            self.tick(k)
+        return time.thread_time() - began
+
+
+def call(name: str) -> Context:
+    """The call in which a sampler is measured."""
+    return dataclasses.replace(context(), shift=1, block_size=WINDOW) if name in SHIFTED else context()
+
+
+def build(name: str) -> Sampler:
+    """A sampler at its defaults."""
+    return registry.build({"name": name, **GIVEN.get(name, {})}, call(name))
+
+
+def run(names: Iterable[str] | None = None, repeats: int = REPEATS) -> list[Row]:
+    """One row a sampler: own work of a step and head row, divided by that of `threshold`.
+
+    names: samplers to measure; None for all that are registered and can be built. Errors: fewer than 5 repeats, unknown
+    names.
+    """
+    if repeats < 5:
+        raise DllmError(f"own work: repeats={repeats} must be at least 5, a median of fewer says little")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(runnable() if names is None else list(names), repeats)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def runnable() -> list[str]:
+    """The registered samplers that can be built here; the others are logged with their reason."""
+    found = []
+    for name in registry.names():
+        try:
+            build(name)
+            found.append(name)
+        except DllmError as reason:
+            log.warning("not measured: %s", reason)
+    return found
+
+
+def _run(names: list[str], repeats: int) -> list[Row]:
+    model = Tables(tables())
+    base, laps = Lap(BASE, model), [Lap(name, model) for name in names]
+    times: dict[str, list[float]] = {lap.name: [] for lap in laps}
+    ratios: dict[str, list[float]] = {lap.name: [] for lap in laps}
+    for _ in range(repeats):
+        for lap in laps:
+            mine, theirs = lap.time() / lap.rows, base.time() / base.rows
+            times[lap.name].append(mine)
+            ratios[lap.name].append(mine / theirs)
+    rows = []
+    for lap in laps:
+        spent, read = statistics.median(times[lap.name]), lap.rows / len(lap.states)
+        note = f"{spent * 1e6:.0f} us a head row, {read:.0f} rows a step"
+        rows.append(Row(lap.name, statistics.median(ratios[lap.name]), BOUNDS.get(lap.name, BOUND), note=note))
+    return rows
+
+
+def tables() -> list[Tensor]:
+    """A table for each step: random logits, three more columns sure of their token (so that a step commits several)."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(5 * WINDOW, VOCABULARY, generator=generator) for _ in range(STEPS)]
+    for k, logits in enumerate(made):
+        logits[4 * k : 4 * k + 3, 100] += 30
+    return made
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a markdown table."""
+    lines = ["| sampler | own work / threshold | bound | met | |", "|---|---|---|---|---|"]
+    lines += [f"| {r.name} | {r.value:.2f} | {r.bound} | {'yes' if r.met else 'no'} | {r.note} |" for r in rows]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""How far the logits of a cached decode are from those of a full forward on the same canvas."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.call.generate import prepare
+from dllm.decoding.cache.policy import Policy
+from dllm.decoding.canvas import Plan, State, Window
+from dllm.decoding.engine import Answer, Runner, decode
+from dllm.decoding.meter import Meter
+from dllm.errors import DllmError
+from dllm.models.hub import Model
+from dllm.samplers.base import View
+
+
+class StepError(NamedTuple):
+    """The candidates of one step of one row: masked columns of its window."""
+
+    step: int  # the row's own count, from 0
+    max: float  # largest absolute difference of a logit
+    mean: float  # mean absolute difference
+    flips: int  # candidates whose most probable token differs
+    candidates: int
+
+
+class Beside(Runner):
+    """Runs a full forward without a store beside every forward of the policy, and notes the differences."""
+
+    errors: list[list[StepError]]
+    uncounted: Meter
+
+    def forward(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Answer:
+        answer = super().forward(state, window, plan, requests)
+        if not plan.stored:
+            return answer
+        whole = Policy(block_size=self.model.block_size, shift=self.model.shift).whole(state, window)
+        counted, self.meter = self.meter, self.uncounted
+        exact = super().forward(state, window, whole, requests)
+        self.meter = counted
+        self._note(state, window, answer, exact, requests)
+        return answer
+
+    def _note(self, state: State, window: Window, answer: Answer, exact: Answer, requests: list[int]) -> None:
+        ours, theirs = answer.read(window.reads), exact.read(window.reads)
+        assert ours is not None and theirs is not None
+        live = View(state, window).live
+        apart = (ours.logits - theirs.logits).abs()
+        apart = torch.where(torch.isfinite(theirs.logits), apart, 0.0)  # (B, W, V)
+        flips = ours.argmax != theirs.argmax
+        for row, request in enumerate(requests):
+            here: Tensor = apart[row][live[row]]
+            if len(here):
+                values = here.max().item(), here.mean().item(), int(flips[row][live[row]].sum()), len(here)
+                self.errors[request].append(StepError(int(state.step[row]), *values))
+
+
+def cache_error(model: Model | str | None = None, prompt: Any = None, **arguments: Any) -> list[Any]:
+    """Decode as `generate` does with these arguments, and report the logit error of the cache at every step.
+
+    Returns a list of `StepError` for one prompt, a list of such lists for a list of prompts. Differences are in logits,
+    at the columns that the step could commit; a step is compared with a full forward on the canvas that it saw.
+    """
+    if arguments.get("lookahead") is not None:
+        raise DllmError("cache_error compares each forward with a full one, and lookahead leaves forwards out: drop it")
+    job = prepare(model, prompt, arguments)
+    errors: list[list[StepError]] = [[] for _ in job.prompts]
+
+    def beside(*args: Any) -> Runner:
+        runner = Beside(*args)
+        runner.errors, runner.uncounted = errors, Meter(len(errors), job.model.device)
+        return runner
+
+    size = min(job.args.batch_size, job.queue.rows)
+    meter = Meter(len(job.prompts), job.model.device)
+    ticks = decode(
+        job.model, job.sampler, job.policy, job.queue, batch_size=size, options=job.options, meter=meter, runner=beside
+    )
+    for _ in ticks:
+        pass
+    return errors[0] if job.single else errors

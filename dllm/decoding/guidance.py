@@ -1,0 +1,41 @@
+"""Classifier-free guidance (LLaDA, arXiv 2502.09992, appendix): every row is fed twice, once without its prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm.decoding.canvas import Plan, State, Window
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """logits = u + (scale + 1) (c - u), with u from the canvas whose given positions are masked. scale 0 is off."""
+
+    scale: float
+    mask_id: int
+    lanes: int = 2  # of the store, a row
+
+    def expand(self, plan: Plan, state: State, window: Window) -> Plan:
+        given = state.canvas.frozen.gather(1, plan.pos.clamp(min=0)) & (plan.pos >= 0)
+        blank = torch.where(given, self.mask_id, plan.ids)
+
+        def twice(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.cat([x, x])
+
+        lane = None if plan.lane is None else torch.cat([2 * plan.lane, 2 * plan.lane + 1])
+        return plan._replace(
+            ids=torch.cat([plan.ids, blank]),
+            pos=torch.cat([plan.pos, plan.pos]),
+            fresh=twice(plan.fresh),
+            keep=twice(plan.keep),
+            visible=twice(plan.visible),
+            lane=lane,
+        )
+
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + (self.scale + 1) * (conditional - unconditional)

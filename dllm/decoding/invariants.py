@@ -1,0 +1,137 @@
+"""What every step of every sampler must hold, asserted inside the engine while `asserted()` is active.
+
+    with dllm.decoding.invariants.asserted():
+        dllm.generate(model, prompts, sampler="adablock+credit+prophet")
+
+Every step is then run twice and checked: about twice the time of the samplers' own work. For tests and new samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dllm.lookahead.walk  # noqa: F401  before `step` is ever replaced: guesses are no steps and stay unchecked
+from dllm.decoding import engine
+from dllm.decoding.canvas import State, Window
+from dllm.decoding.prediction import Prediction
+from dllm.samplers.base import Sampler, View
+
+_STEP = engine.step  # as it is without checks
+
+
+class Broken(AssertionError):
+    """A step that breaks an invariant; the message names sampler, invariant and rows."""
+
+
+@contextmanager
+def asserted() -> Iterator[list[int]]:
+    """Check every step that the engine takes. Yields a list that counts them."""
+    steps = [0]
+
+    def step(s: Sampler, state: State, window: Window, pred: Prediction) -> State:
+        kept, random = _copy(state), torch.get_rng_state()
+        after = _STEP(s, state, window, pred)
+        steps[0] += 1
+        _require(s, "the step wrote into the state it was given", _same(kept, state))
+        _require(s, "the step drew global random numbers", torch.equal(random, torch.get_rng_state()))
+        _require(s, "the step is not a function of its arguments", _same(after, _STEP(s, state, window, pred)))
+        check(s, state, window, pred, after)
+        return after
+
+    engine.step = step
+    try:
+        yield steps
+    finally:
+        engine.step = _STEP
+
+
+def check(s: Sampler, before: State, window: Window, pred: Prediction, after: State) -> None:
+    """Compare the states around one step. Errors: `Broken`."""
+    view = View(before, window)
+    if hasattr(s.window, "narrow"):
+        s.window.narrow(view, pred)
+    old, new = before.canvas, after.canvas
+    cols = torch.arange(old.ids.shape[1], device=old.ids.device)
+    edited = new.length != old.length
+    _require(s, "the length changed without edits_length", ~edited | torch.tensor(s.needs.edits_length))
+    _require(s, "a length edit kept the cache", ~edited | (after.cached == -1))
+    same = ~edited[:, None]
+    changed = (old.ids != new.ids) & same
+    commits, back = old.masked & ~new.masked & same, ~old.masked & new.masked & same
+    inside = view.window.inside(cols)
+    filled = after.done & ~new.masked.any(1)
+    _require(s, "I1: a commit outside the window", ~(commits & ~inside).any(1) | filled)
+    _require(s, "I2: the mask was written as a token", (new.masked == ((new.ids == new.mask_id) & ~new.frozen)) | ~same)
+    _require(s, "I2: a token outside the vocabulary", new.ids < pred.logits.shape[-1])
+    _require(s, "I3: a given token changed", ~(changed & old.frozen))
+    _require(s, "I3: the prompt changed", (old.ids == new.ids) | (cols >= old.start[:, None]))
+    rewritten = changed & ~commits
+    _require(s, "a token was taken back without `revises`", ~rewritten | torch.tensor(s.needs.revises))
+    net = commits.sum(1) - back.sum(1)
+    excused = edited | after.closing | after.done | view.held | torch.tensor(s.needs.may_idle or s.needs.edits_length)
+    # one that takes tokens back has a budget of its own over several steps: it must still write something
+    progress = commits.sum(1) >= 1 if s.needs.revises else net >= 1
+    _require(s, "I4: a step without progress", progress | excused)
+    _require(s, "I7: a finished row was forwarded", ~before.done)
+    _require(s, "the step counter", after.step == before.step + 1)
+    if s.adjust and not s.needs.edits_length:  # I9: the exit looks at the raw prediction (a cut, at what was committed)
+        _require(
+            s,
+            "I9: `adjust` moved an exit",
+            (_raw_exit(s, before, window, pred) == _exits(view, before, after)) | edited,
+        )
+    if before.rows > 1:
+        first = torch.zeros(1, dtype=torch.long, device=cols.device)
+        rest = torch.arange(1, before.rows, device=cols.device)
+        _require(s, "I11: the state is not sliceable", _same(after, after.take(first).cat(after.take(rest))))
+
+
+def _exits(view: View, before: State, after: State) -> Tensor:
+    """(B,) rows that left by an exit: they ask for a closing forward, or were filled beyond their window."""
+    cols = torch.arange(before.canvas.ids.shape[1], device=before.step.device)
+    outside = ~view.window.inside(cols)
+    return after.closing | (before.canvas.masked & ~after.canvas.masked & outside).any(1)
+
+
+def _raw_exit(s: Sampler, before: State, window: Window, pred: Prediction) -> Tensor:
+    """The exits of the same step without the adjust chain."""
+    s = s._replace(adjust=(), score=lambda view, soft: soft.confidence, select=lambda view, soft, score: view.live)
+    view = View(before, window)
+    if hasattr(s.window, "narrow"):
+        s.window.narrow(view, pred)
+    return _exits(view, before, _STEP(s, before, window, pred))
+
+
+def _require(s: Sampler, what: str, holds: Tensor | bool) -> None:
+    if isinstance(holds, bool):
+        holds = torch.tensor([holds])
+    broken = ~holds.view(len(holds), -1).all(1)
+    if bool(broken.any()):
+        raise Broken(f"{s.name}: {what} (rows {broken.nonzero().flatten().tolist()})")
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy of the tensors of a nest."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copy(v) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*map(_copy, value)) if hasattr(value, "_fields") else tuple(map(_copy, value))
+    return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nests hold equal tensors."""
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(v, b[key]) for key, v in a.items())
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)

@@ -1,0 +1,134 @@
+"""Trace: what was committed when. JSON in and out; terminal and HTML views."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm.errors import DllmError
+
+if TYPE_CHECKING:
+    from dllm.decoding.canvas import Canvas
+
+BLANK = "▁"  # a masked column
+
+
+@dataclass
+class Trace:
+    """The history of one row. Columns are absolute: column 0 is the first prompt token.
+
+    `commits[k]` lists the `[column, token]` pairs that forward k wrote; a pair with the mask id is a re-masking.
+    `confidence[k]` has the model's probability of each of these tokens, None where a closing forward filled it.
+    `windows[k]` is the half-open window of that forward, `lengths[k]` the canvas length after it.
+    """
+
+    prompt: list[int]
+    mask_id: int
+    sampler: str
+    commits: list[list[list[int]]] = field(default_factory=list)
+    windows: list[list[int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    final: list[int] = field(default_factory=list)  # the canvas at the end
+    confidence: list[list[float | None]] = field(default_factory=list)
+    start: int | None = None  # the first generated column; None: behind the prompt
+    prompt_text: str = ""
+    cache: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the call, as far as they are no defaults
+    pieces: dict[int, str] = field(default_factory=dict)  # text of each token id, where a tokenizer is known
+
+    @property
+    def order(self) -> dict[int, int]:
+        """Column -> the last forward that wrote it (0-based)."""
+        return {col: k for k, pairs in enumerate(self.commits) for col, token in pairs if token != self.mask_id}
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a saved trace. Errors: a missing file, or one that is no trace."""
+        try:
+            data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            data["pieces"] = {int(key): value for key, value in data.get("pieces", {}).items()}
+            return cls(**data)
+        except OSError as error:
+            raise DllmError(f"cannot read the trace {path}: {error.strerror}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DllmError(f"{path} is not a trace written by dllm") from error
+
+    def piece(self, token: int) -> str:
+        return self.pieces.get(token, f"{token} ")
+
+    def cells(self) -> list[tuple[str, int | None]]:
+        """The text of each column from the first generated one on, and the forward that wrote it (None: it was given or
+        is still masked). Masks at the end are left out; `undecoded` counts them."""
+        order, end = self.order, len(self.final)
+        while end > self._start and self.final[end - 1] == self.mask_id:
+            end -= 1
+        return [
+            (BLANK if token == self.mask_id else self.piece(token), order.get(col) if token != self.mask_id else None)
+            for col, token in enumerate(self.final[self._start : end], self._start)
+        ]
+
+    @property
+    def undecoded(self) -> int:
+        """Columns that are still masked at the end."""
+        return self.final.count(self.mask_id)
+
+    @property
+    def summary(self) -> str:
+        """What the colours mean, and what is not shown."""
+        left = f"; {self.undecoded} columns were never decoded" if self.undecoded else ""
+        cache = f", cache {self.cache}" if self.cache else ""
+        return f"{self.sampler}{cache}: {len(self.commits)} forwards; blue came first, red last{left}"
+
+    def to_html(self) -> str:
+        """A page that stands alone: every token coloured by the forward that committed it, with a slider over time."""
+        steps = len(self.commits)
+        sure = {col: p for pairs, ps in zip(self.commits, self.confidence) for (col, _), p in zip(pairs, ps)}  # noqa: B905
+        spans = []
+        for col, (text, k) in enumerate(self.cells(), self._start):
+            shown = html.escape(text).replace("\n", "⏎<br>")
+            if k is None:
+                spans.append(f'<span class="g" title="{"never decoded" if text == BLANK else "given"}">{shown}</span>')
+                continue
+            hue, p = 250 - 220 * k / max(steps - 1, 1), sure.get(col)
+            title = f"forward {k + 1}" + (f", confidence {p:.3f}" if p is not None else "")
+            spans.append(f'<span class="t" data-k="{k}" title="{title}" style="--h:{hue:.0f}">{shown}</span>')
+        prompt = html.escape("".join(self.piece(t) for t in self.prompt[: self._start]))
+        given = html.escape(json.dumps(self.arguments, ensure_ascii=False)) if self.arguments else ""
+        return _PAGE.format(
+            sampler=html.escape(self.sampler), summary=html.escape(self.summary), steps=steps, prompt=prompt,
+            cells="".join(spans), arguments=given,
+        )  # fmt: skip
+
+    @property
+    def _start(self) -> int:
+        return len(self.prompt) if self.start is None else self.start
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Decoding trace</title>
+<style>
+body{{font:16px/1.9 ui-monospace,monospace;max-width:60em;margin:2em auto;padding:0 1em;color:#222;
+overflow-wrap:anywhere}}
+.p,.g{{color:#777;white-space:pre-wrap}} .t{{background:hsl(var(--h) 75% 82%);border-radius:3px;white-space:pre-wrap}}
+.t.off{{background:#eee;color:transparent}} input{{width:100%}} small{{color:#777}}
+</style>
+<h1>{sampler}</h1><p><output id="o">{steps}</output> of {steps} forwards<br><small>{summary}<br>{arguments}</small></p>
+<input id="s" type="range" min="0" max="{steps}" value="{steps}"><p class="p">{prompt}</p><p>{cells}</p>
+<script>
+const s=document.getElementById("s"),o=document.getElementById("o");
+s.oninput=()=>{{o.value=s.value;document.querySelectorAll(".t").forEach(t=>
+t.classList.toggle("off",+t.dataset.k>=+s.value))}};
+</script></html>
+"""
+
+
+def changes(before: Canvas, after: Canvas, row: int) -> list[list[int]]:
+    """The `[column, token]` pairs that differ between two canvases of equal length."""
+    start, length = int(after.start[row]), int(after.length[row])
+    old, new = before.ids[row, :length].tolist(), after.ids[row, :length].tolist()
+    return [[c, new[c]] for c in range(start, length) if old[c] != new[c]]

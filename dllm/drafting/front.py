@@ -1,0 +1,323 @@
+"""The front door of drafting: prompts in, results out; the only place here that tokenises."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from dllm.call.generate import RENAMED, RULES
+from dllm.call.prompts import Padding, joined, listed_ids, read
+from dllm.decoding.stopping import Stops
+from dllm.drafting.control import CostAware, LengthController
+from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.loop import Processors, Request, SpecConfig, SpecResult, run
+from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.drafting.verifier import Pending, Verifier
+from dllm.errors import DllmError, unknown
+from dllm.models.model import by_template
+
+
+def speculate(
+    verifier: Any,
+    drafter: Any = None,
+    prompt: Any = None,
+    *,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos: int | Sequence[int] | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    logits_processor: Any = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    chat: bool | None = None,
+    spec: SpecConfig | Mapping[str, Any] | None = None,
+    controller: LengthController | None = None,
+    **options: Any,
+) -> Any:
+    """Decode `prompt` with an autoregressive verifier, drafted by a dLLM (or anything else), without changing its
+    output (token for token in float64, and in float32 but for ties; docs/decoding.md).
+
+    verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
+    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle", or None (plain
+               decoding).
+    prompt     text (through the chat template where there is one, see `chat`), ids, chat messages, a list of these (a
+               batch; chains only), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
+    temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses seed +
+    i. spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
+    controller   a length controller to keep its measurements from call to call.
+
+    Returns a `SpecResult` per prompt. Raises DllmError for a verifier that cannot be rolled back and other mistakes of
+    input.
+    """
+    cfg = SpecConfig.of(spec, _known(options))
+    _check(tokenizer, streamer, logits_processor, chat)
+    v = as_verifier(verifier, tokenizer)
+    d = as_drafter(drafter)
+    ids, many = encode(v, joined(prompt, input_ids, attention_mask), chat)
+    if streamer is not None and len(ids) > 1:
+        raise DllmError("a streamer follows one text: pass one prompt")
+    end = v.eos if eos is None else frozenset(listed_ids("eos", eos, v.vocab))
+    stops = Stops.of(end, stop, v.tokenizer)
+    RULES["max_new_tokens"].check("max_new_tokens", max_new_tokens)
+    if seed is not None:
+        RULES["seed"].check("seed", seed)
+    requests = []
+    for i, p in enumerate(ids):
+        given = logits_processor or []
+        given = separate(given) if len(ids) > 1 else given
+        law = verifier_law(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *given])
+        generator = None if seed is None else torch.Generator().manual_seed(seed + i)
+        stopped = partial(_stopped, stops, len(p)) if stops.strings else None
+        limit = len(p) + max_new_tokens
+        requests.append(Request(p, limit, end, temperature > 0, law.processors, law.warp, stopped, generator))
+    results = run(v, d, requests, cfg, controller or shared_controller(v, d, cfg, temperature > 0), streamer)
+    for r in results:
+        _end(r, stops)
+    return results if many else results[0]
+
+
+def _check(tokenizer: Any, streamer: Any, processors: Any, chat: Any) -> None:
+    """Errors: an argument that is another object than its name says."""
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):  # foreign
+        raise DllmError(f"tokenizer= is a loaded tokenizer, not {type(tokenizer).__name__}")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):  # foreign
+        raise DllmError(f"streamer= has the methods put and end, as transformers' TextStreamer; got {streamer!r}")
+    if not isinstance(processors, Sequence | None) or not all(map(callable, processors or ())):
+        raise DllmError(f"logits_processor is a list of processors, not {processors!r}")
+    if chat is not None:
+        RULES["chat"].check("chat", chat)
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """The options. Errors: one that neither `speculate` nor `SpecConfig` has, with the name that it has here."""
+    own = [name for name in inspect.signature(speculate).parameters if name != "options"]
+    known = [field.name for field in fields(SpecConfig)]
+    for name in options:
+        if name not in known:
+            here = RENAMED.get(name)
+            hint = f": here it is {here}" if here in own else ""
+            raise unknown("option of speculate", name, [*own, *known], hint)
+    return options
+
+
+def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> LengthController:
+    """The controller of a pair: costs and calibration outlive a call, kept on the verifier while the drafter lives."""
+    if isinstance(cfg.length, LengthController):
+        return cfg.length
+    key = (id(drafter), sampled, str(cfg.length), str(cfg.search), cfg.tree)
+    if key not in verifier.controllers:
+        verifier.controllers[key] = cfg.build_controller()
+        if drafter is not None:
+            weakref.finalize(drafter, verifier.controllers.pop, key, None).atexit = False
+    return verifier.controllers[key]
+
+
+@dataclass(frozen=True)
+class Law:
+    """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft)."""
+
+    processors: Processors | None
+    warp: Callable[[Tensor], Tensor] | None
+
+
+PREFIX_FREE = (
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper",
+)  # fmt: skip
+
+
+def law_of(processors: Sequence[Any]) -> Law:
+    """Split a transformers LogitsProcessorList."""
+    free = [p for p in processors if type(p).__name__ in PREFIX_FREE]
+
+    def warp(logits: Tensor) -> Tensor:
+        dummy = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
+        for p in free:
+            logits = p(dummy, logits)
+        return logits
+
+    return Law(processors if len(processors) else None, warp if free else None)  # type: ignore[arg-type]
+
+
+# of transformers' own processors and criteria, those that remember what they have seen
+STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+
+
+def separate(things: Sequence[Any]) -> list[Any]:
+    """Processors or criteria for one row of a batch: what may count or remember is copied, its models are shared.
+
+    The copies start where the originals stand. Raises DllmError for an object that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for thing in things:
+        for value in (thing, *getattr(thing, "__dict__", {}).values()):
+            if isinstance(value, nn.Module):
+                memo[id(value)] = value
+            elif isinstance(value, FunctionType) and value.__closure__:
+                memo[id(value)] = _reclose(value, memo)
+    out = []
+    for thing in things:
+        own = type(thing).__module__.startswith("transformers.") and type(thing).__name__ not in STATEFUL
+        try:
+            out.append(thing if own and not _holds_function(thing) else copy.deepcopy(thing, memo))
+        except Exception as error:  # whatever an attribute raises that cannot be copied
+            raise DllmError(
+                f"{type(thing).__name__} cannot be copied ({error}), and in a batch every row needs its own: "
+                "generate row by row"
+            ) from error
+    return out
+
+
+def _holds_function(thing: Any) -> bool:
+    return any(callable(value) for value in getattr(thing, "__dict__", {}).values())
+
+
+def _reclose(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The function over copies of the variables that it closes over."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = tuple(CellType(x if isinstance(x, nn.Module) else copy.deepcopy(x, memo)) for x in held)
+    own = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def verifier_law(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Any]) -> Law:
+    """temperature, top_k and top_p as transformers' own warpers, behind the processors `before`."""
+    RULES["temperature"].check("temperature", temperature)
+    if top_p is not None:
+        RULES["top_p"].check("top_p", top_p)
+    if top_k:  # 0 is none, as in transformers
+        RULES["top_k"].check("top_k", top_k)
+    processors = LogitsProcessorList(before)
+    if temperature > 0:
+        if temperature != 1:
+            processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p is not None and top_p < 1:
+            processors.append(TopPLogitsWarper(float(top_p)))
+    return law_of(processors)
+
+
+SILENT = {
+    "eos_token_id", "pad_token_id", "bos_token_id", "max_length", "max_new_tokens", "do_sample", "temperature", "top_k",
+    "top_p", "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
+}  # fmt: skip
+
+
+def own_processors(verifier: Verifier, prompt: Sequence[int], max_new_tokens: int) -> list[Any]:
+    """What the model's generation config adds to its greedy law (Qwen2.5's repetition penalty, suppressed tokens, ...).
+
+    `generate` is asked, which prepares its processors for a custom decoding loop; this one only takes them.
+    """
+    config = getattr(verifier.model, "generation_config", None)
+    if config is None or SILENT.issuperset(config.to_diff_dict()) or not (prompt and max_new_tokens):
+        return []
+    taken: list[Any] = []
+
+    def take(model: Any, input_ids: Tensor, logits_processor: Any = None, **_: Any) -> Tensor:
+        taken.extend(logits_processor)
+        return input_ids
+
+    ids = torch.tensor([list(prompt)], device=verifier.device)
+    limits = dict(attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+    verifier.model.generate(ids, do_sample=False, custom_generate=take, **limits)
+    return taken
+
+
+def encode(verifier: Verifier, prompt: Any, chat: bool | None = None) -> tuple[list[list[int]], bool]:
+    """Prompt ids, and whether several prompts were given."""
+    if prompt is None:
+        raise DllmError("speculate needs a prompt: a string, ids, chat messages, or a list of these")
+    config = getattr(verifier.model, "generation_config", None)
+    pad, bos = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))
+    ids, single = read(
+        prompt, partial(_encode_one, verifier, chat), Padding.of(verifier.tokenizer, pad, (*verifier.eos, bos))
+    )
+    return ids, not single
+
+
+def _encode_one(verifier: Verifier, chat: bool | None, prompt: Any) -> list[int]:
+    tokenizer = verifier.tokenizer
+    if tokenizer is None:
+        raise DllmError("the verifier came without a tokenizer: pass tokenizer=..., or the prompt as ids")
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if isinstance(prompt, str) and not (templated if chat is None else chat):
+        return list(tokenizer(prompt)["input_ids"])
+    if not templated:
+        raise DllmError("the verifier's tokenizer has no chat template: pass plain text or ids")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return list(by_template(tokenizer, messages, add_generation_prompt=True))
+
+
+def _stopped(stops: Stops, prompt: int, ids: list[int]) -> bool:
+    """Whether the last id completes a stop string."""
+    return stops.ended(ids[prompt:], len(ids) - 1 - prompt)
+
+
+def _end(result: SpecResult, stops: Stops) -> None:
+    """Text, tokens and reason by the contract of all front doors."""
+    begin = result.prompt_length
+    cut = stops.cut(result.emitted)
+    result.text = None if stops.tokenizer is None else cut.text
+    if cut.stopped:
+        result.finish_reason, result.end = "stop", begin + len(cut.tokens)
+        del result.sequences[begin + cut.through :]
+
+
+def calibrate(
+    verifier: Any,
+    drafter: Any = None,
+    prompt: Sequence[int] | None = None,
+    lengths: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
+    repeats: int = 3,
+) -> CostAware:
+    """A cost controller with measured tables: the median of `repeats` forwards per length behind `prompt` (default 32
+    tokens)."""
+    v = as_verifier(verifier)
+    d = as_drafter(drafter)
+    ids = list(prompt or [min(5, v.vocab - 1)] * 32)
+    controller = CostAware(k_max=max(lengths) or 1)
+    session = v.open()
+    session.verify([Pending(ids[:-1], EMPTY)])
+    session.commit([()])
+
+    def verify(draft: Proposal) -> None:
+        session.verify([Pending(ids[-1:], draft)])
+        session.commit([()])
+
+    if d is not None:
+        d = d.fork()
+        d.reset(ids, Need(v.vocab, v.eos, tokenizer=v.tokenizer))
+    for n in lengths:
+        controller.verify.add(1 + n, _median_seconds(partial(verify, chain(ids[:1] * n)), repeats))
+        if d is not None and n:
+            controller.draft.add(n, _median_seconds(partial(d.draft, ids, n), repeats))
+    return controller
+
+
+def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

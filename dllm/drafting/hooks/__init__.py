@@ -1,0 +1,1 @@
+"""Drafting inside other libraries: transformers, its assisted generation, vLLM."""

@@ -1,0 +1,1 @@
+"""Exact draft-and-verify over any sampler."""

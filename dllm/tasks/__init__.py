@@ -1,0 +1,1 @@
+"""Generators of problems that training, evaluation and benches share, with their graders."""
