@@ -22,9 +22,9 @@ except PackageNotFoundError:  # a source tree that was never installed
 _LAZY = {
     "generate": "dllm.call.generate",
     "stream": "dllm.call.generate",
-    "score": "dllm.call.generate",
+    "score": "dllm.call.score",
     "cache_error": "dllm.call.cache_error",
-    "Output": "dllm.call.generate",
+    "Output": "dllm.call.output",
     "load": "dllm.models.hub",
     "load_verifier": "dllm.models.hub",
     "Model": "dllm.models.hub",

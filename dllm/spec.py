@@ -6,7 +6,10 @@ it for text. An anchor that refers to itself is an error.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import yaml
@@ -72,3 +75,28 @@ def malformed(error: Exception, name: str) -> DllmError:
     line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     deep = "nested too deeply" if isinstance(error, RecursionError) else None
     return DllmError(f"{name}{line}: not valid YAML: {deep or getattr(error, 'problem', None) or first_line(error)}")
+
+
+def _is_float(value: Real) -> bool:
+    """Whether a number is one as a float: no NaN, and no integer beyond all floats."""
+    try:
+        return not math.isnan(value)
+    except OverflowError:
+        return False
+
+
+# annotation -> what fits it, and how to say so
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer"),
+    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number"),
+    "bool": (lambda v: isinstance(v, bool), "true or false"),
+}
+
+
+def misfit(kind: Any, value: Any) -> str:
+    """What a value of this annotation must be, empty where it is that; only integers, numbers and flags are checked."""
+    kinds = str(getattr(kind, "__name__", kind)).split(" | ")
+    if not set(kinds) <= {*KINDS, "None"} or (value is None and "None" in kinds):
+        return ""
+    fits, what = KINDS[kinds[0]]
+    return "" if fits(value) else what

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from dllm.call.generate import Arguments
+from dllm.call.arguments import Arguments
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,9 @@ import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.call.generate import Arguments, encode, prepare
+from dllm.call.arguments import Arguments
+from dllm.call.encoding import encode
+from dllm.call.job import prepare
 from dllm.errors import DllmError, nearest, unknown
 from dllm.eval import metrics
 from dllm.eval.arguments import THEIRS, layered, translated

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dllm.call.generate import Arguments
-from dllm.decoding.cache import policy as caches
+from dllm.call.arguments import Arguments
+from dllm.decoding.cache import registry as caches
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.registry import RETRIEVAL
 from dllm.errors import DllmError, unknown
@@ -27,7 +27,7 @@ from dllm.eval.tasks import confined
 from dllm.eval.tasks.base import Task, takes
 from dllm.eval.tasks.scorers import UNCONFINED
 from dllm.eval.worker import Job, arguments, available, environment, occasion
-from dllm.lookahead.walk import Lookahead
+from dllm.lookahead.setting import Lookahead
 from dllm.samplers import registry
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import spans
 from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, View, best
 from dllm.errors import DllmError
-from dllm.samplers.base import OFF, Bundle, Context, Method, View, best, param
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 
 # The released delimiter sets: ids of the families' own vocabularies whose text holds a new line.

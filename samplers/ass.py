@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import spans
 from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, View, rank
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Context, Method, View, param, rank
+from dllm.samplers.base import Bundle, Method, param
 
 
 def log2_floor(size: Tensor) -> Tensor:

@@ -19,21 +19,21 @@ merge calls it with their mapping and uses what it returns (Prophet's progress, 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from dllm.decoding import noise
-from dllm.decoding.canvas import Canvas, Decision, State, Window, scatter, spread
+from dllm.decoding.canvas import Canvas, Decision, State, Window
+from dllm.decoding.slots import Context, Needs, Sampler, View
 from dllm.errors import DllmError, unknown
+from dllm.spec import misfit
 
 if TYPE_CHECKING:
     from dllm.decoding.prediction import Prediction
+
 
 SINGLE = {  # slots of one owner, and what they decide
     "window": "which columns may be committed",
@@ -41,69 +41,9 @@ SINGLE = {  # slots of one owner, and what they decide
     "score": "how columns are ranked",
     "select": "which columns commit",
 }
+
+
 CHAINS = ("adjust", "amend")
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a bundle may know of the call it is built for."""
-
-    block_length: int
-    steps: int | None  # over the whole generation; None: one token a step
-    windows: tuple[int, ...]  # columns of the generation windows of its rows, ascending, each once
-    mask_id: int
-    eos_ids: tuple[int, ...]
-    vocab_size: int
-    max_positions: int
-    shift: int = 0
-    block_size: int | None = None  # of a block-causal model: its blocks count from column 0
-    tokenizer: Any = None
-    family: str = ""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The longest window of the call: for sizes of tables. A row goes by its own, `State.asked`."""
-        return self.windows[-1]
-
-    def budget(self, state: State) -> Tensor:
-        """(B,) steps of each row."""
-        return state.asked if self.steps is None else torch.full_like(state.asked, self.steps)
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        """The values that `budget` takes in this call, ascending."""
-        return self.windows if self.steps is None else (self.steps,)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a sampler asks of the engine and the caches; checked when the sampler is built."""
-
-    committed: bool = False  # reads committed columns of the window too
-    generation: bool = False  # keeps history over columns outside the window
-    extra_rows: int = 0  # additional query rows or branches a step
-    edits_length: bool = False
-    revises: bool = False  # may re-mask or edit what it wrote: no early stop inside a block
-    may_idle: bool = False  # a step without a commit is legal
-    stochastic: bool = False  # draws keyed noise even at temperature 0
-    impure: bool = False  # a step depends on more than its state (global randomness, a clock): no lookahead
-    filtered: bool = False  # confidences come from the law after temperature and filters
-    caches: tuple[str, ...] | None = None  # the caches it works with; None for all
-    caches_why: str = ""  # why no other cache serves it, as the end of a sentence
-
-    def __or__(self, other: Needs) -> Needs:
-        values: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            a, b = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "caches":
-                values[f.name] = b if a is None else a if b is None else tuple(c for c in a if c in b)
-            elif f.name == "extra_rows":
-                values[f.name] = max(a, b)
-            elif f.name == "caches_why":
-                values[f.name] = ", and ".join(filter(None, (a, b)))
-            else:
-                values[f.name] = a or b
-        return Needs(**values)
 
 
 @dataclass(frozen=True)
@@ -117,38 +57,11 @@ class Bundle:
     adjust: tuple[Callable[[View, Prediction], Prediction], ...] = ()
     amend: tuple[Callable[[View, Prediction, Decision], Decision], ...] = ()
     assumes: dict[str, Any] = field(default_factory=dict)
-    needs: Needs = Needs()
+    needs: Needs = field(default_factory=Needs)
     memory: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-row leaves
     columns: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-column leaves (B, L, ...)
     reads: Callable[[State, Window], Tensor] | None = None  # extra columns to read (B, R), -1 for padding
     lookahead: Any = None  # the lookahead of a call that names none (FreeDave)
-
-
-class Sampler(NamedTuple):
-    """Merged bundles: exactly what `step` runs."""
-
-    name: str  # the names of its parts
-    window: Any
-    inputs: Any  # None: the canvas as it is
-    score: Callable[[View, Prediction], Tensor]
-    select: Callable[[View, Prediction, Tensor], Tensor]
-    adjust: tuple[Callable[[View, Prediction], Prediction], ...]
-    amend: tuple[Callable[[View, Prediction, Decision], Decision], ...]
-    needs: Needs
-    starts: tuple[tuple[Any, Any], ...]  # (memory, columns) initialisers
-    reads: tuple[Callable[[State, Window], Tensor], ...]
-    lookahead: Any = None
-    stop: Callable[[View, Canvas], Tensor] | None = None  # (B,) rows that end with the canvas after the decision
-    spec: str = ""  # name and parameters as a specification
-
-    def start(self, canvas: Canvas) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The initial memory of every slot for these rows."""
-        memory: dict[str, Tensor] = {}
-        columns: dict[str, Tensor] = {}
-        for rows, cols in self.starts:
-            memory |= rows(canvas) if rows else {}
-            columns |= cols(canvas) if cols else {}
-        return memory, columns
 
 
 def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
@@ -188,86 +101,6 @@ def _bind(f: Any, slots: dict[str, Any]) -> Any:
     return f.bind(slots) if hasattr(f, "bind") else f
 
 
-def widen(window: Window, extra: Tensor) -> Window:
-    """The window that also reads `extra` (B, R) columns; those that it reads already are dropped."""
-    seen = (extra[:, :, None] == window.reads[:, None]).any(-1)
-    extra = torch.where(seen, -1, extra)
-    new = extra[:, (extra >= 0).any(0)]  # a column that no row reads would cost a row of the head
-    aside = torch.zeros_like(window.reads, dtype=torch.bool) if window.aside is None else window.aside
-    aside = torch.cat([aside, torch.ones_like(new, dtype=torch.bool)], 1)
-    return window._replace(reads=torch.cat([window.reads, new], 1), aside=aside)
-
-
-class View:
-    """What the slots see of one step: aligned (B, W) tables over the columns the step reads.
-
-    `memory` and `columns` are copies: a slot assigns new tensors to their keys, never writes into a tensor.
-    """
-
-    def __init__(self, state: State, window: Window) -> None:
-        canvas, cols = state.canvas, window.reads
-        self.state = state
-        self.canvas = canvas
-        self.window = window
-        self.cols = cols  # (B, W) absolute columns, -1 for padding
-        self._at = cols.clamp(min=0)
-        self.masked = canvas.masked.gather(1, self._at) & (cols >= 0)  # (B, W)
-        self.live = self.inside & self.masked  # (B, W) the candidates C
-        self.memory = dict(state.memory)
-        self.columns = dict(state.columns)
-
-    @property
-    def inside(self) -> Tensor:
-        """(B, W) bool: the columns of the window; a step may read others too."""
-        return self.window.inside(self.cols)
-
-    def narrow(self, lo: Tensor, hi: Tensor) -> None:
-        """Shrink the window after the forward (AdaBlock)."""
-        self.window = self.window._replace(lo=lo, hi=hi)
-        self.live = self.inside & self.masked
-
-    @property
-    def held(self) -> Tensor:
-        """(B,) the window stays where it is although nothing in it is masked: an `amend` may still change it."""
-        return self.memory.get("window.hold", self.state.done & False)
-
-    def gather(self, table: Tensor) -> Tensor:
-        """A per-column table (B, L, ...) at the columns of this step: (B, W, ...)."""
-        return table.gather(1, spread(self._at, table))
-
-    def scatter(self, table: Tensor, values: Tensor, where: Tensor) -> Tensor:
-        """The per-column table (B, L, ...) with `values` (B, W, ...) at the columns where `where` (B, W) holds."""
-        return scatter(table, torch.where(where, self.cols, -1), values.to(table.dtype))
-
-    def uniform(self, stream: int) -> Tensor:
-        """(B, W) the keyed uniforms of this step, one a column."""
-        return noise.uniform(self.state.seed[:, None], self.state.step[:, None], self.cols, stream)
-
-    def commit(self, chosen: Tensor, token: Tensor) -> Decision:
-        """The decision that writes `token` (B, W) where `chosen` (B, W)."""
-        cols = torch.where(chosen, self.cols, -1)
-        write = scatter(torch.zeros_like(self.canvas.masked), cols, True)
-        no = torch.zeros_like(self.state.done)
-        return Decision(write=write, token=scatter(self.canvas.ids, cols, token), done=no)
-
-
-def rank(score: Tensor, among: Tensor) -> Tensor:
-    """(B, W) 0-based rank of each candidate: highest score first, ties to the lowest position; W for the others."""
-    order = score.masked_fill(~among, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    ranks = torch.empty_like(order).scatter_(1, order, places)
-    return torch.where(among, ranks, order.shape[1])
-
-
-def best(score: Tensor, among: Tensor) -> Tensor:
-    """(B, W) one-hot: the candidate of highest score, lowest position on ties; nothing where there is no candidate."""
-    top = score.masked_fill(~among, -torch.inf).argmax(1, keepdim=True)
-    return torch.zeros_like(among).scatter_(1, top, True) & among
-
-
-# -- parameters of a named sampler ----------------------------------------------------------------------------------
-
-
 # The highest bar for a confidence: above 1 nothing reaches it, which switches the rule off (one token a step is left of
 # `threshold`). What is larger still is a slip: 7 for 0.7.
 OFF = 2
@@ -276,31 +109,6 @@ OFF = 2
 def param(default: Any, why: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
     """A documented parameter: default, the reason for it, and the range that `__post_init__` enforces."""
     return field(default=default, metadata={"why": why, "low": low, "high": high, "choices": choices})
-
-
-def _is_float(value: Real) -> bool:
-    """Whether a number is one as a float: no NaN, and no integer beyond all floats."""
-    try:
-        return not math.isnan(value)
-    except OverflowError:
-        return False
-
-
-# annotation -> what fits it, and how to say so
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer"),
-    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number"),
-    "bool": (lambda v: isinstance(v, bool), "true or false"),
-}
-
-
-def misfit(kind: Any, value: Any) -> str:
-    """What a value of this annotation must be, empty where it is that; only integers, numbers and flags are checked."""
-    kinds = str(getattr(kind, "__name__", kind)).split(" | ")
-    if not set(kinds) <= {*KINDS, "None"} or (value is None and "None" in kinds):
-        return ""
-    fits, what = KINDS[kinds[0]]
-    return "" if fits(value) else what
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import spans
 from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.columns import spans
 
 if TYPE_CHECKING:
-    from dllm.samplers.base import Context
+    from dllm.decoding.slots import Context
 
 
 def first_block(canvas: Canvas, length: int, aligned: bool) -> Tensor:

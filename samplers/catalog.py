@@ -13,10 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dllm.decoding.slots import Context, Needs
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError
 from dllm.samplers import registry
-from dllm.samplers.base import CHAINS, SINGLE, Bundle, Context, Method, Needs
+from dllm.samplers.base import CHAINS, SINGLE, Bundle, Method
 
 log = logging.getLogger(__name__)
 

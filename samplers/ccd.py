@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction, Rescored
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.samplers.base import Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 
 WARM_UP = 5  # steps that only fill the history, as released

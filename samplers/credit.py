@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction, Rescored
-from dllm.samplers.base import OFF, Bundle, Context, Method, View, param
+from dllm.decoding.slots import Context, View
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 
 FREE = 0  # an unused slot; token ids are stored plus one, so that new slots may be zeros

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import spans
 from dllm.decoding.canvas import Canvas, Decision, State, Window
+from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, Needs, View, best
 from dllm.errors import DllmError
-from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, best, param
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import first_block
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dllm.decoding import noise
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.base import Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 
 SCORES = {"maskgit_plus": quota.confidence, "topk_margin": quota.margin, "entropy": quota.entropy}

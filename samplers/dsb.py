@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import spans
 from dllm.decoding.canvas import Canvas, State, Window
-from dllm.samplers.base import OFF, Bundle, Context, Method, param
+from dllm.decoding.columns import spans
+from dllm.decoding.slots import Context
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 
 

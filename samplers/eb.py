@@ -8,8 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, View, rank
 from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Context, Method, View, param, rank
+from dllm.samplers.base import Bundle, Method, param
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
+from dllm.decoding.slots import Context, Needs, View
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, View, param
+from dllm.decoding.slots import Context, View
+from dllm.samplers.base import Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota
 

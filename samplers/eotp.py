@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Decision
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, Needs, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param
+from dllm.samplers.base import Bundle, Method, param
 
 
 @dataclass(frozen=True)

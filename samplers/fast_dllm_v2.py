@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 
 from dllm.decoding.canvas import State, Window
+from dllm.decoding.slots import Context, Needs
 from dllm.errors import DllmError
-from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, param
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dllm.decoding.slots import Context
 from dllm.errors import DllmError
 from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Context, Method, param
+from dllm.samplers.base import Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 
 

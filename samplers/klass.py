@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, State, Window
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
+from dllm.decoding.slots import Context, Needs, View
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.quota import Quota
 
 ROWS = 1  # distributions compared at once: their temporaries stay in a CPU's cache

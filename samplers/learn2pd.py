@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.errors import DllmError
 from dllm.models.files import replaced
 from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.base import Bundle, Method, param
 
 FORMAT = "dllm-filter-1"
 FEATURES = ("prob", "log1m", "negent")

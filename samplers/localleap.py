@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import OFF, Bundle, Context, Method, View, param
+from dllm.decoding.slots import Context, View
+from dllm.samplers.base import OFF, Bundle, Method, param
 
 
 @dataclass(frozen=True)

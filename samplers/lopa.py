@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
+from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 
 

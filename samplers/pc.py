@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Context, Method, View, param
+from dllm.samplers.base import Bundle, Method, param
 
 Frequencies = str | Path | Mapping[int, float] | Sequence[float] | Tensor | None
 

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import spans
 from dllm.decoding.canvas import Canvas, Decision, State, Window
+from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Context, Method, View, param
+from dllm.samplers.base import Bundle, Method, param
 
 Region = Callable[[Canvas], Tensor]  # canvas -> (B, L) bool
 REGIONS = ("auto", "suffix", "text", "span", "last_k", "all")

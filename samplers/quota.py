@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dllm.decoding import noise
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, rank
+from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.samplers.base import Bundle, Method
 from dllm.samplers.blocks import first_block
 
 

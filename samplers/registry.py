@@ -27,8 +27,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from dllm import spec as plain
+from dllm.decoding.slots import Context, Sampler
 from dllm.errors import DllmError, first_line, unknown
-from dllm.samplers.base import Bundle, Context, Method, Sampler, merge
+from dllm.samplers.base import Bundle, Method, merge
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota, confidence
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas, Decision, State
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import Bundle, Context, Method, Needs, View, param, rank
+from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.samplers.base import Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Decision
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import View, rank
+from dllm.decoding.slots import View, rank
 
 
 def decoded(view: View) -> Tensor:

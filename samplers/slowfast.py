@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import spans
 from dllm.decoding.canvas import Canvas, Plan, State, Window
+from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param
+from dllm.decoding.slots import Context, Needs, View
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold
 

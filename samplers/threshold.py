@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import OFF, Bundle, Context, Method, View, param, rank
+from dllm.decoding.slots import Context, View, rank
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.errors import DllmError
-from dllm.samplers.base import OFF, Bundle, Context, Method, Needs, View, param, rank
+from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.revoke import committed_here, decoded, remask
 
 

@@ -81,7 +81,7 @@ def test_logits_equal_a_full_forward(shift, options):
 
 def test_nothing_that_a_forward_with_masks_computed_is_read(monkeypatch):
     """After every forward, what lies behind the clean blocks is overwritten with large values: nothing changes."""
-    model, policy = tiny(), dllm.decoding.cache.policy.Block
+    model, policy = tiny(), dllm.decoding.cache.block.Block
     plain = run(model, PROMPTS, sampler="threshold:tau=0.3")
     forward, spoiled = Model.forward, []
 

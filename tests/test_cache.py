@@ -7,7 +7,7 @@ import torch
 
 import dllm
 from dllm.call.cache_error import cache_error
-from dllm.decoding.cache.policy import POLICIES, policy
+from dllm.decoding.cache.registry import POLICIES, policy
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model

@@ -17,7 +17,7 @@ from test_lookahead import HALF
 
 import dllm
 from dllm.decoding import invariants
-from dllm.decoding.cache import policy as caches
+from dllm.decoding.cache import registry as caches
 from dllm.errors import DllmError
 from dllm.models.hub import load
 from dllm.samplers import registry

@@ -48,7 +48,7 @@ def test_the_median_counts_and_names_are_checked():
 
 def test_held_out_prompts_are_test_problems():
     import dllm
-    from dllm.tasks import word_problems as tasks
+    from dllm.tasks import registry as tasks
 
     model = dllm.load("tiny")
     wanted = [model.chat([{"role": "user", "content": e.prompt}]) for e in tasks.generate("functions", "test", 3, 1)]

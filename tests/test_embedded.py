@@ -8,8 +8,9 @@ import torch
 from dllm.call.generate import generate
 from dllm.models.hub import ASSETS, load, load_verifier
 from dllm.models.model import Model
-from dllm.tasks.word_problems import TASKS, Example
-from dllm.tasks.word_problems import generate as problems
+from dllm.tasks.base import Example
+from dllm.tasks.registry import TASKS
+from dllm.tasks.registry import generate as problems
 from dllm.training.evaluate import WINDOW, Accuracy, answers, evaluate
 
 PROBLEMS = 100  # a task; fixed seed

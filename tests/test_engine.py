@@ -14,7 +14,7 @@ from scripted import Scripted, peaks
 from torch import Tensor
 
 import dllm
-from dllm.call.generate import prepare
+from dllm.call.job import prepare
 from dllm.decoding import engine
 from dllm.decoding.canvas import Canvas, Decision, State
 from dllm.decoding.engine import Part, Runner

@@ -12,7 +12,7 @@ from dllm.bench import answers
 from dllm.bench import filters as bench_filters
 from dllm.errors import DllmError
 from dllm.samplers.learn2pd import Filter
-from dllm.tasks import word_problems as tasks
+from dllm.tasks import registry as tasks
 from dllm.training import filters
 
 

@@ -13,7 +13,7 @@ from golden_cases import GOLDEN, model, read
 from scripted import Scripted, peaks
 
 import dllm
-from dllm.call.generate import Arguments
+from dllm.call.arguments import Arguments
 from dllm.call.prompts import as_list
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError

@@ -16,7 +16,7 @@ from test_lookahead import SHOWING, SPECS
 from torch import Tensor
 
 import dllm
-from dllm.call.generate import prepare
+from dllm.call.job import prepare
 from dllm.cli.generate import promise
 from dllm.decoding.canvas import Plan, State
 from dllm.decoding.engine import Part, Runner, decode, opened, step
@@ -24,10 +24,12 @@ from dllm.decoding.meter import Meter
 from dllm.errors import DllmError
 from dllm.lookahead import walk as lookahead
 from dllm.lookahead.branches import Query, name, queries
+from dllm.lookahead.guard import alike
 from dllm.lookahead.guesses import Chain, Drafts
 from dllm.lookahead.memo import differ, written
 from dllm.lookahead.pace import Pace
-from dllm.lookahead.walk import Lookahead, Walk, alike
+from dllm.lookahead.setting import Lookahead
+from dllm.lookahead.walk import Walk
 from dllm.samplers import registry
 
 LETTERS = "?ABCDXZ"  # id 0 is the mask

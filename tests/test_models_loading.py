@@ -730,7 +730,7 @@ def test_a_chat_template_that_raises_is_one_line(tmp_path):
 
 def test_the_block_causal_dream_decodes_its_blocks(tmp_path):
     import dllm
-    from dllm.call.generate import DEFAULTS
+    from dllm.call.arguments import DEFAULTS
     from dllm.models.families import FAMILIES
 
     assert set(DEFAULTS) <= set(FAMILIES)  # each can be reached

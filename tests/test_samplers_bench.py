@@ -12,7 +12,7 @@ from dllm.bench import answers
 from dllm.bench import samplers as bench_samplers
 from dllm.bench.answers import Answers, Cell
 from dllm.errors import DllmError
-from dllm.tasks import word_problems as tasks
+from dllm.tasks import registry as tasks
 
 
 class Fake:

@@ -11,12 +11,12 @@ from scripted import Scripted, peaks, probabilities
 from torch import Tensor
 
 import dllm
-from dllm.call.generate import Job, prepare
+from dllm.call.job import Job, prepare
 from dllm.decoding.engine import step
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import View
 from dllm.errors import DllmError
-from dllm.samplers.base import View
 from dllm.samplers.ccd import CCD
 from dllm.samplers.credit import Credit
 from dllm.samplers.prophet import Prophet, Sched

@@ -12,8 +12,8 @@ from golden_cases import GOLDEN
 import dllm
 from dllm.decoding.canvas import Canvas, State, Window
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import View
 from dllm.models.hub import load
-from dllm.samplers.base import View
 from dllm.samplers.localleap import LocalLeap
 from dllm.samplers.threshold import Threshold
 

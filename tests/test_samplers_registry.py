@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import dllm
 from dllm.cli import app
 from dllm.decoding import invariants
-from dllm.decoding.cache import policy as caches
+from dllm.decoding.cache import registry as caches
 from dllm.errors import DllmError
-from dllm.lookahead.walk import Lookahead
+from dllm.lookahead.setting import Lookahead
 from dllm.samplers import catalog, registry
 
 DOCS = Path(__file__).parent.parent / "docs"

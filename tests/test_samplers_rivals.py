@@ -15,15 +15,16 @@ from scripted import Scripted, peaks, probabilities
 from torch import Tensor
 
 import dllm
-from dllm.call.generate import Job, prepare
+from dllm.call.job import Job, prepare
 from dllm.decoding import invariants
 from dllm.decoding.canvas import Window
 from dllm.decoding.engine import step
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import View
 from dllm.errors import DllmError
 from dllm.models.hub import load
 from dllm.samplers import klass, pc, registry
-from dllm.samplers.base import Method, View
+from dllm.samplers.base import Method
 from dllm.samplers.lopa import winner
 from dllm.samplers.remdm import Posterior, weights
 from dllm.samplers.slowfast import Cycles

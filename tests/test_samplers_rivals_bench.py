@@ -9,9 +9,9 @@ import torch
 from dllm.bench import step as bench_step
 from dllm.decoding.canvas import Window
 from dllm.decoding.prediction import best_two
+from dllm.decoding.slots import widen
 from dllm.errors import DllmError
 from dllm.samplers import registry
-from dllm.samplers.base import widen
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from dllm.models.config import ModelConfig
 from dllm.models.hub import load
 from dllm.models.model import Model
 from dllm.models.transformer import Transformer
-from dllm.tasks.word_problems import Example
+from dllm.tasks.base import Example
 from dllm.training import checkpoint, trainer
 from dllm.training.config import MaskSpec, ScheduleSpec, TrainConfig, build, load_config
 from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, Window, read_jsonl, read_prompts
@@ -236,7 +236,7 @@ def test_batches_depend_on_the_step_alone() -> None:
 
 
 def test_task_mix_never_leaves_the_training_split() -> None:
-    from dllm.tasks.word_problems import hash_split
+    from dllm.tasks.base import hash_split
 
     for example in TaskMix({"word_problems": 1.0, "functions": 1.0}).take(0, 200, 0):
         assert hash_split(example.meta["key"]) == "train"

@@ -8,13 +8,16 @@ from itertools import pairwise
 import pytest
 
 from dllm.errors import DllmError
-from dllm.tasks import word_problems as tasks
-from dllm.tasks.word_problems import TASKS, Example, Interpreter, generate, grade
+from dllm.tasks.base import SPLITS, Example
+from dllm.tasks.functions import Interpreter
+from dllm.tasks.registry import TASKS, generate, grade
+from dllm.tasks.sudoku import _show, grids
+from dllm.tasks.word_problems import MOST
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_splits_share_no_problem(name: str) -> None:
-    keys = {split: {e.meta["key"] for e in generate(name, split, 200, seed=3)} for split in tasks.SPLITS}
+    keys = {split: {e.meta["key"] for e in generate(name, split, 200, seed=3)} for split in SPLITS}
     assert not keys["train"] & keys["test"]
     assert not keys["train"] & keys["validation"]
     assert not keys["validation"] & keys["test"]
@@ -42,7 +45,7 @@ def test_worked_lines_are_true_and_stay_in_range() -> None:
         assert 1 <= len(lines) == example.meta["steps"] <= 4
         for a, op, b, result in lines:
             assert int(a) == int(b) * int(result) if op == "/" else eval(f"{a}{op}{b}") == int(result)
-            assert 1 <= int(result) <= tasks.MOST
+            assert 1 <= int(result) <= MOST
         assert int(lines[-1][3]) == example.meta["answer"]
 
 
@@ -55,13 +58,13 @@ def test_there_are_more_than_a_million_word_problems() -> None:
 
 
 def test_sudoku_grids_and_held_out_counts() -> None:
-    assert len(tasks.grids()) == len(set(tasks.grids())) == 288
-    splits = [TASKS["sudoku"].split_of(tasks._show(g)) for g in tasks.grids()]
+    assert len(grids()) == len(set(grids())) == 288
+    splits = [TASKS["sudoku"].split_of(_show(g)) for g in grids()]
     assert (splits.count("train"), splits.count("validation"), splits.count("test")) == (240, 16, 32)
     for example in generate("sudoku", "test", 50, 0):
         puzzle = re.sub(r"\s", "", example.prompt.split(":")[1])
         cells = tuple(0 if c == "_" else int(c) for c in puzzle)
-        fits = [g for g in tasks.grids() if all(p in (0, c) for p, c in zip(cells, g, strict=True))]
+        fits = [g for g in grids() if all(p in (0, c) for p, c in zip(cells, g, strict=True))]
         assert len(fits) == 1
         assert "".join(map(str, fits[0])) == example.answer.replace("\n", "")
 

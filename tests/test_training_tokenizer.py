@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.models.hub import ASSETS, load_tokenizer
-from dllm.tasks.word_problems import TASKS
+from dllm.tasks.registry import TASKS
 from dllm.training.tokenizer import SPECIAL, embedded_tokenizer
 
 

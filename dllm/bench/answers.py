@@ -26,7 +26,7 @@ from dllm import spec as plain
 from dllm.errors import DllmError, first_line
 from dllm.models.arguments import Checkpoint
 from dllm.samplers.registry import published
-from dllm.tasks import word_problems as tasks
+from dllm.tasks import registry as tasks
 
 LENGTH = {"word_problems": 48, "sudoku": 24, "functions": 32}  # new tokens: the longest answers fit
 CHUNK = 64  # answers decoded together

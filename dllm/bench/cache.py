@@ -23,7 +23,7 @@ from dllm.bench.runtime import Row, machine
 from dllm.call.cache_error import cache_error
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
-from dllm.tasks import word_problems as tasks
+from dllm.tasks import registry as tasks
 
 CACHES = (
     "none",

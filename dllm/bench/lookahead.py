@@ -16,7 +16,7 @@ from tqdm import tqdm
 import dllm
 from dllm.bench.runtime import Row
 from dllm.models.arguments import Checkpoint
-from dllm.tasks import word_problems as tasks
+from dllm.tasks import registry as tasks
 
 SAMPLERS = (
     "confidence", "entropy", "threshold", "factor", "eb", "localleap", "klass", "credit", "adablock", "wino",

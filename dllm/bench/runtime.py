@@ -27,16 +27,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dllm
-from dllm.call.generate import prepare
+from dllm.call.job import prepare
 from dllm.decoding.canvas import Canvas, State
 from dllm.decoding.engine import step as engine_step
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
+from dllm.decoding.slots import Context, Sampler
 from dllm.models.arguments import Checkpoint
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
 from dllm.samplers import registry
-from dllm.samplers.base import Context, Sampler
 
 VOCABULARY, WINDOW = 126_464, 32  # LLaDA-8B's head, one block
 REPEATS = 7

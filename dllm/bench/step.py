@@ -23,9 +23,9 @@ from dllm.decoding.canvas import State
 from dllm.decoding.engine import Options, Runner
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
+from dllm.decoding.slots import Context, Sampler
 from dllm.errors import DllmError
 from dllm.samplers import registry
-from dllm.samplers.base import Context, Sampler
 from dllm.samplers.learn2pd import Filter
 
 log = logging.getLogger(__name__)

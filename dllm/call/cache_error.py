@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.call.generate import prepare
+from dllm.call.job import prepare
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Plan, State, Window
 from dllm.decoding.engine import Answer, Runner, decode
 from dllm.decoding.meter import Meter
+from dllm.decoding.slots import View
 from dllm.errors import DllmError
 from dllm.models.hub import Model
-from dllm.samplers.base import View
 
 
 class StepError(NamedTuple):

@@ -41,7 +41,7 @@ def collect(
 
 def embedded_prompts(n: int, seed: int) -> list[str]:
     """Training prompts of all embedded tasks in turn."""
-    from dllm.tasks.word_problems import TASKS
+    from dllm.tasks.registry import TASKS
 
     each = [[e.prompt for e in t.generate("train", -(-n // len(TASKS)), seed)] for t in TASKS.values()]
     return [p for group in zip(*each, strict=True) for p in group][:n]

@@ -181,7 +181,8 @@ def chat(
     **common: Any,
 ) -> None:
     """Talk with the model. /help lists the commands; lines can be edited, the arrows bring earlier ones back."""
-    from dllm.call.generate import prepare, stream
+    from dllm.call.generate import stream
+    from dllm.call.job import prepare
 
     with suppress(ImportError):
         import readline  # noqa: F401  gives input() its line editing where the system has it

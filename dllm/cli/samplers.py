@@ -53,7 +53,7 @@ def samplers(
 
 
 def _defaults() -> str:
-    from dllm.call.generate import DEFAULTS, FamilyDefaults
+    from dllm.call.arguments import DEFAULTS, FamilyDefaults
 
     families = ", ".join(f"{family}: {d.sampler}" for family, d in DEFAULTS.items())
     return f"default sampler: {FamilyDefaults().sampler}; by family: {families}"

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import Policy, full_plan, indices
+from dllm.decoding.cache.policy import Policy, full_plan
 from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window, scatter, splice_columns
+from dllm.decoding.columns import indices
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
+from dllm.decoding.slots import Sampler, View, best, widen
 from dllm.errors import DllmError
-from dllm.samplers.base import Sampler, View, best, widen
 
 if TYPE_CHECKING:
     from dllm.models.hub import Model

@@ -19,7 +19,7 @@ import dllm.lookahead.walk  # noqa: F401  before `step` is ever replaced: guesse
 from dllm.decoding import engine
 from dllm.decoding.canvas import State, Window
 from dllm.decoding.prediction import Prediction
-from dllm.samplers.base import Sampler, View
+from dllm.decoding.slots import Sampler, View
 
 _STEP = engine.step  # as it is without checks
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dllm.call.prompts import checked
 from dllm.decoding.canvas import Canvas
+from dllm.decoding.slots import View
 from dllm.errors import DllmError
-from dllm.samplers.base import View
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character, perhaps not yet
 

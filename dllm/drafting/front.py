@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dllm.call.generate import RENAMED, RULES
+from dllm.call.arguments import RENAMED, RULES
 from dllm.call.prompts import Padding, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
 from dllm.drafting.control import CostAware, LengthController

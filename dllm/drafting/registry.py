@@ -16,8 +16,8 @@ from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, nearest, unknown
 from dllm.models.arguments import Checkpoint
 from dllm.models.files import optional_json
-from dllm.samplers.base import misfit
 from dllm.samplers.registry import value_of
+from dllm.spec import misfit
 
 RETRIEVAL: dict[str, Any] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
 

@@ -34,7 +34,7 @@ from dllm.drafting.lattice import Lattice
 from dllm.drafting.ngram import CausalProxy
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.errors import DllmError
-from dllm.samplers.base import misfit
+from dllm.spec import misfit
 
 Edge = tuple[int, float, Hashable]  # token, log weight, next state
 

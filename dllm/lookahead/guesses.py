@@ -12,9 +12,9 @@ from torch import Tensor
 from dllm.decoding.canvas import Plan, State, Window
 from dllm.decoding.engine import Answer, opened, step
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Sampler, View, rank
 from dllm.lookahead.branches import Authors, Query, name, queries
 from dllm.lookahead.memo import Asked, Guess, Source, differ, written
-from dllm.samplers.base import Sampler, View, rank
 
 if TYPE_CHECKING:
     from dllm.lookahead.walk import Walk

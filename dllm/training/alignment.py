@@ -26,7 +26,7 @@ from dllm.errors import DllmError, first_line
 from dllm.models.hub import load, load_verifier, pick_device
 from dllm.models.model import Model
 from dllm.models.transformer import Transformer
-from dllm.tasks.word_problems import generate
+from dllm.tasks.registry import generate
 from dllm.training import checkpoint
 from dllm.training.config import AlignConfig
 from dllm.training.data import read_prompts

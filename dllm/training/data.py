@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dllm import spec as plain
 from dllm.errors import DllmError
-from dllm.tasks.word_problems import Example, task
+from dllm.tasks.base import Example
+from dllm.tasks.registry import task
 
 CHUNK = 16  # batches drawn together, then sorted by length
 STRIDE = 8  # row lengths are multiples of this: few shapes, little waste

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from dllm.call.generate import generate as decode
 from dllm.models.hub import load
 from dllm.models.model import Model
-from dllm.tasks.word_problems import TASKS, Example, task
+from dllm.tasks.base import Example
+from dllm.tasks.registry import TASKS, task
 
 WINDOW = {"word_problems": 48, "sudoku": 24, "functions": 32}  # tokens; every answer of the task fits
 TWIN_TASKS = ("word_problems", "functions")  # sudoku has no order of reading, which is all a causal model can do

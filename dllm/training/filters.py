@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from dllm.call.generate import generate
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Context, Needs, View
 from dllm.errors import DllmError
 from dllm.models.files import replaced
 from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Context, Method, Needs, View
+from dllm.samplers.base import Bundle, Method
 from dllm.samplers.learn2pd import REACH, Filter, accepted, block_view, feature_of, tokenizer_hash
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from dllm.tasks.word_problems import Example, generate
+from dllm.tasks.base import Example
+from dllm.tasks.registry import generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -22,7 +22,8 @@ from dllm.models.config import ModelConfig
 from dllm.models.hub import load, pick_device
 from dllm.models.model import Model
 from dllm.models.transformer import Transformer
-from dllm.tasks.word_problems import Example, task
+from dllm.tasks.base import Example
+from dllm.tasks.registry import task
 from dllm.training import checkpoint
 from dllm.training.config import DataSpec, ModelSpec, TrainConfig
 from dllm.training.data import Batches, JsonLines, Pair, Source, TaskMix, Window

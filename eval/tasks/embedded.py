@@ -5,7 +5,7 @@ from __future__ import annotations
 from dllm.eval.config import GenerateSpec, TaskSpec
 from dllm.eval.tasks.base import Document, Graded, Task, takes
 from dllm.eval.tasks.scorers import judged
-from dllm.tasks import word_problems as source
+from dllm.tasks import registry as source
 
 NAMES = ("word_problems", "sudoku", "functions")
 DOCUMENTS = 100  # without `limit`: what two cores decode in half a minute

@@ -1,0 +1,169 @@
+"""Every decoding argument: its default, what it may be, and what other codes call it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from dllm.decoding.stopping import stop_strings
+from dllm.errors import DllmError, nearest, unknown
+
+
+@dataclass(frozen=True)
+class FamilyDefaults:
+    """What a call uses where it says nothing."""
+
+    sampler: str = "confidence"
+    block_length: int | None = 32  # None: the model's own block, else the whole window
+
+
+# LLaDA's instruct scores use blocks; Dream decodes the whole window on its own schedule; block-causal models decode
+# their own blocks by threshold, at the values of their model cards (Dream's reasoner has none and takes no risk).
+DEFAULTS: dict[str, FamilyDefaults] = {
+    "dream": FamilyDefaults("dream", None),
+    "sdar": FamilyDefaults("threshold:tau=0.85", None),
+    "llada2": FamilyDefaults("threshold:tau=0.95", None),
+    "fast_dllm": FamilyDefaults("fast_dllm_v2:tau=0.9", None),
+}
+
+
+# names of other codes -> ours
+RENAMED = {
+    **dict.fromkeys(("gen_length", "max_length", "max_tokens", "max_gen_toks"), "max_new_tokens"),
+    **dict.fromkeys(("remasking", "alg", "algorithm"), "sampler"),
+    **dict.fromkeys(("diffusion_steps", "num_steps", "gen_steps"), "steps"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
+    **dict.fromkeys(("num_return_sequences", "best_of"), "n"),
+    **dict.fromkeys(("eos_token_id", "stop_token_ids"), "eos"),
+    **dict.fromkeys(("inputs", "prompts", "messages", "text"), "prompt"),
+    "threshold": "sampler='threshold:tau=...'",
+    "factor": "sampler='factor:f=...'",
+    "alg_temp": "sampler='dream:alg_temp=...'",
+    "use_cache": "cache='prefix'",
+    "dual_cache": "cache='dual'",
+    "cfg": "cfg_scale",
+    "do_sample": "temperature",
+    "generator": "seed",
+    "min_length": "min_new_tokens",
+    "output_history": "trace=True",
+    **{
+        name: f"dllm.load(..., {name}=...)"
+        for name in ("mask_id", "tokenizer", "device", "dtype", "revision", "backend")
+    },
+}
+
+
+_IDS = "suppress_tokens= bans single ids, and the `adjust` of a sampler changes scores (docs/adding-a-sampler.md)"
+_GRAMMAR = "there is no constrained decoding; infill=True fills the holes of a given text"
+_PROBABILITIES = "dllm.score bounds the likelihood of an answer, trace=True records the confidence of every commit"
+
+
+# what people ask for by names that have no counterpart -> what there is
+EXISTS = {
+    **dict.fromkeys(("streamer", "stream"), "dllm.stream(model, prompt) yields text as it becomes final"),
+    **dict.fromkeys(("logits_processor", "bad_words_ids", "repetition_penalty", "no_repeat_ngram_size"), _IDS),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "logit_bias"), _IDS),
+    **dict.fromkeys(
+        ("grammar", "guided_json", "guided_regex", "response_format", "prefix_allowed_tokens_fn"), _GRAMMAR
+    ),
+    **dict.fromkeys(("logprobs", "output_scores", "output_logits", "return_dict_in_generate"), _PROBABILITIES),
+    "stopping_criteria": "stop= takes strings, eos= token ids, max_nfe= bounds the forwards",
+    "generation_config": "its fields are arguments here (max_new_tokens, temperature, top_p, top_k, eos, ...)",
+    **dict.fromkeys(("num_beams", "num_beam_groups"), "a canvas has no beams; n= gives several answers"),
+    "assistant_model": "dllm.speculate drafts for an autoregressive model",
+    "past_key_values": "cache= names a policy of the block cache, which lives for one call",
+    "pad_token_id": "attention_mask= says what is padding",
+    "token_type_ids": "a text needs none; the tokenizer's output is taken whole: dllm.generate(model, encoding)",
+}
+
+
+class Rule(NamedTuple):
+    """What an argument may be."""
+
+    kind: type
+    holds: Callable[[Any], bool]
+    says: str
+
+    def check(self, name: str, value: Any) -> None:
+        wrong = not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool)
+        if wrong or not self.holds(value):
+            raise DllmError(f"{name}={value!r} must be {self.says}")
+
+
+def _at_least(lowest: int) -> Rule:
+    return Rule(Integral, lambda n: n >= lowest, f"an integer of at least {lowest}")
+
+
+# None is allowed as well where it is the default
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("block_length", "steps", "top_k", "n", "batch_size", "max_nfe"), _at_least(1)),
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens"), _at_least(0)),
+    "seed": Rule(Integral, lambda n: abs(n) < 1 << 62, "an integer, below 2**62"),
+    "temperature": Rule(Real, lambda x: 0 <= x < math.inf, "0 (greedy) or positive"),
+    "cfg_scale": Rule(Real, lambda x: 0 <= x < math.inf, "0 (off) or positive"),
+    "top_p": Rule(Real, lambda x: 0 < x <= 1, "in (0, 1]"),
+    **dict.fromkeys(
+        ("gumbel", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "chat", "infill", "trace", "compile"),
+        Rule(bool, lambda _: True, "True or False"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Every decoding argument with its default (docs/decoding.md). Errors name the argument and what it may be."""
+
+    sampler: Any = None  # a name, "name:key=value", "a+b", a mapping or a list of these; None: the family's
+    cache: Any = None  # a policy, in the same forms; None: the model's (docs/caches.md)
+    max_new_tokens: int | None = None  # columns behind the prompt; None: 128 or what fits, 0 with infill
+    block_length: int | None = None  # columns decoded before the next ones; None: the model's, else the family's
+    steps: int | None = None  # forwards over the whole window (quota samplers); None: one token a step
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float | None = None  # nucleus
+    top_k: int | None = None
+    gumbel: bool = False  # draw by Gumbel noise instead of the inverse CDF: the same law, other draws
+    cfg_scale: float = 0.0  # classifier-free guidance; 0 is off
+    seed: int = 0  # request i uses seed + i
+    n: int = 1  # answers per prompt
+    stop: str | Sequence[str] | None = None  # strings that end the answer
+    eos: int | Sequence[int] | None = None  # ids that end it; None: the model's
+    min_new_tokens: int = 0  # no end token in the first columns
+    suppress_tokens: Sequence[int] = ()  # ids that are never predicted
+    logits_eos_inf: bool = False  # end tokens are never predicted (LLaDA)
+    confidence_eos_eot_inf: bool = False  # columns that predict an end token are committed last (LLaDA)
+    early_stop: bool = True  # False: every column is decoded, as in the public codes
+    lookahead: int | str | dict[str, Any] | None = None  # rows of exact verification (docs/lookahead.md)
+    batch_size: int = 8  # rows decoded at a time
+    chat: bool | None = None  # whether text goes through the chat template; None: where there is one
+    infill: bool = False  # fill the mask tokens inside the prompt
+    trace: bool = False  # record what each forward committed
+    compile: bool = False  # torch.compile of the backbone
+    max_nfe: int | None = None  # forwards a row may take; None: 4 a column, and 64
+
+    def __post_init__(self) -> None:
+        for name, rule in RULES.items():
+            value = getattr(self, name)
+            if value is None and self.__dataclass_fields__[name].default is None:
+                continue
+            rule.check(name, value)
+        stop_strings(self.stop)
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Arguments:
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise unknown("argument", name, cls.__dataclass_fields__, hint=counterpart(name))
+        return cls(**given)
+
+
+def counterpart(name: str) -> str:
+    """What a hint says of an argument that other codes have: its name here, or what there is instead."""
+    if name in RENAMED:
+        return f": here it is {RENAMED[name]}"
+    if name in EXISTS:
+        return f": {EXISTS[name]}"
+    near = nearest(name, [*Arguments.__dataclass_fields__, *RENAMED])
+    return f"; did you mean {near!r}? Here that is {RENAMED[near]}" if near in RENAMED else ""

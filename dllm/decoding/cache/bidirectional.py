@@ -1,0 +1,181 @@
+"""Caches of bidirectional models: stored keys and values go stale, so these are approximate.
+
+`prefix` and `dual` come from Fast-dLLM (arXiv 2505.22618), `interval` from dInfer (arXiv 2510.08666), `delayed` from
+dKV-Cache (arXiv 2505.15781), `dllm_cache` from dLLM-Cache (arXiv 2506.06295).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dllm.decoding.cache.policy import EPOCHS, Policy, gather_plan
+from dllm.decoding.canvas import Canvas, Plan, State, Window
+from dllm.decoding.columns import indices, marked, sources
+from dllm.errors import DllmError
+
+
+@dataclass(frozen=True)
+class Prefix(Policy):
+    """Keys and values before the block are kept; the block and everything right of it are recomputed."""
+
+    name: ClassVar[str] = "prefix"
+    exact: ClassVar[bool] = False
+    stored: ClassVar[bool] = True
+    blockwise: ClassVar[bool | None] = False
+
+    def recomputed(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
+        return window.lo - self.shift, state.canvas.length
+
+
+@dataclass(frozen=True)
+class Dual(Policy):
+    """Prefix and suffix are kept; the block with its margins is recomputed (dInfer 16/16, DSB 24/0)."""
+
+    name: ClassVar[str] = "dual"
+    exact: ClassVar[bool] = False
+    stored: ClassVar[bool] = True
+    blockwise: ClassVar[bool | None] = False
+    left: int = field(default=0, metadata={"why": "columns recomputed left of the window; a shifted model adds one"})
+    right: int = field(default=0, metadata={"why": "columns recomputed right of the window"})
+
+    def __post_init__(self) -> None:
+        if self.left < 0 or self.right < 0:
+            raise DllmError(f"cache {self.name}: left={self.left}, right={self.right} must not be negative")
+
+    def recomputed(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
+        return window.lo - max(self.left, self.shift), window.hi + self.right
+
+
+def opened(state: State, window: Window) -> tuple[State, Tensor]:
+    """The state that remembers when the window's epoch opened, and how many steps ago that was, (B,)."""
+    memory = state.memory
+    since = torch.where(window.epoch != memory["cache.epoch"], state.step, memory["cache.since"])
+    state = state._replace(memory={**memory, "cache.epoch": window.epoch, "cache.since": since})
+    return state, state.step - since
+
+
+def no_epoch(canvas: Canvas) -> dict[str, Tensor]:
+    return {"cache.epoch": torch.full_like(canvas.start, -1), "cache.since": torch.zeros_like(canvas.start)}
+
+
+@dataclass(frozen=True)
+class Interval(Dual):
+    """`dual` with wide margins, full forwards while the canvas settles, and a refresh every few steps of a block."""
+
+    name: ClassVar[str] = "interval"
+    left: int = field(default=16, metadata={"why": "dInfer's vicinity"})
+    right: int = field(default=16, metadata={"why": "dInfer's vicinity"})
+    warmup: int = field(default=4, metadata={"why": "dInfer: the first four steps of a row are full forwards"})
+    every: int = field(default=0, metadata={"why": "0: refresh at a new block only, as dInfer does"})
+
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        return no_epoch(canvas)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup < 0 or self.every < 0:
+            raise DllmError(f"cache interval: warmup={self.warmup}, every={self.every} must not be negative")
+
+    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+        state, age = opened(state, window)
+        refreshes = state.step.clamp(max=max(self.warmup - 1, 0))
+        if self.every:
+            refreshes = refreshes + age // self.every
+        return state, window._replace(epoch=window.epoch * EPOCHS + refreshes)
+
+
+@dataclass(frozen=True)
+class Sparse(Policy):
+    """Base of the policies whose steps recompute a scattered set of columns, noted in `cache.redo`."""
+
+    exact: ClassVar[bool] = False
+    stored: ClassVar[bool] = True
+    blockwise: ClassVar[bool | None] = False
+    sparse: ClassVar[bool] = True
+
+    def partial(self, state: State, window: Window, lane: Tensor) -> Plan:
+        redo = state.columns["cache.redo"]
+        redo = redo | marked(sources(window, self.shift), redo.shape[1])
+        return gather_plan(state, indices(redo), lane=lane, refresh=False, stored=True)
+
+
+@dataclass(frozen=True)
+class Delayed(Sparse):
+    """A token's keys and values are kept from the second forward after its commit on; masks are always recomputed.
+
+    They change most when a mask turns into a token, so the forward after a commit still recomputes it. The first two
+    steps of a block are full forwards, and every `every`-th one.
+    """
+
+    name: ClassVar[str] = "delayed"
+    every: int = field(default=8, metadata={"why": "bounds how stale a token may get; the paper tries 2 to 16"})
+
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        return no_epoch(canvas)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise DllmError(f"cache delayed: every={self.every} must be at least 1")
+
+    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
+        return {"cache.fed": canvas.masked, "cache.redo": canvas.masked}
+
+    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+        state, age = opened(state, window)
+        fed = state.columns["cache.fed"]  # masks that the previous forward saw
+        state = state._replace(columns={**state.columns, "cache.redo": fed, "cache.fed": state.canvas.masked})
+        refreshes = age.clamp(max=1) + age // self.every
+        return state, window._replace(epoch=window.epoch * EPOCHS + refreshes)
+
+
+@dataclass(frozen=True)
+class Partial(Sparse):
+    """The prompt is recomputed every `prompt_every` steps, the response every `response_every`, a part in between.
+
+    The part is what the step reads and the tokens that changed since they were last computed, filled up to `rho` of
+    the response by those that were computed longest ago. dLLM-Cache picks by the similarity of each layer's values.
+    """
+
+    name: ClassVar[str] = "dllm_cache"
+    prompt_every: int = field(default=50, metadata={"why": "the paper's K_p, 25 to 100"})
+    response_every: int = field(default=8, metadata={"why": "the paper's K_r, 2 to 8"})
+    rho: float = field(default=0.25, metadata={"why": "the paper's share of the response"})
+
+    def __post_init__(self) -> None:
+        if self.prompt_every < 1 or self.response_every < 1 or not 0 <= self.rho <= 1:
+            values = f"prompt_every={self.prompt_every}, response_every={self.response_every}, rho={self.rho}"
+            raise DllmError(f"cache dllm_cache: {values}: the first two must be at least 1, rho in [0, 1]")
+
+    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
+        never = torch.full_like(canvas.ids, -1)
+        return {"cache.ids": never, "cache.when": never, "cache.redo": canvas.masked}
+
+    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+        canvas, columns = state.canvas, state.columns
+        cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
+        response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
+        prompt = (state.step % self.prompt_every == 0)[:, None]
+        all_of_it = (state.step % self.response_every == 0)[:, None]
+        redo = torch.where(all_of_it, response, self._part(state, window, response))
+        computed = redo | prompt
+        columns = {
+            **columns,
+            "cache.redo": redo,
+            "cache.ids": torch.where(computed, canvas.ids, columns["cache.ids"]),
+            "cache.when": torch.where(computed, state.step[:, None], columns["cache.when"]),
+        }
+        return state._replace(columns=columns), window._replace(epoch=state.step // self.prompt_every)
+
+    def _part(self, state: State, window: Window, response: Tensor) -> Tensor:
+        """(B, L) bool: the columns of an ordinary step."""
+        columns, ids = state.columns, state.canvas.ids
+        read = marked(sources(window, self.shift), ids.shape[1])
+        changed = response & (columns["cache.ids"] != ids)
+        urgency = torch.where(read, 2 * EPOCHS, 0) + torch.where(changed, EPOCHS, 0) - columns["cache.when"]
+        order = urgency.masked_fill(~response, -4 * EPOCHS).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        share = torch.ceil(self.rho * response.sum(1)).long()
+        return read | changed | response & (order < share[:, None])

@@ -1,0 +1,50 @@
+"""What the engine notes for a trace: the commits of each step, and how sure the model was of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dllm.decoding.canvas import Canvas, Decision, scatter
+from dllm.decoding.columns import indices
+from dllm.decoding.engine import Tick
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import View
+from dllm.decoding.trace import Trace, changes
+
+
+@dataclass(frozen=True)
+class Confidences:
+    """Notes of a trace: per column the model's probability of the token that stands there, NaN where none is known.
+
+    It is the last in the chain of amendments and changes nothing.
+    """
+
+    key: ClassVar[str] = "trace.confidence"
+
+    def columns(self, canvas: Canvas) -> dict[str, torch.Tensor]:
+        return {self.key: torch.full(canvas.ids.shape, torch.nan, device=canvas.ids.device)}
+
+    def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        table = torch.where(view.canvas.masked | d.write, torch.nan, view.columns[self.key])
+        logit = pred.logits.gather(-1, view.gather(d.token)[..., None])[..., 0]
+        table = view.scatter(table, pred.probability_of(logit), view.gather(d.write) & (view.cols >= 0))
+        if d.fill is not None:
+            cols = indices(view.canvas.apply(d).masked & d.fill[:, None])
+            wide = pred.at(cols)
+            table = table if wide is None else scatter(table, cols, wide.confidence.to(table.dtype))
+        view.columns[self.key] = table
+        return d
+
+
+def record(trace: Trace, tick: Tick, row: int) -> None:
+    """Add one forward to a row's trace."""
+    pairs = changes(tick.before, tick.state.canvas, row)
+    sure = tick.state.columns[Confidences.key][row].tolist()
+    trace.commits.append(pairs)
+    trace.confidence.append([None if math.isnan(sure[col]) else round(sure[col], 6) for col, _ in pairs])
+    trace.windows.append([int(tick.window.lo[row]), int(tick.window.hi[row])])
+    trace.lengths.append(int(tick.state.canvas.length[row]))

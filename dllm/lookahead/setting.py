@@ -1,0 +1,152 @@
+"""How far to look ahead, and what is promised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dllm import spec as plain
+from dllm.errors import DllmError, unknown
+from dllm.spec import KINDS, misfit
+
+MODES = ("exact", "guarded", "fast")
+DRAFTERS = ("roll", "ladder")
+RELAXATIONS = ("subset",)
+
+
+def _costs(table: Any) -> bool:
+    """Whether this says what forwards of some numbers of rows cost."""
+    (rows, _), (cost, _) = KINDS["int"], KINDS["float"]
+    return isinstance(table, Mapping) and bool(table) and all(rows(k) and cost(v) and v > 0 for k, v in table.items())
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How far to look ahead, and what is promised.
+
+    rows          query rows of a sequence in one forward, the true one included; "auto" takes what the measured cost of
+                  a forward and the hits so far make fastest (1: no lookahead).
+    mode          exact    identical to the plain call, never more forwards. For float64 weights, and for models that
+                           declare `batch_invariant = True`: logits do not depend on what runs in the same forward.
+                  guarded  identical to the plain call of each prompt by itself as long as logits differ between
+                           forward shapes by less than `delta`, for rules that are monotone in each confidence. A
+                           decision that a change of `delta` could turn over is taken again on the forward of that plain
+                           call. Forwards: those of the plain call at most, plus these re-runs (in `stats`).
+                  fast     no promise. Every `audit`-th hit is checked on a forward of its own and the rate of
+                           divergent decisions reported. Never more forwards than the plain call.
+                  None     exact where it can be had, else guarded.
+    drafter       roll     repeat the sampler's own step on the last prediction.
+                  ladder   the current state with the 1, 2, ... surest tokens written.
+    retain        keep evaluated guesses until the cache is refreshed, not only until the next forward.
+    multi_source  draft from all states passed since the last forward, not only from the last one.
+    cross_blocks  guess beyond the end of the block, where the forward covers that (no cache, block-causal models).
+    ahead         block-causal models: blocks of masks that each row reads behind its own, so that guesses reach beyond
+                  the edge. Each costs its columns; without any, thresholds in small blocks save next to nothing.
+    restart       a row that has moved on to another block begins there with a forward of its own and without guesses,
+                  as FreeDave's released eager mode does.
+    max_rows      query rows of a whole forward; None: `rows` for each sequence. The likeliest guesses get them.
+    relax         a rule that changes the output; `out.lossless` is False then, and the plain call's forwards no bound.
+                  subset   a step whose outcome was not guessed is cut down to the largest guess inside it, whose answer
+                           is there already: the threshold variant of FreeDave's released code.
+    """
+
+    rows: int | str = 4
+    mode: str | None = None
+    drafter: str = "roll"
+    retain: bool = True
+    multi_source: bool = True
+    cross_blocks: bool = True
+    ahead: int = 1
+    restart: bool = False
+    max_rows: int | None = None
+    delta: float | None = None  # bound on logit differences; None: measured
+    audit: int = 16
+    costs: Mapping[int, float] | None = None  # recorded cost of a forward for 1, 2, ... rows; None: measured
+    relax: str | None = None
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if what := misfit(f.type, value := getattr(self, f.name)):
+                raise DllmError(f"lookahead {f.name}={value!r} must be {what}")
+        if self.costs is not None and not _costs(self.costs):
+            raise DllmError(f"lookahead costs={self.costs!r} must be a table such as {{1: 1.0, 8: 1.3}}")
+        if self.rows != "auto" and (not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1):
+            raise DllmError(f"lookahead rows={self.rows!r} must be 'auto' or an integer of at least 1")
+        if self.mode is not None and self.mode not in MODES:
+            raise unknown("lookahead mode", str(self.mode), MODES)
+        if self.drafter not in DRAFTERS:
+            raise unknown("lookahead drafter", str(self.drafter), DRAFTERS)
+        if self.relax is not None and self.relax not in RELAXATIONS:
+            raise unknown("lookahead relaxation", str(self.relax), RELAXATIONS)
+        if self.max_rows is not None and self.max_rows < 1:
+            raise DllmError(f"lookahead max_rows={self.max_rows!r} must be at least 1")
+        if self.ahead < 0:
+            raise DllmError(f"lookahead ahead={self.ahead!r} must not be negative")
+        if self.audit < 1 or (self.delta is not None and self.delta < 0):
+            raise DllmError(f"lookahead audit={self.audit} must be at least 1 and delta={self.delta} not negative")
+
+    @classmethod
+    def parse(cls, spec: Any) -> Lookahead:
+        """From 4, "auto", "8:mode=fast", {"rows": 8, "mode": "fast"}, a Lookahead. Errors: unknown keys, bad values."""
+        if isinstance(spec, Lookahead):
+            return spec
+        if isinstance(spec, str):
+            rows, _, rest = spec.partition(":")
+            items = [i.split("=", 1) for i in (f"rows={rows}", *filter(None, rest.split(",")))]
+            try:
+                spec = {key.strip(): plain.value(value) for key, value in items}
+            except ValueError as error:
+                raise DllmError(f"lookahead {spec!r} is not of the form rows:setting=value,...") from error
+        if not isinstance(spec, Mapping):
+            return cls(rows=spec)
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in spec:
+            if key not in known:
+                raise unknown("lookahead setting", str(key), known)
+        return cls(**spec)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output is that of the plain call, under the conditions of the mode."""
+        return self.mode != "fast" and self.relax is None
+
+    def settle(self, model: Any, sampler: Any) -> Lookahead:
+        """The setting with its mode decided. Errors: a promise that this model or sampler cannot keep, and why."""
+        if getattr(sampler.needs, "impure", False):
+            raise DllmError(
+                f"sampler {sampler.name!r} depends on more than its state (global randomness, a clock or the number of "
+                "forwards), so its steps cannot be verified ahead of time: use it without lookahead"
+            )
+        invariant = model.dtype == torch.float64 or getattr(model, "batch_invariant", False)
+        if self.mode == "exact" and not invariant:
+            raise DllmError(
+                f"lookahead mode 'exact' cannot be promised in {str(model.dtype).removeprefix('torch.')}: the last "
+                "bits of logits depend on the shape of a forward. Load the model with dtype='float64', or use "
+                "mode 'guarded'"
+            )
+        return dataclasses.replace(self, mode=self.mode or ("exact" if invariant else "guarded"))
+
+
+@dataclass
+class Stats:
+    """What the lookahead of one request did."""
+
+    steps: int = 0  # of the sampler
+    forwards: int = 0  # that this request waited for
+    rows: int = 0  # query rows evaluated for it
+    hits: int = 0  # steps that found their answer in the memo
+    retained: int = 0  # of these, answers older than the last forward
+    reruns: int = 0  # forwards that confirmed a close decision, or restored a cache
+    audits: int = 0  # hits that were checked (mode fast)
+    divergences: int = 0  # confirmed or checked decisions that came out different
+    cuts: int = 0  # steps that a relaxation cut down
+    depth: dict[int, int] = field(default_factory=dict)  # hits by how many steps ahead they were guessed
+    delta: float = 0.0  # the bound that mode guarded relied on
+
+    def report(self, setting: Lookahead) -> dict[str, Any]:
+        """As an output shows it."""
+        return {**dataclasses.asdict(self), **{k: getattr(setting, k) for k in ("mode", "drafter", "relax")}}
