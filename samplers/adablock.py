@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View, best
@@ -45,7 +45,7 @@ class AdaptiveBlocks:
 
     columns = None
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         canvas, memory = state.canvas, state.memory
         first = canvas.first_masked()
         new = (first < memory["window.lo"]) | (first >= memory["window.hi"])
@@ -62,7 +62,7 @@ class AdaptiveBlocks:
                 "window.ahead": torch.where(new, ahead, -1),
             }
         )
-        return state, Window(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
+        return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
 
     def _reach(self, canvas: Canvas, lo: Tensor) -> Tensor:
         """(B,) columns in which a delimiter is looked for."""

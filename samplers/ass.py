@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View, rank
@@ -37,7 +37,7 @@ class Doubling:
     scheduled: ClassVar[bool] = True
     memory = columns = None
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         canvas = state.canvas
         size, n = size_of(canvas), state.step
         s = log2_floor(size)
@@ -47,7 +47,7 @@ class Doubling:
         lo, hi = canvas.start + lo, canvas.start + torch.minimum(hi, size)
         lo = torch.minimum(lo, canvas.first_masked())  # nothing is left behind where tokens were given
         hi = torch.maximum(hi, torch.minimum(canvas.first_masked() + 1, canvas.length))
-        return state, Window(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
+        return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         n, s = view.state.step, log2_floor(size_of(view.canvas))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, State, Window
+from dllm.decoding.canvas import Canvas, Decision, Span, State
 from dllm.decoding.slots import Context, Needs, Sampler, View
 from dllm.errors import DllmError, unknown
 from dllm.spec import misfit
@@ -60,7 +60,7 @@ class Bundle:
     needs: Needs = field(default_factory=Needs)
     memory: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-row leaves
     columns: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-column leaves (B, L, ...)
-    reads: Callable[[State, Window], Tensor] | None = None  # extra columns to read (B, R), -1 for padding
+    reads: Callable[[State, Span], Tensor] | None = None  # extra columns to read (B, R), -1 for padding
     lookahead: Any = None  # the lookahead of a call that names none (FreeDave)
 
 

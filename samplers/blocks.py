@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Blocks:
 
     columns = None
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         canvas, memory = state.canvas, state.memory
         origin = first_block(canvas, self.length, self.aligned)
         block = (canvas.first_masked() - origin) // self.length
@@ -68,4 +68,4 @@ class Blocks:
                 "window.masks": torch.where(new, masks, memory["window.masks"]),
             }
         )
-        return state, Window(lo=begin, hi=end, reads=reads, epoch=block)
+        return state, Span(lo=begin, hi=end, reads=reads, epoch=block)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, State, Window
+from dllm.decoding.canvas import Canvas, Decision, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, best
@@ -76,7 +76,7 @@ class Growing:
         first = first_block(canvas, context.block_length, aligned=context.block_size is not None)
         return {"daedal.pos": first, "daedal.denoising": torch.zeros_like(canvas.start, dtype=torch.bool)}
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         state = self._begin(state)
         canvas, pos, length = state.canvas, state.memory["daedal.pos"], self.context.block_length
         ahead = (canvas.first_masked() - pos).clamp(min=0) // length
@@ -87,7 +87,7 @@ class Growing:
         full = canvas.length - canvas.start >= state.asked
         begin = torch.where(full & (hi > lo), lo, canvas.start)  # at the ceiling nobody asks for the tail
         end = torch.where(full & (hi > lo), hi, canvas.length)
-        return state, Window(lo=lo, hi=hi, reads=spans(begin, end, int((end - begin).max())), epoch=pos)
+        return state, Span(lo=lo, hi=hi, reads=spans(begin, end, int((end - begin).max())), epoch=pos)
 
     def _begin(self, state: State) -> State:
         """Cut a row that has not stepped yet to its initial length; tokens that were given stay."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.slots import Context
 from dllm.samplers.base import OFF, Bundle, Method, param
@@ -28,7 +28,7 @@ class Sliding:
 
     columns = None
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         canvas, memory = state.canvas, state.memory
         count = written(canvas)
         lo = canvas.first_masked()
@@ -43,7 +43,7 @@ class Sliding:
         first = torch.minimum(lo, memory["dsb.lo"])
         reads = spans(first, hi, int((hi - first).max()))
         state = state._replace(memory={**memory, "dsb.epoch": epoch, "dsb.refreshed": refreshed, "dsb.lo": lo})
-        return state, Window(lo=lo, hi=hi, reads=reads, epoch=epoch)
+        return state, Span(lo=lo, hi=hi, reads=reads, epoch=epoch)
 
 
 def written(canvas: Canvas) -> Tensor:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from dllm.decoding.canvas import State, Window
+from dllm.decoding.canvas import Span, State
 from dllm.decoding.slots import Context, Needs
 from dllm.errors import DllmError
 from dllm.samplers.base import OFF, Bundle, Method, param
@@ -25,7 +25,7 @@ class SubBlocks(Blocks):
 
     block: int = field(default=32, metadata={"why": "columns of the model's block"})
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         state, window = super().open(state)
         first = window.lo[:, None].clamp(max=state.canvas.ids.shape[1] - 1)
         masked = state.canvas.masked.gather(1, first)[:, 0]

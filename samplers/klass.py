@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View
 from dllm.samplers.base import OFF, Bundle, Method, param
@@ -95,7 +95,7 @@ def _columns(canvas: Canvas) -> dict[str, Tensor]:
     return {"klass.streak": zero, "klass.age": zero}
 
 
-def beyond(state: State, window: Window) -> Tensor:
+def beyond(state: State, window: Span) -> Tensor:
     """(B, R) every generated column outside the window, -1 padded."""
     canvas = state.canvas
     cols = torch.arange(int(canvas.start.min()), int(canvas.length.max()), device=canvas.ids.device)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window
+from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
@@ -25,7 +25,7 @@ class Branches:
 
     lanes: ClassVar[int] = 1
 
-    def expand(self, plan: Plan, state: State, window: Window) -> Plan:
+    def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         branch, token = (state.columns[key] for key in ("lopa.branch", "lopa.token"))  # (B, L)
         tried = branch.amax(1, keepdim=True)  # (B, 1) branches of each row: columns that it tries
         copies = 1 + int(tried.max())

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, State, Window
+from dllm.decoding.canvas import Canvas, Decision, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View
@@ -119,7 +119,7 @@ class Exit:
         ends &= view.cols >= view.canvas.start[:, None]
         return torch.where(ends, view.cols, view.canvas.ids.shape[1]).amin(1)
 
-    def reads(self, state: State, window: Window) -> Tensor:
+    def reads(self, state: State, window: Span) -> Tensor:
         """(B, R) columns of the region, wherever the window is."""
         canvas = state.canvas
         if callable(self.region):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Plan, State, Window
+from dllm.decoding.canvas import Canvas, Plan, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View
@@ -48,7 +48,7 @@ class Cycles:
 
     columns = None
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         canvas, memory = state.canvas, state.memory
         origin = first_block(canvas, self.length, self.aligned)
         block = (canvas.first_masked() - origin) // self.length
@@ -63,7 +63,7 @@ class Cycles:
         memory = {**memory, **fresh, "cycle.block": lo, "cycle.start": start, "cycle.end": end}
         state = state._replace(memory=memory)
         hi = torch.minimum(torch.where(end > 0, end, hi), canvas.length)  # the canvas may have been cut
-        return state, Window(lo=start, hi=hi, reads=spans(start, hi, int((hi - start).max())), epoch=block)
+        return state, Span(lo=start, hi=hi, reads=spans(start, hi, int((hi - start).max())), epoch=block)
 
     def narrow(self, view: View, pred: Prediction) -> None:
         """After the forward of a slow step: estimate the end of the region, and perhaps settle it."""
@@ -90,7 +90,7 @@ class Truncation:
 
     lanes: ClassVar[int] = 1
 
-    def expand(self, plan: Plan, state: State, window: Window) -> Plan:
+    def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         cut = (state.memory["cycle.end"] > 0) & (state.memory["cycle.steps"] > 0)
         if not bool(cut.any()):
             return plan

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window
+from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.errors import DllmError
@@ -28,7 +28,7 @@ class Shadow:
     mask_id: int
     lanes: ClassVar[int] = 1
 
-    def expand(self, plan: Plan, state: State, window: Window) -> Plan:
+    def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         shadow = columns(window)  # (B, E)
         if not bool((shadow >= 0).any()):  # no row has a window in this step
             return plan
@@ -65,7 +65,7 @@ class Shadow:
         return logits
 
 
-def columns(window: Window) -> Tensor:
+def columns(window: Span) -> Tensor:
     """(B, E) the columns of the reads that lie in the window, -1 for the others."""
     return torch.where(window.inside(window.reads), window.reads, -1)
 

@@ -10,7 +10,7 @@ import torch
 from golden_cases import GOLDEN
 
 import dllm
-from dllm.decoding.canvas import Canvas, State, Window
+from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
 from dllm.models.hub import load
@@ -129,4 +129,4 @@ def seen(logits: torch.Tensor) -> tuple[View, Prediction]:
     canvas = Canvas(ids, masked, ~masked, zero, zero + width, 6)
     state = State(canvas, zero, zero, canvas.length, zero - 1, no, no, {}, {})
     reads = torch.arange(width)[None]
-    return View(state, Window(zero, zero + width, reads, zero)), Prediction(logits, reads)
+    return View(state, Span(zero, zero + width, reads, zero)), Prediction(logits, reads)

@@ -17,7 +17,7 @@ from torch import Tensor
 import dllm
 from dllm.call.job import Job, prepare
 from dllm.decoding import invariants
-from dllm.decoding.canvas import Window
+from dllm.decoding.canvas import Span
 from dllm.decoding.engine import step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
@@ -511,7 +511,7 @@ def test_lopa_follows_the_surest_branch() -> None:
         canvas=canvas, step=torch.tensor([0]), columns={"lopa.branch": torch.tensor([[0, 1, 2, 0]])}
     )
     one = torch.tensor([1])
-    window = Window(one, one + 3, cols, one)
+    window = Span(one, one + 3, cols, one)
     answer = SimpleNamespace(state=state, window=window)
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [1]
     state.columns["lopa.branch"] = torch.tensor([[0, 0, 2, 0]])  # the first branch has no column to try

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm.bench import step as bench_step
-from dllm.decoding.canvas import Window
+from dllm.decoding.canvas import Span
 from dllm.decoding.prediction import best_two
 from dllm.decoding.slots import widen
 from dllm.errors import DllmError
@@ -65,6 +65,6 @@ def test_best_two_logits(size: int) -> None:
 
 
 def test_columns_that_no_row_reads_are_not_fed_to_the_head() -> None:
-    window = Window(*(torch.zeros(2, dtype=torch.long),) * 2, torch.tensor([[3, 4], [5, -1]]), torch.zeros(2))
+    window = Span(*(torch.zeros(2, dtype=torch.long),) * 2, torch.tensor([[3, 4], [5, -1]]), torch.zeros(2))
     wider = widen(window, torch.tensor([[3, 7, 4], [5, -1, 6]]))
     assert wider.reads.tolist() == [[3, 4, 7, -1], [5, -1, -1, 6]]

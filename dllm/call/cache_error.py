@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dllm.call.job import prepare
 from dllm.decoding.cache.policy import Policy
-from dllm.decoding.canvas import Plan, State, Window
+from dllm.decoding.canvas import Plan, Span, State
 from dllm.decoding.engine import Answer, Runner, decode
 from dllm.decoding.meter import Meter
 from dllm.decoding.slots import View
@@ -33,7 +33,7 @@ class Beside(Runner):
     errors: list[list[StepError]]
     uncounted: Meter
 
-    def forward(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Answer:
+    def forward(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Answer:
         answer = super().forward(state, window, plan, requests)
         if not plan.stored:
             return answer
@@ -44,7 +44,7 @@ class Beside(Runner):
         self._note(state, window, answer, exact, requests)
         return answer
 
-    def _note(self, state: State, window: Window, answer: Answer, exact: Answer, requests: list[int]) -> None:
+    def _note(self, state: State, window: Span, answer: Answer, exact: Answer, requests: list[int]) -> None:
         ours, theirs = answer.read(window.reads), exact.read(window.reads)
         assert ours is not None and theirs is not None
         live = View(state, window).live

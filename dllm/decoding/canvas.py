@@ -1,4 +1,4 @@
-"""The values that flow through a step: Canvas, Decision, State, Window, Plan. Immutable, leading dimension B (rows).
+"""The values that flow through a step: Canvas, Decision, State, Span, Plan. Immutable, leading dimension B (rows).
 
 A *row* is one request. A *column* is an absolute position of its canvas, prompt included; rows are right-padded to L
 columns. `Canvas.apply` is the only writer of tokens.
@@ -159,7 +159,7 @@ def _map(f: Any, first: Any, *rest: Any) -> Any:
     return first
 
 
-class Window(NamedTuple):
+class Span(NamedTuple):
     """Which columns a step may commit, and which it must read."""
 
     lo: Tensor  # (B,)
@@ -172,9 +172,9 @@ class Window(NamedTuple):
         """(B, W) bool: which of the columns (B, W), or (W,) for all rows, may be committed."""
         return (cols >= self.lo[:, None]) & (cols < self.hi[:, None])
 
-    def take(self, rows: Tensor) -> Window:
+    def take(self, rows: Tensor) -> Span:
         aside = None if self.aside is None else self.aside[rows]
-        return Window(self.lo[rows], self.hi[rows], self.reads[rows], self.epoch[rows], aside)
+        return Span(self.lo[rows], self.hi[rows], self.reads[rows], self.epoch[rows], aside)
 
 
 class Plan(NamedTuple):

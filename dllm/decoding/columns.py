@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Window, scatter
+from dllm.decoding.canvas import Span, scatter
 
 
 def spans(lo: Tensor, hi: Tensor, width: int) -> Tensor:
@@ -30,6 +30,6 @@ def marked(cols: Tensor, width: int) -> Tensor:
     return scatter(torch.zeros(cols.shape[0], width, dtype=torch.bool, device=cols.device), cols, True)
 
 
-def sources(window: Window, shift: int) -> Tensor:
+def sources(window: Span, shift: int) -> Tensor:
     """(B, W) positions whose hidden states predict the columns that the step reads, -1 for padding."""
     return torch.where(window.reads < 0, -1, (window.reads - shift).clamp(min=0))

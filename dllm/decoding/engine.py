@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, full_plan
-from dllm.decoding.canvas import Canvas, Decision, Plan, State, Window, scatter, splice_columns
+from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State, scatter, splice_columns
 from dllm.decoding.columns import indices
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
@@ -35,7 +35,7 @@ class Tick(NamedTuple):
     request: list[int]  # request index of each row
     before: Canvas
     state: State
-    window: Window
+    window: Span
 
 
 class Part(NamedTuple):
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
     rows: Tensor | None  # their indices in the batch; None: all
     state: State  # after the step
-    window: Window
+    window: Span
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Options:
     blank: bool = False  # some row begins with nothing but masks, and the model tells columns by differences alone
 
 
-def opened(s: Sampler, state: State) -> tuple[State, Window]:
+def opened(s: Sampler, state: State) -> tuple[State, Span]:
     """The state with its window open, and everything that the step will read."""
     state, win = s.window.open(state)
     for extra in s.reads:
@@ -66,7 +66,7 @@ def opened(s: Sampler, state: State) -> tuple[State, Window]:
     return state, win
 
 
-def step(s: Sampler, state: State, window: Window, pred: Prediction) -> State:
+def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
     """The whole step but the forward. Pure: equal arguments give equal states."""
     view = View(state, window)
     if hasattr(s.window, "narrow"):
@@ -126,7 +126,7 @@ class Answer:
         s: Sampler,
         options: Options,
         state: State,
-        window: Window,
+        window: Span,
         plan: Plan,
         hidden: Tensor,
         queries: int,
@@ -211,10 +211,10 @@ class Runner:
         """Steps that a lane has taken; lanes of the plain runner never drift apart."""
         return 0
 
-    def __call__(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Prediction:
+    def __call__(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Prediction:
         return self.read(self.forward(state, window, plan, requests), window)
 
-    def read(self, answer: Answer, window: Window) -> Prediction:
+    def read(self, answer: Answer, window: Span) -> Prediction:
         """The prediction at the columns that the step reads."""
         pred = answer.read(window.reads)
         if pred is None:
@@ -222,11 +222,11 @@ class Runner:
         self.finite = self.finite & pred.finite
         return pred
 
-    def expand(self, state: State, window: Window, plan: Plan) -> Plan:
+    def expand(self, state: State, window: Span, plan: Plan) -> Plan:
         """The plan that is fed: the canvas, or what the inputs slot makes of it."""
         return plan if self.s.inputs is None else self.s.inputs.expand(plan, state, window)
 
-    def forward(self, state: State, window: Window, plan: Plan, requests: list[int]) -> Answer:
+    def forward(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Answer:
         fed = self.expand(state, window, plan)
         self.meter.forward(requests, fed)
         queries = plan.pos.shape[1]
@@ -321,7 +321,7 @@ def close(run: Runner, state: State, requests: list[int]) -> State:
     return state._replace(canvas=canvas, step=state.step + 1, done=yes, closing=~yes)
 
 
-def empty(state: State) -> Window:
+def empty(state: State) -> Span:
     """The window of a closing forward: nothing is committed through it."""
     zero = torch.zeros_like(state.step)
-    return Window(lo=zero, hi=zero, reads=zero[:, None] - 1, epoch=state.cached)
+    return Span(lo=zero, hi=zero, reads=zero[:, None] - 1, epoch=state.cached)

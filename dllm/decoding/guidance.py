@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan, State, Window
+from dllm.decoding.canvas import Plan, Span, State
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Guidance:
     mask_id: int
     lanes: int = 2  # of the store, a row
 
-    def expand(self, plan: Plan, state: State, window: Window) -> Plan:
+    def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         given = state.canvas.frozen.gather(1, plan.pos.clamp(min=0)) & (plan.pos >= 0)
         blank = torch.where(given, self.mask_id, plan.ids)
 

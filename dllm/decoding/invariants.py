@@ -17,7 +17,7 @@ from torch import Tensor
 
 import dllm.lookahead.walk  # noqa: F401  before `step` is ever replaced: guesses are no steps and stay unchecked
 from dllm.decoding import engine
-from dllm.decoding.canvas import State, Window
+from dllm.decoding.canvas import Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View
 
@@ -33,7 +33,7 @@ def asserted() -> Iterator[list[int]]:
     """Check every step that the engine takes. Yields a list that counts them."""
     steps = [0]
 
-    def step(s: Sampler, state: State, window: Window, pred: Prediction) -> State:
+    def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
         kept, random = _copy(state), torch.get_rng_state()
         after = _STEP(s, state, window, pred)
         steps[0] += 1
@@ -50,7 +50,7 @@ def asserted() -> Iterator[list[int]]:
         engine.step = _STEP
 
 
-def check(s: Sampler, before: State, window: Window, pred: Prediction, after: State) -> None:
+def check(s: Sampler, before: State, window: Span, pred: Prediction, after: State) -> None:
     """Compare the states around one step. Errors: `Broken`."""
     view = View(before, window)
     if hasattr(s.window, "narrow"):
@@ -98,7 +98,7 @@ def _exits(view: View, before: State, after: State) -> Tensor:
     return after.closing | (before.canvas.masked & ~after.canvas.masked & outside).any(1)
 
 
-def _raw_exit(s: Sampler, before: State, window: Window, pred: Prediction) -> Tensor:
+def _raw_exit(s: Sampler, before: State, window: Span, pred: Prediction) -> Tensor:
     """The exits of the same step without the adjust chain."""
     s = s._replace(adjust=(), score=lambda view, soft: soft.confidence, select=lambda view, soft, score: view.live)
     view = View(before, window)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.decoding.canvas import Canvas, Decision, State, Window, scatter, spread
+from dllm.decoding.canvas import Canvas, Decision, Span, State, scatter, spread
 
 if TYPE_CHECKING:
     from dllm.decoding.prediction import Prediction
@@ -91,7 +91,7 @@ class Sampler(NamedTuple):
     amend: tuple[Callable[[View, Prediction, Decision], Decision], ...]
     needs: Needs
     starts: tuple[tuple[Any, Any], ...]  # (memory, columns) initialisers
-    reads: tuple[Callable[[State, Window], Tensor], ...]
+    reads: tuple[Callable[[State, Span], Tensor], ...]
     lookahead: Any = None
     stop: Callable[[View, Canvas], Tensor] | None = None  # (B,) rows that end with the canvas after the decision
     spec: str = ""  # name and parameters as a specification
@@ -106,7 +106,7 @@ class Sampler(NamedTuple):
         return memory, columns
 
 
-def widen(window: Window, extra: Tensor) -> Window:
+def widen(window: Span, extra: Tensor) -> Span:
     """The window that also reads `extra` (B, R) columns; those that it reads already are dropped."""
     seen = (extra[:, :, None] == window.reads[:, None]).any(-1)
     extra = torch.where(seen, -1, extra)
@@ -122,7 +122,7 @@ class View:
     `memory` and `columns` are copies: a slot assigns new tensors to their keys, never writes into a tensor.
     """
 
-    def __init__(self, state: State, window: Window) -> None:
+    def __init__(self, state: State, window: Span) -> None:
         canvas, cols = state.canvas, window.reads
         self.state = state
         self.canvas = canvas

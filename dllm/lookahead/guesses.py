@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan, State, Window
+from dllm.decoding.canvas import Plan, Span, State
 from dllm.decoding.engine import Answer, opened, step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View, rank
@@ -64,7 +64,7 @@ class Drafts:
             draw(chains, state, win, Stale(self.walk, sources), limit)
         return self.guesses
 
-    def roll(self, chains: list[Chain], state: State, win: Window, stale: Stale, limit: int) -> None:
+    def roll(self, chains: list[Chain], state: State, win: Span, stale: Stale, limit: int) -> None:
         """Repeat the sampler's step on the stale predictions, row by row until its horizon."""
         index = list(range(len(chains)))  # of the chains that are still followed: the rows of `state`
         for depth in range(1, 2 * limit + 1):
@@ -82,7 +82,7 @@ class Drafts:
             index = [index[i] for i in kept]
             state, win = _take(kept, state, win)
 
-    def ladder(self, chains: list[Chain], state: State, win: Window, stale: Stale, limit: int) -> None:
+    def ladder(self, chains: list[Chain], state: State, win: Span, stale: Stale, limit: int) -> None:
         """The state with its 1, 2, ... surest stale tokens written."""
         covered = stale.read(list(range(len(chains))), state, win)
         if covered is None:
@@ -100,8 +100,8 @@ class Drafts:
             self.place([replace(chains[i]) for i in some], guess, guess_win, count, limit)
 
     def follow(
-        self, s: Sampler, index: list[int], state: State, win: Window, pred: Prediction
-    ) -> tuple[list[int], State, Window] | None:
+        self, s: Sampler, index: list[int], state: State, win: Span, pred: Prediction
+    ) -> tuple[list[int], State, Span] | None:
         """The step on a stale prediction, with the windows of those chains open that go on; None where none does."""
         after = step(s, state, win, pred)
         kept = [i for i, over in enumerate((after.done | after.closing).tolist()) if not over]
@@ -109,7 +109,7 @@ class Drafts:
             return None
         return [index[i] for i in kept], *opened(s, _take(kept, after)[0])
 
-    def place(self, chains: list[Chain], state: State, win: Window, depth: int, limit: int) -> list[int]:
+    def place(self, chains: list[Chain], state: State, win: Span, depth: int, limit: int) -> list[int]:
         """Add the query of each state to its row's guesses; which states may be followed further."""
         asked, going, beyond = self.asked, [], None
         rows = torch.tensor([c.row for c in chains], device=win.lo.device)
@@ -148,7 +148,7 @@ class Drafts:
         return known[query.key]
 
 
-def _take(rows: list[int], state: State, win: Window | None = None) -> tuple[State, Any]:
+def _take(rows: list[int], state: State, win: Span | None = None) -> tuple[State, Any]:
     if len(rows) == state.rows:
         return state, win
     at = torch.tensor(rows, device=state.step.device)
@@ -182,7 +182,7 @@ class Stale:
         self.hidden = stack([s.hidden for s in sources], 0)
         self.last: tuple[list[int], Prediction] | None = None
 
-    def read(self, index: list[int], state: State, win: Window) -> tuple[list[int], State, Window, Prediction] | None:
+    def read(self, index: list[int], state: State, win: Span) -> tuple[list[int], State, Span, Prediction] | None:
         """Predictions at what the windows read, for the rows (of `index`) whose forward covered that; None: no row."""
         last = self.last if self.walk.options.law.greedy else None
         if last is not None and last[0] == index and torch.equal(last[1].cols, win.reads):
@@ -200,7 +200,7 @@ class Stale:
         self.last = (index, pred)
         return index, state, win, pred
 
-    def _answer(self, index: list[int], state: State, win: Window) -> Answer:
+    def _answer(self, index: list[int], state: State, win: Span) -> Answer:
         at, walk = torch.tensor(index, device=self.pos.device), self.walk
         ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
         plan = Plan(ids, pos, None, None, None, None, False, False)

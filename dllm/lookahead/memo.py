@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan, State, Window
+from dllm.decoding.canvas import Plan, Span, State
 from dllm.lookahead.branches import Authors, Query
 
 
@@ -125,7 +125,7 @@ class Asked(NamedTuple):
     rows: list[int]  # in the batch of the tick
     lines: list[Line]
     state: State  # opened
-    window: Window
+    window: Span
     plan: Plan
     fed: Plan
     lane: Tensor

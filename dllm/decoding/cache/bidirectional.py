@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache.policy import EPOCHS, Policy, gather_plan
-from dllm.decoding.canvas import Canvas, Plan, State, Window
+from dllm.decoding.canvas import Canvas, Plan, Span, State
 from dllm.decoding.columns import indices, marked, sources
 from dllm.errors import DllmError
 
@@ -27,7 +27,7 @@ class Prefix(Policy):
     stored: ClassVar[bool] = True
     blockwise: ClassVar[bool | None] = False
 
-    def recomputed(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
+    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
         return window.lo - self.shift, state.canvas.length
 
 
@@ -46,11 +46,11 @@ class Dual(Policy):
         if self.left < 0 or self.right < 0:
             raise DllmError(f"cache {self.name}: left={self.left}, right={self.right} must not be negative")
 
-    def recomputed(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
+    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
         return window.lo - max(self.left, self.shift), window.hi + self.right
 
 
-def opened(state: State, window: Window) -> tuple[State, Tensor]:
+def opened(state: State, window: Span) -> tuple[State, Tensor]:
     """The state that remembers when the window's epoch opened, and how many steps ago that was, (B,)."""
     memory = state.memory
     since = torch.where(window.epoch != memory["cache.epoch"], state.step, memory["cache.since"])
@@ -80,7 +80,7 @@ class Interval(Dual):
         if self.warmup < 0 or self.every < 0:
             raise DllmError(f"cache interval: warmup={self.warmup}, every={self.every} must not be negative")
 
-    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+    def enter(self, state: State, window: Span) -> tuple[State, Span]:
         state, age = opened(state, window)
         refreshes = state.step.clamp(max=max(self.warmup - 1, 0))
         if self.every:
@@ -97,7 +97,7 @@ class Sparse(Policy):
     blockwise: ClassVar[bool | None] = False
     sparse: ClassVar[bool] = True
 
-    def partial(self, state: State, window: Window, lane: Tensor) -> Plan:
+    def partial(self, state: State, window: Span, lane: Tensor) -> Plan:
         redo = state.columns["cache.redo"]
         redo = redo | marked(sources(window, self.shift), redo.shape[1])
         return gather_plan(state, indices(redo), lane=lane, refresh=False, stored=True)
@@ -124,7 +124,7 @@ class Delayed(Sparse):
     def columns(self, canvas: Canvas) -> dict[str, Tensor]:
         return {"cache.fed": canvas.masked, "cache.redo": canvas.masked}
 
-    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+    def enter(self, state: State, window: Span) -> tuple[State, Span]:
         state, age = opened(state, window)
         fed = state.columns["cache.fed"]  # masks that the previous forward saw
         state = state._replace(columns={**state.columns, "cache.redo": fed, "cache.fed": state.canvas.masked})
@@ -154,7 +154,7 @@ class Partial(Sparse):
         never = torch.full_like(canvas.ids, -1)
         return {"cache.ids": never, "cache.when": never, "cache.redo": canvas.masked}
 
-    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+    def enter(self, state: State, window: Span) -> tuple[State, Span]:
         canvas, columns = state.canvas, state.columns
         cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
         response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
@@ -170,7 +170,7 @@ class Partial(Sparse):
         }
         return state._replace(columns=columns), window._replace(epoch=state.step // self.prompt_every)
 
-    def _part(self, state: State, window: Window, response: Tensor) -> Tensor:
+    def _part(self, state: State, window: Span, response: Tensor) -> Tensor:
         """(B, L) bool: the columns of an ordinary step."""
         columns, ids = state.columns, state.canvas.ids
         read = marked(sources(window, self.shift), ids.shape[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, gather_plan
-from dllm.decoding.canvas import Plan, State, Window
+from dllm.decoding.canvas import Plan, Span, State
 from dllm.decoding.columns import between, sources
 
 
@@ -26,23 +26,23 @@ class Block(Policy):
     stored: ClassVar[bool] = True
     blockwise: ClassVar[bool | None] = True
 
-    def frontier(self, state: State, window: Window) -> Tensor:
+    def frontier(self, state: State, window: Span) -> Tensor:
         """(B,) start of the block that holds the first column which may still change."""
         assert self.block_size is not None
         first = torch.minimum(torch.minimum(state.canvas.first_masked(), window.lo), state.canvas.length)
         return first // self.block_size * self.block_size
 
-    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+    def enter(self, state: State, window: Span) -> tuple[State, Span]:
         return state, window._replace(epoch=self.frontier(state, window))
 
-    def span(self, state: State, window: Window, cached: Tensor, frontier: Tensor) -> Tensor:
+    def span(self, state: State, window: Span, cached: Tensor, frontier: Tensor) -> Tensor:
         """(B, Q) from the first column that is not in the store, or is read, to the end of the block."""
         source = sources(window, self.shift)
         first = torch.where(source < 0, state.canvas.ids.shape[1], source).amin(1)
         lo = torch.minimum(torch.minimum(cached.clamp(min=0), frontier), first)
         return between(lo, self.ahead_of(torch.maximum(self.block_end(state, window), frontier), state))
 
-    def refresh(self, state: State, window: Window, lane: Tensor) -> Plan:
+    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
         pos = self.span(state, window, state.cached, window.epoch)
         clean = (pos >= 0) & (pos < window.epoch[:, None])
         limit = pos.amax(1) + 1
@@ -66,20 +66,20 @@ class BlockDual(Block):
     name: ClassVar[str] = "block_dual"
     exact: ClassVar[bool] = False
 
-    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+    def enter(self, state: State, window: Span) -> tuple[State, Span]:
         frontier = self.frontier(state, window)
         return state, window._replace(epoch=FAR * frontier + torch.maximum(self.block_end(state, window), frontier))
 
-    def stale(self, state: State, window: Window) -> Tensor:
+    def stale(self, state: State, window: Span) -> Tensor:
         first = window.lo.clamp(max=state.canvas.ids.shape[1] - 1)[:, None]
         headless = state.canvas.masked.gather(1, first)[:, 0] & bool(self.shift)
         return (state.cached != window.epoch) | headless
 
-    def refresh(self, state: State, window: Window, lane: Tensor) -> Plan:
+    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
         pos = self.span(state, window, state.cached // FAR, window.epoch // FAR)
         return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=pos.amax(1) + 1)
 
-    def recomputed(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
+    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
         return window.lo, window.hi
 
     partial = Policy.partial

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Plan, State, Window
+from dllm.decoding.canvas import Canvas, Plan, Span, State
 from dllm.decoding.columns import between, sources
 from dllm.errors import DllmError
 
@@ -69,7 +69,7 @@ class Framed(NamedTuple):
     policy: Policy
     only_masked: bool  # the step reads masked columns only
 
-    def open(self, state: State) -> tuple[State, Window]:
+    def open(self, state: State) -> tuple[State, Span]:
         state, window = self.inner.open(state)
         if self.only_masked:
             read = (window.reads >= 0) & state.canvas.masked.gather(1, window.reads.clamp(min=0))
@@ -120,13 +120,13 @@ class Policy:
         """Initial leaves (B, L, ...), which follow length edits."""
         return {}
 
-    def enter(self, state: State, window: Window) -> tuple[State, Window]:
+    def enter(self, state: State, window: Span) -> tuple[State, Span]:
         """Note what this step will recompute; `window.epoch` says afterwards what the store holds after it."""
         return state, window
 
     # -- the forwards -----------------------------------------------------------------------------------------------
 
-    def plan(self, state: State, window: Window, lane: Tensor) -> list[tuple[Rows, Plan]]:
+    def plan(self, state: State, window: Span, lane: Tensor) -> list[tuple[Rows, Plan]]:
         """The forwards of this tick, each with the rows it serves. Refreshing and stepping rows differ in shape."""
         if not self.stored:
             return [(None, self.whole(state, window))]
@@ -140,26 +140,26 @@ class Policy:
             plans.append((rows, forward(state.take(rows), window.take(rows), lane[rows])))
         return plans
 
-    def whole(self, state: State, window: Window) -> Plan:
+    def whole(self, state: State, window: Span) -> Plan:
         """Everything that the answer can depend on: a block-causal model sees nothing right of the block."""
         if self.block_size is None:
             return full_plan(state)
         end = self.ahead_of(self.block_end(state, window), state)
         return gather_plan(state, between(torch.zeros_like(end), end), lane=None, refresh=False, stored=False)
 
-    def stale(self, state: State, window: Window) -> Tensor:
+    def stale(self, state: State, window: Span) -> Tensor:
         """(B,) rows that need a refresh before this step."""
         return state.cached != window.epoch
 
-    def refresh(self, state: State, window: Window, lane: Tensor) -> Plan:
+    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The forward of rows that open an epoch."""
         return full_plan(state, lane=lane, stored=True)
 
-    def recomputed(self, state: State, window: Window) -> tuple[Tensor, Tensor]:
+    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
         """First and last (exclusive) column that a stepping row recomputes, each (B,)."""
         raise NotImplementedError
 
-    def partial(self, state: State, window: Window, lane: Tensor) -> Plan:
+    def partial(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The forward of stepping rows: the recomputed span, plus whatever else the step reads."""
         lo, hi = self.recomputed(state, window)
         lo, hi = lo.clamp(min=0), torch.minimum(hi, state.canvas.length)
@@ -178,7 +178,7 @@ class Policy:
         fresh = torch.cat([torch.ones_like(pos, dtype=torch.bool), ~aside], 1)
         return plan._replace(fresh=fresh, visible=F.pad(plan.visible, (0, fresh.shape[1])))
 
-    def block_end(self, state: State, window: Window) -> Tensor:
+    def block_end(self, state: State, window: Span) -> Tensor:
         """(B,) end of the model's block that holds the last source of this step."""
         assert self.block_size is not None
         last = torch.maximum(sources(window, self.shift).amax(1), window.lo - self.shift).clamp(min=0)
