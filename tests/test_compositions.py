@@ -16,8 +16,8 @@ from sweeps import size
 from test_lookahead import HALF
 
 import dllm
-from dllm.decoding import invariants
 from dllm.decoding.cache import registry as caches
+from dllm.decoding.invariants import Broken, Checked
 from dllm.errors import DllmError
 from dllm.models.hub import load
 from dllm.samplers import registry
@@ -54,9 +54,9 @@ def spec(*names: str) -> list[dict[str, Any]]:
 
 def run(names: tuple[str, ...], cache_: str, **more: Any) -> list[Any]:
     arguments = {**ARGUMENTS, "sampler": spec(*names), **more}
-    with invariants.asserted() as steps:
-        out = dllm.generate(model(), PROMPTS, cache=cache_, batch_size=2, **arguments)
-    assert steps[0] > 0
+    checked = Checked()
+    out = dllm.generate(model(), PROMPTS, cache=cache_, batch_size=2, check=checked, **arguments)
+    assert checked.steps > 0
     return out
 
 
@@ -185,8 +185,8 @@ def test_a_broken_sampler_is_caught() -> None:
             return score > 0
 
     for broken, message in ((Loud(), "random numbers"), (Writing(), "wrote into the state")):
-        with pytest.raises(invariants.Broken, match=message), invariants.asserted():
-            dllm.generate(model(), PROMPTS[0], sampler=broken, **ARGUMENTS)
+        with pytest.raises(Broken, match=message):
+            dllm.generate(model(), PROMPTS[0], sampler=broken, check=Checked(), **ARGUMENTS)
 
 
 @st.composite
@@ -232,8 +232,8 @@ def test_any_composition_with_any_parameters(
     samplers: list[dict[str, Any]], cache_: str, prompts: list[list[int]], call: dict[str, Any]
 ) -> None:
     try:
-        with invariants.asserted():
-            dllm.generate(model(), prompts, sampler=samplers, cache=cache_, batch_size=2, **{**ARGUMENTS, **call})
+        arguments = {**ARGUMENTS, **call, "batch_size": 2, "check": Checked()}
+        dllm.generate(model(), prompts, sampler=samplers, cache=cache_, **arguments)
     except DllmError as refusal:
         assert any(s["name"] in str(refusal) for s in samplers) and "\n" not in str(refusal)
 

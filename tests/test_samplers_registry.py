@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import dllm
 from dllm.cli import app
-from dllm.decoding import invariants
 from dllm.decoding.cache import registry as caches
+from dllm.decoding.invariants import Checked
 from dllm.errors import DllmError
 from dllm.lookahead.setting import Lookahead
 from dllm.samplers import catalog, registry
@@ -54,8 +54,7 @@ def test_a_sampler_from_another_package(outside: None) -> None:
     assert "odd_even" in registry.names()
     model = Scripted(peaks([(1, 0.8)] * 6, 8))
     arguments: dict[str, Any] = {"max_new_tokens": 6, "block_length": 6, "early_stop": False, "trace": True}
-    with invariants.asserted():
-        out = dllm.generate(model, [0], sampler="odd_even+credit", **arguments)
+    out = dllm.generate(model, [0], sampler="odd_even+credit", check=Checked(), **arguments)
     assert [sorted(c for c, _ in pairs) for pairs in out.trace.commits] == [[2, 4, 6], [1, 3, 5]]
     shown = json.loads(CliRunner().invoke(app, ["samplers", "odd_even", "--json"]).stdout)
     assert shown["source"] == "this page" and "credit" in shown["composes_with"]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import dllm
 from dllm.call.job import Job, prepare
-from dllm.decoding import invariants
 from dllm.decoding.canvas import Span
 from dllm.decoding.engine import step
+from dllm.decoding.invariants import Checked
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
@@ -37,8 +37,7 @@ def random_model() -> Any:
 
 def decode(model: Any, n: int, sampler: Any, prompt: list[int] | None = None, **arguments: Any) -> Any:
     arguments = {"max_new_tokens": n, "block_length": n, "early_stop": False, "trace": True, **arguments}
-    with invariants.asserted():
-        return dllm.generate(model, prompt or [0], sampler=sampler, **arguments)
+    return dllm.generate(model, prompt or [0], sampler=sampler, check=Checked(), **arguments)
 
 
 def writes(out: Any) -> list[set[int]]:
@@ -644,14 +643,14 @@ NINE = [
 def test_rows_are_independent_and_invariants_hold(random_model: Any, sampler: str) -> None:
     common = {"max_new_tokens": 12, "block_length": 6, "trace": True, "eos": 124, "sampler": sampler}
     for cache in ("none", "dual:left=2", "dllm_cache"):
+        checked = Checked()
         try:
-            with invariants.asserted() as steps:
-                together = dllm.generate(random_model, PROMPTS, cache=cache, batch_size=2, **common)
+            together = dllm.generate(random_model, PROMPTS, cache=cache, batch_size=2, check=checked, **common)
         except DllmError as refusal:
             refused = f"cannot use cache {cache.split(':')[0]!r}: with truncate=true"
             assert sampler == "slowfast" and refused in str(refusal)
             continue
-        assert steps[0] > 0
+        assert checked.steps > 0
         for i, out in enumerate(together):
             alone = dllm.generate(random_model, PROMPTS[i], cache=cache, seed=i, **common)
             assert (alone.sequences, alone.nfe, alone.trace.commits) == (out.sequences, out.nfe, out.trace.commits)

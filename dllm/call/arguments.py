@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+from dllm.decoding.engine import Step
 from dllm.decoding.stopping import stop_strings
 from dllm.errors import DllmError, nearest, unknown
 
@@ -109,6 +110,7 @@ RULES: dict[str, Rule] = {
         ("gumbel", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "chat", "infill", "trace", "compile"),
         Rule(bool, lambda _: True, "True or False"),
     ),
+    "check": Rule(object, callable, "what takes a step, such as dllm.decoding.invariants.Checked()"),
 }
 
 
@@ -142,6 +144,7 @@ class Arguments:
     trace: bool = False  # record what each forward committed
     compile: bool = False  # torch.compile of the backbone
     max_nfe: int | None = None  # forwards a row may take; None: 4 a column, and 64
+    check: Step | None = None  # takes every step and checks it: invariants.Checked() (docs/testing.md)
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():

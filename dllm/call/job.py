@@ -16,7 +16,7 @@ from dllm.call.prompts import check_ids, listed_ids
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State
-from dllm.decoding.engine import Options, Runner, Tick, decode
+from dllm.decoding.engine import Options, Runner, Tick, decode, step
 from dllm.decoding.guidance import Guidance
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
@@ -153,7 +153,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     )
     law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)
     blank = getattr(model, "relative", False) and any(set(p) <= {model.mask_id} for p in prompts)
-    options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe, blank)
+    options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe, blank, args.check or step)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
     memory, columns = sampler.start(canvas)
     zero, asked = torch.zeros_like(seeds), torch.tensor(windows, device=model.device)

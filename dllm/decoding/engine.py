@@ -38,6 +38,9 @@ class Tick(NamedTuple):
     window: Span
 
 
+Step = Callable[[Sampler, State, Span, Prediction], State]  # `step`, or what checks it (`invariants.Checked`)
+
+
 class Part(NamedTuple):
     """Rows that took one step together."""
 
@@ -56,6 +59,7 @@ class Options:
     eos_ids: tuple[int, ...] = ()
     max_nfe: int | None = None  # steps (a forward each) a row may take; None: 4 per column of its window, and 64
     blank: bool = False  # some row begins with nothing but masks, and the model tells columns by differences alone
+    step: Step = field(default_factory=lambda: step)  # takes the true steps; a guess of the lookahead is none
 
 
 def opened(s: Sampler, state: State) -> tuple[State, Span]:
@@ -204,7 +208,8 @@ class Runner:
             sub, sub_win, ids = state, win, requests
             if rows is not None:
                 sub, sub_win, ids = state.take(rows), win.take(rows), [requests[i] for i in rows.tolist()]
-            parts.append(Part(rows, step(self.s, sub, sub_win, self(sub, sub_win, plan, ids)), sub_win))
+            after = self.options.step(self.s, sub, sub_win, self(sub, sub_win, plan, ids))
+            parts.append(Part(rows, after, sub_win))
         return parts
 
     def clock(self, lane: int) -> int:

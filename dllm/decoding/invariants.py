@@ -1,53 +1,44 @@
-"""What every step of every sampler must hold, asserted inside the engine while `asserted()` is active.
+"""What every step of every sampler must hold: I1 to I11 of docs/testing.md, checked in a call that is given `Checked`.
 
-    with dllm.decoding.invariants.asserted():
-        dllm.generate(model, prompts, sampler="adablock+credit+prophet")
+    dllm.generate(model, prompts, sampler="adablock+credit+prophet", check=Checked())
 
-Every step is then run twice and checked: about twice the time of the samplers' own work. For tests and new samplers.
+Every step is then taken twice and checked: about twice the time of the samplers' own work. For tests and new samplers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import dllm.lookahead.walk  # noqa: F401  before `step` is ever replaced: guesses are no steps and stay unchecked
-from dllm.decoding import engine
 from dllm.decoding.canvas import Span, State
+from dllm.decoding.engine import step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View
-
-_STEP = engine.step  # as it is without checks
 
 
 class Broken(AssertionError):
     """A step that breaks an invariant; the message names sampler, invariant and rows."""
 
 
-@contextmanager
-def asserted() -> Iterator[list[int]]:
-    """Check every step that the engine takes. Yields a list that counts them."""
-    steps = [0]
+@dataclass(eq=False)
+class Checked:
+    """Takes steps as `engine.step` does, and checks each of them. Guesses of the lookahead are no steps of a call."""
 
-    def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
+    steps: int = 0  # taken so far, over all calls
+
+    def __call__(self, s: Sampler, state: State, window: Span, pred: Prediction) -> State:
+        """The state after the step. Errors: `Broken`."""
         kept, random = _copy(state), torch.get_rng_state()
-        after = _STEP(s, state, window, pred)
-        steps[0] += 1
+        after = step(s, state, window, pred)
+        self.steps += 1
         _require(s, "the step wrote into the state it was given", _same(kept, state))
         _require(s, "the step drew global random numbers", torch.equal(random, torch.get_rng_state()))
-        _require(s, "the step is not a function of its arguments", _same(after, _STEP(s, state, window, pred)))
+        _require(s, "the step is not a function of its arguments", _same(after, step(s, state, window, pred)))
         check(s, state, window, pred, after)
         return after
-
-    engine.step = step
-    try:
-        yield steps
-    finally:
-        engine.step = _STEP
 
 
 def check(s: Sampler, before: State, window: Span, pred: Prediction, after: State) -> None:
@@ -104,7 +95,7 @@ def _raw_exit(s: Sampler, before: State, window: Span, pred: Prediction) -> Tens
     view = View(before, window)
     if hasattr(s.window, "narrow"):
         s.window.narrow(view, pred)
-    return _exits(view, before, _STEP(s, before, window, pred))
+    return _exits(view, before, step(s, before, window, pred))
 
 
 def _require(s: Sampler, what: str, holds: Tensor | bool) -> None:

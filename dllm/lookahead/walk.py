@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dllm.decoding import engine
 from dllm.decoding.canvas import Plan, State
 from dllm.decoding.engine import Answer, Part, Runner, opened, step
 from dllm.decoding.prediction import Prediction
@@ -268,7 +267,7 @@ class Walk(Runner):
         alone: the hidden states are those of the plain call of a single row.
         """
         pred = self.read(self.answer(asked, hidden), asked.window)
-        after = engine.step(self.s, asked.state, asked.window, pred)
+        after = self.options.step(self.s, asked.state, asked.window, pred)
         doubtful: list[int] = []
         if self.setting.mode == "guarded" and not alone:
             doubtful = self.doubtful(asked, pred, after)
@@ -329,7 +328,7 @@ class Walk(Runner):
         row = torch.tensor([i], device=asked.lane.device)
         state, win = asked.state.take(row), asked.window.take(row)
         ((_, plan),) = self.plain.plan(state, win, asked.lane[row])
-        again = engine.step(self.s, state, win, self(state, win, plan, [line.request]))
+        again = self.options.step(self.s, state, win, self(state, win, plan, [line.request]))
         stats, fast = self.report[line.request], self.setting.mode == "fast"
         stats.audits += fast
         stats.reruns += not fast
