@@ -96,15 +96,7 @@ class Growing:
         given = torch.where(canvas.frozen & (cols < canvas.length[:, None]), cols + 1, 0).amax(1)
         short = torch.minimum(torch.maximum(canvas.start + self.initial, given), canvas.length)
         length = torch.where(state.step == 0, short, canvas.length)
-        outside = cols >= length[:, None]
-        return state._replace(
-            canvas=canvas._replace(
-                ids=canvas.ids.masked_fill(outside, 0),
-                masked=canvas.masked & ~outside,
-                frozen=canvas.frozen | outside,
-                length=length,
-            )
-        )
+        return state._replace(canvas=canvas.cut(length))
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         return soft.confidence > self.m.tau_high

@@ -94,3 +94,21 @@ def test_no_import_inside_a_function():
         for other, line in imports(name, inside=True)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_canvas_has_one_writer():
+    """Whatever replaces tokens goes through `Canvas`: `write`, `apply`, `cut`. Calls lay canvases out, and no more."""
+    laid_out, wrong = set(), []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func).rpartition(".")[2]
+            replaced = {word.arg for word in node.keywords}
+            if called == "Canvas":
+                laid_out.add(name)
+            # a plan, which has ids too, never gets new ones without their positions
+            if called == "_replace" and replaced & {"ids", "masked", "frozen"} and "pos" not in replaced:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert laid_out == {"dllm.call.job", "dllm.bench.runtime"}
+    assert {place.partition(":")[0] for place in wrong} == {"dllm/decoding/canvas.py"}, wrong

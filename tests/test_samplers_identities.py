@@ -124,9 +124,9 @@ def seen(logits: torch.Tensor) -> tuple[View, Prediction]:
     """The first step of one row whose columns are all masked."""
     width = logits.shape[1]
     ids = torch.full((1, width), 6)
-    zero, no = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool)
+    zero = torch.zeros(1, dtype=torch.long)
     masked = torch.ones_like(ids, dtype=torch.bool)
     canvas = Canvas(ids, masked, ~masked, zero, zero + width, 6)
-    state = State(canvas, zero, zero, canvas.length, zero - 1, no, no, {}, {})
+    state = State.begin(canvas, zero, canvas.length, {}, {})
     reads = torch.arange(width)[None]
     return View(state, Span(zero, zero + width, reads, zero)), Prediction(logits, reads)

@@ -134,8 +134,7 @@ def scene(sampler: Sampler, rows: int = 1, width: int = WINDOW, mask: int = VOCA
     masked = torch.ones_like(ids, dtype=torch.bool)
     zero = torch.zeros(rows, dtype=torch.long)
     canvas = Canvas(ids, masked, ~masked, zero, zero + width, mask)
-    no = zero.bool()
-    return State(canvas, zero, zero, canvas.length, zero - 1, no, no, *sampler.start(canvas))
+    return State.begin(canvas, zero, canvas.length, *sampler.start(canvas))
 
 
 def step(repeats: int = REPEATS) -> list[Row]:

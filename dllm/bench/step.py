@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dllm.bench.runtime import REPEATS, VOCABULARY, WINDOW, Row, context, scene
-from dllm.decoding.cache.policy import Policy
+from dllm.decoding.cache.policy import NoCache
 from dllm.decoding.canvas import State
 from dllm.decoding.engine import Options, Runner
 from dllm.decoding.meter import Meter
@@ -81,7 +81,7 @@ class Lap:
     def __init__(self, name: str, model: Tables) -> None:
         self.name, self.model = name, model
         sampler, frame = build(name), call(name)
-        policy, law = Policy(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
+        policy, law = NoCache(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
         self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)  # type: ignore[arg-type]
         self.lane = torch.zeros(1, dtype=torch.long)
         state, self.states = scene(sampler), list[State]()

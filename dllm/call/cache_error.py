@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm.call.job import prepare
-from dllm.decoding.cache.policy import Policy
+from dllm.decoding.cache.policy import NoCache
 from dllm.decoding.canvas import Plan, Span, State
 from dllm.decoding.engine import Answer, Runner, decode
 from dllm.decoding.meter import Meter
@@ -37,7 +37,7 @@ class Beside(Runner):
         answer = super().forward(state, window, plan, requests)
         if not plan.stored:
             return answer
-        whole = Policy(block_size=self.model.block_size, shift=self.model.shift).whole(state, window)
+        whole = NoCache(block_size=self.model.block_size, shift=self.model.shift).whole(state, window)
         counted, self.meter = self.meter, self.uncounted
         exact = super().forward(state, window, whole, requests)
         self.meter = counted

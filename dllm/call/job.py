@@ -155,9 +155,8 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
     blank = getattr(model, "relative", False) and any(set(p) <= {model.mask_id} for p in prompts)
     options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe, blank, args.check or step)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
-    memory, columns = sampler.start(canvas)
-    zero, asked = torch.zeros_like(seeds), torch.tensor(windows, device=model.device)
-    queue = State(canvas, zero, seeds, asked, zero - 1, zero.bool(), zero.bool(), memory, columns)
+    asked = torch.tensor(windows, device=model.device)
+    queue = State.begin(canvas, seeds, asked, *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
     return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead)

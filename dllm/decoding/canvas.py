@@ -1,7 +1,7 @@
 """The values that flow through a step: Canvas, Decision, State, Span, Plan. Immutable, leading dimension B (rows).
 
 A *row* is one request. A *column* is an absolute position of its canvas, prompt included; rows are right-padded to L
-columns. `Canvas.apply` is the only writer of tokens.
+columns. `Canvas` is the only writer of tokens: `write` replaces some, `apply` carries a decision out, `cut` shortens.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ class Canvas(NamedTuple):
     length: Tensor  # (B,) prompt + generation window
     mask_id: int
 
+    def write(self, where: Tensor, token: Tensor) -> Canvas:
+        """The canvas with `token` (B, L) where `where` (B, L) holds, frozen columns apart; the mask id re-masks."""
+        where = where & ~self.frozen
+        ids, masked = torch.where(where, token, self.ids), torch.where(where, token == self.mask_id, self.masked)
+        return self._replace(ids=ids, masked=masked)
+
     def apply(self, d: Decision) -> Canvas:
         """The canvas after the decision: writes on old columns first, then length edits from right to left."""
-        write = d.write & ~self.frozen
-        ids = torch.where(write, d.token, self.ids)
-        masked = torch.where(write, d.token == self.mask_id, self.masked)
-        after = self._replace(ids=ids, masked=masked)
+        after = self.write(d.write, d.token)
         for edit in sorted(d.edits, key=lambda e: (e[0], -e[1])):
             after = after._splice(*edit)
         return after
@@ -68,21 +71,20 @@ class Canvas(NamedTuple):
             length=put(self.length, self.length.new_tensor(new)),
         )
 
+    def cut(self, length: Tensor) -> Canvas:
+        """The canvas with its rows cut to `length` (B,) columns; what was behind becomes padding."""
+        outside = torch.arange(self.ids.shape[1], device=self.ids.device) >= length[:, None]
+        return self._replace(
+            ids=self.ids.masked_fill(outside, 0),
+            masked=self.masked & ~outside,
+            frozen=self.frozen | outside,
+            length=length,
+        )
+
     def first_masked(self) -> Tensor:
         """(B,) the leftmost masked column, L where none is left."""
         any_left = self.masked.any(1)
         return torch.where(any_left, self.masked.int().argmax(1), self.masked.shape[1])
-
-
-def scatter(table: Tensor, cols: Tensor, values: Tensor | bool) -> Tensor:
-    """The per-column table (B, L, ...) with `values` (B, W, ...) at `cols` (B, W); at -1 nothing is written."""
-    spare = torch.cat([table, table[:, :1]], 1)  # its last column takes what is written nowhere
-    return spare.scatter(1, spread(cols % spare.shape[1], table), values)[:, :-1]
-
-
-def spread(index: Tensor, table: Tensor) -> Tensor:
-    """An index (B, W) of columns as `gather` and `scatter` take it for a table (B, L, ...)."""
-    return index.view(*index.shape, *[1] * (table.dim() - 2)).expand(*index.shape, *table.shape[2:])
 
 
 def splice_columns(leaf: Tensor, d: Decision) -> Tensor:
@@ -98,6 +100,27 @@ def splice_columns(leaf: Tensor, d: Decision) -> Tensor:
     return leaf
 
 
+class Cached(NamedTuple):
+    """What a row's lane of the store holds; every field (B,), all of them -1 where it holds nothing.
+
+    A policy says in `Span.cached` what a step will leave there, in the fields that it goes by, and leaves the others.
+    """
+
+    epoch: Tensor  # of the window, when a refresh filled the store
+    refreshes: Tensor  # steps that called for a refresh in this epoch so far
+    frontier: Tensor  # block-causal models: the columns below are final and stored
+    end: Tensor  # block-causal models: the columns below are stored
+
+    @classmethod
+    def nothing(cls, like: Tensor) -> Cached:
+        """Of rows whose lanes hold nothing; `like` (B,) integers."""
+        return cls._make([torch.full_like(like, -1)] * len(cls._fields))
+
+    def forget(self, rows: Tensor) -> Cached:
+        """The same without what `rows` (B,) bool had stored."""
+        return Cached._make(torch.where(rows, -1, leaf) for leaf in self)
+
+
 class State(NamedTuple):
     """Everything a step may depend on. `take`, `put` and `cat` move whole rows."""
 
@@ -105,14 +128,24 @@ class State(NamedTuple):
     step: Tensor  # (B,) logical steps so far: a forward each
     seed: Tensor  # (B,)
     asked: Tensor  # (B,) columns of the generation window that the call gave the row; edits leave it as it is
-    cached: Tensor  # (B,) the epoch whose cache is installed, -1 for none
+    cached: Cached
     done: Tensor  # (B,) bool
     closing: Tensor  # (B,) bool: an exit asked for a full forward that fills what is left
     memory: dict[str, Tensor]  # per-row leaves of the slots, (B, ...)
     columns: dict[str, Tensor]  # per-column leaves of the slots, (B, L, ...); they follow length edits
 
+    @classmethod
+    def begin(
+        cls, canvas: Canvas, seed: Tensor, asked: Tensor, memory: dict[str, Tensor], columns: dict[str, Tensor]
+    ) -> State:
+        """Rows that have not stepped yet; `seed` and `asked` (B,), the leaves as `Sampler.start` gives them."""
+        zero = torch.zeros_like(canvas.start)
+        no = zero.bool()
+        return cls(canvas, zero, seed, asked, Cached.nothing(zero), no, no, memory, columns)
+
     @property
     def rows(self) -> int:
+        """How many rows there are."""
         return self.step.shape[0]
 
     def take(self, rows: Tensor) -> State:
@@ -167,14 +200,25 @@ class Span(NamedTuple):
     reads: Tensor  # (B, W) columns, -1 for padding
     epoch: Tensor  # (B,) a new value asks the cache for a refresh
     aside: Tensor | None = None  # (B, W) bool: reads that must leave the cache as it is (None: nothing)
+    cached: Cached | None = None  # what the step leaves in the store; None: the sampler runs without a cache policy
 
     def inside(self, cols: Tensor) -> Tensor:
         """(B, W) bool: which of the columns (B, W), or (W,) for all rows, may be committed."""
         return (cols >= self.lo[:, None]) & (cols < self.hi[:, None])
 
+    @property
+    def holds(self) -> Cached:
+        """What the step leaves in the store. A sampler without a cache policy says nothing of that, and nobody asks."""
+        assert self.cached is not None
+        return self.cached
+
+    def sources(self, shift: int) -> Tensor:
+        """(B, W) positions whose hidden states predict the columns that the step reads, -1 for padding."""
+        return torch.where(self.reads < 0, -1, (self.reads - shift).clamp(min=0))
+
     def take(self, rows: Tensor) -> Span:
-        aside = None if self.aside is None else self.aside[rows]
-        return Span(self.lo[rows], self.hi[rows], self.reads[rows], self.epoch[rows], aside)
+        """The spans of some rows, by index."""
+        return _map(lambda x: x[rows], self)
 
 
 class Plan(NamedTuple):

@@ -1,11 +1,9 @@
-"""Geometry of the canvas: index tables of columns, one row a row, -1 for padding."""
+"""Geometry of the canvas: tables of columns (B, W), -1 for padding, and what is read and written through them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from dllm.decoding.canvas import Span, scatter
 
 
 def spans(lo: Tensor, hi: Tensor, width: int) -> Tensor:
@@ -30,6 +28,12 @@ def marked(cols: Tensor, width: int) -> Tensor:
     return scatter(torch.zeros(cols.shape[0], width, dtype=torch.bool, device=cols.device), cols, True)
 
 
-def sources(window: Span, shift: int) -> Tensor:
-    """(B, W) positions whose hidden states predict the columns that the step reads, -1 for padding."""
-    return torch.where(window.reads < 0, -1, (window.reads - shift).clamp(min=0))
+def scatter(table: Tensor, cols: Tensor, values: Tensor | bool) -> Tensor:
+    """The per-column table (B, L, ...) with `values` (B, W, ...) at `cols` (B, W); at -1 nothing is written."""
+    spare = torch.cat([table, table[:, :1]], 1)  # its last column takes what is written nowhere
+    return spare.scatter(1, spread(cols % spare.shape[1], table), values)[:, :-1]
+
+
+def spread(index: Tensor, table: Tensor) -> Tensor:
+    """An index (B, W) of columns as `gather` and `scatter` take it for a table (B, L, ...)."""
+    return index.view(*index.shape, *[1] * (table.dim() - 2)).expand(*index.shape, *table.shape[2:])

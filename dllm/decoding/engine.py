@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, full_plan
-from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State, scatter, splice_columns
-from dllm.decoding.columns import indices
+from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State, splice_columns
+from dllm.decoding.columns import indices, scatter
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Sampler, View, best, widen
@@ -95,11 +95,11 @@ def advance(s: Sampler, view: View, pred: Prediction, d: Decision) -> State:
     if d.fill is not None:
         canvas, filled = fill(canvas, pred, d.fill)
         closing, done = d.fill & ~filled, done | filled
-    cached, columns = view.window.epoch, view.columns
+    cached, columns = view.window.cached or state.cached, view.columns
     if d.edits:
         edited = torch.zeros_like(state.done)
         edited[[row for row, *_ in d.edits]] = True
-        cached = torch.where(edited, -1, cached)
+        cached = cached.forget(edited)
         columns = {key: splice_columns(leaf, d) for key, leaf in columns.items()}
     done = done | ~(canvas.masked.any(1) | view.held)
     return State(canvas, state.step + 1, state.seed, state.asked, cached, done, closing, view.memory, columns)
@@ -114,7 +114,7 @@ def fill(canvas: Canvas, pred: Prediction, rows: Tensor) -> tuple[Canvas, Tensor
     wide = pred.at(cols)
     if wide is None:
         return canvas, torch.zeros_like(rows)
-    return canvas._replace(ids=scatter(canvas.ids, cols, wide.token), masked=canvas.masked & ~masked), rows
+    return canvas.write(masked, scatter(canvas.ids, cols, wide.token)), rows
 
 
 class Answer:
@@ -329,4 +329,4 @@ def close(run: Runner, state: State, requests: list[int]) -> State:
 def empty(state: State) -> Span:
     """The window of a closing forward: nothing is committed through it."""
     zero = torch.zeros_like(state.step)
-    return Span(lo=zero, hi=zero, reads=zero[:, None] - 1, epoch=state.cached)
+    return Span(lo=zero, hi=zero, reads=zero[:, None] - 1, epoch=zero)

@@ -50,7 +50,7 @@ def check(s: Sampler, before: State, window: Span, pred: Prediction, after: Stat
     cols = torch.arange(old.ids.shape[1], device=old.ids.device)
     edited = new.length != old.length
     _require(s, "the length changed without edits_length", ~edited | torch.tensor(s.needs.edits_length))
-    _require(s, "a length edit kept the cache", ~edited | (after.cached == -1))
+    _require(s, "a length edit kept the cache", ~edited | (torch.stack(after.cached) == -1).all(0))
     same = ~edited[:, None]
     changed = (old.ids != new.ids) & same
     commits, back = old.masked & ~new.masked & same, ~old.masked & new.masked & same

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from dllm.decoding.canvas import Canvas, Decision, scatter
-from dllm.decoding.columns import indices
+from dllm.decoding.canvas import Canvas, Decision
+from dllm.decoding.columns import indices, scatter
 from dllm.decoding.engine import Tick
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.decoding.canvas import Canvas, Decision, Span, State, scatter, spread
+from dllm.decoding.canvas import Canvas, Decision, Span, State
+from dllm.decoding.columns import scatter, spread
 
 if TYPE_CHECKING:
     from dllm.decoding.prediction import Prediction

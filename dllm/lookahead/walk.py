@@ -353,9 +353,7 @@ class Walk(Runner):
                 continue
             self.report[line.request].cuts += 1
             row = torch.tensor([i], device=asked.lane.device)
-            masked = (canvas.masked[i] | (new & (ids == canvas.mask_id)))[None]
-            no = torch.zeros_like(row, dtype=torch.bool)
-            own = after.take(row)
-            own = own._replace(canvas=own.canvas._replace(ids=ids[None], masked=masked), done=no, closing=no)
-            after = after.put(row, own)
+            own, no = after.take(row), torch.zeros_like(row, dtype=torch.bool)
+            less = own.canvas.write((new & (ids == canvas.mask_id))[None], ids[None])
+            after = after.put(row, own._replace(canvas=less, done=no, closing=no))
         return after

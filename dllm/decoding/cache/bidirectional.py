@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import EPOCHS, Policy, gather_plan
-from dllm.decoding.canvas import Canvas, Plan, Span, State
-from dllm.decoding.columns import indices, marked, sources
+from dllm.decoding.cache.policy import Policy, gather_plan, span_plan
+from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
+from dllm.decoding.columns import indices, marked
 from dllm.errors import DllmError
 
 
@@ -23,12 +23,11 @@ class Prefix(Policy):
     """Keys and values before the block are kept; the block and everything right of it are recomputed."""
 
     name: ClassVar[str] = "prefix"
-    exact: ClassVar[bool] = False
-    stored: ClassVar[bool] = True
     blockwise: ClassVar[bool | None] = False
 
-    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
-        return window.lo - self.shift, state.canvas.length
+    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        lo = window.lo - self.shift
+        return span_plan(state, window, lo, state.canvas.length, lane=lane, shift=self.shift)
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,6 @@ class Dual(Policy):
     """Prefix and suffix are kept; the block with its margins is recomputed (dInfer 16/16, DSB 24/0)."""
 
     name: ClassVar[str] = "dual"
-    exact: ClassVar[bool] = False
-    stored: ClassVar[bool] = True
     blockwise: ClassVar[bool | None] = False
     left: int = field(default=0, metadata={"why": "columns recomputed left of the window; a shifted model adds one"})
     right: int = field(default=0, metadata={"why": "columns recomputed right of the window"})
@@ -46,24 +43,32 @@ class Dual(Policy):
         if self.left < 0 or self.right < 0:
             raise DllmError(f"cache {self.name}: left={self.left}, right={self.right} must not be negative")
 
-    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
-        return window.lo - max(self.left, self.shift), window.hi + self.right
-
-
-def opened(state: State, window: Span) -> tuple[State, Tensor]:
-    """The state that remembers when the window's epoch opened, and how many steps ago that was, (B,)."""
-    memory = state.memory
-    since = torch.where(window.epoch != memory["cache.epoch"], state.step, memory["cache.since"])
-    state = state._replace(memory={**memory, "cache.epoch": window.epoch, "cache.since": since})
-    return state, state.step - since
-
-
-def no_epoch(canvas: Canvas) -> dict[str, Tensor]:
-    return {"cache.epoch": torch.full_like(canvas.start, -1), "cache.since": torch.zeros_like(canvas.start)}
+    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        lo, hi = window.lo - max(self.left, self.shift), window.hi + self.right
+        return span_plan(state, window, lo, hi, lane=lane, shift=self.shift)
 
 
 @dataclass(frozen=True)
-class Interval(Dual):
+class Dated(Policy):
+    """Base of the policies that count the steps since the window's epoch began."""
+
+    blockwise: ClassVar[bool | None] = False
+
+    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+        return {"cache.epoch": torch.full_like(canvas.start, -1), "cache.since": torch.zeros_like(canvas.start)}
+
+    def note(self, state: State, window: Span) -> State:
+        memory = state.memory
+        since = torch.where(window.epoch != memory["cache.epoch"], state.step, memory["cache.since"])
+        return state._replace(memory={**memory, "cache.epoch": window.epoch, "cache.since": since})
+
+    def age(self, state: State) -> Tensor:
+        """(B,) steps since the epoch began."""
+        return state.step - state.memory["cache.since"]
+
+
+@dataclass(frozen=True)
+class Interval(Dated, Dual):
     """`dual` with wide margins, full forwards while the canvas settles, and a refresh every few steps of a block."""
 
     name: ClassVar[str] = "interval"
@@ -72,39 +77,33 @@ class Interval(Dual):
     warmup: int = field(default=4, metadata={"why": "dInfer: the first four steps of a row are full forwards"})
     every: int = field(default=0, metadata={"why": "0: refresh at a new block only, as dInfer does"})
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        return no_epoch(canvas)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup < 0 or self.every < 0:
             raise DllmError(f"cache interval: warmup={self.warmup}, every={self.every} must not be negative")
 
-    def enter(self, state: State, window: Span) -> tuple[State, Span]:
-        state, age = opened(state, window)
+    def holds(self, state: State, window: Span) -> Cached:
         refreshes = state.step.clamp(max=max(self.warmup - 1, 0))
         if self.every:
-            refreshes = refreshes + age // self.every
-        return state, window._replace(epoch=window.epoch * EPOCHS + refreshes)
+            refreshes = refreshes + self.age(state) // self.every
+        return state.cached._replace(epoch=window.epoch, refreshes=refreshes)
 
 
 @dataclass(frozen=True)
-class Sparse(Policy):
-    """Base of the policies whose steps recompute a scattered set of columns, noted in `cache.redo`."""
+class Scattered(Policy):
+    """Base of the policies whose steps recompute a scattered set of columns, which `note` leaves in `cache.redo`."""
 
-    exact: ClassVar[bool] = False
-    stored: ClassVar[bool] = True
     blockwise: ClassVar[bool | None] = False
     sparse: ClassVar[bool] = True
 
-    def partial(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
         redo = state.columns["cache.redo"]
-        redo = redo | marked(sources(window, self.shift), redo.shape[1])
+        redo = redo | marked(window.sources(self.shift), redo.shape[1])
         return gather_plan(state, indices(redo), lane=lane, refresh=False, stored=True)
 
 
 @dataclass(frozen=True)
-class Delayed(Sparse):
+class DKVCache(Dated, Scattered):
     """A token's keys and values are kept from the second forward after its commit on; masks are always recomputed.
 
     They change most when a mask turns into a token, so the forward after a commit still recomputes it. The first two
@@ -114,9 +113,6 @@ class Delayed(Sparse):
     name: ClassVar[str] = "delayed"
     every: int = field(default=8, metadata={"why": "bounds how stale a token may get; the paper tries 2 to 16"})
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        return no_epoch(canvas)
-
     def __post_init__(self) -> None:
         if self.every < 1:
             raise DllmError(f"cache delayed: every={self.every} must be at least 1")
@@ -124,16 +120,21 @@ class Delayed(Sparse):
     def columns(self, canvas: Canvas) -> dict[str, Tensor]:
         return {"cache.fed": canvas.masked, "cache.redo": canvas.masked}
 
-    def enter(self, state: State, window: Span) -> tuple[State, Span]:
-        state, age = opened(state, window)
+    def note(self, state: State, window: Span) -> State:
         fed = state.columns["cache.fed"]  # masks that the previous forward saw
         state = state._replace(columns={**state.columns, "cache.redo": fed, "cache.fed": state.canvas.masked})
-        refreshes = age.clamp(max=1) + age // self.every
-        return state, window._replace(epoch=window.epoch * EPOCHS + refreshes)
+        return super().note(state, window)
+
+    def holds(self, state: State, window: Span) -> Cached:
+        age = self.age(state)
+        return state.cached._replace(epoch=window.epoch, refreshes=age.clamp(max=1) + age // self.every)
+
+
+URGENT = 1 << 20  # more steps than any row takes
 
 
 @dataclass(frozen=True)
-class Partial(Sparse):
+class DLLMCache(Scattered):
     """The prompt is recomputed every `prompt_every` steps, the response every `response_every`, a part in between.
 
     The part is what the step reads and the tokens that changed since they were last computed, filled up to `rho` of
@@ -154,7 +155,7 @@ class Partial(Sparse):
         never = torch.full_like(canvas.ids, -1)
         return {"cache.ids": never, "cache.when": never, "cache.redo": canvas.masked}
 
-    def enter(self, state: State, window: Span) -> tuple[State, Span]:
+    def note(self, state: State, window: Span) -> State:
         canvas, columns = state.canvas, state.columns
         cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
         response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
@@ -168,14 +169,17 @@ class Partial(Sparse):
             "cache.ids": torch.where(computed, canvas.ids, columns["cache.ids"]),
             "cache.when": torch.where(computed, state.step[:, None], columns["cache.when"]),
         }
-        return state._replace(columns=columns), window._replace(epoch=state.step // self.prompt_every)
+        return state._replace(columns=columns)
+
+    def holds(self, state: State, window: Span) -> Cached:
+        return state.cached._replace(epoch=state.step // self.prompt_every)
 
     def _part(self, state: State, window: Span, response: Tensor) -> Tensor:
         """(B, L) bool: the columns of an ordinary step."""
         columns, ids = state.columns, state.canvas.ids
-        read = marked(sources(window, self.shift), ids.shape[1])
+        read = marked(window.sources(self.shift), ids.shape[1])
         changed = response & (columns["cache.ids"] != ids)
-        urgency = torch.where(read, 2 * EPOCHS, 0) + torch.where(changed, EPOCHS, 0) - columns["cache.when"]
-        order = urgency.masked_fill(~response, -4 * EPOCHS).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        urgency = torch.where(read, 2 * URGENT, 0) + torch.where(changed, URGENT, 0) - columns["cache.when"]
+        order = urgency.masked_fill(~response, -4 * URGENT).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         share = torch.ceil(self.rho * response.sum(1)).long()
         return read | changed | response & (order < share[:, None])

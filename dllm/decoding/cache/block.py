@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import Policy, gather_plan
-from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.columns import between, sources
+from dllm.decoding.cache.policy import Policy, gather_plan, span_plan
+from dllm.decoding.canvas import Cached, Plan, Span, State
+from dllm.decoding.columns import between
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,10 @@ class Block(Policy):
 
     A block is committed once it is clean, by the forward that opens the next block: that one runs both of them. So the
     store holds nothing that a forward with masks computed, and a block costs no forward of its own.
-    `cached` is the frontier: the columns below it are in the store.
     """
 
     name: ClassVar[str] = "block"
-    stored: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     blockwise: ClassVar[bool | None] = True
 
     def frontier(self, state: State, window: Span) -> Tensor:
@@ -32,26 +31,27 @@ class Block(Policy):
         first = torch.minimum(torch.minimum(state.canvas.first_masked(), window.lo), state.canvas.length)
         return first // self.block_size * self.block_size
 
-    def enter(self, state: State, window: Span) -> tuple[State, Span]:
-        return state, window._replace(epoch=self.frontier(state, window))
+    def holds(self, state: State, window: Span) -> Cached:
+        return state.cached._replace(frontier=self.frontier(state, window))
 
-    def span(self, state: State, window: Span, cached: Tensor, frontier: Tensor) -> Tensor:
+    def stale(self, state: State, window: Span) -> Tensor:
+        return state.cached.frontier != window.holds.frontier
+
+    def span(self, state: State, window: Span) -> Tensor:
         """(B, Q) from the first column that is not in the store, or is read, to the end of the block."""
-        source = sources(window, self.shift)
+        frontier, source = window.holds.frontier, window.sources(self.shift)
         first = torch.where(source < 0, state.canvas.ids.shape[1], source).amin(1)
-        lo = torch.minimum(torch.minimum(cached.clamp(min=0), frontier), first)
+        lo = torch.minimum(torch.minimum(state.cached.frontier.clamp(min=0), frontier), first)
         return between(lo, self.ahead_of(torch.maximum(self.block_end(state, window), frontier), state))
 
     def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
-        pos = self.span(state, window, state.cached, window.epoch)
-        clean = (pos >= 0) & (pos < window.epoch[:, None])
+        pos = self.span(state, window)
+        clean = (pos >= 0) & (pos < window.holds.frontier[:, None])
         limit = pos.amax(1) + 1
         return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=limit, keep=clean)
 
-    partial = refresh
-
-
-FAR = 1 << 24  # beyond the columns of any canvas
+    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        return self.refresh(state, window, lane)
 
 
 @dataclass(frozen=True)
@@ -59,27 +59,25 @@ class BlockDual(Block):
     """`block`, but inside a block only the window is recomputed, against keys of the block's last whole forward.
 
     Fast-dLLM v2's block cache (arXiv 2509.26328): exact across blocks, stale inside one. A shifted model reruns the
-    block while the window's first column is masked, since the row that predicts it lies outside the window.
-    `cached` is the frontier and the end of what is in the store, `FAR` apart: a window may reach into the next block.
+    block while the window's first column is masked, since the row that predicts it lies outside the window. The end of
+    what is in the store counts, too: a window may reach into the next block.
     """
 
     name: ClassVar[str] = "block_dual"
     exact: ClassVar[bool] = False
 
-    def enter(self, state: State, window: Span) -> tuple[State, Span]:
+    def holds(self, state: State, window: Span) -> Cached:
         frontier = self.frontier(state, window)
-        return state, window._replace(epoch=FAR * frontier + torch.maximum(self.block_end(state, window), frontier))
+        return state.cached._replace(frontier=frontier, end=torch.maximum(self.block_end(state, window), frontier))
 
     def stale(self, state: State, window: Span) -> Tensor:
         first = window.lo.clamp(max=state.canvas.ids.shape[1] - 1)[:, None]
         headless = state.canvas.masked.gather(1, first)[:, 0] & bool(self.shift)
-        return (state.cached != window.epoch) | headless
+        return super().stale(state, window) | (state.cached.end != window.holds.end) | headless
 
     def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
-        pos = self.span(state, window, state.cached // FAR, window.epoch // FAR)
+        pos = self.span(state, window)
         return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=pos.amax(1) + 1)
 
-    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
-        return window.lo, window.hi
-
-    partial = Policy.partial
+    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        return span_plan(state, window, window.lo, window.hi, lane=lane, shift=self.shift)

@@ -1,20 +1,20 @@
 """Cache policies. A policy answers one question: which positions are recomputed in this step, which keys are visible,
 and what stays in the store?
 
-Bidirectional models. A row whose window opens a new epoch runs a full forward that refreshes its lane of the store;
-other steps recompute an index set against the stored keys and values, which are stale. `none` recomputes everything and
-is exact; `prefix` and `dual` come from Fast-dLLM (arXiv 2505.22618), `interval` from dInfer (arXiv 2510.08666),
-`delayed` from dKV-Cache (arXiv 2505.15781), `dllm_cache` from dLLM-Cache (arXiv 2506.06295).
+Bidirectional models. A row that opens a new epoch runs a full forward that refreshes its lane of the store; other steps
+recompute an index set against the stored keys and values, which are stale (`bidirectional`).
 
-Block-causal models. Keys and values of a finished block depend on nothing that comes later, so `block` is exact.
+Block-causal models. Keys and values of a finished block depend on nothing that comes later, so they stay exact
+(`block`).
 
-A policy keeps its account in the decoding state (`enter`, called right after the window opens), so a plan is a function
-of the state alone. docs/caches.md says which one to use when.
+A policy keeps its account in the decoding state (`note`, called right after the window opens), so a plan is a function
+of the state alone. docs/caches.md says which one to use when, docs/adding-a-cache.md how to write one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -22,18 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Plan, Span, State
-from dllm.decoding.columns import between, sources
+from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
+from dllm.decoding.columns import between
 from dllm.errors import DllmError
 
 if TYPE_CHECKING:
     from dllm.models.model import Model
 
 
-Rows = Tensor | None  # None: all rows
-
-
-EPOCHS = 1 << 20  # refreshes that one epoch of the window may hold
+Rows = Tensor | None  # (N,) indices of rows; None: all of them
 
 
 def gather_plan(
@@ -46,7 +43,11 @@ def gather_plan(
     limit: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Plan:
-    """The plan that feeds the canvas at `pos` (N, Q); queries see columns below `limit` (N,), None: their row."""
+    """The plan that feeds the canvas at `pos` (N, Q), -1 for padding.
+
+    With a store (`stored`), queries see the columns below `limit` (N,), None: all of their row, and what they compute
+    stays where `keep` (N, Q) holds, None: everywhere. refresh: a full forward, query index = column.
+    """
     canvas = state.canvas
     ids = canvas.ids.gather(1, pos.clamp(min=0))
     visible = None
@@ -62,31 +63,56 @@ def full_plan(state: State, *, lane: Tensor | None = None, stored: bool = False)
     return gather_plan(state, pos, lane=lane, refresh=True, stored=stored)
 
 
-class Framed(NamedTuple):
-    """A sampler's window, followed by what the policy notes of each step."""
+def span_plan(state: State, window: Span, lo: Tensor, hi: Tensor, *, lane: Tensor, shift: int) -> Plan:
+    """The columns [lo, hi), each (B,), against the stored rest of the row, and whatever else the step reads."""
+    lo, hi = lo.clamp(min=0), torch.minimum(hi, state.canvas.length)
+    pos, source = between(lo, hi), window.sources(shift)
+    outside = (source >= 0) & ((source < lo[:, None]) | (source >= hi[:, None]))
+    if not bool(outside.any()):
+        return gather_plan(state, pos, lane=lane, refresh=False, stored=True)
+    more = torch.where(outside, source, -1)[:, outside.any(0)]
+    plan = gather_plan(state, torch.cat([pos, more], 1), lane=lane, refresh=False, stored=True)
+    if window.aside is None or plan.visible is None:
+        return plan
+    # a region that is only looked at (Prophet) is private to the forward: reading it changes nothing
+    aside = (window.aside & outside)[:, outside.any(0)]
+    if not bool(aside.any()):
+        return plan
+    fresh = torch.cat([torch.ones_like(pos, dtype=torch.bool), ~aside], 1)
+    return plan._replace(fresh=fresh, visible=F.pad(plan.visible, (0, fresh.shape[1])))
+
+
+class Accounted(NamedTuple):
+    """The window slot of a sampler under a policy: the sampler's own window, followed by the policy's account."""
 
     inner: Any
     policy: Policy
     only_masked: bool  # the step reads masked columns only
 
     def open(self, state: State) -> tuple[State, Span]:
+        """The window's state and span, with what the policy notes and what the step leaves in the store."""
         state, window = self.inner.open(state)
         if self.only_masked:
             read = (window.reads >= 0) & state.canvas.masked.gather(1, window.reads.clamp(min=0))
             window = window._replace(reads=torch.where(read, window.reads, -1))
-        return self.policy.enter(state, window)
+        state = self.policy.note(state, window)
+        return state, window._replace(cached=self.policy.holds(state, window))
 
     def __getattr__(self, name: str) -> Any:  # `narrow`, where the window has it
         return getattr(self.inner, name)
 
 
 @dataclass(frozen=True)
-class Policy:
-    """`none`: every step is a full forward without a store. Exact, at any time, for any sampler."""
+class Policy(ABC):
+    """What every cache policy is made of; a subclass gives `name` and `step`, and the rest where it differs.
 
-    name: ClassVar[str] = "none"
-    exact: ClassVar[bool] = True
-    stored: ClassVar[bool] = False
+    Parameters are dataclass fields with a default and the reason for it (`metadata={"why": ...}`). All methods are
+    pure: they never write into a tensor that they are given, and no row looks at another one.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = False  # logits equal those of full forwards
+    stored: ClassVar[bool] = True  # needs a store; False: `step` is every row's forward
     blockwise: ClassVar[bool | None] = None  # True: for block-causal models only, False: for bidirectional ones only
     sparse: ClassVar[bool] = False  # recomputes scattered columns: committed ones are read only by those who need them
     block_size: int | None = field(default=None, kw_only=True, repr=False)  # of the model
@@ -108,7 +134,7 @@ class Policy:
         """The sampler with this policy's account behind its window."""
         only_masked = self.sparse and not sampler.needs.committed
         starts = (*sampler.starts, (self.memory, self.columns))
-        return sampler._replace(window=Framed(sampler.window, self, only_masked), starts=starts)
+        return sampler._replace(window=Accounted(sampler.window, self, only_masked), starts=starts)
 
     # -- the account: leaves of the decoding state ------------------------------------------------------------------
 
@@ -120,25 +146,66 @@ class Policy:
         """Initial leaves (B, L, ...), which follow length edits."""
         return {}
 
-    def enter(self, state: State, window: Span) -> tuple[State, Span]:
-        """Note what this step will recompute; `window.epoch` says afterwards what the store holds after it."""
-        return state, window
+    def note(self, state: State, window: Span) -> State:
+        """The state with the account of this step: called once a step, right after the window opened."""
+        return state
+
+    def holds(self, state: State, window: Span) -> Cached:
+        """What the store holds after this step. Default: what a refresh leaves at each new epoch of the window."""
+        return state.cached._replace(epoch=window.epoch)
 
     # -- the forwards -----------------------------------------------------------------------------------------------
 
     def plan(self, state: State, window: Span, lane: Tensor) -> list[tuple[Rows, Plan]]:
         """The forwards of this tick, each with the rows it serves. Refreshing and stepping rows differ in shape."""
         if not self.stored:
-            return [(None, self.whole(state, window))]
+            return [(None, self.step(state, window, lane))]
         stale = self.stale(state, window).tolist()
         if len(set(stale)) == 1:
-            forward = self.refresh if stale[0] else self.partial
+            forward = self.refresh if stale[0] else self.step
             return [(None, forward(state, window, lane))]
         plans: list[tuple[Rows, Plan]] = []
-        for flag, forward in ((True, self.refresh), (False, self.partial)):
+        for flag, forward in ((True, self.refresh), (False, self.step)):
             rows = torch.tensor([i for i, s in enumerate(stale) if s is flag], device=lane.device)
             plans.append((rows, forward(state.take(rows), window.take(rows), lane[rows])))
         return plans
+
+    def stale(self, state: State, window: Span) -> Tensor:
+        """(B,) bool: rows that need a refresh before this step. Default: a new epoch, or one more refresh inside it."""
+        old, new = state.cached, window.holds
+        return (old.epoch != new.epoch) | (old.refreshes != new.refreshes)
+
+    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The forward of the stale rows (N); `lane` (N,) holds each one's keys and values. Default: a full one."""
+        return full_plan(state, lane=lane, stored=True)
+
+    @abstractmethod
+    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The forward of the other rows (N): it covers at least `window.sources(shift)`, what the step reads."""
+
+    # -- blocks of a block-causal model -----------------------------------------------------------------------------
+
+    def block_end(self, state: State, window: Span) -> Tensor:
+        """(B,) end of the model's block that holds the last source of this step."""
+        assert self.block_size is not None
+        last = torch.maximum(window.sources(self.shift).amax(1), window.lo - self.shift).clamp(min=0)
+        return torch.minimum((last // self.block_size + 1) * self.block_size, state.canvas.length)
+
+    def ahead_of(self, end: Tensor, state: State) -> Tensor:
+        """(B,) where a forward ends that also reads the blocks ahead."""
+        return torch.minimum(end + self.ahead * (self.block_size or 0), state.canvas.length)
+
+
+@dataclass(frozen=True)
+class NoCache(Policy):
+    """Every step is a full forward without a store. Exact, at any time, for any sampler."""
+
+    name: ClassVar[str] = "none"
+    exact: ClassVar[bool] = True
+    stored: ClassVar[bool] = False
+
+    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        return self.whole(state, window)
 
     def whole(self, state: State, window: Span) -> Plan:
         """Everything that the answer can depend on: a block-causal model sees nothing right of the block."""
@@ -146,44 +213,3 @@ class Policy:
             return full_plan(state)
         end = self.ahead_of(self.block_end(state, window), state)
         return gather_plan(state, between(torch.zeros_like(end), end), lane=None, refresh=False, stored=False)
-
-    def stale(self, state: State, window: Span) -> Tensor:
-        """(B,) rows that need a refresh before this step."""
-        return state.cached != window.epoch
-
-    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
-        """The forward of rows that open an epoch."""
-        return full_plan(state, lane=lane, stored=True)
-
-    def recomputed(self, state: State, window: Span) -> tuple[Tensor, Tensor]:
-        """First and last (exclusive) column that a stepping row recomputes, each (B,)."""
-        raise NotImplementedError
-
-    def partial(self, state: State, window: Span, lane: Tensor) -> Plan:
-        """The forward of stepping rows: the recomputed span, plus whatever else the step reads."""
-        lo, hi = self.recomputed(state, window)
-        lo, hi = lo.clamp(min=0), torch.minimum(hi, state.canvas.length)
-        pos, source = between(lo, hi), sources(window, self.shift)
-        outside = (source >= 0) & ((source < lo[:, None]) | (source >= hi[:, None]))
-        if not bool(outside.any()):
-            return gather_plan(state, pos, lane=lane, refresh=False, stored=True)
-        more = torch.where(outside, source, -1)[:, outside.any(0)]
-        plan = gather_plan(state, torch.cat([pos, more], 1), lane=lane, refresh=False, stored=True)
-        if window.aside is None or plan.visible is None:
-            return plan
-        # a region that is only looked at (Prophet) is private to the forward: reading it changes nothing
-        aside = (window.aside & outside)[:, outside.any(0)]
-        if not bool(aside.any()):
-            return plan
-        fresh = torch.cat([torch.ones_like(pos, dtype=torch.bool), ~aside], 1)
-        return plan._replace(fresh=fresh, visible=F.pad(plan.visible, (0, fresh.shape[1])))
-
-    def block_end(self, state: State, window: Span) -> Tensor:
-        """(B,) end of the model's block that holds the last source of this step."""
-        assert self.block_size is not None
-        last = torch.maximum(sources(window, self.shift).amax(1), window.lo - self.shift).clamp(min=0)
-        return torch.minimum((last // self.block_size + 1) * self.block_size, state.canvas.length)
-
-    def ahead_of(self, end: Tensor, state: State) -> Tensor:
-        """(B,) where a forward ends that also reads the blocks ahead."""
-        return torch.minimum(end + self.ahead * (self.block_size or 0), state.canvas.length)

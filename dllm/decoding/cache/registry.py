@@ -6,9 +6,9 @@ import dataclasses
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from dllm.decoding.cache.bidirectional import Delayed, Dual, Interval, Partial, Prefix
+from dllm.decoding.cache.bidirectional import DKVCache, DLLMCache, Dual, Interval, Prefix
 from dllm.decoding.cache.block import Block, BlockDual
-from dllm.decoding.cache.policy import Policy
+from dllm.decoding.cache.policy import NoCache, Policy
 from dllm.errors import DllmError, unknown
 
 if TYPE_CHECKING:
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 POLICIES: dict[str, type[Policy]] = {
-    cls.name: cls for cls in (Policy, Prefix, Dual, Interval, Delayed, Partial, Block, BlockDual)
+    cls.name: cls for cls in (NoCache, Prefix, Dual, Interval, DKVCache, DLLMCache, Block, BlockDual)
 }
 
 
 def default(model: Model, usable: tuple[str, ...] | None) -> Policy:
     """The cache of a call that names none: `block` where it is exact and the sampler can use it, else `none`."""
     exact = model.block_size is not None and model.supports_cache and (usable is None or Block.name in usable)
-    return Block() if exact else Policy()
+    return Block() if exact else NoCache()
 
 
 def policy(spec: str | dict[str, Any] | Policy | None) -> Policy:
@@ -31,7 +31,7 @@ def policy(spec: str | dict[str, Any] | Policy | None) -> Policy:
     if isinstance(spec, Policy):
         return spec
     if spec is None:
-        return Policy()
+        return NoCache()
     params: dict[str, Any] = dict(spec) if isinstance(spec, dict) else {}
     name = params.pop("name", None) if isinstance(spec, dict) else spec
     if isinstance(name, str) and ":" in name:
