@@ -354,5 +354,5 @@ def test_kinds_of_prompt_lists() -> None:
 
 
 def test_every_argument_is_documented() -> None:
-    page = (GOLDEN.parents[1] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    page = (GOLDEN.parents[1] / "docs" / "arguments.md").read_text(encoding="utf-8")
     assert [name for name in Arguments.__dataclass_fields__ if f"`{name}`" not in page] == []

@@ -116,7 +116,7 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """Every decoding argument with its default (docs/decoding.md). Errors name the argument and what it may be."""
+    """Every decoding argument with its default (docs/arguments.md). Errors name the argument and what it may be."""
 
     sampler: Any = None  # a name, "name:key=value", "a+b", a mapping or a list of these; None: the family's
     cache: Any = None  # a policy, in the same forms; None: the model's (docs/caches.md)
