@@ -19,6 +19,9 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
+_HERE = Path(__file__).resolve().parent
+__path__ = [str(_HERE)]  # an editable install is a tree of links: files go by their own names
+
 _LAZY = {
     "generate": "dllm.call.generate",
     "stream": "dllm.call.generate",
@@ -42,15 +45,14 @@ __all__ = [  # noqa: PLE0604
 def of_one_tree() -> None:
     """Errors: samplers or evaluation of another copy of the toolkit than this package. A checkout in the working folder
     hides the installed `dllm`, but not the installed `dllm.samplers`, which in a checkout lies beside it."""
-    here = Path(__file__).resolve().parent
     for name in ("samplers", "eval"):
         spec = find_spec(f"dllm.{name}")
         there = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if there is None:
-            raise DllmError(f"dllm comes from {here}, where dllm.{name} is missing: install it (pip install -e .)")
-        if there.parent not in (here, here.parent):
+            raise DllmError(f"dllm comes from {_HERE}, where dllm.{name} is missing: install it (pip install -e .)")
+        if there.parent not in (_HERE, _HERE.parent):
             raise DllmError(
-                f"dllm comes from {here} but dllm.{name} from {there}: two copies are mixed. Install the one you mean "
+                f"dllm comes from {_HERE} but dllm.{name} from {there}: two copies are mixed. Install the one you mean "
                 "(pip install -e .), or start Python outside of the other's folder"
             )
 

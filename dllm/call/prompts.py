@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from dllm.decoding.stopping import valid_text
 from dllm.errors import DllmError
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ def read(prompt: Any, encode: Encode, padding: Padding = Padding()) -> tuple[lis
     listed, single = as_list(prompt)
     if all(_is_ids(p) for p in listed):
         return _read_ids(prompt, None, padding)
-    return [encode(checked(p)) for p in listed], single
+    for text in _texts(listed):
+        valid_text(text)
+    return [encode(p) for p in listed], single
 
 
 def read_one(prompt: Any, encode: Encode, padding: Padding, what: str) -> list[int]:
@@ -98,19 +101,6 @@ def as_list(prompt: Any) -> tuple[list[Any], bool]:
     if kinds == {"list"}:
         raise _odd("a list of lists")
     return prompts, False
-
-
-def checked(prompt: Any) -> Any:
-    """The text or the chat messages as they are. Errors: lone surrogates, which stand for bytes that are no text."""
-    for text in _texts(prompt):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DllmError(
-                f"the text {text[:20]!r} holds {text[error.start]!r}, an undecodable byte or lone surrogate: "
-                "pass valid Unicode"
-            ) from None
-    return prompt
 
 
 def check_ids(ids: list[int], vocabulary: int, what: str) -> None:

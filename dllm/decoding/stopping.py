@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.call.prompts import checked
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
@@ -145,7 +144,19 @@ def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     strings = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(strings, Collection) or not all(isinstance(s, str) and s for s in strings):
         raise DllmError(f"stop={stop!r} must be a string, or several, and none of them empty")
-    return tuple(map(checked, strings))
+    return tuple(map(valid_text, strings))
+
+
+def valid_text(text: str) -> str:
+    """The text as it is. Errors: lone surrogates, which stand for bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DllmError(
+            f"the text {text[:20]!r} holds {text[error.start]!r}, an undecodable byte or lone surrogate: "
+            "pass valid Unicode"
+        ) from None
+    return text
 
 
 def _overlap(text: str, stop: str) -> int:
