@@ -29,7 +29,6 @@ from dllm.lookahead.guesses import Chain, Drafts
 from dllm.lookahead.memo import differ, written
 from dllm.lookahead.pace import Pace
 from dllm.lookahead.setting import Lookahead
-from dllm.lookahead.walk import Walk
 from dllm.samplers import registry
 
 LETTERS = "?ABCDXZ"  # id 0 is the mask
@@ -339,21 +338,31 @@ def test_steps_are_pure(name: str) -> None:
     pytest.fail("no tiny checkpoint serves this sampler")
 
 
-def test_refreshes_follow_the_steps_not_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
-    forward = Runner.hidden
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What forwards of the random model were given, in order."""
+    net, seen = model("tiny-llada-random"), list[dict[str, Any]]()
 
-    def watch(self: Runner, fed: Any) -> Tensor:
-        seen.extend(fed.ids.tolist() if fed.refresh else [])
-        return forward(self, fed)
+    def watched(forward: Any) -> Any:
+        def watch(ids: Tensor, pos: Tensor | None = None, **plan: Any) -> Any:
+            seen.append({"ids": ids, "pos": pos, **plan})
+            return forward(ids, pos, **plan)
 
-    monkeypatch.setattr(Runner, "hidden", watch)
-    call = partial(dllm.generate, model("tiny-llada-random"), PROMPT, cache="interval:warmup=1,every=3", **CALL)
+        return watch
+
+    for way in ("forward", "forward_kv"):
+        monkeypatch.setattr(net, way, watched(getattr(net, way)))
+    return seen
+
+
+def test_refreshes_follow_the_steps_not_the_forwards(fed: list[dict[str, Any]]) -> None:
+    narrow = "interval:left=2,right=2,warmup=1,every=3"  # so that no other forward has the width of the row
+    call = partial(dllm.generate, model("tiny-llada-random"), PROMPT, cache=narrow, **CALL)
     canvases = []
     for rows in (None, 2, 8):
-        seen.clear()
-        call(lookahead=rows)
-        canvases.append([*seen])
+        fed.clear()
+        out = call(lookahead=rows)
+        canvases.append([plan["ids"].tolist() for plan in fed if plan["ids"].shape[1] == len(out.sequences)])
     assert len(canvases[0]) > 2
     assert canvases[0] == canvases[1] == canvases[2]
 
@@ -548,41 +557,26 @@ def test_pace_weighs_cost_against_hits() -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_branches_share_the_stored_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_share_the_stored_prefix(fed: list[dict[str, Any]]) -> None:
     """No forward with branches reads a copied lane, and new keys and values are at most `rows` windows."""
-    seen: list[tuple[int, int]] = []
-    forward = Walk.hidden
-
-    def watch(self: Walk, fed: Any) -> Tensor:
-        if fed.stored and not fed.refresh:
-            lanes = fed.lane.tolist()
-            assert len(set(lanes)) == len(lanes)
-            seen.append((len(lanes), fed.pos.shape[1]))
-        return forward(self, fed)
-
-    monkeypatch.setattr(Walk, "hidden", watch)
     dllm.generate(
         model("tiny-llada-random"), [PROMPT, PROMPT[2:]], cache="dual", max_new_tokens=16, block_length=8, lookahead=4
     )
-    assert max(width for _, width in seen) == 4 * 8
+    for plan in fed:
+        lanes = plan["lane"].tolist()
+        assert len(set(lanes)) == len(lanes)
+    widths = {plan["pos"].shape[1] for plan in fed}
+    assert max(widths - {len(PROMPT) + 16, len(PROMPT[2:]) + 16}) == 4 * 8  # others are refreshes
 
 
 @pytest.mark.parametrize("most", [1, 3, 5])
-def test_no_forward_has_more_rows_than_max_rows(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_forward_has_more_rows_than_max_rows(most: int, fed: list[dict[str, Any]]) -> None:
     """Three sequences: at most `most` rows, guesses included, or the true ones alone where these are more."""
-    seen: list[int] = []
-    forward = Walk.hidden
-
-    def watch(self: Walk, fed: Any) -> Tensor:
-        seen.append(len(fed.ids))
-        return forward(self, fed)
-
-    monkeypatch.setattr(Walk, "hidden", watch)
     prompts = [PROMPT, PROMPT[1:], PROMPT[2:]]
     dllm.generate(
         model("tiny-llada-random"), prompts, lookahead={"rows": 4, "max_rows": most}, early_stop=False, **CALL
     )
-    assert max(seen) == max(most, 3)
+    assert max(len(plan["ids"]) for plan in fed) == max(most, 3)
 
 
 @pytest.mark.parametrize(

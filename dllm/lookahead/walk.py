@@ -252,12 +252,8 @@ class Walk(Runner):
         """A forward, and the keys and values that it computed."""
         if self.store is None or not plan.stored:
             return self.hidden(plan), []
-        store, layers = self.store, list[tuple[Tensor, Tensor]]()
-        self.store = store._replace(tap=layers)
-        try:
-            return self.hidden(plan), layers
-        finally:
-            self.store = store
+        grids = {"fresh": plan.fresh, "keep": plan.keep, "visible": plan.visible, "lane": plan.lane}
+        return self.model.forward_kv(plan.ids, plan.pos, **grids, store=self.store)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 

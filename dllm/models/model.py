@@ -20,7 +20,7 @@ from dllm.models.family import RawConfig
 from dllm.models.files import replaced_checkpoint
 from dllm.models.parallel import layer_devices
 from dllm.models.settings import SamplerSetting, write_settings
-from dllm.models.transformer import KVStore, Transformer
+from dllm.models.transformer import KeysValues, KVStore, Transformer
 
 NO_TOKENIZER = "there is no tokenizer.json, tokenizer.model, vocab.txt, or vocab.json with merges.txt"
 
@@ -93,6 +93,11 @@ class Model:
     def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Any) -> Tensor:
         """Hidden states (N, Q, D) of tokens `ids` at positions `pos`; `plan`: keywords of `Transformer.forward`."""
         return self.transformer(ids, pos, **plan)
+
+    @torch.no_grad()
+    def forward_kv(self, ids: Tensor, pos: Tensor, **plan: Any) -> tuple[Tensor, list[KeysValues]]:
+        """As `forward` with a store; also the keys and values that each layer computed for the tokens."""
+        return self.transformer(ids, pos, kv=True, **plan)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

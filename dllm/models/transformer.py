@@ -22,12 +22,14 @@ from dllm.models.moe import MoE
 __all__ = ["KVStore", "MoEConfig", "ModelConfig", "Transformer"]
 
 
+KeysValues = tuple[Tensor, Tensor]  # what a layer computed for the queries, each (N, Q, n_kv_heads, head_dim)
+
+
 class KVStore(NamedTuple):
     """Keys and values of every layer, each (lanes, n_kv_heads, slots, head_dim); slot = position, keys are rotated."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    tap: list[tuple[Tensor, Tensor]] | None = None  # where given, collects each layer's new (N, Q, kv_heads, head_dim)
 
     @classmethod
     def allocate(
@@ -52,7 +54,7 @@ class KVStore(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for side in self[:2] for t in side)
+        return sum(t.numel() * t.element_size() for side in self for t in side)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -105,6 +107,7 @@ class Access(NamedTuple):
     kept: tuple[Tensor, Tensor] | slice | None  # written for good; a slice of slots when all rows agree; None: nothing
     lent: tuple[Tensor, Tensor] | None  # replace the stored ones for this forward only
     private: bool  # one more key column for every query
+    new: list[KeysValues] | None = None  # where given, collects what each layer computes
 
     def to(self, device: torch.device) -> Access:
         """The indices on another device; the store stays where its layers are."""
@@ -112,8 +115,8 @@ class Access(NamedTuple):
 
     def __call__(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New (N, Q, kv_heads, head_dim) -> all that can be seen (N, kv_heads, slots[+Q], head_dim)."""
-        if self.store.tap is not None:
-            self.store.tap.append((keys, values))
+        if self.new is not None:
+            self.new.append((keys, values))
         return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
 
     def _merge(self, stored: Tensor, new: Tensor) -> Tensor:
@@ -217,7 +220,8 @@ class Transformer(nn.Module):
         visible: Tensor | None = None,
         lane: Tensor | None = None,
         store: KVStore | None = None,
-    ) -> Tensor:
+        kv: bool = False,
+    ) -> Tensor | tuple[Tensor, list[KeysValues]]:
         """Hidden states (N, Q, D) after the final norm of tokens `ids` (N, Q) at positions `pos` (N, Q).
 
         pos      rotary position and store slot; -1 marks padding, whose output is meaningless but finite; None: 0..Q-1.
@@ -228,15 +232,16 @@ class Transformer(nn.Module):
         keep     (N, Q): and stay there; None = the fresh ones. A token that is not fresh is private to this forward.
         lane     (N,) the store's row for each row; None = 0..N-1. Rows may read one lane together: then one of them may
                  keep, at slots that the others replace for themselves.
+        kv       return the new keys and values of each layer as well (with a store).
         """
-        config, (n, q) = self.config, ids.shape
+        config, (n, q), new = self.config, ids.shape, list[KeysValues]() if kv else None
         padded = pos is not None and bool((pos < 0).any())
         given, pos = pos, torch.arange(q, device=ids.device)[None] if pos is None else pos  # (N|1, Q)
         if store is None:
             mask, access = self._mask(visible, pos, pos, padded), None
         else:
             pos = pos.expand(n, q)
-            access = _access(store, pos, fresh, keep, lane, visible, padded)
+            access = _access(store, pos, fresh, keep, lane, visible, padded)._replace(new=new)
             columns = torch.arange(access.slots, device=ids.device).expand(n, -1)
             columns = torch.cat([columns, pos], 1) if access.private else columns
             mask = self._mask(visible, pos, columns, padded)
@@ -248,7 +253,8 @@ class Transformer(nn.Module):
             if self.spread:
                 x, rotate, mask, access = _move((x, rotate, mask, access), next(layer.parameters()).device)
             x = layer(x, rotate, mask, causal, access, i)
-        return self.norm(x.to(self.norm.weight.device) if self.spread else x)
+        hidden = self.norm(x.to(self.norm.weight.device) if self.spread else x)
+        return hidden if new is None else (hidden, new)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., D); padding rows of the vocabulary are not computed."""
