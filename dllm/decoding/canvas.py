@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm.decoding.columns import splice
+
 
 class Decision(NamedTuple):
     """What one step does to the canvas."""
@@ -21,6 +23,11 @@ class Decision(NamedTuple):
     done: Tensor  # (B,) bool: the row is finished after this step
     fill: Tensor | None = None  # (B,) bool: every mask that is left gets its prediction, then the row is finished
     edits: tuple[tuple[int, int, int, tuple[int, ...]], ...] = ()  # (row, column, n_delete, tokens), old columns
+
+    @property
+    def ordered(self) -> list[tuple[int, int, int, tuple[int, ...]]]:
+        """The edits from right to left, so that each one finds its columns where they were."""
+        return sorted(self.edits, key=lambda e: (e[0], -e[1]))
 
 
 class Canvas(NamedTuple):
@@ -42,34 +49,18 @@ class Canvas(NamedTuple):
     def apply(self, d: Decision) -> Canvas:
         """The canvas after the decision: writes on old columns first, then length edits from right to left."""
         after = self.write(d.write, d.token)
-        for edit in sorted(d.edits, key=lambda e: (e[0], -e[1])):
+        for edit in d.ordered:
             after = after._splice(*edit)
         return after
 
     def _splice(self, row: int, column: int, n_delete: int, tokens: tuple[int, ...]) -> Canvas:
         """Replace `n_delete` columns by `tokens`; what is pushed beyond the allocated width is dropped."""
-        width, old = self.ids.shape[1], int(self.length[row])
-        new = min(old + len(tokens) - n_delete, width)
-        inserted = self.ids.new_tensor(tokens)
-        frozen = self.frozen[row].clone()
-        frozen[old:] = False
-        ids = torch.cat([self.ids[row, :column], inserted, self.ids[row, column + n_delete :]])
-        frozen = torch.cat([frozen[:column], torch.zeros_like(inserted, dtype=torch.bool), frozen[column + n_delete :]])
-        ids, frozen = (F.pad(x[:width], (0, max(0, width - len(x)))) for x in (ids, frozen))
-        inside = torch.arange(width, device=ids.device) < new
-        ids = torch.where(inside, ids, 0)
-
-        def put(table: Tensor, values: Tensor) -> Tensor:
-            table = table.clone()
-            table[row] = values
-            return table
-
-        return self._replace(
-            ids=put(self.ids, ids),
-            masked=put(self.masked, inside & (ids == self.mask_id)),
-            frozen=put(self.frozen, frozen | ~inside),
-            length=put(self.length, self.length.new_tensor(new)),
-        )
+        new, length = self.ids.new_tensor(tokens), self.length.clone()
+        length[row] += len(tokens) - n_delete
+        given = self.ids, self.masked, self.frozen
+        spliced = zip(given, (new, new == self.mask_id, torch.zeros_like(new, dtype=torch.bool)), strict=True)
+        ids, masked, frozen = (splice(table, row, column, n_delete, values) for table, values in spliced)
+        return self._replace(ids=ids, masked=masked, frozen=frozen).cut(length.clamp(max=self.ids.shape[1]))
 
     def cut(self, length: Tensor) -> Canvas:
         """The canvas with its rows cut to `length` (B,) columns; what was behind becomes padding."""
@@ -89,14 +80,8 @@ class Canvas(NamedTuple):
 
 def splice_columns(leaf: Tensor, d: Decision) -> Tensor:
     """Carry a per-column leaf (B, L, ...) through the length edits of a decision; inserted columns are zero."""
-    for row, column, n_delete, tokens in sorted(d.edits, key=lambda e: (e[0], -e[1])):
-        width = leaf.shape[1]
-        old = leaf[row]
-        gap = old.new_zeros((len(tokens), *old.shape[1:]))
-        new = torch.cat([old[:column], gap, old[column + n_delete :]])[:width]
-        leaf = leaf.clone()
-        leaf[row] = 0
-        leaf[row, : len(new)] = new
+    for row, column, n_delete, tokens in d.ordered:
+        leaf = splice(leaf, row, column, n_delete, leaf.new_zeros((len(tokens), *leaf.shape[2:])))
     return leaf
 
 

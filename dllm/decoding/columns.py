@@ -37,3 +37,13 @@ def scatter(table: Tensor, cols: Tensor, values: Tensor | bool) -> Tensor:
 def spread(index: Tensor, table: Tensor) -> Tensor:
     """An index (B, W) of columns as `gather` and `scatter` take it for a table (B, L, ...)."""
     return index.view(*index.shape, *[1] * (table.dim() - 2)).expand(*index.shape, *table.shape[2:])
+
+
+def splice(table: Tensor, row: int, column: int, n_delete: int, new: Tensor) -> Tensor:
+    """The table (B, L, ...) with `n_delete` columns of a row replaced by `new` (n, ...), cut or zero-filled to L."""
+    old, width = table[row], table.shape[1]
+    values = torch.cat([old[:column], new, old[column + n_delete :]])[:width]
+    table = table.clone()
+    table[row] = 0
+    table[row, : len(values)] = values
+    return table
