@@ -6,13 +6,37 @@ The public names load lazily (PEP 562): importing the package imports neither to
 from __future__ import annotations
 
 import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from dllm.errors import DllmError
+from dllm.errors import DllmError as DllmError
+
+if TYPE_CHECKING:  # the same names for checkers and editors
+    from dllm.call.arguments import DecodingArguments as DecodingArguments
+    from dllm.call.cache_error import cache_error as cache_error
+    from dllm.call.generate import generate as generate
+    from dllm.call.generate import stream as stream
+    from dllm.call.output import Event as Event
+    from dllm.call.output import Output as Output
+    from dllm.call.prompts import Prompt as Prompt
+    from dllm.call.score import score as score
+    from dllm.decoding.trace import Trace as Trace
+    from dllm.drafting.front import speculate as speculate
+    from dllm.drafting.hooks.transformers import spec_generate as spec_generate
+    from dllm.drafting.hooks.transformers import speculator as speculator
+    from dllm.models.hub import load as load
+    from dllm.models.hub import load_verifier as load_verifier
+    from dllm.models.model import Model as Model
 
 try:
     __version__ = version("dllm-toolkit")
@@ -23,22 +47,24 @@ _HERE = Path(__file__).resolve().parent
 __path__ = [str(_HERE)]  # an editable install is a tree of links: files go by their own names
 
 _LAZY = {
-    "generate": "dllm.call.generate",
-    "stream": "dllm.call.generate",
-    "score": "dllm.call.score",
-    "cache_error": "dllm.call.cache_error",
+    "DecodingArguments": "dllm.call.arguments",
+    "Event": "dllm.call.output",
+    "Model": "dllm.models.model",
     "Output": "dllm.call.output",
+    "Prompt": "dllm.call.prompts",
+    "Trace": "dllm.decoding.trace",
+    "cache_error": "dllm.call.cache_error",
+    "generate": "dllm.call.generate",
     "load": "dllm.models.hub",
     "load_verifier": "dllm.models.hub",
-    "Model": "dllm.models.hub",
-    "speculate": "dllm.drafting.front",
+    "score": "dllm.call.score",
     "spec_generate": "dllm.drafting.hooks.transformers",
+    "speculate": "dllm.drafting.front",
     "speculator": "dllm.drafting.hooks.transformers",
+    "stream": "dllm.call.generate",
 }
-__all__ = [  # noqa: PLE0604
-    *_LAZY,
-    "__version__",
-]
+_ROOMS = ("samplers", "eval", "training", "drafting", "models")
+__all__ = [*_LAZY, "DllmError", "__version__"]  # noqa: PLE0604
 
 
 @functools.cache
@@ -57,15 +83,56 @@ def of_one_tree() -> None:
             )
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY or name in ("samplers", "eval"):
-        of_one_tree()
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    if name in ("samplers", "eval", "training", "drafting", "models"):
-        return import_module(f"dllm.{name}")
-    raise AttributeError(f"module 'dllm' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> object:
+        if name in _LAZY or name in _ROOMS:
+            of_one_tree()
+            return getattr(import_module(_LAZY[name]), name) if name in _LAZY else import_module(f"dllm.{name}")
+        raise AttributeError(f"module 'dllm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# -- former places (assets/moved.json): they work for one release, with a warning -------------------------------------
+
+
+@functools.cache
+def _moves() -> dict[str, dict[str, list[str]]]:
+    """By former module, and by former name where that has changed too: the places to look."""
+    table: dict[str, dict[str, list[str]]] = json.loads((_HERE / "assets" / "moved.json").read_text(encoding="utf-8"))
+    return table
+
+
+def moved(former: str) -> Callable[[str], object]:
+    """The `__getattr__` of a module that has lost names: finds them where they are now, and warns."""
+
+    def find(name: str) -> object:
+        places = [f"{place}.{name}" for place in _moves()["modules"][former]]
+        for place in [] if name.startswith("__") else _moves()["names"].get(f"{former}.{name}", places):
+            module, _, attribute = place.rpartition(".")
+            if attribute in (found := vars(import_module(module))):
+                warnings.warn(f"{former}.{name} is now {place}", DeprecationWarning, stacklevel=2)
+                return found[attribute]
+        raise AttributeError(f"module {former!r} has no attribute {name!r}")
+
+    return find
+
+
+class _Former(MetaPathFinder, Loader):
+    """Finds modules under their former names; asked when nothing else knows a name."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Of a module that stands in for the former one."""
+        return ModuleSpec(name, self) if name.startswith("dllm.") and name in _moves()["modules"] else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let it find its names."""
+        places = ", ".join(_moves()["modules"][module.__name__])
+        warnings.warn(f"{module.__name__} is now {places}", DeprecationWarning, stacklevel=2)
+        vars(module)["__getattr__"] = moved(module.__name__)
+
+
+sys.meta_path.append(_Former())

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+import dllm
 from dllm.decoding.canvas import Canvas, Decision, Span, State
 from dllm.decoding.slots import Context, Needs, Sampler, View
 from dllm.errors import DllmError, unknown
@@ -158,3 +159,7 @@ class Method:
 
     def bundle(self, context: Context) -> Bundle:
         raise NotImplementedError
+
+
+if not TYPE_CHECKING:
+    __getattr__ = dllm.moved(__name__)

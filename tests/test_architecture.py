@@ -78,7 +78,8 @@ def test_arrows_point_one_way(layer):
 
 
 def test_no_circle():
-    todo = {name: {other for other, _ in imports(name)} - {name} for name in MODULES}
+    lazy = {"dllm"}  # the package itself imports for checkers alone
+    todo = {name: {other for other, _ in imports(name)} - {name} for name in MODULES.keys() - lazy}
     while free := [name for name, others in todo.items() if not others & todo.keys()]:
         for name in free:
             del todo[name]

@@ -6,11 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
+from dllm.decoding.cache.policy import Policy
 from dllm.decoding.engine import Step
 from dllm.decoding.stopping import stop_strings
 from dllm.errors import DllmError, nearest, unknown
+from dllm.lookahead.setting import Lookahead
+from dllm.samplers.registry import Spec
+
+CacheSpec: TypeAlias = str | Mapping[str, object] | Policy
+LookaheadSpec: TypeAlias = int | str | Mapping[str, object] | Lookahead
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     says: str
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
+        """Errors: a value of another kind, or out of range."""
         wrong = not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool)
         if wrong or not self.holds(value):
             raise DllmError(f"{name}={value!r} must be {self.says}")
@@ -114,12 +121,44 @@ RULES: dict[str, Rule] = {
 }
 
 
+class DecodingArguments(TypedDict, total=False):
+    """The arguments of `Arguments`, for signatures: `def mine(**arguments: Unpack[DecodingArguments])`. `n`, which
+    decides whether a call returns one output or a list, stands in the signatures itself."""
+
+    sampler: Spec | None
+    cache: CacheSpec | None
+    max_new_tokens: int | None
+    block_length: int | None
+    steps: int | None
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    gumbel: bool
+    cfg_scale: float
+    seed: int
+    stop: str | Sequence[str] | None
+    eos: int | Sequence[int] | None
+    min_new_tokens: int
+    suppress_tokens: Sequence[int]
+    logits_eos_inf: bool
+    confidence_eos_eot_inf: bool
+    early_stop: bool
+    lookahead: LookaheadSpec | None
+    batch_size: int
+    chat: bool | None
+    infill: bool
+    trace: bool
+    compile: bool
+    max_nfe: int | None
+    check: Step | None
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Every decoding argument with its default (docs/arguments.md). Errors name the argument and what it may be."""
 
-    sampler: Any = None  # a name, "name:key=value", "a+b", a mapping or a list of these; None: the family's
-    cache: Any = None  # a policy, in the same forms; None: the model's (docs/caches.md)
+    sampler: Spec | None = None  # a name, "name:key=value", "a+b", a mapping or a list of these; None: the family's
+    cache: CacheSpec | None = None  # a policy, in the same forms; None: the model's (docs/caches.md)
     max_new_tokens: int | None = None  # columns behind the prompt; None: 128 or what fits, 0 with infill
     block_length: int | None = None  # columns decoded before the next ones; None: the model's, else the family's
     steps: int | None = None  # forwards over the whole window (quota samplers); None: one token a step
@@ -137,7 +176,7 @@ class Arguments:
     logits_eos_inf: bool = False  # end tokens are never predicted (LLaDA)
     confidence_eos_eot_inf: bool = False  # columns that predict an end token are committed last (LLaDA)
     early_stop: bool = True  # False: every column is decoded, as in the public codes
-    lookahead: int | str | dict[str, Any] | None = None  # rows of exact verification (docs/lookahead.md)
+    lookahead: LookaheadSpec | None = None  # rows of exact verification (docs/lookahead.md)
     batch_size: int = 8  # rows decoded at a time
     chat: bool | None = None  # whether text goes through the chat template; None: where there is one
     infill: bool = False  # fill the mask tokens inside the prompt
@@ -156,6 +195,7 @@ class Arguments:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Arguments:
+        """The arguments of a call. Errors: an unknown name, with the nearest one or what there is in its place."""
         for name in given:
             if name not in cls.__dataclass_fields__:
                 raise unknown("argument", name, cls.__dataclass_fields__, hint=counterpart(name))

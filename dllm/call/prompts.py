@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from dllm.decoding.stopping import valid_text
 from dllm.errors import DllmError
@@ -20,7 +20,24 @@ log = logging.getLogger(__name__)
 # what a tokenizer may return beside ids and mask; none of it says more about a text
 IGNORED = {"token_type_ids", "position_ids", "special_tokens_mask", "offset_mapping", "length"}
 
-Encode = Callable[[Any], list[int]]  # text or chat messages -> ids
+
+@runtime_checkable
+class Array(Protocol):
+    """A tensor or an array."""
+
+    def tolist(self) -> Any:
+        """As nested lists."""
+
+
+Message: TypeAlias = Mapping[str, object]  # "role" and "content"
+Text: TypeAlias = str | Sequence[Message]
+One: TypeAlias = Text | Sequence[int]  # a prompt: text, chat messages or token ids
+Several: TypeAlias = (
+    list[str] | tuple[str, ...] | Sequence[Sequence[Message]] | Sequence[Sequence[int]] | Sequence[Array]
+)
+Encoding: TypeAlias = Mapping[str, object]  # what a tokenizer returns: "input_ids", "attention_mask"
+Prompt: TypeAlias = One | Several | Array | Encoding | Sequence[Encoding]
+Encode: TypeAlias = Callable[[Text], list[int]]
 
 
 @dataclass(frozen=True)
