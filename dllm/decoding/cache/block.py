@@ -32,9 +32,11 @@ class Block(Policy):
         return first // self.block_size * self.block_size
 
     def holds(self, state: State, window: Span) -> Cached:
+        """The blocks below the frontier."""
         return state.cached._replace(frontier=self.frontier(state, window))
 
     def stale(self, state: State, window: Span) -> Tensor:
+        """Rows whose frontier moved: a finished block is to be committed."""
         return state.cached.frontier != window.holds.frontier
 
     def span(self, state: State, window: Span) -> Tensor:
@@ -45,12 +47,14 @@ class Block(Policy):
         return between(lo, self.ahead_of(torch.maximum(self.block_end(state, window), frontier), state))
 
     def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The open block and what is not in the store yet; of these keys and values only the clean ones stay."""
         pos = self.span(state, window)
         clean = (pos >= 0) & (pos < window.holds.frontier[:, None])
         limit = pos.amax(1) + 1
         return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=limit, keep=clean)
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The same: the open block, whose keys and values do not stay."""
         return self.refresh(state, window, lane)
 
 
@@ -67,17 +71,21 @@ class BlockDual(Block):
     exact: ClassVar[bool] = False
 
     def holds(self, state: State, window: Span) -> Cached:
+        """The blocks below the frontier, and the open one as its last whole forward saw it."""
         frontier = self.frontier(state, window)
         return state.cached._replace(frontier=frontier, end=torch.maximum(self.block_end(state, window), frontier))
 
     def stale(self, state: State, window: Span) -> Tensor:
+        """Rows whose block is new, or longer, and those whose first column the window alone cannot predict."""
         first = window.lo.clamp(max=state.canvas.ids.shape[1] - 1)[:, None]
         headless = state.canvas.masked.gather(1, first)[:, 0] & bool(self.shift)
         return super().stale(state, window) | (state.cached.end != window.holds.end) | headless
 
     def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The open block and what is not in the store yet; all of it stays."""
         pos = self.span(state, window)
         return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=pos.amax(1) + 1)
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The window."""
         return span_plan(state, window, window.lo, window.hi, lane=lane, shift=self.shift)
