@@ -39,7 +39,7 @@ from dllm.eval.tasks import confined
 from dllm.eval.tasks.base import Unavailable
 from dllm.eval.worker import Worker, attempt, failed, measure
 from dllm.models.arguments import RENAMED, LoadArguments
-from dllm.models.model import by_template
+from dllm.models.tokenizer import by_template
 
 try:
     from lm_eval import simple_evaluate

@@ -30,7 +30,7 @@ from dllm.eval.config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
 from dllm.eval.store import Row, decoding_identity, sample_key
 from dllm.eval.tasks import Task, Unavailable, confined
 from dllm.eval.tasks import load as load_task
-from dllm.models.model import fingerprint
+from dllm.models.native import fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -11,23 +11,18 @@ rows of probabilities into logits; `peaks` makes rows from (token, confidence) p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm.models.model import Model
 
-class Scripted:
-    """Stands where a `Model` stands: full forwards only, hidden states are the logits themselves."""
 
-    supports_cache = False
-    device = torch.device("cpu")
-    dtype = torch.float64
+class Scripted(Model):
+    """Full forwards only; the hidden states are the logits themselves."""
+
+    device, dtype = torch.device("cpu"), torch.float64
     family = "scripted"
-    shift = 0
-    block_size = None
-    bos_id = pad_id = tokenizer = None
 
     def __init__(
         self,
@@ -35,41 +30,40 @@ class Scripted:
         *,
         vocab: int | None = None,
         eos: int | None = None,
+        mask: int | None = None,
         prompt: int = 1,
         max_positions: int = 4096,
     ) -> None:
-        if isinstance(script, Tensor):
-            script = [script]
-        self.script = script
-        self.vocab_size = vocab or int(script[0].shape[-1]) + 1  # type: ignore[index]
-        self.mask_id = self.vocab_size - 1  # one id beyond the tokens of the tables
+        self.script = [script] if isinstance(script, Tensor) else script
+        if vocab is None:
+            assert not callable(self.script)
+            vocab = self.script[0].shape[-1] + 1
+        self.vocab_size = self.embedding_rows = vocab
+        self.mask_id = vocab - 1 if mask is None else mask  # one id beyond the tokens of the tables
         self.eos_ids = () if eos is None else (eos,)
         self.prompt = prompt
         self.max_positions = max_positions
-        self.config = SimpleNamespace(embedding_rows=self.vocab_size)
-        self.calls = 0
+        self.seen: list[list[list[int]]] = []  # by forward and row: what was fed
+
+    @property
+    def calls(self) -> int:
+        """Forwards so far."""
+        return len(self.seen)
 
     def table(self, ids: list[int]) -> Tensor:
         if callable(self.script):
             return self.script(ids)
         return self.script[min(self.calls, len(self.script) - 1)]
 
-    def forward(self, ids: Tensor, pos: Tensor | None = None, **_: Any) -> Tensor:
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:
+        rows = ids.tolist()
         hidden = torch.zeros(*ids.shape, self.vocab_size, dtype=torch.float64)
         hidden[..., 1:] = -30.0
-        for row, tokens in enumerate(ids.tolist()):
+        for row, tokens in enumerate(rows):
             table = self.table(tokens)[: len(tokens) - self.prompt]
             hidden[row, self.prompt : self.prompt + len(table), : table.shape[-1]] = table
-        self.calls += 1
+        self.seen.append(rows)
         return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = hidden.clone()
-        logits[..., self.mask_id] = -torch.inf
-        return logits
-
-    def source(self, pos: Tensor) -> Tensor:
-        return pos.clamp(min=0)
 
 
 def probabilities(rows: Sequence[Sequence[float]]) -> Tensor:

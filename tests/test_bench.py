@@ -8,27 +8,27 @@ import pytest
 from golden_cases import model as load
 
 from dllm.bench import runtime as bench
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> NativeModel:
     return bench.random_model(width=64, layers=1, vocabulary=100, positions=512)
 
 
-def test_a_block_is_one_refresh_and_its_steps(model: Model) -> None:
+def test_a_block_is_one_refresh_and_its_steps(model: NativeModel) -> None:
     recorder = bench.Recorder(model)
-    bench.first_block(recorder, given=8, new=96)  # type: ignore[arg-type]
-    fed = [args[0].shape[1] for name, args, _ in recorder.calls if name == "forward"]
+    bench.first_block(recorder, given=8, new=96)
+    fed = [call.args[0].shape[1] for name, call in recorder.calls if name == "forward"]
     assert fed == [104] + [32] * 31
 
 
-def test_the_growth_row_prints_its_parts(model: Model) -> None:
+def test_the_growth_row_prints_its_parts(model: NativeModel) -> None:
     row = bench.growth(model, 1, short=32, long=64, given=4)
     assert re.search(r"32: refresh [\d.]+ \+ steps [\d.]+ ms a token; 64: refresh", row.note)
 
 
-def test_a_decode_is_measured_against_its_own_forwards(model: Model) -> None:
+def test_a_decode_is_measured_against_its_own_forwards(model: NativeModel) -> None:
     row = bench.overhead(model, [1, 2, 3], 1.02, "small", 1, max_new_tokens=8, steps=4, early_stop=False, cache="dual")
     assert row.note.startswith("4 forwards")
 

@@ -11,13 +11,13 @@ import dllm
 from dllm.call.cache_error import cache_error
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 
 MASK = 39
 PROMPTS = [[5], [7, 8, 9, 10], [4, 4, 11, 12, 13, 3, 2, 1, 30]]
 
 
-def tiny(block: int | None = 4, shift: int = 0, seed: int = 3, **switches) -> Model:
+def tiny(block: int | None = 4, shift: int = 0, seed: int = 3, **switches) -> NativeModel:
     torch.manual_seed(seed)
     sizes = dict(vocab_size=40, embedding_rows=40, hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
     config = ModelConfig(
@@ -30,7 +30,7 @@ def tiny(block: int | None = 4, shift: int = 0, seed: int = 3, **switches) -> Mo
         **sizes,
         **switches,
     )
-    model = Model(config)
+    model = NativeModel(config)
     for parameter in model.transformer.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -83,7 +83,7 @@ def test_nothing_that_a_forward_with_masks_computed_is_read(monkeypatch):
     """After every forward, what lies behind the clean blocks is overwritten with large values: nothing changes."""
     model, policy = tiny(), dllm.decoding.cache.block.Block
     plain = run(model, PROMPTS, sampler="threshold:tau=0.3")
-    forward, spoiled = Model.forward, []
+    forward, spoiled = NativeModel.forward, []
 
     def spoil(self, ids, pos=None, *, store=None, **rest):
         hidden = forward(self, ids, pos, store=store, **rest)
@@ -98,7 +98,7 @@ def test_nothing_that_a_forward_with_masks_computed_is_read(monkeypatch):
         return hidden
 
     reach: dict[int, int] = {}
-    monkeypatch.setattr(Model, "forward", spoil)
+    monkeypatch.setattr(NativeModel, "forward", spoil)
     assert policy.exact
     assert [story(o) for o in run(model, PROMPTS, sampler="threshold:tau=0.3")] == [story(o) for o in plain]
     assert max(spoiled) > 12

@@ -129,7 +129,7 @@ def test_rows_are_independent(name: str, kind: str) -> None:
 def test_the_default_length_is_the_rows_own() -> None:
     """What a neighbour's long prompt leaves of the positions is nobody else's limit."""
     small = dllm.load(GOLDEN / "checkpoints" / "tiny-llada-random", dtype="float64")
-    small.config = dataclasses.replace(small.config, max_positions=40)
+    small.max_positions = 40
     outs = dllm.generate(small, [[5, 9], [3] * 34], eos=[])
     assert [len(out.sequences) for out in outs] == [40, 40]
 

@@ -7,7 +7,7 @@ import torch
 
 from dllm.call.generate import generate
 from dllm.models.hub import ASSETS, load, load_verifier
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.tasks.base import Example
 from dllm.tasks.registry import TASKS
 from dllm.tasks.registry import generate as problems
@@ -24,23 +24,23 @@ BOUNDS = {
 
 
 @pytest.fixture(scope="module")
-def dllm_tiny() -> Model:
+def dllm_tiny() -> NativeModel:
     return load("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def twin() -> Model:
+def twin() -> NativeModel:
     return load("tiny-ar", device="cpu")
 
 
 @pytest.mark.parametrize("name,task", BOUNDS)
-def test_shipped_weights_solve_their_tasks(name: str, task: str, dllm_tiny: Model, twin: Model) -> None:
+def test_shipped_weights_solve_their_tasks(name: str, task: str, dllm_tiny: NativeModel, twin: NativeModel) -> None:
     (result,) = evaluate(dllm_tiny if name == "tiny" else twin, [task], PROBLEMS, seed=0, label=name)
     assert result.n == PROBLEMS
     assert result.value >= BOUNDS[name, task], str(result)
 
 
-def test_the_bound_can_fail(dllm_tiny: Model) -> None:
+def test_the_bound_can_fail(dllm_tiny: NativeModel) -> None:
     """One matrix with flipped signs, and the same check is far below its bound."""
     broken = load("tiny", device="cpu")
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_the_bound_can_fail(dllm_tiny: Model) -> None:
     assert result.value < BOUNDS["tiny", "sudoku"]
 
 
-def test_pair_is_under_25_megabytes_with_one_tokenizer(dllm_tiny: Model, twin: Model) -> None:
+def test_pair_is_under_25_megabytes_with_one_tokenizer(dllm_tiny: NativeModel, twin: NativeModel) -> None:
     files = [f for name in ("tiny", "tiny-ar") for f in (ASSETS / name).iterdir()]
     assert sum(f.stat().st_size for f in files) < 25e6
     assert {f.suffix for f in files} == {".json", ".safetensors"}
@@ -58,14 +58,14 @@ def test_pair_is_under_25_megabytes_with_one_tokenizer(dllm_tiny: Model, twin: M
     assert dllm_tiny.max_positions >= 512
 
 
-def test_every_answer_fits_its_window(dllm_tiny: Model) -> None:
+def test_every_answer_fits_its_window(dllm_tiny: NativeModel) -> None:
     for name in TASKS:
         for example in problems(name, "test", 200, 1):
             assert len(dllm_tiny.tokenizer(example.answer)["input_ids"]) < WINDOW[name]
 
 
 @pytest.mark.parametrize("question", ["", " How many apples does Tom have now?"])
-def test_the_prompt_of_the_readme(question: str, dllm_tiny: Model) -> None:
+def test_the_prompt_of_the_readme(question: str, dllm_tiny: NativeModel) -> None:
     output = generate(dllm_tiny, "Tom has 12 apples. He buys 7 more." + question, max_new_tokens=64, block_length=32)
     assert output.text.endswith("#### 19")
     assert "12 + 7 = 19" in output.text
@@ -73,14 +73,14 @@ def test_the_prompt_of_the_readme(question: str, dllm_tiny: Model) -> None:
 
 
 @pytest.mark.parametrize("window", [32, 64, 128])
-def test_other_windows_work_too(window: int, dllm_tiny: Model) -> None:
+def test_other_windows_work_too(window: int, dllm_tiny: NativeModel) -> None:
     examples = [e for e in problems("word_problems", "test", 90, 2) if e.meta["steps"] == 1][:12]
     outputs = generate(dllm_tiny, [e.prompt for e in examples], max_new_tokens=window, block_length=32, batch_size=12)
     right = sum(TASKS["word_problems"].grade(e, o.text) for e, o in zip(examples, outputs, strict=True))
     assert len(examples) == 12 and right >= 10
 
 
-def test_twin_in_transformers_gives_the_same_answers(twin: Model) -> None:
+def test_twin_in_transformers_gives_the_same_answers(twin: NativeModel) -> None:
     examples = problems("word_problems", "test", 6, 3)
     verifier = load_verifier("tiny-ar", device="cpu")
     for example, text in zip(examples, answers(twin, "word_problems", examples), strict=True):
@@ -93,7 +93,7 @@ def test_accuracy_prints_its_interval() -> None:
     assert str(Accuracy("tiny", "sudoku", 90, 100)) == "tiny     sudoku           90.0%  [82.6%, 94.5%]  n=100"
 
 
-def test_answers_keep_the_order_of_the_examples(twin: Model) -> None:
+def test_answers_keep_the_order_of_the_examples(twin: NativeModel) -> None:
     examples = problems("functions", "test", 5, 4)
     together = answers(twin, "functions", examples, batch_size=2)
     assert together == [answers(twin, "functions", [e])[0] for e in examples]

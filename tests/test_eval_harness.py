@@ -210,7 +210,7 @@ def test_prompts_begin_with_bos_on_request(model, monkeypatch):
         return honest(model, ids, **arguments)
 
     monkeypatch.setattr(dllm, "generate", watched, raising=False)
-    monkeypatch.setattr(type(model), "bos_id", 5)
+    monkeypatch.setattr(model, "bos_id", 5)
     given = {"until": [], "max_gen_toks": 2}
     for asks in ({"add_bos_token": True}, {}):
         DiffusionLM(MODEL, model, **asks).generate_until(asked(("Tom has 3", given)), disable_tqdm=True)

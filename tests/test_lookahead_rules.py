@@ -29,18 +29,19 @@ from dllm.lookahead.guesses import Chain, Drafts
 from dllm.lookahead.memo import differ, written
 from dllm.lookahead.pace import Pace
 from dllm.lookahead.setting import Lookahead
+from dllm.models.model import Model
 from dllm.samplers import registry
 
 LETTERS = "?ABCDXZ"  # id 0 is the mask
 
 
-class Scripted:
+class Scripted(Model):
     """A model that looks the canvas up: `{"A__": "1:B .85,2:C .6"}`."""
 
     supports_cache, shift, block_size, family, tokenizer = False, 0, None, "scripted", None
     bos_id = pad_id = None
     mask_id, eos_ids, vocab_size, max_positions = 0, (), len(LETTERS), 64
-    dtype, device, config = torch.float64, torch.device("cpu"), SimpleNamespace(embedding_rows=len(LETTERS))
+    dtype, device, embedding_rows = torch.float64, torch.device("cpu"), len(LETTERS)
 
     def __init__(self, table: dict[str, str]) -> None:
         self.table = table

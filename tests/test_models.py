@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllm.models.config import ModelConfig
 from dllm.models.hub import load
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.models.transformer import KVStore, Transformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -119,7 +119,7 @@ def test_llada_equals_llama_with_renamed_weights(tmp_path):
         "model.embed_tokens": "embed_tokens", "model.norm": "norm", "model.layers": "layers", "lm_head": "lm_head",
     }  # fmt: skip
     config = replace(load(tmp_path, device="cpu").config, family="llada", architecture="LLaDAModelLM", causal=False)
-    model = Model(replace(config, mask_id=59, shift=0, rope_full_precision=True, raw={}))
+    model = NativeModel(replace(config, mask_id=59, shift=0, rope_full_precision=True, raw={}))
     state = {}
     for name, value in native.state_dict().items():
         old = next(o for o in names if name.startswith(o))
@@ -139,7 +139,7 @@ def test_causal_twin_is_saved_as_a_plain_llama(tmp_path):
     config = ModelConfig(
         "causal", "LlamaForCausalLM", 61, 61, 32, 2, 4, 2, 8, 48, causal=True, shift=1, eos_ids=(60,), pad_id=60
     )
-    model = Model(config)
+    model = NativeModel(config)
     native = AutoModelForCausalLM.from_pretrained(model.save(tmp_path))
     assert type(native).__name__ == "LlamaForCausalLM"
     ids = torch.randint(0, 59, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -152,10 +152,10 @@ def test_causal_twin_is_saved_as_a_plain_llama(tmp_path):
 N, L = 3, 24
 
 
-def tiny(layers: int = 3, **switches) -> Model:
+def tiny(layers: int = 3, **switches) -> NativeModel:
     torch.manual_seed(3)
     config = ModelConfig("llada", "LLaDAModelLM", 40, 40, 32, layers, 4, 2, 8, 48, mask_id=39, **switches)
-    model = Model(config)
+    model = NativeModel(config)
     for parameter in model.transformer.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
@@ -174,7 +174,7 @@ def everything(n: int = N, slots: int = L) -> Tensor:
     return torch.ones(n, 1, slots, dtype=torch.bool)
 
 
-def filled(model: Model, ids: Tensor) -> tuple[KVStore, Tensor]:
+def filled(model: NativeModel, ids: Tensor) -> tuple[KVStore, Tensor]:
     n, length = ids.shape
     store = model.new_store(n, length)
     return store, model.forward(ids, positions(n, length), visible=everything(n, length), store=store)
@@ -355,7 +355,7 @@ def test_lanes_in_any_order():
         close(a, b)
 
 
-def slowly(model: Model, ids, pos, fresh, keep, visible, lane, store: KVStore) -> Tensor:
+def slowly(model: NativeModel, ids, pos, fresh, keep, visible, lane, store: KVStore) -> Tensor:
     """The cached forward by its definition, one row, one layer and one query at a time."""
     net, config = model.transformer, model.config
     block = 1 if config.causal else config.block_size
@@ -450,9 +450,9 @@ def test_the_mask_and_padding_rows_cannot_be_predicted():
     model = tiny()
     logits = model.logits(model.forward(sample_ids()))
     assert logits.shape[-1] == 40 and (logits[..., 39] == -torch.inf).all() and logits[..., :39].isfinite().all()
-    padded = Model(replace(model.config, vocab_size=30, mask_id=29))
+    padded = NativeModel(replace(model.config, vocab_size=30, mask_id=29))
     assert padded.logits(padded.forward(sample_ids())).shape[-1] == 30
-    half = Model(model.config).to(dtype=torch.bfloat16)
+    half = NativeModel(model.config).to(dtype=torch.bfloat16)
     assert half.logits(half.forward(sample_ids())).dtype == torch.float32
 
 

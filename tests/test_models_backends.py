@@ -16,8 +16,8 @@ from dllm.models.checkpoint import build
 from dllm.models.config import ModelConfig, MoEConfig
 from dllm.models.foreign import ForeignModel
 from dllm.models.hub import load
-from dllm.models.model import Model
 from dllm.models.moe import MoE, route
+from dllm.models.native import NativeModel
 from dllm.models.parallel import device_plan
 from dllm.models.transformer import Transformer
 
@@ -218,7 +218,7 @@ def test_quantized_weights(tmp_path):
     pytest.importorskip("torchao")
     torch.manual_seed(0)
     config = ModelConfig("llada", "LLaDAModelLM", 90, 90, 64, 2, 4, 4, 16, 128, mask_id=89, eos_ids=(88,), pad_id=88)
-    folder = Model(config).save(tmp_path)
+    folder = NativeModel(config).save(tmp_path)
     plain, ids = load(folder, device="cpu"), torch.randint(0, 88, (1, 20))
     expected = plain.forward(ids)
     errors = {}

@@ -15,7 +15,7 @@ from dllm.errors import DllmError
 from dllm.models.checkpoint import INDEX
 from dllm.models.config import ModelConfig
 from dllm.models.hub import load, load_verifier
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.transformer import Transformer
 
@@ -35,7 +35,7 @@ def moe(tmp_path) -> Path:
     return Path(shutil.copytree(CHECKPOINTS / "tiny-llada-moe-random", tmp_path / "moe"))
 
 
-def cpu(path, **options) -> Model:
+def cpu(path, **options) -> NativeModel:
     return load(path, device="cpu", **options)
 
 
@@ -88,7 +88,7 @@ def test_a_config_written_from_scratch_is_read_back(name, tmp_path):
     from dataclasses import replace
 
     model = cpu(CHECKPOINTS / name, mask_id=MASKS.get(name))
-    bare = Model(replace(model.config, raw={}), model.transformer, model.tokenizer)
+    bare = NativeModel(replace(model.config, raw={}), model.transformer, model.tokenizer)
     assert cpu(bare.save(tmp_path)).config == model.config
 
 
@@ -138,7 +138,7 @@ def test_a_head_stored_beside_a_tied_embedding(tmp_path):
 # --- saving over what is there ----------------------------------------------------------------------------------------
 
 
-def doubled(folder: Path) -> Model:
+def doubled(folder: Path) -> NativeModel:
     """The model of a folder, changed."""
     model = cpu(folder)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.hub import load
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.models.transformer import Transformer
 from dllm.tasks.base import Example
 from dllm.training import checkpoint, trainer
@@ -53,7 +53,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def weights(model: Model) -> dict[str, torch.Tensor]:
+def weights(model: NativeModel) -> dict[str, torch.Tensor]:
     return dict(model.transformer.state_dict())
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.models.hub import ASSETS, load_tokenizer
+from dllm.models.hub import ASSETS
+from dllm.models.tokenizer import load_tokenizer
 from dllm.tasks.registry import TASKS
 from dllm.training.tokenizer import SPECIAL, embedded_tokenizer
 

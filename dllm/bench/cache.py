@@ -22,7 +22,7 @@ import dllm
 from dllm.bench.runtime import Row, machine
 from dllm.call.cache_error import cache_error
 from dllm.models.config import ModelConfig
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.tasks import registry as tasks
 
 CACHES = (
@@ -39,7 +39,7 @@ CACHES = (
 )
 
 
-def random_model(hidden: int, layers: int, block: int | None, device: str, dtype: torch.dtype) -> Model:
+def random_model(hidden: int, layers: int, block: int | None, device: str, dtype: torch.dtype) -> NativeModel:
     """A model with random weights; cost does not depend on what they are."""
     heads = hidden // 64
     config = ModelConfig(
@@ -48,10 +48,10 @@ def random_model(hidden: int, layers: int, block: int | None, device: str, dtype
         block_size=block, max_positions=4096,
     )  # fmt: skip
     with torch.device(device):
-        return Model(config).to(dtype=dtype)
+        return NativeModel(config).to(dtype=dtype)
 
 
-def seconds_per_token(model: Model, new: int, batch: int, **arguments: Any) -> float:
+def seconds_per_token(model: NativeModel, new: int, batch: int, **arguments: Any) -> float:
     """Of one decode of `batch` equal-length rows after a prompt of 64 tokens; on a CPU, of processor time."""
     prompts = [[(7 * i + row) % 8000 for i in range(64)] for row in range(batch)]
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
@@ -62,7 +62,7 @@ def seconds_per_token(model: Model, new: int, batch: int, **arguments: Any) -> f
     return (clock() - began) / (new * batch)
 
 
-def _wait(model: Model) -> None:
+def _wait(model: NativeModel) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -99,7 +99,7 @@ class Policy:
 
 
 def policies(
-    model: Model,
+    model: NativeModel,
     prompts: Sequence[Any],
     caches: Sequence[str] = CACHES,
     correct: Callable[[int, str], bool] | None = None,

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dllm.models.config import ModelConfig, MoEConfig
 from dllm.models.hub import load
-from dllm.models.model import Model
 from dllm.models.moe import MoE, route
+from dllm.models.native import NativeModel
 from dllm.models.transformer import MLP
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def load_memory(gigabytes: float = 2.0, shards: int = 8, dtype: str = "bfloat16"
 
 
 def _random(config: ModelConfig, folder: Path, shards: int) -> Sequence[Tensor]:
-    model = Model(config)
+    model = NativeModel(config)
     parameters = list(model.transformer.parameters())
     model.save(folder, shard_bytes=sum(p.nbytes for p in parameters) // shards)
     return parameters

@@ -19,7 +19,7 @@ from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Context, Sampler
 from dllm.models.arguments import Checkpoint
 from dllm.models.config import ModelConfig
-from dllm.models.model import Model
+from dllm.models.model import ForwardOptions
+from dllm.models.native import NativeModel
 from dllm.samplers import registry
 
 VOCABULARY, WINDOW = 126_464, 32  # LLaDA-8B's head, one block
@@ -168,7 +169,7 @@ def step(repeats: int = REPEATS) -> list[Row]:
     return rows
 
 
-def random_model(width: int = 512, layers: int = 8, vocabulary: int = 32_000, positions: int = 2048) -> Model:
+def random_model(width: int = 512, layers: int = 8, vocabulary: int = 32_000, positions: int = 2048) -> NativeModel:
     """A random LLaDA-shaped model in float32 on the CPU."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -176,34 +177,33 @@ def random_model(width: int = 512, layers: int = 8, vocabulary: int = 32_000, po
         hidden_size=width, n_layers=layers, n_heads=width // 64, n_kv_heads=width // 64, head_dim=64,
         intermediate_size=3 * width, max_positions=positions, mask_id=vocabulary - 1, eos_ids=(vocabulary - 2,),
     )  # fmt: skip
-    return Model(config)
+    return NativeModel(config)
 
 
-class Recorder:
-    """Wraps a model: remembers every forward and head call of a decode so that they can be run bare."""
+class Recorder(NativeModel):
+    """A model that remembers every forward and head call of a decode so that they can be run bare."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.calls: list[tuple[str, tuple, dict[str, Any]]] = []
+    def __init__(self, model: NativeModel) -> None:
+        self.__dict__.update(vars(model))
+        self.calls: list[tuple[str, partial[Tensor]]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append(("forward", args, kwargs))
-        return self.model.forward(*args, **kwargs)
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **options: Unpack[ForwardOptions]) -> Tensor:
+        call = partial(super().forward, ids, pos, **options)
+        self.calls.append(("forward", call))
+        return call()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        self.calls.append(("logits", (hidden,), {}))
-        return self.model.logits(hidden)
+        call = partial(super().logits, hidden)
+        self.calls.append(("logits", call))
+        return call()
 
     @torch.inference_mode()
     def replay(self) -> None:
-        for name, args, kwargs in self.calls:
-            getattr(self.model, name)(*args, **kwargs)
+        for _, call in self.calls:
+            call()
 
 
-def overhead(model: Model, prompt: Any, bound: float, label: str, repeats: int, **arguments: Any) -> Row:
+def overhead(model: NativeModel, prompt: Any, bound: float, label: str, repeats: int, **arguments: Any) -> Row:
     """Decode divided by the sum of its bare forwards (transformer and head on the same rows)."""
     recorder = Recorder(model)
     dllm.generate(recorder, prompt, **arguments)
@@ -239,7 +239,7 @@ def generate(repeats: int = 5, length: int = 512, embedded: Checkpoint = Checkpo
     yield Row("KV bytes / (layers x 2 x kv heads x head dim x length x bytes)", store.nbytes / expected, 1.0)
 
 
-def growth(model: Model, repeats: int, short: int = 128, long: int = 1024, given: int = 64) -> Row:
+def growth(model: NativeModel, repeats: int, short: int = 128, long: int = 1024, given: int = 64) -> Row:
     """Cost per token in a window of `long` new tokens against one of `short`; `dual`, 32 steps a block, one block."""
     parts: dict[int, list[tuple[float, float]]] = {short: [], long: []}
     first_block(model, given, short)
@@ -255,7 +255,7 @@ def growth(model: Model, repeats: int, short: int = 128, long: int = 1024, given
     return Row(f"dual, cost per token, {long} / {short} new tokens", total[long] / total[short], 2.2, note=note)
 
 
-def first_block(model: Model, given: int, new: int) -> tuple[float, float]:
+def first_block(model: NativeModel, given: int, new: int) -> tuple[float, float]:
     """Seconds of the first block of a decode under `dual`: its refresh, and its other steps, one token each."""
     call = {"max_new_tokens": new, "block_length": WINDOW, "cache": "dual", "early_stop": False}
     job = prepare(model, list(range(1, 1 + given)), call)

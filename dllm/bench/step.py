@@ -25,6 +25,7 @@ from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
 from dllm.decoding.slots import Context, Sampler
 from dllm.errors import DllmError
+from dllm.models.model import Model
 from dllm.samplers import registry
 from dllm.samplers.learn2pd import Filter
 
@@ -53,21 +54,18 @@ GIVEN: dict[str, dict[str, Any]] = {
 SHIFTED = ("fast_dllm_v2",)  # for block-causal models with shifted logits
 
 
-class Tables:
+class Tables(Model):
     """Stands where the model stands. Its logits are ready: the table of the running step, read without a copy."""
 
-    device = torch.device("cpu")
-    mask_id = VOCABULARY - 1
+    vocab_size = embedding_rows = VOCABULARY
+    mask_id, max_positions = VOCABULARY - 1, 5 * WINDOW
 
     def __init__(self, tables: list[Tensor]) -> None:
         self.tables = tables  # each (rows, V); more rows than any step reads
         self.step = self.rows = 0  # which table; head rows read so far
 
-    def forward(self, ids: Tensor, pos: Tensor | None = None, **_: Any) -> Tensor:
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:
         return torch.zeros(*ids.shape, 1)
-
-    def source(self, pos: Tensor) -> Tensor:
-        return pos.clamp(min=0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         n = hidden.shape[0] * hidden.shape[1]
@@ -82,7 +80,7 @@ class Lap:
         self.name, self.model = name, model
         sampler, frame = build(name), call(name)
         policy, law = NoCache(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
-        self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)  # type: ignore[arg-type]
+        self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)
         self.lane = torch.zeros(1, dtype=torch.long)
         state, self.states = scene(sampler), list[State]()
         for k in range(STEPS):

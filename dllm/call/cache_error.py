@@ -14,7 +14,7 @@ from dllm.decoding.engine import Answer, Runner, decode
 from dllm.decoding.meter import Meter
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
-from dllm.models.hub import Model
+from dllm.models.model import Model
 
 
 class StepError(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any
 
 from dllm.call.prompts import Padding, read
 from dllm.errors import DllmError
-from dllm.models.hub import Model
-from dllm.models.model import NO_TOKENIZER
+from dllm.models.model import Model
+from dllm.models.tokenizer import NO_TOKENIZER
 
 
 def prompt_ids(model: Model, prompt: Any, chat: bool | None = None) -> tuple[list[list[int]], bool]:
@@ -24,7 +24,7 @@ def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
         raise DllmError(f"this model has no tokenizer ({NO_TOKENIZER}): pass ids, or load it with tokenizer=")
     if not isinstance(prompt, str):
         return model.chat(prompt)
-    if chat or (chat is None and getattr(model.tokenizer, "chat_template", None)):
+    if chat or (chat is None and getattr(model.tokenizer, "chat_template", None)):  # foreign
         return model.chat([{"role": "user", "content": prompt}])
     return list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 

@@ -22,7 +22,7 @@ from dllm.decoding.recording import record
 from dllm.decoding.trace import BLANK, Trace
 from dllm.errors import DllmError
 from dllm.models.diffusion_gemma import DiffusionGemma
-from dllm.models.hub import Model
+from dllm.models.model import Model
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
 from dllm.lookahead.setting import Lookahead, Stats
 from dllm.lookahead.walk import Walk
-from dllm.models.hub import Model, load
+from dllm.models.hub import load
+from dllm.models.model import Model
 from dllm.samplers import registry
 from dllm.samplers.base import Bundle
 from dllm.samplers.eos_last import EosLast
@@ -152,7 +153,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
         eos if args.logits_eos_inf else ()
     )
     law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)
-    blank = getattr(model, "relative", False) and any(set(p) <= {model.mask_id} for p in prompts)
+    blank = model.relative and any(set(p) <= {model.mask_id} for p in prompts)
     options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe, blank, args.check or step)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
     asked = torch.tensor(windows, device=model.device)
@@ -164,7 +165,7 @@ def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) ->
 
 def resolve_model(model: Any) -> Model:
     """A loaded model as it is; anything else goes through `load`."""
-    return model if hasattr(model, "mask_id") else load("tiny" if model is None else model)
+    return model if isinstance(model, Model) else load("tiny" if model is None else model)
 
 
 def lay_out(
@@ -180,7 +181,7 @@ def lay_out(
     starts, rows = [], []
     for index, prompt in enumerate(prompts):
         new = new_tokens(model, args, len(prompt))
-        check_ids(prompt, model.config.embedding_rows, f"prompt {index}")
+        check_ids(prompt, model.embedding_rows, f"prompt {index}")
         holes = [i for i, token in enumerate(prompt) if token == mask]
         if holes and not args.infill:
             at = f"prompt {index} contains the mask token at position {holes[0]}"
@@ -234,8 +235,7 @@ def build_sampler(model: Model, args: Arguments, context: Context, stops: Stops,
     spec = args.sampler if args.sampler is not None else defaults.sampler
     adjust = (EosLast(context.eos_ids),) if args.confidence_eos_eot_inf else ()
     inputs = Guidance(args.cfg_scale, context.mask_id) if args.cfg_scale else None
-    settings = getattr(model, "sampler_settings", {})  # a caller's own model has none
-    tuned = {name: s.parameters for name, s in settings.items()}
+    tuned = {name: s.parameters for name, s in model.sampler_settings.items()}
     sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust), tuned)
     if args.early_stop and not args.infill:
         sampler = sampler._replace(stop=Stop(stops, sampler.needs.revises))

@@ -13,7 +13,7 @@ from dllm.call.job import resolve_model
 from dllm.call.prompts import check_ids, joined, read_one
 from dllm.decoding import noise
 from dllm.errors import DllmError
-from dllm.models.hub import Model
+from dllm.models.model import Model
 
 
 @torch.inference_mode()
@@ -54,7 +54,7 @@ def score(
     if not tail:
         raise DllmError("the answer to score is empty")
     device, size, room = model.device, len(tail), model.max_positions - len(head)
-    check_ids(head, model.config.embedding_rows, "the prompt")
+    check_ids(head, model.embedding_rows, "the prompt")
     check_ids(tail, model.vocab_size, "the answer")
     if mask in head + tail:
         raise DllmError("a prompt and an answer to score hold no mask tokens")

@@ -25,7 +25,7 @@ from dllm.decoding.slots import Sampler, View, best, widen
 from dllm.errors import DllmError
 
 if TYPE_CHECKING:
-    from dllm.models.hub import Model
+    from dllm.models.model import Model
     from dllm.models.transformer import KVStore
 
 

@@ -27,7 +27,7 @@ from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.verifier import Pending, Verifier
 from dllm.errors import DllmError, unknown
-from dllm.models.model import by_template
+from dllm.models.tokenizer import by_template
 
 
 def speculate(

@@ -121,7 +121,7 @@ class Lookahead:
                 f"sampler {sampler.name!r} depends on more than its state (global randomness, a clock or the number of "
                 "forwards), so its steps cannot be verified ahead of time: use it without lookahead"
             )
-        invariant = model.dtype == torch.float64 or getattr(model, "batch_invariant", False)
+        invariant = model.dtype == torch.float64 or model.batch_invariant
         if self.mode == "exact" and not invariant:
             raise DllmError(
                 f"lookahead mode 'exact' cannot be promised in {str(model.dtype).removeprefix('torch.')}: the last "

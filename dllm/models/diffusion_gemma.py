@@ -6,18 +6,23 @@ logits are fed back. None of the schedulers here applies, so nothing is pretende
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn, Unpack
 
 import torch
+from torch import Tensor
 
 from dllm.errors import DllmError, unknown
+from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.foreign import ForeignModel, describe
+from dllm.models.model import Decoded, ForwardOptions
+from dllm.models.tokenizer import Tokenizer
 
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
 # The defaults are those of the published generation config, for checkpoints that come without one.
-OPTIONS: dict[str, Any] = {
+OPTIONS = {
     "max_denoising_steps": 48,
     "t_min": 0.4,
     "t_max": 0.8,
@@ -27,21 +32,18 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class Decoded(NamedTuple):
-    """One answer of the native decoder."""
-
-    tokens: list[int]  # without what follows the first end-of-text
-    nfe: int  # denoising forwards
-    stopped: bool
-
-
 class DiffusionGemma(ForeignModel):
     """The native model; `forward` and the samplers of this toolkit do not apply to it."""
 
-    def forward(self, *_: Any, **__: Any) -> Any:
+    def __init__(self, config: ModelConfig, network: Any, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(config, network, tokenizer)
+        self.own_decoder = self
+
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Unpack[ForwardOptions]) -> NoReturn:
+        """Errors: always."""
         raise DllmError('DiffusionGemma is no masked model: it is decoded with sampler="native" only')
 
-    def options(self, spec: Any) -> dict[str, Any]:
+    def options(self, spec: object) -> dict[str, float]:
         """Parameters of the sampler `native`, given as its name or a mapping; other samplers are refused."""
         if spec is None or spec == "native":
             return {}
@@ -54,7 +56,7 @@ class DiffusionGemma(ForeignModel):
         return given
 
     @torch.no_grad()
-    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: dict[str, Any]) -> Decoded:
+    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: Mapping[str, float]) -> Decoded:
         """Denoise canvases until end-of-text or at least `max_new_tokens`, of which the answer keeps that many."""
         if not prompt:
             raise DllmError("DiffusionGemma needs a prompt")
@@ -81,7 +83,7 @@ class DiffusionGemma(ForeignModel):
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         return Decoded(ids[:end], calls, end is not None)
 
-    def _published(self) -> dict[str, Any]:
+    def _published(self) -> dict[str, float]:
         """The checkpoint's own settings where it has them, else the published ones."""
         own: Any = self.transformer.generation_config
         values = {name: getattr(own, name, None) for name in OPTIONS}

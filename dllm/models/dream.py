@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from dllm.models.config import ModelConfig
-from dllm.models.family import Family, Message, RawConfig, standard, write_standard
+from dllm.models.family import Family, RawConfig, standard, write_standard
+from dllm.models.tokenizer import Message
 
 BLOCK = 32  # of the reasoner, where its config does not say
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.layout import Layout, Names, layout
-
-Message = Mapping[str, str]
+from dllm.models.tokenizer import Message
 
 
 @dataclass(frozen=True)

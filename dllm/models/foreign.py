@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,18 +14,21 @@ from dllm.errors import DllmError, first_line, unknown
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.files import optional_json
-from dllm.models.model import Model
+from dllm.models.model import ForwardOptions, Model
+from dllm.models.native import NativeModel
+from dllm.models.tokenizer import Tokenizer
+from dllm.models.transformer import KVStore
 
 ATTENTION = ("sdpa", "eager")  # those that take a mask of any shape
 
 
-class ForeignModel(Model):
-    """A transformers model behind the interface of `Model`; its "hidden states" are already logits (N, Q, V)."""
+class ForeignModel(NativeModel):
+    """A transformers model in place of the backbone; its "hidden states" are already logits (N, Q, V)."""
 
     supports_cache = False
     relative = False  # as far as is known
 
-    def __init__(self, config: ModelConfig, network: Any, tokenizer: Any = None) -> None:
+    def __init__(self, config: ModelConfig, network: Any, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, network, tokenizer)
         self.adds_mask = getattr(network.config, "_attn_implementation", None) == "eager"  # others choose by it
         self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
@@ -39,7 +42,7 @@ class ForeignModel(Model):
         return next(self.transformer.parameters()).dtype
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Any) -> Tensor:
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Unpack[ForwardOptions]) -> Tensor:
         """Logits (N, Q, V) of whole rows; `visible` (N, 1|Q, Q) and padding (pos = -1) are honoured, a store is not."""
         visible = plan.pop("visible", None)
         if any(value is not None for value in plan.values()):
@@ -57,17 +60,15 @@ class ForeignModel(Model):
             arguments["position_ids"] = pos.clamp(min=0)
         if "use_cache" in inspect.signature(self.transformer.forward).parameters:
             arguments["use_cache"] = False
-        return self.transformer(**arguments).logits
+        logits: Tensor = self.transformer(**arguments).logits
+        return logits
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = hidden[..., : self.vocab_size]
-        logits = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
-        if self.mask_id is not None and self.mask_id < logits.shape[-1]:
-            logits[..., self.mask_id] = -torch.inf
-        return logits
+        """See `Model.logits`."""
+        return Model.logits(self, hidden)
 
-    def new_store(self, lanes: int, slots: int) -> Any:
+    def new_store(self, lanes: int, slots: int) -> KVStore:
         raise DllmError('backend="transformers" has no cache: use cache="none"')
 
     def _write(self, folder: Path, shard_bytes: int) -> None:
@@ -123,7 +124,7 @@ def describe(raw: RawConfig, family: str, shift: int, ids: dict[str, Any]) -> Mo
     )
 
 
-def wrap(network: Any, config: ModelConfig, tokenizer: Any) -> ForeignModel:
+def wrap(network: Any, config: ModelConfig, tokenizer: Tokenizer | None) -> ForeignModel:
     """Attention is made bidirectional where a config says causal: a masked-diffusion model attends to everything."""
     attention = getattr(network.config, "_attn_implementation", None)
     if attention not in (None, *ATTENTION):

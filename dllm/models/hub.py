@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,14 @@ from dllm.models.families import read_config
 from dllm.models.family import Family, RawConfig
 from dllm.models.files import current, optional_json
 from dllm.models.foreign import load_network, read_network, wrap
-from dllm.models.model import NO_TOKENIZER, Model
+from dllm.models.native import NativeModel
 from dllm.models.parallel import device_plan, process_device, split_over_processes
 from dllm.models.quantize import quantize
 from dllm.models.settings import read_settings
 from dllm.models.special import resolve
+from dllm.models.tokenizer import NO_TOKENIZER, load_tokenizer
 from dllm.models.transformer import Transformer
 
-__all__ = ["Model", "load", "load_verifier"]
-
-log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny", "tiny-ar")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,7 +40,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def load(name_or_path: Any, **given: Any) -> Model:
+def load(name_or_path: Any, **given: Any) -> NativeModel:
     """Load a masked-diffusion model: "tiny" (embedded), a checkpoint folder, or a Hugging Face id.
 
     A folder with a LoRA adapter (peft) is merged into the base that it names. A transformers model that is already
@@ -96,7 +92,7 @@ def load(name_or_path: Any, **given: Any) -> Model:
             raise
         hint = 'try a smaller dtype or device_map="auto"'
         raise DllmError(f"{name_or_path} does not fit on {place}: {first_line(error)}; {hint}") from error
-    model = Model(config, transformer.eval(), tokenizer)
+    model = NativeModel(config, transformer.eval(), tokenizer)
     model.sampler_settings = read_settings(adapter or folder)  # an adapter changes the model: its own settings count
     return model
 
@@ -159,7 +155,7 @@ def _usable(device: Any) -> str:
     return str(device if device == "disk" else pick_device(f"cuda:{device}" if isinstance(device, int) else device))
 
 
-def _passed(network: Any, arguments: LoadArguments) -> Model:
+def _passed(network: Any, arguments: LoadArguments) -> NativeModel:
     """A model that is already in memory."""
     if not hasattr(network, "config") or not hasattr(network, "parameters"):
         raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(network).__name__}")
@@ -174,7 +170,7 @@ def _passed(network: Any, arguments: LoadArguments) -> Model:
     return _wrapped(network, None, tokenizer, arguments)
 
 
-def _wrapped(network: Any, folder: Path | None, tokenizer: Any, arguments: LoadArguments) -> Model:
+def _wrapped(network: Any, folder: Path | None, tokenizer: Any, arguments: LoadArguments) -> NativeModel:
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
     config = read_network(network, arguments.shift or 0)
     config = resolve(config, None, tokenizer, generation, arguments.mask_id, arguments.eos_ids)
@@ -280,34 +276,6 @@ def read_json_config(folder: Path, name: str = "") -> RawConfig:
     if HUB_ID.fullmatch(name) and not Path(name).exists():
         raw.qualify_code()
     return raw
-
-
-TOKENIZERS = {  # the files that each class of transformers reads; the first that are all there
-    "PreTrainedTokenizerFast": ("tokenizer.json",),
-    "Qwen2Tokenizer": ("vocab.json", "merges.txt"),  # Dream ships only Qwen2's BPE files
-    "LlamaTokenizer": ("tokenizer.model",),
-    "BertTokenizer": ("vocab.txt",),
-}
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder from its data files alone; None when it has none. A log line says what an
-    incomplete one lacks."""
-    absent = {name: [f for f in files if not (folder / f).is_file()] for name, files in TOKENIZERS.items()}
-    found = next((name for name, lacks in absent.items() if not lacks), None)
-    if found is None:
-        for name, lacks in absent.items():
-            if len(lacks) < len(TOKENIZERS[name]):
-                log.warning("%s has part of a tokenizer, but lacks %s", folder, ", ".join(lacks))
-        return None
-    if found == "LlamaTokenizer" and not all(map(find_spec, ("sentencepiece", "google"))):
-        raise DllmError(f"{folder / 'tokenizer.model'} is read with two packages: pip install sentencepiece protobuf")
-    import transformers
-
-    try:
-        return getattr(transformers, found).from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        raise DllmError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dllm.models.config import ModelConfig
-from dllm.models.family import Family, Message, RawConfig, special_ids, write_special_ids
+from dllm.models.family import Family, RawConfig, special_ids, write_special_ids
 from dllm.models.layout import Names
+from dllm.models.tokenizer import Message
 
 NAMES = Names(
     embed="model.transformer.wte",

@@ -6,8 +6,9 @@ from typing import Any
 
 from dllm.models import llada_moe
 from dllm.models.config import ModelConfig, MoEConfig
-from dllm.models.family import Family, Message, RawConfig, standard, write_standard
+from dllm.models.family import Family, RawConfig, standard, write_standard
 from dllm.models.layout import Names
+from dllm.models.tokenizer import Message
 
 BLOCK = 32  # not in the config: the published models are trained with it
 NAMES = Names(

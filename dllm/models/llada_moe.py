@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from dllm.models.config import ModelConfig, MoEConfig
-from dllm.models.family import Family, Message, RawConfig, standard, write_standard
+from dllm.models.family import Family, RawConfig, standard, write_standard
 from dllm.models.layout import Names
+from dllm.models.tokenizer import Message
 
 
 def read(raw: RawConfig) -> ModelConfig:

@@ -1,243 +1,164 @@
-"""`Model`: a transformer with its tokenizer and special ids, as the engine, the samplers and the drafters see it."""
+"""`Model`: what decoding, drafting and evaluation may ask of a diffusion language model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from dllm.errors import DllmError, first_line
-from dllm.models.checkpoint import save_weights
-from dllm.models.config import ModelConfig
-from dllm.models.families import FAMILIES, SHIFT, read_config
-from dllm.models.family import RawConfig
-from dllm.models.files import replaced_checkpoint
-from dllm.models.parallel import layer_devices
-from dllm.models.settings import SamplerSetting, write_settings
-from dllm.models.transformer import KeysValues, KVStore, Transformer
-
-NO_TOKENIZER = "there is no tokenizer.json, tokenizer.model, vocab.txt, or vocab.json with merges.txt"
+from dllm.errors import DllmError
+from dllm.models.settings import SamplerSetting
+from dllm.models.tokenizer import NO_TOKENIZER, Message, Tokenizer, by_template
+from dllm.models.transformer import KeysValues, KVStore
 
 
-class Model:
-    """A loaded or freshly built masked-diffusion (or causal) model.
+NO_CACHE = 'this model has no cache: use cache="none"'
 
-    `transformer` is the nn.Module to train; `forward` and `logits` are for decoding and record no gradients. Row
-    `source(pos)` of `forward` predicts position `pos`, whether or not the checkpoint is shifted.
+
+class ForwardOptions(TypedDict, total=False):
+    """The keywords of `Model.forward`, for implementations that hand them on."""
+
+    fresh: Tensor | None
+    keep: Tensor | None
+    visible: Tensor | None
+    lane: Tensor | None
+    store: KVStore | None
+
+
+class Decoded(NamedTuple):
+    """One answer of an `OwnDecoder`."""
+
+    tokens: list[int]  # without what follows the first end-of-text
+    nfe: int  # denoising forwards
+    stopped: bool  # at an end-of-text
+
+
+class OwnDecoder(Protocol):
+    """The decoding loop of a model that is no masked-diffusion model: none of the samplers applies to it."""
+
+    def options(self, spec: object) -> Mapping[str, float]:
+        """Parameters out of the call's sampler= (None, a name, a mapping). Errors: other samplers and parameters."""
+
+    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: Mapping[str, float]) -> Decoded:
+        """The answer to one prompt, at most `max_new_tokens` ids. Errors: an empty prompt."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A masked-diffusion language model, as engine, samplers, lookahead, drafters and evaluation see it.
+
+    `dllm.load` returns one. A class of your own derives from `Model`, sets the members that have no value here, and
+    writes `forward`. Shapes: N rows of Q queries, D columns of a hidden state, V = vocab_size, S slots of the store.
+
+    vocab_size        ids below it may be predicted.
+    embedding_rows    ids below it may be fed; a checkpoint may pad its vocabulary.
+    max_positions     positions there are, prompt and answer together.
+    mask_id           the token of an open column; None: this is no masked-diffusion model.
+    eos_ids           tokens that end an answer.
+    pad_id, bos_id    padding and beginning of a text; None: there is none.
+    shift             1: the hidden state of position i predicts position i + 1; 0: it predicts i.
+    block_size        positions of a block of block-causal attention; None: every token sees every token.
+    family            picks the defaults of a call.
+    tokenizer         None: prompts are ids.
+    supports_cache    whether `forward` takes a store.
+    relative          whether positions enter as differences only: then a canvas of masks alone predicts the same in
+                      every column, and columns tie.
+    batch_invariant   whether the logits of a row are the same bits whatever shares its forward.
+    sampler_settings  by sampler: what a name without parameters takes.
+    own_decoder       decodes in place of the samplers; None: the samplers do.
     """
 
-    supports_cache = True
-    relative = True  # positions enter as differences only: a canvas of masks alone predicts the same in every column
-
-    def __init__(self, config: ModelConfig, transformer: Transformer | None = None, tokenizer: Any = None) -> None:
-        self.config = config
-        self.transformer = Transformer(config) if transformer is None else transformer
-        self.tokenizer = tokenizer
-        self.sampler_settings: dict[str, SamplerSetting] = {}  # by sampler: what a name without parameters takes
-
-    def __repr__(self) -> str:
-        size = sum(p.numel() for p in self.transformer.parameters())
-        return f"Model({self.config.architecture}, {size / 1e6:.3g} M parameters, {self.dtype}, {self.device})"
-
-    @property
-    def family(self) -> str:
-        return self.config.family
+    vocab_size: int
+    embedding_rows: int
+    max_positions: int
+    mask_id: int | None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    bos_id: int | None = None
+    shift: int = 0
+    block_size: int | None = None
+    family: str = ""
+    tokenizer: Tokenizer | None = None
+    supports_cache: bool = False
+    relative: bool = False
+    batch_invariant: bool = False
+    sampler_settings: Mapping[str, SamplerSetting] = MappingProxyType({})
+    own_decoder: OwnDecoder | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.embed_tokens.weight.device
+        """Where ids and positions are expected and logits come out."""
+        return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.norm.weight.dtype
+        """Of the hidden states; float64 makes rows independent of what shares their forward."""
+        return torch.float32
 
-    @property
-    def shift(self) -> int:
-        return self.config.shift
+    def forward(
+        self,
+        ids: Tensor,
+        pos: Tensor | None = None,
+        *,
+        fresh: Tensor | None = None,
+        keep: Tensor | None = None,
+        visible: Tensor | None = None,
+        lane: Tensor | None = None,
+        store: KVStore | None = None,
+    ) -> Tensor:
+        """Hidden states (N, Q, D) of tokens `ids` (N, Q) at positions `pos` (N, Q); no gradients are recorded.
 
-    @property
-    def block_size(self) -> int | None:
-        return self.config.block_size
+        pos      position and store slot; -1 marks padding, whose output is meaningless but finite; None: 0..Q-1.
+        visible  bool, True = may be attended to. Without a store (N, 1|Q, Q) over the queries themselves, None = all.
+                 With a store (N, 1|Q, S) over its first S slots, and (N, 1|Q, S+Q), one more column a query, when a
+                 token is neither fresh nor kept. The model adds its causal or block-causal rule and padding.
+        fresh    (N, Q): the token's key and value replace the stored ones at its slot; None = every real token.
+        keep     (N, Q): and stay there; None = the fresh ones. A token that is not fresh is private to this forward.
+        lane     (N,) the store's row for each row; None = 0..N-1. Rows may read one lane together: then one of them may
+                 keep, at slots that the others replace for themselves.
+        store    from `new_store`; None = a full forward. Errors: a model without a cache is given one.
+        """
 
-    @property
-    def mask_id(self) -> int | None:
-        return self.config.mask_id
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        return self.config.eos_ids
-
-    @property
-    def pad_id(self) -> int | None:
-        return self.config.pad_id
-
-    @property
-    def bos_id(self) -> int | None:
-        return self.config.bos_id
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def max_positions(self) -> int:
-        return self.config.max_positions
-
-    @torch.no_grad()
-    def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Any) -> Tensor:
-        """Hidden states (N, Q, D) of tokens `ids` at positions `pos`; `plan`: keywords of `Transformer.forward`."""
-        return self.transformer(ids, pos, **plan)
-
-    @torch.no_grad()
-    def forward_kv(self, ids: Tensor, pos: Tensor, **plan: Any) -> tuple[Tensor, list[KeysValues]]:
+    def forward_kv(
+        self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]
+    ) -> tuple[Tensor, list[KeysValues]]:
         """As `forward` with a store; also the keys and values that each layer computed for the tokens."""
-        return self.transformer(ids, pos, kv=True, **plan)
+        raise DllmError(NO_CACHE)
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocab_size) in at least float32; the mask token can never be predicted."""
-        logits = self.transformer.head(hidden)
-        logits = logits.to(self.device)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.mask_id is not None and self.mask_id < logits.shape[-1]:
-            logits[..., self.mask_id] = -torch.inf
-        return logits
+        """Logits (..., V) of hidden states (..., D) in at least float32, -inf at the mask; callers write into them.
+
+        By default the hidden states are the logits.
+        """
+        logits = hidden[..., : self.vocab_size]
+        return shut(logits.clone() if logits.dtype == torch.float64 else logits.float().clone(), self.mask_id)
 
     def source(self, pos: Tensor) -> Tensor:
         """Position whose hidden state predicts `pos`; position 0 of a shifted model reads itself."""
         return (pos - self.shift).clamp(min=0)
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
-        """An empty key/value store for `lanes` rows of up to `slots` positions."""
-        network = self.transformer  # its config counts the heads of this process
-        return KVStore.allocate(network.config, lanes, slots, self.dtype, layer_devices(network))
+        """An empty key/value store for `lanes` rows of up to `slots` positions. Errors: there is no cache."""
+        raise DllmError(NO_CACHE)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation and the opening of the answer, by the tokenizer's template or else the family's."""
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation and the opening of the answer. Errors: no tokenizer, no template, what that refuses."""
         if self.tokenizer is None:
             raise DllmError(f"this model has no tokenizer ({NO_TOKENIZER}): pass ids, or load it with tokenizer=")
-        if self.tokenizer.chat_template:
-            return list(by_template(self.tokenizer, messages, add_generation_prompt=True))
-        family = FAMILIES.get(self.family)
-        if family is None or family.chat is None or family.turn_end not in self.tokenizer.get_vocab():
+        if not self.tokenizer.chat_template:
             raise DllmError("this checkpoint has no chat template and its tokenizer no chat tokens: pass plain text")
-        return list(self.tokenizer(family.chat(list(messages)), add_special_tokens=False)["input_ids"])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
-        """Move or cast in place; returns the model itself."""
-        self.transformer.to(device=device, dtype=dtype)
-        return self
+        return list(by_template(self.tokenizer, messages, add_generation_prompt=True))
 
     def compile(self) -> None:
-        """Compile the backbone with torch.compile, once; shapes stay dynamic. The first forwards pay for it."""
-        if self.transformer._compiled_call_impl is None:
-            self.transformer.compile(dynamic=True)
-
-    def save(
-        self,
-        folder: str | Path,
-        shard_bytes: int = 5 * 10**9,
-        *,
-        extra: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> Path:
-        """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back.
-
-        A checkpoint that `folder` holds is replaced whole, weights of every shape and tokenizer included; after an
-        error, or a kill at any moment, it is still there, or the new one is. shard_bytes: above this, several weight
-        files. extra: further JSON files, name -> content. Errors: a quantized or split model, a disk that is full.
-        """
-        if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
-            raise DllmError(f"shard_bytes is a positive number of bytes, not {shard_bytes!r}")
-        try:
-            with replaced_checkpoint(folder) as draft:
-                self._write(draft, shard_bytes)
-                for name, content in (extra or {}).items():
-                    _dump(content, draft / name)
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(draft)
-                if self.sampler_settings:
-                    write_settings(draft, self.sampler_settings.values())
-                for name in ("config.json", "tokenizer_config.json"):
-                    _without_absent_code(draft / name, Path(folder))
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-            said = first_line(error)
-            raise DllmError(f"could not save the model in {folder}: {said}; a checkpoint there still loads") from error
-        return Path(folder)
-
-    def _write(self, folder: Path, shard_bytes: int) -> None:
-        """Weights and configuration into an empty folder."""
-        if any(whole(value) is not value for value in self.transformer.state_dict().values()):
-            raise DllmError("a quantized or split model cannot be saved; save it before quantization= or device_map=")
-        family = FAMILIES[self.family]
-        save_weights(self.transformer, family, folder, shard_bytes)
-        dtype = str(self.dtype).removeprefix("torch.")
-        values = {**self.config.raw, **family.write(self.config), "torch_dtype": dtype}
-        values.pop("dtype", None)
-        values.pop(SHIFT, None)
-        if read_config(RawConfig(values))[1].shift != self.shift:  # the caller settled it otherwise than the family
-            values[SHIFT] = self.shift
-        generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
-        _dump(values, folder / "config.json")
-        _dump(generation, folder / "generation_config.json")
-
-    def fingerprint(self) -> str:
-        """Sixteen hex digits that change with configuration, dtype or weights (up to 4096 values of each are read)."""
-        return fingerprint(self.transformer, repr(self.config))
-
-    def identity(self) -> str:
-        """What decides an answer beside the arguments: the fingerprint, and a mark of the own sampler settings."""
-        if not self.sampler_settings:
-            return self.fingerprint()
-        settings = json.dumps({name: s.parameters for name, s in self.sampler_settings.items()}, sort_keys=True)
-        return f"{self.fingerprint()}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        """Compile what `forward` runs, once. Errors: a model that cannot."""
+        raise DllmError("this model cannot be compiled: leave compile= out")
 
 
-def by_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, tokenize: bool = True, **how: Any) -> Any:
-    """Ids (or text) of a conversation by the tokenizer's own template. Errors: whatever the template objects to."""
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=tokenize, return_dict=False, **how)
-    except Exception as error:  # a template can raise whatever it likes
-        raise DllmError(f"the tokenizer's chat template cannot write this: {first_line(error)}") from error
-
-
-def _without_absent_code(path: Path, folder: Path) -> None:
-    """Drop from a configuration the classes whose code comes neither with the checkpoint nor from a repository."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(classes := content.pop("auto_map", None), dict):
-        return
-
-    def present(name: Any) -> bool:
-        module = f"{str(name).split('.')[0]}.py"
-        return name is None or "--" in str(name) or any((place / module).is_file() for place in (path.parent, folder))
-
-    kept = {k: v for k, v in classes.items() if all(map(present, v if isinstance(v, list) else [v]))}
-    _dump({**content, **({"auto_map": kept} if kept else {})}, path)
-
-
-def _dump(content: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def fingerprint(network: nn.Module, head: str = "") -> str:
-    """Sixteen hex digits of a network's parameters (up to 4096 values of each) and of the text `head`."""
-    digest = hashlib.sha256(head.encode())
-    for name, value in sorted(network.named_parameters()):
-        flat = whole(value.detach()).flatten()
-        sample = flat[:: max(1, len(flat) // 4096)]
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(sample.cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def whole(value: Tensor) -> Tensor:
-    """An ordinary tensor: a quantized one expanded, one split over processes gathered, any other as it is."""
-    for method in ("dequantize", "full_tensor"):
-        if type(value) is not Tensor and hasattr(type(value), method):
-            return getattr(value, method)()
-    return value
+def shut(logits: Tensor, mask_id: int | None) -> Tensor:
+    """`logits` (..., V), changed in place: the mask token can never be predicted."""
+    if mask_id is not None and mask_id < logits.shape[-1]:
+        logits[..., mask_id] = -torch.inf
+    return logits

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError, first_line
 from dllm.models.hub import load, load_verifier, pick_device
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.models.transformer import Transformer
 from dllm.tasks.registry import generate
 from dllm.training import checkpoint
@@ -106,7 +106,7 @@ def _kept(path: Path | None) -> dict[tuple[int, ...], list[int]]:
 
 def stage_one(
     data: Sequence[Continuation],
-    model: Model,
+    model: NativeModel,
     block: int,
     sep: int | None,
     rng: random.Random,
@@ -127,7 +127,7 @@ def stage_one(
 
 def stage_two(
     data: Sequence[Continuation],
-    model: Model,
+    model: NativeModel,
     max_suffix: int,
     alpha: float,
     sep: int | None,
@@ -150,7 +150,7 @@ def _rows(
     targets: list[list[int]],
     masked: list[Tensor],
     weights: list[Tensor],
-    model: Model,
+    model: NativeModel,
     sep: int | None,
 ) -> Rows:
     assert model.mask_id is not None
@@ -172,7 +172,7 @@ def _rows(
     return Rows(ids, pos, torch.cat(row), torch.cat(column), torch.cat(target), torch.cat(weight))
 
 
-def loss_of(model: Model, rows: Rows) -> Tensor:
+def loss_of(model: NativeModel, rows: Rows) -> Tensor:
     """Weighted cross-entropy of the masked tokens, normalised by the weights: ()."""
     device = model.device
     hidden = model.transformer(rows.ids.to(device), rows.pos.to(device))  # (B, T, D)
@@ -183,18 +183,18 @@ def loss_of(model: Model, rows: Rows) -> Tensor:
     return (nats * weight).sum() / weight.sum()
 
 
-def shrink(model: Model, layers: int) -> Model:
+def shrink(model: NativeModel, layers: int) -> NativeModel:
     """A copy with the first `layers` layers: embedding, final norm and head as they are."""
     if not 1 <= layers <= model.config.n_layers:
         raise DllmError(f"layers must lie between 1 and the model's {model.config.n_layers}, got {layers}")
     small = Transformer(replace(model.config, n_layers=layers))
     wanted = small.state_dict()
     small.load_state_dict({k: v for k, v in model.transformer.state_dict().items() if k in wanted})
-    return Model(replace(model.config, n_layers=layers), small, model.tokenizer)
+    return NativeModel(replace(model.config, n_layers=layers), small, model.tokenizer)
 
 
 def align(
-    model: Model,
+    model: NativeModel,
     data: Sequence[Continuation],
     config: AlignConfig,
     saved: Mapping[str, Any] | None = None,
@@ -257,7 +257,7 @@ def align(
     return losses
 
 
-def separator(model: Model) -> int:
+def separator(model: NativeModel) -> int:
     """The tokenizer's separator, which closes a block in training and in drafting."""
     sep = getattr(model.tokenizer, "sep_token_id", None)
     if sep is None:
@@ -265,7 +265,7 @@ def separator(model: Model) -> int:
     return int(sep)
 
 
-def run(config: AlignConfig, resume: bool = False) -> Model:
+def run(config: AlignConfig, resume: bool = False) -> NativeModel:
     """The whole recipe: teacher answers, a smaller copy if asked for, both stages; the model in `output/model`.
 
     Beside the model, `drafter.json` says how to draft with it. `resume` goes on from the checkpoint and the teacher's
@@ -301,7 +301,7 @@ def run(config: AlignConfig, resume: bool = False) -> Model:
     return model
 
 
-def pair(config: AlignConfig) -> tuple[Model, Any]:
+def pair(config: AlignConfig) -> tuple[NativeModel, Any]:
     """The drafter before alignment and its teacher. DllmError where they number their tokens differently."""
     model = initial_drafter(config)
     verifier = load_verifier(config.verifier, dtype=config.dtype, device=str(model.device))
@@ -315,7 +315,7 @@ def pair(config: AlignConfig) -> tuple[Model, Any]:
     return model, verifier
 
 
-def initial_drafter(config: AlignConfig) -> Model:
+def initial_drafter(config: AlignConfig) -> NativeModel:
     """The drafter before alignment: loaded, made bidirectional, cut to size."""
     device = pick_device(config.device)
     model = load(config.drafter, dtype=torch.float32, device=device)
@@ -324,7 +324,7 @@ def initial_drafter(config: AlignConfig) -> Model:
     return (shrink(model, config.layers) if config.layers else model).to(device)
 
 
-def task_prompts(model: Model, config: AlignConfig, split: str = "train") -> list[list[int]]:
+def task_prompts(model: NativeModel, config: AlignConfig, split: str = "train") -> list[list[int]]:
     """Prompt ids of the recipe: problems of the built-in tasks, or the lines of a file."""
     if config.prompts:
         lines = read_prompts(config.prompts)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dllm.call.generate import generate as decode
 from dllm.models.hub import load
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.tasks.base import Example
 from dllm.tasks.registry import TASKS, task
 
@@ -55,7 +55,12 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def evaluate(
-    model: Model, names: Sequence[str] = tuple(TASKS), n: int = 500, seed: int = 0, split: str = "test", label: str = ""
+    model: NativeModel,
+    names: Sequence[str] = tuple(TASKS),
+    n: int = 500,
+    seed: int = 0,
+    split: str = "test",
+    label: str = "",
 ) -> list[Accuracy]:
     """Greedy accuracy on `n` held-out problems a task; a diffusion model commits one token a step, the most
     confident.
@@ -69,7 +74,7 @@ def evaluate(
     return results
 
 
-def answers(model: Model, name: str, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
+def answers(model: NativeModel, name: str, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
     """The model's answers to `examples` of task `name`."""
     prompts = [model.chat([{"role": "user", "content": e.prompt}]) for e in examples]
     # Short prompts with short ones: rows of a batch are as wide as the longest.
@@ -84,14 +89,14 @@ def answers(model: Model, name: str, examples: Sequence[Example], batch_size: in
     return texts
 
 
-def _unmask(model: Model, prompts: list[list[int]], window: int) -> list[str]:
+def _unmask(model: NativeModel, prompts: list[list[int]], window: int) -> list[str]:
     outputs: Any = decode(model, prompts, sampler="confidence", max_new_tokens=window, block_length=window,
                           batch_size=len(prompts))  # fmt: skip
     return [o.text for o in outputs]
 
 
 @torch.inference_mode()
-def _continue(model: Model, prompts: list[list[int]], window: int) -> list[str]:
+def _continue(model: NativeModel, prompts: list[list[int]], window: int) -> list[str]:
     """Greedy continuations of a causal model, whole rows again at every token: the sequences are short."""
     ends = torch.tensor(model.eos_ids)
     lengths = torch.tensor([len(p) for p in prompts])
@@ -111,7 +116,7 @@ def _continue(model: Model, prompts: list[list[int]], window: int) -> list[str]:
     return [_text(model, ids[row, n : n + window].tolist()) for row, n in enumerate(lengths.tolist())]
 
 
-def _text(model: Model, ids: list[int]) -> str:
+def _text(model: NativeModel, ids: list[int]) -> str:
     stop = next((i for i, token in enumerate(ids) if token in model.eos_ids), len(ids))
     return model.tokenizer.decode(ids[:stop])
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.hub import load, pick_device
-from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.models.transformer import Transformer
 from dllm.tasks.base import Example
 from dllm.tasks.registry import task
@@ -43,7 +43,7 @@ class Trainer:
     the one that the recipe describes.
     """
 
-    def __init__(self, config: TrainConfig, resume: bool = False, model: Model | None = None) -> None:
+    def __init__(self, config: TrainConfig, resume: bool = False, model: NativeModel | None = None) -> None:
         self.config = config
         self.folder = Path(config.output)
         self.path = self.folder / checkpoint.CHECKPOINT
@@ -65,7 +65,7 @@ class Trainer:
             self._restore(saved)
         self.curve = Curve(self.folder, self.step, config.tensorboard)
 
-    def run(self) -> Model:
+    def run(self) -> NativeModel:
         """Train to the last step, save the model in `output/model` in its family's layout, and return it.
 
         Ctrl-C ends the step that it falls into, saves, and raises KeyboardInterrupt; a second one strikes at once.
@@ -111,10 +111,10 @@ class Trainer:
         }
         checkpoint.save_atomically(state, self.path)
 
-    def export(self) -> Model:
+    def export(self) -> NativeModel:
         """The model as it is now, adapters merged, also written to `output/model`."""
         backbone = merge_lora(self.backbone) if self.config.lora.rank else self.backbone
-        model = Model(self.model.config, backbone.eval(), self.model.tokenizer)
+        model = NativeModel(self.model.config, backbone.eval(), self.model.tokenizer)
         model.save(self.folder / "model")
         return model
 
@@ -147,7 +147,7 @@ class Trainer:
         logger.info("going on from step %d of %s", self.step, self.path)
 
 
-def train(config: TrainConfig, resume: bool = False, model: Model | None = None) -> Model:
+def train(config: TrainConfig, resume: bool = False, model: NativeModel | None = None) -> NativeModel:
     """Run a recipe from the start, or from its checkpoint; returns the trained model."""
     return Trainer(config, resume, model).run()
 
@@ -198,7 +198,7 @@ def mixed(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def build_model(config: TrainConfig) -> Model:
+def build_model(config: TrainConfig) -> NativeModel:
     """The model that a recipe starts from: a loaded one in float32, or a fresh one with the embedded tokenizer.
 
     A diffusion run may start from a Llama-like causal model: its weights then open a LLaDA, which has the same tensors.
@@ -210,7 +210,7 @@ def build_model(config: TrainConfig) -> Model:
     return as_diffusion(model) if model.config.causal and not causal else model
 
 
-def as_diffusion(twin: Model) -> Model:
+def as_diffusion(twin: NativeModel) -> NativeModel:
     """A LLaDA with the weights of a causal Llama: no causal mask, no shift, the tokenizer's mask token."""
     mask_id = getattr(twin.tokenizer, "mask_token_id", None)
     if twin.config.architecture != "LlamaForCausalLM" or mask_id is None:
@@ -221,10 +221,10 @@ def as_diffusion(twin: Model) -> Model:
                      rope_full_precision=True, raw={})  # fmt: skip
     backbone = Transformer(config)
     backbone.load_state_dict(twin.transformer.state_dict())
-    return Model(config, backbone, twin.tokenizer)
+    return NativeModel(config, backbone, twin.tokenizer)
 
 
-def fresh_model(spec: ModelSpec, causal: bool) -> Model:
+def fresh_model(spec: ModelSpec, causal: bool) -> NativeModel:
     """Random weights: LLaDA layout, or Llama layout for a causal twin. Residual outputs start smaller (GPT-2)."""
     tokenizer = embedded_tokenizer(spec.max_positions)
     if spec.hidden_size % (2 * spec.heads):
@@ -243,10 +243,10 @@ def fresh_model(spec: ModelSpec, causal: bool) -> Model:
     for name, parameter in backbone.named_parameters():
         if "o_proj" in name or "down_proj" in name:
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * spec.layers))
-    return Model(config, backbone, tokenizer)
+    return NativeModel(config, backbone, tokenizer)
 
 
-def make_objective(config: TrainConfig, model: Model) -> Diffusion | Autoregressive:
+def make_objective(config: TrainConfig, model: NativeModel) -> Diffusion | Autoregressive:
     causal = model.config.causal
     if causal != (config.objective == "autoregressive"):
         kind = "causal" if causal else "masked-diffusion"
@@ -257,7 +257,7 @@ def make_objective(config: TrainConfig, model: Model) -> Diffusion | Autoregress
     return Diffusion(model.mask_id, model.config.vocab_size, config.loss, config.masks)
 
 
-def make_batches(config: TrainConfig, model: Model) -> Batches:
+def make_batches(config: TrainConfig, model: NativeModel) -> Batches:
     if not model.eos_ids:
         raise DllmError("training needs an end token: the model's configuration and tokenizer name none")
     data = config.data
@@ -274,7 +274,7 @@ def _source(data: DataSpec) -> Source:
     return JsonLines(data.jsonl) if data.jsonl else TaskMix(data.tasks)
 
 
-def encoder(model: Model, chat: bool = True) -> Callable[[Example], Pair]:
+def encoder(model: NativeModel, chat: bool = True) -> Callable[[Example], Pair]:
     """Example -> ids: the prompt as `generate` would feed it, the answer as plain text."""
     tokenizer = model.tokenizer
     if tokenizer is None:

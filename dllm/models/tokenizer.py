@@ -1,0 +1,73 @@
+"""Tokenizers: what is asked of one, and those of checkpoint folders. They are read from data files alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from dllm.errors import DllmError, first_line
+
+log = logging.getLogger(__name__)
+NO_TOKENIZER = "there is no tokenizer.json, tokenizer.model, vocab.txt, or vocab.json with merges.txt"
+CLASSES = {  # the files that each class of transformers reads; the first that are all there
+    "PreTrainedTokenizerFast": ("tokenizer.json",),
+    "Qwen2Tokenizer": ("vocab.json", "merges.txt"),  # Dream ships only Qwen2's BPE files
+    "LlamaTokenizer": ("tokenizer.model",),
+    "BertTokenizer": ("vocab.txt",),
+}
+Message = Mapping[str, str]  # "role" and "content"
+
+
+class Tokenizer(Protocol):
+    """What the toolkit asks of a tokenizer; those of transformers have it. Generation by ids needs `decode` alone."""
+
+    chat_template: Any  # None: there is none
+
+    def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        """The ids of a text under "input_ids"."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool = False) -> Any:
+        """The text of ids."""
+
+    def convert_ids_to_tokens(self, ids: Any, /) -> Any:
+        """The name of an id, or those of a list."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token with its id."""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], /, **how: Any) -> Any:
+        """Ids or text of a conversation."""
+
+    def save_pretrained(self, folder: Path, /) -> object:
+        """Write its files."""
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder from its data files alone; None when it has none. A log line says what an
+    incomplete one lacks."""
+    absent = {name: [f for f in files if not (folder / f).is_file()] for name, files in CLASSES.items()}
+    found = next((name for name, lacks in absent.items() if not lacks), None)
+    if found is None:
+        for name, lacks in absent.items():
+            if len(lacks) < len(CLASSES[name]):
+                log.warning("%s has part of a tokenizer, but lacks %s", folder, ", ".join(lacks))
+        return None
+    if found == "LlamaTokenizer" and not all(map(find_spec, ("sentencepiece", "google"))):
+        raise DllmError(f"{folder / 'tokenizer.model'} is read with two packages: pip install sentencepiece protobuf")
+    import transformers
+
+    try:
+        return getattr(transformers, found).from_pretrained(folder, trust_remote_code=False)  # foreign
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise DllmError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+
+
+def by_template(tokenizer: Tokenizer, messages: Sequence[Message], *, tokenize: bool = True, **how: bool) -> Any:
+    """Ids (or text) of a conversation by the tokenizer's own template. Errors: whatever the template objects to."""
+    try:
+        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=tokenize, return_dict=False, **how)
+    except Exception as error:  # a template can raise whatever it likes
+        raise DllmError(f"the tokenizer's chat template cannot write this: {first_line(error)}") from error
