@@ -14,7 +14,6 @@ from dllm.models.settings import SamplerSetting
 from dllm.models.tokenizer import NO_TOKENIZER, Message, Tokenizer, by_template
 from dllm.models.transformer import KeysValues, KVStore
 
-
 NO_CACHE = 'this model has no cache: use cache="none"'
 
 
