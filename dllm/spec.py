@@ -1,20 +1,31 @@
-"""Plain values from YAML text: files, `--set key=value`, and the parameters in specifications of samplers and caches.
+"""The one reader of what a user writes: specifications and their parameters, YAML files and `--set key=value`.
 
-A number with an exponent is a number (`1e-3`), as in JSON, Python and YAML 1.2; PyYAML, which follows YAML 1.1, takes
-it for text. An anchor that refers to itself is an error.
+    name                        a sampler, cache, lookahead, search, length controller or drafter
+    name:key=value,key=value    with parameters; a value is YAML: 3, 1e-3, true, null, word, "any text", [1, 2], {a: 1}
+    name:preset,key=value       samplers only
+    a:key=value+b               a composition, samplers only
+
+A number with an exponent is a number (`1e-3`), and so are `inf` and `nan`, as Python writes them; PyYAML, which follows
+YAML 1.1, takes them for text. An anchor that refers to itself is an error.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import field, fields, is_dataclass
+from functools import cache
+from inspect import Parameter, signature
 from numbers import Integral, Real
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from dllm.errors import DllmError, first_line
+from dllm.errors import DllmError, first_line, unknown
+
+T = TypeVar("T")
 
 # What PyYAML raises on text that is malformed, and on dates and numbers that there are not.
 ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError)
@@ -43,8 +54,8 @@ class Loader(yaml.SafeLoader):
 
 
 # Three digits of exponent at most: the text of a commit such as 73e1234 is no number.
-_EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]{1,3}$")
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_EXPONENT = re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]{1,3}|inf|nan)$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789in"))
 
 
 def load(text: str, name: str) -> Any:
@@ -77,6 +88,123 @@ def malformed(error: Exception, name: str) -> DllmError:
     return DllmError(f"{name}{line}: not valid YAML: {deep or getattr(error, 'problem', None) or first_line(error)}")
 
 
+# ------------------------------------------------------------------------------------------------------- specifications
+
+_TOKEN = re.compile(r"""(?s)"(?:[^"\\]|\\.)*"|'[^']*'|\+[0-9.]|.""")  # a quoted text, the plus of a number, or a sign
+_WORD = re.compile(r"[\w./~-]+")
+
+
+def split(text: str, at: str) -> list[str]:
+    """The pieces of a specification between the signs `at` that stand outside of quotes, brackets and numbers."""
+    pieces, depth = [""], 0
+    for token in _TOKEN.findall(text):
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        if token == at and not depth:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return pieces
+
+
+class Named(NamedTuple):
+    """A specification as it was written."""
+
+    name: str
+    preset: str | None
+    params: dict[str, object]
+
+
+def named(given: object, kind: str, table: Collection[str] | None = None, presets: bool = False) -> Named:
+    """The parts of "name:key=value,..." or {"name": ..., key: value}; `kind` is what an error calls it.
+
+    Errors: another form, a name that is not in the table, a value that is no YAML.
+    """
+    if not isinstance(given, str | Mapping):
+        known = f" ({', '.join(table)})" if table else ""
+        raise DllmError(f"a {kind} is a name{known}, a mapping with the key 'name', or an object, not {given!r}")
+    if isinstance(given, str):
+        name, _, rest = (piece.strip() for piece in given.partition(":"))
+        preset, params = None, {}
+    else:
+        name, preset, params = _of_mapping(given, kind, presets)
+        rest = ""
+    if table is not None and name not in table:
+        raise unknown(kind, name, table)
+    for item in filter(None, (piece.strip() for piece in split(rest, ","))):
+        key, equals, text = item.partition("=")
+        if equals:
+            params[key.strip()] = _parameter(text, f"{kind} {name!r}: {key.strip()}")
+        elif presets and preset is None:
+            preset = key
+        else:
+            raise DllmError(f"{kind} {name!r}: {item!r} is not of the form key=value")
+    return Named(name, preset, params)
+
+
+def _of_mapping(given: Mapping[object, object], kind: str, presets: bool) -> Named:
+    params = {key: value for key, value in given.items() if isinstance(key, str)}
+    if odd := [key for key in given if key not in params]:
+        raise DllmError(f"a {kind} given as a mapping has words as keys, not {odd[0]!r}")
+    if "name" not in params:
+        raise DllmError(f"a {kind} given as a mapping needs the key 'name'; got {sorted(params)}")
+    name, preset = params.pop("name"), params.pop("preset", None) if presets else None
+    for word in (name, preset or ""):
+        if not isinstance(word, str):
+            raise DllmError(f"the name of a {kind} is a word{' and its preset too' * presets}, not {word!r}")
+    return Named(str(name), None if preset is None else str(preset), params)
+
+
+def _parameter(text: str, where: str) -> object:
+    try:
+        return yaml.load(text, Loader) if text.strip() else ""
+    except ERRORS:
+        raise DllmError(f"{where}={text!r} is no value: a number, a word, or a list in brackets") from None
+
+
+def render(name: str, *words: str, **params: object) -> str:
+    """A specification as text that `named` reads back."""
+    said = [*words, *(f"{key}={show(value)}" for key, value in params.items())]
+    return name + (":" + ",".join(said) if said else "")
+
+
+def show(value: object) -> str:
+    """A value as YAML on one line; what has no such form (a function) by its name."""
+    if isinstance(value, str):
+        plain = _WORD.fullmatch(value) and _parameter(value, "") == value
+        return value if plain else '"' + "".join(map(_escaped, value)) + '"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{show(key)}: {show(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(show, value))}]"
+    return "null" if value is None else getattr(value, "__name__", repr(value))  # foreign
+
+
+def _escaped(sign: str) -> str:
+    return sign if sign.isprintable() and sign not in '"\\' else f"\\U{ord(sign):08x}"
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+def param(
+    default: T,
+    why: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Collection[object] = (),
+) -> T:
+    """A documented field of a dataclass: its default, the reason for it, and what it may be.
+
+    Bounds: `low` and `high` are allowed, `above` itself is not. A default that can be changed is copied.
+    """
+    limits = {"why": why, "low": low, "high": high, "above": above, "choices": choices}
+    if isinstance(default, dict | list):
+        return field(default_factory=default.copy, metadata=limits)
+    return field(default=default, metadata=limits)
+
+
 def _is_float(value: Real) -> bool:
     """Whether a number is one as a float: no NaN, and no integer beyond all floats."""
     try:
@@ -90,13 +218,72 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer"),
     "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number"),
     "bool": (lambda v: isinstance(v, bool), "true or false"),
+    "str": (lambda v: isinstance(v, str), "text"),
 }
 
 
-def misfit(kind: Any, value: Any) -> str:
-    """What a value of this annotation must be, empty where it is that; only integers, numbers and flags are checked."""
-    kinds = str(getattr(kind, "__name__", kind)).split(" | ")
+def misfit(kind: object, value: object, limits: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """What a value of this annotation and within these limits must be, empty where it is that.
+
+    Only the annotations of KINDS and their unions are checked.
+    """
+    if choices := limits.get("choices"):
+        return "" if value in choices else f"one of {', '.join(map(repr, choices))}"
+    kinds = (kind.__name__ if isinstance(kind, type) else str(kind)).split(" | ")
     if not set(kinds) <= {*KINDS, "None"} or (value is None and "None" in kinds):
         return ""
-    fits, what = KINDS[kinds[0]]
-    return "" if fits(value) else what
+    checks = [KINDS[name] for name in kinds if name != "None"]
+    if not any(fits(value) for fits, _ in checks):
+        return " or ".join(what for _, what in checks)
+    return _bounds(value, limits) if isinstance(value, Real) else ""
+
+
+def number(kind: object, given: object) -> object:
+    """What was given, but the number that a text says where one is asked for (plain PyYAML reads 1e-3 as text)."""
+    if isinstance(given, str) and misfit(kind, given) and not misfit(kind, read := value(given)):
+        return read
+    return given
+
+
+def _bounds(value: Real, limits: Mapping[str, Any]) -> str:
+    """The range that a number is outside of, empty where it is inside."""
+    low, high, above = (limits.get(key) for key in ("low", "high", "above"))
+    within = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    if within:
+        return ""
+    if high is None:
+        return f"at least {low}" if above is None else f"more than {above}"
+    return f"in [{low}, {high}]" if low is not None else f"at most {high}" if above is None else f"in ({above}, {high}]"
+
+
+@cache
+def parameters(make: Callable[..., object]) -> Mapping[str, tuple[Parameter, Mapping[str, Any]]]:
+    """What a user may set of a dataclass or function, with its limits: what has a default.
+
+    Keyword-only fields of a dataclass are not the user's (what a cache policy knows of the model).
+    """
+    members = {f.name: f for f in fields(make)} if isinstance(make, type) and is_dataclass(make) else {}
+    given = {name: p for name, p in signature(make).parameters.items() if p.default is not p.empty}
+    if members:
+        return {name: (p, members[name].metadata) for name, p in given.items() if not members[name].kw_only}
+    return {name: (p, {}) for name, p in given.items()}
+
+
+def settings(of: str, make: Callable[..., object], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords for `make`, checked. Errors: an unknown name, with the nearest one, another kind, out of range."""
+    known, out = parameters(make), {}
+    for key, value in given.items():
+        if key not in known:
+            raise unknown("parameter", str(key), known or ("(none)",), of=of)
+        parameter, limits = known[key]
+        out[key] = number(parameter.annotation, value)
+        if what := misfit(parameter.annotation, out[key], limits):
+            raise DllmError(f"{of}: {key}={value!r} must be {what} (default {parameter.default!r})")
+    return out
+
+
+def check(made: object, of: str) -> None:
+    """The fields of a dataclass, for its `__post_init__`. Errors as `settings` has them."""
+    given = {name: vars(made)[name] for name in parameters(type(made))}
+    for name, value in settings(of, type(made), given).items():
+        object.__setattr__(made, name, value)  # a number that came as text

@@ -246,9 +246,8 @@ def _rounded(values: Sequence[float], digits: int) -> tuple[float, float]:
 
 
 def _said(s: SamplerSetting) -> str:
-    shown = registry.spell([{"name": part, **values} for part, values in s.parameters.items()])
     return (
-        f"`{shown}`, {s.tokens_per_forward} tokens per forward, {100 * s.accuracy:.1f} % "
+        f"`{s.spelled}`, {s.tokens_per_forward} tokens per forward, {100 * s.accuracy:.1f} % "
         f"[{100 * s.interval[0]:.1f}, {100 * s.interval[1]:.1f}], loses {s.loss:+.1f} points"
     )
 

@@ -18,19 +18,17 @@ merge calls it with their mapping and uses what it returns (Prophet's progress, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 import dllm
+from dllm import spec
 from dllm.decoding.canvas import Canvas, Decision, Span, State
 from dllm.decoding.slots import Context, Needs, Sampler, View
 from dllm.errors import DllmError, unknown
-from dllm.spec import misfit
 
 if TYPE_CHECKING:
     from dllm.decoding.prediction import Prediction
@@ -106,10 +104,7 @@ def _bind(f: Any, slots: dict[str, Any]) -> Any:
 # `threshold`). What is larger still is a slip: 7 for 0.7.
 OFF = 2
 
-
-def param(default: Any, why: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A documented parameter: default, the reason for it, and the range that `__post_init__` enforces."""
-    return field(default=default, metadata={"why": why, "low": low, "high": high, "choices": choices})
+param = spec.param  # authors of samplers import it from here
 
 
 @dataclass(frozen=True)
@@ -122,25 +117,7 @@ class Method:
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if f.metadata:
-                self._check(f.name, getattr(self, f.name), f)
-
-    def _check(self, name: str, value: Any, f: dataclasses.Field) -> None:
-        """Errors: a value of another kind than the annotation names, outside of the range, or none of the choices."""
-        said = f"{self.name}: {name}={value!r} must be"
-        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-        if choices:
-            if value not in choices:
-                raise DllmError(f"{said} one of {', '.join(map(repr, choices))}")
-            return
-        if what := misfit(f.type, value):
-            raise DllmError(f"{said} {what} (default {f.default!r})")
-        if not isinstance(value, Real):  # without a value, or of a form that its method reads
-            return
-        if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"from {low}" if high is None else f"up to {high}" if low is None else f"in [{low}, {high}]"
-            raise DllmError(f"{said} {bounds} (default {f.default!r})")
+        spec.check(self, f"sampler {self.name!r}")
 
     @classmethod
     def build(cls, preset: str | None = None, **params: Any) -> Method:
@@ -151,11 +128,7 @@ class Method:
         presets = {"published": {}, **cls.presets}
         if preset is not None and preset not in presets:
             raise unknown("preset", preset, presets, of=f"sampler {cls.name!r}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in params:
-            if key not in known:
-                raise unknown("parameter", key, known or {"(none)"}, of=f"sampler {cls.name!r}")
-        return cls(**{**(presets[preset] if preset else {}), **params})
+        return cls(**spec.settings(f"sampler {cls.name!r}", cls, {**(presets[preset] if preset else {}), **params}))
 
     def bundle(self, context: Context) -> Bundle:
         raise NotImplementedError

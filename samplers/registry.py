@@ -16,7 +16,6 @@ A sampler from another package joins through the entry point group `dllm.sampler
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -26,12 +25,12 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from dllm import spec as plain
 from dllm.decoding.slots import Context, Sampler
 from dllm.errors import DllmError, first_line, unknown
 from dllm.samplers.base import Bundle, Method, merge
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota, confidence
+from dllm.spec import Named, named, render, split
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +68,6 @@ BUILTIN = {
     "ass": "ass:ASS",
     "daedal": "daedal:DAEDAL",
 }
-
-COMMA = re.compile(r",(?![^\[]*\])")  # outside of a list: "adablock:delimiters=[8, 85],tau=0.8"
 
 # what other codes call the same thing
 TRANSLATED = {
@@ -149,19 +146,6 @@ UNTUNED: Tuned = MappingProxyType({})
 TUNED, PUBLISHED = "tuned", "published"  # presets of every sampler: the model's own settings, the class's defaults
 
 
-class Named(NamedTuple):
-    """A part of a specification as it was written."""
-
-    name: str
-    preset: str | None
-    params: dict[str, Any]
-
-    @property
-    def tunable(self) -> bool:
-        """Whether it leaves its parameters to the model."""
-        return self.preset == TUNED or (self.preset is None and not self.params)
-
-
 class Part(NamedTuple):
     """A method, and the model's own settings where it has its parameters from these."""
 
@@ -189,7 +173,7 @@ def check(spec: Spec) -> None:
 def published(spec: Spec) -> Spec:
     """The specification with the published defaults where it names no parameters, whatever the model's settings are."""
     if isinstance(spec, str):
-        return "+".join(part if ":" in part else f"{part.strip()}:{PUBLISHED}" for part in spec.split("+"))
+        return "+".join(part if ":" in part else f"{part.strip()}:{PUBLISHED}" for part in split(spec, "+"))
     if isinstance(spec, Mapping):
         return {**spec, "preset": PUBLISHED} if set(spec) == {"name"} else spec
     return [published(part) for part in spec] if isinstance(spec, Iterable) else spec
@@ -206,7 +190,7 @@ def resolve(spec: Spec, tuned: Tuned) -> list[Part]:
             found.append(Part(part, None))
             continue
         own = whole if whole is not None else tuned.get(part.name)
-        settings = own.get(part.name, {}) if own is not None and part.tunable else None
+        settings = own.get(part.name, {}) if own is not None and _tunable(part) else None
         if settings is None and part.preset == TUNED:
             raise DllmError(
                 f"this model has no settings of its own for {part.name!r} (`dllm tune --save` writes them): "
@@ -229,7 +213,8 @@ def _built(part: Named, settings: Mapping[str, Any] | None) -> Part:
 
 
 def _tunable(part: Named | Method) -> bool:
-    return isinstance(part, Named) and part.tunable
+    """Whether a part leaves its parameters to the model."""
+    return isinstance(part, Named) and (part.preset == TUNED or (part.preset is None and not part.params))
 
 
 def _parts(spec: Spec) -> list[Named | Method]:
@@ -239,9 +224,9 @@ def _parts(spec: Spec) -> list[Named | Method]:
     if isinstance(spec, str):
         if not spec.strip():
             raise DllmError(f"empty sampler name; known: {', '.join(names())}")
-        return [_read(part) for part in spec.split("+")]
+        return [_read(part) for part in split(spec, "+")]
     if isinstance(spec, Mapping):
-        return [_of_mapping(spec)]
+        return [named(spec, "sampler", presets=True)]
     if not isinstance(spec, Iterable) or isinstance(spec, bytes | type):
         raise DllmError(f"a sampler is a name, a mapping with the key 'name', or a list of these, not {spec!r}")
     parts = [part for one in spec for part in _parts(one)]
@@ -250,73 +235,28 @@ def _parts(spec: Spec) -> list[Named | Method]:
     return parts
 
 
-def _of_mapping(spec: Mapping[str, Any]) -> Named:
-    """One part of a specification as a mapping."""
-    params = dict(spec)
-    if odd := [key for key in params if not isinstance(key, str)]:
-        raise DllmError(f"a sampler given as a mapping has words as keys, not {odd[0]!r}")
-    if "name" not in params:
-        raise DllmError(f"a sampler given as a mapping needs the key 'name'; got {sorted(params)}")
-    name, preset = params.pop("name"), params.pop("preset", None)
-    if not isinstance(name, str) or not isinstance(preset, str | None):
-        raise DllmError(f"the name of a sampler and its preset are words, not {name if preset is None else preset!r}")
-    return Named(name, preset, params)
-
-
 def _read(text: str) -> Named:
-    """One part of a specification in words: name, preset, parameters."""
-    name, _, rest = (piece.strip() for piece in text.partition(":"))
-    method(name)  # an unknown name is the first thing to say
-    preset, params = None, {}
-    for item in filter(None, (piece.strip() for piece in COMMA.split(rest))):
-        key, equals, value = item.partition("=")
-        if equals:
-            params[key.strip()] = value_of(value)
-        elif preset is None:
-            preset = key
-        else:
-            raise DllmError(f"sampler {name!r}: {item!r} is not of the form parameter=value")
-    return Named(name, preset, params)
+    method(text.partition(":")[0].strip())  # an unknown name is the first thing to say
+    return named(text, "sampler", presets=True)
 
 
 def _spelled(parts: list[Part], tuned: Tuned) -> str:
     """Parts as text: whose settings they are, and the parameters that differ from the published defaults."""
-    items = [[TUNED] * (part.own is not None) + _changed(part) for part in parts]
-    taken = set(tuned) if any(items) else {*tuned, *tuned.get("+".join(p.method.name for p in parts), ())}
-    for (method, _), said in zip(parts, items, strict=True):
-        if not said and method.name in taken:  # bare, it would take the model's own
+    words = [[TUNED] if part.own is not None else [] for part in parts]
+    changed = [_changed(part) for part in parts]
+    taken = set(tuned)
+    if not any(words) and not any(changed):
+        taken |= set(tuned.get("+".join(part.method.name for part in parts), ()))
+    for part, said, values in zip(parts, words, changed, strict=True):
+        if not said and not values and part.method.name in taken:  # bare, it would take the model's own
             said.append(PUBLISHED)
-    return "+".join(
-        method.name + (":" + ",".join(said) if said else "") for (method, _), said in zip(parts, items, strict=True)
-    )
+    return "+".join(render(p.method.name, *w, **c) for p, w, c in zip(parts, words, changed, strict=True))
 
 
-def _changed(part: Part) -> list[str]:
+def _changed(part: Part) -> dict[str, object]:
     """The parameters that the model's settings name or that differ from the published defaults."""
-    values = {f.name: getattr(part.method, f.name) for f in fields(part.method)}
-    changed = {f.name for f in fields(part.method) if values[f.name] != f.default}.union(part.own or ())
-    return [f"{name}={_shown(value)}" for name, value in values.items() if name in changed]
-
-
-def _shown(value: Any) -> str:
-    """A parameter's value as `value_of` reads it back; what has no such form (a function) by its name."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return getattr(value, "__name__", "null" if value is None else repr(value))
-
-
-def value_of(text: str) -> Any:
-    """A YAML value, and a number wherever Python reads one (`inf`). Errors: text that is no value."""
-    try:
-        value = plain.load(text, "")
-    except DllmError as error:
-        raise DllmError(f"parameter {text!r} is no value: a number, a word, or a list in brackets") from error
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    return {f.name: value for f in fields(part.method)
+            if (value := vars(part.method)[f.name]) != f.default or f.name in (part.own or ())}  # fmt: skip
 
 
 def build(spec: Spec, context: Context, extra: Bundle = Bundle(), tuned: Tuned = UNTUNED) -> Sampler:

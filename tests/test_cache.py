@@ -147,10 +147,10 @@ def test_caches_of_the_command_line():
 
 
 @pytest.mark.parametrize(("spec", "words"), [
-    ("duel", "dual"), ("dual:lef=2", "left"), ("dual:left", "name=number"), ("dual:left=-1", "negative"),
-    ("interval:every=-2", "negative"), ("delayed:every=0", "at least 1"), ("dllm_cache:rho=2", "rho"),
+    ("duel", "dual"), ("dual:lef=2", "left"), ("dual:left", "key=value"), ("dual:left=-1", "at least 0"),
+    ("interval:every=-2", "at least 0"), ("delayed:every=0", "at least 1"), ("dllm_cache:rho=2", "rho"),
     ("dllm_cache:prompt_every=0", "at least 1"), ("dllm_cache:response_every=0", "at least 1"),
-    ({"left": 3}, "None"), ("dual:block_size=4", "left"),
+    ({"left": 3}, "needs the key 'name'"), ("dual:block_size=4", "left"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(spec, words):
     with pytest.raises(DllmError, match=words) as error:

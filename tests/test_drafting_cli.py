@@ -49,7 +49,7 @@ def test_text_and_metrics_are_shown(run, options):
     ("options", "says"),
     [
         (["--search", "viterby"], "did you mean 'viterbi'"),
-        (["--length", "fixed:q=3"], "unknown option 'q' of length controller 'fixed'"),
+        (["--length", "fixed:q=3"], "unknown parameter 'q' of length controller 'fixed'"),
         (["--drafter", "sufix"], "unknown drafter 'sufix'; did you mean 'suffix'?"),
         (["--top-p", "2", "-t", "1"], "top_p"),
     ],

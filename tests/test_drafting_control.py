@@ -99,7 +99,7 @@ def test_heuristic_and_fixed():
     [
         (dict(length="fixed:k=2.5"), r"'fixed': k=2.5 must be an integer \(default 8\)"),
         (dict(length="fixed:k=1e1"), "k=10.0 must be an integer"),
-        (dict(length="fixed:kk=3"), "unknown option 'kk' of length controller 'fixed'; did you mean 'k'"),
+        (dict(length="fixed:kk=3"), "unknown parameter 'kk' of length controller 'fixed'; did you mean 'k'"),
         (dict(length={"name": "cost", "k_mac": 3}), "did you mean 'k_max'"),
         (dict(length="cost:margin=wide"), "margin='wide' must be a number"),
         (dict(length="cost:k_max=true"), "k_max=True must be an integer"),
@@ -139,7 +139,7 @@ def test_heuristic_and_fixed():
         (dict(tokenizer=5), "tokenizer= is a loaded tokenizer, not int"),
         (dict(streamer=5), "streamer= has the methods put and end"),
         (dict(chat="x"), "chat=.x. must be True or False"),
-        (dict(drafter={"name": ["suffix"]}), "unknown drafter"),
+        (dict(drafter={"name": ["suffix"]}), "the name of a drafter is a word"),
     ],
 )
 def test_settings_of_the_wrong_kind_take_one_line(options, says):

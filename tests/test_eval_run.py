@@ -380,7 +380,7 @@ def test_mistakes_are_found_before_any_decoding(tmp_path):
         run(path, out=tmp_path / "r", progress=False)
     for key, value, message in (
         ("generate", {"block_length": -4}, "generate: block_length=-4 must be"),
-        ("generate", {"lookahead": {"row": 2}}, r"generate\.lookahead: unknown lookahead setting 'row'"),
+        ("generate", {"lookahead": {"row": 2}}, r"generate\.lookahead: unknown parameter 'row' of lookahead"),
         ("tasks", [{"name": "sudoku", "generate": {"top_p": 3}}], r"tasks\.0\.generate: top_p=3"),
         ("speculate", {"verifier": "tiny-ar", "options": {"serch": "cps"}}, "did you mean 'search'"),
         ("speculate", {"verifier": "tiny-ar", "options": {"length": "adll"}}, "did you mean 'adl'"),

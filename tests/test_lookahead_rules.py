@@ -475,11 +475,11 @@ def test_settings_as_text() -> None:
         ({"mode": "exakt"}, "'exact'"),
         ({"drafter": "rol"}, "'roll'"),
         ({"relax": "subsets"}, "'subset'"),
-        ({"ahead": -1}, "must not be negative"),
+        ({"ahead": -1}, "ahead=-1 must be at least 0"),
         ({"audit": 0}, "audit=0 must be at least 1"),
-        ({"delta": -1.0}, "delta=-1.0 not negative"),
+        ({"delta": -1.0}, "delta=-1.0 must be at least 0"),
         ({"max_rows": 0}, "must be at least 1"),
-        ("4:mode=[", "unknown lookahead mode"),
+        ("4:mode=[", "mode='\\[' is no value"),
     ],
 )
 def test_bad_settings_say_what_to_do(setting: Any, message: str) -> None:

@@ -652,7 +652,7 @@ def test_daedal_never_passes_its_ceiling_and_grows_geometrically() -> None:
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        ("localleap:radius=-1", "radius=-1 must be from 0"),
+        ("localleap:radius=-1", "radius=-1 must be at least 0"),
         ("localleap:radius=2.5", "radius=2.5 must be an integer"),
         ("localleap:kappa=null", "kappa=None must be a number"),
         ("localleap:kappa=nan", "kappa=nan must be a number"),

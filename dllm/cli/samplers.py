@@ -82,16 +82,14 @@ def _own(name: str, model: Checkpoint) -> None:
     """The settings that a model brings for a sampler and its compositions."""
     from dllm.models.hub import locate
     from dllm.models.settings import read_settings
-    from dllm.samplers import registry
 
     for key, s in read_settings(locate(model.name, **model.hub)).items():
         if name in key.split("+"):
-            spec = registry.spell([{"name": part, **values} for part, values in s.parameters.items()])
             low, high = (100 * x for x in s.interval)
             figures = f"{100 * s.accuracy:.1f} % [{low:.1f}, {high:.1f}] at {s.tokens_per_forward:g} tokens a forward"
             against = f"{s.loss:+.1f} points lost against {s.baseline}, n = {s.n} ({s.task})"
             Console().print(
-                f"{model.name} brings for {key}: {spec}: {figures}, {against}", highlight=False, markup=False
+                f"{model.name} brings for {key}: {s.spelled}: {figures}, {against}", highlight=False, markup=False
             )
 
 

@@ -28,10 +28,11 @@ from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.ngram import CausalProxy, NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal
-from dllm.drafting.registry import as_drafter, named, settings
+from dllm.drafting.registry import as_drafter, named
 from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree, graft
 from dllm.drafting.verifier import Pending, Session, Verifier
 from dllm.errors import DllmError, unknown
+from dllm.spec import check
 
 log = logging.getLogger(__name__)
 Processors = Callable[[Tensor, Tensor], Tensor]
@@ -66,9 +67,7 @@ class SpecConfig:
     graft: Any = None
 
     def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in settings("speculate", type(self), given).items():
-            object.__setattr__(self, name, value)
+        check(self, "speculate")
         if self.carry not in ("auto", "always", "off"):
             raise unknown("carry policy", str(self.carry), ("auto", "always", "off"))
         if self.tree < 0 or self.order < 0 or self.reuse_min < 1:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from dllm import spec
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.verifier import Verifier
-from dllm.errors import DllmError, nearest, unknown
+from dllm.errors import DllmError, nearest
 from dllm.models.arguments import Checkpoint
 from dllm.models.files import optional_json
-from dllm.samplers.registry import value_of
-from dllm.spec import misfit
 
 RETRIEVAL: dict[str, Any] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
 
@@ -31,42 +29,8 @@ def named(kind: str, what: Any, table: Mapping[str, Any], made: type) -> Any:
 
 
 def _parsed(kind: str, what: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if isinstance(what, Mapping):
-        options = dict(what)
-        if "name" not in options:
-            raise DllmError(f"a {kind} given as a mapping needs a 'name'")
-        name = options.pop("name")
-    elif isinstance(what, str):
-        name, _, rest = what.partition(":")
-        options = {}
-        for item in filter(None, rest.split(",")):
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise DllmError(f"{kind} option {item!r} is not key=value")
-            options[key.strip()] = value_of(value)
-    else:
-        raise DllmError(f"a {kind} is a name ({', '.join(table)}), a mapping with one, or an object, not {what!r}")
-    if not isinstance(name, str) or name not in table:
-        raise unknown(kind, str(name), table)
-    return name, settings(f"{kind} {name!r}", table[name], options)
-
-
-def settings(of: str, make: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for the keywords of `make`, of the kinds of their annotations: the one check of drafting's settings.
-
-    Numbers that came as text are read. DllmError for other kinds and for unknown names, with the
-    nearest one; ranges are checked by what is made.
-    """
-    known = {name: p for name, p in signature(make).parameters.items() if p.default is not Parameter.empty}
-    out = {}
-    for key, value in given.items():
-        if key not in known:
-            raise unknown("option", str(key), known or ("(none)",), of=of)
-        kind = known[key].annotation
-        out[key] = value_of(value) if isinstance(value, str) and misfit(kind, value) else value
-        if what := misfit(kind, out[key]):
-            raise DllmError(f"{of}: {key}={value!r} must be {what} (default {known[key].default!r})")
-    return out
+    name, _, options = spec.named(what, kind, table)
+    return name, spec.settings(f"{kind} {name!r}", table[name], options)
 
 
 @lru_cache(maxsize=64)
@@ -104,15 +68,15 @@ def as_drafter(what: Any) -> Any:
     if isinstance(what, str | Checkpoint):
         from dllm.models.hub import EMBEDDED, load, load_verifier, locate
 
-        spec = Checkpoint(what) if isinstance(what, str) else what
-        near = nearest(spec.name, (*RETRIEVAL, *EMBEDDED))
-        if near in RETRIEVAL and "/" not in spec.name and not Path(spec.name).exists():
-            raise DllmError(f"unknown drafter {spec.name!r}; did you mean {near!r}?")
-        folder, what = locate(spec.name, **spec.hub), load(spec)
+        found = Checkpoint(what) if isinstance(what, str) else what
+        near = nearest(found.name, (*RETRIEVAL, *EMBEDDED))
+        if near in RETRIEVAL and "/" not in found.name and not Path(found.name).exists():
+            raise DllmError(f"unknown drafter {found.name!r}; did you mean {near!r}?")
+        folder, what = locate(found.name, **found.hub), load(found)
         if what.config.causal:
-            what = load_verifier(spec)
+            what = load_verifier(found)
         elif how := optional_json(folder / "drafter.json"):  # what `dllm align` left there
-            return DiffusionDrafter(what, **settings(str(folder / "drafter.json"), DiffusionDrafter, how))
+            return DiffusionDrafter(what, **spec.settings(str(folder / "drafter.json"), DiffusionDrafter, how))
     if isinstance(what, nn.Module):
         return ARDrafter.shared(what)
     if hasattr(what, "mask_id") and hasattr(what, "logits"):

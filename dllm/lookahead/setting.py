@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from dllm import spec as plain
-from dllm.errors import DllmError, unknown
-from dllm.spec import KINDS, misfit
+from dllm.errors import DllmError
+from dllm.spec import KINDS, check, named, param, settings, value
 
 MODES = ("exact", "guarded", "fast")
 DRAFTERS = ("roll", "ladder")
@@ -55,59 +54,35 @@ class Lookahead:
     """
 
     rows: int | str = 4
-    mode: str | None = None
-    drafter: str = "roll"
+    mode: str | None = param(None, "exact where it can be had, else guarded", choices=(None, *MODES))
+    drafter: str = param("roll", "the sampler's own step guesses best", choices=DRAFTERS)
     retain: bool = True
     multi_source: bool = True
     cross_blocks: bool = True
-    ahead: int = 1
+    ahead: int = param(1, "without any, thresholds in small blocks save next to nothing", low=0)
     restart: bool = False
-    max_rows: int | None = None
-    delta: float | None = None  # bound on logit differences; None: measured
-    audit: int = 16
+    max_rows: int | None = param(None, "`rows` for each sequence", low=1)
+    delta: float | None = param(None, "bound on logit differences; None: measured", low=0)
+    audit: int = param(16, "every so many hits of mode fast are checked", low=1)
     costs: Mapping[int, float] | None = None  # recorded cost of a forward for 1, 2, ... rows; None: measured
-    relax: str | None = None
+    relax: str | None = param(None, "the output is that of the plain call", choices=(None, *RELAXATIONS))
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if what := misfit(f.type, value := getattr(self, f.name)):
-                raise DllmError(f"lookahead {f.name}={value!r} must be {what}")
+        check(self, "lookahead")
         if self.costs is not None and not _costs(self.costs):
             raise DllmError(f"lookahead costs={self.costs!r} must be a table such as {{1: 1.0, 8: 1.3}}")
         if self.rows != "auto" and (not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1):
             raise DllmError(f"lookahead rows={self.rows!r} must be 'auto' or an integer of at least 1")
-        if self.mode is not None and self.mode not in MODES:
-            raise unknown("lookahead mode", str(self.mode), MODES)
-        if self.drafter not in DRAFTERS:
-            raise unknown("lookahead drafter", str(self.drafter), DRAFTERS)
-        if self.relax is not None and self.relax not in RELAXATIONS:
-            raise unknown("lookahead relaxation", str(self.relax), RELAXATIONS)
-        if self.max_rows is not None and self.max_rows < 1:
-            raise DllmError(f"lookahead max_rows={self.max_rows!r} must be at least 1")
-        if self.ahead < 0:
-            raise DllmError(f"lookahead ahead={self.ahead!r} must not be negative")
-        if self.audit < 1 or (self.delta is not None and self.delta < 0):
-            raise DllmError(f"lookahead audit={self.audit} must be at least 1 and delta={self.delta} not negative")
 
     @classmethod
-    def parse(cls, spec: Any) -> Lookahead:
+    def parse(cls, spec: object) -> Lookahead:
         """From 4, "auto", "8:mode=fast", {"rows": 8, "mode": "fast"}, a Lookahead. Errors: unknown keys, bad values."""
         if isinstance(spec, Lookahead):
             return spec
         if isinstance(spec, str):
-            rows, _, rest = spec.partition(":")
-            items = [i.split("=", 1) for i in (f"rows={rows}", *filter(None, rest.split(",")))]
-            try:
-                spec = {key.strip(): plain.value(value) for key, value in items}
-            except ValueError as error:
-                raise DllmError(f"lookahead {spec!r} is not of the form rows:setting=value,...") from error
-        if not isinstance(spec, Mapping):
-            return cls(rows=spec)
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in spec:
-            if key not in known:
-                raise unknown("lookahead setting", str(key), known)
-        return cls(**spec)
+            rows, _, given = named(spec, "lookahead")
+            return cls.parse({"rows": value(rows), **given})
+        return cls(**settings("lookahead", cls, spec if isinstance(spec, Mapping) else {"rows": spec}))
 
     @property
     def lossless(self) -> bool:

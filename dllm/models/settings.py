@@ -16,6 +16,7 @@ from typing import Any
 
 from dllm.errors import DllmError
 from dllm.models.files import optional_json, replaced
+from dllm.spec import render
 
 FILE = "sampler_settings.json"
 
@@ -34,6 +35,11 @@ class SamplerSetting:
     baseline: str  # what the loss is measured against, on the same problems
     loss: float  # percentage points of accuracy, more is worse
     loss_interval: tuple[float, float]  # 95 %, paired bootstrap
+
+    @property
+    def spelled(self) -> str:
+        """The specification that runs at these parameters on any model."""
+        return "+".join(render(part, **values) for part, values in self.parameters.items())
 
 
 def read_settings(folder: Path) -> dict[str, SamplerSetting]:

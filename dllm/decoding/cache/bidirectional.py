@@ -6,7 +6,7 @@ dKV-Cache (arXiv 2505.15781), `dllm_cache` from dLLM-Cache (arXiv 2506.06295).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm.decoding.cache.policy import Policy, gather_plan, span_plan
 from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
 from dllm.decoding.columns import indices, marked
-from dllm.errors import DllmError
+from dllm.spec import param
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,8 @@ class Dual(Policy):
 
     name: ClassVar[str] = "dual"
     blockwise: ClassVar[bool | None] = False
-    left: int = field(default=0, metadata={"why": "columns recomputed left of the window; a shifted model adds one"})
-    right: int = field(default=0, metadata={"why": "columns recomputed right of the window"})
-
-    def __post_init__(self) -> None:
-        if self.left < 0 or self.right < 0:
-            raise DllmError(f"cache {self.name}: left={self.left}, right={self.right} must not be negative")
+    left: int = param(0, "columns recomputed left of the window; a shifted model adds one", low=0)
+    right: int = param(0, "columns recomputed right of the window", low=0)
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
         lo, hi = window.lo - max(self.left, self.shift), window.hi + self.right
@@ -72,15 +68,10 @@ class Interval(Dated, Dual):
     """`dual` with wide margins, full forwards while the canvas settles, and a refresh every few steps of a block."""
 
     name: ClassVar[str] = "interval"
-    left: int = field(default=16, metadata={"why": "dInfer's vicinity"})
-    right: int = field(default=16, metadata={"why": "dInfer's vicinity"})
-    warmup: int = field(default=4, metadata={"why": "dInfer: the first four steps of a row are full forwards"})
-    every: int = field(default=0, metadata={"why": "0: refresh at a new block only, as dInfer does"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.warmup < 0 or self.every < 0:
-            raise DllmError(f"cache interval: warmup={self.warmup}, every={self.every} must not be negative")
+    left: int = param(16, "dInfer's vicinity", low=0)
+    right: int = param(16, "dInfer's vicinity", low=0)
+    warmup: int = param(4, "dInfer: the first four steps of a row are full forwards", low=0)
+    every: int = param(0, "0: refresh at a new block only, as dInfer does", low=0)
 
     def holds(self, state: State, window: Span) -> Cached:
         refreshes = state.step.clamp(max=max(self.warmup - 1, 0))
@@ -111,11 +102,7 @@ class DKVCache(Dated, Scattered):
     """
 
     name: ClassVar[str] = "delayed"
-    every: int = field(default=8, metadata={"why": "bounds how stale a token may get; the paper tries 2 to 16"})
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise DllmError(f"cache delayed: every={self.every} must be at least 1")
+    every: int = param(8, "bounds how stale a token may get; the paper tries 2 to 16", low=1)
 
     def columns(self, canvas: Canvas) -> dict[str, Tensor]:
         return {"cache.fed": canvas.masked, "cache.redo": canvas.masked}
@@ -142,14 +129,9 @@ class DLLMCache(Scattered):
     """
 
     name: ClassVar[str] = "dllm_cache"
-    prompt_every: int = field(default=50, metadata={"why": "the paper's K_p, 25 to 100"})
-    response_every: int = field(default=8, metadata={"why": "the paper's K_r, 2 to 8"})
-    rho: float = field(default=0.25, metadata={"why": "the paper's share of the response"})
-
-    def __post_init__(self) -> None:
-        if self.prompt_every < 1 or self.response_every < 1 or not 0 <= self.rho <= 1:
-            values = f"prompt_every={self.prompt_every}, response_every={self.response_every}, rho={self.rho}"
-            raise DllmError(f"cache dllm_cache: {values}: the first two must be at least 1, rho in [0, 1]")
+    prompt_every: int = param(50, "the paper's K_p, 25 to 100", low=1)
+    response_every: int = param(8, "the paper's K_r, 2 to 8", low=1)
+    rho: float = param(0.25, "the paper's share of the response", low=0, high=1)
 
     def columns(self, canvas: Canvas) -> dict[str, Tensor]:
         never = torch.full_like(canvas.ids, -1)

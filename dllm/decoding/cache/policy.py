@@ -25,6 +25,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
 from dllm.decoding.columns import between
 from dllm.errors import DllmError
+from dllm.spec import check
 
 if TYPE_CHECKING:
     from dllm.models.model import Model
@@ -118,6 +119,9 @@ class Policy(ABC):
     block_size: int | None = field(default=None, kw_only=True, repr=False)  # of the model
     shift: int = field(default=0, kw_only=True, repr=False)  # of the model
     ahead: int = field(default=0, kw_only=True, repr=False)  # blocks that a forward reads behind the open one
+
+    def __post_init__(self) -> None:
+        check(self, f"cache {self.name!r}")
 
     def bind(self, model: Model) -> Policy:
         """The policy for this model. Errors: a model without a store, or with the wrong kind of attention."""
