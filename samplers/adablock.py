@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View, best
+from dllm.decoding.slots import Context, View, Window, best
 from dllm.errors import DllmError
 from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.blocks import BlockMemory
 from dllm.samplers.threshold import Threshold
 
 # The released delimiter sets: ids of the families' own vocabularies whose text holds a new line.
@@ -27,8 +28,21 @@ PUBLISHED: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 
+class AheadMemory(NamedTuple):
+    """Per-row leaves of the open block beside its `BlockMemory`, both (B,); -1 before the first."""
+
+    hi: Tensor  # its end, exclusive
+    ahead: Tensor  # in the step that opens it: the end of where a delimiter is looked for, else -1
+
+    @classmethod
+    def start(cls, canvas: Canvas) -> Self:
+        """No block is open yet."""
+        unset = torch.full_like(canvas.start, -1)
+        return cls(unset, unset)
+
+
 @dataclass(frozen=True)
-class AdaptiveBlocks:
+class AdaptiveBlocks(Window):
     """The window slot: a block is opened by a forward that reads a stretch ahead of it, and `narrow` ends the block at
     the surest delimiter predicted there, or after `length` columns. The opening forward commits too."""
 
@@ -37,31 +51,19 @@ class AdaptiveBlocks:
     tau: float
     window: str
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        unset = torch.full_like(canvas.start, -1)
-        zero = torch.zeros_like(canvas.start)
-        lo_hi = {"window.lo": unset, "window.hi": unset, "window.ahead": unset}
-        return {**lo_hi, "window.step": zero, "window.masks": zero}
-
-    columns = None
+    def memory(self, canvas: Canvas) -> BlockMemory:
+        return BlockMemory.start(canvas)
 
     def open(self, state: State) -> tuple[State, Span]:
-        canvas, memory = state.canvas, state.memory
+        canvas, before, end = state.canvas, state.memory[BlockMemory], state.memory[AheadMemory].hi
         first = canvas.first_masked()
-        new = (first < memory["window.lo"]) | (first >= memory["window.hi"])
-        lo = torch.where(new, first, memory["window.lo"])
+        new = (first < before.lo) | (first >= end)
+        lo = torch.where(new, first, before.lo)
         ahead = torch.minimum(lo + self._reach(canvas, lo), canvas.length)
         read = torch.maximum(ahead, torch.minimum(lo + self.length, canvas.length))
-        hi = torch.minimum(torch.where(new, read, memory["window.hi"]), canvas.length)  # the canvas may have been cut
-        state = state._replace(
-            memory={
-                **memory,
-                "window.lo": lo,
-                "window.hi": hi,
-                "window.step": torch.where(new, state.step, memory["window.step"]),
-                "window.ahead": torch.where(new, ahead, -1),
-            }
-        )
+        hi = torch.minimum(torch.where(new, read, end), canvas.length)  # the canvas may have been cut
+        opened = before._replace(lo=lo, step=torch.where(new, state.step, before.step))
+        state = state._replace(memory=state.memory.plus(opened, AheadMemory(hi, torch.where(new, ahead, -1))))
         return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
 
     def _reach(self, canvas: Canvas, lo: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class AdaptiveBlocks:
         return ((lo - canvas.start) // 4).clamp(min=1)
 
     def narrow(self, view: View, pred: Prediction) -> None:
-        canvas, window, ahead = view.canvas, view.window, view.memory["window.ahead"]
+        canvas, window, ahead = view.canvas, view.window, view.memory[AheadMemory].ahead
         opening = ahead >= 0
         sought = (view.cols >= window.lo[:, None]) & (view.cols < ahead[:, None])  # (B, W), nothing where not opening
         token = torch.where(view.masked, pred.token, view.gather(canvas.ids))
@@ -82,8 +84,9 @@ class AdaptiveBlocks:
         fixed = torch.minimum(window.lo + self.length, canvas.length)
         hi = torch.where(opening, torch.where(found, last + 1, fixed), window.hi)
         view.narrow(window.lo, hi)
-        masks = torch.where(opening, view.live.sum(1), view.memory["window.masks"])
-        view.memory |= {"window.hi": hi, "window.masks": masks}
+        opened = view.memory[BlockMemory]
+        masks = torch.where(opening, view.live.sum(1), opened.masks)
+        view.memory = view.memory.plus(opened._replace(masks=masks), AheadMemory(hi, ahead))
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class AdaBlock(Method):
         table = torch.zeros(context.vocab_size, dtype=torch.bool)
         table[list(self._ids(context))] = True
         window = AdaptiveBlocks(context.block_length, table, tau, self.window)
-        return Bundle(window=window, assumes={"select": Threshold(tau=self.tau).select})
+        return Bundle(window=window, assumes={"select": Threshold(tau=self.tau).select}, memory=AheadMemory.start)
 
     def _ids(self, context: Context) -> tuple[int, ...]:
         """The delimiter ids. Errors: ids outside the vocabulary, texts that the tokenizer does not have."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View, rank
+from dllm.decoding.slots import Context, View, Window, rank
 from dllm.errors import DllmError
 from dllm.samplers.base import Bundle, Method, param
 
@@ -27,7 +27,7 @@ def size_of(canvas: Canvas) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Doubling:
+class Doubling(Window):
     """Window and selection of a row with G columns: S = floor(log2 G) steps; n steps write 2^n - 1 columns.
 
     With b blocks the first one takes the steps up to S - b; each later step has a block of its own.
@@ -35,7 +35,6 @@ class Doubling:
 
     blocks: int
     scheduled: ClassVar[bool] = True
-    memory = columns = None
 
     def open(self, state: State) -> tuple[State, Span]:
         canvas = state.canvas

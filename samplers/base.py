@@ -26,8 +26,8 @@ from torch import Tensor
 
 import dllm
 from dllm import spec
-from dllm.decoding.canvas import Canvas, Decision, Span, State
-from dllm.decoding.slots import Context, Needs, Sampler, View
+from dllm.decoding.canvas import Decision, Span, State
+from dllm.decoding.slots import Context, Needs, Sampler, Start, View, Window
 from dllm.errors import DllmError, unknown
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ CHAINS = ("adjust", "amend")
 class Bundle:
     """The slots a named sampler owns, and those it assumes."""
 
-    window: Any = None
+    window: Window | None = None
     inputs: Any = None
     score: Callable[[View, Prediction], Tensor] | None = None
     select: Callable[[View, Prediction, Tensor], Tensor] | None = None
@@ -57,8 +57,8 @@ class Bundle:
     amend: tuple[Callable[[View, Prediction, Decision], Decision], ...] = ()
     assumes: dict[str, Any] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
-    memory: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-row leaves
-    columns: Callable[[Canvas], dict[str, Tensor]] | None = None  # initial per-column leaves (B, L, ...)
+    memory: Start | None = None  # the first per-row leaves: a NamedTuple of (B, ...) tensors
+    columns: Start | None = None  # the first per-column leaves: a NamedTuple of (B, L, ...) tensors
     reads: Callable[[State, Span], Tensor] | None = None  # extra columns to read (B, R), -1 for padding
     lookahead: Any = None  # the lookahead of a call that names none (FreeDave)
 

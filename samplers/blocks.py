@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
+from dllm.decoding.slots import Hold, Window
 
 if TYPE_CHECKING:
     from dllm.decoding.slots import Context
+
+
+class BlockMemory(NamedTuple):
+    """Per-row leaves of a window of blocks, all (B,): what the quota rules go by."""
+
+    lo: Tensor  # first column of the open block, -1 before the first
+    step: Tensor  # the step that opened it
+    masks: Tensor  # masks that it held then
+
+    @classmethod
+    def start(cls, canvas: Canvas) -> Self:
+        """No block is open yet."""
+        zero = torch.zeros_like(canvas.start)
+        return cls(zero - 1, zero, zero)
 
 
 def first_block(canvas: Canvas, length: int, aligned: bool) -> Tensor:
@@ -21,7 +36,7 @@ def first_block(canvas: Canvas, length: int, aligned: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Window):
     """Blocks of `length` columns; a block is left when none of its columns is masked. The last one may be short.
 
     Remembers, for the quota rules, at which step the block was opened and how many masks it held then.
@@ -30,42 +45,30 @@ class Blocks:
     length: int = field(metadata={"why": "columns of a block"})
     lone_opening: bool = field(default=False, metadata={"why": "the opening forward commits the first column only"})
     aligned: bool = field(default=False, metadata={"why": "blocks count from column 0, as block-causal models have it"})
-    holds: bool = field(default=False, metadata={"why": "a block stays open while `window.hold` says so"})
+    holds: bool = field(default=False, metadata={"why": "a block stays open while `Hold` says so"})
 
     @classmethod
     def of(cls, context: Context, **options: Any) -> Self:
         """The blocks of a call."""
         return cls(context.block_length, aligned=context.block_size is not None, **options)
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        return {
-            "window.lo": torch.full_like(canvas.start, -1),
-            "window.step": torch.zeros_like(canvas.start),
-            "window.masks": torch.zeros_like(canvas.start),
-        }
-
-    columns = None
+    def memory(self, canvas: Canvas) -> BlockMemory:
+        return BlockMemory.start(canvas)
 
     def open(self, state: State) -> tuple[State, Span]:
-        canvas, memory = state.canvas, state.memory
+        canvas, before = state.canvas, state.memory[BlockMemory]
         origin = first_block(canvas, self.length, self.aligned)
         block = (canvas.first_masked() - origin) // self.length
         if self.holds:
-            block = torch.where(memory["window.hold"], (memory["window.lo"] - origin) // self.length, block)
+            block = torch.where(state.memory[Hold].held, (before.lo - origin) // self.length, block)
         lo = origin + block * self.length
         hi = torch.minimum(lo + self.length, canvas.length)
-        new = lo != memory["window.lo"]
+        new = lo != before.lo
         begin, end = lo, hi
         if self.lone_opening:
             begin, end = torch.where(new, lo, lo + 1), torch.where(new, lo + 1, hi)
         reads = spans(begin, end, min(self.length, canvas.ids.shape[1]))
         masks = (canvas.masked.gather(1, reads.clamp(min=0)) & (reads >= 0)).sum(1)
-        state = state._replace(
-            memory={
-                **memory,
-                "window.lo": lo,
-                "window.step": torch.where(new, state.step, memory["window.step"]),
-                "window.masks": torch.where(new, masks, memory["window.masks"]),
-            }
-        )
+        step, masks = torch.where(new, state.step, before.step), torch.where(new, masks, before.masks)
+        state = state._replace(memory=state.memory.plus(BlockMemory(lo, step, masks)))
         return state, Span(lo=begin, hi=end, reads=reads, epoch=block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,20 @@ class CCD(Method):
         )
 
 
+class Looked(NamedTuple):
+    """Per-column leaves of mode `agree`, (B, L): what the last step saw."""
+
+    token: Tensor  # its arg-max, -1 for none
+    runner_up: Tensor  # bool: among the best that it left over
+
+
+class Ring(NamedTuple):
+    """Per-row leaves of mode `mean`: the distributions of the last steps, newest first."""
+
+    cols: Tensor  # (B, K) their columns, -1 for none
+    law: Tensor  # (B, K, V)
+
+
 class Rule:
     """What both modes share: the base budget u, one for each row."""
 
@@ -74,16 +88,16 @@ class Rule:
 class Agree(Rule):
     """Two steps must agree. The history of a column is its last arg-max and whether it was among the runners-up."""
 
-    def columns(self, canvas: Canvas) -> dict[str, Tensor]:  # type: ignore[override]
-        return {"ccd.token": torch.full_like(canvas.ids, -1), "ccd.runner_up": torch.zeros_like(canvas.masked)}
+    def columns(self, canvas: Canvas) -> Looked:  # type: ignore[override]
+        return Looked(torch.full_like(canvas.ids, -1), torch.zeros_like(canvas.masked))
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         order, step = rank(score, view.live), view.state.step[:, None]
         u = self.base(view)
         n = self._compared(view, u)
         plain = order < u
-        runner_up = view.gather(view.columns["ccd.runner_up"])
-        stable = (soft.argmax == view.gather(view.columns["ccd.token"])) & runner_up & (order < n)
+        last_token, runner_up = map(view.gather, view.columns[Looked])
+        stable = (soft.argmax == last_token) & runner_up & (order < n)
         if not self.m.seek:
             stable &= rank(-order.to(score.dtype), stable) < u
         coherent = (plain & runner_up).any(1, keepdim=True) & (stable.sum(1, keepdim=True) >= u)
@@ -92,8 +106,10 @@ class Agree(Rule):
         left = view.live & ~chosen
         saved = (rank(score, left) < n) & left & (step >= WARM_UP - 2)
         token = torch.where(step >= WARM_UP - 1, soft.argmax, -1)
-        view.columns["ccd.runner_up"] = view.scatter(torch.zeros_like(view.canvas.masked), saved, saved)
-        view.columns["ccd.token"] = view.scatter(torch.full_like(view.canvas.ids, -1), token, view.live)
+        nothing = self.columns(view.canvas)
+        view.columns[Looked] = Looked(
+            view.scatter(nothing.token, token, view.live), view.scatter(nothing.runner_up, saved, saved)
+        )
         return chosen
 
     def _compared(self, view: View, u: Tensor) -> Tensor:
@@ -113,10 +129,10 @@ class Mean(Rule):
         self.top = max(method.top, context.max_new_tokens // context.steps if context.steps else 1)  # of any row
         self.adjust = (self.blend,)
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:  # type: ignore[override]
+    def memory(self, canvas: Canvas) -> Ring:  # type: ignore[override]
         rows, depth = len(canvas.ids), self.m.depth - 1
         cols = canvas.ids.new_full((rows, depth * self.top), -1)
-        return {"ccd.cols": cols, "ccd.law": torch.zeros(*cols.shape, self.context.vocab_size, device=cols.device)}
+        return Ring(cols, torch.zeros(*cols.shape, self.context.vocab_size, device=cols.device))
 
     def blend(self, view: View, pred: Prediction) -> Prediction:
         """Replace token, confidence and entropy of the `top` surest columns by those of their averages."""
@@ -126,14 +142,15 @@ class Mean(Rule):
         ok = order.gather(1, at) < torch.minimum(view.live.sum(1, keepdim=True), own)
         law = pred.logits.gather(1, at[..., None].expand(-1, -1, pred.logits.shape[-1])).softmax(-1)  # (B, k, V)
         cols = torch.where(ok, view.cols.gather(1, at), -1)
-        old_cols, old = view.memory["ccd.cols"], view.memory["ccd.law"].to(law.dtype)
+        old_cols, kept = view.memory[Ring]
+        old = kept.to(law.dtype)
         same = ((cols[:, :, None] == old_cols[:, None]) & ok[..., None]).to(law.dtype)  # (B, k, d k)
         contexts = 1 + same.sum(-1)
         mean = (law + same @ old) / contexts[..., None]
         keep = old_cols.shape[1] - at.shape[1]
         if keep >= 0:  # a ring: the newest first
-            view.memory["ccd.cols"] = torch.cat([cols, old_cols[:, :keep]], 1)
-            view.memory["ccd.law"] = torch.cat([law, old[:, :keep]], 1).to(view.memory["ccd.law"].dtype)
+            newest = torch.cat([law, old[:, :keep]], 1).to(kept.dtype)
+            view.memory[Ring] = Ring(torch.cat([cols, old_cols[:, :keep]], 1), newest)
         best, token = mean.max(-1)
         put = {
             "token": (pred.token, token),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,13 @@ from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 
 FREE = 0  # an unused slot; token ids are stored plus one, so that new slots may be zeros
+
+
+class Listed(NamedTuple):
+    """Per-column leaves: a list of tokens and their credits, (B, L, S); S grows as arg-maxes change."""
+
+    token: Tensor  # id + 1; FREE: an unused slot
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,10 @@ class Credit(Method):
         return Bundle(adjust=(self.fuse,), columns=self.columns, assumes={"select": select})
 
     @staticmethod
-    def columns(canvas: Canvas) -> dict[str, Tensor]:
-        """Per column a list of tokens and their credits, (B, L, S); S grows as arg-maxes change."""
+    def columns(canvas: Canvas) -> Listed:
+        """No token has credit at first."""
         slots = canvas.ids[..., None].expand(-1, -1, 2)
-        return {"credit.token": torch.zeros_like(slots), "credit.value": torch.zeros_like(slots, dtype=torch.float64)}
+        return Listed(torch.zeros_like(slots), torch.zeros_like(slots, dtype=torch.float64))
 
     def fuse(self, view: View, pred: Prediction) -> Prediction:
         alpha, beta, gamma = self._constants(view)
@@ -84,7 +91,8 @@ class Credit(Method):
 
     def _update(self, view: View, pred: Prediction, beta: Tensor | float, gamma: float) -> tuple[Tensor, Tensor]:
         """Decay, then credit the arg-max of every candidate. Returns tokens and credits (B, W, S) after the step."""
-        tokens, credit = view.gather(view.columns["credit.token"]), view.gather(view.columns["credit.value"])
+        listed = view.columns[Listed]
+        tokens, credit = map(view.gather, listed)
         live, top = view.live[..., None], pred.argmax[..., None] + 1
         tokens = torch.where(live, tokens, FREE)
         credit = torch.where(live, credit * beta, 0.0)
@@ -95,9 +103,11 @@ class Credit(Method):
         hit = live & torch.where(same.any(-1, keepdim=True), same, first_free)
         tokens = torch.where(hit, top, tokens)
         credit = credit + torch.where(hit, (1 + pred._best[-1])[..., None] ** -gamma, 0.0)
-        for key, values in (("credit.token", tokens), ("credit.value", credit)):
-            table = F.pad(view.columns[key], (0, values.shape[-1] - view.columns[key].shape[-1]))
-            view.columns[key] = view.scatter(table, values, view.cols >= 0)
+        more, read = tokens.shape[-1] - listed.token.shape[-1], view.cols >= 0
+        view.columns[Listed] = Listed(
+            view.scatter(F.pad(listed.token, (0, more)), tokens, read),
+            view.scatter(F.pad(listed.value, (0, more)), credit, read),
+        )
         return tokens, credit
 
 

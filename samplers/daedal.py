@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas, Decision, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, best
+from dllm.decoding.slots import Context, Needs, View, Window, best
 from dllm.errors import DllmError
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import first_block
@@ -61,29 +61,34 @@ class DAEDAL(Method):
         )
 
 
+class Stage(NamedTuple):
+    """Per-row leaves, (B,)."""
+
+    pos: Tensor  # first column of the open block
+    denoising: Tensor  # bool: stage 2
+
+
 @dataclass(frozen=True)
-class Growing:
+class Growing(Window):
     """Window and length edits. A row in stage 1 has an empty window; in stage 2 the open block starts at `pos`."""
 
     m: DAEDAL
     context: Context
     initial: int
 
-    columns = None
-
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+    def memory(self, canvas: Canvas) -> Stage:
         context = self.context
         first = first_block(canvas, context.block_length, aligned=context.block_size is not None)
-        return {"daedal.pos": first, "daedal.denoising": torch.zeros_like(canvas.start, dtype=torch.bool)}
+        return Stage(first, torch.zeros_like(canvas.start, dtype=torch.bool))
 
     def open(self, state: State) -> tuple[State, Span]:
         state = self._begin(state)
-        canvas, pos, length = state.canvas, state.memory["daedal.pos"], self.context.block_length
+        canvas, (pos, denoising), length = state.canvas, state.memory[Stage], self.context.block_length
         ahead = (canvas.first_masked() - pos).clamp(min=0) // length
-        pos = torch.where(state.memory["daedal.denoising"], pos + length * ahead, pos)
-        state = state._replace(memory={**state.memory, "daedal.pos": pos})
+        pos = torch.where(denoising, pos + length * ahead, pos)
+        state = state._replace(memory=state.memory.plus(Stage(pos, denoising)))
         lo, hi = pos, torch.minimum(pos + length, canvas.length)
-        hi = torch.where(state.memory["daedal.denoising"], hi, lo)
+        hi = torch.where(denoising, hi, lo)
         full = canvas.length - canvas.start >= state.asked
         begin = torch.where(full & (hi > lo), lo, canvas.start)  # at the ceiling nobody asks for the tail
         end = torch.where(full & (hi > lo), hi, canvas.length)
@@ -103,15 +108,15 @@ class Growing:
 
     def grow(self, view: View, pred: Prediction, d: Decision) -> Decision:
         """The length edits of this step, on the columns before its commits are shifted."""
-        canvas, denoising = view.canvas, view.memory["daedal.denoising"]
+        canvas, (pos, denoising) = view.canvas, view.memory[Stage]
         room = view.state.asked - (canvas.length - canvas.start)  # (B,)
-        sure = self.tail_confidence(view, pred)
+        sure = tail_confidence(view, pred, self.context.eos_ids[0], self.m.tail)
         written = view.gather(d.write)
         weak = view.live & ~written & (pred.confidence < self.m.tau_low)
         lowest = best(-pred.confidence, weak)  # (B, W)
         expand = denoising & (sure < self.m.tau_expand) & (room > 0) & weak.any(1)
         append = ~denoising & (sure < self.m.tau_eos) & (room > 0)
-        view.memory["daedal.denoising"] = denoising | ~append
+        view.memory[Stage] = Stage(pos, denoising | ~append)
         at = torch.where(lowest, view.cols, -1).amax(1)
         table = torch.stack([expand, append, ~denoising & ~append, room, at, canvas.length, canvas.start]).tolist()
         edits = tuple(e for row, values in enumerate(zip(*table, strict=True)) for e in self._edits(row, *values))
@@ -136,10 +141,10 @@ class Growing:
             return [(row, at, length - at, (mask,) * (length + room - at))]
         return [(row, at, 1, (mask,) * self.m.factor), (row, length - over, over, ())]
 
-    def tail_confidence(self, view: View, pred: Prediction) -> Tensor:
-        """(B,) the end-of-sequence signal of the last columns whose arg-max is EOS."""
-        eos = self.context.eos_ids[0]
-        ends = (pred.argmax == eos) & (view.cols >= view.canvas.start[:, None])
-        order = ends.flip(1).cumsum(1).flip(1)  # counted from the right: the columns ascend
-        p = pred.probability_of(pred.logits[..., eos])
-        return torch.where(ends & (order <= self.m.tail), p, 0.0).sum(1) / self.m.tail
+
+def tail_confidence(view: View, pred: Prediction, eos: int, tail: int) -> Tensor:
+    """(B,) the end-of-sequence signal of the last `tail` columns whose arg-max is `eos`."""
+    ends = (pred.argmax == eos) & (view.cols >= view.canvas.start[:, None])
+    order = ends.flip(1).cumsum(1).flip(1)  # counted from the right: the columns ascend
+    p = pred.probability_of(pred.logits[..., eos])
+    return torch.where(ends & (order <= tail), p, 0.0).sum(1) / tail

@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
-from dllm.decoding.slots import Context
+from dllm.decoding.slots import Context, Window
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 
 
+class SlidingMemory(NamedTuple):
+    """Per-row leaves, (B,)."""
+
+    epoch: Tensor
+    refreshed: Tensor  # columns that were written when the epoch began
+    lo: Tensor  # first column of the last window
+
+
 @dataclass(frozen=True)
-class Sliding:
+class Sliding(Window):
     """From the first mask s to start + length + committed, at most s + `most`; an epoch each `length` commits."""
 
     length: int
     most: int | None = None
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        zero = torch.zeros_like(canvas.start)
-        return {"dsb.epoch": zero, "dsb.refreshed": written(canvas), "dsb.lo": canvas.first_masked()}
-
-    columns = None
+    def memory(self, canvas: Canvas) -> SlidingMemory:
+        return SlidingMemory(torch.zeros_like(canvas.start), written(canvas), canvas.first_masked())
 
     def open(self, state: State) -> tuple[State, Span]:
-        canvas, memory = state.canvas, state.memory
+        canvas, before = state.canvas, state.memory[SlidingMemory]
         count = written(canvas)
         lo = canvas.first_masked()
         hi = torch.minimum(canvas.start + self.length + count, canvas.length)
         if self.most is not None:
             hi = torch.minimum(hi, lo + self.most)
-        due = count - memory["dsb.refreshed"] >= self.length
-        epoch = memory["dsb.epoch"] + due
-        refreshed = torch.where(due, count, memory["dsb.refreshed"])
+        due = count - before.refreshed >= self.length
+        epoch = before.epoch + due
+        refreshed = torch.where(due, count, before.refreshed)
         # columns that the last step left behind are read once more: a cache that recomputes only what is near the
         # window would keep the keys and values that they had as masks
-        first = torch.minimum(lo, memory["dsb.lo"])
+        first = torch.minimum(lo, before.lo)
         reads = spans(first, hi, int((hi - first).max()))
-        state = state._replace(memory={**memory, "dsb.epoch": epoch, "dsb.refreshed": refreshed, "dsb.lo": lo})
+        state = state._replace(memory=state.memory.plus(SlidingMemory(epoch, refreshed, lo)))
         return state, Span(lo=lo, hi=hi, reads=reads, epoch=epoch)
 
 

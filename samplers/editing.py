@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View
+from dllm.decoding.slots import Context, Hold, Needs, View
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold
@@ -41,8 +40,9 @@ class Editing(Method):
             memory=self.memory,
         )
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        return {"window.hold": torch.zeros_like(canvas.start, dtype=torch.bool), "editing.rounds": canvas.start * 0}
+    def memory(self, canvas: Canvas) -> Hold:
+        """No block is held at first."""
+        return Hold(torch.zeros_like(canvas.start, dtype=torch.bool), canvas.start * 0)
 
     def amend(self, view: View, pred: Prediction, d: Decision) -> Decision:
         frozen = view.gather(view.canvas.frozen)
@@ -50,7 +50,7 @@ class Editing(Method):
         edits = filled & (pred.token != view.gather(view.canvas.ids)) & (pred.confidence >= self.edit)
         open_before = (view.masked & view.inside).any(1)
         open_after = (view.gather(view.canvas.apply(d).masked) & view.inside).any(1)
-        rounds = torch.where(open_before, 0, view.memory["editing.rounds"] + 1)
-        view.memory["editing.rounds"] = rounds
-        view.memory["window.hold"] = ~open_after & (open_before | edits.any(1)) & (rounds < self.rounds)
+        rounds = torch.where(open_before, 0, view.memory[Hold].rounds + 1)
+        held = ~open_after & (open_before | edits.any(1)) & (rounds < self.rounds)
+        view.memory[Hold] = Hold(held, rounds)
         return d._replace(write=view.scatter(d.write, edits, edits), token=view.scatter(d.token, pred.token, edits))

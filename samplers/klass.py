@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,22 @@ from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.quota import Quota
 
 ROWS = 1  # distributions compared at once: their temporaries stay in a CPU's cache
+
+
+class Before(NamedTuple):
+    """Per-row leaves: what the last step leaves; empty before the first."""
+
+    logits: Tensor  # (B, W, V)
+    lse: Tensor  # (B, W)
+    cols: Tensor  # (B, W) column + 1; 0: not followed
+    length: Tensor  # (B,) where it changed, columns moved
+
+
+class Calm(NamedTuple):
+    """Per-column leaves, (B, L)."""
+
+    streak: Tensor  # steps in a row that moved the distribution by less than epsilon
+    age: Tensor  # steps in the window
 
 
 @dataclass(frozen=True)
@@ -66,33 +82,25 @@ class KLASS(Method):
 
     def stable(self, view: View, pred: Prediction) -> Tensor:
         """(B, W) bool; moves the history on by this step."""
-        memory, columns, real = view.memory, view.columns, view.cols >= 0
+        history, real = view.columns[Calm], view.cols >= 0
         cols = torch.where(real if self.history == "generation" else view.inside, view.cols + 1, 0)  # what is followed
         before, known = last(view, cols)
         calm = known & (divergence(pred, *before) < self.epsilon) if before else known
-        streak = torch.where(calm, view.gather(columns["klass.streak"]) + 1, 0)
-        age = view.gather(columns["klass.age"]) + view.inside
-        columns["klass.streak"] = view.scatter(columns["klass.streak"], streak, real)
-        columns["klass.age"] = view.scatter(columns["klass.age"], age, real)
-        now = {"logits": pred.logits, "lse": pred.lse, "cols": cols, "length": view.canvas.length}
-        memory.update({f"klass.{key}": leaf for key, leaf in now.items()})
+        streak = torch.where(calm, view.gather(history.streak) + 1, 0)
+        age = view.gather(history.age) + view.inside
+        view.columns[Calm] = Calm(view.scatter(history.streak, streak, real), view.scatter(history.age, age, real))
+        view.memory[Before] = Before(pred.logits, pred.lse, cols, view.canvas.length)
         return (streak >= self.n) & (age >= self.n)
 
 
-def _memory(canvas: Canvas) -> dict[str, Tensor]:
-    """What the last step leaves; empty before the first."""
+def _memory(canvas: Canvas) -> Before:
     none = canvas.ids.new_zeros((len(canvas.ids), 0))
-    return {
-        "klass.logits": none.float()[..., None].expand(-1, -1, 0),  # (B, W, V)
-        "klass.lse": none.float(),  # (B, W)
-        "klass.cols": none,  # (B, W) column + 1; 0: not followed
-        "klass.length": canvas.length,  # (B,) where it changed, columns moved
-    }
+    return Before(none.float()[..., None].expand(-1, -1, 0), none.float(), none, canvas.length)
 
 
-def _columns(canvas: Canvas) -> dict[str, Tensor]:
+def _columns(canvas: Canvas) -> Calm:
     zero = torch.zeros_like(canvas.ids)
-    return {"klass.streak": zero, "klass.age": zero}
+    return Calm(zero, zero)
 
 
 def beyond(state: State, window: Span) -> Tensor:
@@ -105,7 +113,7 @@ def beyond(state: State, window: Span) -> Tensor:
 
 def last(view: View, cols: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
     """Logits (B, W, V) and their log-sum-exps (B, W) of the last step at these columns, and where they are known."""
-    logits, lse, at, length = (view.memory[f"klass.{key}"] for key in ("logits", "lse", "cols", "length"))
+    logits, lse, at, length = view.memory[Before]
     if not logits.shape[-1]:
         return None, torch.zeros_like(view.masked)
     cols = torch.where((view.canvas.length == length)[:, None], cols, 0)

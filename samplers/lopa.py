@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
+
+
+class Tried(NamedTuple):
+    """Per-column leaves, (B, L): what the next forward tries."""
+
+    branch: Tensor  # the branch that fills the column, 0 for none
+    token: Tensor  # and with what
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Branches:
     lanes: ClassVar[int] = 1
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
-        branch, token = (state.columns[key] for key in ("lopa.branch", "lopa.token"))  # (B, L)
+        branch, token = state.columns[Tried]  # (B, L)
         tried = branch.amax(1, keepdim=True)  # (B, 1) branches of each row: columns that it tries
         copies = 1 + int(tried.max())
         if (plan.stored and plan.refresh) or copies == 1:
@@ -73,7 +80,7 @@ def winner(branches: Tensor, cols: Tensor, answer: Any) -> Tensor:
     at = cols.clamp(min=0)
     inside = window.inside(cols)
     masked = inside & state.canvas.masked.gather(1, at)
-    branch = state.columns["lopa.branch"].gather(1, at).masked_fill(~inside, 0)
+    branch = state.columns[Tried].branch.gather(1, at).masked_fill(~inside, 0)
     means = []
     for k, logits in enumerate(branches):
         left = masked & (branch != k) if k else masked
@@ -112,24 +119,23 @@ class LoPA(Method):
         """Write the winner's column, then choose the columns that the next forward tries."""
         mine = won(view, pred)
         write = view.scatter(torch.zeros_like(d.write), mine, mine)
-        d = d._replace(write=d.write | write, token=torch.where(write, view.state.columns["lopa.token"], d.token))
+        d = d._replace(write=d.write | write, token=torch.where(write, view.state.columns[Tried].token, d.token))
         left = view.live & ~view.gather(d.write)
         order = rank(pred.log_confidence, left) + 1
         tried = left & (order < self.b)
         zero = torch.zeros_like(view.canvas.ids)
-        view.columns["lopa.branch"] = view.scatter(zero, order, tried)
-        view.columns["lopa.token"] = view.scatter(zero, pred.token, tried)
+        view.columns[Tried] = Tried(view.scatter(zero, order, tried), view.scatter(zero, pred.token, tried))
         return d
 
 
-def _columns(canvas: Canvas) -> dict[str, Tensor]:
+def _columns(canvas: Canvas) -> Tried:
     zero = torch.zeros_like(canvas.ids)
-    return {"lopa.branch": zero, "lopa.token": zero}  # which branch fills the column, 0 for none; and with what
+    return Tried(zero, zero)
 
 
 def won(view: View, pred: Prediction) -> Tensor:
     """(B, W) bool: the column that the winning branch had filled; nothing where the row itself won."""
-    branch = view.gather(view.state.columns["lopa.branch"])
+    branch = view.gather(view.state.columns[Tried].branch)
     return view.masked & (branch > 0) & (branch == pred.answer.notes["winner"][:, None])
 
 

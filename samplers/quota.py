@@ -16,7 +16,7 @@ from dllm.decoding import noise
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.samplers.base import Bundle, Method
-from dllm.samplers.blocks import first_block
+from dllm.samplers.blocks import BlockMemory, first_block
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,34 @@ class Quota:
         """(B,) how many columns this step commits."""
         if self.steps is None:
             return torch.ones_like(view.state.step)
-        memory, canvas = view.memory, view.canvas
-        if "window.lo" not in memory:  # a window that is no fixed block: the steps are spread over the generation
+        opened, canvas = view.memory.get(BlockMemory), view.canvas
+        if opened is None:  # a window that is no fixed block: the steps are spread over the generation
             return ((canvas.length - canvas.start) // self.steps).clamp(min=1)
-        blocks, index = self._block(view)
-        masks = memory["window.masks"].clamp(min=1)
+        blocks, index = self._block(view, opened)
+        masks = opened.masks.clamp(min=1)
         steps = self.steps // blocks + (index < self.steps % blocks)
         steps = torch.minimum(steps.clamp(min=1), masks)
-        done = view.state.step - memory["window.step"]
+        done = view.state.step - opened.step
         return masks // steps + (done < masks % steps)
 
     def elapsed(self, view: View) -> Tensor:
         """(B,) steps of the schedule before this one; those that were skipped count, a block has its full share."""
-        if "window.lo" not in view.memory:
+        opened = view.memory.get(BlockMemory)
+        if opened is None:
             return view.state.step
-        blocks, index = self._block(view)
+        blocks, index = self._block(view, opened)
         if self.steps is None:
             before = index * self.block_length
         else:
             before = index * (self.steps // blocks) + torch.minimum(index, self.steps % blocks)
-        return before + view.state.step - view.memory["window.step"]
+        return before + view.state.step - opened.step
 
-    def _block(self, view: View) -> tuple[Tensor, Tensor]:
+    def _block(self, view: View, opened: BlockMemory) -> tuple[Tensor, Tensor]:
         """(B,) blocks of each row, and which of them is open."""
         canvas = view.canvas
         origin = first_block(canvas, self.block_length, self.aligned)
         blocks = (canvas.length - origin + self.block_length - 1) // self.block_length
-        return blocks, (view.memory["window.lo"] - origin) // self.block_length
+        return blocks, (opened.lo - origin) // self.block_length
 
 
 def confidence(view: View, soft: Prediction) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,19 @@ class ReMDM(Method):
         )
 
 
+class Progress(NamedTuple):
+    """Per-row leaves of `refine`, (B,)."""
+
+    half: Tensor  # half-loops done
+    masks: Tensor  # masks of the first canvas
+
+
+class Committed(NamedTuple):
+    """Per-column leaves of the posterior, (B, L) float64: the confidence at the commit."""
+
+    confidence: Tensor
+
+
 @dataclass(frozen=True)
 class Refine:
     """Fill, loop, fill. A row's phase follows from how many masks it has left and how many half-loops it has done."""
@@ -69,12 +82,13 @@ class Refine:
     loops: int
     k: int
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        return {"remdm.half": torch.zeros_like(canvas.start), "remdm.masks": canvas.masked.sum(1)}
+    def memory(self, canvas: Canvas) -> Progress:
+        """Nothing is filled yet."""
+        return Progress(torch.zeros_like(canvas.start), canvas.masked.sum(1))
 
     def phase(self, view: View) -> tuple[Tensor, Tensor]:
         """(B,) bool: the row is looping; (B,) bool: and this is the half that masks."""
-        total, half = view.memory["remdm.masks"], view.memory["remdm.half"]
+        half, total = view.memory[Progress]
         filled = total - view.canvas.masked.sum(1)
         full = (filled >= (total * self.fill).long()) & (filled > 0)
         looping = (half < 2 * self.loops) & ((half > 0) | full)  # a loop that began runs through
@@ -86,7 +100,8 @@ class Refine:
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
         looping, masking = self.phase(view)
-        view.memory["remdm.half"] = view.memory["remdm.half"] + looping
+        before = view.memory[Progress]
+        view.memory[Progress] = before._replace(half=before.half + looping)
         if not bool(masking.any()):
             return d
         return remask(view, d, stored_probability(view, pred), decoded(view), masking * self.k)
@@ -100,8 +115,9 @@ class Posterior:
     eta: float
     steps: int | Tensor | None  # None: one for each column of the row's window
 
-    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
-        return {"remdm.confidence": torch.zeros_like(canvas.ids, dtype=torch.float64)}  # at the commit
+    def columns(self, canvas: Canvas) -> Committed:
+        """Nothing is committed yet."""
+        return Committed(torch.zeros_like(canvas.ids, dtype=torch.float64))
 
     def alpha(self, t: Tensor) -> Tensor:
         """The share of tokens that are decoded at time t."""
@@ -141,10 +157,10 @@ class Posterior:
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
         sigma = self.now(view.state)[0][:, None].expand(view.cols.shape)
-        among, table = decoded(view), view.columns["remdm.confidence"]
+        among, table = decoded(view), view.columns[Committed].confidence
         if self.schedule == "conf":
             sigma = sigma * weights(view.gather(table), among)
-        view.columns["remdm.confidence"] = view.scatter(table, pred.confidence, committed_here(view, d))
+        view.columns[Committed] = Committed(view.scatter(table, pred.confidence, committed_here(view, d)))
         again = among & (view.uniform(noise.REMASK) < sigma)
         return remask(view, d, sigma, again, again.sum(1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ from dllm.samplers.blocks import Blocks
 from dllm.samplers.revoke import committed_here, decoded, remask
 
 ROUNDING = 32  # units in the last place by which forwards of two shapes may differ on one canvas: no change
+
+
+class Recorded(NamedTuple):
+    """Per-column leaves, (B, L) float64."""
+
+    record: Tensor  # at the last commit, 0 where nothing was ever committed
+    last: Tensor  # at the last step
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Saber(Method):
         )
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
-        record = view.columns["saber.record"]  # (B, L), 0 where nothing was ever committed
+        record = view.columns[Recorded].record
         count = (record > 0).sum(1)
         bar = torch.where(count > 0, record.sum(1) / count.clamp(min=1), 1.0)
         chosen = view.live & (soft.confidence > bar[:, None])
@@ -55,10 +62,11 @@ class Saber(Method):
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
         conf = pred.confidence
         new = committed_here(view, d)
-        change = conf - view.gather(view.columns["saber.last"])
+        before = view.columns[Recorded]
+        change = conf - view.gather(before.last)
         change = torch.where(change.abs() < ROUNDING * torch.finfo(conf.dtype).eps, 0.0, change)
-        view.columns["saber.last"] = view.scatter(view.columns["saber.last"], conf, view.cols >= 0)
-        view.columns["saber.record"] = view.scatter(view.columns["saber.record"], conf, new)
+        last = view.scatter(before.last, conf, view.cols >= 0)
+        view.columns[Recorded] = Recorded(view.scatter(before.record, conf, new), last)
         if not self.backtrack:
             return d
         m = new.sum(1)
@@ -67,6 +75,6 @@ class Saber(Method):
         return remask(view, d, change, decoded(view) | new, limit)
 
 
-def _columns(canvas: Canvas) -> dict[str, Tensor]:
+def _columns(canvas: Canvas) -> Recorded:
     zero = torch.zeros_like(canvas.ids, dtype=torch.float64)
-    return {"saber.record": zero, "saber.last": zero}
+    return Recorded(zero, zero)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers.blocks import BlockMemory, Blocks
 from dllm.samplers.eb import EB
 
 RULES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
@@ -86,6 +86,6 @@ class Share:
         if not self.aligned:
             block = torch.minimum(block, view.state.asked)
         share = block // self.steps
-        if "window.step" in view.memory:
-            share = share + (view.state.step - view.memory["window.step"] < block % self.steps)
+        if opened := view.memory.get(BlockMemory):
+            share = share + (view.state.step - opened.step < block % self.steps)
         return share[:, None].clamp(min=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas, Plan, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View
+from dllm.decoding.slots import Context, Needs, View, Window
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold
@@ -19,8 +19,19 @@ from dllm.samplers.threshold import Threshold
 CUT = "with truncate=true it feeds a canvas cut short, which no cache keeps (truncate=false works with every cache)"
 
 
+class Cycle(NamedTuple):
+    """Per-row leaves of the phases, all (B,)."""
+
+    block: Tensor  # first column of the open block
+    start: Tensor  # of the region
+    end: Tensor  # of the region; 0 in the slow phase
+    steps: Tensor  # of the present phase
+    last: Tensor  # last estimate; 0 for none
+    total: Tensor  # of the estimates
+
+
 @dataclass(frozen=True)
-class Cycles:
+class Cycles(Window):
     """Cycles of a slow and a fast phase inside a block.
 
     Slow, at most `most` steps: the window is the rest of the block, and each forward estimates where the confident
@@ -35,48 +46,40 @@ class Cycles:
     spread: float
     aligned: bool = False  # blocks count from column 0
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
+    def memory(self, canvas: Canvas) -> Cycle:
         zero = torch.zeros_like(canvas.start)
-        return {
-            "cycle.block": zero - 1,  # first column of the open block
-            "cycle.start": zero,  # of the region
-            "cycle.end": zero,  # of the region; 0 in the slow phase
-            "cycle.steps": zero,  # of the present phase
-            "cycle.last": zero,  # last estimate; 0 for none
-            "cycle.total": zero,  # of the estimates
-        }
-
-    columns = None
+        return Cycle(zero - 1, *[zero] * 5)
 
     def open(self, state: State) -> tuple[State, Span]:
-        canvas, memory = state.canvas, state.memory
+        canvas, before = state.canvas, state.memory[Cycle]
         origin = first_block(canvas, self.length, self.aligned)
         block = (canvas.first_masked() - origin) // self.length
         lo = origin + block * self.length
         hi = torch.minimum(lo + self.length, canvas.length)
-        new = lo != memory["cycle.block"]
-        start = torch.where(new, lo, memory["cycle.start"])
-        end = torch.where(new, 0, memory["cycle.end"])
+        new = lo != before.block
+        start = torch.where(new, lo, before.start)
+        end = torch.where(new, 0, before.end)
         full = (end > 0) & (canvas.first_masked() >= end)
         start, end = torch.where(full, end, start), torch.where(full, 0, end)
-        fresh = {key: torch.where(new | full, 0, memory[key]) for key in ("cycle.steps", "cycle.last", "cycle.total")}
-        memory = {**memory, **fresh, "cycle.block": lo, "cycle.start": start, "cycle.end": end}
-        state = state._replace(memory=memory)
+        fresh = (torch.where(new | full, 0, x) for x in (before.steps, before.last, before.total))
+        state = state._replace(memory=state.memory.plus(Cycle(lo, start, end, *fresh)))
         hi = torch.minimum(torch.where(end > 0, end, hi), canvas.length)  # the canvas may have been cut
         return state, Span(lo=start, hi=hi, reads=spans(start, hi, int((hi - start).max())), epoch=block)
 
     def narrow(self, view: View, pred: Prediction) -> None:
         """After the forward of a slow step: estimate the end of the region, and perhaps settle it."""
-        memory, start = view.memory, view.memory["cycle.start"]
-        slow, last = memory["cycle.end"] == 0, memory["cycle.last"]
+        before = view.memory[Cycle]
+        slow, last = before.end == 0, before.last
         sure = view.live & (pred.confidence >= self.tau_min)
-        estimate = torch.maximum(torch.where(sure, view.cols + 1, 0).amax(1), start + 1)
-        steps, total = memory["cycle.steps"] + 1, memory["cycle.total"] + estimate
-        end = torch.where(slow, self.settle(estimate, last, steps, total), memory["cycle.end"])
-        memory["cycle.end"] = end
-        memory["cycle.last"] = torch.where(slow, estimate, last)
-        memory["cycle.total"] = total
-        memory["cycle.steps"] = torch.where(slow & (end > 0), 0, steps)
+        estimate = torch.maximum(torch.where(sure, view.cols + 1, 0).amax(1), before.start + 1)
+        steps, total = before.steps + 1, before.total + estimate
+        end = torch.where(slow, self.settle(estimate, last, steps, total), before.end)
+        view.memory[Cycle] = before._replace(
+            end=end,
+            steps=torch.where(slow & (end > 0), 0, steps),
+            last=torch.where(slow, estimate, last),
+            total=total,
+        )
 
     def settle(self, estimate: Tensor, last: Tensor, steps: Tensor, total: Tensor) -> Tensor:
         """(B,) the end of the region, 0 while it is open."""
@@ -91,10 +94,11 @@ class Truncation:
     lanes: ClassVar[int] = 1
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
-        cut = (state.memory["cycle.end"] > 0) & (state.memory["cycle.steps"] > 0)
+        cycle = state.memory[Cycle]
+        cut = (cycle.end > 0) & (cycle.steps > 0)
         if not bool(cut.any()):
             return plan
-        end = torch.maximum(state.memory["cycle.end"], window.reads.amax(1) + 1)
+        end = torch.maximum(cycle.end, window.reads.amax(1) + 1)
         end = torch.where(cut, end, state.canvas.length)
         width = min(int(end.max()), plan.pos.shape[1])
         ids, pos = plan.ids[:, :width], plan.pos[:, :width]

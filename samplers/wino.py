@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,12 @@ def columns(window: Span) -> Tensor:
     return torch.where(window.inside(window.reads), window.reads, -1)
 
 
+class Accepted(NamedTuple):
+    """Per-row leaves: the columns that the last step committed, (B,)."""
+
+    n: Tensor
+
+
 @dataclass(frozen=True)
 class WINO(Method):
     """Commit candidates above tau_draft, at most `share` of the window's masks, between `least` and `most`. A step that
@@ -120,8 +126,8 @@ class WINO(Method):
 
     def verify(self, view: View, pred: Prediction, d: Decision) -> Decision:
         accepted = committed_here(view, d).sum(1)
-        last = view.memory["wino.accepted"]
-        view.memory["wino.accepted"] = accepted
+        last = view.memory[Accepted].n
+        view.memory[Accepted] = Accepted(accepted)
         among = decoded(view) & (accepted > 1)[:, None]
         if not self.tau_verify or not bool(among.any()):
             return d
@@ -131,5 +137,5 @@ class WINO(Method):
         return remask(view, d, now, among & (now < self.tau_verify), last - 1)
 
 
-def _memory(canvas: Canvas) -> dict[str, Tensor]:
-    return {"wino.accepted": torch.ones_like(canvas.start)}  # before the first step nothing can be taken back
+def _memory(canvas: Canvas) -> Accepted:
+    return Accepted(torch.ones_like(canvas.start))  # before the first step nothing can be taken back

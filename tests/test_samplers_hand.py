@@ -17,8 +17,9 @@ from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
-from dllm.samplers.ccd import CCD
-from dllm.samplers.credit import Credit
+from dllm.samplers.ccd import CCD, Looked
+from dllm.samplers.credit import Credit, Listed
+from dllm.samplers.daedal import tail_confidence
 from dllm.samplers.prophet import Prophet, Sched
 
 
@@ -135,7 +136,7 @@ def credited(method: Credit, laws: list[list[float]]) -> list[tuple[list[float],
         logits = torch.cat([probabilities([law]), torch.full((1, 1), -torch.inf, dtype=torch.float64)], 1)
         soft = method.fuse(view, Prediction(logits[None], window.reads))
         state = state._replace(columns=view.columns)
-        held, values = view.gather(view.columns["credit.token"])[0, 0], view.gather(view.columns["credit.value"])[0, 0]
+        held, values = (view.gather(x)[0, 0] for x in view.columns[Listed])
         k = [0.0] * len(law)
         for token, value in zip(held.tolist(), values.tolist(), strict=True):
             if token:
@@ -219,8 +220,8 @@ def test_credit_is_gone_in_the_next_block() -> None:
     for _ in range(2):  # the first block takes two steps
         state, window = j.sampler.window.open(state)
         state = step(j.sampler, state, window, Prediction(peaks([(1, 0.5)] * 2, 9)[None], window.reads))
-    assert state.columns["credit.value"][0, 1:3].max() > 0
-    assert state.columns["credit.value"][0, 3:].max() == 0
+    assert state.columns[Listed].value[0, 1:3].max() > 0
+    assert state.columns[Listed].value[0, 3:].max() == 0
 
 
 def test_credit_of_a_column_that_was_written_starts_again() -> None:
@@ -501,8 +502,8 @@ def test_ccd_commits_what_two_steps_agree_on(
     view, pred = opened(j, torch.cat([peaks(rows, 8), torch.full((8, 1), -torch.inf)], 1))
     view.state = view.state._replace(step=torch.tensor([5]))
     for column in range(8):
-        view.columns["ccd.runner_up"][0, 1 + column] = column in left
-        view.columns["ccd.token"][0, 1 + column] = 2 if column in changed else 1
+        view.columns[Looked].runner_up[0, 1 + column] = column in left
+        view.columns[Looked].token[0, 1 + column] = 2 if column in changed else 1
     chosen = j.sampler.select(view, pred, j.sampler.score(view, pred))
     assert {c for c in range(8) if chosen[0, c]} == expected
 
@@ -600,7 +601,7 @@ def test_daedal_tail_confidence_skips_other_columns() -> None:
     table = torch.cat([peaks([(1, 0.5), (4, 0.7), (1, 0.5), (4, 0.8), (4, 0.9)], 6), torch.full((5, 1), -torch.inf)], 1)
     j = job(Scripted(table[:, :6], eos=4), 5, "daedal:tail=4,initial=5")
     view, pred = opened(j, table)
-    assert j.sampler.window.tail_confidence(view, pred).item() == pytest.approx((0.9 + 0.8 + 0.7) / 4)
+    assert tail_confidence(view, pred, 4, 4).item() == pytest.approx((0.9 + 0.8 + 0.7) / 4)
 
 
 def test_daedal_grows_into_the_last_column() -> None:

@@ -10,7 +10,7 @@ import torch
 from golden_cases import GOLDEN
 
 import dllm
-from dllm.decoding.canvas import Canvas, Span, State
+from dllm.decoding.canvas import Canvas, Leaves, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
 from dllm.models.hub import load
@@ -127,6 +127,6 @@ def seen(logits: torch.Tensor) -> tuple[View, Prediction]:
     zero = torch.zeros(1, dtype=torch.long)
     masked = torch.ones_like(ids, dtype=torch.bool)
     canvas = Canvas(ids, masked, ~masked, zero, zero + width, 6)
-    state = State.begin(canvas, zero, canvas.length, {}, {})
+    state = State.begin(canvas, zero, canvas.length, Leaves(), Leaves())
     reads = torch.arange(width)[None]
     return View(state, Span(zero, zero + width, reads, zero)), Prediction(logits, reads)

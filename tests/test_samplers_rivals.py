@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dllm
 from dllm.call.job import Job, prepare
-from dllm.decoding.canvas import Span
+from dllm.decoding.canvas import Leaves, Span
 from dllm.decoding.engine import step
 from dllm.decoding.invariants import Checked
 from dllm.decoding.prediction import Prediction
@@ -25,8 +25,10 @@ from dllm.errors import DllmError
 from dllm.models.hub import load
 from dllm.samplers import klass, pc, registry
 from dllm.samplers.base import Method
-from dllm.samplers.lopa import winner
+from dllm.samplers.klass import Before
+from dllm.samplers.lopa import Tried, winner
 from dllm.samplers.remdm import Posterior, weights
+from dllm.samplers.saber import Recorded
 from dllm.samplers.slowfast import Cycles
 
 
@@ -265,7 +267,7 @@ def test_saber_bar_and_backtracking() -> None:
     method = registry.method("saber")()
     j = job(5, method, infill=[3, 3, 8, 8, 8])
     state, window = j.sampler.window.open(j.queue)
-    state.columns["saber.record"][0, 1:3] = torch.tensor([0.9, 0.7], dtype=torch.float64)
+    state.columns[Recorded].record[0, 1:3] = torch.tensor([0.9, 0.7], dtype=torch.float64)
     table = torch.cat([confident(0.9, 0.7, 0.85, 0.82, 0.5), torch.full((5, 1), -torch.inf)], 1)
     view = View(state, window)
     pred = Prediction(table[None, (window.reads[0] - 1).clamp(min=0)], window.reads)
@@ -506,14 +508,13 @@ def test_lopa_follows_the_surest_branch() -> None:
     cols = torch.tensor([[1, 2, 3]])
     rows = [confident(0.5, 0.5, 0.5), confident(0.9, 0.62, 0.62), confident(0.58, 0.9, 0.58)]
     canvas = SimpleNamespace(masked=torch.tensor([[False, True, True, True]]))
-    state = SimpleNamespace(
-        canvas=canvas, step=torch.tensor([0]), columns={"lopa.branch": torch.tensor([[0, 1, 2, 0]])}
-    )
+    branch = torch.tensor([[0, 1, 2, 0]])
+    state = SimpleNamespace(canvas=canvas, step=torch.tensor([0]), columns=Leaves().plus(Tried(branch, branch)))
     one = torch.tensor([1])
     window = Span(one, one + 3, cols, one)
     answer = SimpleNamespace(state=state, window=window)
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [1]
-    state.columns["lopa.branch"] = torch.tensor([[0, 0, 2, 0]])  # the first branch has no column to try
+    branch[0, 1] = 0  # the first branch has no column to try
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [2]
     canvas.masked = torch.tensor([[False, False, True, False]])  # the second branch fills the last mask
     assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [2]
@@ -618,8 +619,8 @@ def test_a_higher_bar_never_commits_more(sampler: str) -> None:
             state, window = j.sampler.window.open(j.queue)
             if sampler.startswith("klass"):
                 lse = logits.logsumexp(-1)[None]
-                memory = {"klass.logits": logits[None], "klass.lse": lse, "klass.cols": window.reads + 1}
-                state = state._replace(memory={**state.memory, **memory})
+                before = Before(logits[None], lse, window.reads + 1, state.canvas.length)
+                state = state._replace(memory=state.memory.plus(before))
             view = View(state, window)
             pred = Prediction(logits[None], window.reads)
             chosen.append(j.sampler.select(view, pred, pred.log_confidence) & view.live)

@@ -6,7 +6,7 @@ columns. `Canvas` is the only writer of tokens: `write` replaces some, `apply` c
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +78,12 @@ class Canvas(NamedTuple):
         return torch.where(any_left, self.masked.int().argmax(1), self.masked.shape[1])
 
 
-def splice_columns(leaf: Tensor, d: Decision) -> Tensor:
-    """Carry a per-column leaf (B, L, ...) through the length edits of a decision; inserted columns are zero."""
+def splice_columns(columns: Leaves, d: Decision) -> Leaves:
+    """Carry the per-column leaves through the length edits of a decision; inserted columns are zero."""
+    return _map(lambda leaf: _spliced(leaf, d), columns)
+
+
+def _spliced(leaf: Tensor, d: Decision) -> Tensor:
     for row, column, n_delete, tokens in d.ordered:
         leaf = splice(leaf, row, column, n_delete, leaf.new_zeros((len(tokens), *leaf.shape[2:])))
     return leaf
@@ -106,6 +110,29 @@ class Cached(NamedTuple):
         return Cached._make(torch.where(rows, -1, leaf) for leaf in self)
 
 
+Leaf: TypeAlias = tuple[Tensor, ...]  # a NamedTuple of tensors whose first dimension is the rows
+L = TypeVar("L", bound=Leaf)
+
+
+class Leaves(dict[type[Leaf], Leaf]):
+    """What the slots remember: each declares its tensors as a NamedTuple and finds them under that type.
+
+    view.memory[BlockMemory].lo
+    view.memory[BlockMemory] = view.memory[BlockMemory]._replace(lo=lo)
+    view.memory.get(BlockMemory)  # None: no slot of this sampler has declared it
+    """
+
+    if TYPE_CHECKING:  # dict's own methods, with the type that a key promises
+
+        def __getitem__(self, kind: type[L], /) -> L: ...
+
+        def get(self, kind: type[L], default: None = None, /) -> L | None: ...  # type: ignore[override]
+
+    def plus(self, *leaves: Leaf) -> Leaves:
+        """These tables with some of them added or replaced."""
+        return Leaves({**self, **{type(leaf): leaf for leaf in leaves}})
+
+
 class State(NamedTuple):
     """Everything a step may depend on. `take`, `put` and `cat` move whole rows."""
 
@@ -116,13 +143,11 @@ class State(NamedTuple):
     cached: Cached
     done: Tensor  # (B,) bool
     closing: Tensor  # (B,) bool: an exit asked for a full forward that fills what is left
-    memory: dict[str, Tensor]  # per-row leaves of the slots, (B, ...)
-    columns: dict[str, Tensor]  # per-column leaves of the slots, (B, L, ...); they follow length edits
+    memory: Leaves  # per-row leaves of the slots, (B, ...)
+    columns: Leaves  # per-column leaves of the slots, (B, L, ...); they follow length edits
 
     @classmethod
-    def begin(
-        cls, canvas: Canvas, seed: Tensor, asked: Tensor, memory: dict[str, Tensor], columns: dict[str, Tensor]
-    ) -> State:
+    def begin(cls, canvas: Canvas, seed: Tensor, asked: Tensor, memory: Leaves, columns: Leaves) -> State:
         """Rows that have not stepped yet; `seed` and `asked` (B,), the leaves as `Sampler.start` gives them."""
         zero = torch.zeros_like(canvas.start)
         no = zero.bool()
@@ -166,11 +191,11 @@ def _padded(x: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _map(f: Any, first: Any, *rest: Any) -> Any:
-    """Apply `f` to the tensors of like-shaped nests of NamedTuples and dicts."""
+    """Apply `f` to the tensors of like-shaped nests of NamedTuples and leaves."""
     if isinstance(first, Tensor):
         return f(first, *rest)
-    if isinstance(first, dict):
-        return {key: _map(f, value, *(r[key] for r in rest)) for key, value in first.items()}
+    if isinstance(first, Leaves):
+        return Leaves({kind: _map(f, leaf, *(r[kind] for r in rest)) for kind, leaf in first.items()})
     if isinstance(first, tuple):
         values = (_map(f, *leaves) for leaves in zip(tuple(first), *(tuple(r) for r in rest), strict=True))
         return type(first)(*values)

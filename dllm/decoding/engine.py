@@ -73,8 +73,7 @@ def opened(s: Sampler, state: State) -> tuple[State, Span]:
 def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
     """The whole step but the forward. Pure: equal arguments give equal states."""
     view = View(state, window)
-    if hasattr(s.window, "narrow"):
-        s.window.narrow(view, pred)
+    s.window.narrow(view, pred)
     soft = pred
     for adjust in s.adjust:  # for selection only
         soft = adjust(view, soft)
@@ -100,7 +99,7 @@ def advance(s: Sampler, view: View, pred: Prediction, d: Decision) -> State:
         edited = torch.zeros_like(state.done)
         edited[[row for row, *_ in d.edits]] = True
         cached = cached.forget(edited)
-        columns = {key: splice_columns(leaf, d) for key, leaf in columns.items()}
+        columns = splice_columns(columns, d)
     done = done | ~(canvas.masked.any(1) | view.held)
     return State(canvas, state.step + 1, state.seed, state.asked, cached, done, closing, view.memory, columns)
 

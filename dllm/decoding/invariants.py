@@ -44,8 +44,7 @@ class Checked:
 def check(s: Sampler, before: State, window: Span, pred: Prediction, after: State) -> None:
     """Compare the states around one step. Errors: `Broken`."""
     view = View(before, window)
-    if hasattr(s.window, "narrow"):
-        s.window.narrow(view, pred)
+    s.window.narrow(view, pred)
     old, new = before.canvas, after.canvas
     cols = torch.arange(old.ids.shape[1], device=old.ids.device)
     edited = new.length != old.length
@@ -93,8 +92,7 @@ def _raw_exit(s: Sampler, before: State, window: Span, pred: Prediction) -> Tens
     """The exits of the same step without the adjust chain."""
     s = s._replace(adjust=(), score=lambda view, soft: soft.confidence, select=lambda view, soft, score: view.live)
     view = View(before, window)
-    if hasattr(s.window, "narrow"):
-        s.window.narrow(view, pred)
+    s.window.narrow(view, pred)
     return _exits(view, before, step(s, before, window, pred))
 
 
@@ -111,7 +109,7 @@ def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
-        return {key: _copy(v) for key, v in value.items()}
+        return type(value)({key: _copy(v) for key, v in value.items()})
     if isinstance(value, tuple):
         return type(value)(*map(_copy, value)) if hasattr(value, "_fields") else tuple(map(_copy, value))
     return value

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision
 from dllm.decoding.columns import indices, scatter
@@ -16,34 +17,36 @@ from dllm.decoding.slots import View
 from dllm.decoding.trace import Trace, changes
 
 
+class Confidence(NamedTuple):
+    """Per-column leaves: the model's probability of the token that stands there, NaN where none is known."""
+
+    table: Tensor  # (B, L)
+
+
 @dataclass(frozen=True)
 class Confidences:
-    """Notes of a trace: per column the model's probability of the token that stands there, NaN where none is known.
+    """Notes the confidences of a trace. It is the last in the chain of amendments and changes nothing."""
 
-    It is the last in the chain of amendments and changes nothing.
-    """
-
-    key: ClassVar[str] = "trace.confidence"
-
-    def columns(self, canvas: Canvas) -> dict[str, torch.Tensor]:
-        return {self.key: torch.full(canvas.ids.shape, torch.nan, device=canvas.ids.device)}
+    def columns(self, canvas: Canvas) -> Confidence:
+        """Nothing is known at first."""
+        return Confidence(torch.full(canvas.ids.shape, torch.nan, device=canvas.ids.device))
 
     def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
-        table = torch.where(view.canvas.masked | d.write, torch.nan, view.columns[self.key])
+        table = torch.where(view.canvas.masked | d.write, torch.nan, view.columns[Confidence].table)
         logit = pred.logits.gather(-1, view.gather(d.token)[..., None])[..., 0]
         table = view.scatter(table, pred.probability_of(logit), view.gather(d.write) & (view.cols >= 0))
         if d.fill is not None:
             cols = indices(view.canvas.apply(d).masked & d.fill[:, None])
             wide = pred.at(cols)
             table = table if wide is None else scatter(table, cols, wide.confidence.to(table.dtype))
-        view.columns[self.key] = table
+        view.columns[Confidence] = Confidence(table)
         return d
 
 
 def record(trace: Trace, tick: Tick, row: int) -> None:
     """Add one forward to a row's trace."""
     pairs = changes(tick.before, tick.state.canvas, row)
-    sure = tick.state.columns[Confidences.key][row].tolist()
+    sure = tick.state.columns[Confidence].table[row].tolist()
     trace.commits.append(pairs)
     trace.confidence.append([None if math.isnan(sure[col]) else round(sure[col], 6) for col, _ in pairs])
     trace.windows.append([int(tick.window.lo[row]), int(tick.window.hi[row])])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.decoding.canvas import Canvas, Decision, Span, State
+from dllm.decoding.canvas import Canvas, Decision, Leaf, Leaves, Span, State
 from dllm.decoding.columns import scatter, spread
 
 if TYPE_CHECKING:
@@ -80,30 +80,57 @@ class Needs:
         return Needs(**values)
 
 
+class Hold(NamedTuple):
+    """Per-row leaves of a sampler that may keep a window open although nothing in it is masked (editing)."""
+
+    held: Tensor  # (B,) bool: the window stays where it is
+    rounds: Tensor  # (B,) forwards on it since its last mask was written
+
+
+Start: TypeAlias = Callable[[Canvas], Leaf | None]  # the first leaves of rows with this canvas
+
+
+class Window(Protocol):
+    """The slot that says which columns may be committed and which must be read. Derive from it to have its defaults."""
+
+    def open(self, state: State) -> tuple[State, Span]:
+        """The window of this step before its forward, and the state that remembers it."""
+        ...
+
+    def narrow(self, view: View, pred: Prediction) -> None:
+        """Change the window after the forward, by `view.narrow` (AdaBlock). By default it stays."""
+        return None
+
+    def memory(self, canvas: Canvas) -> Leaf | None:
+        """Its first per-row leaves (B, ...); None where it remembers nothing."""
+        return None
+
+    def columns(self, canvas: Canvas) -> Leaf | None:
+        """Its first per-column leaves (B, L, ...); None where it remembers nothing."""
+        return None
+
+
 class Sampler(NamedTuple):
     """Merged bundles: exactly what `step` runs."""
 
     name: str  # the names of its parts
-    window: Any
+    window: Window
     inputs: Any  # None: the canvas as it is
     score: Callable[[View, Prediction], Tensor]
     select: Callable[[View, Prediction, Tensor], Tensor]
     adjust: tuple[Callable[[View, Prediction], Prediction], ...]
     amend: tuple[Callable[[View, Prediction, Decision], Decision], ...]
     needs: Needs
-    starts: tuple[tuple[Any, Any], ...]  # (memory, columns) initialisers
+    starts: tuple[tuple[Start | None, Start | None], ...]  # of memory and of columns
     reads: tuple[Callable[[State, Span], Tensor], ...]
     lookahead: Any = None
     stop: Callable[[View, Canvas], Tensor] | None = None  # (B,) rows that end with the canvas after the decision
     spec: str = ""  # name and parameters as a specification
 
-    def start(self, canvas: Canvas) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The initial memory of every slot for these rows."""
-        memory: dict[str, Tensor] = {}
-        columns: dict[str, Tensor] = {}
-        for rows, cols in self.starts:
-            memory |= rows(canvas) if rows else {}
-            columns |= cols(canvas) if cols else {}
+    def start(self, canvas: Canvas) -> tuple[Leaves, Leaves]:
+        """The first per-row and per-column leaves of every slot for these rows."""
+        first = ([f(canvas) for f in side if f] for side in zip(*self.starts, strict=True))
+        memory, columns = (Leaves().plus(*(leaf for leaf in side if leaf is not None)) for side in first)
         return memory, columns
 
 
@@ -120,7 +147,7 @@ def widen(window: Span, extra: Tensor) -> Span:
 class View:
     """What the slots see of one step: aligned (B, W) tables over the columns the step reads.
 
-    `memory` and `columns` are copies: a slot assigns new tensors to their keys, never writes into a tensor.
+    `memory` and `columns` are copies: a slot assigns its leaves anew, never writes into a tensor.
     """
 
     def __init__(self, state: State, window: Span) -> None:
@@ -132,8 +159,8 @@ class View:
         self._at = cols.clamp(min=0)
         self.masked = canvas.masked.gather(1, self._at) & (cols >= 0)  # (B, W)
         self.live = self.inside & self.masked  # (B, W) the candidates C
-        self.memory = dict(state.memory)
-        self.columns = dict(state.columns)
+        self.memory = state.memory.plus()
+        self.columns = state.columns.plus()
 
     @property
     def inside(self) -> Tensor:
@@ -148,7 +175,8 @@ class View:
     @property
     def held(self) -> Tensor:
         """(B,) the window stays where it is although nothing in it is masked: an `amend` may still change it."""
-        return self.memory.get("window.hold", self.state.done & False)
+        hold = self.memory.get(Hold)
+        return self.state.done & False if hold is None else hold.held
 
     def gather(self, table: Tensor) -> Tensor:
         """A per-column table (B, L, ...) at the columns of this step: (B, W, ...)."""

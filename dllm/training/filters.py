@@ -78,6 +78,18 @@ def join(tables: Sequence[Traces]) -> Traces:
     return Traces._make([*(torch.cat(x) for x in zip(*(t[:6] for t in tables), strict=True)), first.meta])
 
 
+class Teacher(NamedTuple):
+    """Per-column leaves: the teacher's answer."""
+
+    ids: Tensor  # (B, L)
+
+
+class Request(NamedTuple):
+    """Per-row leaves: the row's place in the call."""
+
+    row: Tensor  # (B,)
+
+
 @dataclass(frozen=True, eq=False)
 class Follow(Method):
     """Commits what agrees with the teacher and records every step; where nothing agrees, the teacher's surest column.
@@ -99,11 +111,11 @@ class Follow(Method):
         def adjust(view: View, pred: Prediction) -> Prediction:
             if self.filter is not None:
                 return pred
-            return pred.rescored(pred.confidence, token=view.gather(view.columns["follow.teacher"]))
+            return pred.rescored(pred.confidence, token=view.gather(view.columns[Teacher].ids))
 
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
             raw = getattr(soft, "raw", soft)
-            agrees = raw.token == view.gather(view.columns["follow.teacher"])
+            agrees = raw.token == view.gather(view.columns[Teacher].ids)
             self.record(view, raw, agrees)
             if self.filter is None:
                 return agrees
@@ -112,8 +124,8 @@ class Follow(Method):
 
         return Bundle(
             select=select, adjust=(adjust,), needs=Needs(committed=True),
-            columns=lambda canvas: {"follow.teacher": _fit(self.teacher, canvas.ids.shape[1])},
-            memory=lambda canvas: {"follow.row": index(canvas)},
+            columns=lambda canvas: Teacher(_fit(self.teacher, canvas.ids.shape[1])),
+            memory=lambda canvas: Request(index(canvas)),
         )  # fmt: skip
 
     def record(self, view: View, pred: Prediction, agrees: Tensor) -> None:
@@ -122,7 +134,7 @@ class Follow(Method):
         conf, _ = block_view(view, feature_of(pred, self.feature), self.size, 0.0)
         masked, _ = block_view(view, view.masked.float(), self.size, 0.0)
         label, _ = block_view(view, agrees.float(), self.size, 0.0)
-        table = (conf, (masked > 0.5) & real, (label > 0.5) & real, real, view.memory["follow.row"], view.state.step)
+        table = (conf, (masked > 0.5) & real, (label > 0.5) & real, real, view.memory[Request].row, view.state.step)
         self.rows.append(tuple(x.cpu() for x in table))
 
 

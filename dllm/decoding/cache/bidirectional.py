@@ -6,8 +6,9 @@ dKV-Cache (arXiv 2505.15781), `dllm_cache` from dLLM-Cache (arXiv 2506.06295).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,23 +45,30 @@ class Dual(Policy):
         return span_plan(state, window, lo, hi, lane=lane, shift=self.shift)
 
 
+class Opened(NamedTuple):
+    """Per-row leaves, (B,): the epoch of the window, -1 before the first, and the step at which it began."""
+
+    epoch: Tensor
+    since: Tensor
+
+
 @dataclass(frozen=True)
 class Dated(Policy):
     """Base of the policies that count the steps since the window's epoch began."""
 
     blockwise: ClassVar[bool | None] = False
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        return {"cache.epoch": torch.full_like(canvas.start, -1), "cache.since": torch.zeros_like(canvas.start)}
+    def memory(self, canvas: Canvas) -> Opened:
+        return Opened(torch.full_like(canvas.start, -1), torch.zeros_like(canvas.start))
 
     def note(self, state: State, window: Span) -> State:
-        memory = state.memory
-        since = torch.where(window.epoch != memory["cache.epoch"], state.step, memory["cache.since"])
-        return state._replace(memory={**memory, "cache.epoch": window.epoch, "cache.since": since})
+        before = state.memory[Opened]
+        since = torch.where(window.epoch != before.epoch, state.step, before.since)
+        return state._replace(memory=state.memory.plus(Opened(window.epoch, since)))
 
     def age(self, state: State) -> Tensor:
         """(B,) steps since the epoch began."""
-        return state.step - state.memory["cache.since"]
+        return state.step - state.memory[Opened].since
 
 
 @dataclass(frozen=True)
@@ -80,15 +88,34 @@ class Interval(Dated, Dual):
         return state.cached._replace(epoch=window.epoch, refreshes=refreshes)
 
 
+class Fed(NamedTuple):
+    """Per-column leaves of `delayed`, (B, L) bool."""
+
+    masked: Tensor  # masks that the previous forward saw
+    redo: Tensor  # columns that this step recomputes
+
+
+class Computed(NamedTuple):
+    """Per-column leaves of `dllm_cache`, (B, L)."""
+
+    ids: Tensor  # what was fed when the column was last computed, -1 for never
+    when: Tensor  # the step of that
+    redo: Tensor  # bool: columns that this step recomputes
+
+
 @dataclass(frozen=True)
 class Scattered(Policy):
-    """Base of the policies whose steps recompute a scattered set of columns, which `note` leaves in `cache.redo`."""
+    """Base of the policies whose steps recompute a scattered set of columns, which `note` leaves for `redo`."""
 
     blockwise: ClassVar[bool | None] = False
     sparse: ClassVar[bool] = True
 
+    @abstractmethod
+    def redo(self, state: State) -> Tensor:
+        """(B, L) bool: the columns that this step recomputes, whatever it reads."""
+
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
-        redo = state.columns["cache.redo"]
+        redo = self.redo(state)
         redo = redo | marked(window.sources(self.shift), redo.shape[1])
         return gather_plan(state, indices(redo), lane=lane, refresh=False, stored=True)
 
@@ -104,13 +131,15 @@ class DKVCache(Dated, Scattered):
     name: ClassVar[str] = "delayed"
     every: int = param(8, "bounds how stale a token may get; the paper tries 2 to 16", low=1)
 
-    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
-        return {"cache.fed": canvas.masked, "cache.redo": canvas.masked}
+    def columns(self, canvas: Canvas) -> Fed:
+        return Fed(canvas.masked, canvas.masked)
+
+    def redo(self, state: State) -> Tensor:
+        return state.columns[Fed].redo
 
     def note(self, state: State, window: Span) -> State:
-        fed = state.columns["cache.fed"]  # masks that the previous forward saw
-        state = state._replace(columns={**state.columns, "cache.redo": fed, "cache.fed": state.canvas.masked})
-        return super().note(state, window)
+        fed = Fed(masked=state.canvas.masked, redo=state.columns[Fed].masked)
+        return super().note(state._replace(columns=state.columns.plus(fed)), window)
 
     def holds(self, state: State, window: Span) -> Cached:
         age = self.age(state)
@@ -133,35 +162,34 @@ class DLLMCache(Scattered):
     response_every: int = param(8, "the paper's K_r, 2 to 8", low=1)
     rho: float = param(0.25, "the paper's share of the response", low=0, high=1)
 
-    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
+    def columns(self, canvas: Canvas) -> Computed:
         never = torch.full_like(canvas.ids, -1)
-        return {"cache.ids": never, "cache.when": never, "cache.redo": canvas.masked}
+        return Computed(never, never, canvas.masked)
+
+    def redo(self, state: State) -> Tensor:
+        return state.columns[Computed].redo
 
     def note(self, state: State, window: Span) -> State:
-        canvas, columns = state.canvas, state.columns
+        canvas, before = state.canvas, state.columns[Computed]
         cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
         response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
         prompt = (state.step % self.prompt_every == 0)[:, None]
         all_of_it = (state.step % self.response_every == 0)[:, None]
         redo = torch.where(all_of_it, response, self._part(state, window, response))
         computed = redo | prompt
-        columns = {
-            **columns,
-            "cache.redo": redo,
-            "cache.ids": torch.where(computed, canvas.ids, columns["cache.ids"]),
-            "cache.when": torch.where(computed, state.step[:, None], columns["cache.when"]),
-        }
-        return state._replace(columns=columns)
+        ids = torch.where(computed, canvas.ids, before.ids)
+        when = torch.where(computed, state.step[:, None], before.when)
+        return state._replace(columns=state.columns.plus(Computed(ids, when, redo)))
 
     def holds(self, state: State, window: Span) -> Cached:
         return state.cached._replace(epoch=state.step // self.prompt_every)
 
     def _part(self, state: State, window: Span, response: Tensor) -> Tensor:
         """(B, L) bool: the columns of an ordinary step."""
-        columns, ids = state.columns, state.canvas.ids
+        computed, ids = state.columns[Computed], state.canvas.ids
         read = marked(window.sources(self.shift), ids.shape[1])
-        changed = response & (columns["cache.ids"] != ids)
-        urgency = torch.where(read, 2 * URGENT, 0) + torch.where(changed, URGENT, 0) - columns["cache.when"]
+        changed = response & (computed.ids != ids)
+        urgency = torch.where(read, 2 * URGENT, 0) + torch.where(changed, URGENT, 0) - computed.when
         order = urgency.masked_fill(~response, -4 * URGENT).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         share = torch.ceil(self.rho * response.sum(1)).long()
         return read | changed | response & (order < share[:, None])

@@ -16,18 +16,20 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
+from dllm.decoding.canvas import Cached, Canvas, Leaf, Plan, Span, State
 from dllm.decoding.columns import between
+from dllm.decoding.slots import Sampler, View, Window
 from dllm.errors import DllmError
 from dllm.spec import check
 
 if TYPE_CHECKING:
+    from dllm.decoding.prediction import Prediction
     from dllm.models.model import Model
 
 
@@ -83,10 +85,11 @@ def span_plan(state: State, window: Span, lo: Tensor, hi: Tensor, *, lane: Tenso
     return plan._replace(fresh=fresh, visible=F.pad(plan.visible, (0, fresh.shape[1])))
 
 
-class Accounted(NamedTuple):
+@dataclass(frozen=True)
+class Accounted(Window):
     """The window slot of a sampler under a policy: the sampler's own window, followed by the policy's account."""
 
-    inner: Any
+    inner: Window
     policy: Policy
     only_masked: bool  # the step reads masked columns only
 
@@ -99,8 +102,9 @@ class Accounted(NamedTuple):
         state = self.policy.note(state, window)
         return state, window._replace(cached=self.policy.holds(state, window))
 
-    def __getattr__(self, name: str) -> Any:  # `narrow`, where the window has it
-        return getattr(self.inner, name)
+    def narrow(self, view: View, pred: Prediction) -> None:
+        """As the sampler's own window."""
+        self.inner.narrow(view, pred)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Policy(ABC):
             raise DllmError(f"cache {self.name!r} does not fit a {kind} model: use {use}, or 'none'")
         return dataclasses.replace(self, block_size=model.block_size, shift=model.shift)
 
-    def attach(self, sampler: Any) -> Any:
+    def attach(self, sampler: Sampler) -> Sampler:
         """The sampler with this policy's account behind its window."""
         only_masked = self.sparse and not sampler.needs.committed
         starts = (*sampler.starts, (self.memory, self.columns))
@@ -142,13 +146,13 @@ class Policy(ABC):
 
     # -- the account: leaves of the decoding state ------------------------------------------------------------------
 
-    def memory(self, canvas: Canvas) -> dict[str, Tensor]:
-        """Initial leaves (B, ...) of the account."""
-        return {}
+    def memory(self, canvas: Canvas) -> Leaf | None:
+        """First leaves (B, ...) of the account, a NamedTuple; None: nothing is kept a row."""
+        return None
 
-    def columns(self, canvas: Canvas) -> dict[str, Tensor]:
-        """Initial leaves (B, L, ...), which follow length edits."""
-        return {}
+    def columns(self, canvas: Canvas) -> Leaf | None:
+        """First leaves (B, L, ...), which follow length edits; None: nothing is kept a column."""
+        return None
 
     def note(self, state: State, window: Span) -> State:
         """The state with the account of this step: called once a step, right after the window opened."""
