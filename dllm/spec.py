@@ -11,20 +11,25 @@ YAML 1.1, takes them for text. An anchor that refers to itself is an error.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
-from functools import cache
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 
 from dllm.errors import DllmError, first_line, unknown
 
+log = logging.getLogger(__name__)
+P = TypeVar("P")
 T = TypeVar("T")
 
 # What PyYAML raises on text that is malformed, and on dates and numbers that there are not.
@@ -287,3 +292,75 @@ def check(made: object, of: str) -> None:
     given = {name: vars(made)[name] for name in parameters(type(made))}
     for name, value in settings(of, type(made), given).items():
         object.__setattr__(made, name, value)  # a number that came as text
+
+
+# ------------------------------------------------------------------------------------------------------------- plugins
+
+
+class Plugins(Generic[P]):
+    """Classes that other packages bring by an entry point group, loaded when they are first asked for.
+
+    group   the entry point group.
+    kind    what an error calls one of them.
+    base    what each derives from; `public` is its name as an author writes it.
+    own     names that are taken.
+    """
+
+    def __init__(self, group: str, kind: str, base: type[P], public: str, own: Collection[str] = ()) -> None:
+        self.group, self.kind, self.base, self.public, self.own = group, kind, base, public, own
+        self.found: dict[str, type[P] | DllmError] = {}
+
+    @cached_property
+    def points(self) -> dict[str, EntryPoint]:
+        """The installed ones by name, not loaded."""
+        return {point.name: point for point in entry_points(group=self.group) if point.name not in self.own}
+
+    def refresh(self) -> None:
+        """Look again what is installed."""
+        vars(self).pop("points", None)
+        self.found.clear()
+
+    def names(self) -> list[str]:
+        """Those that load."""
+        return [name for name in self.points if not isinstance(self._found(name), DllmError)]
+
+    def load(self, name: str) -> type[P]:
+        """The class of a name in `points`. Errors: it does not load, or is another class; the package is named."""
+        found = self._found(name)
+        if isinstance(found, DllmError):
+            raise DllmError(str(found))
+        return found
+
+    @contextmanager
+    def blamed(self, name: str) -> Iterator[None]:
+        """What goes wrong in another package's code is said as that."""
+        try:
+            yield
+        except DllmError:
+            raise
+        except Exception as error:
+            if name not in self.points:
+                raise
+            raise DllmError(f"{self._whose(name)} failed: {type(error).__name__}: {first_line(error)}") from error
+
+    def _found(self, name: str) -> type[P] | DllmError:
+        """The class, or why there is none; that is said once as a warning."""
+        if name not in self.found:
+            self.found[name] = self._load(name)
+            if isinstance(why := self.found[name], DllmError):
+                log.warning("%s", why)
+        return self.found[name]
+
+    def _load(self, name: str) -> type[P] | DllmError:
+        try:
+            found = self.points[name].load()
+        except (Exception, SystemExit) as error:
+            said = f"cannot be loaded: {type(error).__name__}: {first_line(Exception(error))}"
+            return DllmError(f"{self._whose(name)} {said}")
+        if isinstance(found, type) and issubclass(found, self.base):
+            return found
+        return DllmError(f"{self._whose(name)} is no class of {self.public}")
+
+    def _whose(self, name: str) -> str:
+        package = self.points[name].dist
+        return f"{self.kind} {name!r} of the package {package.name if package else 'unknown'!r}"

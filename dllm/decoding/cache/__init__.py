@@ -6,6 +6,7 @@ The author of a policy imports from here what docs/adding-a-cache.md explains.
 from dllm.decoding.cache.policy import Policy, full_plan, gather_plan, span_plan
 from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
 from dllm.decoding.columns import between, indices, marked
+from dllm.spec import param
 
 __all__ = [
     "Cached",
@@ -19,5 +20,6 @@ __all__ = [
     "gather_plan",
     "indices",
     "marked",
+    "param",
     "span_plan",
 ]

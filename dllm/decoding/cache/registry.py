@@ -1,4 +1,7 @@
-"""Specifications of cache policies: names, parameters, and the policy of a call that names none."""
+"""Specifications of cache policies: names, parameters, and the policy of a call that names none.
+
+A policy from another package joins through the entry point group `dllm.caches` (docs/adding-a-cache.md).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING
 from dllm.decoding.cache.bidirectional import DKVCache, DLLMCache, Dual, Interval, Prefix
 from dllm.decoding.cache.block import Block, BlockDual
 from dllm.decoding.cache.policy import NoCache, Policy
-from dllm.spec import named, settings
+from dllm.spec import Plugins, named, settings
 
 if TYPE_CHECKING:
     from dllm.models.model import Model
@@ -17,6 +20,12 @@ if TYPE_CHECKING:
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls for cls in (NoCache, Prefix, Dual, Interval, DKVCache, DLLMCache, Block, BlockDual)
 }
+OTHERS = Plugins("dllm.caches", "cache", Policy, "dllm.decoding.cache.Policy", POLICIES)  # type: ignore[type-abstract]
+
+
+def names() -> list[str]:
+    """All policies that there are: the built-in ones, then those of other packages that load."""
+    return [*POLICIES, *OTHERS.names()]
 
 
 def default(model: Model, usable: tuple[str, ...] | None) -> Policy:
@@ -26,8 +35,13 @@ def default(model: Model, usable: tuple[str, ...] | None) -> Policy:
 
 
 def policy(spec: str | Mapping[str, object] | Policy | None) -> Policy:
-    """A cache policy from a name ("dual"), "dual:left=16,right=16", a dict with `name`, or a policy."""
+    """A policy from a name ("dual"), "dual:left=16,right=16", a mapping with `name`, a policy, or None: no cache.
+
+    Errors: unknown names, with the nearest one, parameters and values; a policy of another package that does not load.
+    """
     if spec is None or isinstance(spec, Policy):
         return spec or NoCache()
-    name, _, params = named(spec, "cache", POLICIES)
-    return POLICIES[name](**settings(f"cache {name!r}", POLICIES[name], params))
+    name, _, params = named(spec, "cache", [*POLICIES, *OTHERS.points])
+    cls = POLICIES[name] if name in POLICIES else OTHERS.load(name)
+    with OTHERS.blamed(name):
+        return cls(**settings(f"cache {name!r}", cls, params))
