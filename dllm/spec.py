@@ -16,13 +16,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import field, fields, is_dataclass
-from functools import cache, cached_property
+from dataclasses import MISSING, field, fields, is_dataclass
+from functools import cache, cached_property, singledispatch
 from importlib.metadata import EntryPoint, entry_points
-from inspect import Parameter, signature
+from inspect import Parameter, cleandoc, signature
 from numbers import Integral, Real
-from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -218,12 +219,12 @@ def _is_float(value: Real) -> bool:
         return False
 
 
-# annotation -> what fits it, and how to say so
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer"),
-    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number"),
-    "bool": (lambda v: isinstance(v, bool), "true or false"),
-    "str": (lambda v: isinstance(v, str), "text"),
+# annotation -> what fits it, how to say so, and its name in JSON Schema
+KINDS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer", "integer"),
+    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number", "number"),
+    "bool": (lambda v: isinstance(v, bool), "true or false", "boolean"),
+    "str": (lambda v: isinstance(v, str), "text", "string"),
 }
 
 
@@ -238,8 +239,8 @@ def misfit(kind: object, value: object, limits: Mapping[str, Any] = MappingProxy
     if not set(kinds) <= {*KINDS, "None"} or (value is None and "None" in kinds):
         return ""
     checks = [KINDS[name] for name in kinds if name != "None"]
-    if not any(fits(value) for fits, _ in checks):
-        return " or ".join(what for _, what in checks)
+    if not any(fits(value) for fits, _, _ in checks):
+        return " or ".join(what for _, what, _ in checks)
     return _bounds(value, limits) if isinstance(value, Real) else ""
 
 
@@ -292,6 +293,285 @@ def check(made: object, of: str) -> None:
     given = {name: vars(made)[name] for name in parameters(type(made))}
     for name, value in settings(of, type(made), given).items():
         object.__setattr__(made, name, value)  # a number that came as text
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+Keys = tuple[str | int, ...]  # from the top of a file down: ("tasks", 0, "name")
+
+
+class Source:
+    """Where every key was given (a file and its line, or a `--set`), so that an error can say so."""
+
+    def __init__(self, name: str, places: Mapping[Keys, str] | None = None):
+        self.name, self.places = name, dict(places or {})
+
+    def place(self, keys: Keys) -> str:
+        """Where this key, or else the nearest one around it, was given."""
+        ends = range(len(keys), 0 if keys else -1, -1)
+        return next((self.places[keys[:end]] for end in ends if keys[:end] in self.places), self.name)
+
+    def error(self, keys: Keys, message: object) -> DllmError:
+        """The error with the place and the name of the key."""
+        key = ".".join(map(str, keys))
+        return DllmError(f"{self.place(keys)}: {key + ': ' if key else ''}{message}")
+
+    def placed(self, keys: Keys, place: str) -> Source:
+        """The same with this key, and all below it, given elsewhere."""
+        kept = {key: at for key, at in self.places.items() if key[: len(keys)] != keys}
+        return Source(self.name, {**{keys[:end]: place for end in range(1, len(keys))}, **kept, keys: place})
+
+
+NOWHERE = Source("the configuration")
+
+
+class _Reader:
+    """Builds the values of one text and notes where each key stands."""
+
+    MOST = 100_000  # values; aliases of aliases would multiply without end
+
+    def __init__(self, text: str, name: str):
+        self.loader, self.name = Loader(text), name
+        self.places: dict[Keys, str] = {}
+        self.own: dict[int, set[int]] = {}  # the keys that stand in a mapping itself, not in what it merges (`<<`)
+
+    def read(self) -> tuple[dict[str, Any], Source]:
+        node = self.loader.get_single_node()
+        if node is None:
+            raise DllmError(f"{self.name}: the file is empty")
+        if not isinstance(node, yaml.MappingNode):
+            raise DllmError(f"{self.place(node)}: expected `key: value` pairs")
+        return self.value(node, ()), Source(self.name, self.places)
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.name}, line {node.start_mark.line + 1}"
+
+    def value(self, node: yaml.Node, keys: Keys) -> Any:
+        self.places.setdefault(keys, self.place(node))
+        if len(self.places) > self.MOST:
+            raise DllmError(f"{self.place(node)}: more than {self.MOST} values, aliases written out")
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(child, (*keys, i)) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self.pairs(node, keys)
+        try:
+            return self.loader.construct_object(node, deep=True)
+        except ERRORS as error:
+            raise DllmError(f"{self.place(node)}: {getattr(error, 'problem', None) or error}") from None  # foreign
+
+    def pairs(self, node: yaml.MappingNode, keys: Keys) -> dict[str, object]:
+        own = self.own.setdefault(id(node), {id(key) for key, _ in node.value})
+        self.loader.flatten_mapping(node)
+        out: dict[str, object] = {}
+        given = set()
+        for key_node, child in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise DllmError(f"{self.place(key_node)}: a key is a word, not a list or a mapping")
+            key = str(self.loader.construct_object(key_node))
+            if key in given and id(key_node) in own:
+                raise DllmError(f"{self.place(key_node)}: key {key!r} is given twice")
+            if id(key_node) in own:
+                given.add(key)
+            self.places[(*keys, key)] = self.place(key_node)
+            out[key] = self.value(child, (*keys, key))
+        return out
+
+
+def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
+    """YAML text to plain values and the lines of its keys. Errors: malformed, not a mapping, a key given twice."""
+    try:
+        return _Reader(text, name).read()
+    except DllmError:
+        raise
+    except ERRORS as error:
+        raise malformed(error, name) from None
+
+
+def read(path: str | Path, what: str = "configuration", _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Source]:
+    """A file with its `extends:` chain merged in; the nearer file wins key by key, and lists are replaced whole."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = unknown("file", path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        raise DllmError(f"there is no {what} {path}{f' ({near})' if near else ''}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DllmError(f"cannot read {path}: {error}") from None
+    data, source = parse(text, str(path))
+    base = data.pop("extends", None)
+    if base is None:
+        return data, source
+    parent = (path.parent / str(base)).resolve()
+    if parent in (*_seen, path.resolve()):
+        raise source.error(("extends",), f"{base} extends this file again")
+    data_base, source_base = read(parent, what, (*_seen, path.resolve()))
+    return _merged(data_base, data), Source(str(path), {**source_base.places, **source.places})
+
+
+def merge(base: object, top: object) -> object:
+    """`top` over `base`. Mappings merge, except that another `name` (of a sampler, a model) drops the old one's
+    parameters."""
+    if not (isinstance(base, dict) and isinstance(top, dict)) or ("name" in top and top["name"] != base.get("name")):
+        return top
+    return _merged(base, top)
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    return {**base, **{key: merge(base[key], item) if key in base else item for key, item in top.items()}}
+
+
+def assignment(text: str) -> tuple[Keys, Any]:
+    """The keys and the value of a `--set key.sub=value`; digits are a position in a list."""
+    key, equals, said = text.partition("=")
+    keys = tuple(int(part) if part.isdigit() else part for part in key.strip().split(".") if part)
+    if not equals or not keys:
+        raise DllmError(f"--set {text!r}: write key=value, for example --set sampler.name=credit")
+    return keys, value(said)
+
+
+def assign(data: object, keys: Keys, item: object, place: str) -> Any:
+    """The plain values with one of them changed; a text on the way there is the `name` of what gets a key."""
+    if not keys:
+        return item
+    head, rest = keys[0], keys[1:]
+    if isinstance(data, list):
+        if not isinstance(head, int) or not 0 <= head < len(data):
+            raise DllmError(f"{place}: {head!r} is not one of the positions 0 … {len(data) - 1}")
+        return [*data[:head], assign(data[head], rest, item, place), *data[head + 1 :]]
+    inside = with_name(data) if isinstance(data, str | dict) else {}
+    return {**inside, str(head): assign(inside.get(str(head)), rest, item, place)}
+
+
+def override(data: dict[str, Any], source: Source, text: str) -> tuple[dict[str, Any], Source]:
+    """The plain values of a file with a `--set key.sub=value` applied, and where each was given."""
+    (keys, item), place = assignment(text), f"--set {text}"
+    return assign(data, keys, item, place), source.placed(keys, place)
+
+
+def with_name(data: Any) -> Any:
+    """A text as the mapping that it stands for, {"name": text}; anything else as it is."""
+    return {"name": data} if isinstance(data, str) else data
+
+
+# ---------------------------------------------------------------------------------------------------------- dataclasses
+
+
+def build(cls: type[T], data: object, source: Source = NOWHERE, keys: Keys = ()) -> T:
+    """A dataclass from plain values, each checked; a text is its `name`. Errors: unknown or missing keys, misfits."""
+    members = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    data = with_name(data) if "name" in members else data
+    if not isinstance(data, Mapping):
+        raise source.error(keys, f"expected `key: value` pairs, found {data!r}")
+    for key in data:
+        if key not in members:
+            raise source.error((*keys, key), unknown("key", str(key), members))
+    for name, member in members.items():
+        if name not in data and member.default is MISSING and member.default_factory is MISSING:
+            raise source.error(keys, f"{name!r} is missing")
+    hints = get_type_hints(cls)
+    values = {key: fit(hints[key], item, source, (*keys, key), members[key].metadata) for key, item in data.items()}
+    try:
+        return cls(**values)
+    except DllmError as error:  # what a kind alone does not say
+        raise source.error(keys, error) from None
+
+
+def fit(hint: Any, data: Any, source: Source, keys: Keys, limits: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """A value as its annotation says: integer to float and list to tuple are the only conversions."""
+    args = get_args(hint)
+    match _form(hint):
+        case "dataclass":
+            return data if isinstance(data, hint) else build(hint, data, source, keys)
+        case "literal":
+            if data not in args:
+                raise source.error(keys, unknown("value", str(data), map(str, args)))
+        case "tuple":
+            items = data if isinstance(data, list | tuple) else [data]
+            return tuple(fit(args[0], item, source, (*keys, i)) for i, item in enumerate(items))
+        case "mapping":
+            if not isinstance(data, Mapping):
+                raise source.error(keys, f"expected `key: value` pairs, found {data!r}")
+            return {key: fit(args[1], item, source, (*keys, key)) for key, item in data.items()}
+        case "union":
+            return _one_of(hint, data, source, keys, limits)
+        case _:
+            data = number(hint, data)
+            if what := misfit(hint, data, limits):
+                raise source.error(keys, f"must be {what}, found {data!r}")
+    return float(data) if hint is float else data
+
+
+def _one_of(hint: Any, data: Any, source: Source, keys: Keys, limits: Mapping[str, Any]) -> Any:
+    options = [option for option in get_args(hint) if option is not NoneType]
+    if data is None and len(options) < len(get_args(hint)):
+        return None
+    for option in options:
+        try:
+            return fit(option, data, source, keys, limits)
+        except DllmError:
+            if len(options) == 1:
+                raise
+    words = {"tuple": "a list", "mapping": "`key: value` pairs"}
+    said = [KINDS[o.__name__][1] if o in (int, float, bool, str) else words[_form(o)] for o in options]
+    raise source.error(keys, f"{data!r} is none of {', '.join(said)}")
+
+
+def _form(hint: Any) -> str:
+    """How an annotation is read."""
+    origin = get_origin(hint)
+    if is_dataclass(hint):
+        return "dataclass"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "mapping"
+    return {Literal: "literal", tuple: "tuple", Union: "union", UnionType: "union"}.get(origin, "plain")
+
+
+@singledispatch
+def plain(made: object) -> Any:
+    """Plain YAML values that `build` makes the same of; what a dataclass does not show is left out."""
+    if is_dataclass(made):
+        return {f.name: plain(vars(made)[f.name]) for f in fields(made) if f.repr}
+    if isinstance(made, Mapping):
+        return {str(key): plain(item) for key, item in made.items()}
+    return [plain(item) for item in made] if isinstance(made, list | tuple) else made
+
+
+def schema(hint: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of what `fit` reads."""
+    args = get_args(hint)
+    match _form(hint):
+        case "dataclass":
+            return _object(hint)
+        case "literal":
+            return {"enum": list(args)}
+        case "tuple":
+            return many(schema(args[0]))
+        case "mapping":
+            return {"type": "object", "additionalProperties": schema(args[1])}
+        case "union":
+            return {"anyOf": [{"type": "null"} if a is NoneType else schema(a, limits) for a in args]}
+    if limits.get("choices"):
+        return {"enum": list(limits["choices"])}
+    names = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
+    bounds = {names[key]: limits[key] for key in names if limits.get(key) is not None}
+    return {"type": KINDS[hint.__name__][2], **bounds} if isinstance(hint, type) and hint.__name__ in KINDS else {}
+
+
+def many(one: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one value or a list of such."""
+    return {"anyOf": [one, {"type": "array", "items": one}]}
+
+
+def _object(cls: Any) -> dict[str, Any]:
+    hints, properties = get_type_hints(cls), {}
+    for f in fields(cls):
+        why = {"description": f.metadata["why"]} if f.metadata else {}
+        default = {"default": f.default} if isinstance(f.default, int | float | str) else {}
+        properties[f.name] = {**schema(hints[f.name], f.metadata), **why, **default}
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    out = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    about = {"description": cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")}
+    return {"anyOf": [{"type": "string"}, out], **about} if "name" in properties else {**out, **about}
 
 
 # ------------------------------------------------------------------------------------------------------------- plugins

@@ -98,7 +98,7 @@ class AdaBlock(Method):
     `block_length`. It is the forward at which the caches refresh, so it costs no forward of its own.
     """
 
-    delimiters: int | str | list[int | str] | None = param(  # noqa: RUF009
+    delimiters: int | str | list[int | str] | None = param(
         None, "None: the family's released ids, else every id whose text holds a new line"
     )
     tau_delimiter: float | None = param(

@@ -217,9 +217,7 @@ class Learn2PD(Method):
     the embedded model.
     """
 
-    filter: Any = param(  # noqa: RUF009
-        None, "path of a filter (the reference's .pth too), or a Filter; None: the embedded model's"
-    )
+    filter: Any = param(None, "path of a filter (the reference's .pth too), or a Filter; None: the embedded model's")
     tau: float | None = param(None, "None: the filter's own, chosen on validation data; 1 accepts nothing", high=1)
 
     name: ClassVar[str] = "learn2pd"

@@ -32,7 +32,7 @@ class PC(Method):
 
     lam: float = param(0.25, "the paper's value for maths, code and GPQA; 0 for Sudoku, 0.5 for Countdown", low=0)
     alpha: float = param(10.0, "the paper's cap: no rare token outranks every position", low=0)
-    frequencies: Frequencies = param(None, "no table is shipped: the law of a corpus is the user's choice")  # noqa: RUF009
+    frequencies: Frequencies = param(None, "no table is shipped: the law of a corpus is the user's choice")
 
     name: ClassVar[str] = "pc"
     source: ClassVar[str] = "PC-Sampler, arXiv 2508.13021"

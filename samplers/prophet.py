@@ -163,7 +163,7 @@ class Prophet(Method):
     mid: float = param(5.0, "paper table 6, all tasks")
     low: float = param(2.5, "released code; paper table 6 has 2.5 (choices), 3.5 (maths), 4.5 (code)")
     smooth: bool = param(False, "True: 8 - 4.5 progress, the paper's smooth alternative (GSM8K 77.4 % at 154 steps)")
-    region: str | tuple[int, int] | Region = param(  # noqa: RUF009
+    region: str | tuple[int, int] | Region = param(
         "auto", "the released code exits only behind a planted phrase; `auto` covers the other prompts"
     )
     progress: str = param(
@@ -206,9 +206,7 @@ class Sched(Method):
     low: float = param(2.5, "Prophet's lowest threshold")
     shape: str = param("linear", "the simplest of the paper's three", choices=("linear", "cosine", "exponential"))
     rate: float = param(2.0, "decay of shape='exponential'", low=0)
-    region: str | tuple[int, int] | Region = param(  # noqa: RUF009
-        "all", "the paper's signal is the mean over the whole generation"
-    )
+    region: str | tuple[int, int] | Region = param("all", "the paper's signal is the mean over the whole generation")
     progress: str = param(
         "auto",
         "steps as published where the base has a fixed budget, else committed / length",

@@ -14,6 +14,7 @@ import dllm
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.registry import as_drafter
 from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
 from dllm.training import alignment
 from dllm.training.alignment import (
     Continuation,
@@ -121,7 +122,7 @@ def test_acceptance_rises_on_the_verifiers_own_outputs(model):
 
 def test_recipes_and_mistakes(model, tmp_path):
     recipe = load_config("configs/align/tiny.yaml", kind=AlignConfig)
-    assert recipe.verifier == "tiny-ar" and recipe.one.steps > 0 and recipe.alpha == 1.01
+    assert recipe.verifier.name == "tiny-ar" and recipe.one.steps > 0 and recipe.alpha == 1.01
     path = tmp_path / "r.yaml"
     path.write_text("output: x\ntasks: {word_problems: 2}\nblok: 8\n")
     with pytest.raises(DllmError, match="block"):
@@ -130,7 +131,7 @@ def test_recipes_and_mistakes(model, tmp_path):
         load_config(tmp_path / "none.yaml", kind=AlignConfig)
     with pytest.raises(DllmError, match="prompts once"):
         AlignConfig("x")
-    with pytest.raises(DllmError, match="save_every must be positive"):
+    with pytest.raises(DllmError, match="save_every=0 must be at least 1"):
         AlignConfig("x", tasks={"word_problems": 1}, save_every=0)
     with pytest.raises(DllmError, match=r"positive lr, not 3 and -1\.0"):
         Stage(3, -1.0)
@@ -183,7 +184,8 @@ def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
 
 def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_trained(tmp_path):
     config = AlignConfig(
-        str(tmp_path / "out"), verifier="tests/golden/checkpoints/tiny-llama-ar-random", tasks={"word_problems": 2},
+        str(tmp_path / "out"), verifier=Checkpoint("tests/golden/checkpoints/tiny-llama-ar-random"),
+        tasks={"word_problems": 2},
         one=Stage(1, 1e-3), two=Stage(1, 1e-3),
     )  # fmt: skip
     with pytest.raises(DllmError, match="share no vocabulary"):

@@ -23,9 +23,10 @@ from dllm.models.config import ModelConfig
 from dllm.models.hub import load
 from dllm.models.native import NativeModel
 from dllm.models.transformer import Transformer
+from dllm.spec import build
 from dllm.tasks.base import Example
 from dllm.training import checkpoint, trainer
-from dllm.training.config import MaskSpec, ScheduleSpec, TrainConfig, build, load_config
+from dllm.training.config import MaskSpec, ScheduleSpec, TrainConfig, load_config
 from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, Window, read_jsonl, read_prompts
 from dllm.training.diffusion import mask_hard, mask_window, noise_levels, reading_rows, weighted
 from dllm.training.evaluate import wilson
@@ -289,8 +290,8 @@ def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
     [
         ("batchsize: 3", "did you mean 'batch_size'"),
         ("optimizer: {learning_rate: 1}", "optimizer.learning_rate"),
-        ("batch_size: many", "batch_size: expected a whole number"),
-        ("batch_size: 0", "batch_size must be positive"),
+        ("batch_size: many", "line 3: batch_size: must be an integer, found 'many'"),
+        ("batch_size: 0", "line 3: batch_size: must be at least 1, found 0"),
         ("objective: diffusio", "did you mean 'diffusion'"),
         ("data: {}", "data once"),
         ("data: {tasks: {sudoku: -1}}", "weights"),

@@ -19,7 +19,7 @@ RELAXATIONS = ("subset",)
 
 def _costs(table: Any) -> bool:
     """Whether this says what forwards of some numbers of rows cost."""
-    (rows, _), (cost, _) = KINDS["int"], KINDS["float"]
+    rows, cost = KINDS["int"][0], KINDS["float"][0]
     return isinstance(table, Mapping) and bool(table) and all(rows(k) and cost(v) and v > 0 for k, v in table.items())
 
 

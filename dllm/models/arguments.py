@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from dllm import spec as plain
+from dllm import spec
 from dllm.errors import DllmError, unknown
 
 BACKENDS = ("native", "transformers")
@@ -149,12 +149,17 @@ class Checkpoint(LoadArguments):
         return {"name": self.name, **values}
 
 
+@spec.plain.register
+def _(made: Checkpoint) -> dict[str, Any]:
+    return made.plain()
+
+
 def _read(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return str(value) if name in ("revision", "subfolder", "cache_dir") and _whole(value) else value
     if value.lower() == "none":
         return None
-    return plain.value(value) if name in READ_AS_YAML else value
+    return spec.value(value) if name in READ_AS_YAML else value
 
 
 def pairs(texts: Iterable[str], option: str) -> dict[str, str]:

@@ -304,13 +304,14 @@ def run(config: AlignConfig, resume: bool = False) -> NativeModel:
 def pair(config: AlignConfig) -> tuple[NativeModel, Any]:
     """The drafter before alignment and its teacher. DllmError where they number their tokens differently."""
     model = initial_drafter(config)
-    verifier = load_verifier(config.verifier, dtype=config.dtype, device=str(model.device))
+    arguments = {"dtype": config.dtype, "device": str(model.device), **config.verifier.given()}
+    verifier = load_verifier(config.verifier.name, **arguments)
     size = verifier.get_input_embeddings().weight.shape[0]
     tokenizer = getattr(verifier, "tokenizer", None)
     if Vocabulary.between(model.tokenizer, tokenizer, model.vocab_size, size).kind != "ids":
         raise DllmError(
-            f"drafter {config.drafter} and verifier {config.verifier} number their tokens differently: an aligned "
-            "drafter learns the verifier's ids, so take one that has the verifier's tokenizer"
+            f"drafter {config.drafter.name} and verifier {config.verifier.name} number their tokens differently: an "
+            "aligned drafter learns the verifier's ids, so take one that has the verifier's tokenizer"
         )
     return model, verifier
 

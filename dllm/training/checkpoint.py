@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dllm import spec
 from dllm.errors import DllmError
 from dllm.models.files import replaced
-from dllm.training.config import AlignConfig, ScheduleSpec, TrainConfig, build
+from dllm.training.config import AlignConfig, ScheduleSpec, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
 FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule")  # may differ on resume
@@ -53,7 +54,7 @@ def begin(config: TrainConfig | AlignConfig, resume: bool) -> dict[str, Any] | N
 
 def recipe(config: TrainConfig | AlignConfig) -> dict[str, Any]:
     """The recipe as plain values, as it is stored in a checkpoint."""
-    return _plain(asdict(config))
+    return spec.plain(config)
 
 
 def _check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step: int) -> None:
@@ -65,7 +66,7 @@ def _check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step
     differ = [k for k in _flat(mine) | _flat(saved) if _flat(mine).get(k) != _flat(saved).get(k)]
     differ = [k for k in differ if k.split(".")[0] not in FREE]
     if isinstance(config, TrainConfig):
-        old: ScheduleSpec = build(ScheduleSpec, saved["schedule"], "schedule")
+        old = spec.build(ScheduleSpec, saved["schedule"])
         if any(old.rate(s) != config.schedule.rate(s) for s in range(step)):
             differ.append("schedule")
     if differ:
@@ -77,14 +78,8 @@ def _check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

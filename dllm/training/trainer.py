@@ -204,7 +204,7 @@ def build_model(config: TrainConfig) -> NativeModel:
     A diffusion run may start from a Llama-like causal model: its weights then open a LLaDA, which has the same tensors.
     """
     spec, causal = config.model, config.objective == "autoregressive"
-    if not spec.start:
+    if spec.start is None:
         return fresh_model(spec, causal)
     model = load(spec.start, dtype=torch.float32, device="cpu")
     return as_diffusion(model) if model.config.causal and not causal else model
