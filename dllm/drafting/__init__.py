@@ -1,0 +1,51 @@
+"""Drafting for autoregressive verifiers: everything that an author of drafters, searches and controllers needs
+(docs/adding-a-drafter.md). The names load lazily."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dllm.drafting.autoregressive import ARDrafter
+    from dllm.drafting.control import ADL, Controller, CostAware, FailFast, Fixed, Heuristic, RejectionThreshold
+    from dllm.drafting.control import RoundStats
+    from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
+    from dllm.drafting.drafters import Drafter, Need
+    from dllm.drafting.front import calibrate
+    from dllm.drafting.lattice import DraftFailure, Lattice
+    from dllm.drafting.loop import SpecConfig, SpecResult
+    from dllm.drafting.ngram import NgramTable
+    from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
+    from dllm.drafting.registry import as_drafter, as_verifier
+    from dllm.drafting.retrieval import Fallback, PromptLookup, SuffixDrafter, TokenRecycling
+    from dllm.drafting.search import EAL, Argmax, BestFirstTree, CPSBeam, CPSSample, PathSearch, Sample, SampleTree
+    from dllm.drafting.search import Viterbi
+    from dllm.drafting.verifier import CausalLM, Verifier
+
+_HOMES = {
+    "autoregressive": ("ARDrafter",),
+    "control": (
+        "ADL", "Controller", "CostAware", "FailFast", "Fixed", "Heuristic", "RejectionThreshold", "RoundStats",
+    ),
+    "diffusion": ("DiffusionDrafter", "SamplerDrafter"),
+    "drafters": ("Drafter", "Need"),
+    "front": ("calibrate",),
+    "lattice": ("DraftFailure", "Lattice"),
+    "loop": ("SpecConfig", "SpecResult"),
+    "ngram": ("NgramTable",),
+    "proposal": ("EMPTY", "Proposal", "Rows", "chain"),
+    "registry": ("as_drafter", "as_verifier"),
+    "retrieval": ("Fallback", "PromptLookup", "SuffixDrafter", "TokenRecycling"),
+    "search": (
+        "EAL", "Argmax", "BestFirstTree", "CPSBeam", "CPSSample", "PathSearch", "Sample", "SampleTree", "Viterbi",
+    ),
+    "verifier": ("CausalLM", "Verifier"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [*_HOME]  # noqa: PLE0604
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

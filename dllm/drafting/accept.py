@@ -20,11 +20,12 @@ from torch import Tensor
 
 from dllm.drafting.proposal import Proposal
 
-Law = Callable[[int, Sequence[int]], Tensor]  # (node, tokens since the root) -> scores or probabilities (V,)
+Target = Callable[[int, Sequence[int]], Tensor]  # (node, tokens since the root) -> the verifier's scores or law (V,)
+Processors = Callable[[Tensor, Tensor], Tensor]  # (ids (1, L), scores (1, V)) -> scores, as transformers calls them
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Acceptance:
     """`emitted` = the tokens of the accepted `path` and one more (a correction, or the bonus behind a leaf)."""
 
     emitted: tuple[int, ...]
@@ -32,25 +33,26 @@ class Verdict:
 
     @property
     def accepted(self) -> int:
+        """Tokens of the draft that stay."""
         return len(self.path)
 
 
-def walk_greedy(proposal: Proposal, best: Sequence[int]) -> Verdict:
+def walk_greedy(proposal: Proposal, best: Sequence[int]) -> Acceptance:
     """Follow the argmax. `best[i + 1]` is the verifier's token after node `i`, `best[0]` after the root."""
     return _walk(proposal, lambda node, _: best[node + 1])
 
 
-def walk_scores(proposal: Proposal, scores: Law) -> Verdict:
+def walk_scores(proposal: Proposal, scores: Target) -> Acceptance:
     """Follow the argmax of processed scores, computed only where the walk comes by."""
     return _walk(proposal, lambda node, path: int(scores(node, path).argmax()))
 
 
-def walk_sample(proposal: Proposal, prob: Law, generator: torch.Generator | None = None) -> Verdict:
+def walk_sample(proposal: Proposal, prob: Target, generator: torch.Generator | None = None) -> Acceptance:
     """Sample-and-match for point proposals: exact at any temperature with p alone."""
     return _walk(proposal, lambda node, path: draw(prob(node, path), generator))
 
 
-def _walk(proposal: Proposal, token_at: Callable[[int, Sequence[int]], int]) -> Verdict:
+def _walk(proposal: Proposal, token_at: Callable[[int, Sequence[int]], int]) -> Acceptance:
     emitted: list[int] = []
     path: list[int] = []
     node = -1
@@ -59,11 +61,11 @@ def _walk(proposal: Proposal, token_at: Callable[[int, Sequence[int]], int]) -> 
         emitted.append(token)
         node = next((c for c in proposal.children.get(node, ()) if proposal.tokens[c] == token), -2)
         if node == -2:
-            return Verdict(tuple(emitted), tuple(path))
+            return Acceptance(tuple(emitted), tuple(path))
         path.append(node)
 
 
-def reject(proposal: Proposal, prob: Law, generator: torch.Generator | None = None) -> Verdict:
+def reject(proposal: Proposal, prob: Target, generator: torch.Generator | None = None) -> Acceptance:
     """The ratio test for sampled chains and its recursive form for siblings drawn without replacement."""
     assert proposal.rows is not None
     emitted: list[int] = []
@@ -83,7 +85,7 @@ def reject(proposal: Proposal, prob: Law, generator: torch.Generator | None = No
             q[token] = 0
             q = _normalise(q, q)
         if chosen is None:
-            return Verdict((*emitted, draw(left, generator)), tuple(path))
+            return Acceptance((*emitted, draw(left, generator)), tuple(path))
         emitted.append(proposal.tokens[chosen])
         path.append(chosen)
         node = chosen
@@ -109,10 +111,10 @@ def judge(
     proposal: Proposal,
     logits: Tensor,
     prefix: Sequence[int],
-    processors: Callable[[Tensor, Tensor], Tensor] | None,
+    processors: Processors | None,
     do_sample: bool,
     generator: torch.Generator | None = None,
-) -> Verdict:
+) -> Acceptance:
     """Verify a proposal against raw logits (N + 1, V): row 0 after the root, row i + 1 after node i.
 
     `processors` is called as transformers calls it, on (1, L) ids and (1, V) float32 scores, with the prefix of the

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dllm.drafting.drafters import Drafter, Need, fit
+from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import DraftFailure
-from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
-from dllm.drafting.verifier import check_rollback
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain, fit
+from dllm.drafting.verifier import CausalLM, check_rollback, embedding
 from dllm.errors import DllmError
 
 
@@ -27,21 +26,14 @@ class ARDrafter(Drafter):
     name = "ar"
     chains_only = True
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.model = model
-        self.cache: Any = None
+        self.cache = DynamicCache()
         self.known: list[int] = []
-
-    @classmethod
-    def shared(cls, model: Any) -> ARDrafter:
-        """The drafter of a model, kept on it: measured costs belong to a drafter."""
-        if not hasattr(model, "_dllm_drafter"):
-            model._dllm_drafter = cls(model)
-        return model._dllm_drafter
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
         super().reset(ids, need)
-        size = self.model.get_input_embeddings().weight.shape[0]
+        size = embedding(self.model).shape[0]
         if min(size, need.vocab) < 0.9 * max(size, need.vocab):
             raise DllmError(f"drafter ({size} ids) and verifier ({need.vocab} ids) share no vocabulary")
         self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
@@ -50,7 +42,7 @@ class ARDrafter(Drafter):
         self.known = []
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)  # foreign
         k = k if limit is None else min(k, limit - len(ids))
         if k < 1:
             return EMPTY
@@ -85,7 +77,7 @@ class ARDrafter(Drafter):
         if same < len(self.known):  # a crop also trims a sliding window, after which nothing more can be taken back
             self.cache.crop(same - len(self.known))
         self.forwards += 1
-        device = self.model.get_input_embeddings().weight.device
+        device = embedding(self.model).device
         with torch.inference_mode():
             out = self.model(
                 input_ids=torch.tensor([ids[same:]], device=device),
@@ -99,4 +91,5 @@ class ARDrafter(Drafter):
                 f"{type(self.model).__name__} is recurrent: its state cannot be rolled back; use another drafter"
             )
         self.known = list(ids)
-        return out.logits[0, -1]
+        last: Tensor = out.logits[0, -1]
+        return last

@@ -2,7 +2,7 @@
 to submit.
 
 All of them are safe, also rules of your own: a length never changes what is generated, only how fast. The loop sees to
-it where draws could tell: a sampled draft is never cut before its last chunk (see `Row._chunks`). Lengths count drafted
+it where draws could tell: a sampled draft is never cut before its last chunk (see `Speculation._chunks`). Lengths count drafted
 tokens; `room` is the most that the text may still take before the last token.
 """
 
@@ -14,7 +14,6 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 
@@ -57,17 +56,34 @@ class RoundStats:
         return out
 
     @property
+    def wall(self) -> dict[str, float]:
+        """Seconds per stage."""
+        return {
+            "draft": self.t_draft,
+            "search": self.t_search,
+            "verify": self.t_verify,
+            "commit": self.t_commit,
+            "other": self.t_other,
+        }
+
+    @property
     def seconds(self) -> float:
-        return self.t_draft + self.t_search + self.t_verify + self.t_commit + self.t_other
+        """Of the whole round."""
+        return sum(self.wall.values())
 
 
-class LengthController:
-    """The interface, and the controller that drafts as much as it may."""
+class Controller:
+    """Base of all length controllers, and the one that drafts as much as it may. What it decides changes how fast a
+    text is written, never the text. The loop forks it for every text and batch row.
+
+    k_max   most slots of a draft.
+    rows    of the batch, set by the loop: a verify is shared by so many.
+    """
 
     k_max: int = 32
-    rows: int = 1  # of the batch; set by the loop
+    rows: int = 1
 
-    def fork(self) -> LengthController:
+    def fork(self) -> Controller:
         """A copy for another row or another text."""
         return copy.deepcopy(self)
 
@@ -94,14 +110,14 @@ class LengthController:
         """Learn from a finished round."""
 
 
-class Fixed(LengthController):
+class Fixed(Controller):
     """Always `k`."""
 
     def __init__(self, k: int = 8) -> None:
         self.k_max = _positive("k", k)
 
 
-class ADL(LengthController):
+class ADL(Controller):
     """Adaptive draft length of DiffuSpec (arXiv 2510.02358): k follows a moving average of the generated length.
 
     k = clip(floor(Gbar) + delta [Abar >= Gbar], k_min, k_max), both averages with weight rho. Defaults are the paper's.
@@ -132,9 +148,11 @@ class ADL(LengthController):
         self.rounds = 0
 
     def next_k(self, room: int) -> int:
+        """The k that the last round left."""
         return min(self.k, room)
 
     def update(self, r: RoundStats) -> None:
+        """Move both averages and k; a round without a draft says nothing."""
         if not r.k:
             return
         accepted = r.emitted if self.count_bonus else r.accepted
@@ -146,7 +164,7 @@ class ADL(LengthController):
         self.k = min(max(math.floor(self.gen) + grow, self.k_min), self.k_max)
 
 
-class FailFast(LengthController):
+class FailFast(Controller):
     """Draft chunk after chunk while every new token is confident (FailFast, arXiv 2512.20573; defaults as released).
 
     The chunk that holds the first doubtful token is still submitted.
@@ -158,30 +176,34 @@ class FailFast(LengthController):
         self.chunk, self.tau, self.k_max = _positive("chunk", chunk), tau, _positive("k_max", k_max)
 
     def next_k(self, room: int) -> int:
+        """One chunk."""
         return min(self.chunk, room)
 
     def more(self, conf: Sequence[float], room: int) -> int:
+        """Another chunk where every token of the last one is likely enough."""
         new = conf[-self.chunk :]
         if not new or min(new) < self.tau or len(conf) % self.chunk:
             return 0
         return max(0, min(self.chunk, self.k_max - len(conf), room - len(conf)))
 
 
-class Heuristic(LengthController):
+class Heuristic(Controller):
     """The rule of transformers' assisted generation: two more after a full acceptance, else one less."""
 
     def __init__(self, k: int = 5, k_max: int = 64) -> None:
         self.k, self.k_max = _positive("k", k), _positive("k_max", k_max)
 
     def next_k(self, room: int) -> int:
+        """The k that the last round left."""
         return min(self.k, self.k_max, room)
 
     def update(self, r: RoundStats) -> None:
+        """Two more, or one less."""
         if r.nodes:
             self.k = min(self.k + 2, self.k_max) if r.accepted == r.nodes else max(1, self.k - 1)
 
 
-class RejectionThreshold(LengthController):
+class RejectionThreshold(Controller):
     """Stop where the chance that something was rejected passes `h` (in the manner of SpecDec++, arXiv 2405.19715).
 
     For a one-forward drafter the slots are already paid for: the rule trims what is submitted.
@@ -193,6 +215,7 @@ class RejectionThreshold(LengthController):
         self.h, self.k_max = h, _positive("k_max", k_max)
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
+        """The nodes before the threshold, at least one."""
         if not proposal.conf:
             return len(proposal)
         survival = proposal.survival()
@@ -217,6 +240,7 @@ class CostTable:
         return 4 * round(n / 4) if n <= 32 else 16 * round(n / 16)
 
     def add(self, n: int, seconds: float) -> None:
+        """A measurement of length `n`."""
         n, seconds = self.bucket(n), max(seconds, 1e-9)
         if n not in self.mean:
             insort(self.keys, n)
@@ -231,10 +255,11 @@ class CostTable:
         self._table = None
 
     def table(self, n: int) -> np.ndarray:
-        """Seconds for lengths 0..n."""
-        if self._table is None or len(self._table) <= n:
-            self._table = self._build(max(n, 64))
-        return self._table[: n + 1]
+        """Seconds for lengths 0..n: (n + 1,)."""
+        table = self._table
+        if table is None or len(table) <= n:
+            self._table = table = self._build(max(n, 64))
+        return table[: n + 1]
 
     def _build(self, n: int) -> np.ndarray:
         x = np.arange(n + 1, dtype=float)
@@ -276,6 +301,7 @@ class Calibrator:
         return sum(slot >= e for e in self.EDGES), min(9, int(conf * 10))
 
     def add(self, slot: int, conf: float, accepted: bool) -> None:
+        """A judged node, also for the parent."""
         if self.parent is not None:
             self.parent.add(slot, conf, accepted)
         where = self._bin(slot, conf)
@@ -306,6 +332,7 @@ class Costs:
         self.hits, self.tries = 3.2, 4.0  # of judged slots, over all texts; begins hopeful
 
     def verify(self, rows: int) -> CostTable:
+        """Seconds of a verify of so many rows, by the tokens of the widest."""
         return self.verifies.setdefault(rows, CostTable())
 
     def seconds(self, rows: int, n: int) -> np.ndarray:
@@ -316,7 +343,7 @@ class Costs:
         return self.verify(rows).table(n) / rows
 
 
-class CostAware(LengthController):
+class CostAware(Controller):
     """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed.
 
     E(k) = 1 + sum_i prod_{j<=i} a_j from calibrated confidences, T(k) from measured tables: real costs are staircases,
@@ -352,10 +379,12 @@ class CostAware(LengthController):
 
     @property
     def verify(self) -> CostTable:
+        """Seconds of a verify of this batch, by the tokens of its widest row."""
         return self.costs.verify(self.rows)
 
     @property
     def draft(self) -> CostTable:
+        """Seconds of a draft of one row, by slots."""
         return self.costs.draft
 
     def fork(self) -> CostAware:
@@ -371,10 +400,11 @@ class CostAware(LengthController):
 
     def rate(self, a: np.ndarray, drafted: np.ndarray | float) -> np.ndarray:
         """Tokens per second for 0..len(a) submitted slots, `drafted` seconds spent on drafting them."""
-        reward = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(a))])
+        reward: np.ndarray = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(a))])
         return reward / (drafted + self.costs.seconds(self.rows, len(a) + 1)[1:] + self.costs.overhead)
 
     def next_k(self, room: int) -> int:
+        """The best k by the record of the slots, 0 where none beats plain decoding and no probe is due."""
         room = min(room, self.k_max)
         self.probing = False
         if room <= 0:
@@ -397,6 +427,7 @@ class CostAware(LengthController):
         return n if self.probing else 0
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
+        """The best number of nodes by the calibrated confidences of this draft, whose seconds are spent."""
         if not len(proposal) or not proposal.conf:
             return len(proposal)
         calib, trust = self.stale if carried else self.calib, self.passed / self.hoped
@@ -410,6 +441,7 @@ class CostAware(LengthController):
         return best if best or not self.spent else self._probe(1)  # what is never submitted is never learned about
 
     def keep(self, remaining: int, conf: Sequence[float]) -> bool:
+        """Whether the rest promises at least as many tokens per second as the best fresh draft."""
         a = np.array([self.stale(i, c) for i, c in enumerate(conf[:remaining])])
         reuse = self.rate(a, 0.0).max()
         k = self.k_max
@@ -417,6 +449,7 @@ class CostAware(LengthController):
         return bool(reuse >= fresh)
 
     def update(self, r: RoundStats) -> None:
+        """Book seconds, confidences and slots of a round."""
         if r.pending == 1:
             self._book(r)
         calib = self.stale if r.carried else self.calib
@@ -453,25 +486,13 @@ class CostAware(LengthController):
             self.lost = max(0.0, self.lost + draft + wider + costs.overhead - r.accepted * plain)
 
 
-def best_length(a: float, fixed: float, slope: float) -> int:
-    """k* for geometric acceptance `a` and T = fixed + slope k (spec: the smallest k whose successor does not pay)."""
-    if not 0 < a < 1:
-        raise DllmError(f"the acceptance rate lies in (0, 1), got {a}")
-    from scipy.special import lambertw
-
-    r, log = fixed / slope, -math.log(a)
-    beta = log / (1 - a)
-    y = -lambertw(-beta * math.exp(-beta - log * (r - 1)), k=-1).real / beta
-    return max(0, math.ceil((y - 1) / (1 - a) - r))
-
-
 def _positive(name: str, value: int) -> int:
     if not isinstance(value, Integral) or value < 1:
         raise DllmError(f"{name} must be at least 1, got {value}")
     return value
 
 
-CONTROLLERS: dict[str, Any] = {
+CONTROLLERS: dict[str, type[Controller]] = {
     "fixed": Fixed,
     "adl": ADL,
     "failfast": FailFast,

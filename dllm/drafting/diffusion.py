@@ -7,7 +7,7 @@ masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
+from dllm.models.model import Model
+from dllm.models.tokenizer import Tokenizer
+from dllm.models.transformer import KVStore
+
+# of a model: what its ids are to a verifier's, by that one's size and tokenizer and by the choice of the caller
+_KNOWN: WeakKeyDictionary[Model, dict[tuple[int, int, str], Vocabulary]] = WeakKeyDictionary()
 
 
 class DiffusionDrafter(Drafter):
@@ -37,14 +43,14 @@ class DiffusionDrafter(Drafter):
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         *,
         suffix_token_id: int | None = None,
         lookahead_masks: int = 0,
         prefix_cache: str = "auto",
         refresh: int = 8,
         vocabulary: str | Vocabulary = "auto",
-        verifier_tokenizer: Any = None,
+        verifier_tokenizer: Tokenizer | None = None,
         temperature: float = 1.0,
     ) -> None:
         if model.mask_id is None:
@@ -56,22 +62,14 @@ class DiffusionDrafter(Drafter):
         self.model, self.suffix, self.lookahead = model, suffix_token_id, lookahead_masks
         self.prefix_cache, self.refresh, self.temperature = prefix_cache, refresh, temperature
         self.choice, self.verifier_tokenizer = vocabulary, verifier_tokenizer
-        self.known: dict[tuple[int, int], Vocabulary] = {}  # by size and tokenizer of the verifier; shared by the forks
-        self.store: Any = None
+        self.store: KVStore | None = None
         self.slots = 0
         self.valid = 0  # positions whose stored keys and values are usable
         self.final = 0  # positions that no later round takes back
         self.age = 0
 
-    @classmethod
-    def shared(cls, model: Any) -> DiffusionDrafter:
-        """The default drafter of a model, kept on it: vocabularies are compared once."""
-        if not hasattr(model, "_dllm_drafter"):
-            model._dllm_drafter = cls(model)
-        return model._dllm_drafter
-
     @property
-    def chains_only(self) -> bool:  # type: ignore[override]
+    def chains_only(self) -> bool:
         """Text that is tokenised anew has no columns of candidates."""
         return self.vocabulary.kind == "text"
 
@@ -89,11 +87,11 @@ class DiffusionDrafter(Drafter):
         if isinstance(self.choice, Vocabulary):
             return self.choice
         tokenizer = self.verifier_tokenizer or need.tokenizer
-        key = (need.vocab, id(tokenizer))
-        if key not in self.known:
+        known, key = _KNOWN.setdefault(self.model, {}), (need.vocab, id(tokenizer), self.choice)
+        if key not in known:
             sizes = self.model.vocab_size, need.vocab
-            self.known[key] = Vocabulary.between(self.model.tokenizer, tokenizer, *sizes, self.choice)
-        return self.known[key]
+            known[key] = Vocabulary.between(self.model.tokenizer, tokenizer, *sizes, self.choice)
+        return known[key]
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
         self.final = len(ids)

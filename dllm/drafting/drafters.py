@@ -7,14 +7,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm.drafting.lattice import DraftFailure, Lattice, build
-from dllm.drafting.proposal import Proposal
+from dllm.drafting.proposal import Proposal, fit
 from dllm.errors import DllmError, first_line, out_of_memory
+from dllm.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Need:
     tau_mass: float = 0.8
     m_max: int = 15
     tree: int = 0  # node budget, 0 = chain
-    tokenizer: Any = None  # of the verifier, where it is known
+    tokenizer: Tokenizer | None = None  # of the verifier, where it is known
 
     def lattice(self, logits: Tensor, start: int, banned: Tensor | None = None) -> Lattice:
         """The lattice of logits (k, V) in verifier ids: bans, then the verifier's own warpers where the search
@@ -41,27 +41,32 @@ class Need:
         return build(logits, start, tau_mass=self.tau_mass, m_max=self.m_max, keep=self.eos, with_rows=self.sampled)
 
 
-def fit(logits: Tensor, vocab: int) -> Tensor:
-    """Columns cut or padded to the verifier's vocabulary: embedding padding differs between checkpoints of one
-    tokenizer."""
-    if logits.shape[-1] >= vocab:
-        return logits[..., :vocab]
-    return torch.nn.functional.pad(logits, (0, vocab - logits.shape[-1]), value=float("-inf"))
-
-
 class Drafter:
     """Base of all drafters. Ids are the verifier's everywhere.
 
-    `forwards` counts model forwards; `successors` asks the loop for the verifier's best eight tokens at every verified
-    node; `chains_only` says that a tree budget would do nothing, so that it is refused.
+    A drafter writes `draft`; everything else has a default. The loop forks it for every text, then calls `reset` once,
+    and `draft` and `observe` in turn. Whatever it drafts, the text stays the verifier's own.
+
+    name         what errors call it.
+    forwards     model forwards since `reset`, counted by the drafter.
+    successors   whether the loop hands `observe` the verifier's best eight tokens at every verified node.
+    banned       ids that must never reach the verifier (mask, pad, drafter-only specials): drafting one is an error.
+    need         what the loop asks of the drafts of this text.
+    owner        what measured costs belong to and live with; None: this object. A drafter that is made anew for every
+                 call names what outlives it.
     """
 
-    name = "drafter"
-    forwards = 0
-    successors = False
-    chains_only = False
-    banned: frozenset[int] = frozenset()  # ids that must never reach the verifier (mask, pad, drafter-only specials)
-    need = Need(0)
+    name: str = "drafter"
+    forwards: int = 0
+    successors: bool = False
+    banned: frozenset[int] = frozenset()
+    need: Need = Need(0)
+    owner: object | None = None
+
+    @property
+    def chains_only(self) -> bool:
+        """Whether a tree budget would do nothing, so that it is refused."""
+        return False
 
     def fork(self) -> Drafter:
         """A drafter for one more text, sharing what may be shared (weights)."""
@@ -73,11 +78,15 @@ class Drafter:
         self.forwards = 0
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
-        """At most `k` tokens after `ids` (k nodes for a tree)."""
+        """At most `k` tokens after `ids` (k nodes for a tree); `EMPTY` where there is nothing to say.
+
+        generator   for draws, if `need.sampled`. Errors: DraftFailure where the model's logits are unusable: the round
+                    is then a plain step.
+        """
         raise NotImplementedError
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
-        """A round is over: `ids` ends with the `emitted` tokens."""
+        """A round is over: `ids` ends with the `emitted` tokens. `successors` is empty unless it was asked for."""
 
 
 def ask(drafter: Drafter, ids: Sequence[int], k: int, generator: torch.Generator | None = None) -> Lattice | Proposal:

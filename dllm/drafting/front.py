@@ -7,11 +7,11 @@ import inspect
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +20,89 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from dllm.call.arguments import RENAMED, RULES
 from dllm.call.prompts import Padding, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
-from dllm.drafting.control import CostAware, LengthController
+from dllm.drafting.accept import Processors
+from dllm.drafting.control import Controller, CostAware
 from dllm.drafting.drafters import Drafter, Need
-from dllm.drafting.loop import Processors, Request, SpecConfig, SpecResult, run
+from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
 from dllm.drafting.proposal import EMPTY, Proposal, chain
-from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_verifier
+from dllm.drafting.search import PathSearch
 from dllm.drafting.verifier import Pending, Verifier
 from dllm.errors import DllmError, unknown
-from dllm.models.tokenizer import by_template
+from dllm.models.tokenizer import Tokenizer, by_template
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, ids, chat messages
+Encoded: TypeAlias = Tensor | Mapping[str, object]  # ids (L,) or (B, L), what a tokenizer returns
+T = TypeVar("T")
 
 
+class SpecOptions(TypedDict, total=False):
+    """The fields of `SpecConfig` as keywords."""
+
+    search: str | Mapping[str, object] | PathSearch | None
+    tree: int
+    length: str | Mapping[str, object] | Controller
+    k: int | None
+    carry: str
+    reuse_min: int
+    order: int
+    decay: float
+    corpus: Sequence[Sequence[int]]
+    tau_mass: float
+    m_max: int
+    graft: DrafterLike
+
+
+class SpeculateOptions(SpecOptions, total=False):
+    """The keywords of `speculate`."""
+
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None
+    attention_mask: Sequence[int] | Sequence[Sequence[int]] | Tensor | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    eos: int | Sequence[int] | None
+    stop: str | Sequence[str] | None
+    seed: int | None
+    logits_processor: Sequence[Processors] | None
+    streamer: Streamer | None
+    tokenizer: Tokenizer | None
+    chat: bool | None
+    spec: SpecConfig | Mapping[str, Any] | None
+    controller: Controller | None
+
+
+@overload
 def speculate(
-    verifier: Any,
-    drafter: Any = None,
-    prompt: Any = None,
+    verifier: VerifierLike, drafter: DrafterLike, prompt: Prompt, **options: Unpack[SpeculateOptions]
+) -> SpecResult: ...
+@overload
+def speculate(
+    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Prompt, **options: Unpack[SpeculateOptions]
+) -> SpecResult: ...
+@overload
+def speculate(
+    verifier: VerifierLike, drafter: DrafterLike, prompt: Sequence[Prompt], **options: Unpack[SpeculateOptions]
+) -> list[SpecResult]: ...
+@overload
+def speculate(
+    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Sequence[Prompt], **options: Unpack[SpeculateOptions]
+) -> list[SpecResult]: ...
+@overload
+def speculate(
+    verifier: VerifierLike,
+    drafter: DrafterLike = None,
+    prompt: Encoded | None = None,
+    **options: Unpack[SpeculateOptions],
+) -> SpecResult | list[SpecResult]: ...
+def speculate(
+    verifier: VerifierLike,
+    drafter: DrafterLike = None,
+    prompt: Prompt | Sequence[Prompt] | Encoded | None = None,
     *,
-    input_ids: Any = None,
-    attention_mask: Any = None,
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
+    attention_mask: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -44,14 +110,14 @@ def speculate(
     eos: int | Sequence[int] | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
-    logits_processor: Any = None,
-    streamer: Any = None,
-    tokenizer: Any = None,
+    logits_processor: Sequence[Processors] | None = None,
+    streamer: Streamer | None = None,
+    tokenizer: Tokenizer | None = None,
     chat: bool | None = None,
     spec: SpecConfig | Mapping[str, Any] | None = None,
-    controller: LengthController | None = None,
-    **options: Any,
-) -> Any:
+    controller: Controller | None = None,
+    **options: Unpack[SpecOptions],
+) -> SpecResult | list[SpecResult]:
     """Decode `prompt` with an autoregressive verifier, drafted by a dLLM (or anything else), without changing its
     output (token for token in float64, and in float32 but for ties; docs/decoding.md).
 
@@ -83,18 +149,18 @@ def speculate(
     for i, p in enumerate(ids):
         given = logits_processor or []
         given = separate(given) if len(ids) > 1 else given
-        law = verifier_law(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *given])
+        law = sampling(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *given])
         generator = None if seed is None else torch.Generator().manual_seed(seed + i)
         stopped = partial(_stopped, stops, len(p)) if stops.strings else None
         limit = len(p) + max_new_tokens
         requests.append(Request(p, limit, end, temperature > 0, law.processors, law.warp, stopped, generator))
-    results = run(v, d, requests, cfg, controller or shared_controller(v, d, cfg, temperature > 0), streamer)
+    results = decode(v, d, requests, cfg, controller or shared_controller(v, d, cfg, temperature > 0), streamer)
     for r in results:
         _end(r, stops)
     return results if many else results[0]
 
 
-def _check(tokenizer: Any, streamer: Any, processors: Any, chat: Any) -> None:
+def _check(tokenizer: object, streamer: object, processors: object, chat: object) -> None:
     """Errors: an argument that is another object than its name says."""
     if tokenizer is not None and not hasattr(tokenizer, "decode"):  # foreign
         raise DllmError(f"tokenizer= is a loaded tokenizer, not {type(tokenizer).__name__}")
@@ -106,7 +172,7 @@ def _check(tokenizer: Any, streamer: Any, processors: Any, chat: Any) -> None:
         RULES["chat"].check("chat", chat)
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
+def _known(options: SpecOptions) -> SpecOptions:
     """The options. Errors: one that neither `speculate` nor `SpecConfig` has, with the name that it has here."""
     own = [name for name in inspect.signature(speculate).parameters if name != "options"]
     known = [field.name for field in fields(SpecConfig)]
@@ -118,20 +184,22 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> LengthController:
-    """The controller of a pair: costs and calibration outlive a call, kept on the verifier while the drafter lives."""
-    if isinstance(cfg.length, LengthController):
+def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> Controller:
+    """The controller of a pair: costs and calibration outlive a call, kept while the models of both live."""
+    if isinstance(cfg.length, Controller):
         return cfg.length
-    key = (id(drafter), sampled, str(cfg.length), str(cfg.search), cfg.tree)
-    if key not in verifier.controllers:
-        verifier.controllers[key] = cfg.build_controller()
-        if drafter is not None:
-            weakref.finalize(drafter, verifier.controllers.pop, key, None).atexit = False
-    return verifier.controllers[key]
+    owner = drafter if drafter is None or drafter.owner is None else drafter.owner
+    key = (id(owner), sampled, str(cfg.length), str(cfg.search), cfg.tree)
+    kept = verifier.measured.controllers
+    if key not in kept:
+        kept[key] = cfg.build_controller()
+        if owner is not None:
+            weakref.finalize(owner, kept.pop, key, None).atexit = False
+    return kept[key]
 
 
 @dataclass(frozen=True)
-class Law:
+class Processing:
     """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft)."""
 
     processors: Processors | None
@@ -144,7 +212,7 @@ PREFIX_FREE = (
 )  # fmt: skip
 
 
-def law_of(processors: Sequence[Any]) -> Law:
+def processing(processors: Sequence[Processors]) -> Processing:
     """Split a transformers LogitsProcessorList."""
     free = [p for p in processors if type(p).__name__ in PREFIX_FREE]
 
@@ -154,21 +222,22 @@ def law_of(processors: Sequence[Any]) -> Law:
             logits = p(dummy, logits)
         return logits
 
-    return Law(processors if len(processors) else None, warp if free else None)  # type: ignore[arg-type]
+    every = processors if isinstance(processors, LogitsProcessorList) else LogitsProcessorList(processors)
+    return Processing(every if every else None, warp if free else None)
 
 
 # of transformers' own processors and criteria, those that remember what they have seen
 STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 
 
-def separate(things: Sequence[Any]) -> list[Any]:
+def separate(things: Sequence[T]) -> list[T]:
     """Processors or criteria for one row of a batch: what may count or remember is copied, its models are shared.
 
     The copies start where the originals stand. Raises DllmError for an object that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for thing in things:
-        for value in (thing, *getattr(thing, "__dict__", {}).values()):
+        for value in (thing, *getattr(thing, "__dict__", {}).values()):  # foreign
             if isinstance(value, nn.Module):
                 memo[id(value)] = value
             elif isinstance(value, FunctionType) and value.__closure__:
@@ -186,11 +255,11 @@ def separate(things: Sequence[Any]) -> list[Any]:
     return out
 
 
-def _holds_function(thing: Any) -> bool:
-    return any(callable(value) for value in getattr(thing, "__dict__", {}).values())
+def _holds_function(thing: object) -> bool:
+    return any(callable(value) for value in getattr(thing, "__dict__", {}).values())  # foreign
 
 
-def _reclose(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+def _reclose(function: FunctionType, memo: dict[int, object]) -> FunctionType:
     """The function over copies of the variables that it closes over."""
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     cells = tuple(CellType(x if isinstance(x, nn.Module) else copy.deepcopy(x, memo)) for x in held)
@@ -199,7 +268,9 @@ def _reclose(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     return own
 
 
-def verifier_law(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Any]) -> Law:
+def sampling(
+    temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Processors]
+) -> Processing:
     """temperature, top_k and top_p as transformers' own warpers, behind the processors `before`."""
     RULES["temperature"].check("temperature", temperature)
     if top_p is not None:
@@ -214,7 +285,7 @@ def verifier_law(temperature: float, top_k: int | None, top_p: float | None, bef
             processors.append(TopKLogitsWarper(top_k))
         if top_p is not None and top_p < 1:
             processors.append(TopPLogitsWarper(float(top_p)))
-    return law_of(processors)
+    return processing(processors)
 
 
 SILENT = {
@@ -223,17 +294,17 @@ SILENT = {
 }  # fmt: skip
 
 
-def own_processors(verifier: Verifier, prompt: Sequence[int], max_new_tokens: int) -> list[Any]:
+def own_processors(verifier: Verifier, prompt: Sequence[int], max_new_tokens: int) -> list[Processors]:
     """What the model's generation config adds to its greedy law (Qwen2.5's repetition penalty, suppressed tokens, ...).
 
     `generate` is asked, which prepares its processors for a custom decoding loop; this one only takes them.
     """
-    config = getattr(verifier.model, "generation_config", None)
+    config = getattr(verifier.model, "generation_config", None)  # foreign
     if config is None or SILENT.issuperset(config.to_diff_dict()) or not (prompt and max_new_tokens):
         return []
-    taken: list[Any] = []
+    taken: list[Processors] = []
 
-    def take(model: Any, input_ids: Tensor, logits_processor: Any = None, **_: Any) -> Tensor:
+    def take(model: object, input_ids: Tensor, logits_processor: Iterable[Processors] = (), **_: object) -> Tensor:
         taken.extend(logits_processor)
         return input_ids
 
@@ -243,12 +314,12 @@ def own_processors(verifier: Verifier, prompt: Sequence[int], max_new_tokens: in
     return taken
 
 
-def encode(verifier: Verifier, prompt: Any, chat: bool | None = None) -> tuple[list[list[int]], bool]:
+def encode(verifier: Verifier, prompt: object, chat: bool | None = None) -> tuple[list[list[int]], bool]:
     """Prompt ids, and whether several prompts were given."""
     if prompt is None:
         raise DllmError("speculate needs a prompt: a string, ids, chat messages, or a list of these")
-    config = getattr(verifier.model, "generation_config", None)
-    pad, bos = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))
+    config = getattr(verifier.model, "generation_config", None)  # foreign
+    pad, bos = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))  # foreign
     ids, single = read(
         prompt, partial(_encode_one, verifier, chat), Padding.of(verifier.tokenizer, pad, (*verifier.eos, bos))
     )
@@ -259,7 +330,7 @@ def _encode_one(verifier: Verifier, chat: bool | None, prompt: Any) -> list[int]
     tokenizer = verifier.tokenizer
     if tokenizer is None:
         raise DllmError("the verifier came without a tokenizer: pass tokenizer=..., or the prompt as ids")
-    templated = bool(getattr(tokenizer, "chat_template", None))
+    templated = bool(getattr(tokenizer, "chat_template", None))  # foreign
     if isinstance(prompt, str) and not (templated if chat is None else chat):
         return list(tokenizer(prompt)["input_ids"])
     if not templated:
@@ -284,8 +355,8 @@ def _end(result: SpecResult, stops: Stops) -> None:
 
 
 def calibrate(
-    verifier: Any,
-    drafter: Any = None,
+    verifier: VerifierLike,
+    drafter: DrafterLike = None,
     prompt: Sequence[int] | None = None,
     lengths: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
     repeats: int = 3,
@@ -314,7 +385,7 @@ def calibrate(
     return controller
 
 
-def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+def _median_seconds(call: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

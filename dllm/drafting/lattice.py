@@ -7,7 +7,7 @@ so that a column is honest about the mass it does not list.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -40,6 +40,7 @@ class Lattice:
 
     @property
     def k(self) -> int:
+        """Slots."""
         return len(self.argmax)
 
     @cached_property
@@ -67,22 +68,15 @@ class Lattice:
         The lattice is a function of the text before its first slot alone, hence any search over the rest is a legal
         next draft: deterministic paths are point masses, and fresh draws from these rows have these rows as their law.
         """
-        rows = None if self.rows is None else self.rows[n:]
-        return replace(
-            self,
-            tokens=self.tokens[n:],
-            logp=self.logp[n:],
-            tail=self.tail[n:],
-            argmax=self.argmax[n:],
-            start=self.start + n,
-            rows=rows,
-        )
+        return self._cut(slice(n, None), self.start + n)
 
     def head(self, n: int) -> Lattice:
-        rows = None if self.rows is None else self.rows[:n]
-        return replace(
-            self, tokens=self.tokens[:n], logp=self.logp[:n], tail=self.tail[:n], argmax=self.argmax[:n], rows=rows
-        )
+        """The first `n` slots."""
+        return self._cut(slice(n), self.start)
+
+    def _cut(self, slots: slice, start: int) -> Lattice:
+        rows = None if self.rows is None else self.rows[slots]
+        return Lattice(self.tokens[slots], self.logp[slots], self.tail[slots], self.argmax[slots], start, rows)
 
     def first_eos(self, eos: Iterable[int]) -> int:
         """L_gen of DiffuSpec: index of the first end token in the raw argmax draft, k if there is none."""
@@ -97,21 +91,17 @@ def build(
     tau_mass: float = 0.8,
     m_max: int = 15,
     keep: Iterable[int] = (),
-    banned: Tensor | None = None,
-    temperature: float = 1.0,
     with_rows: bool = False,
 ) -> Lattice:
     """Prune logits (k, V) to a lattice (DiffuSpec, arXiv 2510.02358, section 3.2; defaults are the paper's).
 
     Per slot: the smallest probability-sorted prefix with mass >= `tau_mass`, at most `m_max` tokens, plus every id of
-    `keep` (the end tokens) with its true log-probability. `banned` (V,) bool is excluded before the softmax. A slot
-    with nothing left ends the lattice. Raises DraftFailure on NaN or +inf.
+    `keep` (the end tokens) with its true log-probability. A slot with nothing but -inf ends the lattice.
+    Raises DraftFailure on NaN or +inf.
     """
     if not 0 < tau_mass <= 1 or m_max < 1:
         raise DllmError(f"tau_mass must lie in (0, 1] and m_max be at least 1, got {tau_mass} and {m_max}")
     logits = logits.float()
-    if banned is not None:
-        logits = logits.masked_fill(banned[: logits.shape[-1]], float("-inf"))
     best = logits.amax(-1) if logits.numel() else logits.new_zeros(0)
     if torch.isnan(logits).any() or (best == float("inf")).any():
         raise DraftFailure("the drafter returned NaN or infinite logits")
@@ -119,7 +109,7 @@ def build(
     if len(empty):
         logits = logits[: int(empty[0])]
     k, vocab = logits.shape
-    full = torch.log_softmax(logits / temperature, -1)  # (k, V)
+    full = torch.log_softmax(logits, -1)  # (k, V)
     logp, tokens = full.topk(min(m_max, vocab), -1)  # (k, M)
     mass = logp.exp().cumsum(-1)
     kept = (mass - logp.exp() < tau_mass) & (logp > float("-inf"))
@@ -143,14 +133,3 @@ def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: list[int]) -> tuple[
     logp = torch.cat([logp, extra.masked_fill(present, float("-inf"))], 1)
     logp, order = logp.sort(dim=-1, descending=True, stable=True)
     return tokens.gather(1, order), logp
-
-
-def from_columns(columns: list[Column], start: int = 0) -> Lattice:
-    """A lattice written out by hand: per slot a list of (token, log-probability)."""
-    width = max((len(c) for c in columns), default=1)
-    tokens = torch.full((len(columns), width), -1, dtype=torch.long)
-    logp = torch.full((len(columns), width), float("-inf"))
-    for i, column in enumerate(columns):
-        for j, (t, lp) in enumerate(sorted(column, key=lambda e: -e[1])):
-            tokens[i, j], logp[i, j] = t, lp
-    return Lattice(tokens, logp, 1 - logp.exp().sum(-1), tokens[:, 0], start)

@@ -17,25 +17,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from operator import index
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dllm.drafting.accept import Verdict, judge
-from dllm.drafting.control import CONTROLLERS, LengthController, RoundStats
+from dllm.drafting.accept import Acceptance, Processors, judge
+from dllm.drafting.control import CONTROLLERS, Controller, RoundStats
 from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
-from dllm.drafting.ngram import CausalProxy, NgramTable
+from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal
-from dllm.drafting.registry import as_drafter, named
+from dllm.drafting.registry import DrafterLike, as_drafter, named
 from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree, graft
 from dllm.drafting.verifier import Pending, Session, Verifier
 from dllm.errors import DllmError, unknown
 from dllm.spec import check
 
 log = logging.getLogger(__name__)
-Processors = Callable[[Tensor, Tensor], Tensor]
+
+
+class Streamer(Protocol):
+    """What follows a text as it becomes final; transformers' streamers do."""
+
+    def put(self, value: Tensor) -> None:
+        """The next id: (1,)."""
+
+    def end(self) -> None:
+        """There are no more."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,9 @@ class SpecConfig:
              its forwards are counted with the drafter's.
     """
 
-    search: Any = None
+    search: str | Mapping[str, object] | PathSearch | None = None
     tree: int = 0
-    length: Any = "cost"
+    length: str | Mapping[str, object] | Controller = "cost"
     k: int | None = None
     carry: str = "auto"
     reuse_min: int = 2
@@ -64,7 +73,7 @@ class SpecConfig:
     corpus: tuple[tuple[int, ...], ...] = ()
     tau_mass: float = 0.8
     m_max: int = 15
-    graft: Any = None
+    graft: DrafterLike = None
 
     def __post_init__(self) -> None:
         check(self, "speculate")
@@ -98,20 +107,27 @@ class SpecConfig:
         return replace(base, **options)
 
     def build_search(self, do_sample: bool) -> PathSearch:
-        search = named(
-            "search", self.search or ("sample" if do_sample and not self.tree else "eal"), SEARCHES, PathSearch
-        )
+        """The search of a text, a tree search where a tree is asked for."""
+        given = self.search or ("sample" if do_sample and not self.tree else "eal")
+        if isinstance(given, type) or not isinstance(given, PathSearch):
+            given = named("search", given, SEARCHES)
+        return self._tree_search(given)
+
+    def _tree_search(self, search: PathSearch) -> PathSearch:
         if isinstance(search, BestFirstTree):
             return replace(search, budget=self.tree or search.budget)
         if self.tree and isinstance(search, SampleTree):
             width = min(search.width, self.tree)
             return SampleTree(width, max(1, min(search.depth, self.tree // width)))
         if self.tree and not search.tree:
-            return BestFirstTree(self.tree, getattr(search, "lam", 1.0))
+            return BestFirstTree(self.tree, search.lam)
         return search
 
-    def build_controller(self) -> LengthController:
-        return named("length controller", self.length, CONTROLLERS, LengthController)
+    def build_controller(self) -> Controller:
+        """A new length controller, or the one that was given."""
+        if isinstance(self.length, Controller):
+            return self.length
+        return named("length controller", self.length, CONTROLLERS)
 
 
 @dataclass
@@ -139,22 +155,27 @@ class SpecResult:
 
     @property
     def n_verify(self) -> int:
+        """Verifier forwards."""
         return len(self.rounds)
 
     @property
     def n_draft(self) -> int:
+        """Rounds with a fresh draft."""
         return sum(r.k > 0 and not r.carried for r in self.rounds)
 
     @property
     def n_carried(self) -> int:
+        """Rounds with the rest of an earlier draft."""
         return sum(r.carried for r in self.rounds)
 
     @property
     def draft_forwards(self) -> int:
+        """Forwards of the drafter and of what is grafted."""
         return sum(r.forwards for r in self.rounds)
 
     @property
     def draft_failures(self) -> int:
+        """Rounds whose draft had unusable logits."""
         return sum(r.failed for r in self.rounds)
 
     @property
@@ -183,13 +204,13 @@ class SpecResult:
 
     @property
     def tokens_per_s(self) -> float:
+        """Of the output without the stop."""
         return len(self.tokens) / self.seconds if self.seconds else 0.0
 
     @property
     def wall(self) -> dict[str, float]:
         """Seconds per stage."""
-        names = ("draft", "search", "verify", "commit", "other")
-        return {name: sum(getattr(r, f"t_{name}") for r in self.rounds) for name in names}
+        return {name: sum(r.wall[name] for r in self.rounds) for name in RoundStats().wall}
 
     def speedup_vs(self, baseline: SpecResult | float) -> float:
         """Wall-clock ratio to a plain run of the same text (a result, or its seconds)."""
@@ -197,6 +218,7 @@ class SpecResult:
         return seconds / max(1e-9, self.seconds)
 
     def metrics(self) -> dict[str, float]:
+        """All figures by name, for tables."""
         return {
             "tokens": len(self.tokens),
             "verify calls": self.n_verify,
@@ -229,10 +251,11 @@ class Request:
 
     @property
     def shown(self) -> list[int]:
+        """The ids that processors see before the output."""
         return self.ids if self.padded is None else self.padded
 
 
-class Row:
+class Speculation:
     """The host side of one text."""
 
     def __init__(
@@ -241,7 +264,7 @@ class Row:
         verifier: Verifier,
         drafter: Drafter | None,
         search: PathSearch,
-        controller: LengthController,
+        controller: Controller,
         cfg: SpecConfig,
     ) -> None:
         self.request, self.verifier, self.search, self.controller, self.cfg = request, verifier, search, controller, cfg
@@ -260,7 +283,7 @@ class Row:
             request.warp,
             cfg.tau_mass,
             cfg.m_max,
-            cfg.tree or (getattr(search, "budget", 0) if search.tree else 0),
+            cfg.tree or (search.budget if search.tree else 0),
             verifier.tokenizer,
         )
         self.sources = [d for d in (self.drafter, self.graft) if d is not None]
@@ -268,7 +291,7 @@ class Row:
             with blamed(source):
                 source.reset(self.ids, need)
         self._check_tree()
-        self.proxy: CausalProxy | None = None
+        self.proxy: NgramTable | None = None
         self.counted = 0
         self.chunks: list[tuple[int, Lattice]] = []  # (offset in the draft, lattice)
         self.rest: Lattice | None = None
@@ -366,8 +389,8 @@ class Row:
         q, context = self.request, [*self.ids, *before]
         return self.search(lat, context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
 
-    def _proxy(self) -> CausalProxy | None:
-        if self.cfg.order < 2 or getattr(self.search, "lam", 1.0) >= 1:
+    def _proxy(self) -> NgramTable | None:
+        if self.cfg.order < 2 or self.search.lam >= 1:
             return None
         if self.proxy is None:
             base = _corpus_table(self.cfg.corpus, self.verifier.vocab, self.cfg.order) if self.cfg.corpus else None
@@ -421,16 +444,17 @@ class Row:
                     f"{source.name} drafted its special id {token} (mask or pad), which must not reach the verifier"
                 )
 
-    def judge(self, logits: Tensor) -> Verdict:
+    def judge(self, logits: Tensor) -> Acceptance:
+        """What of the proposal stays, by the verifier's logits (1 + N, V)."""
         q = self.request
         prefix = [*q.shown, *self.ids[len(q.ids) :]] if q.processors else ()
         return judge(self.proposal, logits, prefix, q.processors, q.do_sample, q.generator)
 
-    def settle(self, verdict: Verdict, successors: dict[int, list[int]]) -> tuple[list[int], tuple[int, ...]]:
+    def settle(self, kept: Acceptance, successors: dict[int, list[int]]) -> tuple[list[int], tuple[int, ...]]:
         """Append what is emitted, cut at an end token or a stop string; returns it and the path to commit."""
         r, emitted = self.stats, []
-        self._observe(verdict)
-        for token in verdict.emitted:
+        self._observe(kept)
+        for token in kept.emitted:
             emitted.append(token)
             self.ids.append(token)
             if token in self.request.eos:
@@ -440,8 +464,8 @@ class Row:
                 break
         self.done |= len(self.ids) >= self.request.max_length
         self.cached = len(self.ids) - 1
-        path = verdict.path[: len(emitted) - 1]
-        r.accepted = min(verdict.accepted, len(emitted))
+        path = kept.path[: len(emitted) - 1]
+        r.accepted = min(kept.accepted, len(emitted))
         r.emitted = len(emitted)
         for offset, lattice in reversed(self.chunks):
             if offset < len(emitted):
@@ -452,15 +476,16 @@ class Row:
                 source.observe(self.ids, emitted, successors)
         return emitted, path
 
-    def _observe(self, verdict: Verdict) -> None:
+    def _observe(self, kept: Acceptance) -> None:
         p = self.proposal
-        path = [*verdict.path, -2]
-        for node, following in zip([-1, *verdict.path], path, strict=True):
+        path = [*kept.path, -2]
+        for node, following in zip([-1, *kept.path], path, strict=True):
             for child in p.children.get(node, ()):
                 conf = p.conf[child] if p.conf else 0.5
                 self.stats.observed.append((p.depths[child] - 1, conf, child == following))
 
     def finish_round(self) -> None:
+        """Learn from the round and record it."""
         self.controller.update(self.stats)
         self.result.rounds.append(self.stats)
         self.result.spans.append((self.stats.accepted, self.stats.emitted))
@@ -479,27 +504,31 @@ def _corpus_table(corpus: tuple[tuple[int, ...], ...], vocab: int, order: int) -
     return NgramTable(vocab, order).fit(corpus)
 
 
-def decode(
+def rounds(
     verifier: Verifier,
     drafter: Drafter | None,
     requests: Sequence[Request],
     cfg: SpecConfig,
-    controller: LengthController | None = None,
+    controller: Controller | None = None,
     session: Session | None = None,
-) -> Iterator[tuple[list[list[int]], list[Row]]]:
-    """Run the loop; after each round yield the new tokens of every row, and the rows."""
+) -> Iterator[tuple[list[list[int]], list[Speculation]]]:
+    """Run the loop; after each round yield the new tokens of every row, and the rows.
+
+    session   of the verifier, fresh or over the text of an earlier turn; None: a new one.
+    Errors: DllmError for prompts, trees and controllers that the verifier or the loop does not take.
+    """
     controller = cfg.build_controller() if controller is None else controller
-    if not isinstance(controller, LengthController):
-        raise DllmError(f"controller is a LengthController (a name goes to length=), not {controller!r}")
-    rows = []
+    if not isinstance(controller, Controller):
+        raise DllmError(f"controller is a Controller (a name goes to length=), not {controller!r}")
+    rows: list[Speculation] = []
     for q in requests:
         verifier.check_ids(q.ids)
         if not q.ids:
             raise DllmError("the prompt is empty: give at least one token (the verifier's bos)")
         if verifier.max_positions is not None and q.before + len(q.ids) > verifier.max_positions:
             raise DllmError(f"the prompt has {len(q.ids)} tokens, the verifier takes {verifier.max_positions}")
-        rows.append(Row(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg))
-        if len(requests) > 1 and verifier.rope.get("rope_type") == "dynamic" and q.max_length > rows[-1].end:
+        rows.append(Speculation(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg))
+        if len(requests) > 1 and verifier.stretches and q.max_length > rows[-1].end:
             raise DllmError(
                 f"{type(verifier.model).__name__} stretches its positions by the longest text so far (dynamic RoPE): "
                 f"a batch may not pass {verifier.max_positions} tokens; decode row by row"
@@ -520,7 +549,7 @@ def decode(
         yield _round(session, rows), rows
 
 
-def _round(session: Session, rows: list[Row]) -> list[list[int]]:
+def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
     start = time.perf_counter()
     for b, row in enumerate(rows):
         if row.verifier.restarts and row.cached <= (row.verifier.turn or 0) < len(row.ids) and not row.done:
@@ -538,8 +567,8 @@ def _round(session: Session, rows: list[Row]) -> list[list[int]]:
             emitted.append([])
             paths.append(None)
             continue
-        verdict = row.judge(scores)
-        new, path = row.settle(verdict, _successors(row, scores))
+        kept = row.judge(scores)
+        new, path = row.settle(kept, _successors(row, scores))
         emitted.append(new)
         paths.append(path)
     judged = time.perf_counter()
@@ -556,7 +585,7 @@ def _round(session: Session, rows: list[Row]) -> list[list[int]]:
     return emitted
 
 
-def _successors(row: Row, logits: Tensor) -> dict[int, list[int]]:
+def _successors(row: Speculation, logits: Tensor) -> dict[int, list[int]]:
     """Token -> the verifier's best eight successors, at every verified node."""
     if not any(source.successors for source in row.sources):
         return {}
@@ -564,19 +593,19 @@ def _successors(row: Row, logits: Tensor) -> dict[int, list[int]]:
     return dict(zip([row.ids[-1], *row.proposal.tokens], best, strict=True))
 
 
-def run(
+def decode(
     verifier: Verifier,
     drafter: Drafter | None,
     requests: Sequence[Request],
     cfg: SpecConfig,
-    controller: LengthController | None = None,
-    streamer: Any = None,
+    controller: Controller | None = None,
+    streamer: Streamer | None = None,
     session: Session | None = None,
 ) -> list[SpecResult]:
-    """`decode` to the end; the streamer gets tokens as they become final."""
+    """All rounds: a result for each request. The streamer gets tokens as they become final."""
     start = time.perf_counter()
-    rows: list[Row] = []
-    for emitted, rows in decode(verifier, drafter, requests, cfg, controller, session):
+    rows: list[Speculation] = []
+    for emitted, rows in rounds(verifier, drafter, requests, cfg, controller, session):
         if streamer is not None:
             for token in emitted[0]:
                 streamer.put(torch.tensor([token]))

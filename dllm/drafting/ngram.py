@@ -8,18 +8,9 @@ strings.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
 
-
-class CausalProxy(Protocol):
-    """log g(token | last tokens). `trust(state)` in [0, 1] says how much the state knows; 0 gives it no weight."""
-
-    def state(self, ids: Sequence[int]) -> Hashable: ...
-    def step(self, state: Any, token: int) -> Hashable: ...
-    def logp(self, state: Any, tokens: Sequence[int]) -> list[float]: ...
-    def trust(self, state: Any) -> float: ...
-    def update(self, ids: Sequence[int]) -> None: ...
+State = tuple[int, ...]  # the context that the next token is judged by
 
 
 class NgramTable:
@@ -46,10 +37,10 @@ class NgramTable:
     ) -> None:
         self.vocab, self.order, self.discount, self.decay, self.kappa = vocab, order, discount, decay, kappa
         self.base = base
-        self.counts: dict[tuple[int, ...], dict[int, float]] = {}
-        self.total: dict[tuple[int, ...], float] = {}
+        self.counts: dict[State, dict[int, float]] = {}
+        self.total: dict[State, float] = {}
         self.unit = 1.0  # weight of a new observation: growing it is the same as fading the old ones
-        self.tail: tuple[int, ...] = ()
+        self.tail: State = ()
 
     def update(self, ids: Sequence[int]) -> None:
         """Append `ids` to the text and count them."""
@@ -70,7 +61,7 @@ class NgramTable:
                     self._count(tuple(ids[i - n : i]), token, 1.0)
         return self
 
-    def _count(self, context: tuple[int, ...], token: int, weight: float) -> None:
+    def _count(self, context: State, token: int, weight: float) -> None:
         row = self.counts.setdefault(context, {})
         row[token] = row.get(token, 0.0) + weight
         self.total[context] = self.total.get(context, 0.0) + weight
@@ -81,27 +72,29 @@ class NgramTable:
             self.total[context] /= self.unit
         self.unit = 1.0
 
-    def state(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def state(self, ids: Sequence[int]) -> State:
+        """What the table knows the text `ids` by: its longest suffix that was seen as a context."""
         context = tuple(ids[-(self.order - 1) :]) if self.order > 1 else ()
         while context and context not in self.counts and not (self.base and context in self.base.counts):
             context = context[1:]
         return context
 
-    def step(self, state: tuple[int, ...], token: int) -> tuple[int, ...]:
+    def step(self, state: State, token: int) -> State:
+        """The state behind one more token."""
         return self.state((*state, token))
 
-    def trust(self, state: tuple[int, ...]) -> float:
+    def trust(self, state: State) -> float:
         """n / (n + kappa) of the longest known context; unigrams say nothing about order and get none."""
         own = self._trust(state)
         return own if self.base is None else max(own, self.base.trust(self.base.state(state)))
 
-    def _trust(self, state: tuple[int, ...]) -> float:
+    def _trust(self, state: State) -> float:
         while state and state not in self.total:
             state = state[1:]
         n = self.total[state] / self.unit if state else 0.0
         return n / (n + self.kappa)
 
-    def logp(self, state: tuple[int, ...], tokens: Sequence[int]) -> list[float]:
+    def logp(self, state: State, tokens: Sequence[int]) -> list[float]:
         """log g of each token; always finite."""
         own = [self._prob(state, t) for t in tokens]
         if self.base is None:
@@ -111,7 +104,7 @@ class NgramTable:
         share = mine / (mine + theirs) if mine + theirs else 0.0
         return [math.log(share * p + (1 - share) * self.base._prob(known, t)) for p, t in zip(own, tokens, strict=True)]
 
-    def _prob(self, context: tuple[int, ...], token: int) -> float:
+    def _prob(self, context: State, token: int) -> float:
         lower = 1.0 / self.vocab if not context else self._prob(context[1:], token)
         row = self.counts.get(context)
         if not row:
@@ -120,25 +113,3 @@ class NgramTable:
         n = row.get(token, 0.0)
         taken = sum(min(n, unit) for n in row.values()) if self.decay < 1 else unit * len(row)
         return (n - d * min(n, unit) + d * taken * lower) / self.total[context]
-
-
-class Uniform:
-    """The proxy that knows nothing: every search behaves as without one."""
-
-    def __init__(self, vocab: int) -> None:
-        self.flat = -math.log(vocab)
-
-    def state(self, ids: Sequence[int]) -> tuple[()]:
-        return ()
-
-    def step(self, state: tuple[()], token: int) -> tuple[()]:
-        return ()
-
-    def logp(self, state: tuple[()], tokens: Sequence[int]) -> list[float]:
-        return [self.flat] * len(tokens)
-
-    def trust(self, state: tuple[()]) -> float:
-        return 1.0
-
-    def update(self, ids: Sequence[int]) -> None:
-        return None

@@ -36,19 +36,20 @@ class Rows:
         """Row `i` over the verifier's vocabulary: (V,) float64."""
         row = self.prob[i].double()
         if self.index is None:
-            return _fit(row, vocab)
+            return fit(row, vocab, 0.0)
         return row.new_zeros(vocab).index_add_(0, self.index[i].clamp_min(0), row * (self.index[i] >= 0))
 
     def head(self, n: int) -> Rows:
+        """The laws of the first `n` nodes."""
         return Rows(self.prob[:n], None if self.index is None else self.index[:n])
 
 
-def _fit(row: Tensor, vocab: int) -> Tensor:
-    """A row of the drafter's width cut or padded to `vocab` columns (padding rows of an embedding differ between
-    models)."""
-    if row.shape[-1] >= vocab:
-        return row[:vocab]
-    return torch.cat([row, row.new_zeros(vocab - row.shape[-1])])
+def fit(rows: Tensor, vocab: int, fill: float = float("-inf")) -> Tensor:
+    """Rows (..., V) cut or padded to the verifier's vocabulary: embedding padding differs between checkpoints of one
+    tokenizer."""
+    if rows.shape[-1] >= vocab:
+        return rows[..., :vocab]
+    return torch.nn.functional.pad(rows, (0, vocab - rows.shape[-1]), value=fill)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Proposal:
     def __post_init__(self) -> None:
         try:
             for name, number in (("tokens", index), ("parents", index), ("conf", float)):
-                object.__setattr__(self, name, tuple(map(number, getattr(self, name))))
+                object.__setattr__(self, name, tuple(map(number, vars(self)[name])))
         except (TypeError, ValueError, RuntimeError) as error:
             raise DllmError("tokens and parents of a proposal are whole numbers, its confidences numbers") from error
         if self.kind not in ("point", "sampled"):

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
 from dllm import spec
+from dllm.drafting.autoregressive import ARDrafter
+from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
-from dllm.drafting.verifier import Verifier
+from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.errors import DllmError, nearest
 from dllm.models.arguments import Checkpoint
 from dllm.models.files import optional_json
+from dllm.models.hub import EMBEDDED, load, load_verifier, locate
+from dllm.models.model import Model
+from dllm.models.tokenizer import Tokenizer
+from dllm.spec import Plugins
 
-RETRIEVAL: dict[str, Any] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
+# what a drafter is named without being a checkpoint; other packages add theirs by the entry point group
+DRAFTERS: dict[str, type[Drafter]] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
+PLUGINS = Plugins("dllm.drafters", "drafter", Drafter, "dllm.drafting.Drafter", DRAFTERS)
+
+VerifierLike: TypeAlias = str | Path | Checkpoint | Verifier | CausalLM
+DrafterLike: TypeAlias = str | Mapping[str, object] | Checkpoint | Drafter | Model | CausalLM | None
+T = TypeVar("T")
+
+_MADE: dict[str, Drafter] = {}  # by name and options
 
 
-def named(kind: str, what: Any, table: Mapping[str, Any], made: type) -> Any:
-    """The object of "name", "name:key=value,key=value" or {"name": ..., key: value}; a `made` object passes."""
-    if isinstance(what, made) and not isinstance(what, str | type):
-        return what
+def named(kind: str, what: object, table: Mapping[str, type[T]]) -> T:
+    """The object of "name", "name:key=value,key=value" or {"name": ..., key: value}."""
     name, options = _parsed(kind, what, table)
     return table[name](**options)
 
@@ -33,54 +44,73 @@ def _parsed(kind: str, what: Any, table: Mapping[str, Any]) -> tuple[str, dict[s
     return name, spec.settings(f"{kind} {name!r}", table[name], options)
 
 
-@lru_cache(maxsize=64)
-def _retrieval(name: str, options: tuple[tuple[str, Any], ...]) -> Drafter:
-    """One object a setting, of which every text takes a fork: measured costs belong to a drafter."""
-    return RETRIEVAL[name](**dict(options))
+def drafter_names() -> list[str]:
+    """Drafters that are no checkpoints: the built-in ones, then those of other packages."""
+    return [*DRAFTERS, *PLUGINS.points]
 
 
-def as_verifier(what: Any, tokenizer: Any = None) -> Verifier:
-    """A `Verifier` of a model, a name or a folder. One wrapper per model, so that its measurements last."""
+def is_drafter_name(what: object) -> bool:
+    """Whether a text names one of them, with or without options."""
+    return isinstance(what, str) and what.split(":")[0] in drafter_names()
+
+
+def as_verifier(what: VerifierLike, tokenizer: Tokenizer | None = None) -> Verifier:
+    """A `Verifier` of a model, a name or a folder. Errors: no causal LM, a cache that cannot be rolled back."""
     if isinstance(what, Verifier):
         return what if tokenizer is None else what.with_tokenizer(tokenizer)
-    if isinstance(what, str | Path | Checkpoint):
-        from dllm.models.hub import load_verifier
-
-        what = load_verifier(what)
-    known = getattr(what, "_dllm_verifier", None)
-    if known is None:
-        known = Verifier(what, getattr(what, "tokenizer", None))
-        what._dllm_verifier = known
-    return known if tokenizer is None else known.with_tokenizer(tokenizer)
+    model: CausalLM = load_verifier(what) if isinstance(what, str | Path | Checkpoint) else what
+    return Verifier(model, getattr(model, "tokenizer", None) if tokenizer is None else tokenizer)  # foreign
 
 
-def as_drafter(what: Any) -> Any:
-    """A `Drafter` of a dLLM, an autoregressive model, a retrieval name, a folder or Hugging Face id of either, or
-    None."""
+def as_drafter(what: DrafterLike) -> Drafter | None:
+    """A `Drafter` of a dLLM, an autoregressive model, a drafter's name, a folder or Hugging Face id of either, or None.
+
+    Errors: DllmError for anything else, with the nearest name, and for options that the named drafter does not take.
+    """
     if what is None or isinstance(what, Drafter):
         return what
-    if isinstance(what, Mapping) or (isinstance(what, str) and what.split(":")[0] in RETRIEVAL):
-        name, options = _parsed("drafter", what, RETRIEVAL)
-        return _retrieval(name, tuple(sorted(options.items())))
-    from dllm.drafting.autoregressive import ARDrafter
-    from dllm.drafting.diffusion import DiffusionDrafter
-
+    if isinstance(what, Mapping) or is_drafter_name(what):
+        return _by_name(what)
     if isinstance(what, str | Checkpoint):
-        from dllm.models.hub import EMBEDDED, load, load_verifier, locate
+        return _loaded(Checkpoint(what) if isinstance(what, str) else what)
+    return _of_model(what)
 
-        found = Checkpoint(what) if isinstance(what, str) else what
-        near = nearest(found.name, (*RETRIEVAL, *EMBEDDED))
-        if near in RETRIEVAL and "/" not in found.name and not Path(found.name).exists():
-            raise DllmError(f"unknown drafter {found.name!r}; did you mean {near!r}?")
-        folder, what = locate(found.name, **found.hub), load(found)
-        if what.config.causal:
-            what = load_verifier(found)
-        elif how := optional_json(folder / "drafter.json"):  # what `dllm align` left there
-            return DiffusionDrafter(what, **spec.settings(str(folder / "drafter.json"), DiffusionDrafter, how))
-    if isinstance(what, nn.Module):
-        return ARDrafter.shared(what)
-    if hasattr(what, "mask_id") and hasattr(what, "logits"):
-        return DiffusionDrafter.shared(what)
-    raise DllmError(
-        f"a drafter is a dLLM, a causal LM, a Drafter, or one of {', '.join(RETRIEVAL)}; got {type(what).__name__}"
-    )
+
+def _by_name(what: str | Mapping[str, object]) -> Drafter:
+    """One object a setting, of which every text takes a fork: measured costs belong to a drafter."""
+    given = what.get("name") if isinstance(what, Mapping) else what.split(":")[0]
+    table = {given: PLUGINS.load(given)} if isinstance(given, str) and given in PLUGINS.points else DRAFTERS
+    name, options = _parsed("drafter", what, table)
+    setting = f"{name}:{sorted(options.items())}"
+    if setting not in _MADE:
+        with PLUGINS.blamed(name):
+            _MADE[setting] = table[name](**options)
+    return _MADE[setting]
+
+
+def _loaded(found: Checkpoint) -> Drafter:
+    """The drafter of a checkpoint; `dllm align` leaves a file there that says how to draft with it."""
+    near = nearest(found.name, (*drafter_names(), *EMBEDDED))
+    if near in drafter_names() and "/" not in found.name and not Path(found.name).exists():
+        raise DllmError(f"unknown drafter {found.name!r}; did you mean {near!r}?")
+    folder, model = locate(found.name, **found.hub), load(found)
+    if model.config.causal:
+        return _of_model(load_verifier(found))
+    if how := optional_json(folder / "drafter.json"):
+        return DiffusionDrafter(model, **spec.settings(str(folder / "drafter.json"), DiffusionDrafter, how))
+    return _of_model(model)
+
+
+def _of_model(model: Model | CausalLM) -> Drafter:
+    """The default drafter of a loaded model, which owns its costs: the drafter is a new one for every call."""
+    if isinstance(model, nn.Module):
+        drafter: Drafter = ARDrafter(model)
+    elif isinstance(model, Model):
+        drafter = DiffusionDrafter(model)
+    else:
+        raise DllmError(
+            f"a drafter is a dLLM, a causal LM, a Drafter, or one of {', '.join(drafter_names())}; "
+            f"got {type(model).__name__}"
+        )
+    drafter.owner = model
+    return drafter

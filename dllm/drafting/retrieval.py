@@ -29,6 +29,7 @@ class SuffixAutomaton:
         self.match = self.end = 0
 
     def append(self, token: int) -> None:
+        """One more token of the text; `match` and `end` follow it."""
         self._follow(token)
         self._extend(token)
         while self.match and self.length[self.link[self.state]] >= self.match:
@@ -124,6 +125,7 @@ class SuffixDrafter(Drafter):
 
     @property
     def match(self) -> int:
+        """Tokens of the longest repeated suffix."""
         return self.automaton.match
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
@@ -237,7 +239,8 @@ class Fallback(Drafter):
         self.successors = model.successors
 
     @property
-    def chains_only(self) -> bool:  # type: ignore[override]
+    def chains_only(self) -> bool:
+        """As the model says."""
         return self.model.chains_only
 
     def fork(self) -> Fallback:

@@ -23,28 +23,77 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from dllm.drafting.lattice import Lattice
-from dllm.drafting.ngram import CausalProxy
-from dllm.drafting.proposal import Proposal, Rows, chain
+from dllm.drafting.lattice import Column, Lattice
+from dllm.drafting.ngram import NgramTable, State
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.errors import DllmError
 from dllm.spec import misfit
 
-Edge = tuple[int, float, Hashable]  # token, log weight, next state
+Edge = tuple[int, float, State]  # token, log weight, next state
 
 
-class Checked:
-    """Settings of a search: whole numbers are counts of at least one, `lam` a share, `power` positive."""
+@runtime_checkable
+class PathSearch(Protocol):
+    """Choose what to verify: a lattice becomes a proposal. A search of your own derives from this class, which has the
+    defaults, and writes `__call__`; it holds no state of a text.
+
+    sampled   whether tokens are drawn: then the proposal is "sampled", and the lattice comes with full rows.
+    tree      whether proposals branch; trees are verified one text at a time.
+    lam       weight of the drafter's own probabilities, in [0, 1]; the rest is the n-gram table's. 1: none is made.
+    budget    most nodes of a tree where the call names no `tree=`; 0: the search sees to it itself.
+    """
+
+    sampled: ClassVar[bool] = False
+    tree: ClassVar[bool] = False
+
+    @property
+    def lam(self) -> float:
+        """Weight of the drafter's own probabilities."""
+        return 1.0
+
+    @property
+    def budget(self) -> int:
+        """Most nodes of a tree."""
+        return 0
+
+    @abstractmethod
+    def __call__(
+        self,
+        lat: Lattice,
+        ctx: Sequence[int],
+        *,
+        eos: frozenset[int] = frozenset(),
+        proxy: NgramTable | None = None,
+        generator: Generator | None = None,
+    ) -> Proposal:
+        """At most `lat.k` tokens deep, every token a candidate of its slot.
+
+        ctx         ids of the text before slot 0.
+        eos         end tokens: a point path has no successor behind one. A sampled one draws every slot all the same:
+                    its length must not depend on the draws.
+        proxy       what the text so far says of the next token; None: nothing.
+        generator   the only source of randomness.
+        """
+
+
+class Search(PathSearch):
+    """Base of the searches below, which find their proposal in a weighted graph.
+
+    Their settings are the fields of a frozen dataclass: whole numbers are counts of at least one, `lam` a share,
+    `power` positive. Errors: other values.
+    """
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
+            value = vars(self)[f.name]
             if what := misfit(f.type, value):
                 raise DllmError(f"{f.name} of a search must be {what}, got {value!r}")
             if (f.name == "lam" and not 0 <= value <= 1) or (f.name == "power" and not 0 < value < math.inf):
@@ -52,41 +101,39 @@ class Checked:
             if f.type == "int" and value < 1:
                 raise DllmError(f"{f.name} of a search must be at least 1, got {value}")
 
-
-@runtime_checkable
-class PathSearch(Protocol):
-    """Choose what to verify. `ctx` are the ids before slot 0, `eos` the end tokens: a point path has no successor
-    after one."""
-
-    sampled: bool
-    tree: bool
-
     def __call__(
         self,
         lat: Lattice,
         ctx: Sequence[int],
         *,
         eos: frozenset[int] = frozenset(),
-        proxy: CausalProxy | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Proposal: ...
+        proxy: NgramTable | None = None,
+        generator: Generator | None = None,
+    ) -> Proposal:
+        """See `PathSearch`. Nothing is proposed of an empty lattice."""
+        return self.find(Edges(lat, ctx, proxy, self.lam), eos, generator) if lat.k else EMPTY
+
+    @abstractmethod
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """The proposal of a graph of at least one slot."""
 
 
 class Edges:
     """The weighted graph behind a lattice: `out(i, s)` lists the edges of slot `i` from state `s`, cached."""
 
-    def __init__(self, lat: Lattice, ctx: Sequence[int], proxy: CausalProxy | None, lam: float) -> None:
-        self.columns, self.proxy, self.lam = lat.columns, proxy if lam < 1 else None, lam
-        self.root: Hashable = () if self.proxy is None else self.proxy.state(ctx)
-        self.cache: dict[tuple[int, Hashable], list[Edge]] = {}
+    def __init__(self, lat: Lattice, ctx: Sequence[int], proxy: NgramTable | None, lam: float) -> None:
+        self.lat, self.proxy, self.lam = lat, proxy if lam < 1 else None, lam
+        self.root: State = () if self.proxy is None else self.proxy.state(ctx)
+        self.cache: dict[tuple[int, State], list[Edge]] = {}
 
-    def out(self, i: int, state: Hashable) -> list[Edge]:
+    def out(self, i: int, state: State) -> list[Edge]:
+        """The edges of slot `i` from `state`, in the order of the lattice's column."""
         key = (i, state)
         if key not in self.cache:
-            self.cache[key] = self._weigh(self.columns[i], state)
+            self.cache[key] = self._weigh(self.lat.columns[i], state)
         return self.cache[key]
 
-    def _weigh(self, column: list[tuple[int, float]], state: Any) -> list[Edge]:
+    def _weigh(self, column: Column, state: State) -> list[Edge]:
         if self.proxy is None:
             return [(t, lq, ()) for t, lq in column]
         proxy, mix = self.proxy, (1 - self.lam) * self.proxy.trust(state)
@@ -109,20 +156,17 @@ def _conf(edges: Edges, tokens: Sequence[int]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Argmax:
+class Argmax(Search):
     """The most probable token of every slot."""
 
-    sampled = False
-    tree = False
-
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        tokens = [column[0][0] for column in lat.columns]
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        tokens = [column[0][0] for column in edges.lat.columns]
         n = next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))
-        return chain(tokens[:n], lat.confidence[:n])
+        return chain(tokens[:n], edges.lat.confidence[:n])
 
 
 @dataclass(frozen=True)
-class CPSBeam(Checked):
+class CPSBeam(Search):
     """Causal-consistency path search (DiffuSpec, arXiv 2510.02358): beam over the sum of log weights.
 
     Defaults of the paper: lam 0.5, beam 3. Ties go to the smaller token tuple. Sums of logs compare hypotheses of
@@ -131,13 +175,10 @@ class CPSBeam(Checked):
 
     lam: float = 0.5
     beam: int = 3
-    sampled = False
-    tree = False
 
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        edges = Edges(lat, ctx, proxy, self.lam)
-        beams: list[tuple[float, tuple[int, ...], Hashable, bool]] = [(0.0, (), edges.root, False)]
-        for i in range(lat.k):
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        beams: list[tuple[float, tuple[int, ...], State, bool]] = [(0.0, (), edges.root, False)]
+        for i in range(edges.lat.k):
             grown = [b for b in beams if b[3]]
             for score, tokens, state, done in beams:
                 if not done:
@@ -150,19 +191,16 @@ class CPSBeam(Checked):
 
 
 @dataclass(frozen=True)
-class Viterbi(Checked):
+class Viterbi(Search):
     """The exact maximum of the beam's objective: dynamic programming over the proxy's states, any order."""
 
     lam: float = 0.5
-    sampled = False
-    tree = False
 
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        edges = Edges(lat, ctx, proxy, self.lam)
-        live: dict[Hashable, tuple[float, tuple[int, ...]]] = {edges.root: (0.0, ())}
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        live: dict[State, tuple[float, tuple[int, ...]]] = {edges.root: (0.0, ())}
         done: list[tuple[float, tuple[int, ...]]] = []
-        for i in range(lat.k):
-            grown: dict[Hashable, tuple[float, tuple[int, ...]]] = {}
+        for i in range(edges.lat.k):
+            grown: dict[State, tuple[float, tuple[int, ...]]] = {}
             for state, (score, tokens) in live.items():
                 for t, w, s in edges.out(i, state):
                     new = (score + w, (*tokens, t))
@@ -176,7 +214,7 @@ class Viterbi(Checked):
 
 
 @dataclass(frozen=True)
-class EAL(Checked):
+class EAL(Search):
     """The path with the largest expected accepted length, sum_i prod_{j<=i} w_j, exactly.
 
     Backward recursion U_i(s) = max_t w(s, t) (1 + U_{i+1}(s')), U = 0 behind the lattice and behind an end token.
@@ -186,25 +224,22 @@ class EAL(Checked):
 
     lam: float = 0.5
     power: float = 1.0
-    sampled = False
-    tree = False
 
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        return self.solve(lat, ctx, eos=eos, proxy=proxy)[0]
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        return self.solve(edges, eos)[0]
 
-    def solve(self, lat, ctx, *, eos=frozenset(), proxy=None) -> tuple[Proposal, float]:
+    def solve(self, edges: Edges, eos: frozenset[int] = frozenset()) -> tuple[Proposal, float]:
         """The path and its value U_0, in tokens."""
-        edges = Edges(lat, ctx, proxy, self.lam)
-        layers: list[list[Hashable]] = [[edges.root]]
-        for i in range(lat.k):
+        layers: list[list[State]] = [[edges.root]]
+        for i in range(edges.lat.k):
             layers.append(
                 list(dict.fromkeys(s for state in layers[i] for t, _, s in edges.out(i, state) if t not in eos))
             )
-        value: dict[Hashable, float] = {}
-        choice: list[dict[Hashable, Edge]] = []
-        for i in range(lat.k - 1, -1, -1):
-            now: dict[Hashable, float] = {}
-            pick: dict[Hashable, Edge] = {}
+        value: dict[State, float] = {}
+        choice: list[dict[State, Edge]] = []
+        for i in range(edges.lat.k - 1, -1, -1):
+            now: dict[State, float] = {}
+            pick: dict[State, Edge] = {}
             for state in layers[i]:
                 best = -1.0
                 for edge in edges.out(i, state):
@@ -228,7 +263,7 @@ class EAL(Checked):
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Search):
     """Independent draws from the rows of the lattice: DEER's draft (arXiv 2512.15176), exact under the ratio test.
 
     Uses the full rows when the lattice has them, else the kept candidates, renormalised: whatever is drawn from is
@@ -236,15 +271,12 @@ class Sample:
     """
 
     sampled = True
-    tree = False
 
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        if not lat.k:
-            return chain(())
-        prob, index = _law(lat)
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        prob, index = _rows(edges.lat)
         pick = torch.multinomial(prob, 1, generator=generator)  # (k, 1)
         drawn = pick if index is None else index.gather(1, pick)
-        return _drawn(drawn[:, 0].tolist(), Rows(prob, index), lat)
+        return _drawn(drawn[:, 0].tolist(), Rows(prob, index), edges.lat)
 
 
 def _drawn(tokens: list[int], rows: Rows, lat: Lattice) -> Proposal:
@@ -252,7 +284,7 @@ def _drawn(tokens: list[int], rows: Rows, lat: Lattice) -> Proposal:
     return Proposal(tuple(tokens), tuple(range(-1, lat.k - 1)), "sampled", rows, tuple(lat.confidence))
 
 
-def _law(lat: Lattice) -> tuple[Tensor, Tensor | None]:
+def _rows(lat: Lattice) -> tuple[Tensor, Tensor | None]:
     """Probabilities to draw from, (k, M), and their ids (None = the vocabulary), on the CPU."""
     if lat.rows is not None:
         return torch.softmax(lat.rows, -1).cpu(), None
@@ -260,7 +292,7 @@ def _law(lat: Lattice) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
-class CPSSample(Checked):
+class CPSSample(Search):
     """Causal consistency and exactness at T > 0: draw left to right from r(t) ~ q(t)^lam g(t | state)^(1 - lam).
 
     The row handed over is the true law of the token given the tokens before it, so the ratio test is exact.
@@ -268,28 +300,24 @@ class CPSSample(Checked):
 
     lam: float = 0.5
     sampled = True
-    tree = False
 
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        if not lat.k:
-            return chain(())
-        edges = Edges(lat, ctx, proxy, self.lam)
-        width = max(len(c) for c in lat.columns)
-        prob, index = torch.zeros(lat.k, width), torch.full((lat.k, width), -1)
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        k, width = edges.lat.k, max(len(c) for c in edges.lat.columns)
+        prob, index = torch.zeros(k, width), torch.full((k, width), -1)
         tokens: list[int] = []
         state = edges.root
-        for i in range(lat.k):
+        for i in range(k):
             out = edges.out(i, state)
             row = torch.softmax(torch.tensor([w for _, w, _ in out]), 0)
             pick = int(torch.multinomial(row, 1, generator=generator))
             prob[i, : len(out)], index[i, : len(out)] = row, torch.tensor([t for t, _, _ in out])
             token, _, state = out[pick]
             tokens.append(token)
-        return _drawn(tokens, Rows(prob, index), lat)
+        return _drawn(tokens, Rows(prob, index), edges.lat)
 
 
 @dataclass(frozen=True)
-class BestFirstTree(Checked):
+class BestFirstTree(Search):
     """The `budget` most probable prefixes of the lattice, found best first (DDTree, arXiv 2604.12989, when lam = 1).
 
     Popping a node offers its next sibling and its first child; as weights are at most one the pop order is the order of
@@ -300,14 +328,12 @@ class BestFirstTree(Checked):
     budget: int = 32
     lam: float = 0.5
     fanout: int = 8
-    sampled = False
     tree = True
 
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        edges = Edges(lat, ctx, proxy, self.lam)
-        ranked: dict[tuple[int, Hashable], list[Edge]] = {}
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        ranked: dict[tuple[int, State], list[Edge]] = {}
 
-        def children(depth: int, state: Hashable) -> list[Edge]:
+        def children(depth: int, state: State) -> list[Edge]:
             key = (depth, state)
             if key not in ranked:
                 ranked[key] = sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
@@ -317,12 +343,12 @@ class BestFirstTree(Checked):
         parents: list[int] = []
         conf: list[float] = []
         # (-log probability, tie break, depth, parent node, parent state, rank, log probability of the parent)
-        heap: list[tuple[float, int, int, int, Hashable, int, float]] = []
+        heap: list[tuple[float, int, int, int, State, int, float]] = []
         count = 0
 
-        def offer(depth: int, parent: int, state: Hashable, rank: int, base: float) -> None:
+        def offer(depth: int, parent: int, state: State, rank: int, base: float) -> None:
             nonlocal count
-            if depth < lat.k and rank < len(children(depth, state)):
+            if depth < edges.lat.k and rank < len(children(depth, state)):
                 heapq.heappush(
                     heap, (-(base + children(depth, state)[rank][1]), count, depth, parent, state, rank, base)
                 )
@@ -343,7 +369,7 @@ class BestFirstTree(Checked):
 
 
 @dataclass(frozen=True)
-class SampleTree(Checked):
+class SampleTree(Search):
     """`width` first tokens drawn without replacement, each continued by independent draws: recursive rejection is
     exact."""
 
@@ -352,10 +378,8 @@ class SampleTree(Checked):
     sampled = True
     tree = True
 
-    def __call__(self, lat, ctx, *, eos=frozenset(), proxy=None, generator=None) -> Proposal:
-        if not lat.k:
-            return chain(())
-        prob, index = _law(lat.head(self.depth))
+    def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        prob, index = _rows(edges.lat.head(self.depth))
         width = min(self.width, int((prob[0] > 0).sum()))
         heads = torch.multinomial(prob[0], width, replacement=False, generator=generator).tolist()
         tokens: list[int] = []
@@ -370,7 +394,7 @@ class SampleTree(Checked):
                 tokens.append(token)
                 parents.append(parent)
                 source.append(slot)
-                conf.append(lat.confidence[slot] / (rank + 1 if slot == 0 else 1))
+                conf.append(edges.lat.confidence[slot] / (rank + 1 if slot == 0 else 1))
                 parent = len(tokens) - 1
         rows = Rows(prob[source], None if index is None else index[source])
         return Proposal(tuple(tokens), tuple(parents), "sampled", rows, tuple(conf))
@@ -435,7 +459,7 @@ class _Trie:
         )
 
 
-SEARCHES: dict[str, Any] = {
+SEARCHES: dict[str, type[Search]] = {
     "argmax": Argmax,
     "cps": CPSBeam,
     "viterbi": Viterbi,

@@ -15,17 +15,23 @@ import copy
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from dllm.drafting.control import Controller
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
 
 log = logging.getLogger(__name__)
 KINDS = ("full_attention", "sliding_attention")
@@ -33,6 +39,35 @@ STORED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # what a gather 
 # their attention counts slots behind the mask's back, and only in texts longer than a window, which no rehearsal sees
 BY_SLOT = {"gpt_neo": "chains", "moshi": "nothing"}
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the spread of the logits; half precision: 0.1
+
+
+class CausalLM(Protocol):
+    """What is asked of a causal LM; those of transformers have it. Beside it, configuration and classes are read."""
+
+    config: Any  # each model has its own names there
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward: an object with `.logits` (B, L, V)."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Its own decoding loop: ids (B, L) in, ids (B, L + new) out."""
+
+    def get_input_embeddings(self) -> Any:
+        """The module whose `weight` is (V, D)."""
+
+    def set_attn_implementation(self, attn_implementation: Any) -> None:
+        """Switch the attention kernel."""
+
+
+@dataclass
+class Measured:
+    """What belongs to a model and outlives the objects around it."""
+
+    controllers: dict[tuple[object, ...], Controller] = field(default_factory=dict)  # measured costs, by drafter
+    can: dict[str, bool] = field(default_factory=dict)  # what `Verifier.can` has found out
+
+
+_MEASURED: WeakKeyDictionary[CausalLM, Measured] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -44,7 +79,7 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PaddedPrompt:
     """A padded text as `generate` gets it: ids, what of it is text (over the cache of an earlier turn as well, where
     `ids` has only the new ones), and position ids that are not the usual ones."""
 
@@ -54,29 +89,32 @@ class Prompt:
 
 
 class Verifier:
-    """Wraps a causal LM of transformers whose cache can be rolled back: what its assisted decoding serves.
+    """A causal LM of transformers whose cache can be rolled back: what its assisted decoding serves. It fixes the text;
+    drafters only make it faster. What was measured of a model is shared by all verifiers of it.
 
     Recurrent models keep a running state that cannot be taken back, static and quantised caches have no rollback: both
     are refused with the reason. Trees and batches need an explicit mask: flash kernels take none, so such a model is
     switched to sdpa, with a warning.
+
+    model, tokenizer   as given; without a tokenizer prompts are ids and results have no text.
+    Errors: DllmError for what is no such model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.controllers: dict[Any, Any] = {}  # measured costs of this verifier, by drafter
-        self.config = _text_config(model)
+        self.config = text_config(model)
+        self.measured = _MEASURED.setdefault(model, Measured())
         self.takes = frozenset(inspect.signature(type(bare(model)).forward).parameters)
         cache = DynamicCache(config=self.config)
         check_rollback(model, cache)
-        kinds = getattr(self.config, "layer_types", None)
+        kinds = getattr(self.config, "layer_types", None)  # foreign
         windows = {layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)}
         self.layers = [type(layer) for layer in cache.layers]
         self.kinds = list(kinds or [KINDS[layer is DynamicSlidingWindowLayer] for layer in self.layers])
         self.window = windows.pop() if len(windows) == 1 else None
         self.odd = set(self.kinds) - set(KINDS) or set(self.layers) - set(STORED) or windows
         self.mixed = bool(kinds) and len(set(self.kinds)) > 1
-        self.rope = getattr(self.config, "rope_parameters", None) or {}
-        self.fit: dict[str, bool] = {}  # what `can` has found out
+        self.rope: dict[str, Any] = getattr(self.config, "rope_parameters", None) or {}  # foreign
         if not self.can("chains"):
             raise DllmError(
                 f"{type(model).__name__} cannot verify several tokens at once: its cache is not continued or taken "
@@ -86,29 +124,30 @@ class Verifier:
     def can(self, what: str) -> bool:
         """Whether "chains", "trees" or "batches" give the model's own text: by what the model is, and where that does
         not settle it by one rehearsal against forwards without a cache."""
-        if what not in self.fit:
+        found = self.measured.can
+        if what not in found:
             known = self._known(what)
-            self.fit[what] = rehearse(self, what) if known is None else known
-        return self.fit[what]
+            found[what] = rehearse(self, what) if known is None else known
+        return found[what]
 
     def _known(self, what: str) -> bool | None:
         """The standard decoder of transformers turns keys by `position_ids` and leaves the mask to its caller."""
         if "past_key_values" not in self.takes or BY_SLOT.get(self.config.model_type) == "nothing":
             return False
         inner = bare(self.model)
-        rotary = hasattr(getattr(inner, "base_model", inner), "rotary_emb")
-        standard = rotary and bool(getattr(inner, "_supports_attention_backend", False))
+        rotary = hasattr(getattr(inner, "base_model", inner), "rotary_emb")  # foreign
+        standard = rotary and bool(getattr(inner, "_supports_attention_backend", False))  # foreign
         if what == "chains":
             return True if standard and not self.odd else None
         if "position_ids" not in self.takes or self.odd or self.config.model_type in BY_SLOT:
             return False
-        if getattr(self.config, "alibi", False):
+        if getattr(self.config, "alibi", False):  # foreign
             return False
         if what == "batches" and self.rope.get("rope_type") in ("dynamic", "longrope"):
             return False  # the longest row decides how all rows are turned
         return True if standard else None
 
-    def with_tokenizer(self, tokenizer: Any) -> Verifier:
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Verifier:
         """The same verifier with another tokenizer; measurements are shared."""
         twin = copy.copy(self)
         twin.tokenizer = tokenizer
@@ -117,16 +156,23 @@ class Verifier:
     @property
     def vocab(self) -> int:
         """Rows of the input embedding: an id at or above it cannot be fed."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        return embedding(self.model).shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where ids are expected."""
+        return embedding(self.model).device
 
     @property
     def max_positions(self) -> int | None:
-        limit = getattr(self.config, "max_position_embeddings", None) or 0
+        """Positions there are, prompt and output together; None: no such limit."""
+        limit: int = getattr(self.config, "max_position_embeddings", None) or 0  # foreign
         return limit if limit > 0 else None
+
+    @property
+    def stretches(self) -> bool:
+        """Whether positions of all rows are stretched by the longest text so far (dynamic RoPE)."""
+        return bool(self.rope.get("rope_type") == "dynamic")
 
     @property
     def turn(self) -> int | None:
@@ -138,24 +184,25 @@ class Verifier:
     @property
     def restarts(self) -> bool:
         """Whether `generate` computes the cache anew at the turn (Phi-3 and its kin)."""
-        return self.turn is not None and hasattr(self.config, "original_max_position_embeddings")
+        return self.turn is not None and hasattr(self.config, "original_max_position_embeddings")  # foreign
 
     @property
     def eos(self) -> frozenset[int]:
         """The end tokens at which the model's own `generate` would stop."""
-        ids = getattr(getattr(self.model, "generation_config", self.config), "eos_token_id", None)
+        ids = getattr(getattr(self.model, "generation_config", self.config), "eos_token_id", None)  # foreign
         if ids is None:
             return frozenset()
         return frozenset(ids if isinstance(ids, list | tuple) else [ids])
 
     def check_ids(self, ids: Sequence[int]) -> None:
+        """Errors: an id that cannot be fed."""
         bad = next((t for t in ids if not 0 <= t < self.vocab), None)
         if bad is not None:
             raise DllmError(
                 f"id {bad} is outside the verifier's vocabulary of {self.vocab}; tokenise with the verifier's tokenizer"
             )
 
-    def open(self, batch: int = 1, cache: Any = None, prompts: Sequence[Prompt] | None = None) -> Session:
+    def open(self, batch: int = 1, cache: Cache | None = None, prompts: Sequence[PaddedPrompt] | None = None) -> Session:
         """A session over an empty cache or (one row) that of an earlier turn; `prompts` where they are padded."""
         if cache is not None:
             check_rollback(self.model, cache)
@@ -176,21 +223,21 @@ class Verifier:
         if "logits_to_keep" in self.takes:
             kw["logits_to_keep"] = keep
         with torch.inference_mode():
-            logits = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits[:, -keep:]
+            logits: Tensor = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits[:, -keep:]
         if logits.is_cuda:  # the host needs the result at once anyway; so its time is counted here
             torch.cuda.synchronize(logits.device)
         return logits
 
-    def masks(self, allowed: dict[str, Tensor]) -> Any:
+    def masks(self, allowed: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Boolean masks by layer kind -> what the model takes: additive floats, a dict only where the layers are mixed.
 
         (Booleans are added as 0 / 1 by the eager attention of transformers 5.23, silently.)
         """
-        if "flash" in str(getattr(self.config, "_attn_implementation", "")):
-            kernel = "sdpa" if getattr(self.model, "_supports_sdpa", True) else "eager"
+        if "flash" in str(getattr(self.config, "_attn_implementation", "")):  # foreign
+            kernel = "sdpa" if getattr(self.model, "_supports_sdpa", True) else "eager"  # foreign
             log.warning("flash attention takes no explicit mask: %s now uses %s", type(self.model).__name__, kernel)
             self.model.set_attn_implementation(kernel)
-        dtype = self.model.get_input_embeddings().weight.dtype
+        dtype = embedding(self.model).dtype
         low = torch.finfo(dtype).min
         add = {
             kind: torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, low) for kind, m in allowed.items()
@@ -201,13 +248,15 @@ class Verifier:
 class Session:
     """The cache of one decode. `verify` then `commit`, once a round."""
 
-    cache: Any = None  # as `generate` leaves it, where there is one such
+    cache: Cache | None = None  # as `generate` leaves it, where there is one such
     past = 0  # tokens in the cache when the session was opened
 
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+        """Logits (1 + N, V) of each row: after the last of its ids, then after every drafted node. None for None."""
         raise NotImplementedError
 
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """Keep the ids that were fed and the nodes on each row's path, forget the other nodes."""
         raise NotImplementedError
 
     def restart(self, row: int) -> None:
@@ -221,7 +270,7 @@ class Single(Session):
     Padding is stored as `generate` stores it, so that the cache fits the padded ids afterwards.
     """
 
-    def __init__(self, verifier: Verifier, cache: Any, prompt: Prompt | None = None) -> None:
+    def __init__(self, verifier: Verifier, cache: Cache, prompt: PaddedPrompt | None = None) -> None:
         self.verifier, self.cache = verifier, cache
         self.slots = cache.get_seq_length() if cache.layers else 0  # stored, padding included
         self.real = [True] * self.slots  # per slot: text or padding
@@ -232,13 +281,13 @@ class Single(Session):
         if prompt is not None:
             self._place(prompt)
         self.last: tuple[Proposal, int] = EMPTY, 0
-        if hasattr(cache, "activate_past_recording"):
+        if hasattr(cache, "activate_past_recording"):  # foreign
             cache.activate_past_recording()
 
     def restart(self, row: int) -> None:
         vars(self).update(vars(Single(self.verifier, DynamicCache(config=self.verifier.config))))
 
-    def _place(self, prompt: Prompt) -> None:
+    def _place(self, prompt: PaddedPrompt) -> None:
         before = len(prompt.real) - len(prompt.ids)  # of an earlier turn, whose ids are not given again
         rest = prompt.ids[self.slots - before :]
         if not rest or before not in (0, self.slots):
@@ -275,7 +324,7 @@ class Single(Session):
             raise DllmError(f"{type(v.model).__name__} has recurrent layers: their state cannot be rolled back")
         return [logits[0]]
 
-    def _tree_mask(self, p: Proposal, n: int) -> Any:
+    def _tree_mask(self, p: Proposal, n: int) -> Tensor | dict[str, Tensor]:
         """(1, 1, Q, S + Q): the text is causal, a node sees the text and its ancestors, a window counts as if every
         path were the text."""
         v, device = self.verifier, self.verifier.device
@@ -383,8 +432,7 @@ class Ragged(Session):
         index = torch.full((self.batch, width), total - 1)
         for b in range(self.batch):
             index[b, : lengths[b]] = torch.tensor([*range(self.lengths[b]), *range(self.stored, self.stored + kept[b])])
-        layers: list[Any] = self.store.layers
-        for layer in layers:
+        for layer in self.store.layers:
             if layer.is_initialized and layer.keys is not None:
                 layer.keys, layer.values = _take(layer.keys, index), _take(layer.values, index)
         self.lengths, self.stored = lengths, width
@@ -451,7 +499,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, where)
 
 
-def ancestors(p: Proposal, device: Any = None) -> Tensor:
+def ancestors(p: Proposal, device: torch.device | None = None) -> Tensor:
     """(N, N) bool: row i marks node i and its ancestors."""
     see = torch.eye(len(p), dtype=torch.bool)
     for i, parent in enumerate(p.parents):
@@ -460,39 +508,48 @@ def ancestors(p: Proposal, device: Any = None) -> Tensor:
     return see.to(device)
 
 
-def _stored(cache: Any, layer: int) -> int:
+def _stored(cache: Cache, layer: int) -> int:
     if layer >= len(cache.layers) or not cache.layers[layer].is_initialized:
         return 0
     return cache.layers[layer].keys.shape[-2]
 
 
-def _text_config(model: Any) -> Any:
-    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+def embedding(model: CausalLM) -> Tensor:
+    """The table (V, D) of the model's input ids."""
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
+
+
+def text_config(model: CausalLM) -> PreTrainedConfig:
+    """The configuration of the model's decoder. Errors: no causal LM of transformers, an encoder-decoder."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):  # foreign
         raise DllmError(f"a verifier is a causal LM of transformers, got {type(model).__name__}")
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):  # foreign
         raise DllmError(f"{type(model).__name__} is an encoder-decoder: verifiers are decoder-only causal LMs")
-    return model.config.get_text_config(decoder=True)
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    return config
 
 
-def bare(model: Any) -> Any:
+def bare(model: CausalLM) -> CausalLM:
     """The model inside the wrappers of torch.compile and PEFT."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: CausalLM = getattr(model, "_orig_mod", model)  # foreign
+    based: CausalLM = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # foreign
+    return based
 
 
-def check_rollback(model: Any, cache: Any) -> None:
+def check_rollback(model: CausalLM, cache: Cache) -> None:
     """Refuse a cache that cannot take tokens back, with the reason."""
     name = type(model).__name__
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False):  # foreign
         raise DllmError(
             f"{name} is recurrent: its state cannot be rolled back to before a rejected token; "
             "use an attention-only verifier"
         )
-    for layer in getattr(cache, "layers", []):
+    for layer in getattr(cache, "layers", []):  # foreign
         kind = type(layer).__name__
         if "Static" in kind:
             raise DllmError("a static cache has no rollback: leave cache_implementation unset (dynamic)")
-        if "Quantized" in kind or not hasattr(layer, "crop"):
+        if "Quantized" in kind or not hasattr(layer, "crop"):  # foreign
             raise DllmError(f"{name} uses {kind}, which cannot be rolled back; use the default dynamic cache")
-    if not hasattr(cache, "crop") or not hasattr(cache, "layers"):
+    if not hasattr(cache, "crop") or not hasattr(cache, "layers"):  # foreign
         raise DllmError(f"{type(cache).__name__} cannot be rolled back; use transformers' DynamicCache")

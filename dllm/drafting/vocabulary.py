@@ -7,12 +7,13 @@ every id without a counterpart, so that rows stay honest laws over verifier ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm.drafting.proposal import fit
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Tokenizer
 
 LOOKBEHIND = 10  # verifier tokens that a re-encoded draft must reproduce before it (as in transformers)
 
@@ -25,8 +26,13 @@ class Vocabulary:
     """
 
     def __init__(
-        self, kind: str, size: int, to_verifier: Tensor | None = None, drafter: Any = None, verifier: Any = None
-    ):
+        self,
+        kind: str,
+        size: int,
+        to_verifier: Tensor | None = None,
+        drafter: Tokenizer | None = None,
+        verifier: Tokenizer | None = None,
+    ) -> None:
         self.kind, self.size, self.to_verifier = kind, size, to_verifier
         self.drafter, self.verifier = drafter, verifier
         self.from_verifier: dict[int, int] = {}
@@ -35,7 +41,12 @@ class Vocabulary:
 
     @classmethod
     def between(
-        cls, drafter: Any, verifier: Any, drafter_size: int, verifier_size: int, kind: str = "auto"
+        cls,
+        drafter: Tokenizer | None,
+        verifier: Tokenizer | None,
+        drafter_size: int,
+        verifier_size: int,
+        kind: str = "auto",
     ) -> Vocabulary:
         """Relate two tokenizers; without both of them equal ids are assumed, which needs vocabularies of about one
         size.
@@ -74,32 +85,41 @@ class Vocabulary:
             )
         return cls(kind, verifier_size, None if kind == "text" else table, drafter, verifier)
 
+    @property
+    def _map(self) -> Tensor:
+        """(V_d,) verifier ids of the drafter's, -1 where there is none."""
+        assert self.to_verifier is not None
+        return self.to_verifier
+
+    @property
+    def _tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """The drafter's and the verifier's: maps and bridges are made of both."""
+        assert self.drafter is not None and self.verifier is not None
+        return self.drafter, self.verifier
+
     def context(self, ids: Sequence[int]) -> list[int]:
         """Verifier ids as drafter ids."""
         if self.kind == "ids":
             return list(ids)
         if self.kind == "strings" and all(i in self.from_verifier for i in ids):
             return [self.from_verifier[i] for i in ids]
-        text = self.verifier.decode(list(ids))
-        return list(self.drafter(text, add_special_tokens=False)["input_ids"])
+        drafter, verifier = self._tokenizers
+        text = verifier.decode(list(ids))
+        return list(drafter(text, add_special_tokens=False)["input_ids"])
 
     def logits(self, logits: Tensor) -> Tensor:
         """Drafter logits (k, V_d) as verifier logits (k, V); ids without a counterpart vanish."""
         if self.kind == "strings":
-            assert self.to_verifier is not None
             out = logits.new_full((len(logits), self.size), float("-inf"))
-            known = (self.to_verifier >= 0).to(logits.device)
-            return out.index_copy(1, self.to_verifier.to(logits.device)[known], logits[:, : len(known)][:, known])
-        if logits.shape[-1] >= self.size:
-            return logits[..., : self.size]
-        return torch.nn.functional.pad(logits, (0, self.size - logits.shape[-1]), value=float("-inf"))
+            known = (self._map >= 0).to(logits.device)
+            return out.index_copy(1, self._map.to(logits.device)[known], logits[:, : len(known)][:, known])
+        return fit(logits, self.size)
 
     def banned(self, ids: Iterable[int | None]) -> frozenset[int]:
         """Drafter ids that must never be proposed, in verifier ids."""
         given = {i for i in ids if i is not None}
         if self.kind == "strings":
-            assert self.to_verifier is not None
-            given = {int(self.to_verifier[i]) for i in given if i < len(self.to_verifier)}
+            given = {int(self._map[i]) for i in given if i < len(self._map)}
         return frozenset(i for i in given if 0 <= i < self.size) if self.kind != "text" else frozenset()
 
     def chain(self, ids: Sequence[int], draft: Sequence[int], k: int) -> list[int]:
@@ -107,21 +127,21 @@ class Vocabulary:
         if self.kind == "text":
             draft = self.bridge(ids, draft, k)
         elif self.kind == "strings":
-            assert self.to_verifier is not None
-            draft = self.to_verifier[list(draft)].tolist()
+            draft = self._map[list(draft)].tolist()
         return list(draft[: next((i for i, t in enumerate(draft[:k]) if not 0 <= t < self.size), k)])
 
     def bridge(self, ids: Sequence[int], draft: Sequence[int], k: int) -> list[int]:
         """The same through text; empty where the two tokenizations do not line up."""
-        text = self.drafter.decode(list(draft), skip_special_tokens=True)
+        drafter, verifier = self._tokenizers
+        text = drafter.decode(list(draft), skip_special_tokens=True)
         for n in range(min(LOOKBEHIND, len(ids)), 0, -1):
             tail = list(ids[len(ids) - n :])
-            again = list(self.verifier(self.verifier.decode(tail) + text, add_special_tokens=False)["input_ids"])
+            again = list(verifier(verifier.decode(tail) + text, add_special_tokens=False)["input_ids"])
             if again[:n] == tail:
                 return again[n : n + k]
         return []
 
 
-def _strings(tokenizer: Any) -> dict[str, int]:
+def _strings(tokenizer: Tokenizer) -> dict[str, int]:
     """Vocabulary with one sign for a leading space (byte-level and sentencepiece vocabularies write it differently)."""
     return {string.replace("\u2581", " ").replace("\u0120", " "): i for string, i in tokenizer.get_vocab().items()}

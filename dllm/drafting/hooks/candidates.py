@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from dllm.drafting.control import LengthController, RoundStats
+from dllm.drafting.control import Controller, RoundStats
 from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.front import STATEFUL, separate
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal
-from dllm.drafting.registry import as_drafter, as_verifier
-from dllm.drafting.verifier import Verifier, bare
+from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
+from dllm.drafting.verifier import CausalLM, Verifier, bare
 from dllm.errors import DllmError
 
 
@@ -41,8 +41,8 @@ class DraftCandidates(CandidateGenerator):
         verifier: Verifier,
         spec: SpecConfig | None = None,
         max_length: int | None = None,
-        controller: LengthController | None = None,
-    ):
+        controller: Controller | None = None,
+    ) -> None:
         cfg = spec or SpecConfig(length="heuristic")
         self.search = cfg.build_search(do_sample=False)
         if self.search.tree:
@@ -50,17 +50,17 @@ class DraftCandidates(CandidateGenerator):
         if drafter.successors:
             raise DllmError(f"{drafter.name} learns from the verifier's logits, which assisted generation hides")
         self.verifier, self.drafter, self.max_length = verifier, drafter.fork(), max_length
-        self.controller: LengthController = (controller or cfg.build_controller()).fork()
+        self.controller: Controller = (controller or cfg.build_controller()).fork()
         self.need = Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer)
         self.proxy = NgramTable(verifier.vocab, cfg.order) if cfg.order > 1 else None
-        self.criteria: list[Any] = []  # what ends the text
+        self.criteria: list[StoppingCriteria] = []  # what ends the text
         self.known: list[int] = []
         self.drafted = EMPTY
         self.k = 0
         self.pending = 2  # as `RoundStats` counts it: the first round of a text also reads the prompt
         self.t_draft = self.sent = 0.0
 
-    def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def get_candidates(self, input_ids: Tensor, **_: object) -> tuple[Tensor, None]:  # type: ignore[override]
         """(1, n) ids -> (1, n + k) ids and no logits; k = 0 is a plain step."""
         if len(input_ids) != 1:
             raise DllmError("assisted generation is for batch size 1: use custom_generate=dllm.spec_generate")
@@ -111,6 +111,7 @@ class DraftCandidates(CandidateGenerator):
         return len(draft)
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """What transformers accepted of the last draft."""
         n = len(self.drafted)
         judged = min(n, num_matches + 1)
         observed = [(i, c, i < num_matches) for i, c in enumerate(self.drafted.conf[:judged])]
@@ -123,10 +124,10 @@ class DraftCandidates(CandidateGenerator):
 class EveryToken(StoppingCriteria):
     """A criterion that is asked after every token of a block, in order, as plain decoding asks it."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: StoppingCriteria) -> None:
         self.inner, self.asked = inner, 0
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kw: Any) -> Any:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kw: Any) -> Tensor:  # type: ignore[override]
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         for n in range(self.asked + 1, input_ids.shape[1] + 1):
             done = done | self.inner(input_ids[:, :n], scores, **kw)
@@ -135,7 +136,7 @@ class EveryToken(StoppingCriteria):
 
 
 @contextmanager
-def assisted_by(model: Any, drafter: Any, spec: SpecConfig | None = None) -> Iterator[DraftCandidates]:
+def assisted_by(model: CausalLM, drafter: DrafterLike, spec: SpecConfig | None = None) -> Iterator[DraftCandidates]:
     """Inside the block `model.generate` drafts with `drafter` through assisted generation; yields the generator of its
     first call. Blocks may be nested (the innermost drafts), calls may run side by side.
 
@@ -161,7 +162,11 @@ def assisted_by(model: Any, drafter: Any, spec: SpecConfig | None = None) -> Ite
         return kw["generation_config"]._criteria
 
     def choose(
-        generation_config: Any, input_ids: Tensor, assistant_model: Any = None, logits_processor: Any = (), **_: Any
+        generation_config: Any,
+        input_ids: Tensor,
+        assistant_model: object = None,
+        logits_processor: Sequence[object] = (),
+        **_: object,
     ) -> DraftCandidates:
         if assistant_model is not None:
             raise DllmError("assistant_model= and assisted_by both draft: drop one of them")
@@ -176,7 +181,7 @@ def assisted_by(model: Any, drafter: Any, spec: SpecConfig | None = None) -> Ite
         for c in generation_config._criteria:
             if isinstance(c, EveryToken):
                 c.asked = input_ids.shape[1]
-            made.criteria.append(getattr(c, "inner", c))
+            made.criteria.append(c.inner if isinstance(c, EveryToken) else c)
         return made
 
     methods = {

@@ -9,36 +9,42 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StopStringCriteria
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from dllm.drafting.front import law_of, separate, shared_controller
-from dllm.drafting.loop import Request, SpecConfig, SpecResult, run
-from dllm.drafting.registry import as_drafter, as_verifier
-from dllm.drafting.verifier import Prompt
+from dllm.drafting.accept import Processors
+from dllm.drafting.front import SpecOptions, processing, separate, shared_controller
+from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
+from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
+from dllm.drafting.verifier import CausalLM, PaddedPrompt, Verifier
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, StoppingCriteria
+
+Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput
 TEXT = ("attention_mask", "position_ids", "cache_position", "token_type_ids")
 
 
 def spec_generate(
-    model: Any,
+    model: CausalLM,
     input_ids: Tensor,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    generation_config: Any = None,
-    drafter: Any = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] | None = None,
+    generation_config: GenerationConfig | None = None,
+    drafter: DrafterLike = None,
     spec: SpecConfig | Mapping[str, Any] | None = None,
-    spec_streamer: Any = None,
-    spec_tokenizer: Any = None,
+    spec_streamer: Streamer | None = None,
+    spec_tokenizer: Tokenizer | None = None,
     spec_stop: str | Sequence[str] | None = None,
     spec_results: list[SpecResult] | None = None,
     **model_kwargs: Any,
-) -> Any:
+) -> Generated:
     """The decoding loop for `custom_generate`: ids (B, L) in, ids (B, L + new) out, right-padded where rows end early.
 
     drafter         anything `dllm.speculate` takes; None decodes plainly.
@@ -64,14 +70,14 @@ def spec_generate(
         if len(input_ids) > 1 and streamer is not None:
             raise DllmError("a streamer follows one text: generate with batch size 1")
         criteria = [*(stopping_criteria or []), *_stop_strings(verifier, spec_stop)]
-        records = [Record() for _ in input_ids] if _recorded(generation_config) else []
+        records = [Recorded([], []) for _ in input_ids] if _records(generation_config) else []
         requests = _requests(input_ids, logits_processor, criteria, generation_config, model_kwargs, records)
         prompts = _prompts(verifier, input_ids, generation_config, model_kwargs)
         session = verifier.open(len(input_ids), model_kwargs.get("past_key_values"), prompts)
         if spec_streamer is not None:
             spec_streamer.put(input_ids.cpu())
         controller = shared_controller(verifier, source, cfg, generation_config.do_sample)
-        results = run(verifier, source, requests, cfg, controller, streamer, session)
+        results = decode(verifier, source, requests, cfg, controller, streamer, session)
     except BaseException:
         if streamer is not None:
             streamer.end()  # whoever reads it waits in another thread
@@ -90,15 +96,15 @@ def spec_generate(
 
 
 def speculator(
-    drafter: Any = None,
+    drafter: DrafterLike = None,
     *,
-    streamer: Any = None,
-    tokenizer: Any = None,
+    streamer: Streamer | None = None,
+    tokenizer: Tokenizer | None = None,
     stop_strings: str | Sequence[str] | None = None,
     results: list[SpecResult] | None = None,
     spec: SpecConfig | Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Callable[..., Any]:
+    **options: Unpack[SpecOptions],
+) -> Callable[..., Generated]:
     """`spec_generate` with its arguments bound, for `generate(custom_generate=...)` and for pipelines.
 
     It takes what transformers drops or refuses beside `custom_generate`: a streamer (one text), the tokenizer of the
@@ -117,7 +123,7 @@ def _dropped(name: str) -> Any:
     return frame.f_locals.get(name) if frame.f_code.co_name == "generate" else None
 
 
-def _refuse(model: Any, config: Any, kwargs: Mapping[str, Any], assistant: Any) -> None:
+def _refuse(model: CausalLM, config: GenerationConfig, kwargs: Mapping[str, Any], assistant: Any) -> None:
     """Say what would be lost silently."""
     mode = config.get_generation_mode(assistant).value
     if mode == "assisted_generation":
@@ -129,26 +135,27 @@ def _refuse(model: Any, config: Any, kwargs: Mapping[str, Any], assistant: Any) 
         raise DllmError(f"{mode} cannot be speculated: use num_beams=1, greedy or sampled")
     if kwargs.get("use_cache") is False:
         raise DllmError("speculation needs the verifier's cache: pass use_cache=True")
-    wanted = [f"output_{x}" for x in ("attentions", "hidden_states") if getattr(config, f"output_{x}", False)]
+    wanted = [f"output_{x}" for x in ("attentions", "hidden_states") if getattr(config, f"output_{x}", False)]  # foreign
     if wanted and config.return_dict_in_generate:
         raise DllmError(f"{', '.join(wanted)}: not recorded while speculating (spec_results= has the metrics)")
     other = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in TEXT]
     kinds = kwargs.get("token_type_ids")
-    if kinds is not None and (bool(kinds.any()) or hasattr(getattr(model, "base_model", model), "wte")):
+    if kinds is not None and (bool(kinds.any()) or hasattr(getattr(model, "base_model", model), "wte")):  # foreign
         other.append("token_type_ids")
     if other:
         raise DllmError(f"only text can be speculated: the model was also given {', '.join(other)}")
 
 
-class Record:
+class Recorded(NamedTuple):
     """The raw logits and the processed scores of one row, (V,) float32 a token. The loop asks for each token's scores
     once and in order."""
 
-    def __init__(self) -> None:
-        self.logits: list[Tensor] = []
-        self.scores: list[Tensor] = []
+    logits: list[Tensor]
+    scores: list[Tensor]
 
-    def around(self, processors: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def around(self, processors: Processors | None) -> Processors:
+        """The processors, recording what goes in and what comes out."""
+
         def apply(ids: Tensor, scores: Tensor) -> Tensor:
             self.logits.append(scores[0].clone())
             scores = processors(ids, scores) if processors else scores
@@ -158,30 +165,40 @@ class Record:
         return apply
 
 
-def _recorded(config: Any) -> bool:
+def _records(config: GenerationConfig) -> bool:
     return bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
 
 
-def _steps(records: Sequence[Record], lengths: Sequence[int], config: Any) -> dict[str, Any]:
+def _steps(
+    records: Sequence[Recorded], lengths: Sequence[int], config: GenerationConfig
+) -> dict[str, tuple[Tensor, ...]]:
     """A (B, V) tensor a step, as long as the longest row."""
 
-    def rows(what: str) -> tuple[Tensor, ...]:
-        per_row = [getattr(record, what)[:n] for record, n in zip(records, lengths, strict=True)]
+    def rows(recorded: Sequence[list[Tensor]]) -> tuple[Tensor, ...]:
+        per_row = [steps[:n] for steps, n in zip(recorded, lengths, strict=True)]
         blank = next((torch.zeros_like(steps[0]) for steps in per_row if steps), None)
         return tuple(
             torch.stack([steps[i] if i < len(steps) else blank for steps in per_row])  # type: ignore[misc]
             for i in range(max(lengths))
         )
 
-    if not records:
-        return {}
-    return {name: rows(name) for name in ("scores", "logits") if getattr(config, f"output_{name}", False)}
+    out = {}
+    if records and config.output_scores:
+        out["scores"] = rows([record.scores for record in records])
+    if records and config.output_logits:
+        out["logits"] = rows([record.logits for record in records])
+    return out
 
 
 def _requests(
-    ids: Tensor, processors: Any, criteria: Sequence[Any], config: Any, kwargs: Mapping[str, Any], records: list[Record]
+    ids: Tensor,
+    processors: LogitsProcessorList | None,
+    criteria: Sequence[StoppingCriteria],
+    config: GenerationConfig,
+    kwargs: Mapping[str, Any],
+    records: list[Recorded],
 ) -> list[Request]:
-    batch, mask, law = len(ids), _mask(ids, config, kwargs), law_of(processors if processors is not None else [])
+    batch, mask, law = len(ids), _mask(ids, config, kwargs), processing(processors if processors is not None else [])
     limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [config.max_length]
     ends = frozenset(t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.reshape(-1).tolist())
     custom = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
@@ -209,15 +226,18 @@ def _requests(
     return out
 
 
-def _mask(ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> list[list[bool]]:
+def _mask(ids: Tensor, config: GenerationConfig, kwargs: Mapping[str, Any]) -> list[list[bool]]:
     """Per row what is text, over the cache too: transformers drops a mask of ones and keeps its length."""
     mask = kwargs.get("attention_mask")
     if mask is None:
-        return [[True] * max(ids.shape[1], getattr(config, "_mask_length", 0))] * len(ids)
-    return (mask != 0).tolist()
+        return [[True] * max(ids.shape[1], getattr(config, "_mask_length", 0))] * len(ids)  # foreign
+    rows: list[list[bool]] = (mask != 0).tolist()
+    return rows
 
 
-def _prompts(verifier: Any, ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> list[Prompt]:
+def _prompts(
+    verifier: Verifier, ids: Tensor, config: GenerationConfig, kwargs: Mapping[str, Any]
+) -> list[PaddedPrompt]:
     """The padded rows, with position ids where they are not those that `generate` makes."""
     mask = _mask(ids, config, kwargs)
     given = kwargs.get("position_ids")
@@ -226,7 +246,7 @@ def _prompts(verifier: Any, ids: Tensor, config: Any, kwargs: Mapping[str, Any])
         usual = (torch.tensor(mask).long().cumsum(-1) - 1)[:, -given.shape[-1] :]
         if bool(((given.cpu() == usual) | ~text).all()):
             given = None
-    if verifier.restarts and config.max_length > verifier.turn and not all(map(all, mask)):
+    if verifier.restarts and config.max_length > (verifier.turn or 0) and not all(map(all, mask)):
         raise DllmError(
             f"a padded text may not pass {verifier.turn} tokens, where LongRoPE changes its factors: "
             "generate without padding, or pass fewer new tokens"
@@ -234,24 +254,25 @@ def _prompts(verifier: Any, ids: Tensor, config: Any, kwargs: Mapping[str, Any])
     if given is not None and (len(ids) > 1 or given.dim() != 2):
         raise DllmError("position_ids of your own are kept for one text: generate with batch size 1, or drop them")
     own = None if given is None else given[0].tolist()
-    return [Prompt(row, real, own) for row, real in zip(ids.tolist(), mask, strict=True)]
+    return [PaddedPrompt(row, real, own) for row, real in zip(ids.tolist(), mask, strict=True)]
 
 
-def _row_of(processors: Any, row: int, batch: int) -> Any:
+def _row_of(processors: LogitsProcessorList | None, row: int, batch: int) -> Processors | None:
     """Processors for one row of a batch: a copy, because some count their calls, and shown a batch of the right height,
     because some keep a tensor a row."""
     if processors is None:
         return None
-    own: Any = LogitsProcessorList(separate(processors))
+    own = LogitsProcessorList(separate(processors))
 
     def apply(ids: Tensor, scores: Tensor) -> Tensor:
-        return own(ids.expand(batch, -1), scores.repeat(batch, 1))[row : row + 1]
+        shown: Tensor = own(ids.expand(batch, -1), scores.repeat(batch, 1))
+        return shown[row : row + 1]
 
     return apply
 
 
 def _stop(
-    criteria: Sequence[Any], row: int, ids: Tensor, real: int, record: Record | None
+    criteria: Sequence[StoppingCriteria], row: int, ids: Tensor, real: int, record: Recorded | None
 ) -> Callable[[list[int]], bool] | None:
     """Stopping criteria of transformers for one row, asked after every single token."""
     if not criteria:
@@ -269,7 +290,7 @@ def _stop(
     return stopped
 
 
-def _stop_strings(verifier: Any, strings: str | Sequence[str] | None) -> list[Any]:
+def _stop_strings(verifier: Verifier, strings: str | Sequence[str] | None) -> list[StoppingCriteria]:
     if not strings:
         return []
     if verifier.tokenizer is None:
@@ -277,8 +298,8 @@ def _stop_strings(verifier: Any, strings: str | Sequence[str] | None) -> list[An
     return [StopStringCriteria(verifier.tokenizer, [strings] if isinstance(strings, str) else list(strings))]
 
 
-def _pad(rows: list[list[int]], config: Any) -> Tensor:
-    pad = getattr(config, "_pad_token_tensor", None)
+def _pad(rows: list[list[int]], config: GenerationConfig) -> Tensor:
+    pad = getattr(config, "_pad_token_tensor", None)  # foreign
     value = 0 if pad is None else int(pad)
     width = max(len(r) for r in rows)
     return torch.tensor([r + [value] * (width - len(r)) for r in rows])

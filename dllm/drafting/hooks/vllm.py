@@ -24,6 +24,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dllm.drafting.drafters import Drafter, Need, ask
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loop import SpecConfig
@@ -49,43 +51,45 @@ class DLLMProposer:
         self.search = SpecConfig(search=self.options.get("search")).build_search(do_sample=False)
         if self.search.tree:
             raise DllmError("vLLM verifies chains: leave out the search that makes trees")
-        self.drafter: Any = drafter
+        self.drafter = drafter
         self.failed = False  # said so in the log
 
-    def load_model(self, *_: Any, **__: Any) -> None:
+    def load_model(self, *_: object, **__: object) -> None:
         """Called once by vLLM: loads the drafter named in the options. Errors in the options end the start."""
-        if self.drafter is None:
-            self.drafter = as_drafter(self.options.get("drafter", "suffix"))
-        if self.drafter.successors:
+        self._source()
+
+    def _source(self) -> Drafter:
+        drafter = self.drafter = self.drafter or as_drafter(self.options.get("drafter", "suffix"))
+        assert drafter is not None
+        if drafter.successors:
             raise DllmError(
-                f"{self.drafter.name} learns from the verifier's logits, which vLLM does not show: use 'suffix', "
+                f"{drafter.name} learns from the verifier's logits, which vLLM does not show: use 'suffix', "
                 "'lookup' or a model"
             )
+        return drafter
 
-    def dummy_run(self, *_: Any, **__: Any) -> None:
+    def dummy_run(self, *_: object, **__: object) -> None:
         """Nothing of a proposer takes part in vLLM's memory profile."""
 
     def propose(
         self,
         sampled_token_ids: Sequence[Sequence[int]],
-        num_tokens_no_spec: Any,
-        token_ids_cpu: Any,
-        slot_mappings: Any = None,
+        num_tokens_no_spec: Sequence[int] | np.ndarray,
+        token_ids_cpu: np.ndarray,
+        slot_mappings: object = None,
     ) -> list[list[int]]:
         """Drafts of a batch; `token_ids_cpu[i, :num_tokens_no_spec[i]]` is the text of request i."""
-        if self.drafter is None:
-            self.load_model()
-        out = []
+        drafter, out = self._source(), []
         for i, sampled in enumerate(sampled_token_ids):
             n = int(num_tokens_no_spec[i])
             room = self.max_length - n - 1
             ids = [int(t) for t in token_ids_cpu[i, :n]] if sampled else []
-            out.append(self._draft(ids, min(self.k, room)) if ids and room > 0 else [])
+            out.append(self._draft(drafter, ids, min(self.k, room)) if ids and room > 0 else [])
         return out
 
-    def _draft(self, ids: list[int], k: int) -> list[int]:
+    def _draft(self, source: Drafter, ids: list[int], k: int) -> list[int]:
         try:
-            return self._tokens(ids, k)
+            return self._tokens(source, ids, k)
         except DraftFailure:
             return []
         except Exception as error:
@@ -96,8 +100,8 @@ class DLLMProposer:
             self.failed = True
             return []
 
-    def _tokens(self, ids: list[int], k: int) -> list[int]:
-        drafter = self.drafter.fork()
+    def _tokens(self, source: Drafter, ids: list[int], k: int) -> list[int]:
+        drafter = source.fork()
         drafter.reset(ids, Need(self.vocab))
         draft = ask(drafter, ids, k)
         if isinstance(draft, Lattice):
@@ -106,9 +110,9 @@ class DLLMProposer:
         return tokens[: next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocab), len(tokens))]
 
 
-def _options(vllm_config: Any) -> dict[str, Any]:
+def _options(vllm_config: object) -> dict[str, str]:
     """`additional_config["dllm"]`, and the environment where it is silent."""
-    given = _get(getattr(vllm_config, "additional_config", None) or {}, "dllm", None) or {}
+    given = _get(getattr(vllm_config, "additional_config", None) or {}, "dllm", None) or {}  # foreign
     for key in given:
         if key not in OPTIONS:
             raise unknown("option of additional_config['dllm']", str(key), OPTIONS)
@@ -116,5 +120,5 @@ def _options(vllm_config: Any) -> dict[str, Any]:
     return {**environment, **given}
 
 
-def _get(config: Any, name: str, default: Any) -> Any:
-    return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
+def _get(config: object, name: str, default: object) -> Any:
+    return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)  # foreign
