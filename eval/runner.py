@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dllm.call.arguments import Arguments
 from dllm.decoding.cache import registry as caches
 from dllm.drafting.loop import SpecConfig
-from dllm.drafting.registry import RETRIEVAL
+from dllm.drafting.registry import is_drafter_name
 from dllm.errors import DllmError, unknown
 from dllm.eval import engines, metrics
 from dllm.eval.config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
@@ -223,7 +223,7 @@ def rehearsal(config: Config) -> Config:
         generate = replace(g, max_new_tokens=DRY_TOKENS, block_length=block, steps=g.steps and DRY_TOKENS, chat=None)
         spec = setting.speculate
         if spec is not None:
-            local = spec.drafter == "none" or spec.drafter.split(":")[0] in RETRIEVAL
+            local = spec.drafter == "none" or is_drafter_name(spec.drafter)
             spec = replace(spec, verifier="tiny-ar", drafter=spec.drafter if local else "model")
         return replace(setting, model=TINY, sampler=_own_filter(setting.sampler), generate=generate, speculate=spec)
 

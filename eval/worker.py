@@ -22,7 +22,7 @@ import torch
 
 import dllm
 from dllm.drafting.loop import SpecResult
-from dllm.drafting.registry import RETRIEVAL, as_drafter, as_verifier
+from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
 from dllm.eval.arguments import layered
@@ -229,7 +229,7 @@ class Worker:
         """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""
         if name in ("model", "none"):
             return model if name == "model" else None
-        if name.split(":", maxsplit=1)[0] in RETRIEVAL:
+        if is_drafter_name(name):
             return name
         if name not in self._drafters:
             self._drafters[name] = as_drafter(name)

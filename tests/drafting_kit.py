@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from dllm.drafting.drafters import Drafter
-from dllm.drafting.lattice import from_columns
-from dllm.drafting.loop import Request, SpecConfig, decode
+from dllm.drafting.lattice import Lattice
+from dllm.drafting.loop import Request, SpecConfig, rounds
 from dllm.drafting.proposal import EMPTY, chain
 from dllm.drafting.verifier import Session
 
@@ -66,6 +66,17 @@ def plain(model, ids, n, **kw):
 
 def golden(name):
     return AutoModelForCausalLM.from_pretrained(f"tests/golden/checkpoints/{name}", dtype=torch.float32).eval()
+
+
+def from_columns(columns, start=0):
+    """A lattice written out by hand: per slot a list of (token, log-probability)."""
+    width = max((len(c) for c in columns), default=1)
+    tokens = torch.full((len(columns), width), -1, dtype=torch.long)
+    logp = torch.full((len(columns), width), float("-inf"))
+    for i, column in enumerate(columns):
+        for j, (t, lp) in enumerate(sorted(column, key=lambda e: -e[1])):
+            tokens[i, j], logp[i, j] = t, lp
+    return Lattice(tokens, logp, 1 - logp.exp().sum(-1), tokens[:, 0], start)
 
 
 class Script(Drafter):
@@ -164,7 +175,7 @@ class TimedVerifier:
     """What the loop asks of a verifier, beside its session."""
 
     vocab, max_positions, tokenizer, model = VOCAB, None, None, None
-    turn, restarts, rope = None, False, {}
+    turn, restarts, stretches = None, False, False
 
     def check_ids(self, ids):
         pass
@@ -180,7 +191,7 @@ def timed(clock, controller, drafts, n, prompt=4, scale=lambda rows: 1.0, **spec
     session, start = TimedSession(clock, texts, scale), clock.now
     session.at = dict.fromkeys(map(id, texts), 0)
     rows = []
-    for _, rows in decode(TimedVerifier(), ByText(drafts), requests, SpecConfig(**spec), controller, session):
+    for _, rows in rounds(TimedVerifier(), ByText(drafts), requests, SpecConfig(**spec), controller, session):
         session.at = {id(text): row.cached for text, row in zip(texts, rows, strict=True)}
     return [row.result for row in rows], clock.now - start
 

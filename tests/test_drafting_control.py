@@ -22,11 +22,11 @@ from dllm.drafting.control import (
     Heuristic,
     RejectionThreshold,
     RoundStats,
-    best_length,
 )
 from dllm.drafting.front import calibrate
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import Proposal, chain
+from dllm.drafting.registry import as_verifier
 from dllm.drafting.search import EAL
 from dllm.errors import DllmError
 
@@ -121,7 +121,7 @@ def test_heuristic_and_fixed():
         (dict(corpus=["a text"]), "corpus is a list of id sequences"),
         (dict(graft="suffix:min_match=0", tree=4), "min_match must be at least 1"),
         (dict(graft="recycle:width=two", tree=4), "width='two' must be an integer"),
-        (dict(controller="cost"), "controller is a LengthController"),
+        (dict(controller="cost"), "controller is a Controller"),
         (dict(spec=7), "spec is a SpecConfig"),
         (dict(max_new_tokens="5"), "max_new_tokens='5' must be an integer"),
         (dict(max_new_tokens=1.5), "max_new_tokens=1.5 must be an integer"),
@@ -202,21 +202,6 @@ def test_staircases_are_searched_completely():
     assert c.trim(chain(range(12), conf)) == 12
 
 
-def test_hand_example_and_closed_form():
-    a, rates = 0.8, []
-    for k in (7, 8, 9):
-        rates.append(sum(a**i for i in range(k + 1)) / (20 + k))
-    assert rates == pytest.approx([0.15412, 0.15460, 0.15390], abs=1e-5)
-    assert [best_length(a, 20, 1) for a in (0.6, 0.8, 0.9, 0.95)] == [4, 8, 13, 21]
-    assert [best_length(a, 200, 1) for a in (0.6, 0.8, 0.9, 0.95)] == [8, 16, 30, 50]
-    for a in (0.3, 0.5, 0.7, 0.85, 0.93):
-        for fixed in (3, 20, 80):
-            grid = [(1 - a ** (k + 1)) / (1 - a) / (fixed + k) for k in range(200)]
-            assert best_length(a, fixed, 1) == int(np.argmax(grid))
-    with pytest.raises(DllmError, match="acceptance rate"):
-        best_length(1.0, 1, 1)
-
-
 def test_drafting_pauses_where_it_does_not_pay_and_probes_within_its_share():
     c = CostAware(probe=0.1)
     for n in range(1, 9):  # a dear drafter, linear verification
@@ -279,17 +264,17 @@ def test_calibrate_measures_both_models():
 def test_costs_outlive_a_call():
     model, noise = tiny_verifier(), Noise()
     dllm.speculate(model, noise, PROMPT, max_new_tokens=10)
-    (controller,) = model._dllm_verifier.controllers.values()
+    (controller,) = as_verifier(model).measured.controllers.values()
     assert controller.verify.keys
     dllm.speculate(model, noise, PROMPT, max_new_tokens=10)
-    assert len(model._dllm_verifier.controllers) == 1
+    assert len(as_verifier(model).measured.controllers) == 1
 
 
 def test_costs_and_calibration_belong_to_the_pair_record_and_pause_to_the_text():
     model, noise = tiny_verifier(), Noise()
     for _ in range(2):
         dllm.speculate(model, noise, PROMPT, max_new_tokens=20)
-    (c,) = model._dllm_verifier.controllers.values()
+    (c,) = as_verifier(model).measured.controllers.values()
     one = c.fork()
     assert one.costs is c.costs and one.verify.keys and one.draft.keys and c.costs.overhead > 0
     assert c.costs.tries > 4 and c.costs.calib.tries.sum() > 0 and one.calib.tries.sum() > 0

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from drafting_kit import VOCAB, Noise, Script, golden, plain, tiny_verifier
+from drafting_kit import VOCAB, Noise, Script, from_columns, golden, plain, tiny_verifier
 
 import dllm
 from dllm.drafting.autoregressive import ARDrafter
@@ -18,10 +18,10 @@ from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.hooks.candidates import DraftCandidates, assisted_by
 from dllm.drafting.hooks.vllm import DLLMProposer
-from dllm.drafting.lattice import DraftFailure, build, from_columns
+from dllm.drafting.lattice import DraftFailure, build
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
-from dllm.drafting.registry import as_drafter
+from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.retrieval import Fallback
 from dllm.drafting.search import Sample, SampleTree
 from dllm.drafting.verifier import Verifier
@@ -262,9 +262,10 @@ def test_one_drafter_serves_two_verifiers(models):
     try:
         model.tokenizer = Words(pieces)
         for drafter in (DiffusionDrafter(model), SamplerDrafter(model)):
-            for tokenizer in (Words(pieces), Words(pieces[::-1])):
+            for tokenizer, kind in ((Words(pieces), "ids"), (Words(pieces[::-1]), "strings")):
                 assert dllm.speculate(verifier, drafter, P, tokenizer=tokenizer, **kw).sequences == text
-            assert [v.kind for v in drafter.known.values()] == ["ids", "strings"]
+                drafter.reset(P, Need(as_verifier(verifier).vocab, tokenizer=tokenizer))
+                assert drafter.vocabulary.kind == kind
     finally:
         model.tokenizer = old
     verifier = weakref.ref(load := dllm.load("tests/golden/checkpoints/tiny-llada-trained"))
@@ -524,7 +525,7 @@ def test_retrieved_trees_hold_what_followed_every_match(name):
 
 def test_controllers_are_kept_while_their_drafter_lives():
     model = tiny_verifier()
-    kept, v = Noise(), None
+    kept, controllers = Noise(), as_verifier(model).measured.controllers
     for _ in range(3):
         dllm.speculate(model, Noise(), [3, 4], max_new_tokens=3)
         dllm.speculate(model, kept, [3, 4], max_new_tokens=3)
@@ -532,10 +533,8 @@ def test_controllers_are_kept_while_their_drafter_lives():
         dllm.speculate(model, {"name": "suffix"}, [3, 4], max_new_tokens=3)
         dllm.speculate(model, "suffix:min_match=4", [3, 4], max_new_tokens=3)
         dllm.speculate(model, model, [3, 4], max_new_tokens=3)
-        v = model._dllm_verifier
     gc.collect()
-    assert len(v.controllers) == 4  # kept, two settings of suffix, the causal LM
-    assert as_drafter(model) is as_drafter(model) and as_drafter("suffix") is as_drafter("suffix")
+    assert len(controllers) == 4  # kept, two settings of suffix, the causal LM
     del kept
     gc.collect()
-    assert len(v.controllers) == 3
+    assert len(controllers) == 3

@@ -337,7 +337,7 @@ def test_position_limit_of_the_verifier():
 
 def test_the_cache_holds_all_but_the_last_token(model, text):
     """After every round, and after a tree commit the next logits equal a forward without a cache."""
-    from dllm.drafting.loop import Request, SpecConfig, decode
+    from dllm.drafting.loop import Request, SpecConfig, rounds
     from dllm.drafting.verifier import Verifier
 
     for kind in KINDS:
@@ -350,7 +350,7 @@ def test_the_cache_holds_all_but_the_last_token(model, text):
             verify = session.verify
             session.verify = lambda rows, verify=verify, seen=seen: [seen.append(x := verify(rows)) or x[0]]
             cfg = SpecConfig(tree=tree, length="fixed:k=4")
-            for _, (row,) in decode(v, Script(text, "sometimes"), [Request(PROMPT, 30)], cfg, session=session):
+            for _, (row,) in rounds(v, Script(text, "sometimes"), [Request(PROMPT, 30)], cfg, session=session):
                 assert session.cache.get_seq_length() == session.past == len(row.ids) - 1
                 at = row.result.sequences[: len(row.ids) - row.stats.emitted]
                 with torch.no_grad():

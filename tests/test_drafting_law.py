@@ -16,10 +16,10 @@ from scipy.stats import chisquare
 from sweeps import size
 
 from dllm.drafting.accept import draw, reject, walk_sample
-from dllm.drafting.control import LengthController
+from dllm.drafting.control import Controller
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import build
-from dllm.drafting.loop import Request, Row, SpecConfig
+from dllm.drafting.loop import Request, SpecConfig, Speculation
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.search import EAL, BestFirstTree, CPSSample, Sample, SampleTree
@@ -258,7 +258,7 @@ def test_a_zero_entry_is_never_drawn():
 
 
 class Tabular:
-    """What `Row` asks of a verifier."""
+    """What `Speculation` asks of a verifier."""
 
     vocab, max_positions, tokenizer, turn = V, None, None, None
 
@@ -273,7 +273,7 @@ class Slots(Drafter):
 
 def by_the_loop(search, controller, g, drafter=None, eos=frozenset(), **kw):
     request = Request([0], 1 + LENGTH, eos, do_sample=True, generator=g)
-    row = Row(request, Tabular(), drafter or Slots(), search, controller, SpecConfig(**kw))
+    row = Speculation(request, Tabular(), drafter or Slots(), search, controller, SpecConfig(**kw))
     while not row.done:
         p = row.propose()
         paths: list[tuple[int, ...]] = [()]
@@ -295,7 +295,7 @@ LOOPS = {
 
 def loop_pvalue(name, n):
     search, length, kw = LOOPS[name]
-    controller: LengthController = SpecConfig(length=length).build_controller()
+    controller: Controller = SpecConfig(length=length).build_controller()
     g = torch.Generator().manual_seed(4)
     return pvalue([by_the_loop(search, controller.fork(), g, **kw) for _ in range(n)])
 
@@ -311,7 +311,7 @@ def test_the_loop_is_exact(name):
 END = V - 1
 
 
-class Whole(LengthController):
+class Whole(Controller):
     """Submits whole drafts only: the harshest reader of a draft's length."""
 
     k_max = 3
@@ -369,7 +369,7 @@ class Sequential(Drafter):
         return Proposal(tuple(tokens), tuple(range(-1, k - 1)), "sampled", Rows(torch.stack(rows)), conf)
 
 
-class Hopeful(LengthController):
+class Hopeful(Controller):
     """Submits a draft whose last row is certain."""
 
     k_max = 3

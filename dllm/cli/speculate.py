@@ -55,10 +55,10 @@ def speculate(
 ) -> None:
     """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
     from dllm.drafting.front import speculate as run
-    from dllm.drafting.registry import RETRIEVAL, as_drafter, as_verifier
+    from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
 
     v = as_verifier(named(verifier, verifier_arg, "--verifier-arg"))
-    if drafter_arg and (drafter == "none" or drafter.split(":")[0] in RETRIEVAL):
+    if drafter_arg and (drafter == "none" or is_drafter_name(drafter)):
         raise DllmError(f"--drafter-arg is for a model that drafts, not for {drafter!r}")
     source = named(drafter, drafter_arg, "--drafter-arg") if drafter_arg else drafter
     d = None if drafter == "none" else as_drafter(source)

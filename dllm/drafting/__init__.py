@@ -1,13 +1,23 @@
-"""Drafting for autoregressive verifiers: everything that an author of drafters, searches and controllers needs
+"""Drafting for autoregressive verifiers: everything that an author of drafters, searches and length controllers needs
 (docs/adding-a-drafter.md). The names load lazily."""
 
+# ruff: noqa: F401  # the imports are for type checkers
+# fmt: off
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dllm.drafting.autoregressive import ARDrafter
-    from dllm.drafting.control import ADL, Controller, CostAware, FailFast, Fixed, Heuristic, RejectionThreshold
-    from dllm.drafting.control import RoundStats
+    from dllm.drafting.control import (
+        ADL,
+        Controller,
+        CostAware,
+        FailFast,
+        Fixed,
+        Heuristic,
+        RejectionThreshold,
+        RoundStats,
+    )
     from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
     from dllm.drafting.drafters import Drafter, Need
     from dllm.drafting.front import calibrate
@@ -17,30 +27,35 @@ if TYPE_CHECKING:
     from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
     from dllm.drafting.registry import as_drafter, as_verifier
     from dllm.drafting.retrieval import Fallback, PromptLookup, SuffixDrafter, TokenRecycling
-    from dllm.drafting.search import EAL, Argmax, BestFirstTree, CPSBeam, CPSSample, PathSearch, Sample, SampleTree
-    from dllm.drafting.search import Viterbi
+    from dllm.drafting.search import (
+        EAL,
+        Argmax,
+        BestFirstTree,
+        CPSBeam,
+        CPSSample,
+        PathSearch,
+        Sample,
+        SampleTree,
+        Viterbi,
+    )
     from dllm.drafting.verifier import CausalLM, Verifier
 
-_HOMES = {
-    "autoregressive": ("ARDrafter",),
-    "control": (
-        "ADL", "Controller", "CostAware", "FailFast", "Fixed", "Heuristic", "RejectionThreshold", "RoundStats",
-    ),
-    "diffusion": ("DiffusionDrafter", "SamplerDrafter"),
-    "drafters": ("Drafter", "Need"),
-    "front": ("calibrate",),
-    "lattice": ("DraftFailure", "Lattice"),
-    "loop": ("SpecConfig", "SpecResult"),
-    "ngram": ("NgramTable",),
-    "proposal": ("EMPTY", "Proposal", "Rows", "chain"),
-    "registry": ("as_drafter", "as_verifier"),
-    "retrieval": ("Fallback", "PromptLookup", "SuffixDrafter", "TokenRecycling"),
-    "search": (
-        "EAL", "Argmax", "BestFirstTree", "CPSBeam", "CPSSample", "PathSearch", "Sample", "SampleTree", "Viterbi",
-    ),
-    "verifier": ("CausalLM", "Verifier"),
-}  # fmt: skip
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_NAMES = {
+    "autoregressive": "ARDrafter",
+    "control": "ADL Controller CostAware FailFast Fixed Heuristic RejectionThreshold RoundStats",
+    "diffusion": "DiffusionDrafter SamplerDrafter",
+    "drafters": "Drafter Need",
+    "front": "calibrate",
+    "lattice": "DraftFailure Lattice",
+    "loop": "SpecConfig SpecResult",
+    "ngram": "NgramTable",
+    "proposal": "EMPTY Proposal Rows chain",
+    "registry": "as_drafter as_verifier",
+    "retrieval": "Fallback PromptLookup SuffixDrafter TokenRecycling",
+    "search": "EAL Argmax BestFirstTree CPSBeam CPSSample PathSearch Sample SampleTree Viterbi",
+    "verifier": "CausalLM Verifier",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [*_HOME]  # noqa: PLE0604
 
 if not TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dllm.drafting.proposal import Proposal
 
 Target = Callable[[int, Sequence[int]], Tensor]  # (node, tokens since the root) -> the verifier's scores or law (V,)
-Processors = Callable[[Tensor, Tensor], Tensor]  # (ids (1, L), scores (1, V)) -> scores, as transformers calls them
+Processors = Callable[..., Tensor]  # (ids (1, L), scores (1, V)) -> scores (1, V), as transformers calls them
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class ARDrafter(Drafter):
             raise DllmError(f"drafter ({size} ids) and verifier ({need.vocab} ids) share no vocabulary")
         self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         check_rollback(self.model, self.cache)
-        self.cache.activate_past_recording()
+        self.cache.activate_past_recording()  # type: ignore[no-untyped-call]
         self.known = []
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:

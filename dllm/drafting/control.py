@@ -2,8 +2,8 @@
 to submit.
 
 All of them are safe, also rules of your own: a length never changes what is generated, only how fast. The loop sees to
-it where draws could tell: a sampled draft is never cut before its last chunk (see `Speculation._chunks`). Lengths count drafted
-tokens; `room` is the most that the text may still take before the last token.
+it where draws could tell: a sampled draft is never cut before its last chunk (see `Speculation._chunks`). Lengths count
+drafted tokens; `room` is the most that the text may still take before the last token.
 """
 
 from __future__ import annotations
@@ -256,10 +256,10 @@ class CostTable:
 
     def table(self, n: int) -> np.ndarray:
         """Seconds for lengths 0..n: (n + 1,)."""
-        table = self._table
-        if table is None or len(table) <= n:
-            self._table = table = self._build(max(n, 64))
-        return table[: n + 1]
+        if self._table is None or len(self._table) <= n:
+            self._table = self._build(max(n, 64))
+        table: np.ndarray = self._table[: n + 1]
+        return table
 
     def _build(self, n: int) -> np.ndarray:
         x = np.arange(n + 1, dtype=float)
@@ -269,7 +269,7 @@ class CostTable:
         slope = 0.02 * values[0]
         if len(self.keys) > 1:
             slope = max(1e-9, (values[-1] - values[0]) / (self.keys[-1] - self.keys[0]))
-        out = np.interp(x, self.keys, values)
+        out: np.ndarray = np.interp(x, self.keys, values)
         low = x < self.keys[0]
         out[low] = np.maximum(values[0] * 0.5, values[0] - slope * (self.keys[0] - x[low]))
         high = x > self.keys[-1]
@@ -396,7 +396,8 @@ class CostAware(Controller):
     def slots(self) -> np.ndarray:
         """Acceptance of each slot 1..k_max given that the ones before were accepted."""
         pooled = (4 * self.costs.hits / self.costs.tries + self.hits.sum()) / (4 + self.tries.sum())
-        return np.clip((4 * pooled + self.hits[1:]) / (4 + self.tries[1:]), 0.02, 0.98)
+        slots: np.ndarray = np.clip((4 * pooled + self.hits[1:]) / (4 + self.tries[1:]), 0.02, 0.98)
+        return slots
 
     def rate(self, a: np.ndarray, drafted: np.ndarray | float) -> np.ndarray:
         """Tokens per second for 0..len(a) submitted slots, `drafted` seconds spent on drafting them."""

@@ -7,6 +7,7 @@ masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,7 @@ from dllm.errors import DllmError
 from dllm.models.model import Model
 from dllm.models.tokenizer import Tokenizer
 from dllm.models.transformer import KVStore
+from dllm.samplers.registry import Spec
 
 # of a model: what its ids are to a verifier's, by that one's size and tokenizer and by the choice of the caller
 _KNOWN: WeakKeyDictionary[Model, dict[tuple[int, int, str], Vocabulary]] = WeakKeyDictionary()
@@ -60,6 +62,7 @@ class DiffusionDrafter(Drafter):
         if lookahead_masks < 0 or refresh < 1 or temperature <= 0:
             raise DllmError("lookahead_masks must not be negative; refresh and temperature must be positive")
         self.model, self.suffix, self.lookahead = model, suffix_token_id, lookahead_masks
+        self.mask_id: int = model.mask_id
         self.prefix_cache, self.refresh, self.temperature = prefix_cache, refresh, temperature
         self.choice, self.verifier_tokenizer = vocabulary, verifier_tokenizer
         self.store: KVStore | None = None
@@ -132,7 +135,7 @@ class DiffusionDrafter(Drafter):
         tail = [] if self.suffix is None else [self.suffix]
         if block:
             end = -(-end // block) * block
-        row = [*context, *[self.model.mask_id] * (end - n), *tail]
+        row = [*context, *[self.mask_id] * (end - n), *tail]
         cached = (
             same and not cut and (block is not None if self.prefix_cache == "auto" else self.prefix_cache == "approx")
         )
@@ -174,11 +177,11 @@ class SamplerDrafter(DiffusionDrafter):
 
     def __init__(
         self,
-        model: Any,
-        sampler: Any = None,
+        model: Model,
+        sampler: Spec | None = None,
         *,
         vocabulary: str | Vocabulary = "auto",
-        verifier_tokenizer: Any = None,
+        verifier_tokenizer: Tokenizer | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(model, vocabulary=vocabulary, verifier_tokenizer=verifier_tokenizer)

@@ -32,6 +32,7 @@ from dllm.errors import DllmError, unknown
 from dllm.models.tokenizer import Tokenizer, by_template
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, ids, chat messages
+Prompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
 Encoded: TypeAlias = Tensor | Mapping[str, object]  # ids (L,) or (B, L), what a tokenizer returns
 T = TypeVar("T")
 
@@ -83,11 +84,11 @@ def speculate(
 ) -> SpecResult: ...
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike, prompt: Sequence[Prompt], **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike, prompt: Prompts, **options: Unpack[SpeculateOptions]
 ) -> list[SpecResult]: ...
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Sequence[Prompt], **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Prompts, **options: Unpack[SpeculateOptions]
 ) -> list[SpecResult]: ...
 @overload
 def speculate(
@@ -99,7 +100,7 @@ def speculate(
 def speculate(
     verifier: VerifierLike,
     drafter: DrafterLike = None,
-    prompt: Prompt | Sequence[Prompt] | Encoded | None = None,
+    prompt: Prompt | Prompts | Encoded | None = None,
     *,
     input_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     attention_mask: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
@@ -202,7 +203,7 @@ def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConf
 class Processing:
     """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft)."""
 
-    processors: Processors | None
+    processors: LogitsProcessorList | None
     warp: Callable[[Tensor], Tensor] | None
 
 
@@ -268,9 +269,7 @@ def _reclose(function: FunctionType, memo: dict[int, object]) -> FunctionType:
     return own
 
 
-def sampling(
-    temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Processors]
-) -> Processing:
+def sampling(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Processors]) -> Processing:
     """temperature, top_k and top_p as transformers' own warpers, behind the processors `before`."""
     RULES["temperature"].check("temperature", temperature)
     if top_p is not None:

@@ -49,9 +49,9 @@ def drafter_names() -> list[str]:
     return [*DRAFTERS, *PLUGINS.points]
 
 
-def is_drafter_name(what: object) -> bool:
+def is_drafter_name(text: str) -> bool:
     """Whether a text names one of them, with or without options."""
-    return isinstance(what, str) and what.split(":")[0] in drafter_names()
+    return text.split(":", maxsplit=1)[0] in drafter_names()
 
 
 def as_verifier(what: VerifierLike, tokenizer: Tokenizer | None = None) -> Verifier:
@@ -69,7 +69,7 @@ def as_drafter(what: DrafterLike) -> Drafter | None:
     """
     if what is None or isinstance(what, Drafter):
         return what
-    if isinstance(what, Mapping) or is_drafter_name(what):
+    if isinstance(what, Mapping) or (isinstance(what, str) and is_drafter_name(what)):
         return _by_name(what)
     if isinstance(what, str | Checkpoint):
         return _loaded(Checkpoint(what) if isinstance(what, str) else what)
@@ -103,10 +103,10 @@ def _loaded(found: Checkpoint) -> Drafter:
 
 def _of_model(model: Model | CausalLM) -> Drafter:
     """The default drafter of a loaded model, which owns its costs: the drafter is a new one for every call."""
-    if isinstance(model, nn.Module):
-        drafter: Drafter = ARDrafter(model)
-    elif isinstance(model, Model):
-        drafter = DiffusionDrafter(model)
+    if isinstance(model, Model):
+        drafter: Drafter = DiffusionDrafter(model)
+    elif isinstance(model, nn.Module):
+        drafter = ARDrafter(model)
     else:
         raise DllmError(
             f"a drafter is a dLLM, a causal LM, a Drafter, or one of {', '.join(drafter_names())}; "

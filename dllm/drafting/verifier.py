@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -23,7 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from dllm.drafting.control import Controller
 from dllm.drafting.proposal import EMPTY, Proposal, chain
@@ -202,7 +203,9 @@ class Verifier:
                 f"id {bad} is outside the verifier's vocabulary of {self.vocab}; tokenise with the verifier's tokenizer"
             )
 
-    def open(self, batch: int = 1, cache: Cache | None = None, prompts: Sequence[PaddedPrompt] | None = None) -> Session:
+    def open(
+        self, batch: int = 1, cache: Cache | None = None, prompts: Sequence[PaddedPrompt] | None = None
+    ) -> Session:
         """A session over an empty cache or (one row) that of an earlier turn; `prompts` where they are padded."""
         if cache is not None:
             check_rollback(self.model, cache)
@@ -270,6 +273,8 @@ class Single(Session):
     Padding is stored as `generate` stores it, so that the cache fits the padded ids afterwards.
     """
 
+    cache: Cache
+
     def __init__(self, verifier: Verifier, cache: Cache, prompt: PaddedPrompt | None = None) -> None:
         self.verifier, self.cache = verifier, cache
         self.slots = cache.get_seq_length() if cache.layers else 0  # stored, padding included
@@ -282,7 +287,7 @@ class Single(Session):
             self._place(prompt)
         self.last: tuple[Proposal, int] = EMPTY, 0
         if hasattr(cache, "activate_past_recording"):  # foreign
-            cache.activate_past_recording()
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
 
     def restart(self, row: int) -> None:
         vars(self).update(vars(Single(self.verifier, DynamicCache(config=self.verifier.config))))
@@ -361,12 +366,11 @@ class Single(Session):
         self.position += len(path)
 
     def _gather(self, path: Sequence[int], nodes: int) -> None:
-        for layer in self.cache.layers:
-            if not layer.is_initialized or layer.keys is None:
-                continue
-            stored = layer.keys.shape[-2] - nodes
-            keep = torch.tensor([*range(stored), *(stored + i for i in path)], device=layer.keys.device)
-            layer.keys, layer.values = layer.keys.index_select(-2, keep), layer.values.index_select(-2, keep)
+        def take(x: Tensor) -> Tensor:
+            stored = x.shape[-2] - nodes
+            return x.index_select(-2, torch.tensor([*range(stored), *(stored + i for i in path)], device=x.device))
+
+        for layer in _rearranged(self.cache, take):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length -= nodes - len(path)
         self.cache.crop(0)
@@ -384,7 +388,8 @@ class Ragged(Session):
         self.verifier, self.batch = verifier, batch
         self.store = DynamicCache(config=verifier.config)
         self.store.layers = [
-            DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in self.store.layers
+            DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer  # type: ignore[no-untyped-call]
+            for layer in self.store.layers
         ]
         self.lengths = [0] * batch  # tokens in the cache, per row
         self.fed: list[int] = []
@@ -432,9 +437,7 @@ class Ragged(Session):
         index = torch.full((self.batch, width), total - 1)
         for b in range(self.batch):
             index[b, : lengths[b]] = torch.tensor([*range(self.lengths[b]), *range(self.stored, self.stored + kept[b])])
-        for layer in self.store.layers:
-            if layer.is_initialized and layer.keys is not None:
-                layer.keys, layer.values = _take(layer.keys, index), _take(layer.values, index)
+        _rearranged(self.store, partial(_take, index))
         self.lengths, self.stored = lengths, width
 
 
@@ -493,7 +496,16 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return gap <= TOLERANCE.get(b.dtype, 0.1) * float(b.double().std())
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def _rearranged(cache: Cache, take: Callable[[Tensor], Tensor]) -> list[CacheLayerMixin]:
+    """The layers that hold something, after `take` has picked slots of their keys and values (B, H, S, D)."""
+    filled = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.is_initialized]
+    for layer in filled:
+        if layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = take(layer.keys), take(layer.values)
+    return filled
+
+
+def _take(index: Tensor, x: Tensor) -> Tensor:
     """Gather slots per row: x (B, H, S, D), index (B, W) -> (B, H, W, D)."""
     where = index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.gather(2, where)
@@ -508,10 +520,10 @@ def ancestors(p: Proposal, device: torch.device | None = None) -> Tensor:
     return see.to(device)
 
 
-def _stored(cache: Cache, layer: int) -> int:
-    if layer >= len(cache.layers) or not cache.layers[layer].is_initialized:
-        return 0
-    return cache.layers[layer].keys.shape[-2]
+def _stored(cache: Cache, index: int) -> int:
+    """Slots of a layer; one that is no layer of keys, or not filled yet, has none."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    return layer.keys.shape[-2] if isinstance(layer, CacheLayerMixin) and layer.keys is not None else 0
 
 
 def embedding(model: CausalLM) -> Tensor:
@@ -530,11 +542,10 @@ def text_config(model: CausalLM) -> PreTrainedConfig:
     return config
 
 
-def bare(model: CausalLM) -> CausalLM:
+def bare(model: CausalLM) -> Any:
     """The model inside the wrappers of torch.compile and PEFT."""
-    inner: CausalLM = getattr(model, "_orig_mod", model)  # foreign
-    based: CausalLM = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # foreign
-    return based
+    inner = getattr(model, "_orig_mod", model)  # foreign
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # foreign
 
 
 def check_rollback(model: CausalLM, cache: Cache) -> None:

@@ -91,7 +91,7 @@ def spec_generate(
     return GenerateDecoderOnlyOutput(
         sequences=sequences,  # type: ignore[arg-type]
         past_key_values=session.cache,
-        **_steps(records, [len(r.emitted) for r in results], generation_config),
+        **_steps(records, [len(r.emitted) for r in results], generation_config),  # type: ignore[arg-type]
     )
 
 
@@ -135,7 +135,8 @@ def _refuse(model: CausalLM, config: GenerationConfig, kwargs: Mapping[str, Any]
         raise DllmError(f"{mode} cannot be speculated: use num_beams=1, greedy or sampled")
     if kwargs.get("use_cache") is False:
         raise DllmError("speculation needs the verifier's cache: pass use_cache=True")
-    wanted = [f"output_{x}" for x in ("attentions", "hidden_states") if getattr(config, f"output_{x}", False)]  # foreign
+    asked = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
+    wanted = [name for name, value in asked.items() if value]
     if wanted and config.return_dict_in_generate:
         raise DllmError(f"{', '.join(wanted)}: not recorded while speculating (spec_results= has the metrics)")
     other = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in TEXT]
@@ -262,7 +263,7 @@ def _row_of(processors: LogitsProcessorList | None, row: int, batch: int) -> Pro
     because some keep a tensor a row."""
     if processors is None:
         return None
-    own = LogitsProcessorList(separate(processors))
+    own: Processors = LogitsProcessorList(separate(processors))
 
     def apply(ids: Tensor, scores: Tensor) -> Tensor:
         shown: Tensor = own(ids.expand(batch, -1), scores.repeat(batch, 1))
@@ -295,7 +296,8 @@ def _stop_strings(verifier: Verifier, strings: str | Sequence[str] | None) -> li
         return []
     if verifier.tokenizer is None:
         raise DllmError("stop strings need the verifier's tokenizer: dllm.speculator(..., tokenizer=tokenizer)")
-    return [StopStringCriteria(verifier.tokenizer, [strings] if isinstance(strings, str) else list(strings))]
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    return [StopStringCriteria(verifier.tokenizer, strings)]  # type: ignore[arg-type]
 
 
 def _pad(rows: list[list[int]], config: GenerationConfig) -> Tensor:

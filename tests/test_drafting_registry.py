@@ -1,0 +1,130 @@
+"""Names of drafters, and one that joins from another package: the page docs/adding-a-drafter.md, word for word."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from drafting_kit import VOCAB, plain, tiny_verifier
+
+import dllm
+from dllm.drafting import Controller, Drafter, Need, RoundStats, as_drafter, chain
+from dllm.drafting.registry import PLUGINS, is_drafter_name
+from dllm.errors import DllmError
+
+PAGE = (Path(__file__).parent.parent / "docs" / "adding-a-drafter.md").read_text(encoding="utf-8")
+PROMPT = [3, 4, 5, 3, 4]
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The package of the page, installed beside dllm; yields its module."""
+    code = re.search(r"```python\n(# my_package/bigram.py.*?)```", PAGE, re.DOTALL)
+    entry = re.search(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    assert code and entry
+    package, info = tmp_path / "my_package", tmp_path / "my_package-1.0.dist-info"
+    package.mkdir(), info.mkdir()
+    (package / "__init__.py").touch()
+    (package / "bigram.py").write_text(code[1], encoding="utf-8")
+    points = entry[1].replace('[project.entry-points."dllm.drafters"]', "[dllm.drafters]").replace('"', "")
+    (info / "entry_points.txt").write_text(points, encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    PLUGINS.refresh()
+    yield package / "bigram.py"
+    PLUGINS.refresh()
+    for name in [n for n in sys.modules if n.startswith("my_package")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("how", ["bigram", "bigram:smoothing=0.5", {"name": "bigram", "smoothing": 2}])
+def test_a_drafter_from_another_package(outside: Path, how: str | dict[str, object]) -> None:
+    model = tiny_verifier()
+    out = dllm.speculate(model, how, PROMPT, max_new_tokens=30, length="fixed:k=4")
+    assert out.sequences == plain(model, PROMPT, 30) and out.n_draft > 0
+    tree = dllm.speculate(model, how, PROMPT, max_new_tokens=30, length="fixed:k=4", tree=6)
+    assert tree.sequences == out.sequences
+    grafted = dllm.speculate(model, "suffix", PROMPT, max_new_tokens=30, tree=6, graft=how)
+    assert grafted.sequences == out.sequences
+    sampled = dllm.speculate(model, how, PROMPT, max_new_tokens=8, temperature=1.0, seed=1)
+    assert len(sampled.tokens) == 8
+
+
+def test_its_drafts_are_what_followed(outside: Path) -> None:
+    drafter = as_drafter("bigram")
+    assert drafter is not None and is_drafter_name("bigram:smoothing=1") and not is_drafter_name("bigrams")
+    fork = drafter.fork()
+    fork.reset([1, 2, 3, 1], Need(VOCAB))
+    assert fork.draft([1, 2, 3, 1], 3).argmax.tolist() == [2, 3, 1]
+    assert len(fork.draft([1, 2, 3, 1, 9], 3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("bigram:smooting=1", "unknown .* 'smooting' of drafter 'bigram'; did you mean 'smoothing'"),
+        ("bigram:smoothing=wide", "smoothing='wide' must be a number"),
+        (
+            "bigram:smoothing=0",
+            "drafter 'bigram' of the package 'my-package' failed: ValueError: smoothing is positive",
+        ),
+        ("bigarm", "unknown drafter 'bigarm'; did you mean 'bigram'"),
+        ({"name": "bigarm"}, "unknown drafter 'bigarm'"),
+    ],
+)
+def test_mistakes_are_named(outside: Path, how: str | dict[str, object], said: str) -> None:
+    with pytest.raises(DllmError, match=said):
+        as_drafter(how)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_thing", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("raise SystemExit(3)", "cannot be loaded: SystemExit: 3"),
+        ("class Bigram: pass", "is no class of dllm.drafting.Drafter"),
+    ],
+)
+def test_a_broken_drafter_of_another_package_breaks_nothing_else(outside: Path, code: str, said: str) -> None:
+    outside.write_text(code, encoding="utf-8")
+    assert as_drafter("suffix") is not None
+    with pytest.raises(DllmError, match=f"drafter 'bigram' of the package 'my-package' {re.escape(said)}"):
+        as_drafter("bigram")
+
+
+def test_a_controller_of_your_own() -> None:
+    code = re.search(r"```python\n(class Patient.*?)```", PAGE, re.DOTALL)
+    assert code
+    scope: dict[str, type[Controller]] = {"Controller": Controller, "RoundStats": RoundStats}
+    exec(code[1], scope)
+    model = tiny_verifier()
+
+    class Right(Drafter):
+        text = plain(model, PROMPT, 30)
+
+        def draft(self, ids, k, *, generator=None):
+            return chain(self.text[len(ids) : len(ids) + k])
+
+    out = dllm.speculate(model, Right(), PROMPT, max_new_tokens=30, length=scope["Patient"]())
+    assert out.sequences == Right.text and [r.k for r in out.rounds[:4]] == [1, 2, 3, 4]
+
+
+def test_nothing_is_written_on_models_and_they_are_let_go() -> None:
+    model = tiny_verifier()
+    before = set(vars(model))
+    dllm.speculate(model, model, PROMPT, max_new_tokens=4)
+    assert set(vars(model)) == before
+
+
+def test_the_public_names_are_there() -> None:
+    import dllm.drafting as public
+
+    for name in public.__all__:
+        assert getattr(public, name) is not None
+    with pytest.raises(AttributeError):
+        _ = public.Draftr
+    assert torch.is_tensor(public.Rows(torch.ones(1, 1)).prob)
