@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
@@ -101,14 +101,15 @@ class Rule(NamedTuple):
             raise DllmError(f"{name}={value!r} must be {self.says}")
 
 
-def _at_least(lowest: int) -> Rule:
+def at_least(lowest: int) -> Rule:
+    """An integer, and how small it may be."""
     return Rule(Integral, lambda n: n >= lowest, f"an integer of at least {lowest}")
 
 
 # None is allowed as well where it is the default
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("block_length", "steps", "top_k", "n", "batch_size", "max_nfe"), _at_least(1)),
-    **dict.fromkeys(("max_new_tokens", "min_new_tokens"), _at_least(0)),
+    **dict.fromkeys(("block_length", "steps", "top_k", "n", "batch_size", "max_nfe"), at_least(1)),
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens"), at_least(0)),
     "seed": Rule(Integral, lambda n: abs(n) < 1 << 62, "an integer, below 2**62"),
     "temperature": Rule(Real, lambda x: 0 <= x < math.inf, "0 (greedy) or positive"),
     "cfg_scale": Rule(Real, lambda x: 0 <= x < math.inf, "0 (off) or positive"),
@@ -187,7 +188,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is None and self.__dataclass_fields__[name].default is None:
                 continue
             rule.check(name, value)
@@ -200,6 +201,10 @@ class Arguments:
             if name not in cls.__dataclass_fields__:
                 raise unknown("argument", name, cls.__dataclass_fields__, hint=counterpart(name))
         return cls(**given)
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that are no defaults."""
+        return {f.name: vars(self)[f.name] for f in fields(self) if vars(self)[f.name] != f.default}
 
 
 def counterpart(name: str) -> str:

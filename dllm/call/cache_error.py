@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
+from dllm.call.arguments import DecodingArguments
 from dllm.call.job import prepare
+from dllm.call.prompts import One, Prompt, Several
 from dllm.decoding.cache.policy import NoCache
 from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.engine import Answer, Runner, decode
+from dllm.decoding.engine import Answer, Runner
 from dllm.decoding.meter import Meter
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
@@ -27,13 +31,15 @@ class StepError(NamedTuple):
     candidates: int
 
 
-class Beside(Runner):
+class Compared(Runner):
     """Runs a full forward without a store beside every forward of the policy, and notes the differences."""
 
-    errors: list[list[StepError]]
-    uncounted: Meter
+    def __init__(self, *parts: Any, errors: list[list[StepError]]) -> None:
+        super().__init__(*parts)
+        self.errors, self.uncounted = errors, Meter(len(errors), self.model.device)
 
     def forward(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Answer:
+        """The policy's answer; the full one is compared and not counted."""
         answer = super().forward(state, window, plan, requests)
         if not plan.stored:
             return answer
@@ -58,27 +64,43 @@ class Beside(Runner):
                 self.errors[request].append(StepError(int(state.step[row]), *values))
 
 
-def cache_error(model: Model | str | None = None, prompt: Any = None, **arguments: Any) -> list[Any]:
+@overload
+def cache_error(
+    model: Model | str | Path | None = None,
+    prompt: One | None = None,
+    *,
+    n: Literal[1] = 1,
+    **arguments: Unpack[DecodingArguments],
+) -> list[StepError]: ...
+@overload
+def cache_error(
+    model: Model | str | Path | None, prompt: Several, *, n: int = 1, **arguments: Unpack[DecodingArguments]
+) -> list[list[StepError]]: ...
+@overload
+def cache_error(
+    model: Model | str | Path | None = None,
+    prompt: Prompt | None = None,
+    *,
+    n: int = 1,
+    **arguments: Unpack[DecodingArguments],
+) -> list[StepError] | list[list[StepError]]: ...
+def cache_error(
+    model: Model | str | Path | None = None,
+    prompt: Prompt | None = None,
+    *,
+    n: int = 1,
+    **arguments: Unpack[DecodingArguments],
+) -> list[StepError] | list[list[StepError]]:
     """Decode as `generate` does with these arguments, and report the logit error of the cache at every step.
 
     Returns a list of `StepError` for one prompt, a list of such lists for a list of prompts. Differences are in logits,
     at the columns that the step could commit; a step is compared with a full forward on the canvas that it saw.
+    Errors: those of `generate`, and a lookahead, which leaves forwards out.
     """
     if arguments.get("lookahead") is not None:
         raise DllmError("cache_error compares each forward with a full one, and lookahead leaves forwards out: drop it")
-    job = prepare(model, prompt, arguments)
+    job = prepare(model, prompt, {"n": n, **arguments})
     errors: list[list[StepError]] = [[] for _ in job.prompts]
-
-    def beside(*args: Any) -> Runner:
-        runner = Beside(*args)
-        runner.errors, runner.uncounted = errors, Meter(len(errors), job.model.device)
-        return runner
-
-    size = min(job.args.batch_size, job.queue.rows)
-    meter = Meter(len(job.prompts), job.model.device)
-    ticks = decode(
-        job.model, job.sampler, job.policy, job.queue, batch_size=size, options=job.options, meter=meter, runner=beside
-    )
-    for _ in ticks:
+    for _ in job.ticks(Meter(len(errors), job.model.device), partial(Compared, errors=errors)):
         pass
     return errors[0] if job.single else errors

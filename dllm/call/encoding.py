@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-from dllm.call.prompts import Padding, read
+from dllm.call.prompts import Padding, Text, read
 from dllm.errors import DllmError
 from dllm.models.model import Model
 from dllm.models.tokenizer import NO_TOKENIZER
 
 
-def prompt_ids(model: Model, prompt: Any, chat: bool | None = None) -> tuple[list[list[int]], bool]:
+def prompt_ids(model: Model, prompt: object, chat: bool | None = None) -> tuple[list[list[int]], bool]:
     """Token ids of the prompts of a call, and whether it was a single one; None starts from nothing."""
     if prompt is None:
-        return [_unprompted(model)], True
-    return read(prompt, partial(encode, model, chat=chat), _padding(model))
+        return [unprompted(model)], True
+    return read(prompt, partial(encode, model, chat=chat), padding(model))
 
 
-def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
+def encode(model: Model, prompt: Text, chat: bool | None) -> list[int]:
     """Token ids of text or chat messages. Text goes through the chat template where there is one (chat=None)."""
     if model.tokenizer is None:
         raise DllmError(f"this model has no tokenizer ({NO_TOKENIZER}): pass ids, or load it with tokenizer=")
@@ -29,11 +28,12 @@ def encode(model: Model, prompt: Any, chat: bool | None) -> list[int]:
     return list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
-def _padding(model: Model) -> Padding:
+def padding(model: Model) -> Padding:
+    """What ids of this model may be padding."""
     return Padding.of(model.tokenizer, model.pad_id, (*model.eos_ids, model.bos_id, model.mask_id))
 
 
-def _unprompted(model: Model) -> list[int]:
+def unprompted(model: Model) -> list[int]:
     """Unconditional generation starts from bos where the model is shifted, else from nothing."""
     if not model.shift:
         return []

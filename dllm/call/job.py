@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +22,7 @@ from dllm.decoding.guidance import Guidance
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
 from dllm.decoding.recording import Confidences
-from dllm.decoding.slots import Context, Sampler
+from dllm.decoding.slots import Context, Needs, Sampler
 from dllm.decoding.stopping import Stop, Stops
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
@@ -53,22 +54,25 @@ class Job:
     lookahead: Lookahead | None = None
     report: dict[int, Stats] = field(default_factory=dict)  # of the lookahead, by request
 
-    def ticks(self, meter: Meter) -> Iterator[Tick]:
+    def ticks(self, meter: Meter, runner: Callable[..., Runner] = Runner) -> Iterator[Tick]:
+        """Decode. Errors: out of memory, with a batch size that may fit."""
         size = min(self.args.batch_size, self.queue.rows)
-        runner: Any = Runner
         if self.lookahead is not None:
             runner = partial(Walk, setting=self.lookahead, report=self.report)
-        call = {"batch_size": size, "options": self.options, "meter": meter, "runner": runner}
         try:
-            yield from decode(self.model, self.sampler, self.policy, self.queue, **call)
+            yield from decode(
+                self.model, self.sampler, self.policy, self.queue,
+                batch_size=size, options=self.options, meter=meter, runner=runner,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
             raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
 
-    def output(self, tick: Tick, row: int, meter: Meter, trace: Trace | None) -> Output:
-        request, canvas = tick.request[row], tick.state.canvas
+    def output(self, request: int, state: State, row: int, meter: Meter, trace: Trace | None = None) -> Output:
+        """What a request returns that stands in a row of `state`; its trace is sealed."""
+        canvas, ahead = state.canvas, self.lookahead
         length = int(canvas.length[row])
         ids, begin = canvas.ids[row, : length - self.tails[request]].tolist(), self.begin(request)
         written = ids[begin : next((i for i, t in enumerate(ids[begin:], begin) if t == canvas.mask_id), None)]
@@ -78,14 +82,16 @@ class Job:
         if self.args.infill:
             frozen = canvas.frozen[row].tolist()
             tokens = [t for t, given in zip(written, frozen[begin:], strict=False) if not given]
-        reason = "cap" if request in meter.capped else "stop" if stopped else "length"
+        if trace is not None:
+            hidden = self.tails[request] if self.args.early_stop else 0
+            self._seal(trace, canvas.ids[row, : length - hidden].tolist())
         return Output(
             text=text,
             sequences=ids,
             tokens=tokens,
             nfe=meter.nfe[request],
             calls=meter.calls,
-            finish_reason=reason,
+            finish_reason="cap" if request in meter.capped else "stop" if stopped else "length",
             seconds=meter.seconds[request],
             prefill_seconds=meter.first[request],
             positions=meter.positions[request],
@@ -93,105 +99,101 @@ class Job:
             decoded=int((~canvas.frozen[row] & ~canvas.masked[row])[:length].sum()),
             sampler=self.sampler.spec,
             cache=self.policy.name,
-            seed=int(tick.state.seed[row]),
+            seed=int(state.seed[row]),
             trace=trace,
-            lossless=None if self.lookahead is None else self.lookahead.lossless,
-            stats=self.report[request].report(self.lookahead) if self.lookahead and request in self.report else {},
+            lossless=None if ahead is None else ahead.lossless,
+            stats=self.report[request].report(ahead) if ahead and request in self.report else {},
         )
 
     def begin(self, request: int) -> int:
         """The first column of a request's text: behind the prompt; an infilled text is returned whole."""
         return 0 if self.args.infill else len(self.prompts[request])
 
+    def new_traces(self) -> dict[int, Trace]:
+        """The trace of each request, where they are asked for."""
+        starts = self.queue.canvas.start.tolist() if self.args.trace else []
+        return {i: self._new_trace(self.prompts[i], start) for i, start in enumerate(starts)}
 
-def prepare(model: Model | str | None, prompt: Any, given: Mapping[str, Any]) -> Job:
-    """Check a call and lay out its canvases."""
-    args = Arguments.parse(given)
-    model = resolve_model(model)
+    def _new_trace(self, prompt: list[int], start: int) -> Trace:
+        return Trace(
+            list(prompt),
+            self.queue.canvas.mask_id,
+            self.sampler.spec,
+            start=start,
+            prompt_text=self.stops.decode(prompt, special=True),
+            cache=self.policy.name,
+            arguments=json.loads(json.dumps(self.args.given(), default=str)),
+        )
+
+    def _seal(self, trace: Trace, final: list[int]) -> None:
+        """Keep the final canvas and the text of its tokens."""
+        trace.final = final
+        if self.model.tokenizer is not None:
+            ids = {*trace.final, *trace.prompt, *(t for pairs in trace.commits for _, t in pairs)} - {trace.mask_id}
+            trace.pieces = {i: self.model.tokenizer.decode([i]) for i in sorted(ids)}
+
+
+def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
+    """Check a call and lay out its canvases. Errors: every mistake that shows before the first forward."""
+    args, model = Arguments.parse(given), resolve_model(model)
     prompts, single = prompt_ids(model, prompt, args.chat)
-    if args.n > 1:
-        prompts, single = [p for p in prompts for _ in range(args.n)], False
-    if model.mask_id is None:
-        raise DllmError("this model has no mask id: it is not a masked-diffusion model")
+    prompts = [ids for ids in prompts for _ in range(args.n)]
+    canvas, windows, tails = lay_out(model, prompts, args)
     if args.compile:
         model.compile()
-    defaults = DEFAULTS.get(model.family, FamilyDefaults())
-    canvas, windows, tails = lay_out(model, prompts, args)
-    longest = max(*windows, 1)
-    block = args.block_length or model.block_size or defaults.block_length or longest
-    eos = model.eos_ids if args.eos is None else listed_ids("eos", args.eos, model.vocab_size)
-    context = Context(
-        block_length=block if model.block_size else min(block, longest),
-        steps=args.steps,
-        windows=tuple(sorted({max(w, 1) for w in windows})),
-        mask_id=model.mask_id,
-        eos_ids=eos,
-        vocab_size=model.vocab_size,
-        max_positions=model.max_positions,
-        shift=model.shift,
-        block_size=model.block_size,
-        tokenizer=model.tokenizer,
-        family=model.family,
-    )
-    if args.infill and args.stop:
-        raise DllmError("infill=True fills every hole to its end, so stop strings do not apply: leave stop= out")
-    stops = Stops.of(() if args.infill else eos, args.stop, model.tokenizer)
-    sampler = build_sampler(model, args, context, stops, defaults)
+    context = _context(model, args, windows)
+    stops = _stops(model, args, context.eos_ids)
+    sampler = _sampler(model, args, context, stops)
     if sampler.needs.edits_length:  # what it inserts would move the tail
         canvas, _, tails = lay_out(model, prompts, args, whole=False)
-    policy = caches.default(model, sampler.needs.caches) if args.cache is None else caches.policy(args.cache)
-    policy = policy.bind(model)
-    if sampler.needs.caches is not None and policy.name not in sampler.needs.caches:
-        usable = ", ".join(map(repr, sampler.needs.caches))
-        why = f": {sampler.needs.caches_why}" if sampler.needs.caches_why else ""
-        raise DllmError(f"sampler {sampler.name!r} cannot use cache {policy.name!r}{why}; use {usable}")
+    policy = _policy(model, args, sampler.needs, sampler.name)
     sampler = policy.attach(sampler)
     if args.trace:
         notes = Confidences()
         sampler = sampler._replace(amend=(*sampler.amend, notes), starts=(*sampler.starts, (None, notes.columns)))
-    suppress = listed_ids("suppress_tokens", args.suppress_tokens, model.vocab_size) + (
-        eos if args.logits_eos_inf else ()
-    )
-    law = Law(args.temperature, args.top_p, args.top_k, filtered=sampler.needs.filtered, gumbel=args.gumbel)
-    blank = model.relative and any(set(p) <= {model.mask_id} for p in prompts)
-    options = Options(law, suppress, args.min_new_tokens, eos, args.max_nfe, blank, args.check or step)
+    options = _options(model, args, sampler.needs, context.eos_ids, prompts)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
-    asked = torch.tensor(windows, device=model.device)
-    queue = State.begin(canvas, seeds, asked, *sampler.start(canvas))
+    queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
-    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead)
+    return Job(model, args, sampler, policy, options, queue, prompts, stops, single and args.n == 1, tails, ahead)
 
 
-def resolve_model(model: Any) -> Model:
+def resolve_model(model: object) -> Model:
     """A loaded model as it is; anything else goes through `load`."""
     return model if isinstance(model, Model) else load("tiny" if model is None else model)
 
 
-def lay_out(
-    model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True
-) -> tuple[Canvas, list[int], list[int]]:
-    """The canvases of all requests, right-padded, the generation window of each, and its tail.
+def mask_of(model: Model) -> int:
+    """The mask id. Errors: a model that has none."""
+    if model.mask_id is None:
+        raise DllmError("this model has no mask id: it is not a masked-diffusion model")
+    return model.mask_id
+
+
+def defaults(model: Model) -> FamilyDefaults:
+    """What a call uses where it says nothing."""
+    return DEFAULTS.get(model.family, FamilyDefaults())
+
+
+class Layout(NamedTuple):
+    """The canvases of a call."""
+
+    canvas: Canvas  # of all requests, right-padded
+    windows: list[int]  # columns that each request generates
+    tails: list[int]  # columns behind them that only complete the last block of a block-causal model
+
+
+def lay_out(model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True) -> Layout:
+    """Prompts, then masks.
 
     A block-causal model is fed `whole` blocks: masks beyond max_new_tokens fill the last one. They are decoded with
-    early_stop=False only, and never part of an output: the tail.
+    early_stop=False only, and never part of an output: the tail. Errors: prompts that do not fit, masks in them.
     """
-    mask = model.mask_id
-    assert mask is not None
-    starts, rows = [], []
+    mask, starts, rows = mask_of(model), [], []
     for index, prompt in enumerate(prompts):
         new = new_tokens(model, args, len(prompt))
-        check_ids(prompt, model.embedding_rows, f"prompt {index}")
-        holes = [i for i, token in enumerate(prompt) if token == mask]
-        if holes and not args.infill:
-            at = f"prompt {index} contains the mask token at position {holes[0]}"
-            raise DllmError(f"{at}; pass infill=True to fill it")
-        if args.infill and not holes and not new:
-            named = mask if model.tokenizer is None else model.tokenizer.convert_ids_to_tokens(mask)
-            raise DllmError(f"infill=True, but prompt {index} contains no mask token ({named})")
-        if model.shift and (not prompt or (holes and holes[0] == 0)):
-            raise DllmError(f"prompt {index}: with shifted logits position 0 cannot be predicted; begin with a token")
-        starts.append(holes[0] if holes else len(prompt))
+        starts.append(_start(model, prompt, index, args.infill, new))
         rows.append(prompt + [mask] * new)
     tails = [tail(model, len(r)) if whole and not args.infill else 0 for r in rows]
     rows = [r + [mask] * extra for r, extra in zip(rows, tails, strict=True)]
@@ -202,7 +204,24 @@ def lay_out(
     masked = (ids == mask) & (torch.arange(width) < decoded[:, None])
     ids, masked, start, length = (x.to(model.device) for x in (ids, masked, start, length))
     canvas = Canvas(ids, masked, ~masked, start, length, mask)
-    return canvas, [len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)], tails
+    return Layout(canvas, [len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)], tails)
+
+
+def _start(model: Model, prompt: list[int], index: int, infill: bool, new: int) -> int:
+    """The first column to generate. Errors: ids outside the vocabulary, masks where none may stand, or none to fill."""
+    mask = mask_of(model)
+    check_ids(prompt, model.embedding_rows, f"prompt {index}")
+    holes = [i for i, token in enumerate(prompt) if token == mask]
+    if holes and not infill:
+        at = f"prompt {index} contains the mask token at position {holes[0]}"
+        raise DllmError(f"{at}; pass infill=True to fill it")
+    if infill and not holes and not new:
+        named = mask if model.tokenizer is None else model.tokenizer.convert_ids_to_tokens(mask)
+        raise DllmError(f"infill=True, but prompt {index} contains no mask token ({named})")
+    start = holes[0] if holes else len(prompt)
+    if model.shift and not start:
+        raise DllmError(f"prompt {index}: with shifted logits position 0 cannot be predicted; begin with a token")
+    return start
 
 
 def new_tokens(model: Model, args: Arguments, given: int) -> int:
@@ -230,9 +249,33 @@ def tail(model: Model, length: int) -> int:
     return min(-length % (model.block_size or 1), model.max_positions - length)
 
 
-def build_sampler(model: Model, args: Arguments, context: Context, stops: Stops, defaults: FamilyDefaults) -> Sampler:
-    """The sampler of a call: the named ones, then guidance, EOS options and the early stop."""
-    spec = args.sampler if args.sampler is not None else defaults.sampler
+def _context(model: Model, args: Arguments, windows: list[int]) -> Context:
+    longest = max(*windows, 1)
+    block = args.block_length or model.block_size or defaults(model).block_length or longest
+    return Context(
+        block_length=block if model.block_size else min(block, longest),
+        steps=args.steps,
+        windows=tuple(sorted({max(w, 1) for w in windows})),
+        mask_id=mask_of(model),
+        eos_ids=model.eos_ids if args.eos is None else listed_ids("eos", args.eos, model.vocab_size),
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        shift=model.shift,
+        block_size=model.block_size,
+        tokenizer=model.tokenizer,
+        family=model.family,
+    )
+
+
+def _stops(model: Model, args: Arguments, eos: tuple[int, ...]) -> Stops:
+    if args.infill and args.stop:
+        raise DllmError("infill=True fills every hole to its end, so stop strings do not apply: leave stop= out")
+    return Stops.of(() if args.infill else eos, args.stop, model.tokenizer)
+
+
+def _sampler(model: Model, args: Arguments, context: Context, stops: Stops) -> Sampler:
+    """The named samplers, then guidance, EOS options and the early stop."""
+    spec = args.sampler if args.sampler is not None else defaults(model).sampler
     adjust = (EosLast(context.eos_ids),) if args.confidence_eos_eot_inf else ()
     inputs = Guidance(args.cfg_scale, context.mask_id) if args.cfg_scale else None
     tuned = {name: s.parameters for name, s in model.sampler_settings.items()}
@@ -240,3 +283,27 @@ def build_sampler(model: Model, args: Arguments, context: Context, stops: Stops,
     if args.early_stop and not args.infill:
         sampler = sampler._replace(stop=Stop(stops, sampler.needs.revises))
     return sampler
+
+
+def _policy(model: Model, args: Arguments, needs: Needs, name: str) -> Policy:
+    """The cache that was asked for, else the model's. Errors: one that the sampler cannot use."""
+    policy = caches.default(model, needs.caches) if args.cache is None else caches.policy(args.cache)
+    policy = policy.bind(model)
+    if needs.caches is not None and policy.name not in needs.caches:
+        why = f": {needs.caches_why}" if needs.caches_why else ""
+        usable = ", ".join(map(repr, needs.caches))
+        raise DllmError(f"sampler {name!r} cannot use cache {policy.name!r}{why}; use {usable}")
+    return policy
+
+
+def _options(model: Model, args: Arguments, needs: Needs, eos: tuple[int, ...], prompts: list[list[int]]) -> Options:
+    banned = listed_ids("suppress_tokens", args.suppress_tokens, model.vocab_size)
+    return Options(
+        law=Law(args.temperature, args.top_p, args.top_k, filtered=needs.filtered, gumbel=args.gumbel),
+        suppress=banned + eos if args.logits_eos_inf else banned,
+        min_new_tokens=args.min_new_tokens,
+        eos_ids=eos,
+        max_nfe=args.max_nfe,
+        blank=model.relative and any(set(p) <= {model.mask_id} for p in prompts),
+        step=args.check or step,
+    )

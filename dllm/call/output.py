@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dllm.decoding.trace import Trace
 
@@ -28,7 +28,7 @@ class Output:
     seed: int
     trace: Trace | None = None
     lossless: bool | None = None  # with lookahead: whether identity with the plain call is guaranteed
-    stats: dict[str, Any] = field(default_factory=dict)  # of the lookahead
+    stats: dict[str, object] = field(default_factory=dict)  # of the lookahead
 
     @property
     def tokens_per_forward(self) -> float:
@@ -42,6 +42,7 @@ class Output:
 
     @property
     def decode_seconds(self) -> float:
+        """From this row's first answer to its last forward."""
         return self.seconds - self.prefill_seconds
 
     def __str__(self) -> str:

@@ -7,13 +7,14 @@ the ids that its attention mask keeps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from dllm.decoding.stopping import valid_text
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Message, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,13 @@ class Array(Protocol):
         """As nested lists."""
 
 
-Message: TypeAlias = Mapping[str, object]  # "role" and "content"
 Text: TypeAlias = str | Sequence[Message]
 One: TypeAlias = Text | Sequence[int]  # a prompt: text, chat messages or token ids
 Several: TypeAlias = (
     list[str] | tuple[str, ...] | Sequence[Sequence[Message]] | Sequence[Sequence[int]] | Sequence[Array]
 )
 Encoding: TypeAlias = Mapping[str, object]  # what a tokenizer returns: "input_ids", "attention_mask"
+Ids: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | Array
 Prompt: TypeAlias = One | Several | Array | Encoding | Sequence[Encoding]
 Encode: TypeAlias = Callable[[Text], list[int]]
 
@@ -48,15 +49,15 @@ class Padding:
     meaningful: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, tokenizer: Any, pad: int | None, meaningful: Iterable[int | None]) -> Padding:
+    def of(cls, tokenizer: Tokenizer | None, pad: int | None, meaningful: Iterable[int | None]) -> Padding:
         """The tokenizer's own padding id comes before the checkpoint's (`pad`): it is what users pad with."""
-        named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "unk")]
+        named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "unk")]  # foreign
         return cls(
             pad if named[0] is None else named[0], frozenset(i for i in (*meaningful, *named[1:]) if i is not None)
         )
 
 
-def joined(prompt: Any, input_ids: Any, attention_mask: Any) -> Any:
+def joined(prompt: Prompt | None, input_ids: Ids | None, attention_mask: Ids | None) -> Prompt | None:
     """The prompt of a call that may name `input_ids=` and `attention_mask=`, as transformers' `generate` does."""
     if input_ids is not None:
         if prompt is not None:
@@ -66,11 +67,10 @@ def joined(prompt: Any, input_ids: Any, attention_mask: Any) -> Any:
         return prompt
     if prompt is None:
         raise DllmError("attention_mask= says which ids of a prompt are padding: pass the prompt too")
-    ids = prompt if not _encoded(prompt) else prompt["input_ids"]
-    return {"input_ids": ids, "attention_mask": attention_mask}
+    return {"input_ids": prompt["input_ids"] if _encoded(prompt) else prompt, "attention_mask": attention_mask}
 
 
-def read(prompt: Any, encode: Encode, padding: Padding = Padding()) -> tuple[list[list[int]], bool]:
+def read(prompt: object, encode: Encode, padding: Padding = Padding()) -> tuple[list[list[int]], bool]:
     """Token ids of the prompts of a call, without padding, and whether it was a single prompt.
 
     prompt: text, ids, chat messages, a list of any one of these, or a tokenizer's output ({"input_ids": (L,) or (B, L),
@@ -92,9 +92,9 @@ def read(prompt: Any, encode: Encode, padding: Padding = Padding()) -> tuple[lis
     return [encode(p) for p in listed], single
 
 
-def read_one(prompt: Any, encode: Encode, padding: Padding, what: str) -> list[int]:
+def read_one(prompt: object, encode: Encode, padding: Padding, what: str) -> list[int]:
     """Token ids of exactly one prompt, which may be a batch of one or have no ids at all."""
-    if not isinstance(prompt, str | Mapping) and hasattr(prompt, "__len__") and not len(prompt):
+    if not isinstance(prompt, str | Mapping) and isinstance(prompt, Sized) and not len(prompt):
         return []
     rows, _ = read(prompt, encode, padding)
     if len(rows) != 1:
@@ -102,14 +102,14 @@ def read_one(prompt: Any, encode: Encode, padding: Padding, what: str) -> list[i
     return rows[0]
 
 
-def as_list(prompt: Any) -> tuple[list[Any], bool]:
+def as_list(prompt: object) -> tuple[list[Any], bool]:
     """The prompts of a call, and whether it was a single one. Errors: empty batch, mixed types."""
     kind = _kind(prompt)
     if kind in ("text", "ids", "chat"):
         return [prompt], True
     if kind != "list":
         raise _odd(f"one {kind}")
-    prompts = list(prompt)
+    prompts = list(prompt)  # type: ignore[call-overload]  # a sequence, or an array of rows
     if not prompts:
         raise DllmError("the list of prompts is empty")
     kinds = {"ids" if _is_ids(p) else _kind(p) for p in prompts}
@@ -127,7 +127,7 @@ def check_ids(ids: list[int], vocabulary: int, what: str) -> None:
         raise DllmError(f"{what} holds the id {bad}, outside the vocabulary")
 
 
-def listed_ids(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
+def listed_ids(name: str, value: object, vocabulary: int) -> tuple[int, ...]:
     """The token ids of an argument: one, or several. Errors: anything else, ids outside the vocabulary."""
     listed = (value,) if is_id(value) else value
     if not isinstance(listed, Collection) or isinstance(listed, bytes) or not all(map(is_id, listed)):
@@ -138,15 +138,15 @@ def listed_ids(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
     return ids
 
 
-def is_id(value: Any) -> bool:
+def is_id(value: object) -> bool:
     """Whether a value is an integer; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _kind(prompt: Any) -> str:
+def _kind(prompt: object) -> str:
     if isinstance(prompt, str):
         return "text"
-    if hasattr(prompt, "tolist"):  # a tensor or an array
+    if isinstance(prompt, Array):
         return _kind(prompt.tolist())
     if isinstance(prompt, Mapping):
         return "message"
@@ -162,9 +162,9 @@ def _kind(prompt: Any) -> str:
     raise _odd(type(prompt).__name__)
 
 
-def _is_ids(prompt: Any) -> bool:
+def _is_ids(prompt: object) -> bool:
     """Whether a prompt is ids; an empty sequence is."""
-    return not isinstance(prompt, str) and (_kind(prompt) == "ids" or (hasattr(prompt, "__len__") and not len(prompt)))
+    return not isinstance(prompt, str) and (_kind(prompt) == "ids" or (isinstance(prompt, Sized) and not len(prompt)))
 
 
 def _odd(what: str) -> DllmError:
@@ -173,18 +173,18 @@ def _odd(what: str) -> DllmError:
     )
 
 
-def _encoded(prompt: Any) -> bool:
+def _encoded(prompt: object) -> TypeGuard[Encoding]:
     """Whether a prompt is what a tokenizer returns: a mapping with input_ids."""
     return isinstance(prompt, Mapping) and "input_ids" in prompt
 
 
-def _only_text(encoding: Mapping[str, Any]) -> None:
+def _only_text(encoding: Encoding) -> None:
     other = sorted(set(encoding) - {"input_ids", "attention_mask"} - IGNORED)
     if other:
         raise DllmError(f"only text can be decoded; the tokenizer's output also holds {', '.join(other)}")
 
 
-def _texts(prompt: Any) -> Iterable[str]:
+def _texts(prompt: object) -> Iterable[str]:
     """Every string of a prompt."""
     if isinstance(prompt, str):
         yield prompt
@@ -199,23 +199,23 @@ def _texts(prompt: Any) -> Iterable[str]:
 # -- padding --------------------------------------------------------------------------------------------------------
 
 
-def _read_ids(given: Any, mask: Any, padding: Padding) -> tuple[list[list[int]], bool]:
+def _read_ids(given: object, mask: object, padding: Padding) -> tuple[list[list[int]], bool]:
     listed, single = as_list(given)
     if not all(_is_ids(p) for p in listed):
         raise DllmError("input_ids and attention_mask are token ids and their mask, not text")
     rows = [[int(i) for i in p] for p in listed]
     if mask is None:
-        return _without_padding(rows, hasattr(given, "tolist"), padding), single
-    masks = mask.tolist() if hasattr(mask, "tolist") else mask
+        return _without_padding(rows, isinstance(given, Array), padding), single
+    masks = mask.tolist() if isinstance(mask, Array) else mask
     masks = [masks] if single or not isinstance(masks, Sequence) else list(masks)
     if len(masks) != len(rows):
         raise DllmError(f"attention_mask has {len(masks)} rows for {len(rows)} prompts: it has the shape of input_ids")
     return [_kept(i, *pair) for i, pair in enumerate(zip(rows, masks, strict=True))], single
 
 
-def _kept(index: int, ids: list[int], mask: Any) -> list[int]:
+def _kept(index: int, ids: list[int], mask: object) -> list[int]:
     """The ids that the mask keeps. Errors: another length, values beside 0 and 1, a hole inside the text."""
-    mask = mask.tolist() if hasattr(mask, "tolist") else mask
+    mask = mask.tolist() if isinstance(mask, Array) else mask
     mask = list(mask) if isinstance(mask, Sequence) else [mask]
     if len(mask) != len(ids):
         raise DllmError(f"attention_mask of prompt {index} has {len(mask)} values for {len(ids)} ids")

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character, perhaps not yet
 
@@ -41,10 +42,10 @@ class Stops:
 
     eos_ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
 
     @classmethod
-    def of(cls, eos_ids: Iterable[int], stop: str | Iterable[str] | None, tokenizer: Any) -> Stops:
+    def of(cls, eos_ids: Iterable[int], stop: str | Iterable[str] | None, tokenizer: Tokenizer | None) -> Stops:
         """Errors: stop strings that are none (see `stop_strings`), or without a tokenizer."""
         strings = stop_strings(stop)
         if strings and tokenizer is None:
@@ -168,19 +169,19 @@ def _is_byte(name: str | None) -> bool:
     return name is not None and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
 
 
-def _joins_words(tokenizer: Any) -> bool:
+def _joins_words(tokenizer: Tokenizer) -> bool:
     """Whether the decoder takes back a space before punctuation that comes later (WordPiece)."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return type(getattr(backend, "decoder", None)).__name__ == "WordPiece" or (
-        bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        and type(getattr(backend, "model", None)).__name__ != "BPE"
-    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # foreign
+    decoder, model = (type(getattr(backend, part, None)).__name__ for part in ("decoder", "model"))  # foreign
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)  # foreign
+    return decoder == "WordPiece" or (bool(cleans) and model != "BPE")
 
 
-def _special_tokens(tokenizer: Any) -> set[str]:
+def _special_tokens(tokenizer: Tokenizer | None) -> set[str]:
     """The strings of the tokens that `skip_special_tokens` leaves out."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {str(t) for t in added if getattr(t, "special", False)} | set(getattr(tokenizer, "all_special_tokens", ()))
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()  # foreign
+    special = {str(t) for t in added if getattr(t, "special", False)}  # foreign
+    return special | set(getattr(tokenizer, "all_special_tokens", ()))  # foreign
 
 
 @dataclass(frozen=True)
