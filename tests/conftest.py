@@ -1,11 +1,41 @@
-"""Test configuration: one thread, so that parallel runs do not fight for the cores, and the options of the sweeps."""
+"""Test configuration: one thread, as parallel runs share the cores; the fast ring; the options of the sweeps."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import sweeps
 import torch
 
 torch.set_num_threads(1)
+
+
+# `pytest -m fast`, before every commit: these files without what has a ring of its own. Hand examples, rules on the
+# bar, contracts, golden decodes. Other files are not even imported then.
+FAST = {
+    "test_architecture.py", "test_bars.py", "test_cache.py", "test_drafting_search.py", "test_engine.py",
+    "test_eval_config.py", "test_eval_metrics.py", "test_generate.py", "test_golden_decodes.py",
+    "test_lookahead_rules.py", "test_models.py", "test_prediction.py", "test_prompts.py",
+    "test_samplers_hand.py", "test_samplers_identities.py", "test_spec.py", "test_stopping.py",
+    "test_training_tasks.py",
+}  # fmt: skip
+RINGS = ("sweep", "ray", "smollm")
+LONG = "trained"  # golden decodes of the checkpoint with long answers: the suite has them
+
+
+def pytest_ignore_collect(collection_path: Path, config) -> bool | None:
+    if config.getoption("markexpr") == "fast" and collection_path.name.startswith("test_"):
+        return collection_path.name not in FAST
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        long = item.path.name == "test_golden_decodes.py" and LONG in item.name
+        if item.path.name in FAST and not long and not any(item.get_closest_marker(ring) for ring in RINGS):
+            item.add_marker("fast")
 
 
 def pytest_addoption(parser) -> None:
