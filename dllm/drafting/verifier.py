@@ -23,8 +23,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from dllm.drafting.control import Controller
 from dllm.drafting.proposal import EMPTY, Proposal, chain
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KINDS = ("full_attention", "sliding_attention")
-STORED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # what a gather by slots rearranges completely
+# what a gather by slots rearranges completely; layers that store nothing are a class of their own since transformers 5.23
+STORED = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))  # foreign
 # their attention counts slots behind the mask's back, and only in texts longer than a window, which no rehearsal sees
 BY_SLOT = {"gpt_neo": "chains", "moshi": "nothing"}
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the spread of the logits; half precision: 0.1
