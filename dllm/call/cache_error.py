@@ -12,7 +12,6 @@ from torch import Tensor
 from dllm.call.arguments import DecodingArguments
 from dllm.call.job import prepare
 from dllm.call.prompts import One, Prompt, Several
-from dllm.decoding.cache.policy import NoCache
 from dllm.decoding.canvas import Plan, Span, State
 from dllm.decoding.engine import Answer, Runner
 from dllm.decoding.meter import Meter
@@ -43,7 +42,7 @@ class Compared(Runner):
         answer = super().forward(state, window, plan, requests)
         if not plan.stored:
             return answer
-        whole = NoCache(block_size=self.model.block_size, shift=self.model.shift).whole(state, window)
+        whole = self.policy.whole(state, window)
         counted, self.meter = self.meter, self.uncounted
         exact = super().forward(state, window, whole, requests)
         self.meter = counted

@@ -6,13 +6,15 @@ columns. `Canvas` is the only writer of tokens: `write` replaces some, `apply` c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.columns import splice
+from dllm.decoding.columns import Edit, splice
 
 
 class Decision(NamedTuple):
@@ -22,10 +24,10 @@ class Decision(NamedTuple):
     token: Tensor  # (B, L): a commit, an edit, or the mask id for a re-masking
     done: Tensor  # (B,) bool: the row is finished after this step
     fill: Tensor | None = None  # (B,) bool: every mask that is left gets its prediction, then the row is finished
-    edits: tuple[tuple[int, int, int, tuple[int, ...]], ...] = ()  # (row, column, n_delete, tokens), old columns
+    edits: tuple[Edit, ...] = ()  # of the length, on old columns
 
     @property
-    def ordered(self) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    def ordered(self) -> list[Edit]:
         """The edits from right to left, so that each one finds its columns where they were."""
         return sorted(self.edits, key=lambda e: (e[0], -e[1]))
 
@@ -48,29 +50,22 @@ class Canvas(NamedTuple):
 
     def apply(self, d: Decision) -> Canvas:
         """The canvas after the decision: writes on old columns first, then length edits from right to left."""
-        after = self.write(d.write, d.token)
-        for edit in d.ordered:
-            after = after._splice(*edit)
-        return after
+        return reduce(Canvas._splice, d.ordered, self.write(d.write, d.token))
 
-    def _splice(self, row: int, column: int, n_delete: int, tokens: tuple[int, ...]) -> Canvas:
-        """Replace `n_delete` columns by `tokens`; what is pushed beyond the allocated width is dropped."""
-        new, length = self.ids.new_tensor(tokens), self.length.clone()
+    def _splice(self, edit: Edit) -> Canvas:
+        """The columns of one length edit replaced by its tokens; what is pushed beyond the width is dropped."""
+        (row, _, n_delete, tokens), length = edit, self.length.clone()
         length[row] += len(tokens) - n_delete
-        given = self.ids, self.masked, self.frozen
-        spliced = zip(given, (new, new == self.mask_id, torch.zeros_like(new, dtype=torch.bool)), strict=True)
-        ids, masked, frozen = (splice(table, row, column, n_delete, values) for table, values in spliced)
-        return self._replace(ids=ids, masked=masked, frozen=frozen).cut(length.clamp(max=self.ids.shape[1]))
+        new = self.ids.new_tensor(tokens)
+        ids, masked = splice(self.ids, edit, new), splice(self.masked, edit, new == self.mask_id)
+        after = self._replace(ids=ids, masked=masked, frozen=splice(self.frozen, edit))
+        return after.cut(length.clamp(max=ids.shape[1]))
 
     def cut(self, length: Tensor) -> Canvas:
         """The canvas with its rows cut to `length` (B,) columns; what was behind becomes padding."""
         outside = torch.arange(self.ids.shape[1], device=self.ids.device) >= length[:, None]
-        return self._replace(
-            ids=self.ids.masked_fill(outside, 0),
-            masked=self.masked & ~outside,
-            frozen=self.frozen | outside,
-            length=length,
-        )
+        ids = self.ids.masked_fill(outside, 0)
+        return self._replace(ids=ids, masked=self.masked & ~outside, frozen=self.frozen | outside, length=length)
 
     def first_masked(self) -> Tensor:
         """(B,) the leftmost masked column, L where none is left."""
@@ -80,13 +75,7 @@ class Canvas(NamedTuple):
 
 def splice_columns(columns: Leaves, d: Decision) -> Leaves:
     """Carry the per-column leaves through the length edits of a decision; inserted columns are zero."""
-    return _map(lambda leaf: _spliced(leaf, d), columns)
-
-
-def _spliced(leaf: Tensor, d: Decision) -> Tensor:
-    for row, column, n_delete, tokens in d.ordered:
-        leaf = splice(leaf, row, column, n_delete, leaf.new_zeros((len(tokens), *leaf.shape[2:])))
-    return leaf
+    return _map(lambda leaf: reduce(splice, d.ordered, leaf), columns)
 
 
 class Cached(NamedTuple):
@@ -100,11 +89,6 @@ class Cached(NamedTuple):
     frontier: Tensor  # block-causal models: the columns below are final and stored
     end: Tensor  # block-causal models: the columns below are stored
 
-    @classmethod
-    def nothing(cls, like: Tensor) -> Cached:
-        """Of rows whose lanes hold nothing; `like` (B,) integers."""
-        return cls._make([torch.full_like(like, -1)] * len(cls._fields))
-
     def forget(self, rows: Tensor) -> Cached:
         """The same without what `rows` (B,) bool had stored."""
         return Cached._make(torch.where(rows, -1, leaf) for leaf in self)
@@ -112,6 +96,7 @@ class Cached(NamedTuple):
 
 Leaf: TypeAlias = tuple[Tensor, ...]  # a NamedTuple of tensors whose first dimension is the rows
 L = TypeVar("L", bound=Leaf)
+T = TypeVar("T")
 
 
 class Leaves(dict[type[Leaf], Leaf]):
@@ -150,8 +135,8 @@ class State(NamedTuple):
     def begin(cls, canvas: Canvas, seed: Tensor, asked: Tensor, memory: Leaves, columns: Leaves) -> State:
         """Rows that have not stepped yet; `seed` and `asked` (B,), the leaves as `Sampler.start` gives them."""
         zero = torch.zeros_like(canvas.start)
-        no = zero.bool()
-        return cls(canvas, zero, seed, asked, Cached.nothing(zero), no, no, memory, columns)
+        nothing, no = Cached._make([zero - 1] * len(Cached._fields)), zero.bool()
+        return cls(canvas, zero, seed, asked, nothing, no, no, memory, columns)
 
     @property
     def rows(self) -> int:
@@ -159,18 +144,20 @@ class State(NamedTuple):
         return self.step.shape[0]
 
     def take(self, rows: Tensor) -> State:
+        """Some rows, by index."""
         return _map(lambda x: x[rows], self)
 
     def put(self, rows: Tensor, other: State) -> State:
+        """These rows with those at `rows` replaced."""
+
         def write(x: Tensor, y: Tensor) -> Tensor:
             x, y = _match(x, y)
-            x = x.clone()
-            x[rows] = y
-            return x
+            return x.index_copy(0, rows, y)
 
         return _map(write, self, other)
 
     def cat(self, other: State) -> State:
+        """These rows, then the other ones."""
         return _map(lambda x, y: torch.cat(_match(x, y)), self, other)
 
 
@@ -190,16 +177,18 @@ def _padded(x: Tensor, sizes: list[int]) -> Tensor:
     return F.pad(x, [n for a, b in zip(x.shape[:0:-1], sizes[::-1], strict=True) for n in (0, b - a)])
 
 
-def _map(f: Any, first: Any, *rest: Any) -> Any:
+def _map(f: Callable[..., Tensor], first: T, *rest: T) -> T:
     """Apply `f` to the tensors of like-shaped nests of NamedTuples and leaves."""
+    made: object = first
     if isinstance(first, Tensor):
-        return f(first, *rest)
-    if isinstance(first, Leaves):
-        return Leaves({kind: _map(f, leaf, *(r[kind] for r in rest)) for kind, leaf in first.items()})
-    if isinstance(first, tuple):
-        values = (_map(f, *leaves) for leaves in zip(tuple(first), *(tuple(r) for r in rest), strict=True))
-        return type(first)(*values)
-    return first
+        made = f(first, *rest)
+    elif isinstance(first, Leaves):
+        others = cast("tuple[Leaves, ...]", rest)
+        made = Leaves({kind: _map(f, leaf, *(o[kind] for o in others)) for kind, leaf in first.items()})
+    elif isinstance(first, tuple):
+        fields = zip(first, *cast("tuple[tuple[object, ...], ...]", rest), strict=True)
+        made = type(first)(*(_map(f, *leaves) for leaves in fields))
+    return cast("T", made)
 
 
 class Span(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,18 @@ def spread(index: Tensor, table: Tensor) -> Tensor:
     return index.view(*index.shape, *[1] * (table.dim() - 2)).expand(*index.shape, *table.shape[2:])
 
 
-def splice(table: Tensor, row: int, column: int, n_delete: int, new: Tensor) -> Tensor:
-    """The table (B, L, ...) with `n_delete` columns of a row replaced by `new` (n, ...), cut or zero-filled to L."""
-    old, width = table[row], table.shape[1]
+Edit: TypeAlias = tuple[int, int, int, tuple[int, ...]]  # (row, column, n_delete, tokens)
+
+
+def splice(table: Tensor, edit: Edit, new: Tensor | None = None) -> Tensor:
+    """The table (B, L, ...) after a length edit that puts `new` (n, ...) in, None: as many zeros as tokens.
+
+    What is pushed beyond L is dropped, what is missing there is zero.
+    """
+    (row, column, n_delete, tokens), width = edit, table.shape[1]
+    old = table[row]
+    if new is None:
+        new = old.new_zeros((len(tokens), *old.shape[1:]))
     values = torch.cat([old[:column], new, old[column + n_delete :]])[:width]
     table = table.clone()
     table[row] = 0

@@ -27,8 +27,9 @@ class Prefix(Policy):
     blockwise: ClassVar[bool | None] = False
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """From the block's first column to the end of the row."""
         lo = window.lo - self.shift
-        return span_plan(state, window, lo, state.canvas.length, lane=lane, shift=self.shift)
+        return span_plan(state, window, lane, lo, state.canvas.length, self.shift)
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Dual(Policy):
     right: int = param(0, "columns recomputed right of the window", low=0)
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The window and its margins."""
         lo, hi = window.lo - max(self.left, self.shift), window.hi + self.right
-        return span_plan(state, window, lo, hi, lane=lane, shift=self.shift)
+        return span_plan(state, window, lane, lo, hi, self.shift)
 
 
 class Opened(NamedTuple):
@@ -56,12 +58,12 @@ class Opened(NamedTuple):
 class Dated(Policy):
     """Base of the policies that count the steps since the window's epoch began."""
 
-    blockwise: ClassVar[bool | None] = False
-
     def memory(self, canvas: Canvas) -> Opened:
+        """No epoch has begun."""
         return Opened(torch.full_like(canvas.start, -1), torch.zeros_like(canvas.start))
 
     def note(self, state: State, window: Span) -> State:
+        """When the epoch of the window began."""
         before = state.memory[Opened]
         since = torch.where(window.epoch != before.epoch, state.step, before.since)
         return state._replace(memory=state.memory.plus(Opened(window.epoch, since)))
@@ -82,6 +84,7 @@ class Interval(Dated, Dual):
     every: int = param(0, "0: refresh at a new block only, as dInfer does", low=0)
 
     def holds(self, state: State, window: Span) -> Cached:
+        """What the steps of the warm-up, then every `every`-th step of an epoch, refresh."""
         refreshes = state.step.clamp(max=max(self.warmup - 1, 0))
         if self.every:
             refreshes = refreshes + self.age(state) // self.every
@@ -115,9 +118,10 @@ class Scattered(Policy):
         """(B, L) bool: the columns that this step recomputes, whatever it reads."""
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """The columns of `redo`, and whatever else the step reads."""
         redo = self.redo(state)
         redo = redo | marked(window.sources(self.shift), redo.shape[1])
-        return gather_plan(state, indices(redo), lane=lane, refresh=False, stored=True)
+        return gather_plan(state, indices(redo), lane)
 
 
 @dataclass(frozen=True)
@@ -132,16 +136,20 @@ class DKVCache(Dated, Scattered):
     every: int = param(8, "bounds how stale a token may get; the paper tries 2 to 16", low=1)
 
     def columns(self, canvas: Canvas) -> Fed:
+        """All masks are recomputed."""
         return Fed(canvas.masked, canvas.masked)
 
     def redo(self, state: State) -> Tensor:
+        """The masks that the previous forward saw."""
         return state.columns[Fed].redo
 
     def note(self, state: State, window: Span) -> State:
+        """What this forward feeds as masks, the next one recomputes."""
         fed = Fed(masked=state.canvas.masked, redo=state.columns[Fed].masked)
         return super().note(state._replace(columns=state.columns.plus(fed)), window)
 
     def holds(self, state: State, window: Span) -> Cached:
+        """What the first two steps of an epoch, then every `every`-th one, refresh."""
         age = self.age(state)
         return state.cached._replace(epoch=window.epoch, refreshes=age.clamp(max=1) + age // self.every)
 
@@ -163,13 +171,16 @@ class DLLMCache(Scattered):
     rho: float = param(0.25, "the paper's share of the response", low=0, high=1)
 
     def columns(self, canvas: Canvas) -> Computed:
+        """Nothing has been computed."""
         never = torch.full_like(canvas.ids, -1)
         return Computed(never, never, canvas.masked)
 
     def redo(self, state: State) -> Tensor:
+        """The response, or a part of it."""
         return state.columns[Computed].redo
 
     def note(self, state: State, window: Span) -> State:
+        """Which columns this step computes, and with what tokens."""
         canvas, before = state.canvas, state.columns[Computed]
         cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
         response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
@@ -182,6 +193,7 @@ class DLLMCache(Scattered):
         return state._replace(columns=state.columns.plus(Computed(ids, when, redo)))
 
     def holds(self, state: State, window: Span) -> Cached:
+        """What every `prompt_every`-th step refreshes."""
         return state.cached._replace(epoch=state.step // self.prompt_every)
 
     def _part(self, state: State, window: Span, response: Tensor) -> Tensor:

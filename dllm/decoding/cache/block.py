@@ -50,8 +50,7 @@ class Block(Policy):
         """The open block and what is not in the store yet; of these keys and values only the clean ones stay."""
         pos = self.span(state, window)
         clean = (pos >= 0) & (pos < window.holds.frontier[:, None])
-        limit = pos.amax(1) + 1
-        return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=limit, keep=clean)
+        return gather_plan(state, pos, lane, limit=pos.amax(1) + 1, keep=clean)
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The same: the open block, whose keys and values do not stay."""
@@ -84,8 +83,8 @@ class BlockDual(Block):
     def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The open block and what is not in the store yet; all of it stays."""
         pos = self.span(state, window)
-        return gather_plan(state, pos, lane=lane, refresh=False, stored=True, limit=pos.amax(1) + 1)
+        return gather_plan(state, pos, lane, limit=pos.amax(1) + 1)
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The window."""
-        return span_plan(state, window, window.lo, window.hi, lane=lane, shift=self.shift)
+        return span_plan(state, window, lane, window.lo, window.hi, self.shift)

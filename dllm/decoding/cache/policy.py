@@ -37,44 +37,36 @@ Rows = Tensor | None  # (N,) indices of rows; None: all of them
 
 
 def gather_plan(
-    state: State,
-    pos: Tensor,
-    *,
-    lane: Tensor | None,
-    refresh: bool,
-    stored: bool,
-    limit: Tensor | None = None,
-    keep: Tensor | None = None,
+    state: State, pos: Tensor, lane: Tensor | None, limit: Tensor | None = None, keep: Tensor | None = None
 ) -> Plan:
     """The plan that feeds the canvas at `pos` (N, Q), -1 for padding.
 
-    With a store (`stored`), queries see the columns below `limit` (N,), None: all of their row, and what they compute
-    stays where `keep` (N, Q) holds, None: everywhere. refresh: a full forward, query index = column.
+    `lane` (N,) says where each row's keys and values are, None: without a store. With one, queries see the columns
+    below `limit` (N,), None: all of their row, and what they compute stays where `keep` (N, Q) holds, None: everywhere.
     """
-    canvas = state.canvas
-    ids = canvas.ids.gather(1, pos.clamp(min=0))
+    ids = state.canvas.ids.gather(1, pos.clamp(min=0))
     visible = None
-    if stored:
-        limit = canvas.length if limit is None else limit
+    if lane is not None:
+        limit = state.canvas.length if limit is None else limit
         visible = (torch.arange(int(limit.max()), device=pos.device) < limit[:, None])[:, None]  # (N, 1, S)
-    return Plan(ids=ids, pos=pos, fresh=None, keep=keep, visible=visible, lane=lane, refresh=refresh, stored=stored)
+    return Plan(ids, pos, fresh=None, keep=keep, visible=visible, lane=lane, refresh=False, stored=lane is not None)
 
 
-def full_plan(state: State, *, lane: Tensor | None = None, stored: bool = False) -> Plan:
-    """Every column of every row."""
+def full_plan(state: State, lane: Tensor | None = None) -> Plan:
+    """Every column of every row; with a store it opens a new epoch."""
     pos = between(torch.zeros_like(state.step), state.canvas.length)
-    return gather_plan(state, pos, lane=lane, refresh=True, stored=stored)
+    return gather_plan(state, pos, lane)._replace(refresh=True)
 
 
-def span_plan(state: State, window: Span, lo: Tensor, hi: Tensor, *, lane: Tensor, shift: int) -> Plan:
+def span_plan(state: State, window: Span, lane: Tensor, lo: Tensor, hi: Tensor, shift: int) -> Plan:
     """The columns [lo, hi), each (B,), against the stored rest of the row, and whatever else the step reads."""
     lo, hi = lo.clamp(min=0), torch.minimum(hi, state.canvas.length)
     pos, source = between(lo, hi), window.sources(shift)
     outside = (source >= 0) & ((source < lo[:, None]) | (source >= hi[:, None]))
     if not bool(outside.any()):
-        return gather_plan(state, pos, lane=lane, refresh=False, stored=True)
+        return gather_plan(state, pos, lane)
     more = torch.where(outside, source, -1)[:, outside.any(0)]
-    plan = gather_plan(state, torch.cat([pos, more], 1), lane=lane, refresh=False, stored=True)
+    plan = gather_plan(state, torch.cat([pos, more], 1), lane)
     if window.aside is None or plan.visible is None:
         return plan
     # a region that is only looked at (Prophet) is private to the forward: reading it changes nothing
@@ -168,14 +160,14 @@ class Policy(ABC):
         """The forwards of this tick, each with the rows it serves. Refreshing and stepping rows differ in shape."""
         if not self.stored:
             return [(None, self.step(state, window, lane))]
-        stale = self.stale(state, window).tolist()
-        if len(set(stale)) == 1:
-            forward = self.refresh if stale[0] else self.step
-            return [(None, forward(state, window, lane))]
-        plans: list[tuple[Rows, Plan]] = []
+        stale, plans = self.stale(state, window).tolist(), list[tuple[Rows, Plan]]()
         for flag, forward in ((True, self.refresh), (False, self.step)):
-            rows = torch.tensor([i for i, s in enumerate(stale) if s is flag], device=lane.device)
-            plans.append((rows, forward(state.take(rows), window.take(rows), lane[rows])))
+            at = [i for i, s in enumerate(stale) if s is flag]
+            if len(at) == len(stale):
+                return [(None, forward(state, window, lane))]
+            if at:
+                rows = torch.tensor(at, device=lane.device)
+                plans.append((rows, forward(state.take(rows), window.take(rows), lane[rows])))
         return plans
 
     def stale(self, state: State, window: Span) -> Tensor:
@@ -185,11 +177,18 @@ class Policy(ABC):
 
     def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The forward of the stale rows (N); `lane` (N,) holds each one's keys and values. Default: a full one."""
-        return full_plan(state, lane=lane, stored=True)
+        return full_plan(state, lane)
 
     @abstractmethod
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The forward of the other rows (N): it covers at least `window.sources(shift)`, what the step reads."""
+
+    def whole(self, state: State, window: Span) -> Plan:
+        """A forward without a store of all that the answer hangs on: a block-causal model sees nothing behind its block."""
+        if self.block_size is None:
+            return full_plan(state)
+        end = self.ahead_of(self.block_end(state, window), state)
+        return gather_plan(state, between(torch.zeros_like(end), end), lane=None)
 
     # -- blocks of a block-causal model -----------------------------------------------------------------------------
 
@@ -213,11 +212,5 @@ class NoCache(Policy):
     stored: ClassVar[bool] = False
 
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+        """Everything."""
         return self.whole(state, window)
-
-    def whole(self, state: State, window: Span) -> Plan:
-        """Everything that the answer can depend on: a block-causal model sees nothing right of the block."""
-        if self.block_size is None:
-            return full_plan(state)
-        end = self.ahead_of(self.block_end(state, window), state)
-        return gather_plan(state, between(torch.zeros_like(end), end), lane=None, refresh=False, stored=False)
