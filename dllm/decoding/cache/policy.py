@@ -184,7 +184,7 @@ class Policy(ABC):
         """The forward of the other rows (N): it covers at least `window.sources(shift)`, what the step reads."""
 
     def whole(self, state: State, window: Span) -> Plan:
-        """A forward without a store of all that the answer hangs on: a block-causal model sees nothing behind its block."""
+        """A forward without a store of all that counts: a block-causal model sees nothing behind its block."""
         if self.block_size is None:
             return full_plan(state)
         end = self.ahead_of(self.block_end(state, window), state)
