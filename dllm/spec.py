@@ -421,12 +421,17 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assignment(text: str) -> tuple[Keys, Any]:
-    """The keys and the value of a `--set key.sub=value`; digits are a position in a list."""
+    """The keys and the value of a `--set key.sub=value`."""
     key, equals, said = text.partition("=")
-    keys = tuple(int(part) if part.isdigit() else part for part in key.strip().split(".") if part)
+    keys = dotted(key.strip())
     if not equals or not keys:
         raise DllmError(f"--set {text!r}: write key=value, for example --set sampler.name=credit")
     return keys, value(said)
+
+
+def dotted(text: str) -> Keys:
+    """`tasks.0.name` as keys; digits are a position in a list."""
+    return tuple(int(part) if part.isdigit() else part for part in text.split(".") if part)
 
 
 def assign(data: object, keys: Keys, item: object, place: str) -> Any:

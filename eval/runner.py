@@ -20,7 +20,7 @@ from dllm.drafting.loop import SpecConfig
 from dllm.drafting.registry import is_drafter_name
 from dllm.errors import DllmError, unknown
 from dllm.eval import engines, metrics
-from dllm.eval.config import Config, GenerateSpec, ModelSpec, Setting, Source, TaskSpec, load
+from dllm.eval.config import Config, GenerateSpec, ModelSpec, Setting, TaskSpec, load
 from dllm.eval.data import rehearse as examples
 from dllm.eval.store import Row, Store, read_mapping, read_rows, write, write_csv
 from dllm.eval.tasks import confined
@@ -29,10 +29,11 @@ from dllm.eval.tasks.scorers import UNCONFINED
 from dllm.eval.worker import Job, arguments, available, environment, occasion
 from dllm.lookahead.setting import Lookahead
 from dllm.samplers import registry
+from dllm.spec import Source
 
 log = logging.getLogger(__name__)
 
-TINY = ModelSpec("tiny", device="cpu")
+TINY, TWIN = ModelSpec("tiny", device="cpu"), ModelSpec("tiny-ar")
 DRY_DOCUMENTS, DRY_TOKENS, DRY_BLOCK = 2, 16, 8  # enough to pass through every part of a run in seconds
 REHEARSED = (
     f"a rehearsal: the embedded model, {DRY_DOCUMENTS} documents a task, {DRY_TOKENS} tokens; its figures mean nothing"
@@ -223,8 +224,8 @@ def rehearsal(config: Config) -> Config:
         generate = replace(g, max_new_tokens=DRY_TOKENS, block_length=block, steps=g.steps and DRY_TOKENS, chat=None)
         spec = setting.speculate
         if spec is not None:
-            local = spec.drafter == "none" or is_drafter_name(spec.drafter)
-            spec = replace(spec, verifier="tiny-ar", drafter=spec.drafter if local else "model")
+            local = spec.drafter.name == "none" or is_drafter_name(spec.drafter.name)
+            spec = replace(spec, verifier=TWIN, drafter=spec.drafter if local else ModelSpec("model"))
         return replace(setting, model=TINY, sampler=_own_filter(setting.sampler), generate=generate, speculate=spec)
 
     settings = tuple(map(short, config.settings))

@@ -47,7 +47,7 @@ def decoding_identity(setting: Setting, generate: Mapping[str, Any], seed: int) 
     """Everything besides model and document that decides an output, under the setting's name: two names for one thing
     stay two lines of the report.
     """
-    drafting = setting.speculate and [setting.speculate.verifier, setting.speculate.drafter, setting.speculate.options]
+    drafting = (s := setting.speculate) and [s.verifier.title, s.drafter.title, s.options]
     return {"setting": setting.label, "seed": seed, "generate": generate, "speculate": drafting}
 
 

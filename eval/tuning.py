@@ -27,13 +27,14 @@ from scipy.stats import qmc
 
 from dllm.errors import DllmError
 from dllm.eval import metrics
-from dllm.eval.config import build, describe, gather, make
+from dllm.eval.config import build, describe, gather
 from dllm.eval.report import table
 from dllm.eval.runner import Results, read, run
 from dllm.eval.store import Row, write
 from dllm.models.hub import locate
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.samplers import registry
+from dllm.spec import build as from_mapping
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def tune(
     data, source = gather(config, sets)
     if "tune" not in data:
         raise source.error((), "there is no `tune:`; give it `space:`, the samplers and parameters to search")
-    spec: TuneSpec = make(TuneSpec, data.pop("tune"), ("tune",), source)
+    spec = from_mapping(TuneSpec, data.pop("tune"), source, ("tune",))
     data.update({k: v for k, v in (("limit", limit), ("seed", seed)) if v is not None})
     for axis in ("matrix", "sampler"):
         if axis in data:

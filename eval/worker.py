@@ -126,13 +126,13 @@ class Worker:
             self._spec, self._marks[spec.title] = spec, self._model.identity()
         return self._model
 
-    def verifier(self, name: str) -> Verifier:
+    def verifier(self, spec: ModelSpec) -> Verifier:
         """The loaded verifier; the one before it is let go first."""
-        if name not in self._verifiers:
+        if spec.title not in self._verifiers:
             self._verifiers.clear()
-            self._verifiers[name] = as_verifier(name)
-            self._marks[name] = fingerprint(self._verifiers[name].model)
-        return self._verifiers[name]
+            self._verifiers[spec.title] = as_verifier(spec)
+            self._marks[spec.title] = fingerprint(self._verifiers[spec.title].model)
+        return self._verifiers[spec.title]
 
     def weights(self, index: int) -> dict[str, str]:
         """`weights_of` one of the configuration's settings."""
@@ -144,12 +144,12 @@ class Worker:
         if names[0] not in self._marks:
             self.model(setting.model)
         if setting.speculate:
-            names.append(setting.speculate.verifier)
+            names.append(setting.speculate.verifier.title)
             if names[1] not in self._marks:
-                self.verifier(names[1])
+                self.verifier(setting.speculate.verifier)
             drafter = self._drafter(setting.speculate.drafter, None)  # one that cannot be loaded is found out now
             if (network := getattr(drafter, "model", None)) is not None:
-                names.append(f"drafter {setting.speculate.drafter}")
+                names.append(f"drafter {setting.speculate.drafter.title}")
                 if names[2] not in self._marks:
                     network, suffix = getattr(network, "transformer", network), str(getattr(drafter, "suffix", None))
                     self._marks[names[2]] = fingerprint(network, suffix)
@@ -225,15 +225,15 @@ class Worker:
         result = dllm.speculate(verifier, drafter, prompt, seed=seed, **given, **spec.options)
         return Drafted(result)
 
-    def _drafter(self, name: str, model: Any) -> Any:
+    def _drafter(self, spec: ModelSpec, model: Any) -> Any:
         """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""
-        if name in ("model", "none"):
-            return model if name == "model" else None
-        if is_drafter_name(name):
-            return name
-        if name not in self._drafters:
-            self._drafters[name] = as_drafter(name)
-        return self._drafters[name]
+        if spec.name in ("model", "none"):
+            return model if spec.name == "model" else None
+        if is_drafter_name(spec.name):
+            return spec.name
+        if spec.title not in self._drafters:
+            self._drafters[spec.title] = as_drafter(spec)
+        return self._drafters[spec.title]
 
     # ---------------------------------------------------------------------------------------------------------- results
 

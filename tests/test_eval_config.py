@@ -96,7 +96,7 @@ def test_a_saved_configuration_reads_back_as_itself(tmp_path):
     ("text", "message"),
     [
         ("tasks: [sudoku]\nsmapler: b\n", "line 2: smapler: unknown key 'smapler'; did you mean 'sampler'?"),
-        ("tasks: [sudoku]\nseed: x\n", "line 2: seed: expected a whole number, found 'x'"),
+        ("tasks: [sudoku]\nseed: x\n", "line 2: seed: must be an integer, found 'x'"),
         ("tasks: [sudoku]\nengine: {kind: rey}\n", "line 2: engine.kind: unknown value 'rey'; did you mean 'ray'?"),
         ("tasks: [sudoku]\ngenerate:\n  blok_length: 3\n", "line 3: generate.blok_length: unknown key"),
         ("a: [1\n", "not valid YAML"),
@@ -116,7 +116,7 @@ def test_a_saved_configuration_reads_back_as_itself(tmp_path):
         ("tasks: [sudoku]\nmatrix: {sampler: []}\n", "the list is empty"),
         (
             "tasks: [sudoku]\nmatrix:\n  generate.steps:\n  - 1\n  - x\n",
-            "line 5: generate.steps: expected a whole number, found 'x'",
+            "line 5: generate.steps: must be an integer, found 'x'",
         ),
         ("tasks: [sudoku]\nmatrix:\n  generate.stps: [1]\n", "line 3: generate.stps: unknown key 'stps'"),
         ("tasks: [sudoku]\nexpected: [{task: sudku, value: 1}]\n", "line 2: expected.0.task: unknown task 'sudku'"),
@@ -127,8 +127,8 @@ def test_a_saved_configuration_reads_back_as_itself(tmp_path):
         ),
         ("tasks: [{limit: 3}]\n", "'name' is missing"),
         ("tasks:\n", "no tasks"),
-        ("tasks: [sudoku]\nlimit: 0\n", "leaves no document"),
-        ("tasks: [sudoku]\nbatch_size: 0\n", "line 2: batch_size: 0 is too small"),
+        ("tasks: [sudoku]\nlimit: 0\n", "line 2: limit: must be at least 1, found 0"),
+        ("tasks: [sudoku]\nbatch_size: 0\n", "line 2: batch_size: must be at least 1, found 0"),
         ("tasks: [sudoku]\nsampler: 3\n", "a sampler is a name"),
         ("- x\n", "expected `key: value` pairs"),
         ("", "the file is empty"),

@@ -379,9 +379,13 @@ def test_mistakes_are_found_before_any_decoding(tmp_path):
     with pytest.raises(DllmError, match=r"c\.yaml, line 6: .*unknown sampler 'treshold'; did you mean 'threshold'"):
         run(path, out=tmp_path / "r", progress=False)
     for key, value, message in (
-        ("generate", {"block_length": -4}, "generate: block_length=-4 must be"),
+        ("generate", {"block_length": -4}, "generate.block_length: must be at least 1, found -4"),
         ("generate", {"lookahead": {"row": 2}}, r"generate\.lookahead: unknown parameter 'row' of lookahead"),
-        ("tasks", [{"name": "sudoku", "generate": {"top_p": 3}}], r"tasks\.0\.generate: top_p=3"),
+        (
+            "tasks",
+            [{"name": "sudoku", "generate": {"top_p": 3}}],
+            r"generate\.top_p: must be in \(0, 1\], found 3",
+        ),
         ("speculate", {"verifier": "tiny-ar", "options": {"serch": "cps"}}, "did you mean 'search'"),
         ("speculate", {"verifier": "tiny-ar", "options": {"length": "adll"}}, "did you mean 'adl'"),
     ):
