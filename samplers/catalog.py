@@ -100,7 +100,7 @@ def everything() -> list[dict[str, Any]]:
 def describe(name: str) -> dict[str, Any]:
     """Everything about one sampler. Errors: unknown name, another package's that does not load."""
     cls = registry.method(name)
-    with registry.theirs(name):
+    with registry.OTHERS.blamed(name):
         return _described(name, cls)
 
 

@@ -15,24 +15,18 @@ A sampler from another package joins through the entry point group `dllm.sampler
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from dllm.decoding.slots import Context, Sampler
-from dllm.errors import DllmError, first_line, unknown
+from dllm.errors import DllmError, unknown
 from dllm.samplers.base import Bundle, Method, merge
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota, confidence
-from dllm.spec import Named, named, render, split
-
-log = logging.getLogger(__name__)
+from dllm.spec import Named, Plugins, named, render, split
 
 BUILTIN = {
     "confidence": "quota:Confidence",
@@ -83,46 +77,12 @@ TRANSLATED = {
 }
 
 
-@cache
-def _external() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group="dllm.samplers") if point.name not in BUILTIN}
-
-
-@cache
-def _loaded(name: str) -> type[Method] | DllmError:
-    """The class of another package's sampler, or why there is none; that is said once as a warning."""
-    try:
-        found = _external()[name].load()
-        if isinstance(found, type) and issubclass(found, Method):
-            return found
-        said = f"{_whose(name)} is no class of dllm.samplers.base.Method"
-    except (Exception, SystemExit) as error:
-        said = f"{_whose(name)} cannot be loaded: {type(error).__name__}: {first_line(Exception(error))}"
-    log.warning("%s", said)
-    return DllmError(said)
-
-
-def _whose(name: str) -> str:
-    package = _external()[name].dist
-    return f"sampler {name!r} of the package {package.name if package else 'unknown'!r}"
-
-
-@contextmanager
-def theirs(name: str) -> Iterator[None]:
-    """What goes wrong in another package's sampler is said as that."""
-    try:
-        yield
-    except DllmError:
-        raise
-    except Exception as error:
-        if name not in _external():
-            raise
-        raise DllmError(f"{_whose(name)} failed: {type(error).__name__}: {first_line(error)}") from error
+OTHERS = Plugins("dllm.samplers", "sampler", Method, "dllm.samplers.base.Method", BUILTIN)
 
 
 def names() -> list[str]:
     """All samplers that there are, built-in ones in the order of the table, then those of other packages that load."""
-    return [*BUILTIN, *(name for name in _external() if not isinstance(_loaded(name), DllmError))]
+    return [*BUILTIN, *OTHERS.names()]
 
 
 def method(name: str) -> type[Method]:
@@ -130,10 +90,8 @@ def method(name: str) -> type[Method]:
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
         return getattr(import_module(f"dllm.samplers.{module}"), attribute)
-    if name in _external():
-        if isinstance(found := _loaded(name), DllmError):
-            raise DllmError(str(found))
-        return found
+    if name in OTHERS.points:
+        return OTHERS.load(name)
     if name in TRANSLATED:
         raise unknown("sampler", name, names(), hint=f": here it is called {TRANSLATED[name]!r}")
     raise unknown("sampler", name, names())
@@ -203,7 +161,7 @@ def resolve(spec: Spec, tuned: Tuned) -> list[Part]:
 def _built(part: Named, settings: Mapping[str, Any] | None) -> Part:
     cls = method(part.name)
     if settings is None:
-        with theirs(part.name):
+        with OTHERS.blamed(part.name):
             return Part(cls.build(part.preset, **part.params), None)
     try:
         cls.build(**settings)
@@ -270,7 +228,7 @@ def build(spec: Spec, context: Context, extra: Bundle = Bundle(), tuned: Tuned =
             raise DllmError(f"sampler {name!r} is named twice in {'+'.join(named)!r}")
     parts = []
     for m in methods:
-        with theirs(m.name):
+        with OTHERS.blamed(m.name):
             parts.append((m.name, m.bundle(context)))
     defaults = Bundle(
         window=Blocks.of(context),

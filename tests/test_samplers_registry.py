@@ -26,6 +26,13 @@ from dllm.samplers import catalog, registry
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+def forget() -> None:
+    """What is installed, and what was said of it."""
+    registry.OTHERS.refresh()
+    catalog.clash.cache_clear()
+    catalog.describe.cache_clear()
+
+
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package of docs/adding-a-sampler.md, installed beside dllm."""
@@ -40,12 +47,9 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(f"[dllm.samplers]\nodd_even = my_package.{entry[1]}\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    caches = (registry._external, registry._loaded, catalog.clash, catalog.describe)
-    for known in caches:
-        known.cache_clear()
+    forget()
     yield
-    for known in caches:
-        known.cache_clear()
+    forget()
     for name in [n for n in sys.modules if n.startswith("my_package")]:
         del sys.modules[name]
 
