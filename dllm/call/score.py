@@ -17,7 +17,6 @@ from dllm.errors import DllmError
 from dllm.models.model import Model
 
 
-@torch.inference_mode()
 def score(
     model: Model | str | Path | None,
     prompt: Prompt | None = None,
@@ -56,7 +55,8 @@ def score(
     for part, count in zip(torch.split(masked, batch_size), torch.split(counts, batch_size), strict=True):
         rows = text.repeat(len(part), 1)
         rows[:, given:] = torch.where(part, mask, rows[:, given:])
-        log_p = _logits(model, rows, given, cfg_scale).log_softmax(-1)
+        with torch.inference_mode():
+            log_p = _logits(model, rows, given, cfg_scale).log_softmax(-1)
         log_p = log_p.gather(-1, text[given:].expand(len(part), -1)[..., None])[..., 0]  # (rows, L)
         total += float(((log_p * part).sum(1).double() * len(tail) / count).sum())
     return total / samples

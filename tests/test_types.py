@@ -1,0 +1,77 @@
+"""What a type checker sees of an installed dllm: run on the editable install by pytest, on the wheel by .ci/run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("mypy", reason="types are checked with mypy: pip install -e '.[test]'")
+
+REVEALED = {  # expression -> its type, as mypy writes it
+    'dllm.generate(m, "x")': "dllm.call.output.Output",
+    "dllm.generate(m)": "dllm.call.output.Output",
+    "dllm.generate(m, [1, 2], temperature=0.5)": "dllm.call.output.Output",
+    'dllm.generate(m, [{"role": "user", "content": "x"}])': "dllm.call.output.Output",
+    'dllm.generate(prompt="x").tokens_per_forward': "float",
+    'dllm.generate(m, ["x", "y"])': "list[dllm.call.output.Output]",
+    "dllm.generate(m, [[1, 2], [3]], n=4)": "list[dllm.call.output.Output]",
+    'dllm.generate(m, "x", n=4)': "dllm.call.output.Output | list[dllm.call.output.Output]",
+    "dllm.generate(m, input_ids=[1, 2])": "dllm.call.output.Output | list[dllm.call.output.Output]",
+    'next(dllm.stream(m, "x")).output': "dllm.call.output.Output | None",
+    'dllm.generate(m, "x", trace=True).trace': "dllm.decoding.trace.Trace | None",
+    'dllm.score(m, "x", "y")': "float",
+    'dllm.cache_error(m, "x", cache="dual")[0].max': "float",
+    "m.mask_id": "int | None",
+    'dllm.samplers.registry.parse("threshold")': "list[dllm.samplers.base.Method]",
+    "dllm.eval.config.GenerateSpec().top_k": "int | None",
+    "dllm.DllmError": "def (*args: object) -> dllm.errors.DllmError",
+}
+ERRORS = {  # line -> what is wrong with it
+    'dllm.generate(m, "x", temprature=0.5)': "temprature",
+    'dllm.generate(m, "x", temperature="hot")': "No overload variant",
+    'dllm.stream(m, "x", max_tokens=5)': "max_tokens",
+    'dllm.generte(m, "x")': "generte",
+}
+SETTINGS = """
+[mypy]
+strict = true
+[mypy-torch.*,transformers.*,numpy.*,scipy.*,datasets.*,lm_eval.*,ray.*,peft.*,matplotlib.*]
+follow_imports = skip
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[int, str]:
+    """What mypy says of each line of a user's file that lies outside of the checkout."""
+    folder = tmp_path_factory.mktemp("user")
+    head = "import dllm\nimport dllm.eval.config\nimport dllm.samplers.registry\nm = dllm.load('tiny')\n"
+    lines = [*(f"reveal_type({expression})" for expression in REVEALED), *ERRORS]
+    (folder / "mine.py").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "mypy.ini").write_text(SETTINGS, encoding="utf-8")
+    cache = pytestconfig.cache.mkdir("mypy") if pytestconfig.cache else folder
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(cache), "mine.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    told: dict[int, str] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("mine.py:"):
+            number, text = int(line.split(":")[1]) - head.count("\n") - 1, line.partition(": ")[2]
+            told[number] = f"{told[number]}\n{text}" if number in told else text
+    assert told, done.stdout + done.stderr
+    return told
+
+
+@pytest.mark.parametrize("expression", REVEALED)
+def test_types_reach_the_user(said: dict[int, str], expression: str) -> None:
+    assert said[list(REVEALED).index(expression)] == f'note: Revealed type is "{REVEALED[expression]}"'
+
+
+@pytest.mark.parametrize("line", ERRORS)
+def test_a_slip_is_a_type_error(said: dict[int, str], line: str) -> None:
+    told = said[len(REVEALED) + list(ERRORS).index(line)]
+    assert told.startswith("error") and ERRORS[line] in told
+
+
+def test_nothing_else_is_wrong(said: dict[int, str]) -> None:
+    assert set(said) == set(range(len(REVEALED) + len(ERRORS))), said
