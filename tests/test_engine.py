@@ -17,7 +17,7 @@ import dllm
 from dllm.call.job import prepare
 from dllm.decoding import engine
 from dllm.decoding.canvas import Canvas, Decision, State
-from dllm.decoding.engine import Part, Runner
+from dllm.decoding.engine import Runner, Stepped
 from dllm.decoding.meter import Meter
 from dllm.errors import DllmError
 
@@ -195,7 +195,7 @@ class Uneven(Runner):
     def clock(self, lane: int) -> int:
         return self.steps[lane]
 
-    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Part]:
+    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Stepped]:
         lanes = lane.tolist()
         for own, request in zip(lanes, requests, strict=True):
             others = [self.steps[other] for other in lanes if other != own]

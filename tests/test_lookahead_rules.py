@@ -3,78 +3,55 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from golden_cases import model
+from scripted import Scripted, peaks
 from test_lookahead import SHOWING, SPECS
 from torch import Tensor
 
 import dllm
 from dllm.call.job import prepare
 from dllm.cli.generate import promise
-from dllm.decoding.canvas import Plan, State
-from dllm.decoding.engine import Part, Runner, decode, opened, step
-from dllm.decoding.meter import Meter
+from dllm.decoding.invariants import Checked
 from dllm.errors import DllmError
-from dllm.lookahead import walk as lookahead
-from dllm.lookahead.branches import Query, name, queries
-from dllm.lookahead.guard import alike
-from dllm.lookahead.guesses import Chain, Drafts
-from dllm.lookahead.memo import differ, written
 from dllm.lookahead.pace import Pace
 from dllm.lookahead.setting import Lookahead
-from dllm.models.model import Model
 from dllm.samplers import registry
 
 LETTERS = "?ABCDXZ"  # id 0 is the mask
 
 
-class Scripted(Model):
+def looked_up(table: dict[str, str]) -> Scripted:
     """A model that looks the canvas up: `{"A__": "1:B .85,2:C .6"}`."""
 
-    supports_cache, shift, block_size, family, tokenizer = False, 0, None, "scripted", None
-    bos_id = pad_id = None
-    mask_id, eos_ids, vocab_size, max_positions = 0, (), len(LETTERS), 64
-    dtype, device, embedding_rows = torch.float64, torch.device("cpu"), len(LETTERS)
-
-    def __init__(self, table: dict[str, str]) -> None:
-        self.table = table
-        self.calls: list[list[str]] = []
-
-    def forward(self, ids: Tensor, pos: Tensor | None = None, **_: Any) -> Tensor:
-        rows = ["".join("_" if i == 0 else LETTERS[i] for i in row[1:].tolist()) for row in ids]
-        self.calls.append(rows)
-        return torch.stack([self.answer(row) for row in rows])
-
-    def answer(self, canvas: str) -> Tensor:
-        probs = torch.full((len(canvas) + 1, self.vocab_size), 1e-9, dtype=torch.float64)
-        for item in filter(None, self.table.get(canvas, "").split(",")):
+    def answer(ids: list[int]) -> Tensor:
+        canvas = spelled(ids)
+        probs = torch.full((len(canvas), len(LETTERS)), 1e-9, dtype=torch.float64)
+        for item in filter(None, table.get(canvas, "").split(",")):
             where, p = item.split()
             at, letter = where.split(":")
-            probs[int(at) + 1, LETTERS.index(letter)] = float(p)
+            probs[int(at), LETTERS.index(letter)] = float(p)
         probs[:, 4] = (1 - probs.sum(1)).clamp(min=1e-9)  # the rest goes to a token that nobody asks for
         return probs.log()
 
-    def source(self, pos: Tensor) -> Tensor:
-        return pos
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.clone()
-        hidden[..., 0] = -torch.inf
-        return hidden
+    return Scripted(answer, vocab=len(LETTERS), mask=0)
 
 
-def run(table: dict[str, str], sampler: Any, setting: Any) -> tuple[str, int, Scripted]:
+def spelled(ids: list[int]) -> str:
+    return "".join("_" if i == 0 else LETTERS[i] for i in ids[1:])
+
+
+def run(table: dict[str, str], sampler: Any, setting: Any) -> tuple[str, int, list[list[str]]]:
+    """The answer, its forwards, and the canvases that each of these was fed."""
     size = len(next(iter(table)))
-    script = Scripted(table)
+    script = looked_up(table)
     out = dllm.generate(script, [5], sampler=sampler, max_new_tokens=size, block_length=size, lookahead=setting)
-    return "".join(LETTERS[i] for i in out.tokens), out.nfe, script
+    return "".join(LETTERS[i] for i in out.tokens), out.nfe, [[spelled(row) for row in rows] for rows in script.seen]
 
 
 E1 = {"___": "0:A .9,1:B .8,2:C .7", "A__": "1:B .85,2:C .6", "AB_": "2:C .99"}
@@ -93,15 +70,15 @@ E5 = {
 @pytest.mark.parametrize("rows", [2, 3, 8])
 def test_chain(rows: int) -> None:
     assert run(E1, "confidence", None)[:2] == ("ABC", 3)
-    text, nfe, script = run(E1, "confidence", rows)
+    text, nfe, calls = run(E1, "confidence", rows)
     assert (text, nfe) == ("ABC", 2)
-    assert script.calls == [["___"], ["A__", "AB_"]]  # a finished canvas is never a row
+    assert calls == [["___"], ["A__", "AB_"]]  # a finished canvas is never a row
 
 
 def test_rejected_guess_changes_nothing() -> None:
-    text, nfe, script = run(E2, "confidence", 2)
+    text, nfe, calls = run(E2, "confidence", 2)
     assert (text, nfe) == ("AZC", 3) == run(E2, "confidence", None)[:2]
-    assert script.calls == [["___"], ["A__", "AB_"], ["A_C"]]
+    assert calls == [["___"], ["A__", "AB_"], ["A_C"]]
 
 
 def test_everything_at_once_needs_no_verification() -> None:
@@ -115,12 +92,12 @@ def test_subset_of_a_step_is_no_hit() -> None:
 
 def test_the_subset_rule_changes_the_output_and_says_so() -> None:
     call = partial(dllm.generate, prompt=[5], sampler="threshold:tau=0.75", max_new_tokens=3, block_length=3)
-    base, out = call(Scripted(E4)), call(Scripted(E4), lookahead="4:relax=subset")
+    base, out = call(looked_up(E4)), call(looked_up(E4), lookahead="4:relax=subset")
     assert "".join(LETTERS[i] for i in base.tokens) == "ABC"
     assert "".join(LETTERS[i] for i in out.tokens) == "ABX"
     assert (out.lossless, out.stats["relax"], out.stats["cuts"]) == (False, "subset", 1)
     assert promise(out.lossless, out.stats) == "not lossless: the subset rule cut 1 of 3 steps"
-    exact = call(Scripted(E4), lookahead=4)
+    exact = call(looked_up(E4), lookahead=4)
     assert (exact.tokens, exact.lossless, exact.stats["cuts"]) == (base.tokens, True, 0)
     assert promise(exact.lossless, exact.stats) == "lossless"
 
@@ -135,8 +112,8 @@ def test_the_subset_rule_looks_at_the_guesses_of_the_last_forward_only() -> None
         "ABC__": "3:X .9,4:X .9",
     }
     call = partial(dllm.generate, prompt=[5], sampler="threshold:tau=0.75", max_new_tokens=5, block_length=5)
-    out = call(Scripted(table), lookahead="3:relax=subset")
-    assert out.tokens == call(Scripted(table)).tokens == [LETTERS.index(x) for x in "ABCXZ"]
+    out = call(looked_up(table), lookahead="3:relax=subset")
+    assert out.tokens == call(looked_up(table)).tokens == [LETTERS.index(x) for x in "ABCXZ"]
     assert out.stats["cuts"] == 0
 
 
@@ -162,75 +139,9 @@ def test_predicted_mask_is_skipped() -> None:
 
 def test_ties_go_left_to_right() -> None:
     table = {"___": "0:A .9,1:A .9,2:A .9", "A__": "1:A .9,2:A .9", "AA_": "2:A .9"}
-    text, nfe, script = run(table, "confidence", 3)
+    text, nfe, calls = run(table, "confidence", 3)
     assert (text, nfe) == ("AAA", 2)
-    assert script.calls[1] == ["A__", "AA_"]
-
-
-# -- what equal queries are -------------------------------------------------------------------------------------------
-
-
-AUTHORS = {0: np.array([1, 2, 3, 4, 5])}  # of the five slots of a lane
-
-
-def query(authors: Any = AUTHORS, **changes: Any) -> Query:
-    """One row that feeds columns 2 and 3, sees slots 0 to 3 and keeps column 2."""
-    table = {
-        "ids": [[7, 8]], "pos": [[2, 3]], "fresh": [[True, True]], "keep": [[True, False]],
-        "visible": [[[True, True, True, True, False]] * 2], "lane": [0], **changes,
-    }  # fmt: skip
-    tensors = {k: None if v is None else torch.tensor(v) for k, v in table.items()}
-    plan = Plan(**tensors, refresh=False, stored=True)
-    return name(queries(plan, 1)[0], authors)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"ids": [[7, 9]]},
-        {"pos": [[2, 4]]},
-        {"keep": [[False, False]]},
-        {"keep": [[True, True]]},
-        {"fresh": [[True, False]], "visible": [[[True] * 4 + [False] * 3] * 2]},
-        {"visible": [[[True, False, True, True, False]] * 2]},
-        {"visible": [[[True, False, True, True, False], [True, True, True, True, False]]]},  # to one of its queries
-        {"authors": {0: np.array([1, 9, 3, 4, 5])}},
-    ],
-    ids=str,
-)
-def test_queries_that_may_be_answered_differently_have_different_keys(changes: dict[str, Any]) -> None:
-    assert query(**changes).key != query().key
-
-
-def test_private_queries_that_see_each_other_differently_have_different_keys() -> None:
-    private = {"fresh": [[True, False]]}
-    one, other = [[True] * 4 + [False, False, False], [True] * 4 + [False, False, True]], [[True] * 4 + [False] * 3] * 2
-    assert query(**private, visible=[one]).key != query(**private, visible=[other]).key
-
-
-def test_what_a_query_does_not_see_is_not_in_its_key() -> None:
-    """Slots 2 and 3 it writes itself, slot 4 it does not see."""
-    assert query({0: np.array([1, 2, 8, 8, 8])}).key == query().key
-
-
-def test_padding_and_what_is_said_by_default_are_not_in_the_key() -> None:
-    padded = query(ids=[[7, 8, 0]], pos=[[2, 3, -1]], fresh=[[True, True, False]], keep=[[True, False, False]],
-                   visible=[[[True, True, True, True, False]] * 3])  # fmt: skip
-    assert padded.key == query(fresh=None).key == query().key
-    assert (
-        query(visible=[[[True, True, True, True, False]]]).outside[0].tolist() == query().outside[0].tolist() == [0, 1]
-    )
-
-
-def test_only_kept_slots_change_their_author() -> None:
-    assert written(AUTHORS, query(), 7)[0].tolist() == [1, 2, 7, 4, 5]
-    assert AUTHORS[0].tolist() == [1, 2, 3, 4, 5]
-
-
-def test_a_query_is_behind_where_it_sees_a_slot_of_another_history() -> None:
-    for slot, behind in enumerate([True, True, False, False, False]):
-        other = {0: np.where(np.arange(5) == slot, 9, AUTHORS[0])}
-        assert differ(AUTHORS, other, query()) is behind
+    assert calls[1] == ["A__", "AA_"]
 
 
 # -- drafters ---------------------------------------------------------------------------------------------------------
@@ -240,44 +151,34 @@ PROMPT = [3, 4, 5, 6, 7]
 CALL: dict[str, Any] = {"max_new_tokens": 12, "block_length": 8}
 
 
-class Garbage(Drafts):
-    """Guesses canvases that cannot come up."""
+def turning(size: int) -> Scripted:
+    """Each step commits `size` columns, by turns the leftmost and the rightmost: what was predicted before is wrong."""
 
-    def roll(self, chains: list[Chain], state: Any, win: Any, stale: Any, limit: int) -> None:
-        ids = torch.where(state.canvas.masked, state.canvas.ids, 1)
-        wrong = state._replace(canvas=state.canvas._replace(ids=ids))
-        guess, win = opened(self.walk.s, wrong)
-        self.place(chains, guess, win, 1, limit)
+    def answer(ids: list[int]) -> Tensor:
+        masks = [i - 1 for i, token in enumerate(ids) if token == 8]
+        order = masks if len(masks) // size % 2 else masks[::-1]
+        sure = {column: 0.9 if k < size else 0.25 - 0.01 * k for k, column in enumerate(order)}
+        return peaks([(1, sure.get(column, 0.9)) for column in range(len(ids) - 1)], 8)
 
-
-class Oracle(Drafts):
-    """Guesses what will happen."""
-
-    future: list[State]
-
-    def roll(self, chains: list[Chain], state: Any, win: Any, stale: Any, limit: int) -> None:
-        now = int(state.step[0])
-        for depth, later in enumerate(self.future[now : now + limit], 1):
-            if not bool(later.done[0]):
-                guess, win = opened(self.walk.s, later)
-                self.place(chains, guess, win, depth, limit)
+    return Scripted(answer, vocab=9)
 
 
-def states(sampler: str) -> list[State]:
-    job = prepare(model("tiny-llada-random"), PROMPT, {**CALL, "sampler": sampler})
-    return [tick.state for tick in job.ticks(Meter(1))]
-
-
-@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.3"])
-def test_bad_drafts_cost_nothing_and_perfect_ones_save_all(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = partial(dllm.generate, model("tiny-llada-random"), PROMPT, sampler=sampler, **CALL)
-    base = call()
-    monkeypatch.setattr(lookahead, "Drafts", Garbage)
-    out = call(lookahead={"rows": 4, "multi_source": False})
+@pytest.mark.parametrize(("sampler", "size"), [("confidence", 1), ("threshold:tau=0.3", 2)])
+def test_bad_drafts_cost_nothing(sampler: str, size: int) -> None:
+    call = partial(dllm.generate, turning(size), [0], sampler=sampler, max_new_tokens=12, block_length=12)
+    base, out = call(), call(lookahead={"rows": 4, "multi_source": False})
+    assert base.nfe == 12 // size
     assert (out.sequences, out.nfe, out.stats["hits"]) == (base.sequences, base.nfe, 0)
-    monkeypatch.setattr(lookahead, "Drafts", Oracle)
-    Oracle.future = states(sampler)
-    out = call(lookahead={"rows": 4, "multi_source": False})
+    assert out.stats["rows"] > 2 * out.nfe
+
+
+@pytest.mark.parametrize(("sampler", "block"), [("confidence", 12), ("threshold:tau=0.3", 1)])
+def test_perfect_drafts_save_all(sampler: str, block: int) -> None:
+    """What the model predicts never changes, so what was predicted before is right."""
+    script = Scripted(peaks([(1, 0.9)] * 12, 8))
+    call = partial(dllm.generate, script, [0], sampler=sampler, max_new_tokens=12, block_length=block)
+    base, out = call(), call(lookahead={"rows": 4, "multi_source": False})
+    assert base.nfe == 12
     assert out.sequences == base.sequences
     assert out.nfe == 1 + -(-(base.nfe - 1) // 4)  # the first query has nothing to be guessed from
 
@@ -285,51 +186,18 @@ def test_bad_drafts_cost_nothing_and_perfect_ones_save_all(sampler: str, monkeyp
 # -- purity -----------------------------------------------------------------------------------------------------------
 
 
-class Twice(Runner):
-    """Takes each step twice and compares."""
-
-    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Part]:
-        copy = copied(state)
-        one, win = opened(self.s, state)
-        parts = []
-        for rows, plan in self.policy.plan(one, win, lane):
-            index = torch.arange(len(requests)) if rows is None else rows
-            sub, sub_win = one.take(index), win.take(index)
-            pred = self(sub, sub_win, plan, [requests[i] for i in index.tolist()])
-            before = copied(sub)
-            first, second = step(self.s, sub, sub_win, pred), step(self.s, sub, sub_win, pred)
-            assert bool(alike(first, second).all())
-            assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
-            assert all(torch.equal(a, b) for a, b in zip(leaves(sub), leaves(before), strict=True))
-            parts.append(Part(index, first, sub_win))
-        assert all(torch.equal(a, b) for a, b in zip(leaves(state), leaves(copy), strict=True))
-        return parts
-
-
-def copied(state: State) -> State:
-    return state.take(torch.arange(state.rows))
-
-
-def leaves(state: State) -> Iterator[Tensor]:
-    for part in (state.canvas, state, *state.memory.values(), *state.columns.values()):
-        yield from (x for x in part if isinstance(x, Tensor))
-
-
 @pytest.mark.parametrize("name", registry.names())
 def test_steps_are_pure(name: str) -> None:
-    sampler = SPECS.get(name, SHOWING.get(name, name))
+    """A lookahead is exact because of this: a step taken twice gives equal states, and changes neither argument."""
+    sampler, checked = SPECS.get(name, SHOWING.get(name, name)), Checked()
+    call: dict[str, Any] = {**CALL, "sampler": sampler, "temperature": 0.5, "max_nfe": 6, "check": checked}
     for checkpoint in ("tiny-llada-random", "tiny-sdar-random", "tiny-fast-dllm-v2-random"):
         settled = {"mask_id": 158} if "fast-dllm" in checkpoint else {}
         try:
-            job = prepare(
-                model(checkpoint, **settled), [PROMPT, PROMPT[:3]], {**CALL, "sampler": sampler, "temperature": 0.5}
-            )
+            dllm.generate(model(checkpoint, **settled), [PROMPT, PROMPT[:3]], **call)
         except DllmError:
             continue
-        options = {"batch_size": 2, "options": job.options, "meter": Meter(2), "runner": Twice}
-        for count, _ in enumerate(decode(job.model, job.sampler, job.policy, job.queue, **options)):
-            if count == 5:
-                break
+        assert checked.steps > 0
         return
     pytest.fail("no tiny checkpoint serves this sampler")
 
@@ -483,8 +351,8 @@ def test_bad_settings_say_what_to_do(setting: Any, message: str) -> None:
 
 
 def test_what_depends_on_more_than_its_state_is_refused() -> None:
-    needs = SimpleNamespace(impure=True)
-    sampler = SimpleNamespace(name="dice", needs=needs)
+    sampler = prepare(model("tiny-llada-random"), PROMPT, CALL).sampler
+    sampler = sampler._replace(name="dice", needs=replace(sampler.needs, impure=True))
     with pytest.raises(DllmError, match="'dice' depends on more than its state"):
         Lookahead().settle(model("tiny-llada-random"), sampler)
 

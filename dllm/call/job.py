@@ -27,7 +27,7 @@ from dllm.decoding.stopping import Stop, Stops
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
 from dllm.lookahead.setting import Lookahead, Stats
-from dllm.lookahead.walk import Walk
+from dllm.lookahead.walk import LookaheadRunner
 from dllm.models.hub import load
 from dllm.models.model import Model
 from dllm.samplers import registry
@@ -58,7 +58,7 @@ class Job:
         """Decode. Errors: out of memory, with a batch size that may fit."""
         size = min(self.args.batch_size, self.queue.rows)
         if self.lookahead is not None:
-            runner = partial(Walk, setting=self.lookahead, report=self.report)
+            runner = partial(LookaheadRunner, setting=self.lookahead, report=self.report)
         try:
             yield from decode(
                 self.model, self.sampler, self.policy, self.queue,

@@ -3,8 +3,8 @@
     window.open -> policy.plan -> model.forward -> Prediction -> step -> State -> retire, refill
 
 Rows are independent: a row's window, refresh, noise, counters and exit never depend on its neighbours. A runner decides
-which rows step in a tick and where their predictions come from: `Runner` asks the model for every row, `lookahead.Walk`
-answers from a memo where it can.
+which rows step in a tick and where their predictions come from: `Runner` asks the model for every row,
+`LookaheadRunner` answers from a memo where it can.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tick(NamedTuple):
 Step = Callable[[Sampler, State, Span, Prediction], State]  # `step`, or what checks it (`invariants.Checked`)
 
 
-class Part(NamedTuple):
+class Stepped(NamedTuple):
     """Rows that took one step together."""
 
     rows: Tensor | None  # their indices in the batch; None: all
@@ -68,6 +68,11 @@ def opened(s: Sampler, state: State) -> tuple[State, Span]:
     for extra in s.reads:
         win = widen(win, extra(state, win))
     return state, win
+
+
+def expanded(s: Sampler, state: State, window: Span, plan: Plan) -> Plan:
+    """The plan that is fed: the canvas, or what the inputs slot makes of it."""
+    return plan if s.inputs is None else s.inputs.expand(plan, state, window)
 
 
 def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
@@ -190,16 +195,21 @@ class Answer:
         return Prediction(logits, cols, law=law, seed=state.seed, step=state.step, more=self.read, answer=self)
 
 
+@dataclass(eq=False)
 class Runner:
     """Runs plans: expands the inputs, calls the model, counts, and gives the prediction a step reads."""
 
-    def __init__(
-        self, model: Model, s: Sampler, policy: Policy, options: Options, meter: Meter, store: KVStore | None
-    ) -> None:
-        self.model, self.s, self.policy, self.options, self.meter, self.store = model, s, policy, options, meter, store
-        self.finite = torch.ones((), dtype=torch.bool, device=model.device)  # of all predictions so far
+    model: Model
+    s: Sampler
+    policy: Policy
+    options: Options
+    meter: Meter
+    store: KVStore | None
 
-    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Part]:
+    def __post_init__(self) -> None:
+        self.finite = torch.ones((), dtype=torch.bool, device=self.model.device)  # of all predictions so far
+
+    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Stepped]:
         """One step of every row."""
         state, win = opened(self.s, state)
         parts = []
@@ -208,7 +218,7 @@ class Runner:
             if rows is not None:
                 sub, sub_win, ids = state.take(rows), win.take(rows), [requests[i] for i in rows.tolist()]
             after = self.options.step(self.s, sub, sub_win, self(sub, sub_win, plan, ids))
-            parts.append(Part(rows, after, sub_win))
+            parts.append(Stepped(rows, after, sub_win))
         return parts
 
     def clock(self, lane: int) -> int:
@@ -226,12 +236,8 @@ class Runner:
         self.finite = self.finite & pred.finite
         return pred
 
-    def expand(self, state: State, window: Span, plan: Plan) -> Plan:
-        """The plan that is fed: the canvas, or what the inputs slot makes of it."""
-        return plan if self.s.inputs is None else self.s.inputs.expand(plan, state, window)
-
     def forward(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Answer:
-        fed = self.expand(state, window, plan)
+        fed = expanded(self.s, state, window, plan)
         self.meter.forward(requests, fed)
         queries = plan.pos.shape[1]
         return Answer(self.model, self.s, self.options, state, window, fed, self.hidden(fed), queries)
@@ -278,7 +284,7 @@ def decode(
             ending = [i for i, c in enumerate(closing) if c]
             which = torch.tensor(ending, device=lane.device)
             sub = state.take(which)
-            parts = [Part(which, close(run, sub, [request[i] for i in ending]), empty(sub))]
+            parts = [Stepped(which, close(run, sub, [request[i] for i in ending]), empty(sub))]
         else:
             parts = run.tick(state, lane, request)
         for rows, after, win in parts:

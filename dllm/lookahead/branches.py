@@ -1,8 +1,8 @@
 """Branches of a row: the forwards of several possible futures, in one forward.
 
-A `Query` is one row of a plan taken apart: what it feeds, what it sees, and *whose* keys and values it sees. Its key
-names everything its answer depends on, so equal keys mean equal answers: the store enters through the keys of the
-queries that wrote the visible slots. `pack` lays the queries of a row out along the sequence, over one stored prefix.
+A `Query` is one row of a plan taken apart: what it feeds, and what it sees. Its key names everything that its answer
+depends on, so equal keys mean equal answers; `ledger.History` gives it. `pack` lays the branches of a row out along the
+sequence, over one stored prefix, and takes their answers out of the forward.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm.decoding.canvas import Plan
+from dllm.models.transformer import KeysValues, KVStore
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-Authors = dict[int, Ints]  # lane -> the number of the query that wrote each slot (-1: nobody)
 
 
 class Feed(NamedTuple):
@@ -28,11 +28,13 @@ class Feed(NamedTuple):
     real: Ints  # (q,) their columns in the plan
     ids: Ints  # (q,)
     pos: Ints  # (q,)
-    fresh: Bools  # (q,) replace the stored keys and values for this forward
-    keep: Bools  # (q,) and stay
-    sees: Bools | None  # (1 | q, S) stored slots; None: no store, and every query sees every other
-    peers: Bools | None  # (1 | q, q) tokens that are not fresh, or all tokens where there is no store
-    lane: int
+    fresh: Bools  # (q,) whether a token's keys and values replace the stored ones for this forward
+    keep: Bools  # (q,) whether they also stay in the store after it
+    sees: Bools | None  # (1 | q, S) the stored slots that a token sees; None: there is no store
+    peers: (
+        Bools | None
+    )  # (1 | q, q) the tokens that a token sees; with a store only of those that are not fresh; None: all
+    lane: int  # of the store
 
     @property
     def outside(self) -> Ints:
@@ -54,7 +56,7 @@ class Query:
     width: int  # query columns that were fed, padding included
     opening: bool  # a refresh of the whole lane
     key: bytes = b""
-    outside: list[Ints] = field(default_factory=list)  # of each copy
+    outside: list[Ints] = field(default_factory=list)  # `Feed.outside` of each copy
 
     @property
     def keeps(self) -> bool:
@@ -69,9 +71,10 @@ class Query:
 
 def queries(plan: Plan, rows: int) -> list[Query]:
     """Take a plan of `rows` rows apart (its copies lie one after the other). One host sync."""
-    fresh, keep, visible, lane = (_host(x) for x in (plan.fresh, plan.keep, plan.visible, plan.lane))
+    fresh, keep, visible = (None if x is None else x.cpu().numpy() for x in (plan.fresh, plan.keep, plan.visible))
     ids, pos = plan.ids.cpu().numpy(), plan.pos.cpu().numpy()
     total, width = pos.shape
+    lanes = [0] * total if plan.lane is None else plan.lane.tolist()
     private = fresh is not None and not (fresh | (pos < 0)).all()
 
     def feed(n: int) -> Feed:
@@ -87,8 +90,7 @@ def queries(plan: Plan, rows: int) -> list[Query]:
                 sees = sees[:, : int(np.flatnonzero(sees.any(0))[-1]) + 1 if sees.any() else 0]
             else:
                 peers = table[:, real]
-        own = 0 if lane is None else int(lane[n])
-        return Feed(real, ids[n, real], pos[n, real], new, stay, sees, peers, own)
+        return Feed(real, ids[n, real], pos[n, real], new, stay, sees, peers, lanes[n])
 
     out = []
     for row in range(rows):
@@ -99,28 +101,51 @@ def queries(plan: Plan, rows: int) -> list[Query]:
     return out
 
 
-def _host(x: Tensor | None) -> NDArray | None:
-    return None if x is None else x.cpu().numpy()
-
-
-def name(query: Query, authors: Authors) -> Query:
-    """Give the query its key, which depends on who wrote the slots that it sees."""
-    parts: list[bytes] = [bytes([query.stored, query.opening])]
-    for i, f in enumerate(query.feeds):
-        parts += [f.ids.tobytes(), f.pos.tobytes(), f.fresh.tobytes(), f.keep.tobytes()]
-        for table in (f.sees, f.peers):
-            parts.append(b"" if table is None else np.packbits(table).tobytes() + bytes(str(table.shape), "ascii"))
-        if query.stored:
-            parts.append(authors[f.lane][query.outside[i]].tobytes())
-    query.key = b"|".join(parts)
-    return query
-
-
 class Branch(NamedTuple):
-    """A query to be evaluated, and the index of the branch whose state it continues (-1: none, the true query)."""
+    """A query of a forward: the true one of its row, or a guess of what the row may ask later."""
 
     query: Query
-    parent: int
+    parent: int  # the branch of its row whose state it continues, 0 for the true query; -1: this is the true query
+    depth: int  # steps ahead of the true query
+    ids: Tensor  # (L,) the canvas that asks it
+
+
+class BranchKV(NamedTuple):
+    """Keys and values that a branch would have left in the store, still inside the tensors of its forward."""
+
+    layers: list[KeysValues]  # each (N, Q, kv_heads, head_dim)
+    rows: list[int]  # plan row of each copy
+    columns: list[Tensor]  # of each copy, those that it keeps
+
+    def write(self, store: KVStore, query: Query) -> None:
+        """Put what the query keeps where the plain call would have put it."""
+        for n, columns, f in zip(self.rows, self.columns, query.feeds, strict=True):
+            slots = torch.from_numpy(f.pos[f.keep]).to(columns.device)
+            for layer, new in enumerate(self.layers):
+                for stored, fresh in zip((store.keys[layer], store.values[layer]), new, strict=True):
+                    stored[f.lane][:, slots] = fresh[n, columns].transpose(0, 1)
+
+    def alone(self) -> BranchKV:
+        """The same, cut out of the tensors of the forward."""
+        cut = [
+            torch.cat([x[n, c] for n, c in zip(self.rows, self.columns, strict=True)])
+            for pair in self.layers
+            for x in pair
+        ]
+        sizes = np.cumsum([0] + [len(c) for c in self.columns])
+        columns = [torch.arange(a, b, device=c.device) for a, b, c in zip(sizes, sizes[1:], self.columns, strict=False)]
+        layers = [(k[None], v[None]) for k, v in zip(cut[::2], cut[1::2], strict=True)]
+        return BranchKV(layers, [0] * len(columns), columns)
+
+
+@dataclass(eq=False)
+class Evaluated:
+    """A branch with its answer."""
+
+    branch: Branch
+    hidden: Tensor  # (copies, q, D)
+    kv: BranchKV | None = None
+    old: bool = False  # evaluated before the last forward
 
 
 class Packed(NamedTuple):
@@ -129,15 +154,21 @@ class Packed(NamedTuple):
     plan: Plan
     places: list[list[tuple[list[int], int]]]  # row -> branch -> (plan row of each copy, first column)
 
-    def split(self, hidden: Tensor, rows: list[list[Branch]]) -> list[list[Tensor]]:
-        """Hidden states of each branch, (copies, q, D)."""
+    def split(self, rows: list[list[Branch]], hidden: Tensor, layers: list[KeysValues]) -> list[list[Evaluated]]:
+        """The answer of each branch, from the plan's hidden states and its new keys and values (none: no store)."""
         return [
-            [
-                torch.stack([hidden[n, at : at + len(f.ids)] for n, f in zip(ns, b.query.feeds, strict=True)])
-                for b, (ns, at) in zip(branches, places, strict=True)
-            ]
+            [_evaluated(branch, *place, hidden, layers) for branch, place in zip(branches, places, strict=True)]
             for branches, places in zip(rows, self.places, strict=True)
         ]
+
+
+def _evaluated(branch: Branch, rows: list[int], at: int, hidden: Tensor, layers: list[KeysValues]) -> Evaluated:
+    feeds = branch.query.feeds
+    states = torch.stack([hidden[n, at : at + len(f.ids)] for n, f in zip(rows, feeds, strict=True)])
+    if not layers or branch.parent < 0 or not branch.query.keeps:  # the true query has written the store itself
+        return Evaluated(branch, states)
+    kept = [torch.from_numpy(np.flatnonzero(f.keep) + at).to(hidden.device) for f in feeds]
+    return Evaluated(branch, states, BranchKV(layers, rows, kept))
 
 
 def pack(rows: list[list[Branch]], device: torch.device) -> Packed:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import State
+from dllm.decoding.canvas import Span, State
+from dllm.decoding.engine import Runner, step
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Sampler
+from dllm.models.model import Model
 
-
-def alike(a: State, b: State) -> Tensor:
-    """(B,) whether two states hold the same tokens and the same verdicts."""
-    same = (a.canvas.ids == b.canvas.ids).all(1) & (a.canvas.masked == b.canvas.masked).all(1)
-    return same & (a.canvas.length == b.canvas.length) & (a.done == b.done) & (a.closing == b.closing)
-
-
-_DELTAS: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+_DELTAS: weakref.WeakKeyDictionary[Model, float] = weakref.WeakKeyDictionary()
 SAFETY = 16.0  # times the largest difference seen in one probe
 
 
-def measured_delta(model: Any) -> float:
+def measured_delta(model: Model) -> float:
     """Bound on how far the logits of a row move with the shape of the forward: one row against eight, once a model."""
     if model not in _DELTAS:
         width = min(64, model.max_positions)
@@ -34,3 +30,33 @@ def measured_delta(model: Any) -> float:
         floor = apart[finite].abs().max() * torch.finfo(apart.dtype).eps
         _DELTAS[model] = SAFETY * float(torch.maximum(gap, floor))
     return _DELTAS[model]
+
+
+def alike(a: State, b: State) -> Tensor:
+    """(B,) whether two states hold the same tokens and the same verdicts."""
+    same = (a.canvas.ids == b.canvas.ids).all(1) & (a.canvas.masked == b.canvas.masked).all(1)
+    return same & (a.canvas.length == b.canvas.length) & (a.done == b.done) & (a.closing == b.closing)
+
+
+def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: State, delta: float) -> list[int]:
+    """Rows whose decision, from `state` to `after`, a change of the logits by `delta` could turn over.
+
+    The worst case of a rule that is monotone in each confidence: what was chosen gets less sure, the rest more.
+    """
+    at = window.reads.clamp(min=0)
+    chosen = state.canvas.masked.gather(1, at) & ~after.canvas.masked.gather(1, at)
+    same = torch.ones_like(after.done)
+    for sign in (1.0,) if pred.law.greedy else (1.0, -1.0):
+        change = torch.where(chosen, -2.0, 2.0)[..., None].to(pred.logits.dtype) * delta * sign
+        logits = pred.logits.scatter_add(-1, pred.argmax[..., None], change)
+        other = Prediction(
+            logits, pred.cols, law=pred.law, seed=pred.seed, step=pred.step, more=pred.more, answer=pred.answer
+        )
+        same &= alike(after, step(s, state, window, other))
+    return [i for i, ok in enumerate(same.tolist()) if not ok]
+
+
+def alone(run: Runner, state: State, window: Span, lane: Tensor, request: int) -> State:
+    """The step of one row by itself, on the forward of its plain call."""
+    ((_, plan),) = run.policy.plan(state, window, lane)
+    return run.options.step(run.s, state, window, run(state, window, plan, [request]))

@@ -3,68 +3,75 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.engine import Answer, opened, step
+from dllm.decoding.engine import Answer, Options, expanded, opened, step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View, rank
-from dllm.lookahead.branches import Authors, Query, name, queries
-from dllm.lookahead.memo import Asked, Guess, Source, differ, written
-
-if TYPE_CHECKING:
-    from dllm.lookahead.walk import Walk
+from dllm.lookahead.branches import Branch, Query, queries
+from dllm.lookahead.ledger import History
+from dllm.lookahead.memo import Group, Source
+from dllm.lookahead.setting import Lookahead
+from dllm.models.model import Model
 
 
 @dataclass
 class Chain:
     """A future of one row, as far as it is followed."""
 
-    row: int  # of the forward
-    authors: Authors  # who will have written each slot, as the plain call finds the store
+    row: int  # of the group
+    history: History  # of the store, as the plain call will find it
     parent: int = 0  # the branch whose state it continues
 
 
-class Drafts:
-    """Guesses of the queries that the rows of a forward will ask next."""
+@dataclass
+class Guesses:
+    """Guesses of the queries that the rows of a group will ask after the true ones."""
 
-    def __init__(self, walk: Walk, asked: Asked) -> None:
-        self.walk, self.asked = walk, asked
-        self.guesses: list[list[Guess]] = [[] for _ in asked.rows]
-        self.index: list[dict[bytes, int]] = [{q.key: 0} for q in asked.queries]  # key -> branch
-        # who will have written each slot, as each branch finds the store
-        self.views: list[list[Authors]] = []
-        self.roots: list[Authors] = []  # and as the plain call will find it after the true query
-        for line, query in zip(asked.lines, asked.queries, strict=True):
-            number = line.number(query)
-            self.views.append([written(line.held, query, number)])
-            self.roots.append(written(line.authors, query, number))
+    model: Model
+    s: Sampler
+    policy: Policy  # of forwards with guesses
+    options: Options
+    setting: Lookahead
+    group: Group
 
-    def draw(self, limit: int) -> list[list[Guess]]:
+    def __post_init__(self) -> None:
+        group = self.group
+        self.found: list[list[Branch]] = [[] for _ in group.rows]
+        self.index: list[dict[bytes, int]] = [{q.key: 0} for q in group.queries]  # key -> branch
+        self.held: list[list[History]] = []  # of the store, as each branch of the forward finds it
+        self.roots: list[History] = []  # of the store in the plain call, after the true query
+        for row, query in zip(group.rows, group.queries, strict=True):
+            number = row.ledger.number(query)
+            self.held.append([row.ledger.held.after(query, number)])
+            self.roots.append(row.ledger.plain.after(query, number))
+
+    def draw(self, limit: int) -> list[list[Branch]]:
         """At most `limit` guesses for each row, from its last prediction, then from older ones."""
-        asked, setting = self.asked, self.walk.setting
-        oldest = max(len(line.recent) for line in asked.lines) if setting.multi_source else 1
+        group = self.group
+        oldest = max(len(row.recent) for row in group.rows) if self.setting.multi_source else 1
         for age in range(oldest):
-            rows = [i for i, line in enumerate(asked.lines) if len(line.recent) > age and len(self.guesses[i]) < limit]
+            rows = [i for i, row in enumerate(group.rows) if len(row.recent) > age and len(self.found[i]) < limit]
             if not rows:
                 continue
-            sources = [asked.lines[i].recent[-1 - age] for i in rows]
+            sources = [group.rows[i].recent[-1 - age] for i in rows]
             if age == 0:
-                at = torch.tensor(rows, device=asked.lane.device)
-                state, win, authors = asked.state.take(at), asked.window.take(at), [self.roots[i] for i in rows]
+                at = torch.tensor(rows, device=group.lane.device)
+                state, win, histories = group.state.take(at), group.window.take(at), [self.roots[i] for i in rows]
             else:
-                state, win = opened(self.walk.s, _gather(sources))
-                authors = [asked.lines[i].recent[-age].authors for i in rows]
-            chains = [Chain(row, a) for row, a in zip(rows, authors, strict=True)]
-            draw = self.roll if setting.drafter == "roll" else self.ladder
-            draw(chains, state, win, Stale(self.walk, sources), limit)
-        return self.guesses
+                state, win = opened(self.s, _gather(sources))
+                histories = [group.rows[i].recent[-age].history for i in rows]
+            chains = [Chain(row, history) for row, history in zip(rows, histories, strict=True)]
+            draw = self.roll if self.setting.drafter == "roll" else self.ladder
+            draw(chains, state, win, StalePredictions(self.model, self.s, self.options, sources), limit)
+        return self.found
 
-    def roll(self, chains: list[Chain], state: State, win: Span, stale: Stale, limit: int) -> None:
+    def roll(self, chains: list[Chain], state: State, win: Span, stale: StalePredictions, limit: int) -> None:
         """Repeat the sampler's step on the stale predictions, row by row until its horizon."""
         index = list(range(len(chains)))  # of the chains that are still followed: the rows of `state`
         for depth in range(1, 2 * limit + 1):
@@ -72,7 +79,7 @@ class Drafts:
             if covered is None:
                 return
             index, state, win, pred = covered
-            after = self.follow(self.walk.s, index, state, win, pred)
+            after = self.follow(self.s, index, state, win, pred)
             if after is None:
                 return
             index, state, win = after
@@ -82,7 +89,7 @@ class Drafts:
             index = [index[i] for i in kept]
             state, win = _take(kept, state, win)
 
-    def ladder(self, chains: list[Chain], state: State, win: Span, stale: Stale, limit: int) -> None:
+    def ladder(self, chains: list[Chain], state: State, win: Span, stale: StalePredictions, limit: int) -> None:
         """The state with its 1, 2, ... surest stale tokens written."""
         covered = stale.read(list(range(len(chains))), state, win)
         if covered is None:
@@ -93,7 +100,7 @@ class Drafts:
             def surest(view: View, soft: Prediction, score: Tensor, count: int = count) -> Tensor:
                 return rank(score, view.live) < count
 
-            after = self.follow(self.walk.s._replace(select=surest, amend=()), index, state, win, pred)
+            after = self.follow(self.s._replace(select=surest, amend=()), index, state, win, pred)
             if after is None:
                 return
             some, guess, guess_win = after
@@ -107,52 +114,50 @@ class Drafts:
         kept = [i for i, over in enumerate((after.done | after.closing).tolist()) if not over]
         if not kept:
             return None
-        return [index[i] for i in kept], *opened(s, _take(kept, after)[0])
+        going = after if len(kept) == after.rows else after.take(torch.tensor(kept, device=after.step.device))
+        return [index[i] for i in kept], *opened(s, going)
 
     def place(self, chains: list[Chain], state: State, win: Span, depth: int, limit: int) -> list[int]:
         """Add the query of each state to its row's guesses; which states may be followed further."""
-        asked, going, beyond = self.asked, [], None
+        group, going, beyond = self.group, [], None
         rows = torch.tensor([c.row for c in chains], device=win.lo.device)
-        if not self.walk.setting.cross_blocks:
-            beyond = (win.lo >= asked.window.hi[rows]).tolist()
-        for part, plan in self.walk.policy.plan(state, win, asked.lane[rows]):
+        if not self.setting.cross_blocks:
+            beyond = (win.lo >= group.window.hi[rows]).tolist()
+        for part, plan in self.policy.plan(state, win, group.lane[rows]):
             at = list(range(len(chains))) if part is None else part.tolist()
             own, own_win = (state, win) if part is None else (state.take(part), win.take(part))
-            for i, query in zip(at, queries(self.walk.expand(own, own_win, plan), len(at)), strict=True):
+            for i, query in zip(at, queries(expanded(self.s, own, own_win, plan), len(at)), strict=True):
                 chain = chains[i]
-                full = len(self.guesses[chain.row]) >= limit
+                full = len(self.found[chain.row]) >= limit
                 if query.opening or full or (beyond is not None and beyond[i]):
                     continue
-                name(query, chain.authors)
+                chain.history.name(query)
                 parent = self.add(chain, query, depth, state.canvas.ids[i])
                 if parent is not None:
-                    number = asked.lines[chain.row].number(query)
-                    chain.authors, chain.parent = written(chain.authors, query, number), parent
+                    number = group.rows[chain.row].ledger.number(query)
+                    chain.history, chain.parent = chain.history.after(query, number), parent
                     going.append(i)
         return sorted(going)
 
     def add(self, chain: Chain, query: Query, depth: int, ids: Tensor) -> int | None:
         """The branch of this query, new or known; None where its keys and values cannot be had in this forward."""
-        row = chain.row
-        line, known, views = self.asked.lines[row], self.index[row], self.views[row]
+        row, known, held = self.group.rows[chain.row], self.index[chain.row], self.held[chain.row]
         if query.key in known:
             return known[query.key]
-        if query.key in line.memo:
+        if query.key in row.answers:
             return chain.parent
-        view = views[chain.parent]
-        if differ(view, chain.authors, query):
+        before = held[chain.parent]
+        if before.differs(chain.history, query):
             return None
-        self.guesses[row].append(Guess(query, chain.parent, depth, ids))
-        known[query.key] = len(self.guesses[row])
-        views.append(written(view, query, line.number(query)))
+        self.found[chain.row].append(Branch(query, chain.parent, depth, ids))
+        known[query.key] = len(self.found[chain.row])
+        held.append(before.after(query, row.ledger.number(query)))
         return known[query.key]
 
 
-def _take(rows: list[int], state: State, win: Span | None = None) -> tuple[State, Any]:
-    if len(rows) == state.rows:
-        return state, win
+def _take(rows: list[int], state: State, win: Span) -> tuple[State, Span]:
     at = torch.tensor(rows, device=state.step.device)
-    return state.take(at), None if win is None else win.take(at)
+    return (state, win) if len(rows) == state.rows else (state.take(at), win.take(at))
 
 
 def _gather(sources: list[Source]) -> State:
@@ -164,11 +169,11 @@ def _gather(sources: list[Source]) -> State:
     return state
 
 
-class Stale:
+class StalePredictions:
     """The last predictions of several rows, read as if they belonged to later states."""
 
-    def __init__(self, walk: Walk, sources: list[Source]) -> None:
-        self.walk = walk
+    def __init__(self, model: Model, s: Sampler, options: Options, sources: list[Source]) -> None:
+        self.model, self.s, self.options = model, s, options
         self.planned = max(s.planned for s in sources)
         extra = max(s.pos.shape[1] - s.planned for s in sources)
         copies = max(len(s.pos) for s in sources)
@@ -184,7 +189,7 @@ class Stale:
 
     def read(self, index: list[int], state: State, win: Span) -> tuple[list[int], State, Span, Prediction] | None:
         """Predictions at what the windows read, for the rows (of `index`) whose forward covered that; None: no row."""
-        last = self.last if self.walk.options.law.greedy else None
+        last = self.last if self.options.law.greedy else None
         if last is not None and last[0] == index and torch.equal(last[1].cols, win.reads):
             return index, state, win, last[1]
         answer = self._answer(index, state, win)
@@ -201,10 +206,10 @@ class Stale:
         return index, state, win, pred
 
     def _answer(self, index: list[int], state: State, win: Span) -> Answer:
-        at, walk = torch.tensor(index, device=self.pos.device), self.walk
+        at = torch.tensor(index, device=self.pos.device)
         ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
         plan = Plan(ids, pos, None, None, None, None, False, False)
-        return Answer(walk.model, walk.s, walk.options, state, win, plan, hidden, self.planned)
+        return Answer(self.model, self.s, self.options, state, win, plan, hidden, self.planned)
 
 
 def _more(x: Tensor, copies: int, value: int) -> Tensor:

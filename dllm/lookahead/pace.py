@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+
+from dllm.decoding.cache.policy import Policy
+from dllm.decoding.slots import Sampler
+from dllm.lookahead.setting import Lookahead
+from dllm.models.model import Model
+
+Key = tuple[str, Policy, str]  # sampler with its parameters, cache, drafter
 
 ROWS = (1, 2, 4, 8)  # what "auto" chooses from
 
@@ -19,7 +26,7 @@ class Pace:
     at a cost of s each; R maximises g(R) / (cost(n R) + (g(R) - 1) s).
     """
 
-    known: ClassVar[weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()  # by model
+    known: ClassVar[weakref.WeakKeyDictionary[Model, dict[Key, Pace]]] = weakref.WeakKeyDictionary()
     PRIOR = 0.6  # hit rate before anything was seen; decays into what is seen within some twenty guesses
     PROBE = 0.01  # share of the time that may be spent on finding out
     MARGIN = 1.05  # what rows must promise to gain: less is within the error of the estimates
@@ -32,10 +39,10 @@ class Pace:
         self.step = 0.0  # s: seconds of a step that needs no forward
 
     @classmethod
-    def of(cls, model: Any, sampler: Any, policy: Any, setting: Any) -> Pace:
+    def of(cls, model: Model, sampler: Sampler, policy: Policy, setting: Lookahead) -> Pace:
         """The account of these, kept for the life of the process; a new one where costs are recorded."""
         if setting.costs is not None:
-            return cls(dict(setting.costs))
+            return cls(setting.costs)
         mine = cls.known.setdefault(model, {})
         return mine.setdefault((sampler.spec, policy, setting.drafter), cls())
 

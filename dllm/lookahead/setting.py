@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from dllm.decoding.slots import Sampler
 from dllm.errors import DllmError
+from dllm.models.model import Model
 from dllm.spec import KINDS, check, named, param, settings, value
 
 MODES = ("exact", "guarded", "fast")
@@ -17,7 +18,7 @@ DRAFTERS = ("roll", "ladder")
 RELAXATIONS = ("subset",)
 
 
-def _costs(table: Any) -> bool:
+def _costs(table: object) -> bool:
     """Whether this says what forwards of some numbers of rows cost."""
     rows, cost = KINDS["int"][0], KINDS["float"][0]
     return isinstance(table, Mapping) and bool(table) and all(rows(k) and cost(v) and v > 0 for k, v in table.items())
@@ -89,9 +90,9 @@ class Lookahead:
         """Whether the output is that of the plain call, under the conditions of the mode."""
         return self.mode != "fast" and self.relax is None
 
-    def settle(self, model: Any, sampler: Any) -> Lookahead:
+    def settle(self, model: Model, sampler: Sampler) -> Lookahead:
         """The setting with its mode decided. Errors: a promise that this model or sampler cannot keep, and why."""
-        if getattr(sampler.needs, "impure", False):
+        if sampler.needs.impure:
             raise DllmError(
                 f"sampler {sampler.name!r} depends on more than its state (global randomness, a clock or the number of "
                 "forwards), so its steps cannot be verified ahead of time: use it without lookahead"
@@ -122,6 +123,6 @@ class Stats:
     depth: dict[int, int] = field(default_factory=dict)  # hits by how many steps ahead they were guessed
     delta: float = 0.0  # the bound that mode guarded relied on
 
-    def report(self, setting: Lookahead) -> dict[str, Any]:
+    def report(self, setting: Lookahead) -> dict[str, object]:
         """As an output shows it."""
-        return {**dataclasses.asdict(self), **{k: getattr(setting, k) for k in ("mode", "drafter", "relax")}}
+        return {**vars(self), "mode": setting.mode, "drafter": setting.drafter, "relax": setting.relax}
