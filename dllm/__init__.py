@@ -88,7 +88,7 @@ if not TYPE_CHECKING:  # a checker would take every misspelt name for one of the
     def __getattr__(name: str) -> object:
         if name in _LAZY or name in _ROOMS:
             of_one_tree()
-            return getattr(import_module(_LAZY[name]), name) if name in _LAZY else import_module(f"dllm.{name}")
+            return vars(import_module(_LAZY[name]))[name] if name in _LAZY else import_module(f"dllm.{name}")
         raise AttributeError(f"module 'dllm' has no attribute {name!r}")
 
 

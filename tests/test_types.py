@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+
+import dllm
+from dllm.call.arguments import RULES, Arguments, DecodingArguments
 
 pytest.importorskip("mypy", reason="types are checked with mypy: pip install -e '.[test]'")
 
@@ -23,6 +30,8 @@ REVEALED = {  # expression -> its type, as mypy writes it
     'dllm.generate(m, "x", trace=True).trace': "dllm.decoding.trace.Trace | None",
     'dllm.score(m, "x", "y")': "float",
     'dllm.cache_error(m, "x", cache="dual")[0].max': "float",
+    'dllm.speculate("tiny-ar", m, "x")': "dllm.drafting.loop.SpecResult",
+    'dllm.speculate("tiny-ar", prompt=["x", "y"])': "list[dllm.drafting.loop.SpecResult]",
     "m.mask_id": "int | None",
     'dllm.samplers.registry.parse("threshold")': "list[dllm.samplers.base.Method]",
     "dllm.eval.config.GenerateSpec().top_k": "int | None",
@@ -32,6 +41,7 @@ ERRORS = {  # line -> what is wrong with it
     'dllm.generate(m, "x", temprature=0.5)': "temprature",
     'dllm.generate(m, "x", temperature="hot")': "No overload variant",
     'dllm.stream(m, "x", max_tokens=5)': "max_tokens",
+    'dllm.speculate("tiny-ar", m, "x", temprature=0.5)': "temprature",
     'dllm.generte(m, "x")': "generte",
 }
 SETTINGS = """
@@ -75,3 +85,22 @@ def test_a_slip_is_a_type_error(said: dict[int, str], line: str) -> None:
 
 def test_nothing_else_is_wrong(said: dict[int, str]) -> None:
     assert set(said) == set(range(len(REVEALED) + len(ERRORS))), said
+
+
+def test_one_table_of_arguments() -> None:
+    """The arguments of a signature, those that are checked, and the rules name the same things with the same types."""
+    checked = get_type_hints(Arguments)
+    assert {**get_type_hints(DecodingArguments), "n": int} == checked
+    flags = {name for name, kind in checked.items() if kind in (bool, bool | None)}
+    numbers = {name for name, kind in checked.items() if kind in (int, float, int | None, float | None)}
+    assert flags | numbers | {"check"} == set(RULES)
+    assert {name for name, rule in RULES.items() if rule.kind is bool} == flags
+
+
+def test_the_lazy_names_are_those_that_checkers_see() -> None:
+    tree = ast.parse(Path(dllm.__file__).read_text(encoding="utf-8"))
+    block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    seen = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert set(dllm.__all__) == {*seen, "DllmError", "__version__"}
+    for name, module in seen.items():
+        assert getattr(dllm, name) is getattr(import_module(str(module)), name)

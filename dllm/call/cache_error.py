@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from dllm.call.arguments import DecodingArguments
-from dllm.call.job import prepare
+from dllm.call.job import ModelLike, prepare
 from dllm.call.prompts import One, Prompt, Several
 from dllm.decoding.canvas import Plan, Span, State
 from dllm.decoding.engine import Answer, Runner
 from dllm.decoding.meter import Meter
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
-from dllm.models.model import Model
 
 
 class StepError(NamedTuple):
@@ -65,30 +63,18 @@ class Compared(Runner):
 
 @overload
 def cache_error(
-    model: Model | str | Path | None = None,
-    prompt: One | None = None,
-    *,
-    n: Literal[1] = 1,
-    **arguments: Unpack[DecodingArguments],
+    model: ModelLike = None, prompt: One | None = None, *, n: Literal[1] = 1, **arguments: Unpack[DecodingArguments]
 ) -> list[StepError]: ...
 @overload
 def cache_error(
-    model: Model | str | Path | None, prompt: Several, *, n: int = 1, **arguments: Unpack[DecodingArguments]
+    model: ModelLike, prompt: Several, *, n: int = 1, **arguments: Unpack[DecodingArguments]
 ) -> list[list[StepError]]: ...
 @overload
 def cache_error(
-    model: Model | str | Path | None = None,
-    prompt: Prompt | None = None,
-    *,
-    n: int = 1,
-    **arguments: Unpack[DecodingArguments],
+    model: ModelLike = None, prompt: Prompt | None = None, *, n: int = 1, **arguments: Unpack[DecodingArguments]
 ) -> list[StepError] | list[list[StepError]]: ...
 def cache_error(
-    model: Model | str | Path | None = None,
-    prompt: Prompt | None = None,
-    *,
-    n: int = 1,
-    **arguments: Unpack[DecodingArguments],
+    model: ModelLike = None, prompt: Prompt | None = None, *, n: int = 1, **arguments: Unpack[DecodingArguments]
 ) -> list[StepError] | list[list[StepError]]:
     """Decode as `generate` does with these arguments, and report the logit error of the cache at every step.
 

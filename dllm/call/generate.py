@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 from dllm.call import own
 from dllm.call.arguments import DecodingArguments
-from dllm.call.job import Job, prepare, resolve_model
+from dllm.call.job import Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined
 from dllm.decoding.engine import Tick
 from dllm.decoding.meter import Meter
 from dllm.decoding.recording import record
 from dllm.decoding.trace import BLANK
-from dllm.models.model import Model
 
 
 @overload
 def generate(
-    model: Model | str | Path | None = None,
-    prompt: One | None = None,
-    *,
-    n: Literal[1] = 1,
-    **arguments: Unpack[DecodingArguments],
+    model: ModelLike = None, prompt: One | None = None, *, n: Literal[1] = 1, **arguments: Unpack[DecodingArguments]
 ) -> Output: ...
 @overload
 def generate(
-    model: Model | str | Path | None, prompt: Several, *, n: int = 1, **arguments: Unpack[DecodingArguments]
+    model: ModelLike, prompt: Several, *, n: int = 1, **arguments: Unpack[DecodingArguments]
 ) -> list[Output]: ...
 @overload
 def generate(
-    model: Model | str | Path | None = None,
+    model: ModelLike = None,
     prompt: Prompt | None = None,
     *,
     input_ids: Ids | None = None,
@@ -42,7 +36,7 @@ def generate(
     **arguments: Unpack[DecodingArguments],
 ) -> Output | list[Output]: ...
 def generate(
-    model: Model | str | Path | None = None,
+    model: ModelLike = None,
     prompt: Prompt | None = None,
     *,
     input_ids: Ids | None = None,
@@ -69,7 +63,7 @@ def generate(
 
 
 def stream(
-    model: Model | str | Path | None = None,
+    model: ModelLike = None,
     prompt: Prompt | None = None,
     *,
     input_ids: Ids | None = None,

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -35,6 +36,7 @@ from dllm.samplers.base import Bundle
 from dllm.samplers.eos_last import EosLast
 
 MAX_NEW_TOKENS = 128
+ModelLike: TypeAlias = Model | str | Path | None  # a loaded one, a folder, a hub id; None: the embedded one
 
 
 @dataclass

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dllm.call.arguments import Arguments, at_least
 from dllm.call.encoding import encode, padding, unprompted
-from dllm.call.job import mask_of, resolve_model
+from dllm.call.job import ModelLike, mask_of, resolve_model
 from dllm.call.prompts import Ids, Prompt, check_ids, joined, read_one
 from dllm.decoding import noise
 from dllm.errors import DllmError
@@ -18,7 +17,7 @@ from dllm.models.model import Model
 
 
 def score(
-    model: Model | str | Path | None,
+    model: ModelLike,
     prompt: Prompt | None = None,
     answer: Prompt | None = None,
     *,

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dllm.call.arguments import RENAMED, RULES
-from dllm.call.prompts import Padding, joined, listed_ids, read
+from dllm.call.prompts import Ids, One, Padding, Prompt, Several, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
 from dllm.drafting.accept import Processors
 from dllm.drafting.control import Controller, CostAware
@@ -31,9 +31,6 @@ from dllm.drafting.verifier import Pending, Verifier
 from dllm.errors import DllmError, unknown
 from dllm.models.tokenizer import Tokenizer, by_template
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, ids, chat messages
-Prompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
-Encoded: TypeAlias = Tensor | Mapping[str, object]  # ids (L,) or (B, L), what a tokenizer returns
 T = TypeVar("T")
 
 
@@ -57,8 +54,8 @@ class SpecOptions(TypedDict, total=False):
 class SpeculateOptions(SpecOptions, total=False):
     """The keywords of `speculate`."""
 
-    input_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None
-    attention_mask: Sequence[int] | Sequence[Sequence[int]] | Tensor | None
+    input_ids: Ids | None
+    attention_mask: Ids | None
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -76,34 +73,34 @@ class SpeculateOptions(SpecOptions, total=False):
 
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike, prompt: Prompt, **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike, prompt: One, **options: Unpack[SpeculateOptions]
 ) -> SpecResult: ...
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Prompt, **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: One, **options: Unpack[SpeculateOptions]
 ) -> SpecResult: ...
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike, prompt: Prompts, **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike, prompt: Several, **options: Unpack[SpeculateOptions]
 ) -> list[SpecResult]: ...
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Prompts, **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Several, **options: Unpack[SpeculateOptions]
 ) -> list[SpecResult]: ...
 @overload
 def speculate(
     verifier: VerifierLike,
     drafter: DrafterLike = None,
-    prompt: Encoded | None = None,
+    prompt: Prompt | None = None,
     **options: Unpack[SpeculateOptions],
 ) -> SpecResult | list[SpecResult]: ...
 def speculate(
     verifier: VerifierLike,
     drafter: DrafterLike = None,
-    prompt: Prompt | Prompts | Encoded | None = None,
+    prompt: Prompt | None = None,
     *,
-    input_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
-    attention_mask: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
+    input_ids: Ids | None = None,
+    attention_mask: Ids | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
