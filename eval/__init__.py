@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 import dllm
+
+if TYPE_CHECKING:
+    from dllm.eval.comparison import compare
+    from dllm.eval.config import Config, load
+    from dllm.eval.results import Results, read
+    from dllm.eval.runner import run
+    from dllm.eval.tuning import tune
 
 dllm.of_one_tree()
 
 _LAZY = {
     "run": "runner",
-    "read": "runner",
-    "Results": "runner",
+    "read": "results",
+    "Results": "results",
     "load": "config",
     "Config": "config",
     "compare": "comparison",
@@ -21,9 +28,9 @@ _LAZY = {
 __all__ = ["Config", "Results", "compare", "load", "read", "run", "tune"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _LAZY:
-        return getattr(import_module(f"dllm.eval.{_LAZY[name]}"), name)
+        return vars(import_module(f"dllm.eval.{_LAZY[name]}"))[name]
     raise AttributeError(f"module 'dllm.eval' has no attribute {name!r}")
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from dllm.call.arguments import Arguments
+from dllm.eval.records import Decoding
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +21,16 @@ THEIRS = (*LENGTHS, "until", "do_sample")  # what has another name here
 OFF = (0, -1)  # top_k in transformers and in vLLM: no limit
 
 
-def layered(*ranks: Mapping[str, Any]) -> dict[str, Any]:
+def layered(*ranks: Mapping[str, object]) -> Decoding:
     """One mapping from several, the first rank first; None says nothing."""
     return {k: v for rank in reversed(ranks) for k, v in rank.items() if v is not None}
 
 
-def translated(given: Mapping[str, Any]) -> dict[str, Any]:
+def translated(given: Decoding) -> Decoding:
     """lm-eval's generation arguments (`max_gen_toks`, `until`, `do_sample`, …) by the names of `dllm.generate`; only
     what is said. Names that mean nothing to a diffusion model are left out with a warning."""
     said = {k: v for k, v in given.items() if v is not None and v != "None"}
-    out: dict[str, Any] = {}
+    out: Decoding = {}
     lengths = [said.pop(name) for name in LENGTHS if name in said]
     if lengths:
         out["max_new_tokens"] = lengths[0]

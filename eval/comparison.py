@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dllm.errors import DllmError
 from dllm.eval.config import Config
+from dllm.eval.metrics import verdicts
+from dllm.eval.records import Sample, Stored
 from dllm.eval.report import PAIR, number, pair, table
-from dllm.eval.runner import read
-from dllm.eval.store import Row
+from dllm.eval.results import read
+from dllm.eval.store import flat
 
-Groups = dict[tuple[str, str], dict[str, Row]]  # (task, setting) -> document -> row
+Groups = dict[tuple[str, str], dict[str, Sample]]  # (task, setting) -> document -> sample
 
 
 def compare(first: str | Path, second: str | Path) -> str:
@@ -52,7 +53,7 @@ def compare(first: str | Path, second: str | Path) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _groups(rows: list[Row]) -> Groups:
+def _groups(rows: list[Sample]) -> Groups:
     out: Groups = {}
     for row in rows:
         if row["correct"] is not None:
@@ -67,37 +68,26 @@ def _pairs(a: Config, b: Config) -> list[tuple[str, str]]:
     return [(label, label) for label in labels_a if label in labels_b]
 
 
-def _accuracy(rows: Mapping[str, Row], docs: list[str]) -> str:
-    return number(sum(rows[d]["correct"] for d in docs) / len(docs), 1, 100)
+def _accuracy(rows: Mapping[str, Sample], docs: list[str]) -> str:
+    return number(sum(verdicts(rows[d] for d in docs)) / len(docs), 1, 100)
 
 
-def _same_documents(task: str, a: Mapping[str, Row], b: Mapping[str, Row], docs: list[str]) -> None:
+def _same_documents(task: str, a: Mapping[str, Sample], b: Mapping[str, Sample], docs: list[str]) -> None:
     other = [doc for doc in docs if a[doc].get("target") != b[doc].get("target")]
     if other:
         raise DllmError(f"task {task!r}: document {other[0]!r} has another answer in the second run: not the same data")
 
 
-def _identity(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(config: Config, results: Stored) -> dict[str, object]:
     """What was configured, and the marks of the weights that were found under the models' names."""
     return {**config.identity(), "weights": results["env"].get("weights", {})}
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+def _differences(a: Mapping[str, object], b: Mapping[str, object]) -> str:
     """The keys that differ, with both values."""
-    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+    flat_a, flat_b = (dict(flat(values, Mapping | list)) for values in (a, b))
     keys = [k for k in dict.fromkeys([*flat_a, *flat_b]) if flat_a.get(k) != flat_b.get(k)]
     if not keys:
         return "The configurations are equal."
     lines = [[key, flat_a.get(key, "–"), flat_b.get(key, "–")] for key in keys]
     return "Configured otherwise:\n\n" + table(["key", "first", "second"], lines)
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, child in value.items():
-            yield from _flat(child, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for i, child in enumerate(value):
-            yield from _flat(child, f"{path}.{i}")
-    else:
-        yield path, value

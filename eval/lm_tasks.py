@@ -8,13 +8,14 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from dllm.errors import DllmError
 from dllm.eval import data
 from dllm.eval.config import TaskSpec
+from dllm.eval.records import Decoding, Sample
 from dllm.eval.tasks import confined
 from dllm.eval.tasks.base import Unavailable
 from dllm.eval.tasks.files import defined
@@ -23,7 +24,9 @@ from dllm.eval.tasks.scorers import UNCONFINED
 try:
     import evaluate
     from lm_eval import evaluator
+    from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.api.task import Task as LMTask
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise DllmError(f"lm-eval is missing ({error}): pip install 'dllm-toolkit[eval]'") from None
@@ -33,7 +36,9 @@ except ImportError:  # before 0.4.11
     from lm_eval.utils import load_yaml_config as load_yaml
 
 log = logging.getLogger(__name__)
-Config = dict[str, Any]
+T = TypeVar("T")
+Theirs = Mapping[str, Any]  # of lm-eval: a task file, its results, a sample that it logged
+TaskFile = dict[str, Any]
 
 
 class CodeEval:
@@ -48,7 +53,7 @@ class CodeEval:
     names: ClassVar[dict[str, list[str]]] = {}
 
     @classmethod
-    def learn(cls, doc: Any) -> None:
+    def learn(cls, doc: object) -> None:
         """Note the head of a document of HumanEval's shape, the names of one of MBPP's."""
         if isinstance(doc, Mapping) and isinstance(doc.get("prompt"), str) and "entry_point" in doc:
             cls.heads.add(doc["prompt"])
@@ -57,13 +62,14 @@ class CodeEval:
             cls.names[check] = defined(doc["code"], check)
 
     def passes(self, program: str, check: str) -> bool:
+        """Whether a program stands its check."""
         head = max((head for head in self.heads if program.startswith(head)), key=len, default="")
         asked = re.search(r"^check\((\w+)\)\s*\Z", check, re.MULTILINE)
         entries = [asked[1]] if head and asked else self.names.get(check, [])
         return confined.run(program, check, context=head, entries=entries).passed
 
     def compute(
-        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: Any
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **_: object
     ) -> tuple[dict[str, float], dict[int, list[bool]]]:
         """pass@k of the programs of every reference (unbiased, arXiv 2107.03374), and which of them passed."""
         passed = {
@@ -91,18 +97,18 @@ def confine() -> None:
 class _Loading:
     """`evaluate.load` with our `code_eval`."""
 
-    def __init__(self, published: Callable[..., Any]):
+    def __init__(self, published: Callable[..., object]):
         self.published = published
 
-    def __call__(self, path: str, *arguments: Any, **more: Any) -> Any:
+    def __call__(self, path: str, *arguments: object, **more: object) -> object:
         return CodeEval() if path == "code_eval" else self.published(path, *arguments, **more)
 
 
-def _guarded(published: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(published: Callable[..., T]) -> Callable[..., T]:
     """lm-eval's `evaluate`: programs that we run need no consent, others need ours besides lm-eval's."""
 
     @functools.wraps(published)
-    def evaluate(lm: Any, task_dict: Mapping[str, Any], *arguments: Any, **more: Any) -> Any:
+    def evaluate(lm: LM, task_dict: Theirs, *arguments: object, **more: object) -> T:
         for name, task in _members(task_dict):
             if ours(task):
                 if reason := confined.refusal():
@@ -117,32 +123,33 @@ def _guarded(published: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
-def _members(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _members(tasks: Theirs) -> Iterator[tuple[str, LMTask]]:
     """The tasks that have programs checked, those of groups too."""
     for name, task in tasks.items():
         if isinstance(task, Mapping):
             yield from _members(task)
-        elif getattr(task, "UNSAFE_CODE", False):
+        elif getattr(task, "UNSAFE_CODE", False):  # foreign
             yield str(name), task
 
 
-def ours(task: Any) -> bool:
+def ours(task: LMTask) -> bool:
     """Whether it is us who run a task's programs."""
-    found = [getattr(f, "__self__", f) for f in getattr(task, "_metric_fn_list", {}).values()]  # it keeps f.__call__
-    return _call_ours(found)
+    kept = getattr(task, "_metric_fn_list", {}).values()  # foreign
+    return _call_ours([getattr(f, "__self__", f) for f in kept])  # foreign: it keeps f.__call__
 
 
-def _call_ours(functions: Sequence[Any]) -> bool:
-    return any(isinstance(value, CodeEval) for f in functions for value in getattr(f, "__globals__", {}).values())
+def _call_ours(functions: Iterable[object]) -> bool:
+    names = [getattr(f, "__globals__", {}) for f in functions]  # foreign
+    return any(isinstance(value, CodeEval) for own in names for value in own.values())
 
 
-def prepared(spec: TaskSpec, manager: TaskManager, folder: str | None) -> tuple[Any, dict[str, Any]]:
+def prepared(spec: TaskSpec, manager: TaskManager, folder: str | None) -> tuple[ConfigurableTask | str, Decoding]:
     """What `simple_evaluate` takes for a task, and options that go with it: the task with its documents from local
     files where the entry or a `folder` of local data has them, a group or tag by its name. Errors: `Unavailable`, with
     what is missing."""
     name = spec.name.removeprefix("lm-eval:")
     entry = manager.task_index.get(name)
-    file = entry.get("yaml_path") if isinstance(entry, Mapping) else getattr(entry, "yaml_path", None)
+    file = entry.get("yaml_path") if isinstance(entry, Mapping) else getattr(entry, "yaml_path", None)  # foreign
     config = _read(name, Path(file)) if isinstance(file, str | Path) else {}
     if config.get("task") != name or "class" in config:
         return name, {}
@@ -159,7 +166,7 @@ def prepared(spec: TaskSpec, manager: TaskManager, folder: str | None) -> tuple[
         raise Unavailable(f"its documents cannot be had: {_line(error)}{advice}") from None
 
 
-def _code(config: Config) -> dict[str, Any]:
+def _code(config: TaskFile) -> Decoding:
     """The consent that lm-eval asks for before it has programs checked: given where it is us who run them, confined."""
     functions = [metric["metric"] for metric in config.get("metric_list") or () if callable(metric["metric"])]
     if not (config.get("unsafe_code") and _call_ours(functions)):
@@ -169,13 +176,13 @@ def _code(config: Config) -> dict[str, Any]:
     return {"confirm_run_unsafe_code": True}
 
 
-def note(options: Mapping[str, Any]) -> dict[str, str]:
+def note(options: Mapping[str, object]) -> Sample:
     """What the rows of a prepared task say of their verdicts: nothing, or that no program was confined."""
     free = options.get("confirm_run_unsafe_code") and isinstance(confined.sandbox(), confined.Unconfined)
     return {"note": UNCONFINED} if free else {}
 
 
-def _read(name: str, file: Path) -> Config:
+def _read(name: str, file: Path) -> TaskFile:
     try:
         return dict(load_yaml(file))
     except Exception as error:
@@ -183,7 +190,7 @@ def _read(name: str, file: Path) -> Config:
         raise Unavailable(f"lm-eval cannot load {name}: {_line(error)}") from None
 
 
-def _local(spec: TaskSpec, config: Config, folder: str | None) -> Config:
+def _local(spec: TaskSpec, config: TaskFile, folder: str | None) -> TaskFile:
     """The changes that give a task local files: only where its documents come from, never what is asked."""
     own = config.get("num_fewshot") or 0
     shots = own if config.get("num_fewshot") == 0 else spec.options.get("num_fewshot", own)  # lm-eval keeps a 0

@@ -10,13 +10,17 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
-Row = Mapping[str, Any]
+from dllm.eval.records import Cell, Sample, Speed
+
+Array = NDArray[np.float64]
+Count = Literal["tokens", "tokens_raw", "nfe"]
 
 RESAMPLES = 2000  # of every bootstrap: the interval's ends move by under a tenth of its width
 ALPHA = 3.0  # d3LLM's penalty on accuracy loss (arXiv 2601.07568)
@@ -39,7 +43,7 @@ def interval(correct: Sequence[float], confidence: float = 0.95, seed: int = 0) 
 
 
 def _bootstrap(
-    data: tuple[np.ndarray, ...], statistic: Callable[..., Any], confidence: float, seed: int, paired: bool
+    data: tuple[Array, ...], statistic: Callable[..., object], confidence: float, seed: int, paired: bool
 ) -> tuple[float, float]:
     low = high = math.nan
     for method in ("percentile",) if paired else ("BCa", "percentile"):  # BCa is undefined on a handful of samples
@@ -61,18 +65,18 @@ def _bootstrap(
     return (low, high)
 
 
-def ratio(rows: Sequence[Row], top: str, bottom: str) -> float:
+def ratio(rows: Sequence[Sample], top: Count, bottom: Count) -> float:
     """Ratio of the sums of two counts over the rows; NaN where the lower sum is 0."""
     total = sum(row[bottom] for row in rows)
     return sum(row[top] for row in rows) / total if total else math.nan
 
 
-def summarize(rows: Sequence[Row], confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
+def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -> Cell:
     """One cell of the report (one task, one setting). Error rows count as wrong answers, and nowhere else."""
     fine = [row for row in rows if not row.get("error")]
-    correct = [row["correct"] for row in rows]
+    correct = verdicts(rows)
     low, high = interval(correct, confidence, seed)
-    cell: dict[str, Any] = {
+    cell: Cell = {
         "n": len(rows),
         "errors": len(rows) - len(fine),
         "accuracy": _mean(correct),
@@ -82,7 +86,7 @@ def summarize(rows: Sequence[Row], confidence: float = 0.95, seed: int = 0) -> d
         "tokens_raw": sum(row["tokens_raw"] for row in fine),
         "empty": sum(row["tokens"] == 0 for row in fine),
         "nfe": _mean([row["nfe"] for row in fine]),
-        "nfe_equiv": _mean([row["nfe_equiv"] for row in fine if row.get("nfe_equiv") is not None]),
+        "nfe_equiv": _mean([equiv for row in fine if (equiv := row.get("nfe_equiv")) is not None]),
         "tpf": ratio(fine, "tokens", "nfe"),
         "tpf_mean": _mean([row["tokens"] / row["nfe"] for row in fine if row["nfe"]]),
         "finish": {
@@ -97,23 +101,28 @@ def summarize(rows: Sequence[Row], confidence: float = 0.95, seed: int = 0) -> d
     return cell
 
 
-def clock(rows: Sequence[Row]) -> dict[str, Any]:
+def verdicts(rows: Iterable[Sample]) -> list[float]:
+    """Who was right; a sample without a verdict was not."""
+    return [row["correct"] or 0.0 for row in rows]
+
+
+def clock(rows: Sequence[Sample]) -> Speed:
     """Seconds and speeds. `tokens_per_second` is Σ tokens ÷ Σ wall seconds; `…_sample` the mean over samples of
     its own speed."""
     clocks = [row["clock"] for row in rows]
     wall = sum(c["share"] for c in clocks)
     speeds = [row["tokens"] / row["clock"]["seconds"] for row in rows if row["clock"].get("seconds")]
-    out: dict[str, Any] = {
+    out: Speed = {
         "seconds": wall,
         "tokens_per_second": sum(row["tokens"] for row in rows) / wall if wall else math.nan,
         "tokens_per_second_sample": _mean(speeds),
     }
-    for part in ("prefill_seconds", "decode_seconds"):
-        known = [c[part] for c in clocks if c.get(part) is not None]
-        if known:
-            out[part] = sum(known)
-    if any(c.get("peak_mb") for c in clocks):
-        out["peak_mb"] = max(c["peak_mb"] for c in clocks if c.get("peak_mb"))
+    if known := [c["prefill_seconds"] for c in clocks if "prefill_seconds" in c]:
+        out["prefill_seconds"] = sum(known)
+    if known := [c["decode_seconds"] for c in clocks if "decode_seconds" in c]:
+        out["decode_seconds"] = sum(known)
+    if known := [c["peak_mb"] for c in clocks if c.get("peak_mb")]:
+        out["peak_mb"] = max(known)
     return out
 
 
@@ -124,7 +133,15 @@ def _mean(values: Sequence[float]) -> float:
 # ---------------------------------------------------------------------------------------------------------- comparisons
 
 
-def mcnemar(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+class Discordant(TypedDict):
+    """Documents that one of two settings alone got right, and how likely such a split is by chance."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def mcnemar(a: Sequence[float], b: Sequence[float]) -> Discordant:
     """Exact McNemar test of paired right/wrong verdicts: how many only `a` and only `b` got right, and the two-
     sided p."""
     right_a, right_b = np.asarray(a) >= 0.5, np.asarray(b) >= 0.5
@@ -146,13 +163,14 @@ def paired_difference(
 
 
 def paired_ratio(
-    a: Sequence[Row], b: Sequence[Row], top: str, bottom: str, confidence: float = 0.95, seed: int = 0
+    a: Sequence[Sample], b: Sequence[Sample], top: Count, bottom: Count, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
     """(Σtop/Σbottom of b) ÷ (the same of a) over the same documents, with its paired bootstrap interval: the
     speed-up."""
-    columns = tuple(np.asarray([row[key] for row in rows], dtype=float) for rows in (a, b) for key in (top, bottom))
+    keys: tuple[Count, Count] = (top, bottom)
+    columns = tuple(np.asarray([row[key] for row in rows], dtype=float) for rows in (a, b) for key in keys)
 
-    def speedup(*sums: Any, axis: int = -1) -> Any:
+    def speedup(*sums: Array, axis: int = -1) -> Any:
         top_a, bottom_a, top_b, bottom_b = sums
         return (top_b.sum(axis) / bottom_b.sum(axis)) / (top_a.sum(axis) / bottom_a.sum(axis))
 

@@ -6,12 +6,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dllm.decoding.trace import Trace
 from dllm.eval.metrics import frontier
+from dllm.eval.records import Cell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def pyplot() -> Any | None:
+def pyplot() -> ModuleType | None:
     """matplotlib without a display, or None where it is not installed."""
     try:
         import matplotlib
@@ -33,9 +38,7 @@ def pyplot() -> Any | None:
     return plt
 
 
-def accuracy_against_tpf(
-    cells: Sequence[Mapping[str, Any]], methods: Mapping[str, str], path: Path, title: str
-) -> Path | None:
+def accuracy_against_tpf(cells: Sequence[Cell], methods: Mapping[str, str], path: Path, title: str) -> Path | None:
     """One point a setting with its interval, the settings of a method (`methods`: setting -> method) in one colour and
     joined, the frontier drawn through the points that none beats."""
     plt = pyplot()
@@ -134,7 +137,7 @@ def forwards(rows: Mapping[str, Sequence[int]], path: Path, title: str) -> Path 
     return _save(plt, figure, path)
 
 
-def _save(plt: Any, figure: Any, path: Path) -> Path:
+def _save(plt: ModuleType, figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)

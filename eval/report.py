@@ -6,16 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dllm.decoding.trace import Trace
 from dllm.eval import metrics, plots
 from dllm.eval.config import describe
-from dllm.eval.store import Row, write
+from dllm.eval.records import Cell, Sample
+from dllm.eval.results import Results
+from dllm.eval.store import write
 from dllm.samplers.registry import TUNED
-
-if TYPE_CHECKING:
-    from dllm.eval.runner import Results
 
 COUNTING = (
     "Tokens are generated ids up to the first stop, so an empty answer is 0; `raw` counts every decoded position. "
@@ -26,7 +24,7 @@ COUNTING = (
 )
 
 
-def report(results: Results, rows: Sequence[Row], figures: bool = True) -> Path:
+def report(results: Results, rows: Sequence[Sample], figures: bool = True) -> Path:
     """Write `report.md` and its figures into the run folder; the report's path."""
     config, folder = results.config, results.folder
     parts = [
@@ -48,28 +46,28 @@ def report(results: Results, rows: Sequence[Row], figures: bool = True) -> Path:
     return path
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A markdown table; the first column is left-aligned, the others right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in [head, *lines]]
     return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
 
 
-def compact(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+def compact(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A table without the columns that hold no value."""
     lines = list(lines)
     kept = [i for i in range(len(head)) if not lines or any(line[i] != "–" for line in lines)]
     return table([head[i] for i in kept], ([line[i] for i in kept] for line in lines))
 
 
-def number(value: Any, digits: int = 2, scale: float = 1.0) -> str:
+def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
     """A rounded number; a dash where there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or math.isnan(value):
         return "–"
     return f"{scale * value:.{digits}f}"
 
 
-def _facts(results: Results, rows: Sequence[Row]) -> str:
+def _facts(results: Results, rows: Sequence[Sample]) -> str:
     config, env = results.config, results.env
     brought = {row["sampler"]: row["setting"] for row in rows if f":{TUNED}" in row.get("sampler", "")}
     packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items())
@@ -100,7 +98,7 @@ def _overview(results: Results, tasks: Sequence[str]) -> str:
     return "## Overview\n\nAccuracy in percent · tokens per forward.\n\n" + table(["setting", *tasks], lines)
 
 
-def _task(results: Results, task: str, rows: Sequence[Row], figures: bool) -> list[str]:
+def _task(results: Results, task: str, rows: Sequence[Sample], figures: bool) -> list[str]:
     cells = [cell for cell in results.cells if cell["task"] == task]
     parts = [_table(cells), _decoding(cells)]
     rows = [row for row in rows if row["correct"] is not None]
@@ -115,62 +113,48 @@ def _task(results: Results, task: str, rows: Sequence[Row], figures: bool) -> li
     return parts + [f"![{label}]({path.relative_to(results.folder).as_posix()})" for label, path in made]
 
 
-def _table(cells: Sequence[Mapping[str, Any]]) -> str:
+def _numbers(cell: Cell, **digits: int) -> list[str]:
+    """Figures of a cell by name, each with its digits."""
+    return [number(_value(cell, name), places) for name, places in digits.items()]
+
+
+def _table(cells: Sequence[Cell]) -> str:
     head = ["setting", "n", "accuracy %", "interval", "NFE", "NFE≡", "TPF", "tokens/s", "per sample", "cut", "errors"]
-    return compact(
-        head,
-        (
-            [
-                c["setting"],
-                c["n"],
-                number(c["accuracy"], 1, 100),
-                f"{number(c.get('low'), 1, 100)} … {number(c.get('high'), 1, 100)}",
-                number(c.get("nfe"), 1),
-                number(c.get("nfe_equiv"), 1),
-                number(c.get("tpf")),
-                number(c.get("clock", {}).get("tokens_per_second"), 1),
-                number(c.get("clock", {}).get("tokens_per_second_sample"), 1),
-                c.get("cut") or "–",
-                c.get("errors", 0),
-            ]
-            for c in cells
-        ),
-    )
+    lines = []
+    for c in cells:
+        interval = f"{number(c.get('low'), 1, 100)} … {number(c.get('high'), 1, 100)}"
+        work = _numbers(c, nfe=1, nfe_equiv=1, tpf=2, tokens_per_second=1, tokens_per_second_sample=1)
+        sizes = [c.get("cut") or "–", c.get("errors", 0)]
+        lines.append([c["setting"], c["n"], number(c["accuracy"], 1, 100), interval, *work, *sizes])
+    return compact(head, lines)
 
 
 _NAMED = ("sampler", "cache", "max_new_tokens", "stop", "temperature")  # have columns of their own
 
 
-def _decoding(cells: Sequence[Mapping[str, Any]]) -> str:
+def _decoding(cells: Sequence[Cell]) -> str:
     """What every setting was decoded with, as the order of precedence settled it."""
     lines = []
     for cell in cells:
         for used in cell.get("decoding", ()):
             rest = {k: v for k, v in used.items() if k not in _NAMED}
-            lines.append(
-                [
-                    cell["setting"],
-                    describe(used["sampler"]) if used.get("sampler") else "–",
-                    describe(used["cache"]) if used.get("cache") else "–",
-                    used.get("max_new_tokens", "–"),
-                    used.get("temperature", "–"),
-                    ", ".join(map(repr, used.get("stop") or ())) or "–",
-                    ", ".join(f"{k}={v}" for k, v in rest.items()) or "–",
-                ]
-            )
+            methods = [describe(used[k]) if used.get(k) else "–" for k in ("sampler", "cache")]
+            numbers = [used.get(k, "–") for k in ("max_new_tokens", "temperature")]
+            stops = ", ".join(map(repr, used.get("stop") or ())) or "–"
+            others = ", ".join(f"{k}={v}" for k, v in rest.items()) or "–"
+            lines.append([cell["setting"], *methods, *numbers, stops, others])
     if not lines:
         return ""
     head = ["setting", "sampler", "cache", "new tokens", "temperature", "stop", "other"]
     return "Decoded with (a dash is the model family's own):\n\n" + compact(head, lines)
 
 
-def _work(cells: Sequence[Mapping[str, Any]]) -> str:
+def _work(cells: Sequence[Cell]) -> str:
     head = ["setting", "tokens", "raw", "empty", "ended by", "seconds", "prefill s", "decode s", "peak MB"]
     lines = []
     for c in cells:
-        clock = c["clock"]
         ended = ", ".join(f"{reason} {count}" for reason, count in c["finish"].items()) or "–"
-        seconds = [number(clock.get(k), 1) for k in ("seconds", "prefill_seconds", "decode_seconds", "peak_mb")]
+        seconds = _numbers(c, seconds=1, prefill_seconds=1, decode_seconds=1, peak_mb=1)
         lines.append([c["setting"], c["tokens"], c["tokens_raw"], c["empty"], ended, *seconds])
     note = (
         "`seconds` is wall time; prefill and decode seconds are sums over samples, each from the start of its call. "
@@ -179,16 +163,10 @@ def _work(cells: Sequence[Mapping[str, Any]]) -> str:
     return compact(head, lines) + f"\n\n{note}"
 
 
-def _drafting(cells: Sequence[Mapping[str, Any]]) -> str:
+def _drafting(cells: Sequence[Cell]) -> str:
     """Drafting runs: accepted drafts and forwards of both models."""
     lines = [
-        [
-            c["setting"],
-            number(c["accepted_per_cycle"]),
-            number(c["tpf"]),
-            number(c["nfe"], 1),
-            number(c["draft_forwards"], 1),
-        ]
+        [c["setting"], *_numbers(c, accepted_per_cycle=2, tpf=2, nfe=1, draft_forwards=1)]
         for c in cells
         if "accepted_per_cycle" in c
     ]
@@ -199,29 +177,28 @@ def _drafting(cells: Sequence[Mapping[str, Any]]) -> str:
     return f"{note}\n\n" + table(head, lines)
 
 
-def _against_first(results: Results, task: str, rows: Sequence[Row]) -> str:
+def _against_first(results: Results, task: str, rows: Sequence[Sample]) -> str:
     """Every setting paired with the first: the same documents, so the test is much sharper than two intervals."""
     names = list(dict.fromkeys(r["setting"] for r in sorted(rows, key=lambda r: r["index"])))
     order = [s.label for s in results.config.settings if s.label in names]
     if len(order) < 2:
         return ""
     groups = {name: {r["doc"]: r for r in rows if r["setting"] == name} for name in order}
-    lines = []
-    for name in order[1:]:
-        lines.append([name, *pair(groups[order[0]], groups[name], results.config.confidence, results.config.seed)])
+    first, config = groups[order[0]], results.config
+    lines = [[name, *pair(first, groups[name], config.confidence, config.seed)] for name in order[1:]]
     return f"Against {order[0]}, document by document:\n\n" + table(["setting", *PAIR], lines)
 
 
 PAIR = ("Δ accuracy, points", "only first right", "only this right", "McNemar p", "TPF ratio", "NFE ratio")
 
 
-def pair(a: Mapping[str, Row], b: Mapping[str, Row], confidence: float, seed: int) -> list[str]:
+def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, seed: int) -> list[str]:
     """The paired columns of two groups of rows by document."""
     shared = [doc for doc in a if doc in b]
     if not shared:
         return ["–"] * len(PAIR)
     first, second = [a[d] for d in shared], [b[d] for d in shared]
-    right_a, right_b = [r["correct"] for r in first], [r["correct"] for r in second]
+    right_a, right_b = metrics.verdicts(first), metrics.verdicts(second)
     difference = metrics.paired_difference(right_a, right_b, confidence, seed)
     test = metrics.mcnemar(right_a, right_b)
     fine = [(x, y) for x, y in zip(first, second, strict=True) if not (x.get("error") or y.get("error"))]
@@ -238,9 +215,7 @@ def pair(a: Mapping[str, Row], b: Mapping[str, Row], confidence: float, seed: in
     ]
 
 
-def _figures(
-    results: Results, task: str, cells: Sequence[Mapping[str, Any]], rows: Sequence[Row]
-) -> Iterable[tuple[str, Path]]:
+def _figures(results: Results, task: str, cells: Sequence[Cell], rows: Sequence[Sample]) -> Iterable[tuple[str, Path]]:
     folder, name = results.folder / "plots", slug(task)
     labels = [s.label for s in results.config.settings]
     figure = plots.accuracy_against_tpf(cells, results.config.methods(), folder / f"{name}-frontier.png", task)
@@ -266,6 +241,7 @@ def _made(label: str, path: Path | None) -> list[tuple[str, Path]]:
 
 
 def slug(text: str) -> str:
+    """A text as the name of a file."""
     return re.sub(r"[^\w-]+", "_", text)
 
 
@@ -289,7 +265,8 @@ def _published(results: Results) -> str:
     lines = []
     for figure in expected:
         cells = [c for c in results.cells if c["task"] == figure.task and figure.setting in (None, c["setting"])]
-        for cell in cells or [{}]:
+        shown: Sequence[Cell | None] = cells or [None]
+        for cell in shown:
             ours = _value(cell, figure.metric) if cell else None
             gap = "–" if ours is None else f"{ours - figure.value:+.2f}"
             setting = figure.setting or (cell["setting"] if cell else "–")
@@ -299,9 +276,10 @@ def _published(results: Results) -> str:
     return f"## Beside the published figures\n\nOurs with {model}; accuracies in percent.\n\n" + table(head, lines)
 
 
-def _value(cell: Mapping[str, Any], metric: str) -> float | None:
+def _value(cell: Cell, metric: str) -> float | None:
     """A cell's figure by the name that `expected:` uses; accuracy in percent, as papers print it."""
     if metric == "accuracy":
         return 100 * cell["accuracy"]
-    value = cell.get(metric, cell.get("clock", {}).get(metric))
-    return None if value is None else float(value)
+    figures = {**cell.get("clock", {}), **cell}
+    value = figures.get(metric)
+    return float(value) if isinstance(value, int | float) else None

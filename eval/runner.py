@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from tqdm import tqdm
 
@@ -18,15 +20,18 @@ from dllm.call.arguments import Arguments
 from dllm.decoding.cache import registry as caches
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.registry import is_drafter_name
-from dllm.errors import DllmError, unknown
-from dllm.eval import engines, metrics
+from dllm.errors import DllmError
+from dllm.eval import engines
 from dllm.eval.config import Config, GenerateSpec, ModelSpec, Setting, TaskSpec, load
 from dllm.eval.data import rehearse as examples
-from dllm.eval.store import Row, Store, read_mapping, read_rows, write, write_csv
+from dllm.eval.records import Environment, Sample
+from dllm.eval.report import report
+from dllm.eval.results import Found, Results, areas, results_of
+from dllm.eval.store import Store, write, write_csv
 from dllm.eval.tasks import confined
 from dllm.eval.tasks.base import Task, takes
 from dllm.eval.tasks.scorers import UNCONFINED
-from dllm.eval.worker import Job, arguments, available, environment, occasion
+from dllm.eval.worker import Batch, available, environment, occasion
 from dllm.lookahead.setting import Lookahead
 from dllm.samplers import registry
 from dllm.spec import Source
@@ -40,51 +45,8 @@ REHEARSED = (
 )
 
 
-@dataclass(frozen=True)
-class Results:
-    """What a run found. `cells` has one entry per task and setting; `errors` counts the error rows."""
-
-    folder: Path
-    config: Config
-    cells: tuple[dict[str, Any], ...]
-    rows: tuple[Row, ...] = ()  # the samples behind the cells
-    aup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task -> method -> area
-    env: Mapping[str, Any] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-    lead: bool = True  # of several ranks, the one that keeps the folder
-
-    @property
-    def errors(self) -> int:
-        """Prompts that the model failed on."""
-        return sum(cell["errors"] for cell in self.cells)
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 3 where some prompt failed: everything else was decoded all the same."""
-        return 3 if self.errors else 0
-
-    def cell(self, task: str, setting: str) -> dict[str, Any]:
-        """The numbers of one task under one setting. Errors: there is no such cell."""
-        cells = {(c["task"], c["setting"]): c for c in self.cells}
-        if (task, setting) not in cells:
-            raise unknown("cell", f"{task}, {setting}", [", ".join(key) for key in cells])
-        return cells[task, setting]
-
-    def plain(self) -> dict[str, Any]:
-        return {
-            "name": self.config.name,
-            "seed": self.config.seed,
-            "errors": self.errors,
-            "notices": list(self.notices),
-            "cells": list(self.cells),
-            "aup": self.aup,
-            "env": self.env,
-            "samples": [row["key"] for row in self.rows],
-        }
-
-
 def run(
-    config: Config | Mapping[str, Any] | str | Path,
+    config: Config | Mapping[str, object] | str | Path,
     sets: Sequence[str] = (),
     *,
     out: str | Path | None = None,
@@ -124,40 +86,42 @@ def run(
         weights, keys = _decode(own, engine, store, tasks, progress and engine.lead)
         engine.wait()
         store.reload()
-        env = {**environment(), "weights": weights, "engine": given.engine.kind}
+        env: Environment = {**environment(), "weights": weights, "engine": given.engine.kind}
         rows = [row for key, row in store.rows.items() if key in keys]
-        results = _results(own, rows, tasks, folder, env)
+        results = results_of(own, rows, tasks, folder, env)
         if foreign.tasks:
-            from dllm.eval.harness import run_tasks
-
-            found = run_tasks(foreign, store, engine.worker, engine.lead)
-            cells, rows = (*results.cells, *found.cells), [*rows, *found.rows]
-            results, skipped = replace(results, cells=cells, rows=tuple(rows)), skipped | found.skipped
+            found: Found = _lm_eval().run_tasks(foreign, store, engine.worker, engine.lead)
+            cells, all_rows = (*results.cells, *found.cells), (*rows, *found.rows)
+            results, skipped = replace(results, cells=cells, rows=all_rows), skipped | found.skipped
         if engine.lead and not results.cells:
             raise _nothing(skipped)
         results = replace(results, config=given, aup=areas(given, results.cells), lead=engine.lead)
-        notices = [
-            *results.notices,
-            *_cut(results.cells),
-            *(f"{task} is left out: {why}" for task, why in skipped.items()),
-            *_unconfined(rows),
-        ]
-        if bad := next((row for row in rows if row.get("error")), None):
-            first = f"{bad['task']}, {bad['setting']}, document {bad['doc']}: {bad['error']}"
-            notices.append(f"{results.errors} samples failed and count as wrong; the first is {first}")
-        results = replace(results, notices=(*([REHEARSED] if dry_run else []), *notices))
+        results = replace(results, notices=(*([REHEARSED] if dry_run else []), *_notices(results, skipped)))
         if engine.lead:
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
             write_csv(folder / "results.csv", results.cells)
-            write_csv(folder / "samples.csv", rows)
-            from dllm.eval.report import report
-
-            report(results, rows, figures=not dry_run)
+            write_csv(folder / "samples.csv", results.rows)
+            report(results, results.rows, figures=not dry_run)
         return results
     finally:
         if store is not None:
             store.close()
         engine.close()
+
+
+def _notices(results: Results, skipped: Mapping[str, str]) -> Iterator[str]:
+    """What a reader of the figures has to know."""
+    yield from results.notices
+    for task in dict.fromkeys(cell["task"] for cell in results.cells):
+        mine = [c for c in results.cells if c["task"] == task and c.get("cut")]
+        if counts := [f"{c['cut']} of {c['n']} under {c['setting']}" for c in mine]:
+            yield f"{task}: prompts were cut on the left to fit the model ({'; '.join(counts)})"
+    yield from (f"{task} is left out: {why}" for task, why in skipped.items())
+    if free := sum(row.get("note", "").startswith(UNCONFINED) for row in results.rows):
+        yield f"{confined.UNCONFINED} ({free} samples)"  # a program may have made its own verdict
+    if bad := next((row for row in results.rows if row.get("error")), None):
+        first = f"{bad['task']}, {bad['setting']}, document {bad['doc']}: {bad['error']}"
+        yield f"{results.errors} samples failed and count as wrong; the first is {first}"
 
 
 def _nothing(skipped: Mapping[str, str]) -> DllmError:
@@ -172,6 +136,11 @@ def _split(config: Config) -> tuple[Config, Config]:
 
 def _foreign(task: TaskSpec) -> bool:
     return task.name.startswith("lm-eval:")
+
+
+def _lm_eval() -> ModuleType:
+    """lm-eval's side, loaded where one of its tasks is asked for: the package is optional, and slow to import."""
+    return import_module("dllm.eval.harness")
 
 
 def check(config: Config) -> None:
@@ -198,14 +167,12 @@ def check(config: Config) -> None:
             registry.check(task.sampler or "confidence")
         with _placed(config.source, "tasks", i):
             if _foreign(task):
-                from dllm.eval.harness import check_task
-
                 takes(task, "options", "path", "shots_path")
-                check_task(task)
+                _lm_eval().check_task(task)
 
 
 @contextmanager
-def _placed(source: Source, *key: Any) -> Iterator[None]:
+def _placed(source: Source, *key: str | int) -> Iterator[None]:
     """Errors inside name this key and where it was given."""
     try:
         yield
@@ -239,11 +206,11 @@ def rehearsal(config: Config) -> Config:
 
     tasks = tuple(map(small, config.tasks))
     out = config.out or f"runs/dry/{config.name}"
-    quick: dict[str, Any] = {"limit": None, "batch_size": 2, "warmup": 0, "trace": min(config.trace, 1)}
-    return replace(config, settings=settings, tasks=tasks, out=out, data=f"{out}/data", **quick)
+    small_run = replace(config, limit=None, batch_size=2, warmup=0, trace=min(config.trace, 1))
+    return replace(small_run, settings=settings, tasks=tasks, out=out, data=f"{out}/data")
 
 
-def _own_filter(sampler: Any) -> Any:
+def _own_filter(sampler: object) -> object:
     """A sampler without the file of a trained filter, so that the embedded model's own is taken."""
     if isinstance(sampler, list):
         return [_own_filter(part) for part in sampler]
@@ -253,18 +220,18 @@ def _own_filter(sampler: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def jobs_of(config: Config, setting: int, sizes: Sequence[int]) -> Iterator[Job]:
+def batches(config: Config, setting: int, sizes: Sequence[int]) -> Iterator[Batch]:
     """Fixed batches of documents: the same whatever was finished before, so that a resumed batch is the batch it
     was."""
     for task, size in enumerate(sizes):
         for start in range(0, size, config.batch_size):
-            yield Job(setting, task, start, min(start + config.batch_size, size))
+            yield Batch(setting, task, start, min(start + config.batch_size, size))
 
 
 def _decode(
-    config: Config, engine: engines.Engine, store: Store, tasks: Sequence[Any], progress: bool
+    config: Config, engine: engines.Engine, store: Store, tasks: Sequence[Task], progress: bool
 ) -> tuple[dict[str, str], set[str]]:
-    """Run every job that is not finished, model by model, and append its rows as they come. Marks of the weights, and
+    """Run every batch that is not finished, model by model, and append its rows as they come. Marks of the weights, and
     the keys of this configuration's samples."""
     sizes = [len(task.documents) for task in tasks]
     weights: dict[str, str] = {}
@@ -279,12 +246,12 @@ def _decode(
                 weights |= engine.weights(setting)
             if engine.lead:
                 store.match_weights({**environment(), **occasion(), "weights": weights})
-            jobs = [job for setting in settings for job in jobs_of(config, setting, sizes)]
-            wanted = engine.keys(jobs)
-            keys.update(key for batch in wanted for key in batch)
-            _unmixed(config, store, jobs, wanted)
-            bar.update(sum(key in done for batch in wanted for key in batch))
-            left = [job for job, batch in zip(jobs, wanted, strict=True) if not done.issuperset(batch)]
+            cut = [batch for setting in settings for batch in batches(config, setting, sizes)]
+            wanted = engine.keys(cut)
+            keys.update(itertools.chain(*wanted))
+            _unmixed(config, store, cut, wanted)
+            bar.update(sum(key in done for key in itertools.chain(*wanted)))
+            left = [batch for batch, named in zip(cut, wanted, strict=True) if not done.issuperset(named)]
             for rows in engine.map(left):
                 fresh = [row for row in rows if row["key"] not in done]
                 store.append(fresh)
@@ -292,13 +259,13 @@ def _decode(
     return weights, keys
 
 
-def _unmixed(config: Config, store: Store, jobs: Sequence[Job], wanted: Sequence[Sequence[str]]) -> None:
+def _unmixed(config: Config, store: Store, cut: Sequence[Batch], wanted: Sequence[Sequence[str]]) -> None:
     """Errors: a sample of the same document under the same names that is not the one wanted now."""
     have = {(row["task"], row["setting"], row["index"]): key for key, row in store.rows.items()}
-    for job, keys in zip(jobs, wanted, strict=True):
-        spec, setting = config.tasks[job.task], config.settings[job.setting]
+    for batch, keys in zip(cut, wanted, strict=True):
+        spec, setting = config.tasks[batch.task], config.settings[batch.setting]
         task = spec.label or spec.name
-        for index, key in zip(range(job.start, job.stop), keys, strict=True):
+        for index, key in zip(range(batch.start, batch.stop), keys, strict=True):
             if have.get((task, setting.label, index), key) != key:
                 raise DllmError(
                     f"{store.folder} holds another sample of {task}, {setting.label!r}, document {index}: its data or "
@@ -312,10 +279,11 @@ class _Live:
     def __init__(self, bar: tqdm):
         self.bar, self.n, self.correct, self.tokens, self.nfe, self.seconds = bar, 0, 0.0, 0, 0, 0.0
 
-    def update(self, rows: Sequence[Row]) -> None:
+    def update(self, rows: Sequence[Sample]) -> None:
+        """Count finished samples."""
         for row in rows:
             self.n += 1
-            self.correct += row["correct"]
+            self.correct += row["correct"] or 0.0
             self.tokens += row["tokens"]
             self.nfe += row["nfe"]
             self.seconds += row["clock"]["share"]
@@ -328,77 +296,10 @@ class _Live:
         self.bar.update(len(rows))
 
 
-# -------------------------------------------------------------------------------------------------------------- results
-
-
-def _results(
-    config: Config, rows: Sequence[Row], tasks: Sequence[Task], folder: Path, env: Mapping[str, Any]
-) -> Results:
-    """The figures of every task under every setting from the samples of this configuration."""
-    cells = []
-    for spec, task in zip(config.tasks, tasks, strict=True):
-        label = spec.label or spec.name
-        for setting in config.settings:
-            mine = [r for r in rows if r["task"] == label and r["setting"] == setting.label]
-            mine.sort(key=lambda r: r["index"])
-            if not mine:
-                continue
-            cell = {"task": label, "setting": setting.label, "version": task.version}
-            used = {"decoding": [arguments(setting, spec, task)]}
-            cells.append({**cell, **metrics.summarize(mine, config.confidence, config.seed), **used})
-    notices = [
-        f"{spec.label or spec.name}: {len(task.skipped)} broken lines left out: {', '.join(task.skipped[:5])}"
-        for spec, task in zip(config.tasks, tasks, strict=True)
-        if task.skipped
-    ]
-    return Results(folder, config, tuple(cells), tuple(rows), areas(config, cells), env, tuple(notices))
-
-
-def _unconfined(rows: Sequence[Row]) -> Iterator[str]:
-    """Said of a report in which a program may have made its own verdict."""
-    free = sum(str(row.get("note", "")).startswith(UNCONFINED) for row in rows)
-    if free:
-        yield f"{confined.UNCONFINED} ({free} samples)"
-
-
-def _cut(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A sentence for each task whose prompts did not fit the model."""
-    for task in dict.fromkeys(cell["task"] for cell in cells):
-        counts = [f"{c['cut']} of {c['n']} under {c['setting']}" for c in cells if c["task"] == task and c.get("cut")]
-        if counts:
-            yield f"{task}: prompts were cut on the left to fit the model ({'; '.join(counts)})"
-
-
-def areas(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """AUP of every method (the settings that share a sampler) on every task."""
-    out: dict[str, dict[str, float]] = {}
-    methods = config.methods()
-    for task in dict.fromkeys(c["task"] for c in cells):
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for cell in cells:
-            if cell["task"] == task and cell.get("tpf") is not None and not math.isnan(cell["tpf"]):
-                curves.setdefault(methods[cell["setting"]], []).append((cell["tpf"], 100 * cell["accuracy"]))
-        out[task] = metrics.areas(curves)
-    return out
-
-
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """NaN and infinity as null: JSON has neither."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read(folder: str | Path) -> tuple[dict[str, Any], list[Row], Config]:
-    """Results, rows and configuration of a finished run. Errors: no such run, or one that has not finished."""
-    folder = Path(folder)
-    path = folder / "samples.jsonl"
-    if not (folder / "results.json").is_file():
-        if path.is_file():
-            raise DllmError(f"the run in {folder} has not finished; start it again to go on")
-        raise DllmError(f"there is no evaluation run in {folder}")
-    results = read_mapping(folder / "results.json", cells=list, env=dict, samples=list)
-    found = read_rows(path)
-    return results, [found[key] for key in results["samples"] if key in found], load(folder / "config.yaml")

@@ -15,18 +15,20 @@ import json
 import logging
 import os
 import re
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from filelock import FileLock, Timeout
 
 from dllm.errors import DllmError, first_line
-from dllm.eval.config import Config, Setting
+from dllm.eval.config import Config, Setting, load
+from dllm.eval.records import Environment, Prompt, Sample
+from dllm.models.files import replaced
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -36,14 +38,13 @@ _FULL = {
 
 
 def sample_key(
-    task: str, version: str, doc_id: str, prompt: Any, target: str, decoding: Mapping[str, Any], weights: str
+    task: str, version: str, doc_id: str, prompt: Prompt, target: str, decoding: Mapping[str, object], weights: str
 ) -> str:
     """The identity of a sample: a hash of task, document, prompt, sampler configuration and weights."""
-    parts = [task, version, doc_id, prompt, target, decoding, weights]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return _mark([task, version, doc_id, prompt, target, decoding, weights], 24)
 
 
-def decoding_identity(setting: Setting, generate: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def decoding_identity(setting: Setting, generate: Mapping[str, object], seed: int) -> dict[str, object]:
     """Everything besides model and document that decides an output, under the setting's name: two names for one thing
     stay two lines of the report.
     """
@@ -58,14 +59,14 @@ class Store:
     def __init__(self, folder: str | Path, config: Config, lead: bool = True, retry: bool = False):
         self.folder = Path(folder)
         self.path = self.folder / "samples.jsonl"
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, Sample] = {}
         with _clear(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._lock, self._appending = (FileLock(self.folder / name) for name in (".lock", ".append.lock"))
         self.cells = {key: _mark(depends) for key, depends in config.cells().items()}
         if lead:
             self._claim()
-            self._mend()
+            mend(self.path)
             if self.path.exists() and self.path.stat().st_size and not (self.folder / "config.yaml").exists():
                 raise DllmError(f"{self.folder} holds samples but no config.yaml; choose another folder with --out")
         self.reload()
@@ -73,7 +74,7 @@ class Store:
             self._match(config)
         if retry and any(row.get("error") for row in self.rows.values()):
             self.rows = {key: row for key, row in self.rows.items() if not row.get("error")}
-            write(self.path, _lines(self.rows.values()))
+            write(self.path, as_lines(self.rows.values()))
 
     def _claim(self) -> None:
         """One run at a time. The kernel frees the lock when its process dies, however it dies."""
@@ -98,7 +99,7 @@ class Store:
                 )
         write(path, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
 
-    def match_weights(self, env: Mapping[str, Any]) -> None:
+    def match_weights(self, env: Environment) -> None:
         """Record where and with which weights this runs; refuse weights that have changed under the same name."""
         path = self.folder / "env.json"
         old = read_mapping(path).get("weights") or {} if path.exists() and self.rows else {}
@@ -111,91 +112,109 @@ class Store:
                 )
         write(path, json.dumps({**env, "weights": {**old, **env["weights"]}}, indent=2) + "\n")
 
-    def _mend(self) -> None:
-        """Take back a last line that was cut short."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb+") as file:
-            data = file.read()
-            end = data.rfind(b"\n") + 1
-            if end < len(data):
-                log.warning("%s ended in the middle of a line; that sample is decoded again", self.path)
-                file.truncate(end)
-
     def reload(self) -> None:
         """Read every sample."""
         self.rows = read_rows(self.path)
 
-    def append(self, rows: Sequence[Row]) -> None:
+    def append(self, rows: Sequence[Sample]) -> None:
         """Add finished samples, each with the mark of what it depends on. They are on disk when this returns."""
         for row in rows:
             row.setdefault("cell", self.cells.get((row["task"], row["setting"])))
-        text = _lines(rows).encode()
-        with _clear(self.path), self._appending, open(self.path, "ab", buffering=0) as file:
-            start = file.seek(0, os.SEEK_END)
-            try:
-                written = file.write(text)
-                if written is None or written < len(text):  # a full disk takes a part first and complains next time
-                    file.write(text[written or 0 :])
-                os.fsync(file.fileno())
-            except OSError:
-                with contextlib.suppress(OSError):
-                    file.truncate(start)
-                raise
-        for row in rows:
-            self.rows[row["key"]] = row
+        with _clear(self.path), self._appending:
+            append(self.path, rows)
+        self.rows |= {row["key"]: row for row in rows}
 
     def close(self) -> None:
+        """Let another run write to the folder."""
         self._lock.release()
 
 
-def _mark(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def _mark(value: object, digits: int = 12) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:digits]
 
 
 def _changed(path: Path, config: Config) -> str:
     """What is different about a task and setting of the same names in the configuration of a folder."""
-    from dllm.eval.config import load
-
     old, new = load(path).cells(), config.cells()
     parts = {part for key in new if key in old for part in new[key] if old[key][part] != new[key][part]}
     return ", ".join(sorted(parts)) or "since an earlier file"
 
 
-def _lines(rows: Iterable[Row]) -> str:
+# ---------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Add lines to a file. They are on disk when this returns; after an error none of them is."""
+    text = as_lines(rows).encode()
+    with open(path, "ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(text)
+            if written is None or written < len(text):  # a full disk takes a part first and complains next time
+                file.write(text[written or 0 :])
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(start)
+            raise
+
+
+def mend(path: Path) -> None:
+    """Take back a last line that was cut short."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            log.warning("%s ended in the middle of a line; that sample is decoded again", path)
+            file.truncate(end)
+
+
+def as_lines(rows: Iterable[Mapping[str, object]]) -> str:
+    """A line of JSON for each row."""
     return "".join(_line(row) + "\n" for row in rows)
 
 
-def _line(row: Row) -> str:
+def _line(row: Mapping[str, object]) -> str:
     text = json.dumps(row, ensure_ascii=False, default=str)
     return text if text.isascii() or not _HALF.search(text) else json.dumps(row, default=str)
 
 
 _HALF = re.compile("[\ud800-\udfff]")  # half of a character, which JSON may hold and UTF-8 may not
-_ROW = {"key": str, "task": str, "setting": str, "index": int, "doc": str, "clock": dict, "tokens": int, "nfe": int}
 
 
-def read_rows(path: Path) -> dict[str, Row]:
-    """The samples of a file by their keys, the last of a key. Errors: a line that is none, which no kill leaves."""
-    rows: dict[str, Row] = {}
+def read_lines(path: Path, kinds: Mapping[str, type] = types.MappingProxyType({})) -> list[dict[str, Any]]:
+    """The objects of all complete lines; none where there is no file. Errors: a line that is none, or whose keys are
+    not of these `kinds`: no kill leaves one."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return rows
+        return []
     except OSError as error:
         raise DllmError(f"cannot read {path}: {error}") from None
+    rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-            if not all(isinstance(row[key], kind) for key, kind in _ROW.items()):
+            if not (isinstance(row, dict) and all(isinstance(row[key], kind) for key, kind in kinds.items())):
                 raise TypeError
         except (ValueError, TypeError, LookupError, RecursionError):
             raise DllmError(f"{path}, line {number}: not a sample; delete that line and run again") from None
-        rows[row["key"]] = row
+        rows.append(row)
     return rows
 
 
-def read_mapping(path: Path, **kinds: type) -> dict[str, Any]:
+_ROW = {"key": str, "task": str, "setting": str, "index": int, "doc": str, "clock": dict, "tokens": int, "nfe": int}
+
+
+def read_rows(path: Path) -> dict[str, Sample]:
+    """The samples of a file by their keys, the last of a key. Errors: a line that is none."""
+    rows = cast("list[Sample]", read_lines(path, _ROW))
+    return {row["key"]: row for row in rows}
+
+
+def read_mapping(path: Path, **kinds: type) -> dict[str, object]:
     """A JSON object that a run has written. Errors: it is damaged, or a key is not of its kind."""
     try:
         found = json.loads(path.read_bytes())
@@ -208,22 +227,26 @@ def read_mapping(path: Path, **kinds: type) -> dict[str, Any]:
         raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run the evaluation again") from None
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """A table with every column that any row has; nested mappings as `clock.seconds`, lists and chats as JSON."""
-    flat = [dict(_flat(row)) for row in rows]
+    lines = [
+        {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | tuple) else v for k, v in flat(row, Mapping)}
+        for row in rows
+    ]
     out = io.StringIO(newline="")
-    table = csv.DictWriter(out, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+    table = csv.DictWriter(out, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     table.writeheader()
-    table.writerows(flat)
+    table.writerows(lines)
     write(path, out.getvalue().encode("utf-8", "replace").decode())
 
 
-def _flat(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield above + key, json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else value
+def flat(value: object, kinds: type | types.UnionType, path: str = "") -> Iterator[tuple[str, object]]:
+    """Nested values as `a.b.0`; only what is of these kinds is gone into."""
+    if isinstance(value, kinds) and isinstance(value, Mapping | list):
+        for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from flat(child, kinds, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
 @contextlib.contextmanager
@@ -240,11 +263,5 @@ def _clear(path: Path) -> Iterator[None]:
 
 def write(path: Path, text: str) -> None:
     """A whole file or none: written beside and renamed."""
-    beside = path.with_name(path.name + f".{os.getpid()}.part")
-    with _clear(path):
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+    with _clear(path), replaced(path) as draft:
+        draft.write_text(text, encoding="utf-8")

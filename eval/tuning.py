@@ -27,14 +27,21 @@ from scipy.stats import qmc
 
 from dllm.errors import DllmError
 from dllm.eval import metrics
-from dllm.eval.config import build, describe, gather
+from dllm.eval.config import Setting, build, describe, gather
+from dllm.eval.records import Sample
 from dllm.eval.report import table
-from dllm.eval.runner import Results, read, run
-from dllm.eval.store import Row, write
+from dllm.eval.results import Results
+from dllm.eval.runner import run
+from dllm.eval.store import write
 from dllm.models.hub import locate
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.samplers import registry
+from dllm.samplers.base import Method
+from dllm.samplers.registry import Spec
 from dllm.spec import build as from_mapping
+
+Choices = list[object] | dict[str, float]  # of one parameter: values, or a range from `low` to `high`
+Axes = dict[tuple[int, str], Choices]  # (part of the composition, parameter) -> what it may be
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Found:
     """The choice: its sampler, what it was measured at, the file that reproduces it, the table of all candidates, and
     the settings that were saved beside the model."""
 
-    sampler: Any
+    sampler: Spec
     accuracy: float
     tokens_per_forward: float
     path: Path
@@ -62,7 +69,7 @@ class Found:
 
 
 def tune(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, object],
     sets: Sequence[str] = (),
     *,
     out: str | Path | None = None,
@@ -108,7 +115,7 @@ def tune(
     return replace(found, text=found.text + "\n" + "\n".join(notes) + "\n", saved=settings)
 
 
-def candidates(spec: TuneSpec, seed: int) -> list[Any]:
+def candidates(spec: TuneSpec, seed: int) -> list[Spec]:
     """The points to try. Every entry of the space has an even share of the trials; a grid that is no larger is searched
     whole and leaves the rest to the others, anything else is sampled evenly (Sobol)."""
     grids = [_axes(entry) for entry in spec.space]
@@ -117,17 +124,17 @@ def candidates(spec: TuneSpec, seed: int) -> list[Any]:
     for done, i in enumerate(sorted(range(len(grids)), key=sizes.__getitem__)):
         shares[i] = int(min(sizes[i], max(1, left // (len(grids) - done))))
         left -= shares[i]
-    out: list[Any] = []
+    out: list[Spec] = []
     for i, (entry, grid) in enumerate(zip(spec.space, grids, strict=True)):
         picks = itertools.product(*grid.values()) if shares[i] == sizes[i] else _spread(grid, shares[i], seed)
         out += [_put(entry, dict(zip(grid, values, strict=True))) for values in picks]
     return list({describe(point): point for point in out}.values())[: spec.trials]
 
 
-def _axes(entry: Any) -> dict[tuple[int, str], Any]:
-    """The free parameters of one entry: (part of the composition, name) -> choices or a range."""
+def _axes(entry: Spec) -> Axes:
+    """The free parameters of one entry."""
     parts = entry if isinstance(entry, list) else [entry]
-    out: dict[tuple[int, str], Any] = {}
+    out: Axes = {}
     for i, part in enumerate(parts):
         for key, value in part.items() if isinstance(part, dict) else ():
             if isinstance(value, list):
@@ -141,26 +148,27 @@ def _axes(entry: Any) -> dict[tuple[int, str], Any]:
     return out
 
 
-def _spread(grid: Mapping[Any, Any], n: int, seed: int) -> Iterator[tuple[Any, ...]]:
+def _spread(grid: Axes, n: int, seed: int) -> Iterator[tuple[object, ...]]:
     """`n` points spread evenly over choices and ranges; a range is rounded to three digits."""
     for row in qmc.Sobol(len(grid), rng=seed).random(1 << max(0, (n - 1).bit_length()))[:n]:
         yield tuple(_at(values, float(u)) for values, u in zip(grid.values(), row, strict=True))
 
 
-def _at(values: Any, u: float) -> Any:
+def _at(values: Choices, u: float) -> object:
     if isinstance(values, list):
         return values[int(u * len(values))]
     return round(values["low"] + u * (values["high"] - values["low"]), 3)
 
 
-def _put(entry: Any, chosen: Mapping[tuple[int, str], Any]) -> Any:
-    parts = [dict(p) if isinstance(p, dict) else p for p in (entry if isinstance(entry, list) else [entry])]
-    for (i, key), value in chosen.items():
-        parts[i][key] = value
+def _put(entry: Spec, chosen: Mapping[tuple[int, str], object]) -> Spec:
+    parts = [
+        {**part, **{key: value for (j, key), value in chosen.items() if j == i}} if isinstance(part, dict) else part
+        for i, part in enumerate(entry if isinstance(entry, list) else [entry])
+    ]
     return parts if isinstance(entry, list) else parts[0]
 
 
-def _choose(results: Results, spec: TuneSpec, data: Mapping[str, Any]) -> Found:
+def _choose(results: Results, spec: TuneSpec, data: Mapping[str, object]) -> Found:
     """The candidate of most tokens per forward among those that lose no more than allowed."""
     totals = {s.label: _total(results, s.label) for s in results.config.settings}
     order = sorted(totals, key=lambda label: -totals[label][1])
@@ -201,15 +209,14 @@ def _within(results: Results, label: str, loss: float) -> bool:
 
 def _settings(results: Results, spec: TuneSpec) -> Iterator[SamplerSetting]:
     """For every sampler of the space the fastest of its candidates within the loss, with what it was measured at."""
-    _, rows, _ = read(results.folder)
     order = sorted(results.config.settings[1:], key=lambda s: -_total(results, s.label)[1])
-    best: dict[str, Any] = {}
+    best: dict[str, Setting] = {}
     for setting in order:
         if _within(results, setting.label, spec.loss):
             best.setdefault(_key(setting.sampler), setting)
     for name in dict.fromkeys(_key(s.sampler) for s in results.config.settings[1:] if _key(s.sampler) in best):
         setting = best[name]
-        ours, theirs = (_correct(rows, label) for label in (setting.label, "baseline"))
+        ours, theirs = (_correct(results.rows, label) for label in (setting.label, "baseline"))
         shared = [key for key in ours if key in theirs]
         change, low, high = metrics.paired_difference([theirs[k] for k in shared], [ours[k] for k in shared])
         accuracy, tpf = _total(results, setting.label)
@@ -227,18 +234,18 @@ def _settings(results: Results, spec: TuneSpec) -> Iterator[SamplerSetting]:
         )
 
 
-def _key(sampler: Any) -> str:
+def _key(sampler: Spec) -> str:
     return "+".join(m.name for m in registry.parse(sampler))
 
 
-def _changed(method: registry.Method) -> dict[str, Any]:
+def _changed(method: Method) -> dict[str, object]:
     """The parameters that differ from the published defaults."""
-    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    values = vars(method)
     return {f.name: values[f.name] for f in fields(method) if values[f.name] != f.default}
 
 
-def _correct(rows: Sequence[Row], label: str) -> dict[tuple[str, str], float]:
-    return {(r["task"], r["doc"]): float(r["correct"]) for r in rows if r["setting"] == label}
+def _correct(rows: Sequence[Sample], label: str) -> dict[tuple[str, str], float]:
+    return {(r["task"], r["doc"]): r["correct"] or 0.0 for r in rows if r["setting"] == label}
 
 
 def _rounded(values: Sequence[float], digits: int) -> tuple[float, float]:
@@ -257,6 +264,7 @@ def _total(results: Results, label: str) -> tuple[float, float]:
     """Accuracy and tokens per forward over all tasks, every document counting once."""
     cells = [c for c in results.cells if c["setting"] == label]
     n, correct = sum(c["n"] for c in cells), sum(c["n"] * c["accuracy"] for c in cells)
-    work = [{"tokens": c["tokens"], "nfe": c["nfe"] * (c["n"] - c["errors"])} for c in cells if c["n"] > c["errors"]]
-    tpf = metrics.ratio(work, "tokens", "nfe") if work else 0.0
-    return correct / n, tpf
+    fine = [c for c in cells if c["n"] > c["errors"]]
+    forwards = sum(c["nfe"] * (c["n"] - c["errors"]) for c in fine)
+    tpf = sum(c["tokens"] for c in fine) / forwards if forwards else math.nan
+    return correct / n, tpf if fine else 0.0

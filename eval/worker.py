@@ -1,6 +1,6 @@
-"""A worker: holds a model, decodes batches, grades them. Every engine is a way to call `Worker.run` for many jobs.
+"""A worker: holds a model, decodes batches, grades them. Every engine is a way to call `Worker.run` for many batches.
 
-A job is a fixed batch of documents. A row's outcome is a function of the job alone (its seed is the run's plus the
+A batch is a fixed run of documents. A sample's outcome is a function of the batch alone (its seed is the run's plus the
 document's index), so it does not matter which worker runs it, when, or whether an earlier run was cut short.
 """
 
@@ -13,46 +13,48 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
+from torch import nn
 
 import dllm
+from dllm.call.output import Output
+from dllm.call.prompts import One, Several
+from dllm.drafting.autoregressive import ARDrafter
+from dllm.drafting.diffusion import DiffusionDrafter
+from dllm.drafting.drafters import Drafter
 from dllm.drafting.loop import SpecResult
 from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
 from dllm.eval.arguments import layered
 from dllm.eval.config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
-from dllm.eval.store import Row, decoding_identity, sample_key
-from dllm.eval.tasks import Task, Unavailable, confined
+from dllm.eval.records import Clock, Decoding, Environment, Prompt, Sample
+from dllm.eval.store import decoding_identity, sample_key
+from dllm.eval.tasks import Document, Task, Unavailable, confined
 from dllm.eval.tasks import load as load_task
-from dllm.models.native import fingerprint
+from dllm.models.model import Model
+from dllm.models.native import NativeModel, fingerprint
 
 log = logging.getLogger(__name__)
-
-FAILED = {
-    "text": "",
-    "answer": None,
-    "correct": 0.0,
-    "tokens": 0,
-    "tokens_raw": 0,
-    "nfe": 0,
-    "nfe_equiv": None,
-    "finish": "error",
-}
-
+P = TypeVar("P")
 
 # What the verifier's own decoding takes; blocks, caches and samplers are the drafter's business.
 VERIFIER_ARGUMENTS = ("max_new_tokens", "temperature", "top_k", "top_p", "eos", "stop", "chat")
 
 
+PACKAGES = ("dllm-toolkit", "torch", "transformers", "numpy", "scipy", "lm-eval", "math-verify", "ray", "accelerate")
+
+
 @dataclass(frozen=True)
-class Job:
-    """One batch: which setting, which task, which documents."""
+class Batch:
+    """Documents that are decoded together: of which setting, of which task, from which to which."""
 
     setting: int
     task: int
@@ -60,7 +62,7 @@ class Job:
     stop: int
 
 
-def arguments(setting: Setting, spec: TaskSpec, task: Task) -> dict[str, Any]:
+def arguments(setting: Setting, spec: TaskSpec, task: Task) -> Decoding:
     """The decoding arguments of a cell, sampler and cache with them: those of the task's entry, then the setting's,
     then the task's own defaults."""
     methods = {"sampler": setting.sampler, "cache": setting.cache}
@@ -77,6 +79,9 @@ class Drafted:
         self.nfe, self.draft_forwards, self.tokens = result.n_verify, result.draft_forwards, result.tokens
         self.decoded = len(result.emitted)
         self.accepted = [r.accepted for r in result.rounds]
+
+
+Decoded = Output | Drafted
 
 
 def load_tasks(config: Config) -> tuple[Task, ...]:
@@ -112,15 +117,15 @@ class Worker:
         self.folder = Path(folder) if folder else None
         self.tasks = load_tasks(config) if tasks is None else tasks
         self._spec: ModelSpec | None = None
-        self._model: Any = None
+        self._model: Model | None = None
         self._verifiers: dict[str, Verifier] = {}
-        self._drafters: dict[str, Any] = {}
+        self._drafters: dict[str, Drafter | None] = {}
         self._marks: dict[str, str] = {}
         self._warm: set[int] = set()
 
-    def model(self, spec: ModelSpec) -> Any:
+    def model(self, spec: ModelSpec) -> Model:
         """The loaded model; the one before it is let go first."""
-        if self._spec != spec:
+        if self._model is None or self._spec != spec:
             self._model, self._spec = None, None
             self._model = dllm.load(spec)
             self._spec, self._marks[spec.title] = spec, self._model.identity()
@@ -131,7 +136,7 @@ class Worker:
         if spec.title not in self._verifiers:
             self._verifiers.clear()
             self._verifiers[spec.title] = as_verifier(spec)
-            self._marks[spec.title] = fingerprint(self._verifiers[spec.title].model)
+            self._marks[spec.title] = fingerprint(cast(nn.Module, self._verifiers[spec.title].model))
         return self._verifiers[spec.title]
 
     def weights(self, index: int) -> dict[str, str]:
@@ -148,58 +153,57 @@ class Worker:
             if names[1] not in self._marks:
                 self.verifier(setting.speculate.verifier)
             drafter = self._drafter(setting.speculate.drafter, None)  # one that cannot be loaded is found out now
-            if (network := getattr(drafter, "model", None)) is not None:
-                names.append(f"drafter {setting.speculate.drafter.title}")
-                if names[2] not in self._marks:
-                    network, suffix = getattr(network, "transformer", network), str(getattr(drafter, "suffix", None))
-                    self._marks[names[2]] = fingerprint(network, suffix)
+            name = f"drafter {setting.speculate.drafter.title}"
+            if name not in self._marks and (mark := _network(drafter)):
+                self._marks[name] = mark
+            names += [name] if name in self._marks else []
         return {name: self._marks[name] for name in names}
 
-    def keys(self, job: Job) -> list[str]:
-        """The identities of a job's samples."""
-        setting, spec, task = self.config.settings[job.setting], self.config.tasks[job.task], self.tasks[job.task]
+    def keys(self, batch: Batch) -> list[str]:
+        """The identities of a batch's samples."""
+        setting, spec, task = self.config.settings[batch.setting], self.config.tasks[batch.task], self.tasks[batch.task]
         decoding = arguments(setting, spec, task)
-        weights = "+".join(self.weights(job.setting).values())
+        weights = "+".join(self.weights(batch.setting).values())
         out = []
-        for index in range(job.start, job.stop):
+        for index in range(batch.start, batch.stop):
             doc, identity = task.documents[index], decoding_identity(setting, decoding, self.config.seed + index)
             out.append(
                 sample_key(spec.label or task.name, task.version, doc.id, doc.prompt, doc.target, identity, weights)
             )
         return out
 
-    def run(self, job: Job) -> list[Row]:
+    def run(self, batch: Batch) -> list[Sample]:
         """Decode and grade one batch; a prompt the model fails on becomes an error row and the others go on."""
-        setting, spec, task = self.config.settings[job.setting], self.config.tasks[job.task], self.tasks[job.task]
+        setting, spec, task = self.config.settings[batch.setting], self.config.tasks[batch.task], self.tasks[batch.task]
         decoding = arguments(setting, spec, task)
-        documents = task.documents[job.start : job.stop]
-        self._warm_up(job, setting, decoding, [d.prompt for d in documents])
-        rows: list[Row] = []
-        trace = job.start < self.config.trace
+        documents = task.documents[batch.start : batch.stop]
+        self._warm_up(batch, setting, decoding, [d.prompt for d in documents])
+        rows: list[Sample] = []
+        trace = batch.start < self.config.trace
         outcomes = attempt(
             lambda prompts, seed: self.generate(setting, prompts, decoding, seed, trace),
             [d.prompt for d in documents],
-            self.config.seed + job.start,
+            self.config.seed + batch.start,
         )
         for index, doc, key, (output, took) in zip(
-            range(job.start, job.stop), documents, self.keys(job), outcomes, strict=True
+            range(batch.start, batch.stop), documents, self.keys(batch), outcomes, strict=True
         ):
-            head = {"task": spec.label or spec.name, "setting": setting.label, "index": index, "doc": doc.id}
-            row: Row = {"key": key, **head, "prompt": doc.prompt, "target": doc.target, "clock": took}
+            head: Sample = {"key": key, "task": spec.label or spec.name, "setting": setting.label, "index": index}
+            row: Sample = {**head, "doc": doc.id, "prompt": doc.prompt, "target": doc.target, "clock": took}
             if isinstance(output, Exception):
-                rows.append(row | failed(output))
+                rows.append({**row, **failed(output)})
             else:
-                rows.append(row | self._graded(task, doc, output))
+                rows.append({**row, **self._graded(task, doc, output)})
                 self._keep_trace(key, index, output)
         return rows
 
     # --------------------------------------------------------------------------------------------------------- decoding
 
-    def _warm_up(self, job: Job, setting: Setting, decoding: Mapping[str, Any], prompts: Sequence[Any]) -> None:
+    def _warm_up(self, batch: Batch, setting: Setting, decoding: Decoding, prompts: Sequence[Prompt]) -> None:
         """Decode and discard, so that compilation, caches and allocators are not on a setting's clock."""
-        if job.setting in self._warm:
+        if batch.setting in self._warm:
             return
-        self._warm.add(job.setting)
+        self._warm.add(batch.setting)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         for _ in range(self.config.warmup):
@@ -210,22 +214,28 @@ class Worker:
                 return
 
     def generate(
-        self, setting: Setting, prompts: list[Any], decoding: Mapping[str, Any], seed: int, trace: bool = False
-    ) -> list[Any]:
+        self,
+        setting: Setting,
+        prompts: Sequence[One],
+        decoding: Decoding,
+        seed: int,
+        trace: bool = False,
+    ) -> list[Decoded]:
         """One batch by a setting's model, drafted where it says so; row i draws with `seed + i`."""
         model = self.model(setting.model)
         if setting.speculate is not None:
             return [self._speculate(setting.speculate, model, p, decoding, seed + i) for i, p in enumerate(prompts)]
-        return dllm.generate(model, prompts, seed=seed, batch_size=len(prompts), trace=trace, **decoding)
+        several = cast("Several", list(prompts))
+        return [*dllm.generate(model, several, seed=seed, batch_size=len(prompts), trace=trace, **decoding)]
 
-    def _speculate(self, spec: SpeculateSpec, model: Any, prompt: Any, decoding: Mapping[str, Any], seed: int) -> Any:
+    def _speculate(self, spec: SpeculateSpec, model: Model, prompt: One, decoding: Decoding, seed: int) -> Drafted:
         """One prompt decoded by the verifier, drafted as the setting says."""
         verifier, drafter = self.verifier(spec.verifier), self._drafter(spec.drafter, model)
         given = {k: v for k, v in decoding.items() if k in VERIFIER_ARGUMENTS}
         result = dllm.speculate(verifier, drafter, prompt, seed=seed, **given, **spec.options)
         return Drafted(result)
 
-    def _drafter(self, spec: ModelSpec, model: Any) -> Any:
+    def _drafter(self, spec: ModelSpec, model: Model | None) -> Model | Drafter | str | None:
         """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""
         if spec.name in ("model", "none"):
             return model if spec.name == "model" else None
@@ -237,26 +247,33 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------------------- results
 
-    def _graded(self, task: Task, doc: Any, output: Any) -> Row:
+    def _graded(self, task: Task, doc: Document, output: Decoded) -> Sample:
         graded = task.score(doc, output.text)
-        row: Row = {"text": output.text, "answer": graded.answer, "correct": graded.correct}
+        row: Sample = {"text": output.text, "answer": graded.answer, "correct": graded.correct}
         if graded.answer == output.text:
             row["answer"] = None  # the whole text: not stored twice
         if graded.note:
             row["note"] = graded.note
         return {**row, **measure(output), "error": None}
 
-    def _keep_trace(self, key: str, index: int, output: Any) -> None:
-        if self.folder is None or index >= self.config.trace or getattr(output, "trace", None) is None:
+    def _keep_trace(self, key: str, index: int, output: Decoded) -> None:
+        if self.folder is None or index >= self.config.trace or isinstance(output, Drafted) or output.trace is None:
             return
         folder = self.folder / "trace"
         folder.mkdir(parents=True, exist_ok=True)
         output.trace.save(folder / f"{key}.json")
 
 
+def _network(drafter: object) -> str | None:
+    """A mark of a drafter's weights; None where it has none."""
+    if isinstance(drafter, DiffusionDrafter) and isinstance(drafter.model, NativeModel):
+        return fingerprint(drafter.model.transformer, str(drafter.suffix))
+    return fingerprint(cast(nn.Module, drafter.model), str(None)) if isinstance(drafter, ARDrafter) else None
+
+
 def attempt(
-    generate: Callable[[list[Any], int], list[Any]], prompts: list[Any], seed: int
-) -> list[tuple[Any, dict[str, Any]]]:
+    generate: Callable[[list[P], int], list[Decoded]], prompts: list[P], seed: int
+) -> list[tuple[Decoded | Exception, Clock]]:
     """An output, or the exception, for every prompt, and what the clock says of it. A batch that fails is tried one by
     one to find who is to blame."""
     start = time.perf_counter()
@@ -271,36 +288,33 @@ def attempt(
     return [(output, {**clock(output), "share": share, "rows": len(prompts), **memory()}) for output in outputs]
 
 
-def failed(error: Exception) -> Row:
+def failed(error: Exception) -> Sample:
     """What a row says of a prompt that the model failed on."""
     message = " ".join(str(error).split())[:500]
-    return {**FAILED, "error": f"{type(error).__name__}: {message}"}
+    nothing: Sample = {"tokens": 0, "tokens_raw": 0, "nfe": 0, "nfe_equiv": None, "finish": "error"}
+    verdict: Sample = {"text": "", "answer": None, "correct": 0.0}
+    return {**verdict, **nothing, "error": f"{type(error).__name__}: {message}"}
 
 
-def measure(output: Any) -> Row:
+def measure(output: Decoded) -> Sample:
     """The counts of one output: tokens to the first stop, all decoded positions, forwards, and forwards in full
     lengths."""
-    row = {
-        "tokens": len(output.tokens),
-        "tokens_raw": output.decoded,
-        "nfe": int(output.nfe),
-        "nfe_equiv": getattr(output, "nfe_equiv", None),
-        "finish": output.finish_reason,
-    }
-    if not isinstance(output, Drafted):
-        row["sampler"] = output.sampler
-    else:
-        row |= {"accepted": output.accepted, "draft_forwards": output.draft_forwards}
-    return row
+    counts: Sample = {"tokens": len(output.tokens), "tokens_raw": output.decoded, "nfe": int(output.nfe)}
+    ended: Sample = {"nfe_equiv": None, "finish": output.finish_reason}
+    if isinstance(output, Drafted):
+        return {**counts, **ended, "accepted": output.accepted, "draft_forwards": output.draft_forwards}
+    return {**counts, **ended, "nfe_equiv": output.nfe_equiv, "sampler": output.sampler}
 
 
-def clock(output: Any) -> dict[str, float | None]:
+def clock(output: Decoded) -> Clock:
     """A sample's own seconds, from the start of its call."""
-    parts = {name: getattr(output, name, None) for name in ("prefill_seconds", "decode_seconds")}
-    return {"seconds": float(output.seconds), **{k: float(v) for k, v in parts.items() if v is not None}}
+    if isinstance(output, Drafted):
+        return {"seconds": output.seconds}
+    parts: Clock = {"prefill_seconds": output.prefill_seconds, "decode_seconds": output.decode_seconds}
+    return {"seconds": output.seconds, **parts}
 
 
-def memory() -> dict[str, float]:
+def memory() -> Clock:
     """Peak memory so far in MB: the accelerator's where there is one, else this process's."""
     if torch.cuda.is_available():
         return {"peak_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
@@ -315,35 +329,17 @@ def memory() -> dict[str, float]:
     return {"peak_mb": round(peak / 2**20, 1)}
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Versions and hardware; no names of machines or users."""
-    from importlib.metadata import PackageNotFoundError, version
-
     packages = {}
-    for name in (
-        "dllm-toolkit",
-        "torch",
-        "transformers",
-        "numpy",
-        "scipy",
-        "lm-eval",
-        "math-verify",
-        "ray",
-        "accelerate",
-    ):
-        try:
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
             packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "packages": packages,
-        "hardware": hardware(),
-    }
+    here: Environment = {"python": platform.python_version(), "system": platform.system()}
+    return {**here, "packages": packages, "hardware": hardware()}
 
 
-def occasion() -> dict[str, Any]:
+def occasion() -> Environment:
     """When a run began, by which command, and from which state of the toolkit."""
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ from dllm.errors import DllmError
 from dllm.eval import compare, plots, tune
 from dllm.eval.config import load, method
 from dllm.eval.report import compact, report, table
-from dllm.eval.runner import Results, _results, areas
+from dllm.eval.results import Results, areas, results_of
 from dllm.eval.store import Store
 from dllm.eval.tasks import Task
 from dllm.eval.tuning import TuneSpec, _choose, candidates
@@ -47,7 +47,7 @@ def folder_of(folder: Path, samples: list[dict], **changes) -> Results:
     store = Store(folder, config)
     store.append(samples)
     tasks = [Task("sudoku", "1", (), lambda d, t: None)]
-    results = _results(config, samples, tasks, folder, {"weights": {"tiny": "abc"}, "packages": {}})
+    results = results_of(config, samples, tasks, folder, {"weights": {"tiny": "abc"}, "packages": {}})
     (folder / "results.json").write_text(json.dumps(results.plain()))
     if changes.get("expected"):
         report(results, samples)
@@ -101,7 +101,7 @@ def test_several_tasks_begin_with_an_overview(tmp_path):
     tasks = [Task(name, "1", (), lambda d, t: None) for name in ("sudoku", "word_problems")]
     store = Store(tmp_path, config)
     store.append(both)
-    results = _results(config, list(store.rows.values()), tasks, tmp_path, {})
+    results = results_of(config, list(store.rows.values()), tasks, tmp_path, {})
     store.close()
     text = report(results, both, figures=False).read_text(encoding="utf-8")
     assert "| setting | sudoku | word_problems |" in text and "| credit | 25.0 · 4.00 | 100.0 · 4.00 |" in text

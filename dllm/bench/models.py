@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm.bench.runtime import side_by_side
 from dllm.models.config import ModelConfig, MoEConfig
 from dllm.models.hub import load
 from dllm.models.moe import MoE, route
@@ -40,7 +39,7 @@ print(before, peak())
 """
 
 
-def load_memory(gigabytes: float = 2.0, shards: int = 8, dtype: str = "bfloat16") -> dict[str, Any]:
+def load_memory(gigabytes: float = 2.0, shards: int = 8, dtype: str = "bfloat16") -> dict[str, float]:
     """Peak memory (bytes) of loading a random float32 checkpoint of about `gigabytes` in `shards` files as `dtype`.
 
     Measured in a fresh process, less what it used before loading (Linux only: the kernel's high-water mark). Bound:
@@ -58,7 +57,7 @@ def load_memory(gigabytes: float = 2.0, shards: int = 8, dtype: str = "bfloat16"
         command = [sys.executable, "-c", CHILD, str(small), str(large), dtype]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     before, peak = (int(x) * 1024 for x in out.split())
-    target = size // 4 * getattr(torch, dtype).itemsize
+    target = size // 4 * (4 if dtype == "float32" else 2)
     bound = max(files) + target
     return {
         "checkpoint": sum(files), "largest_shard": max(files), "model": target, "bound": bound,
@@ -75,7 +74,7 @@ def _random(config: ModelConfig, folder: Path, shards: int) -> Sequence[Tensor]:
 
 def moe_speed(
     tokens: int = 32, expert_width: int = 128, width: int = 256, experts: int = 64, top_k: int = 8, repeats: int = 40
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Median milliseconds of one mixture layer against a loop over the experts, side by side in one run.
 
     Expert widths of a half (LLaDA-MoE) and a quarter (LLaDA2) of the model's are the published ones.
@@ -88,7 +87,7 @@ def moe_speed(
     x = torch.randn(1, tokens, width)
     with torch.no_grad():
         error = float((mlp(x) - expert_loop(mlp, modules, x)).abs().max())
-        ours, loop = side_by_side(lambda: mlp(x), lambda: expert_loop(mlp, modules, x), repeats)
+        ours, loop = side_by_side(lambda: mlp(x), lambda: expert_loop(mlp, modules, x), repeats, 3, time.thread_time)
     return {
         "tokens": tokens, "width": width, "expert_width": expert_width, "experts": experts, "top_k": top_k,
         "ms": ours * 1e3, "loop_ms": loop * 1e3, "speedup": loop / ours, "max_error": error,
@@ -117,19 +116,7 @@ def expert_loop(mlp: MoE, modules: list[MLP], x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
-def side_by_side(one: Callable[[], Any], other: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds, of this thread on the processor, of two functions called in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(repeats + 3):
-        for function, kept in zip((one, other), times, strict=True):
-            start = time.thread_time()
-            function()
-            if i >= 3:  # warmed up
-                kept.append(time.thread_time() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def numerics(folder: str | Path, length: int = 128) -> list[dict[str, Any]]:
+def numerics(folder: str | Path, length: int = 128) -> list[dict[str, str | float]]:
     """Error of each dtype against float64 on one row of random tokens: logits, probabilities and argmax."""
     exact = load(folder, device="cpu", dtype="float64")
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +139,7 @@ def numerics(folder: str | Path, length: int = 128) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """The command line of these benches."""
     parser = argparse.ArgumentParser(description="Experts in one product against a loop; memory of a streamed load.")
     parser.add_argument("folders", nargs="*", help="checkpoints whose half-precision errors are measured besides")
     folders = parser.parse_args().folders

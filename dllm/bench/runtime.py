@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from itertools import islice
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -33,6 +30,8 @@ from dllm.decoding.engine import step as engine_step
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Context, Sampler
+from dllm.eval.records import Decoding
+from dllm.eval.worker import hardware
 from dllm.models.arguments import Checkpoint
 from dllm.models.config import ModelConfig
 from dllm.models.model import ForwardOptions
@@ -44,8 +43,11 @@ REPEATS = 7
 PROBLEM = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many apples does he have now?"
 
 
+Timer = Callable[[], float]  # seconds, since whenever
+
+
 @dataclass(frozen=True)
-class Row:
+class Figure:
     """One measured ratio. `bound` is what it should stay under (`at least` when `higher_is_better`)."""
 
     name: str
@@ -56,6 +58,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
+        """Whether it is what was asked; None where nothing was."""
         if self.bound is None:
             return None
         return self.value >= self.bound if self.higher_is_better else self.value <= self.bound
@@ -63,39 +66,47 @@ class Row:
 
 def machine() -> str:
     """The hardware and software of this run; no host name."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} core(s)"
-    return (
-        f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{hardware()}, {os.cpu_count()} core(s), {versions}"
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
-    return named[1] if named else platform.processor() or platform.machine()
+def as_json(figures: Iterable[Figure]) -> str:
+    """What was measured, and on which machine."""
+    return json.dumps({"machine": machine(), "rows": [{**asdict(f), "met": f.met} for f in figures]}, indent=2)
 
 
-def side_by_side(a: Callable[[], Any], b: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, float]:
-    """Median seconds of two callables, run in turn so that both see the same machine."""
-    a(), b()
+def side_by_side(
+    a: Callable[[], object],
+    b: Callable[[], object],
+    repeats: int = REPEATS,
+    warmup: int = 1,
+    timer: Timer = time.perf_counter,
+) -> tuple[float, float]:
+    """Median seconds of two callables, run in turn so that both see the same machine; the first turns do not count."""
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
+    for _ in range(warmup + repeats):
         for f, kept in zip((a, b), times, strict=True):
-            began = time.perf_counter()
+            began = timer()
             f()
-            kept.append(time.perf_counter() - began)
-    return statistics.median(times[0]), statistics.median(times[1])
+            kept.append(timer() - began)
+    return statistics.median(times[0][warmup:]), statistics.median(times[1][warmup:])
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Sums the storages that are alive, operator by operator."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
-        self.alive: dict[int, weakref.ref] = {}
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
@@ -106,7 +117,7 @@ class _Allocations(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def gone(_: object) -> None:
             self.held -= size
             self.alive.pop(key, None)
 
@@ -115,11 +126,12 @@ class _Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
 
-def peak_extra(f: Callable[[], Any]) -> int:
+def peak_extra(f: Callable[[], object]) -> int:
     """Bytes that the tensors made by `f` hold at their peak."""
     with _Allocations() as allocations:
         f()
-    return allocations.peak
+    peak: int = allocations.peak
+    return peak
 
 
 def context(
@@ -138,7 +150,7 @@ def scene(sampler: Sampler, rows: int = 1, width: int = WINDOW, mask: int = VOCA
     return State.begin(canvas, zero, canvas.length, *sampler.start(canvas))
 
 
-def step(repeats: int = REPEATS) -> list[Row]:
+def step(repeats: int = REPEATS) -> list[Figure]:
     """Post-forward work of one greedy step, window 32, vocabulary 126 464, float32."""
     torch.manual_seed(0)
     logits = torch.randn(1, WINDOW, VOCABULARY)
@@ -161,65 +173,83 @@ def step(repeats: int = REPEATS) -> list[Row]:
             engine_step(sampler, opened, window, pred)
 
         mine, base = side_by_side(ours, lambda: logits.softmax(-1).max(-1), repeats)
-        rows.append(Row(f"step / softmax-max: {label}", mine / base, bound, note=f"{mine * 1e3:.1f} ms"))
+        rows.append(Figure(f"step / softmax-max: {label}", mine / base, bound, note=f"{mine * 1e3:.1f} ms"))
         extra = peak_extra(ours) / logits.nbytes
         rows.append(
-            Row(f"peak extra memory / window logits: {label}", 1 + extra, 2.0, note="the logits themselves count 1")
+            Figure(f"peak extra memory / window logits: {label}", 1 + extra, 2.0, note="the logits themselves count 1")
         )
     return rows
 
 
-def random_model(width: int = 512, layers: int = 8, vocabulary: int = 32_000, positions: int = 2048) -> NativeModel:
-    """A random LLaDA-shaped model in float32 on the CPU."""
+def random_model(
+    width: int = 512,
+    layers: int = 8,
+    vocabulary: int = 32_000,
+    positions: int = 2048,
+    block: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> NativeModel:
+    """A random model of LLaDA's shape, or with blocks of SDAR's; cost does not depend on the weights."""
     torch.manual_seed(0)
+    heads = width // 64
+    family, architecture = ("sdar", "SDARForCausalLM") if block else ("llada", "LLaDAModelLM")
     config = ModelConfig(
-        family="llada", architecture="LLaDAModelLM", vocab_size=vocabulary, embedding_rows=vocabulary,
-        hidden_size=width, n_layers=layers, n_heads=width // 64, n_kv_heads=width // 64, head_dim=64,
-        intermediate_size=3 * width, max_positions=positions, mask_id=vocabulary - 1, eos_ids=(vocabulary - 2,),
+        family, architecture, vocab_size=vocabulary, embedding_rows=vocabulary, hidden_size=width, n_layers=layers,
+        n_heads=heads, n_kv_heads=max(heads // 4, 1) if block else heads, head_dim=64, intermediate_size=3 * width,
+        max_positions=positions, mask_id=vocabulary - 1, eos_ids=(vocabulary - 2,), block_size=block,
     )  # fmt: skip
-    return NativeModel(config)
+    with torch.device(device):
+        return NativeModel(config).to(dtype=dtype)
 
 
 class Recorder(NativeModel):
     """A model that remembers every forward and head call of a decode so that they can be run bare."""
 
     def __init__(self, model: NativeModel) -> None:
-        self.__dict__.update(vars(model))
-        self.calls: list[tuple[str, partial[Tensor]]] = []
+        vars(self).update(vars(model))
+        self.fed: list[int] = []  # queries of each forward
+        self.calls: list[Callable[[], Tensor]] = []
 
     def forward(self, ids: Tensor, pos: Tensor | None = None, **options: Unpack[ForwardOptions]) -> Tensor:
-        call = partial(super().forward, ids, pos, **options)
-        self.calls.append(("forward", call))
-        return call()
+        """That of the model, remembered."""
+        self.fed.append(ids.shape[1])
+        self.calls.append(partial(super().forward, ids, pos, **options))
+        return self.calls[-1]()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        call = partial(super().logits, hidden)
-        self.calls.append(("logits", call))
-        return call()
+        """Those of the model, remembered."""
+        self.calls.append(partial(super().logits, hidden))
+        return self.calls[-1]()
 
     @torch.inference_mode()
     def replay(self) -> None:
-        for _, call in self.calls:
+        """Every call again, and nothing between them."""
+        for call in self.calls:
             call()
 
 
-def overhead(model: NativeModel, prompt: Any, bound: float, label: str, repeats: int, **arguments: Any) -> Row:
+def overhead(
+    model: NativeModel, prompt: str | list[int], bound: float, label: str, repeats: int, **arguments: Any
+) -> Figure:
     """Decode divided by the sum of its bare forwards (transformer and head on the same rows)."""
     recorder = Recorder(model)
     dllm.generate(recorder, prompt, **arguments)
     decode, bare = side_by_side(lambda: dllm.generate(model, prompt, **arguments), recorder.replay, repeats)
-    forwards = sum(name == "forward" for name, *_ in recorder.calls)
-    return Row(f"decode / bare forwards: {label}", decode / bare, bound, note=f"{forwards} forwards, {decode:.2f} s")
+    note = f"{len(recorder.fed)} forwards, {decode:.2f} s"
+    return Figure(f"decode / bare forwards: {label}", decode / bare, bound, note=note)
 
 
-def generate(repeats: int = 5, length: int = 512, embedded: Checkpoint = Checkpoint("tiny")) -> Iterator[Row]:
+def generate(
+    repeats: int = 5, length: int = 512, embedded: Checkpoint = Checkpoint("tiny"), model: NativeModel | None = None
+) -> Iterator[Figure]:
     """The loop against its forwards; `dual` against `none`; cost per token as the window grows; KV memory.
 
     One block stands for a decode where all of its blocks cost the same: the canvas has its full length from the start.
-    embedded: the checkpoint of the one row that is measured on a real model.
+    embedded: the checkpoint of the one row that is measured on a real model; `model`: of the other rows.
     """
-    model, block = random_model(), 32
-    common: dict[str, Any] = {"early_stop": False, "block_length": block}
+    model, block = model or random_model(), 32
+    common: Decoding = {"early_stop": False, "block_length": block}
     prompt = [1 + i for i in range(length)]
     for cache, steps, new, bound in (("none", 4, block, 1.02), ("dual", 16, 2 * block, 1.12)):
         call = {**common, "cache": cache, "steps": steps, "max_new_tokens": new}
@@ -232,49 +262,44 @@ def generate(repeats: int = 5, length: int = 512, embedded: Checkpoint = Checkpo
         full, cached = (partial(dllm.generate, model, prompt[block:], cache=c, **call) for c in ("none", "dual"))
         slow, fast = side_by_side(full, cached, repeats)
         name = f"none / dual at {steps} steps a block, length {length}"
-        yield Row(name, slow / fast, bound, True, f"{slow:.2f} and {fast:.2f} s a block")
+        yield Figure(name, slow / fast, bound, True, f"{slow:.2f} and {fast:.2f} s a block")
     yield growth(model, repeats)
     c, store = model.config, model.new_store(1, length)
     expected = c.n_layers * 2 * c.n_kv_heads * c.head_dim * length * model.dtype.itemsize
-    yield Row("KV bytes / (layers x 2 x kv heads x head dim x length x bytes)", store.nbytes / expected, 1.0)
+    yield Figure("KV bytes / (layers x 2 x kv heads x head dim x length x bytes)", store.nbytes / expected, 1.0)
 
 
-def growth(model: NativeModel, repeats: int, short: int = 128, long: int = 1024, given: int = 64) -> Row:
+def growth(
+    model: NativeModel,
+    repeats: int,
+    short: int = 128,
+    long: int = 1024,
+    given: int = 64,
+    timer: Timer = time.perf_counter,
+) -> Figure:
     """Cost per token in a window of `long` new tokens against one of `short`; `dual`, 32 steps a block, one block."""
     parts: dict[int, list[tuple[float, float]]] = {short: [], long: []}
     first_block(model, given, short)
     for _ in range(repeats):
         for new, measured in parts.items():
-            measured.append(first_block(model, given, new))
+            measured.append(first_block(model, given, new, timer))
     median = {new: [statistics.median(part) for part in zip(*m, strict=True)] for new, m in parts.items()}
     total = {new: statistics.median(map(sum, m)) for new, m in parts.items()}
     note = "; ".join(
         f"{new}: refresh {refresh / WINDOW * 1e3:.2f} + steps {steps / WINDOW * 1e3:.2f} ms a token"
         for new, (refresh, steps) in median.items()
     )
-    return Row(f"dual, cost per token, {long} / {short} new tokens", total[long] / total[short], 2.2, note=note)
+    return Figure(f"dual, cost per token, {long} / {short} new tokens", total[long] / total[short], 2.2, note=note)
 
 
-def first_block(model: NativeModel, given: int, new: int) -> tuple[float, float]:
+def first_block(model: NativeModel, given: int, new: int, timer: Timer = time.perf_counter) -> tuple[float, float]:
     """Seconds of the first block of a decode under `dual`: its refresh, and its other steps, one token each."""
     call = {"max_new_tokens": new, "block_length": WINDOW, "cache": "dual", "early_stop": False}
     job = prepare(model, list(range(1, 1 + given)), call)
     ticks = job.ticks(Meter(1))
-    began = time.perf_counter()
+    began = timer()
     next(ticks)
-    refreshed = time.perf_counter()
+    refreshed = timer()
     for _ in islice(ticks, WINDOW - 1):
         pass
-    return refreshed - began, time.perf_counter() - refreshed
-
-
-def cache(**options: Any) -> list[Row]:
-    """See bench_cache, which builds on this module."""
-    return import_module("dllm.bench.cache").cache(**options)
-
-
-BENCHES: dict[str, Callable[..., Iterable[Row]]] = {"step": step, "generate": generate, "cache": cache}
-
-
-def as_json(rows: Iterable[Row]) -> str:
-    return json.dumps({"machine": machine(), "rows": [{**asdict(r), "met": r.met} for r in rows]}, indent=2)
+    return refreshed - began, timer() - refreshed

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.bench.runtime import REPEATS, VOCABULARY, WINDOW, Row, context, scene
+from dllm.bench.runtime import REPEATS, VOCABULARY, WINDOW, Figure, context, scene
 from dllm.decoding.cache.policy import NoCache
 from dllm.decoding.canvas import State
 from dllm.decoding.engine import Options, Runner
@@ -57,17 +57,20 @@ SHIFTED = ("fast_dllm_v2",)  # for block-causal models with shifted logits
 class Tables(Model):
     """Stands where the model stands. Its logits are ready: the table of the running step, read without a copy."""
 
-    vocab_size = embedding_rows = VOCABULARY
-    mask_id, max_positions = VOCABULARY - 1, 5 * WINDOW
+    max_positions = 5 * WINDOW
 
     def __init__(self, tables: list[Tensor]) -> None:
         self.tables = tables  # each (rows, V); more rows than any step reads
+        self.vocab_size = self.embedding_rows = tables[0].shape[1]
+        self.mask_id = self.vocab_size - 1
         self.step = self.rows = 0  # which table; head rows read so far
 
     def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:
+        """Nothing, in the shape of hidden states."""
         return torch.zeros(*ids.shape, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """As many rows of the step's table as are asked for, counted."""
         n = hidden.shape[0] * hidden.shape[1]
         self.rows += n
         return self.tables[self.step][:n].view(*hidden.shape[:2], -1)
@@ -78,11 +81,12 @@ class Lap:
 
     def __init__(self, name: str, model: Tables) -> None:
         self.name, self.model = name, model
-        sampler, frame = build(name), call(name)
+        frame = call(name, model.vocab_size)
+        sampler = build(name, frame)
         policy, law = NoCache(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
         self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)
         self.lane = torch.zeros(1, dtype=torch.long)
-        state, self.states = scene(sampler), list[State]()
+        state, self.states = scene(sampler, mask=model.vocab_size - 1), list[State]()
         for k in range(STEPS):
             self.states.append(state)
             state = self.tick(k)
@@ -93,6 +97,7 @@ class Lap:
         self.rows = model.rows
 
     def tick(self, k: int) -> State:
+        """The state behind step `k`."""
         self.model.step = k
         [part] = self.run.tick(self.states[k], self.lane, [0])
         return part.state
@@ -106,17 +111,18 @@ class Lap:
         return time.thread_time() - began
 
 
-def call(name: str) -> Context:
+def call(name: str, vocabulary: int = VOCABULARY) -> Context:
     """The call in which a sampler is measured."""
-    return dataclasses.replace(context(), shift=1, block_size=WINDOW) if name in SHIFTED else context()
+    frame = context(vocabulary=vocabulary)
+    return dataclasses.replace(frame, shift=1, block_size=WINDOW) if name in SHIFTED else frame
 
 
-def build(name: str) -> Sampler:
+def build(name: str, frame: Context) -> Sampler:
     """A sampler at its defaults."""
-    return registry.build({"name": name, **GIVEN.get(name, {})}, call(name))
+    return registry.build({"name": name, **GIVEN.get(name, {})}, frame)
 
 
-def run(names: Iterable[str] | None = None, repeats: int = REPEATS) -> list[Row]:
+def run(names: Iterable[str] | None = None, repeats: int = REPEATS, vocabulary: int = VOCABULARY) -> list[Figure]:
     """One row a sampler: own work of a step and head row, divided by that of `threshold`.
 
     names: samplers to measure; None for all that are registered and can be built. Errors: fewer than 5 repeats, unknown
@@ -127,7 +133,7 @@ def run(names: Iterable[str] | None = None, repeats: int = REPEATS) -> list[Row]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(runnable() if names is None else list(names), repeats)
+        return _run(runnable() if names is None else list(names), repeats, vocabulary)
     finally:
         torch.set_num_threads(threads)
 
@@ -137,15 +143,15 @@ def runnable() -> list[str]:
     found = []
     for name in registry.names():
         try:
-            build(name)
+            build(name, call(name))
             found.append(name)
         except DllmError as reason:
             log.warning("not measured: %s", reason)
     return found
 
 
-def _run(names: list[str], repeats: int) -> list[Row]:
-    model = Tables(tables())
+def _run(names: list[str], repeats: int, vocabulary: int) -> list[Figure]:
+    model = Tables(tables(vocabulary))
     base, laps = Lap(BASE, model), [Lap(name, model) for name in names]
     times: dict[str, list[float]] = {lap.name: [] for lap in laps}
     ratios: dict[str, list[float]] = {lap.name: [] for lap in laps}
@@ -158,21 +164,14 @@ def _run(names: list[str], repeats: int) -> list[Row]:
     for lap in laps:
         spent, read = statistics.median(times[lap.name]), lap.rows / len(lap.states)
         note = f"{spent * 1e6:.0f} us a head row, {read:.0f} rows a step"
-        rows.append(Row(lap.name, statistics.median(ratios[lap.name]), BOUNDS.get(lap.name, BOUND), note=note))
+        rows.append(Figure(lap.name, statistics.median(ratios[lap.name]), BOUNDS.get(lap.name, BOUND), note=note))
     return rows
 
 
-def tables() -> list[Tensor]:
+def tables(vocabulary: int = VOCABULARY) -> list[Tensor]:
     """A table for each step: random logits, three more columns sure of their token (so that a step commits several)."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(5 * WINDOW, VOCABULARY, generator=generator) for _ in range(STEPS)]
+    made = [torch.randn(5 * WINDOW, vocabulary, generator=generator) for _ in range(STEPS)]
     for k, logits in enumerate(made):
         logits[4 * k : 4 * k + 3, 100] += 30
     return made
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as a markdown table."""
-    lines = ["| sampler | own work / threshold | bound | met | |", "|---|---|---|---|---|"]
-    lines += [f"| {r.name} | {r.value:.2f} | {r.bound} | {'yes' if r.met else 'no'} | {r.note} |" for r in rows]
-    return "\n".join(lines)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +15,7 @@ from dllm.errors import DllmError, unknown
 from dllm.models.arguments import Checkpoint
 
 if TYPE_CHECKING:
-    from dllm.bench.runtime import Row
+    from dllm.bench.runtime import Figure
 
 WITH_MODEL = ("generate", "lookahead", "samplers")
 
@@ -37,7 +38,7 @@ def bench(
     ] = None,
     drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    **common: Any,
+    **common: object,
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run.
 
@@ -46,22 +47,24 @@ def bench(
     import torch
     from tqdm import tqdm
 
+    from dllm.bench import cache as bench_cache
     from dllm.bench import drafting as bench_drafting
     from dllm.bench import lookahead as bench_lookahead
+    from dllm.bench import runtime
     from dllm.bench import step as bench_step
-    from dllm.bench.runtime import BENCHES
 
     model, _ = located(common)
-    short = {
-        **BENCHES,
-        "generate": lambda repeats: BENCHES["generate"](repeats=repeats, embedded=model),
-        "own-work": lambda repeats: bench_step.run(only or None, repeats),
+    short: dict[str, Callable[[], Iterable[Figure]]] = {
+        "step": lambda: runtime.step(repeats),
+        "generate": lambda: runtime.generate(repeats, embedded=model),
+        "cache": lambda: bench_cache.cache(repeats),
+        "own-work": lambda: bench_step.run(only or None, repeats),
     }
-    benches = {
+    benches: dict[str, Callable[[], Iterable[Figure]]] = {
         **short,
-        "lookahead": lambda repeats: bench_lookahead.run(only or None, repeats, model=model),
-        "drafting": lambda repeats: bench_drafting.run(only, repeats, n=n or 300, drafter=drafter),
-        "drafting-smollm": lambda repeats: bench_drafting.run_smollm(only, repeats),
+        "lookahead": lambda: bench_lookahead.run(only or None, repeats, model=model),
+        "drafting": lambda: bench_drafting.run(only, repeats, n=n or 300, drafter=drafter),
+        "drafting-smollm": lambda: bench_drafting.run_smollm(only, repeats),
     }
     if name not in (*benches, "samplers", "all"):
         raise unknown("bench", name, [*benches, "samplers", "all"])
@@ -79,16 +82,16 @@ def bench(
             bench_samplers.run(model, out=file, n=n or 1500, validation=validation, names=names, workers=workers)
         )
         return
-    rows: list[Row] = []
+    rows: list[Figure] = []
     try:
         for key in short if name == "all" else [name]:
-            for row in tqdm(benches[key](repeats=repeats), desc=key, unit="row", leave=False):
+            for row in tqdm(benches[key](), desc=key, unit="row", leave=False):
                 rows.append(row)
     finally:  # interrupted or not: what was measured is shown
         _show(rows, out, as_json)
 
 
-def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
+def _show(rows: list[Figure], out: Path | None, as_json: bool) -> None:
     from dllm.bench.runtime import as_json as dump
     from dllm.bench.runtime import machine
 

@@ -57,8 +57,8 @@ def run_command(
     from dllm.eval import run
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    given = {"out": out, "limit": limit, "seed": seed, "data": data}
-    results = run(config, [*sets, *LEAVE[:unconfined]], **given, dry_run=dry_run, retry_errors=retry_errors)
+    sets = [*sets, *LEAVE[:unconfined]]
+    results = run(config, sets, out=out, limit=limit, seed=seed, data=data, dry_run=dry_run, retry_errors=retry_errors)
     if not results.lead:  # another rank speaks
         raise typer.Exit(results.exit_code)
     for cell in results.cells:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -23,7 +22,7 @@ def collect(
     feature: str = typer.Option("log1m", help="log1m, prob or negent."),
     on_policy: Path = typer.Option(None, help="A filter: follow its own path, label by the teacher."),
     seed: int = 0,
-    **common: Any,
+    **common: object,
 ) -> None:
     """Record what the model is sure of, and where it is right, along the greedy parallel path."""
     from dllm.samplers.learn2pd import Filter
@@ -88,13 +87,11 @@ def compare(
     task: list[str] = typer.Option(None, help="word_problems, sudoku, functions; default: all three."),
     out: Path = typer.Option("filter-compare.jsonl", help="Answers so far; a run that was stopped goes on from it."),
     workers: int = typer.Option(1, min=1, help="Processes, one torch thread each."),
-    **common: Any,
+    **common: object,
 ) -> None:
     """Decode with the filter and with the plain threshold, and compare them at equal accuracy. Resumable."""
     from dllm.bench import filters as bench_filters
-    from dllm.bench.answers import LENGTH
+    from dllm.training.evaluate import WINDOW
 
-    names = task or list(LENGTH)
-    options: dict[str, Any] = {"out": out, "n": n, "validation": validation, "task_names": names, "workers": workers}
-    report = bench_filters.run(filter, located(common)[0], **options)
-    typer.echo(report)
+    model, names = located(common)[0], task or list(WINDOW)
+    typer.echo(bench_filters.run(filter, model, out=out, n=n, validation=validation, task_names=names, workers=workers))

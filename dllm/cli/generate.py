@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,12 @@ from rich.text import Text
 from dllm.cli.options import decoding, loaded, takes
 from dllm.decoding.trace import BLANK
 from dllm.errors import DllmError
+
+if TYPE_CHECKING:
+    from dllm.call.arguments import DecodingArguments
+    from dllm.call.output import Output
+    from dllm.decoding.trace import Trace
+    from dllm.models.model import Model
 
 
 @takes(decoding)
@@ -47,7 +53,7 @@ def generate(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Watch the canvas fill.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the trace of the first answer to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of text.")] = False,
-    **common: Any,
+    **common: object,
 ) -> None:
     """Decode one or more prompts with a masked-diffusion model.
 
@@ -56,13 +62,13 @@ def generate(
     prompts = [_standard_input() if p == "-" else p for p in prompt or []]
     model, arguments = loaded(common)
     arguments |= {
-        "top_p": top_p, "top_k": top_k, "cfg_scale": cfg_scale, "n": n, "stop": stop or None, "batch_size": batch_size,
+        "top_p": top_p, "top_k": top_k, "cfg_scale": cfg_scale, "stop": stop or None, "batch_size": batch_size,
         "chat": chat, "infill": infill, "early_stop": early_stop, "trace": trace is not None,
         "lookahead": lookahead,
     }  # fmt: skip
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
 
-    def show(output: Any) -> None:
+    def show(output: Output) -> None:
         if as_json:
             row = {k: v for k, v in asdict(output).items() if k != "trace"}
             typer.echo(json.dumps({**row, "tokens_per_forward": output.tokens_per_forward}))
@@ -71,12 +77,12 @@ def generate(
             typer.echo(output.text)
         summarise(output, Console(stderr=True))
 
-    waiting: dict[int, Any] = {}
+    waiting: dict[int, Output] = {}
     following = 0
     try:
-        for index, output in _finished(model, given, arguments, watch, max(len(prompts), 1) * n):
+        for index, output in _finished(model, given, n, arguments, watch):
             waiting[index] = output
-            if trace is not None and index == 0:
+            if trace is not None and output.trace is not None and index == 0:
                 output.trace.save(trace)
             while following in waiting:  # in the order of the prompts
                 show(waiting.pop(following))
@@ -93,23 +99,26 @@ def _standard_input() -> str:
         raise DllmError(f"standard input is no {error.encoding} text: {error.reason} at byte {error.start}") from None
 
 
-def _finished(model: Any, prompt: Any, arguments: dict[str, Any], watch: bool, total: int) -> Iterator[tuple[int, Any]]:
+def _finished(
+    model: Model, prompt: str | list[str] | None, n: int, arguments: DecodingArguments, watch: bool
+) -> Iterator[tuple[int, Output]]:
     """Outputs as they finish, with the index of their prompt; a progress bar on standard error for several prompts."""
     if watch:
-        yield from _watch(model, prompt, arguments).items()
+        yield from _watch(model, prompt, n, arguments).items()
         return
     from tqdm import tqdm
 
     from dllm.call.generate import stream
 
+    total = n * (len(prompt) if isinstance(prompt, list) else 1)
     with tqdm(total=total, unit="prompt", leave=False, disable=None if total > 1 else True) as bar:
-        for event in stream(model, prompt, **arguments):
+        for event in stream(model, prompt, n=n, **arguments):
             if event.output is not None:
                 bar.update()
                 yield event.request, event.output
 
 
-def summarise(output: Any, console: Console) -> None:
+def summarise(output: Output, console: Console) -> None:
     """One line: what the answer cost, and why it ended."""
     parts = [
         f"{len(output.tokens)} tokens in {output.nfe} forwards ({output.tokens_per_forward:.2f} a forward)",
@@ -122,7 +131,7 @@ def summarise(output: Any, console: Console) -> None:
     console.print(Text(" · ".join(parts), style="dim"), soft_wrap=True)
 
 
-def promise(lossless: bool, stats: dict[str, Any]) -> str:
+def promise(lossless: bool, stats: Mapping[str, Any]) -> str:
     """What the lookahead of an answer promises, with what it found out."""
     if stats["relax"]:
         return f"not lossless: the {stats['relax']} rule cut {stats['cuts']} of {stats['steps']} steps"
@@ -133,18 +142,18 @@ def promise(lossless: bool, stats: dict[str, Any]) -> str:
     return "lossless"
 
 
-def _watch(model: Any, prompt: Any, arguments: dict[str, Any]) -> dict[int, Any]:
+def _watch(model: Model, prompt: str | list[str] | None, n: int, arguments: DecodingArguments) -> dict[int, Output]:
     """Show the canvas while it fills: in place on a terminal, one line a forward elsewhere."""
     from dllm.call.generate import stream
 
     final: dict[int, str] = {}
     drafts: dict[int, str] = {}
-    outputs: dict[int, Any] = {}
+    outputs: dict[int, Output] = {}
     console = Console(highlight=False)
     blank, line_end = _shown_as(BLANK, "_"), _shown_as("⏎", "|")
     live = Live(console=console, refresh_per_second=30) if console.is_terminal else None
     with live or nullcontext():
-        for event in stream(model, prompt, drafts=True, **arguments):
+        for event in stream(model, prompt, drafts=True, n=n, **arguments):
             row = event.request
             final[row], drafts[row] = final.get(row, "") + event.text, (event.draft or "").replace(BLANK, blank)
             if event.output is not None:
@@ -178,10 +187,9 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
-    **common: Any,
+    **common: object,
 ) -> None:
     """Talk with the model. /help lists the commands; lines can be edited, the arrows bring earlier ones back."""
-    from dllm.call.generate import stream
     from dllm.call.job import prepare
 
     with suppress(ImportError):
@@ -205,13 +213,15 @@ def chat(
         elif line.startswith("/"):
             console.print(HELP, style="dim", markup=False)
         elif line:
-            messages = _answered(stream, model, [*messages, {"role": "user", "content": line}], arguments, console)
+            messages = _answered(model, [*messages, {"role": "user", "content": line}], arguments, console)
 
 
 def _answered(
-    stream: Any, model: Any, asked: list[dict[str, str]], arguments: dict[str, Any], console: Console
+    model: Model, asked: list[dict[str, str]], arguments: DecodingArguments, console: Console
 ) -> list[dict[str, str]]:
     """The conversation with its answer, printed as it becomes final; without the question where that failed."""
+    from dllm.call.generate import stream
+
     output = None
     try:
         for event in stream(model, asked, **arguments):
@@ -253,7 +263,7 @@ def trace(
     typer.echo(f"wrote {target}: {len(loaded.commits)} forwards")
 
 
-def _show(loaded: Any, console: Console) -> None:
+def _show(loaded: Trace, console: Console) -> None:
     """The text coloured by commit order, then what each forward wrote."""
     steps = len(loaded.commits)
     text = Text()

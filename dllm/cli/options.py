@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 if TYPE_CHECKING:
+    from dllm.call.arguments import DecodingArguments
     from dllm.models.arguments import Checkpoint
+    from dllm.models.native import NativeModel
 
 Command = Callable[..., None]
 
@@ -66,7 +68,7 @@ def decoding(
     """A model, and the arguments of `dllm.generate` that decide how it answers."""
 
 
-def loaded(common: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def loaded(common: Mapping[str, object]) -> tuple[NativeModel, DecodingArguments]:
     """The model of these options, and the other ones: arguments of `dllm.generate`."""
     from dllm.models.hub import load
 
@@ -74,14 +76,18 @@ def loaded(common: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return load(where), arguments
 
 
-def located(common: dict[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
+def located(common: Mapping[str, object]) -> tuple[Checkpoint, DecodingArguments]:
     """The checkpoint that these options name, not yet loaded, and the other options."""
     own = ("model", "dtype", "device", "model_arg")
     given = {name: common[name] for name in ("dtype", "device") if common[name] is not None}
-    return named(common["model"], common["model_arg"], given=given), {k: v for k, v in common.items() if k not in own}
+    texts, others = common["model_arg"], {k: v for k, v in common.items() if k not in own}
+    checkpoint = named(str(common["model"]), cast("list[str] | None", texts), given=given)
+    return checkpoint, cast("DecodingArguments", others)
 
 
-def named(name: str, texts: list[str] | None, option: str = "--model-arg", given: Any = None) -> Checkpoint:
+def named(
+    name: str, texts: list[str] | None, option: str = "--model-arg", given: Mapping[str, object] | None = None
+) -> Checkpoint:
     """A checkpoint with arguments given as KEY=VALUE texts, and others beside them."""
     from dllm.errors import DllmError
     from dllm.models.arguments import Checkpoint, LoadArguments, pairs

@@ -24,7 +24,7 @@ def samplers(
     write_docs: Annotated[
         Path | None, typer.Option(help="Write samplers.md and a picture of each sampler into this folder.")
     ] = None,
-    **common: Any,
+    **common: object,
 ) -> None:
     """List the unmasking schedulers: what they do, parameters and reasons, needs, cost, what composes.
 
@@ -105,14 +105,17 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
     (folder / "samplers").mkdir(parents=True, exist_ok=True)
     model = dllm.load(checkpoint)
-    separator = model.tokenizer.sep_token_id
+    if model.tokenizer is None:
+        raise DllmError(f"{checkpoint.name} has no tokenizer, and the pictures begin with a text")
+    separator = getattr(model.tokenizer, "sep_token_id", None)  # foreign
     ids = model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"] + ([separator] if separator else [])
     pictured = set()
     for sampler in tqdm(registry.names(), desc="pictures"):
         try:
             spec = {"name": sampler, **PICTURED.get(sampler, {})}
-            arguments = {"max_new_tokens": 48, "block_length": 16, "early_stop": False, "trace": True}
-            out = dllm.generate(model, ids, sampler=spec, **arguments)
+            out = dllm.generate(
+                model, ids, sampler=spec, max_new_tokens=48, block_length=16, early_stop=False, trace=True
+            )
         except DllmError as error:
             typer.echo(f"no picture of {sampler}: {error}", err=True)
             continue
@@ -122,6 +125,4 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 # settings at which a small model and a short answer show what a sampler does
-PICTURED: dict[str, dict[str, Any]] = {
-    "daedal": {"initial": 8, "factor": 4, "tail": 4, "tau_low": 0.3},
-}
+PICTURED: dict[str, dict[str, Any]] = {"daedal": {"initial": 8, "factor": 4, "tail": 4, "tau_low": 0.3}}

@@ -3,8 +3,9 @@ train one."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +14,11 @@ from rich.text import Text
 
 from dllm.cli.options import named
 from dllm.errors import DllmError
+
+if TYPE_CHECKING:
+    from dllm.drafting.loop import SpecResult
+    from dllm.models.native import NativeModel
+    from dllm.models.tokenizer import Tokenizer
 
 ACCEPTED = ("green", "cyan")  # alternating, so that the rounds can be told apart
 CORRECTION = "bold yellow"
@@ -62,23 +68,25 @@ def speculate(
         raise DllmError(f"--drafter-arg is for a model that drafts, not for {drafter!r}")
     source = named(drafter, drafter_arg, "--drafter-arg") if drafter_arg else drafter
     d = None if drafter == "none" else as_drafter(source)
-    law: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
-    law["max_new_tokens"] = max_new_tokens
-    out = run(v, d, prompt, search=search, tree=tree, length=length, carry=carry, **law)
+
+    decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+    decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
+    out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry)
     console = Console()
+    assert v.tokenizer is not None  # it has read the prompt
     console.print(coloured(out, v.tokenizer), highlight=False)
     table = Table("metric", "value", box=None)
     for name, value in out.metrics().items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     if compare:
-        plain = run(v, None, prompt, **law)
+        plain: SpecResult = decode(drafter=None)
         table.add_row("speed-up", f"{out.speedup_vs(plain):.3g}")
         if temperature == 0:
             table.add_row("equal to plain decoding", "yes" if plain.tokens == out.tokens else "no (a tie in rounding)")
     console.print(table)
 
 
-def coloured(out: Any, tokenizer: Any) -> Text:
+def coloured(out: SpecResult, tokenizer: Tokenizer) -> Text:
     """The text with every round's accepted tokens in one colour; a sign of several tokens has that of its last."""
     text, at, shown = Text(), out.prompt_length, ""
     for i, (accepted, emitted) in enumerate(out.spans):
@@ -88,7 +96,7 @@ def coloured(out: Any, tokenizer: Any) -> Text:
             if not whole.endswith("\ufffd"):
                 text.append(whole[len(shown) :], style=ACCEPTED[i % 2] if j < accepted else CORRECTION)
                 shown = whole
-    return text[: len(out.text)]
+    return text[: len(out.text or "")]
 
 
 def align(
@@ -113,7 +121,7 @@ def align(
     if problems and not prompts:
         typer.echo("tau is measured on the built-in tasks only: this recipe has prompts of its own")
 
-    def show(name: str, drafter: Any) -> None:
+    def show(name: str, drafter: str | NativeModel) -> None:
         for row in tau_rows(name, v, drafter, prompts, config.max_new_tokens, length):
             typer.echo(f"{row.name} {row.value:.2f} ({row.note})")
 

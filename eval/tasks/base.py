@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dllm import spec as plain
 from dllm.errors import DllmError, first_line
 from dllm.eval.config import GenerateSpec, TaskSpec
-
-Prompt = str | list[dict[str, str]]
-
+from dllm.eval.data import Fields
+from dllm.eval.records import Prompt
 
 NOTHING = GenerateSpec()
 
@@ -30,7 +28,7 @@ class Document:
     id: str
     prompt: Prompt
     target: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Fields = field(default_factory=dict)  # what its scorer needs besides
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,16 @@ class Task:
 
 def takes(spec: TaskSpec, *keys: str) -> None:
     """Refuse what a kind of task has no use for: a key that is ignored would say what is not so."""
-    bare = TaskSpec(spec.name)
-    for key in (f.name for f in fields(spec)):
-        if key in ("name", "label", "limit", "generate", "sampler", *keys) or getattr(spec, key) == getattr(bare, key):
+    bare = vars(TaskSpec(spec.name))
+    for key, value in vars(spec).items():
+        if key in ("name", "label", "limit", "generate", "sampler", *keys) or value == bare[key]:
             continue
         if key == "options" and set(spec.options) == {"rehearse"}:
             continue
         raise DllmError(f"task {spec.name!r} has no use for {key!r}; it takes {', '.join(keys)}")
 
 
-def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+def read_jsonl(path: str | Path, broken: str = "refuse") -> tuple[list[Fields], tuple[str, ...]]:
     """The objects of a JSON-lines (or JSON list) file, each with its `_line`, and a sentence for each line that is
     none.
 
@@ -102,7 +100,7 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON's")
 
 
-def _lines(text: str, path: Path) -> list[tuple[int, Any]]:
+def _lines(text: str, path: Path) -> list[tuple[int, object]]:
     if path.suffix == ".json":
         try:
             return list(enumerate(json.loads(text), 1))
@@ -123,7 +121,7 @@ def refuse(path: str | Path, bad: Sequence[str], total: int, broken: str) -> Non
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
-def fill(template: str, row: Mapping[str, Any]) -> str:
+def fill(template: str, row: Mapping[str, object]) -> str:
     """`{field}` replaced by the document's field, `{{` and `}}` by braces. A null or absent field is an error; of an
     absent one it lists those present."""
 

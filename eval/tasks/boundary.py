@@ -9,6 +9,8 @@ nothing. Everything else of the program's stays where it is, behind a `Remote`.
 Messages are JSON, one a line, over stdin and stdout. Only the standard library is imported.
 """
 
+from __future__ import annotations
+
 import ast
 import builtins
 import contextlib
@@ -20,12 +22,22 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Iterator, MappingView
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, MappingView, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+if TYPE_CHECKING:
+    import asyncio
+
+T = TypeVar("T")
+Message = dict[str, Any]  # JSON of the other side, which may hold anything
+Opaque = Callable[[object], object]  # how an object that does not cross is spoken of
+Remotely = Callable[[Message], object]  # what stands here for an object of the other side's
+Known = dict[str, type[BaseException]]  # exceptions of the other side's by their names
 NOTHING = object()
 
 # Value types that cross, by their full name, and the arguments that build one anew.
-PARTS = {
+PARTS: dict[str, Callable[[Any], list[Any]]] = {
     "builtins.tuple": lambda v: [list(v)],
     "builtins.set": lambda v: [list(v)],
     "builtins.frozenset": lambda v: [list(v)],
@@ -48,7 +60,7 @@ PARTS = {
     "datetime.timedelta": lambda v: [v.days, v.seconds, v.microseconds],
 }
 # How the value of a builtin's subclass is read, whatever the subclass has to say to it.
-PLAIN = (
+PLAIN: tuple[tuple[type, Callable[[Any], object]], ...] = (
     (int, int.__int__),
     (float, float.__float__),
     (str, str.__str__),
@@ -61,29 +73,33 @@ PLAIN = (
 )
 
 
-def encode(value, opaque):
+def encode(value: object, opaque: Opaque) -> object:
     """`value` as JSON: plain values in full, anything else as `opaque` says."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if kind is list:
+    if kind is list and isinstance(value, list):
         return [encode(item, opaque) for item in value]
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if name in PARTS and type(getattr(value, "tzinfo", None)).__name__ in ("NoneType", "timezone"):
+    if name in PARTS and _zone(value) in ("NoneType", "timezone"):
         return {"kind": name, "parts": [encode(part, opaque) for part in PARTS[name](value)]}
     if isinstance(value, type) and value in vars(builtins).values():
         return {"type": value.__name__}
     return opaque(value)
 
 
-def decode(data, remote):
+def _zone(value: object) -> str:
+    return type(getattr(value, "tzinfo", None)).__name__  # foreign
+
+
+def decode(data: object, remote: Remotely) -> object:
     """The value of `encode`'s JSON, built of exact types; `remote` says what the other side's objects are here."""
     if isinstance(data, list):
         return [decode(item, remote) for item in data]
     if not isinstance(data, dict):
         return data
     if "type" in data:
-        found = getattr(builtins, data["type"], None)
+        found = vars(builtins).get(data["type"])
         if not isinstance(found, type):
             raise TypeError("not a builtin type")
         return found
@@ -91,11 +107,11 @@ def decode(data, remote):
         if data["kind"] not in PARTS:
             raise TypeError("not a value that crosses")
         module, _, name = data["kind"].rpartition(".")
-        return getattr(importlib.import_module(module), name)(*(decode(part, remote) for part in data["parts"]))
+        return vars(importlib.import_module(module))[name](*(decode(part, remote) for part in data["parts"]))
     return remote(data)
 
 
-def spread(arguments, named, opaque):
+def spread(arguments: Iterable[object], named: Mapping[str, object], opaque: Opaque) -> Message:
     """The arguments of a call as JSON."""
     return {
         "arguments": [encode(value, opaque) for value in arguments],
@@ -107,27 +123,27 @@ class ProgramError(Exception):
     """What the other side raised, where it is no builtin exception that may be expected."""
 
 
-def lineage(kind):
+def lineage(kind: type) -> list[str]:
     """The names of an exception class and its bases, the nearest first."""
     return [str(base.__name__) for base in kind.__mro__]
 
 
-def exception(names, known):
+def exception(names: Sequence[object], known: Known) -> type[BaseException]:
     """The exception class of a `lineage`: a builtin as far as it may cross, or one of ours, in `known`, that stands for
     it under that builtin."""
     name, *bases = map(str, names or ["object"])
-    kind = getattr(builtins, name, None)
+    kind = vars(builtins).get(name)
     stops = (StopIteration, StopAsyncIteration)  # they would end a loop of the check early
     if isinstance(kind, type) and issubclass(kind, Exception | SystemExit) and not issubclass(kind, stops):
         return kind
     if not bases or name in ("BaseException", "object"):
         return ProgramError
     if name not in known:
-        known[name] = type(name, (exception(bases, known),), {})
+        known[name] = cast("type[BaseException]", type(name, (exception(bases, known),), {}))
     return known[name]
 
 
-def raised(problem, opaque):
+def raised(problem: BaseException, opaque: Opaque) -> Message:
     """An exception as JSON: its lineage and its arguments."""
     try:
         arguments = [encode(value, opaque) for value in problem.args]
@@ -136,8 +152,9 @@ def raised(problem, opaque):
     return {"raised": [lineage(type(problem)), arguments]}
 
 
-def error(names, arguments, known, remote):
-    """The exception that the other side raised."""
+def error(said: Sequence[Any], known: Known, remote: Remotely) -> BaseException:
+    """The exception that the other side raised, of its lineage and its arguments."""
+    names, arguments = said
     values = [decode(value, remote) for value in arguments]
     try:
         return exception(names, known)(*values)
@@ -148,20 +165,22 @@ def error(names, arguments, known, remote):
 class Line:
     """One side's end: messages in and out. The file descriptors of stdin and stdout are taken away from the code."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.into, self.out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(2, 1)  # what is printed goes where errors go
 
-    def say(self, message):
+    def say(self, message: object) -> None:
+        """Send a message."""
         self.out.write(json.dumps(message).encode() + b"\n")
         self.out.flush()
 
-    def hear(self):
+    def hear(self) -> Message | None:
         """The next message; None where the other end is closed."""
         line = self.into.readline()
-        return json.loads(line) if line else None
+        heard: Message | None = json.loads(line) if line else None
+        return heard
 
 
 # ------------------------------------------------------------------------------------------------- the program's side
@@ -170,28 +189,33 @@ class Line:
 class Program:
     """Executes the program and answers what is asked of its names and objects."""
 
-    def __init__(self, line, source):
-        self.line, self.objects, self.loop = line, [], None
+    def __init__(self, line: Line, source: str) -> None:
+        self.line = line
+        self.objects: list[object] = []
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.module = types.ModuleType("answer")
         sys.modules["answer"] = self.module
-        exec(compile(source, "answer.py", "exec"), self.module.__dict__)
+        exec(compile(source, "answer.py", "exec", dont_inherit=True), self.module.__dict__)
 
-    def serve(self):
+    def serve(self) -> None:
+        """Answer until the check is gone."""
         self.line.say("ready")
         while (asked := self.line.hear()) is not None:
             self.line.say(self.reply(asked))
 
-    def reply(self, asked):
+    def reply(self, asked: Message) -> Message:
+        """The answer to a question, or what went wrong."""
         try:
             return self.answer(asked)
         except BaseException as error:
             ended = asked["do"] == "next" and isinstance(error, StopIteration)
             return {"end": True} if ended else raised(error, self.theirs)
 
-    def answer(self, asked):
+    def answer(self, asked: Message) -> Message:
+        """The answer to a question, and what a call did to its arguments."""
         arguments = [decode(value, self.mine) for value in asked["arguments"]]
         named = {key: decode(value, self.mine) for key, value in asked["named"].items()}
-        result = getattr(self, "do_" + asked["do"])(*arguments, **named)
+        result = getattr(self, "do_" + asked["do"])(*arguments, **named)  # foreign
         if asked["do"] == "name" and isinstance(result, types.ModuleType):
             return {"module": result.__name__}
         reply = {"value": encode(result, self.theirs)}
@@ -199,32 +223,33 @@ class Program:
             reply["after"] = spread(arguments[1:], named, self.theirs)
         return reply
 
-    def mine(self, data):
+    def mine(self, data: Message) -> object:
+        """An object that the check speaks of: one that was handed over, or a function of the check's."""
         if "object" in data:
             return self.objects[data["object"]]
 
-        def function(*arguments, **named):
+        def function(*arguments: object, **named: object) -> object:
             return self.call_back(data["callback"], arguments, named)
 
         function.__name__ = function.__qualname__ = data["shown"]
         return self.walk(function) if data["walk"] else function
 
     @staticmethod
-    def walk(function):
+    def walk(function: Callable[[], Any]) -> Iterator[object]:
         """An iterator of the check's, of which every call takes one item."""
         while items := function():
             yield items[0]
 
-    def call_back(self, number, arguments, named):
+    def call_back(self, number: int, arguments: Iterable[object], named: Mapping[str, object]) -> object:
         """Call a function of the check's, which may in turn ask the program."""
         self.line.say({"callback": number, **spread(arguments, named, self.theirs)})
         while "do" in (heard := self.line.hear() or {"raised": [["EOFError"], []]}):
             self.line.say(self.reply(heard))
         if "raised" in heard:
-            raise error(*heard["raised"], {}, self.mine)  # type: ignore[call-arg]
+            raise error(heard["raised"], {}, self.mine)
         return decode(heard["value"], self.mine)
 
-    def theirs(self, value):
+    def theirs(self, value: object) -> object:
         """How an object that does not cross is spoken of. The value of a builtin's subclass goes with it."""
         kind, plain = type(value), NOTHING
         if isinstance(value, type) and issubclass(value, Exception):
@@ -241,7 +266,8 @@ class Program:
             return {**spoken, "awaited": True}
         return spoken if plain is NOTHING else {**spoken, "plain": plain}
 
-    def do_name(self, name):
+    def do_name(self, name: str) -> object:
+        """What the program calls so."""
         if name not in self.module.__dict__:
             raise NameError(f"name {name!r} is not defined")
         return self.module.__dict__[name]
@@ -250,18 +276,22 @@ class Program:
     do_iter, do_next, do_len, do_bool, do_str, do_repr, do_hash = iter, next, len, bool, str, repr, hash
     do_reversed, do_same, do_isinstance, do_issubclass = reversed, operator.eq, isinstance, issubclass
 
-    def do_call(self, function, *arguments, **named):
+    def do_call(self, function: Callable[..., object], *arguments: object, **named: object) -> object:
+        """The value of a call."""
         return function(*arguments, **named)
 
-    def do_operate(self, name, *operands):
-        return getattr(operator, name)(*operands)
+    def do_operate(self, name: str, *operands: object) -> object:
+        """The value of an operator."""
+        return vars(operator)[name](*operands)
 
-    def do_copy(self, value):
+    def do_copy(self, value: object) -> object:
+        """A deep copy."""
         import copy
 
         return copy.deepcopy(value)
 
-    def do_await(self, coroutine):
+    def do_await(self, coroutine: Coroutine[object, object, object]) -> object:
+        """What a coroutine comes to."""
         import asyncio
 
         self.loop = self.loop or asyncio.new_event_loop()
@@ -277,82 +307,83 @@ class Remote:
 
     __slots__ = ("_object", "_plain", "_shown")
 
-    def __init__(self, number, shown, plain):
+    def __init__(self, number: int, shown: str, plain: object) -> None:
         for name, value in (("_object", number), ("_shown", shown), ("_plain", plain)):
             object.__setattr__(self, name, value)
 
-    def __call__(self, *arguments, **named):
+    def __call__(self, *arguments: object, **named: object) -> object:
         return Check.only.ask("call", self, *arguments, **named)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return Check.only.ask("get", self, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         Check.only.ask("set", self, name, value)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: object) -> object:
         return Check.only.ask("item", self, key)
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: object, value: object) -> None:
         Check.only.ask("put", self, key, value)
 
-    def __delitem__(self, key):
+    def __delitem__(self, key: object) -> None:
         Check.only.ask("drop", self, key)
 
-    def __enter__(self):
+    def __enter__(self) -> object:
         return self.__getattr__("__enter__")()
 
-    def __exit__(self, kind, problem, trace):
+    def __exit__(self, kind: object, problem: object, trace: object) -> None:
         self.__getattr__("__exit__")(None, None, None)  # what went wrong in the check is not the program's to forgive
 
-    def __iter__(self):
+    def __iter__(self) -> object:
         return Check.only.ask("iter", self)
 
-    def __reversed__(self):
+    def __reversed__(self) -> object:
         return Check.only.ask("reversed", self)
 
-    def __next__(self):
+    def __next__(self) -> object:
         return Check.only.ask("next", self)
 
-    def __len__(self):
-        return Check.only.ask("len", self)
+    def __len__(self) -> int:
+        return Check.only.fit(int, "len", self)
 
-    def __bool__(self):
-        return Check.only.ask("bool", self)
+    def __bool__(self) -> bool:
+        return Check.only.fit(bool, "bool", self)
 
-    def __str__(self):
-        return Check.only.ask("str", self)
+    def __str__(self) -> str:
+        return Check.only.fit(str, "str", self)
 
-    def __repr__(self):
-        return Check.only.ask("repr", self)
+    def __repr__(self) -> str:
+        return Check.only.fit(str, "repr", self)
 
-    def __instancecheck__(self, instance):
-        return isinstance(instance, Remote) and Check.only.ask("isinstance", instance, self)
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, Remote) and Check.only.fit(bool, "isinstance", instance, self)
 
-    def __subclasscheck__(self, kind):
-        return isinstance(kind, Remote) and Check.only.ask("issubclass", kind, self)
+    def __subclasscheck__(self, kind: object) -> bool:
+        return isinstance(kind, Remote) and Check.only.fit(bool, "issubclass", kind, self)
 
     @property  # type: ignore[misc]
-    def __class__(self):
+    def __class__(self) -> type:
         return Remote if self._plain is NOTHING else type(self._plain)
 
-    def __eq__(self, other):
-        return other is not None and self._with(other, "eq", "same")
+    def __eq__(self, other: object) -> bool:
+        return other is not None and bool(self._with(other, "eq"))
 
-    def _with(self, other, name, *asked):
+    def _with(self, other: object, name: str) -> object:
         """An operation on two of the program's objects is the program's own; on a value, and where both have one, it is
         that of the values."""
         if isinstance(other, Remote) and self._plain is NOTHING and other._plain is NOTHING:
-            return Check.only.ask(*(asked or ("operate", name)), self, other)
+            only = Check.only
+            return only.fit(bool, "same", self, other) if name == "eq" else only.ask("operate", name, self, other)
         mine, theirs = self._plain, other._plain if isinstance(other, Remote) else other
         if mine is NOTHING or theirs is NOTHING:
             raise TypeError(f"the program's {self._shown} cannot be compared with a value")
-        return getattr(operator, name)(mine, theirs)
+        return vars(operator)[name](mine, theirs)
 
-    def __hash__(self):
-        return Check.only.ask("hash", self) if self._plain is NOTHING else hash(self._plain)
+    def __hash__(self) -> int:
+        return Check.only.fit(int, "hash", self) if self._plain is NOTHING else hash(self._plain)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: object) -> object:
         return Check.only.ask("copy", self)
 
 
@@ -362,13 +393,13 @@ for _name in ("neg", "pos", "abs", "invert"):
     setattr(Remote, f"__{_name}__", lambda self, name=f"__{_name}__": Check.only.ask("operate", name, self))
 
 
-class Scope(dict):
+class Scope(dict[str, object]):
     """The check's names: its own, then Python's, then the program's; `entries` are the program's before Python's."""
 
-    entries: "tuple[str, ...]" = ()
+    entries: tuple[str, ...] = ()
 
-    def __missing__(self, name):
-        if name not in self.entries and (name.startswith("__") or hasattr(builtins, name)):
+    def __missing__(self, name: str) -> object:
+        if name not in self.entries and (name.startswith("__") or name in vars(builtins)):
             raise KeyError(name)
         return Check.only.name(name)
 
@@ -376,38 +407,43 @@ class Scope(dict):
 class Check:
     """Executes the check, of which there is one in a process."""
 
-    only: "Check"
+    only: Check
 
-    def __init__(self, line):
-        self.line, self.callbacks, self.errors = line, [], {}
-        self.modules, self.pending = set(), []
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.callbacks: list[Callable[..., object]] = []
+        self.errors: Known = {}
+        self.modules: set[str] = set()
+        self.pending: list[tuple[object, object]] = []  # arguments of the last call, and what they became
         Check.only = self
 
-    def run(self, header):
+    def run(self, header: Message) -> None:
         """`context` is code that comes with the check (the head of the function that was asked for, with its
         helpers); `entries` are the program's names even where Python or the context knows them too."""
         scope = Scope(__name__="check")
         for body in ("", "\n    pass"):  # the head of a function may come without one
             with contextlib.suppress(SyntaxError):
-                exec(compile(header["context"] + body, "context.py", "exec"), scope)
+                exec(compile(header["context"] + body, "context.py", "exec", dont_inherit=True), scope)
                 break
         tree = ast.parse(header["check"], "check.py")
-        code = compile(header["check"], "check.py", "exec")
+        code = compile(header["check"], "check.py", "exec", dont_inherit=True)
         scope.entries = tuple(header["entries"] or self.guessed(tree, code, scope))
         for name in scope.entries:
             scope.pop(name, None)
         self.modules = _modules(tree) - set(scope.entries)
         scope[SETTLE] = self.settle
-        exec(compile(Settling().visit(tree), "check.py", "exec"), scope)
+        exec(compile(Settling().visit(tree), "check.py", "exec", dont_inherit=True), scope)
 
-    def guessed(self, tree, code, scope):
+    def guessed(self, tree: ast.Module, code: types.CodeType, scope: Scope) -> Sequence[str]:
         """A check that knows only Python's names (`assert sum(10, 15) == 150`) means the one that the program defines,
         of those that it calls on values alone: another (`abs(max(1, 2) - 3)`) is the check's tool. Errors: `NameError`
         where it defines none of them, or several."""
         names = set(_names(code, ("LOAD_NAME", "LOAD_GLOBAL"))) - set(_names(code, ("STORE_NAME",))) - set(scope)
-        if not names or not all(hasattr(builtins, name) for name in names):
+        if not names <= vars(builtins).keys() or not names:
             return ()
-        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in names]
+        calls = [
+            n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names
+        ]
         tools = {call.func.id for call in calls if any(n is not call and n in calls for n in ast.walk(call))}  # type: ignore[attr-defined]
         defined = []
         for name in sorted({call.func.id for call in calls} - tools or names):  # type: ignore[attr-defined]
@@ -420,12 +456,20 @@ class Check:
             )
         return defined
 
-    def name(self, name):
+    def name(self, name: str) -> object:
         """A name of the program's. A module of the standard library is this side's own."""
         found = self.ask("name", name)
         return importlib.import_module(name) if name in self.modules else found
 
-    def ask(self, do, *arguments, **named):
+    def fit(self, kind: type[T], do: str, *arguments: object) -> T:
+        """An answer of the kind that Python itself requires."""
+        value = self.ask(do, *arguments)
+        if not isinstance(value, kind):
+            raise TypeError(f"{do} gave no {kind.__name__}")
+        return value
+
+    def ask(self, do: str, *arguments: object, **named: object) -> object:
+        """The program's answer. Errors: what the program raised."""
         self.line.say({"do": do, **spread(arguments, named, self.mine)})
         self.pending = []
         while "callback" in (reply := self.hear()):
@@ -438,26 +482,27 @@ class Check:
                 self.pending += [(given, after["named"][name]) for name, given in named.items()]
             if reply["value"] is None:  # by convention, a function that works in place
                 self.settle()
-            return self.fitting(do, decode(reply["value"], self.theirs))
+            return decode(reply["value"], self.theirs)
         if "module" in reply and do == "name" and reply["module"].partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(reply["module"])
-        raise error(*reply.get("raised", (["RuntimeError"], ["no answer"])), self.errors, self.theirs)  # type: ignore[call-arg]
+        raise error(reply.get("raised", (["RuntimeError"], ["no answer"])), self.errors, self.theirs)
 
-    def settle(self, given_back=True):
+    def settle(self, given_back: bool = True) -> None:
         """Give the arguments of the last call what the program left in its copies of them, or forget it."""
         pending, self.pending = self.pending, []
         for given, after in pending:
             if given_back and type(given) in (list, bytearray, dict, set):
                 _put_back(given, decode(after, self.theirs))
 
-    def hear(self):
+    def hear(self) -> Message:
+        """The next message. Without one the check has failed."""
         reply = self.line.hear()
         if not isinstance(reply, dict):  # past every `except` of the check
             print("the program ended before it had answered", file=sys.stderr, flush=True)
             os._exit(1)
         return reply
 
-    def called(self, callback, arguments, named):
+    def called(self, callback: int, arguments: list[object], named: dict[str, object]) -> Message:
         """The program calls a function that the check has handed over."""
         try:
             values = [decode(value, self.theirs) for value in arguments]
@@ -466,39 +511,37 @@ class Check:
         except Exception as problem:
             return raised(problem, self.mine)
 
-    @staticmethod
-    def fitting(do, value):
-        """What Python itself requires of the answer."""
-        kinds = {"len": int, "hash": int, "str": str, "repr": str}
-        kinds |= dict.fromkeys(("bool", "same", "isinstance", "issubclass"), bool)
-        wanted = kinds.get(do, object)
-        if not isinstance(value, wanted):
-            raise TypeError(f"{do} gave no {wanted.__name__}")
-        return value
-
-    def mine(self, value):
+    def mine(self, value: object) -> object:
+        """How an object of the check's is spoken of."""
         if isinstance(value, Remote):
             return {"object": value._object}
         if isinstance(value, MappingView):
             return encode([*value], self.mine)  # type: ignore[misc]
         if (walk := isinstance(value, Iterator)) or callable(value):
-            self.callbacks.append((lambda: [*itertools.islice(value, 1)]) if walk else value)
-            shown = str(getattr(value, "__name__", "function"))
+            function = partial(_next, value) if isinstance(value, Iterator) else value
+            self.callbacks.append(cast("Callable[..., object]", function))
+            shown = str(getattr(value, "__name__", "function"))  # foreign
             return {"callback": len(self.callbacks) - 1, "shown": shown, "walk": walk}
         raise TypeError(
             f"the check cannot hand a {type(value).__name__} to the program: only plain values and functions cross"
         )
 
-    def theirs(self, data):
+    def theirs(self, data: Message) -> object:
+        """What stands here for an object of the program's."""
         if "error" in data:
             return exception(data["error"], self.errors)
         plain = decode(data["plain"], self.theirs) if "plain" in data else NOTHING
         remote = Remote(int(data["object"]), str(data["shown"]), plain)
         return self.awaited(remote) if "awaited" in data else remote
 
-    async def awaited(self, remote):
+    async def awaited(self, remote: Remote) -> object:
         """A coroutine of the program's, which runs there."""
         return self.ask("await", remote)
+
+
+def _next(walk: Iterator[object]) -> list[object]:
+    """The next item of an iterator, if there is one."""
+    return [*itertools.islice(walk, 1)]
 
 
 SETTLE = "__settle__"
@@ -507,7 +550,8 @@ SETTLE = "__settle__"
 class Settling(ast.NodeTransformer):
     """After a call whose value is let go (`sort(x)`), which is made for what it does, its arguments are settled."""
 
-    def visit_Expr(self, node):
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | list[ast.stmt]:
+        """A call with what settles its arguments around it."""
         if not isinstance(node.value, ast.Call):
             return node
         around = ast.parse(f"{SETTLE}(False)\n{SETTLE}(True)")
@@ -516,9 +560,9 @@ class Settling(ast.NodeTransformer):
         return [around.body[0], node, around.body[1]]
 
 
-def _modules(tree):
+def _modules(tree: ast.Module) -> set[str]:
     """Names that a check uses only for what a module of the standard library has (`math.isclose`): its own tools."""
-    used: dict = {}
+    used: dict[str, set[str | None]] = {}
     inside = {n.value: n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in sys.stdlib_module_names:
@@ -526,12 +570,12 @@ def _modules(tree):
     found = set()
     for name, attributes in used.items():
         with contextlib.suppress(ImportError):
-            if None not in attributes and all(hasattr(importlib.import_module(name), a) for a in attributes):
+            if attributes <= set(dir(importlib.import_module(name))):
                 found.add(name)
     return found
 
 
-def _names(code, operations):
+def _names(code: types.CodeType, operations: Sequence[str]) -> Iterator[str]:
     """The names that these operations of a code object touch, those of its functions included."""
     import dis
 
@@ -543,7 +587,7 @@ def _names(code, operations):
             yield from _names(constant, operations)
 
 
-def _put_back(given, after):
+def _put_back(given: Any, after: Any) -> None:
     """Give an argument the content that the program left in its copy."""
     if type(given) is not type(after):
         return
@@ -576,7 +620,7 @@ NEW_NAMESPACE = 0x7E020000  # CLONE_NEWUSER and its like
 FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: a new network namespace leaves the others (vsock) open
 
 
-def guard():
+def guard() -> None:
     """Join a new session keyring and give up, for good, the system calls of `DENIED`. Raises OSError."""
     import ctypes
     import struct
@@ -604,23 +648,24 @@ def guard():
             raise OSError(ctypes.get_errno(), "no filter of system calls")
 
 
-def limit(limits):
+def limit(limits: Mapping[str, int]) -> None:
     """Set the limits that this system has: soft and hard, for this process and all it starts."""
     try:
         import resource
     except ImportError:  # Windows
         return
     for name, value in limits.items():
-        if (kind := getattr(resource, "RLIMIT_" + name, None)) is not None:
+        if (kind := vars(resource).get("RLIMIT_" + name)) is not None:
             hard = resource.getrlimit(kind)[1]
             bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (bound, bound))
 
 
-def main():
+def main() -> None:
+    """Be the side that the header says."""
     sys.set_int_max_str_digits(0)
     line = Line()
-    header = line.hear()
+    header = line.hear() or {}
     limit(header["limits"])
     if header["guard"]:
         guard()

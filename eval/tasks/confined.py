@@ -31,7 +31,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dllm.errors import DllmError, unknown
 from dllm.eval.tasks import boundary
@@ -114,6 +113,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Whether the check ran to its end."""
         return self.status == "passed"
 
 
@@ -140,6 +140,7 @@ class Sandbox(ABC):
         return f"{', '.join(tools)} not found" if tools else None
 
     def tools(self) -> Sequence[str]:
+        """The programs of the system that it takes."""
         return ()
 
     def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
@@ -154,9 +155,11 @@ class Namespaces(Sandbox):
     name = "namespaces"
 
     def tools(self) -> Sequence[str]:
+        """The programs of the system that it takes."""
         return ("unshare", "mount", "umount", "pivot_root", "setpriv", "sh")
 
     def command(self, root: str, limits: Limits) -> list[str]:
+        """`unshare`, then `_ENTER` as pid 1 of the new namespaces."""
         privileged = os.geteuid() == 0
         identity = [] if privileged else ["--user", "--map-root-user"]
         unshare = ["unshare", *identity, "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts", "--mount"]
@@ -173,12 +176,15 @@ class Bubblewrap(Sandbox):
     name = "bubblewrap"
 
     def missing(self) -> str | None:
+        """What is lacking, `bwrap` included."""
         return super().missing() or (None if shutil.which("bwrap") else "bwrap not found")
 
     def tools(self) -> Sequence[str]:
+        """The programs of the system that it takes."""
         return ("setpriv",) if os.geteuid() == 0 else ()
 
     def command(self, root: str, limits: Limits) -> list[str]:
+        """`bwrap` with an empty root that holds Python alone."""
         options = ["--die-with-parent", "--new-session", "--chdir", "/tmp", "--unshare-pid", "--unshare-ipc"]
         options += ["--unshare-net", "--unshare-uts", "--cap-drop", "ALL"]
         drop: list[str] = []
@@ -208,6 +214,7 @@ class Docker(Sandbox):
         self.image = image or f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
 
     def missing(self) -> str | None:
+        """Docker, its daemon or the image."""
         if not (docker := shutil.which("docker")):
             return "docker not found"
         try:
@@ -222,6 +229,7 @@ class Docker(Sandbox):
         return f"docker pull {self.image} first" if "No such image" in said else f"docker: {said.partition(chr(10))[0]}"
 
     def command(self, root: str, limits: Limits) -> list[str]:
+        """`docker run` without network and privileges."""
         memory = f"{limits.memory_mb}m"
         return [
             *(shutil.which("docker") or "docker", "run", "--rm", "--interactive", "--pull", "never"),
@@ -234,6 +242,7 @@ class Docker(Sandbox):
         ]
 
     def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
+        """End the container, then its client."""
         subprocess.run(["docker", "kill", Path(root).name], capture_output=True, check=False)
         process.kill()
 
@@ -245,12 +254,15 @@ class Unconfined(Sandbox):
     guarded = False
 
     def missing(self) -> str | None:
+        """Nothing."""
         return None
 
     def command(self, root: str, limits: Limits) -> list[str]:
+        """Python as it is."""
         return _python(sys.executable)
 
     def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
+        """End a process and its descendants, one by one."""
         import psutil
 
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -491,7 +503,7 @@ class _Watch:
         for side in self._sides:
             side.end()
 
-    def start(self, within: Sandbox, header: Mapping[str, Any]) -> _Side:
+    def start(self, within: Sandbox, header: Mapping[str, object]) -> _Side:
         side = _Side(within, self.limits)
         self._sides.append(side)
         side.tell(json.dumps({**header, "limits": self.limits.plain(), "guard": within.guarded}).encode() + b"\n")
@@ -533,7 +545,7 @@ def _python(interpreter: str) -> list[str]:
 
 def sys_python() -> str:
     """The interpreter behind a virtual environment: it needs one folder besides the system's libraries."""
-    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())  # foreign
 
 
 def _folders() -> list[str]:

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from dllm.errors import DllmError, unknown
 from dllm.eval import data
 from dllm.eval.config import GenerateSpec, TaskSpec
+from dllm.eval.data import Fields
 from dllm.eval.tasks import scorers
-from dllm.eval.tasks.base import Document, Graded, Prompt, Task, fill, named, read_jsonl, refuse, takes
+from dllm.eval.tasks.base import Document, Graded, Task, fill, named, read_jsonl, refuse, takes
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Shape:
     chat: bool | None = None
     prelude: str = ""  # for `python`: code before the answer
     context: str = ""  # code of the benchmark's own that the check may use
-    derive: Callable[[dict[str, Any]], Mapping[str, Any]] = field(default=lambda row: {})
+    derive: Callable[[Fields], Mapping[str, object]] = field(default=lambda row: {})
     clean: Callable[[Document, str], str] | None = None
 
 
-def _gsm8k(row: dict[str, Any]) -> Mapping[str, Any]:
+def _gsm8k(row: Fields) -> Mapping[str, object]:
     final = scorers.extract(str(row["answer"]), ["gsm8k", "number"])
     if final is None:
         raise DllmError("field 'answer' holds no number after '####'")
     return {"final": final}
 
 
-def _math(row: dict[str, Any]) -> Mapping[str, Any]:
+def _math(row: Fields) -> Mapping[str, object]:
     final = row.get("answer") or scorers.boxed(str(row.get("solution", "")))
     if not final:
         raise DllmError("no field 'answer', and no \\boxed{…} in field 'solution'")
     return {"final": final}
 
 
-def _mbpp(row: dict[str, Any]) -> Mapping[str, Any]:
+def _mbpp(row: Fields) -> Mapping[str, object]:
     tests = row.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise DllmError("field 'test_list' is not a list of assertions")
@@ -119,12 +119,7 @@ HUMANEVAL = Shape(
 )
 SHAPES: dict[str, Shape] = {
     "gsm8k": GSM8K,
-    "gsm8k_cot": replace(
-        GSM8K,
-        prompt="Q: {question}\nA:",
-        extract=("the_answer_is", *GSM8K.extract),
-        stop=("Q:",),
-    ),
+    "gsm8k_cot": replace(GSM8K, prompt="Q: {question}\nA:", extract=("the_answer_is", *GSM8K.extract), stop=("Q:",)),
     "gsm8k_cot_zeroshot": replace(
         GSM8K,
         prompt="Q: {question}\nA: Let's think step by step.",
@@ -164,15 +159,7 @@ SHAPES: dict[str, Shape] = {
 NAMES = ("jsonl", *SHAPES)
 
 # Two documents of each shape, for rehearsals: they have the columns of the benchmark and none of its content.
-EXAMPLES = {
-    "gsm8k": data.EXAMPLES["gsm8k"],
-    "gsm8k_cot": data.EXAMPLES["gsm8k"],
-    "gsm8k_cot_zeroshot": data.EXAMPLES["gsm8k"],
-    "math": data.EXAMPLES["math500"],
-    "humaneval": data.EXAMPLES["humaneval"],
-    "humaneval_instruct": data.EXAMPLES["humaneval"],
-    "mbpp": data.EXAMPLES["mbpp"],
-}
+EXAMPLES = {name: data.EXAMPLES[{"math": "math500"}.get(name, name.partition("_")[0])] for name in SHAPES}
 
 # lm-eval's files that hold the solved examples of a benchmark; another benchmark's are drawn from its training rows.
 SHOTS = {"gsm8k_cot": "gsm8k/gsm8k-cot.yaml", "math": "minerva_math/utils.py", "mbpp": "mbpp/utils.py"}
@@ -223,7 +210,7 @@ def _told_apart(documents: list[Document]) -> list[Document]:
     return [replace(d, id=f"{d.id}#{i}") if times[d.id] > 1 else d for i, d in enumerate(documents)]
 
 
-def _rows(path: str, spec: TaskSpec, broken: str = "refuse") -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+def _rows(path: str, spec: TaskSpec, broken: str = "refuse") -> tuple[list[Fields], tuple[str, ...]]:
     """The documents of a file; in a rehearsal (`--dry-run`) two of our own where the benchmark's file is not here."""
     if spec.options.get("rehearse") and spec.name in EXAMPLES and not Path(path).exists():
         examples = [{**row, "_line": i} for i, row in enumerate(EXAMPLES[spec.name], 1)]
@@ -253,7 +240,7 @@ def _refined(shape: Shape, spec: TaskSpec) -> Shape:
     )
 
 
-def _renamed(row: dict[str, Any], spec: TaskSpec) -> dict[str, Any]:
+def _renamed(row: Fields, spec: TaskSpec) -> Fields:
     """The row under the published column names; `fields: {question: text}` says that the user's file calls it
     `text`."""
     out = dict(row)
@@ -291,7 +278,7 @@ def _shots(spec: TaskSpec, shape: Shape) -> str:
     return "\n\n".join(solved) + "\n\n"
 
 
-def _published(name: str) -> list[dict[str, Any]]:
+def _published(name: str) -> list[Fields]:
     """The solved examples in lm-eval's file of a benchmark, read without running it. Errors: no lm-eval."""
     package = find_spec("lm_eval")
     if package is None or not package.submodule_search_locations:
@@ -307,28 +294,27 @@ def _published(name: str) -> list[dict[str, Any]]:
     return [{**row, "_line": i} for i, row in enumerate(found, 1)]
 
 
-def _filled(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
+def _filled(row: Fields, shape: Shape) -> Fields:
     try:
         return {**row, **shape.derive(row)}
     except KeyError as error:
         raise DllmError(f"no field {error} (the document has: {', '.join(k for k in row if k != '_line')})") from None
 
 
-def _document(index: int, row: dict[str, Any], shape: Shape, shots: str) -> Document:
+def _document(index: int, row: Fields, shape: Shape, shots: str) -> Document:
     full = _filled(row, shape)
-    meta: dict[str, Any] = {k: full[k] for k in ("prompt", "entry_point") if k in full}
-    meta |= {k: fill(template, full) for k in ("prelude", "context") if (template := getattr(shape, k))}
+    meta: Fields = {k: full[k] for k in ("prompt", "entry_point") if k in full}
+    meta |= {k: fill(t, full) for k, t in (("prelude", shape.prelude), ("context", shape.context)) if t}
     target = fill(shape.target, full)
     if shape.metric == "python":
         meta["entries"] = full.get("_entries", [str(full["entry_point"])] if "entry_point" in full else ())
         if not target.strip():
             raise DllmError("the check is empty, so any program would pass it")
     name = next((str(row[key]) for key in ("id", "task_id") if row.get(key) is not None), str(index))
-    prompt: Prompt = shots + fill(shape.prompt, full)
-    return Document(name, prompt, target, meta)
+    return Document(name, shots + fill(shape.prompt, full), target, meta)
 
 
 def _version(shape: Shape) -> str:
     """A hash of everything that makes two runs of a task comparable: the templates and how answers are read."""
-    parts: Sequence[Any] = (shape.prompt, shape.target, shape.metric, shape.extract, shape.shot, shape.stop)
+    parts: Sequence[object] = (shape.prompt, shape.target, shape.metric, shape.extract, shape.shot, shape.stop)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dllm.errors import DllmError, unknown
 from dllm.eval.tasks.base import Document, Graded
@@ -77,18 +76,22 @@ def _plain(text: str) -> str:
 
 
 def exact(document: Document, answer: str) -> Graded:
+    """Equal but for white space."""
     return Graded(float(_plain(answer) == _plain(document.target)), answer)
 
 
 def contains(document: Document, answer: str) -> Graded:
+    """The target is somewhere in the answer, in either case."""
     return Graded(float(_plain(document.target).lower() in _plain(answer).lower()), answer)
 
 
 def choice(document: Document, answer: str) -> Graded:
+    """The first letter, in either case."""
     return Graded(float(answer.strip().upper()[:1] == document.target.strip().upper()[:1] != ""), answer)
 
 
 def number(document: Document, answer: str) -> Graded:
+    """Equal as numbers, to a millionth."""
     try:
         mine, gold = (float(re.sub(r"[,$\s]", "", text)) for text in (answer, document.target))
     except ValueError:
@@ -106,7 +109,7 @@ def math(document: Document, answer: str) -> Graded:
     return Graded(float(right), answer)
 
 
-def _math_verify() -> tuple[Callable[..., bool], Callable[..., list]]:
+def _math_verify() -> tuple[Callable[..., bool], Callable[..., list[object]]]:
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -123,9 +126,9 @@ def python(document: Document, answer: str) -> Graded:
     )
 
 
-def judged(program: str, check: str, answer: str, **options: Any) -> Graded:
+def judged(program: str, check: str, answer: str, context: str = "", entries: Sequence[str] = ()) -> Graded:
     """The verdict of `confined.run`, with the last word of a program that failed."""
-    verdict = run(program, check, **options)
+    verdict = run(program, check, context=context, entries=entries)
     words = [verdict.status] if verdict.confined else [UNCONFINED, verdict.status]
     words += [last_line(verdict)] if verdict.status == "failed" else []
     return Graded(float(verdict.passed), answer, " ".join(words)[:200])

@@ -1,0 +1,112 @@
+"""What a run writes down: samples, cells of results, and where they were made. All of it is JSON, so a record may lack
+what an earlier version or another kind of task did not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+Prompt = str | list[dict[str, str]]  # a text, or chat messages
+Decoding = dict[str, Any]  # arguments of `dllm.generate` by their names, not yet checked by `Arguments`
+
+
+class Clock(TypedDict, total=False):
+    """Of a sample. Seconds are wall time; peak memory is that of the process so far."""
+
+    seconds: float  # from the start of its call to its last forward
+    share: float  # of its batch, divided by the rows
+    rows: int  # of its batch
+    prefill_seconds: float
+    decode_seconds: float
+    peak_mb: float
+
+
+class Sample(TypedDict, total=False):
+    """One document decoded under one setting, and its verdict: a line of `samples.jsonl`."""
+
+    key: str  # its identity (`store.sample_key`)
+    task: str
+    setting: str
+    index: int  # of the document in its task
+    doc: str
+    cell: str | None  # a mark of what task and setting were
+    asked_by: str  # lm-eval's task, of a group
+    prompt: Prompt
+    cut: int  # tokens of the prompt that did not fit the model
+    target: str
+    text: str
+    answer: str | None  # what was read out of the text; None also where it is the whole text
+    correct: float | None  # 0 … 1; None before lm-eval has said it
+    note: str
+    tokens: int  # to the first stop
+    tokens_raw: int  # every decoded position
+    nfe: int
+    nfe_equiv: float | None
+    finish: str
+    sampler: str
+    accepted: list[int]  # draft tokens that the verifier took, cycle by cycle
+    draft_forwards: int
+    error: str | None
+    clock: Clock
+
+
+class Speed(Clock, total=False):
+    """Seconds and speeds of a cell (`metrics.clock`)."""
+
+    tokens_per_second: float
+    tokens_per_second_sample: float
+
+
+class Cell(TypedDict, total=False):
+    """The figures of one task under one setting."""
+
+    task: str
+    setting: str
+    version: str
+    n: int
+    errors: int
+    accuracy: float
+    low: float  # of its interval
+    high: float
+    tokens: int
+    tokens_raw: int
+    empty: int
+    nfe: float  # mean over the samples
+    nfe_equiv: float
+    tpf: float  # Σ tokens ÷ Σ NFE
+    tpf_mean: float
+    finish: dict[str, int]
+    accepted_per_cycle: float
+    draft_forwards: float
+    cut: int  # prompts that did not fit
+    clock: Speed
+    metric: str  # of lm-eval, as it names it
+    lm_eval: dict[str, float]
+    decoding: list[Decoding]  # what it was decoded with
+
+
+class Environment(TypedDict, total=False):
+    """Versions, hardware and occasion of a run; no names of machines or users."""
+
+    python: str
+    system: str
+    packages: dict[str, str]
+    hardware: str
+    weights: dict[str, str]  # a mark of each network's
+    engine: str
+    date: str
+    commit: str | None
+    command: str
+
+
+class Stored(TypedDict):
+    """`results.json`."""
+
+    name: str
+    seed: int
+    errors: int
+    notices: list[str]
+    cells: list[Cell]
+    aup: dict[str, dict[str, float]]
+    env: Environment
+    samples: list[str]  # keys
