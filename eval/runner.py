@@ -34,6 +34,7 @@ from dllm.eval.tasks.scorers import UNCONFINED
 from dllm.eval.worker import Batch, available, environment, occasion
 from dllm.lookahead.setting import Lookahead
 from dllm.samplers import registry
+from dllm.samplers.registry import Spec
 from dllm.spec import Source
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def rehearsal(config: Config) -> Config:
     return replace(small_run, settings=settings, tasks=tasks, out=out, data=f"{out}/data")
 
 
-def _own_filter(sampler: object) -> object:
+def _own_filter(sampler: Spec | None) -> Spec | None:
     """A sampler without the file of a trained filter, so that the embedded model's own is taken."""
     if isinstance(sampler, list):
         return [_own_filter(part) for part in sampler]

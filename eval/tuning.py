@@ -59,7 +59,7 @@ class Found:
     """The choice: its sampler, what it was measured at, the file that reproduces it, the table of all candidates, and
     the settings that were saved beside the model."""
 
-    sampler: Spec
+    sampler: Spec | None
     accuracy: float
     tokens_per_forward: float
     path: Path
@@ -222,7 +222,7 @@ def _settings(results: Results, spec: TuneSpec) -> Iterator[SamplerSetting]:
         accuracy, tpf = _total(results, setting.label)
         yield SamplerSetting(
             sampler=name,
-            parameters={m.name: _changed(m) for m in registry.parse(setting.sampler)},
+            parameters={m.name: _changed(m) for m in registry.parse(setting.sampler or ())},
             task=", ".join(t.label or t.name for t in results.config.tasks),
             n=len(ours),
             accuracy=round(accuracy, 4),
@@ -234,8 +234,8 @@ def _settings(results: Results, spec: TuneSpec) -> Iterator[SamplerSetting]:
         )
 
 
-def _key(sampler: Spec) -> str:
-    return "+".join(m.name for m in registry.parse(sampler))
+def _key(sampler: Spec | None) -> str:
+    return "+".join(m.name for m in registry.parse(sampler or ()))
 
 
 def _changed(method: Method) -> dict[str, object]:

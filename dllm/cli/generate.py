@@ -34,11 +34,8 @@ def generate(
         list[str] | None,
         typer.Argument(help="One or more prompts; - reads standard input. Without one, unconditional."),
     ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 0 is off.")] = 0.0,
     n: Annotated[int, typer.Option("--num", help="Answers per prompt.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
     lookahead: Annotated[
         str | None, typer.Option(help="Rows of exact verification: an integer, auto, or 8:mode=fast,...")
     ] = None,
@@ -62,9 +59,8 @@ def generate(
     prompts = [_standard_input() if p == "-" else p for p in prompt or []]
     model, arguments = loaded(common)
     arguments |= {
-        "top_p": top_p, "top_k": top_k, "cfg_scale": cfg_scale, "stop": stop or None, "batch_size": batch_size,
-        "chat": chat, "infill": infill, "early_stop": early_stop, "trace": trace is not None,
-        "lookahead": lookahead,
+        "cfg_scale": cfg_scale, "batch_size": batch_size, "chat": chat, "infill": infill, "early_stop": early_stop,
+        "trace": trace is not None, "lookahead": lookahead,
     }  # fmt: skip
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
 
@@ -183,19 +179,13 @@ Ctrl-C   interrupt an answer; the question is dropped"""
 
 
 @takes(decoding)
-def chat(
-    top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
-    **common: object,
-) -> None:
+def chat(**common: object) -> None:
     """Talk with the model. /help lists the commands; lines can be edited, the arrows bring earlier ones back."""
     from dllm.call.job import prepare
 
     with suppress(ImportError):
         import readline  # noqa: F401  gives input() its line editing where the system has it
     model, arguments = loaded(common)
-    arguments |= {"top_p": top_p, "top_k": top_k, "stop": stop or None}
     if model.mask_id is not None:  # DiffusionGemma decodes itself
         prepare(model, [{"role": "user", "content": "?"}], arguments)  # a mistake is said now, not at the first message
     console = Console(highlight=False)

@@ -63,6 +63,9 @@ def decoding(
         int | None, typer.Option(help="Forwards over the whole window (quota samplers); default one a token.")
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Request i uses seed + i.")] = 0,
 ) -> None:
     """A model, and the arguments of `dllm.generate` that decide how it answers."""
