@@ -101,8 +101,7 @@ class Answers:
         if workers > 1 and not isinstance(model, Checkpoint):
             raise DllmError(f"workers={workers} load the model themselves: give its name or folder")
         self.path, self.batch_size, self.cache, self.workers = Path(path), batch_size, cache, workers
-        self.named = model if isinstance(model, Checkpoint) else Checkpoint()
-        self.model = _load(model) if isinstance(model, Checkpoint) else model
+        self.source, self.model = model, _load(model) if isinstance(model, Checkpoint) else model
         header = {"model": self.model.fingerprint(), "cache": cache or "default", "length": WINDOW, **(about or {})}
         self.done: dict[tuple[str, str, str], dict[int, Solved]] = {}
         self._read(header)
@@ -158,7 +157,7 @@ class Answers:
             yield map(self.solve, parts)
             return
         with get_context("spawn").Pool(self.workers, torch.set_num_threads, (1,)) as pool:
-            yield pool.imap_unordered(partial(_solve_by_name, self.named, self.batch_size, self.cache), parts)
+            yield pool.imap_unordered(partial(solve, self.source, self.batch_size, self.cache), parts)
 
     def solve(self, part: Part) -> list[Solved]:
         """Decode and grade the problems of one part."""
@@ -197,12 +196,9 @@ def problems(task: str, split: str, n: int) -> list[Example]:
 _load = cache(dllm.load)
 
 
-def _solve_by_name(name: Checkpoint, batch_size: int, cache: str | None, part: Part) -> list[Solved]:
-    return solve(_load(name), batch_size, cache, part)
-
-
-def solve(model: NativeModel, batch_size: int, cache: str | None, part: Part) -> list[Solved]:
-    """Decode and grade the problems of one part."""
+def solve(model: NativeModel | Checkpoint, batch_size: int, cache: str | None, part: Part) -> list[Solved]:
+    """Decode and grade the problems of one part; a process loads a checkpoint once."""
+    model = _load(model) if isinstance(model, Checkpoint) else model
     (task, split, sampler, n), indices = part
     examples = [problems(task, split, n)[i] for i in indices]
     chats = [[{"role": "user", "content": e.prompt}] for e in examples]

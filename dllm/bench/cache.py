@@ -59,7 +59,7 @@ def cache(
 ) -> list[Figure]:
     """Cost per token at 1024 new tokens against 128 under `block`: blocks of 32, 4 forwards each."""
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    model = random_model(hidden, layers, 8192, 4096, 32, device, kind)
+    model = random_model(hidden, layers, 8192, 4096, 32).to(device, kind)
     sampler = "sdar:low_confidence_static,steps=4"
     times: dict[int, list[float]] = {128: [], 1024: []}
     seconds_per_token(model, 128, batch, sampler=sampler)
@@ -129,20 +129,11 @@ def policies(
 def report(rows: Sequence[Policy]) -> str:
     """The rows in Markdown."""
     head = ["cache", "logit error, max", "mean", "flips", "NFE", "in full forwards", "s / answer", "same answer"]
-    lines = [
-        [
-            f"`{r.cache}`",
-            f"{r.max_error:.2g}",
-            f"{r.mean_error:.2g}",
-            f"{100 * r.flips:.2f} %",
-            f"{r.nfe:.1f}",
-            f"{r.nfe_equiv:.1f}",
-            f"{r.seconds:.3f}",
-            f"{100 * r.same:.0f} %",
-            "" if r.accuracy is None else f"{100 * r.accuracy:.1f} %",
-        ]
-        for r in rows
-    ]
+    lines = []
+    for r in rows:
+        error = (f"{r.max_error:.2g}", f"{r.mean_error:.2g}", f"{100 * r.flips:.2f} %")
+        work = (f"{r.nfe:.1f}", f"{r.nfe_equiv:.1f}", f"{r.seconds:.3f}", f"{100 * r.same:.0f} %")
+        lines.append([f"`{r.cache}`", *error, *work, "" if r.accuracy is None else f"{100 * r.accuracy:.1f} %"])
     return table([*head, "accuracy"], lines)
 
 

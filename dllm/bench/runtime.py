@@ -44,6 +44,7 @@ PROBLEM = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many a
 
 
 Timer = Callable[[], float]  # seconds, since whenever
+Work = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,7 @@ def as_json(figures: Iterable[Figure]) -> str:
 
 
 def side_by_side(
-    a: Callable[[], object],
-    b: Callable[[], object],
-    repeats: int = REPEATS,
-    warmup: int = 1,
-    timer: Timer = time.perf_counter,
+    a: Work, b: Work, repeats: int = REPEATS, warmup: int = 1, timer: Timer = time.perf_counter
 ) -> tuple[float, float]:
     """Median seconds of two callables, run in turn so that both see the same machine; the first turns do not count."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -101,11 +98,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
+        self, func: Work, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -126,7 +119,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         self.peak = max(self.peak, self.held)
 
 
-def peak_extra(f: Callable[[], object]) -> int:
+def peak_extra(f: Work) -> int:
     """Bytes that the tensors made by `f` hold at their peak."""
     with _Allocations() as allocations:
         f()
@@ -182,13 +175,7 @@ def step(repeats: int = REPEATS) -> list[Figure]:
 
 
 def random_model(
-    width: int = 512,
-    layers: int = 8,
-    vocabulary: int = 32_000,
-    positions: int = 2048,
-    block: int | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    width: int = 512, layers: int = 8, vocabulary: int = 32_000, positions: int = 2048, block: int | None = None
 ) -> NativeModel:
     """A random model of LLaDA's shape, or with blocks of SDAR's; cost does not depend on the weights."""
     torch.manual_seed(0)
@@ -199,8 +186,7 @@ def random_model(
         n_heads=heads, n_kv_heads=max(heads // 4, 1) if block else heads, head_dim=64, intermediate_size=3 * width,
         max_positions=positions, mask_id=vocabulary - 1, eos_ids=(vocabulary - 2,), block_size=block,
     )  # fmt: skip
-    with torch.device(device):
-        return NativeModel(config).to(dtype=dtype)
+    return NativeModel(config)
 
 
 class Recorder(NativeModel):
