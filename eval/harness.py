@@ -553,6 +553,7 @@ class Drafting(DiffusionLM):
         return bool(ask.arguments.get("temperature"))
 
     def decode(self, asks: Sequence[Ask], arguments: Decoding, seed: int) -> list[Decoded]:
+        """One batch, each request drafted and verified by itself."""
         return self.worker.generate(self.setting, [ask.ids for ask in asks], arguments, seed)
 
     def _score(self, head: list[int], tail: list[int]) -> float:
