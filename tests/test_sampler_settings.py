@@ -143,7 +143,8 @@ TUNE = {
 def test_tune_saves_the_fastest_within_the_loss_beside_the_model(folder: Path, tmp_path: Path) -> None:
     config = {**TUNE, "model": str(folder)}
     config["tune"] = {**TUNE["tune"], "space": [{"name": "factor", "f": [0.05, 1.0]}, {"name": "credit"}]}
-    untouched = tune(config, out=tmp_path / "run", progress=False)
+    more = {**config, "tasks": [{**TUNE["tasks"][0], "limit": 13}]}  # one document that the second run does not count
+    untouched = tune(more, out=tmp_path / "run", progress=False)
     assert untouched.saved == () and not (folder / FILE).exists()
     found = tune(config, out=tmp_path / "run", save=True, progress=False)
     saved = {s.sampler: s for s in found.saved}
