@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -62,7 +63,7 @@ def merge_adapter(model: Transformer, family: Family, config: ModelConfig, folde
         expected = (sum(len(t) for t in targets), *targets[0].shape[1:])
         if tuple(update.shape) != expected:
             raise DllmError(f"the adapter's {official} has shape {tuple(update.shape)}, the model's {expected}")
-        for target, rows in zip(targets, update.split([len(t) for t in targets]), strict=True):
+        for target, rows in zip(targets, torch.split(update, [len(t) for t in targets]), strict=True):
             target.copy_(target.cpu().double() + rows if low_rank else rows)
 
 

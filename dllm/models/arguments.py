@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from dllm import spec
 from dllm.errors import DllmError, unknown
+from dllm.models.config import is_id, is_ids
+
+if TYPE_CHECKING:
+    import torch
+
+    from dllm.models.tokenizer import Tokenizer
 
 BACKENDS = ("native", "transformers")
 
@@ -26,24 +31,16 @@ RENAMED = {
 }
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _ids(value: Any) -> bool:
-    return _whole(value) or (isinstance(value, (list, tuple)) and all(map(_whole, value)))
-
-
-def _text(value: Any) -> bool:
+def _text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
 
 # what a value may be, and in words; a field that is not here takes anything, and its reader checks it
-KINDS = {
-    "mask_id": (_whole, "an id (a whole number)"),
-    "eos_ids": (_ids, "an id or a list of ids (whole numbers)"),
-    "block_size": (_whole, "a whole number of columns"),
-    "shift": (_whole, "0 or 1"),
+KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "mask_id": (is_id, "an id (a whole number)"),
+    "eos_ids": (is_ids, "an id or a list of ids (whole numbers)"),
+    "block_size": (is_id, "a whole number of columns"),
+    "shift": (is_id, "0 or 1"),
     "device_map": (lambda v: _text(v) or isinstance(v, Mapping), "a name, or module names with their devices"),
     "quantization": (_text, "a name"),
     "revision": (_text, "a branch, tag or commit as text"),
@@ -55,6 +52,27 @@ KINDS = {
 }
 # fields whose text means something else as YAML ("1e5" is a revision, "[1, 2]" are two ids)
 READ_AS_YAML = ("mask_id", "eos_ids", "block_size", "shift", "device_map", "local_files_only", "token")
+
+
+class LoadOptions(TypedDict, total=False):
+    """The arguments of `LoadArguments`, for signatures."""
+
+    dtype: str | torch.dtype | None
+    device: str | torch.device
+    backend: str
+    mask_id: int | None
+    eos_ids: int | Sequence[int] | None
+    block_size: int | None
+    shift: int | None
+    tokenizer: Tokenizer | str | Path | None
+    device_map: str | Mapping[str, object] | None
+    quantization: str | None
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    subfolder: str | None
+    attn_implementation: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,31 +93,31 @@ class LoadArguments:
     attn_implementation   "sdpa" (the native backbone's only one) or "eager", for backend="transformers".
     """
 
-    dtype: Any = None
-    device: Any = "auto"
+    dtype: object = None
+    device: object = "auto"
     backend: str = "native"
     mask_id: int | None = None
     eos_ids: int | tuple[int, ...] | None = None
     block_size: int | None = None
     shift: int | None = None
-    tokenizer: Any = None
-    device_map: str | dict[str, Any] | None = None
+    tokenizer: object = None
+    device_map: str | dict[str, object] | None = None
     quantization: str | None = None
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)
-    cache_dir: Any = None
+    cache_dir: object = None
     local_files_only: bool = False
     subfolder: str | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         for f in fields(LoadArguments):
-            if getattr(self, f.name) is None:
+            if vars(self)[f.name] is None:
                 object.__setattr__(self, f.name, f.default)
         if isinstance(self.eos_ids, list):
             object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
         for name, (fits, what) in KINDS.items():
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is not None and not fits(value):
                 raise DllmError(f"{name} is {what}, not {value!r}")
         if self.backend not in BACKENDS:
@@ -119,13 +137,18 @@ class LoadArguments:
         return LoadArguments(**given)
 
     @staticmethod
-    def read(given: Mapping[str, Any]) -> LoadArguments:
+    def read(given: Mapping[str, object]) -> LoadArguments:
         """The same from a command line: text is read as the field asks."""
         return LoadArguments.of({name: _read(name, value) for name, value in given.items()})
 
     def given(self) -> dict[str, Any]:
         """The arguments that are not at their defaults."""
-        return {f.name: v for f in fields(LoadArguments) if (v := getattr(self, f.name)) != f.default}
+        return {f.name: v for f in fields(LoadArguments) if (v := vars(self)[f.name]) != f.default}
+
+    @property
+    def elsewhere(self) -> dict[str, Any]:
+        """The same for another repository than that of the name."""
+        return {name: value for name, value in self.hub.items() if name not in ("revision", "subfolder")}
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -143,20 +166,20 @@ class Checkpoint(LoadArguments):
     def __hash__(self) -> int:
         return hash((self.name, repr(self)))
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, object]:
         """The name and what is not at its default; the token, a secret, is left out."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in self.given().items() if k != "token"}
         return {"name": self.name, **values}
 
 
 @spec.plain.register
-def _(made: Checkpoint) -> dict[str, Any]:
+def _(made: Checkpoint) -> dict[str, object]:
     return made.plain()
 
 
-def _read(name: str, value: Any) -> Any:
+def _read(name: str, value: object) -> object:
     if not isinstance(value, str):
-        return str(value) if name in ("revision", "subfolder", "cache_dir") and _whole(value) else value
+        return str(value) if name in ("revision", "subfolder", "cache_dir") and is_id(value) else value
     if value.lower() == "none":
         return None
     return spec.value(value) if name in READ_AS_YAML else value

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from dllm.models.config import ModelConfig
+from dllm.models.config import Json, ModelConfig
 from dllm.models.family import Family, RawConfig, standard, write_standard
 
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 
 def read(raw: RawConfig) -> ModelConfig:
+    """See `Family.read`."""
     raw.expect(**({"attention_bias": False} if raw.architecture != "Qwen2ForCausalLM" else {}))
     return standard(
         raw, "causal", causal=True, shift=1, mask_id=None,
@@ -18,10 +17,10 @@ def read(raw: RawConfig) -> ModelConfig:
     )  # fmt: skip
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    values = {**write_standard(config), "model_type": MODEL_TYPES[config.architecture]}
-    values.pop("mask_token_id")
-    return values
+def write(config: ModelConfig) -> Json:
+    """See `Family.write`."""
+    values = write_standard(config, model_type=MODEL_TYPES[config.architecture])
+    return {key: value for key, value in values.items() if key != "mask_token_id"}
 
 
 FAMILY = Family(name="causal", architectures=tuple(MODEL_TYPES), read=read, write=write)

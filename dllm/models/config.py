@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from numbers import Integral
+from typing import Literal, TypeAlias, TypeGuard
+
+Json: TypeAlias = Mapping[str, object]  # an object of a JSON file
+
+
+def is_id(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_ids(value: object) -> TypeGuard[int | list[int] | tuple[int, ...]]:
+    """Whether a value is an id or a list of ids."""
+    return is_id(value) or (isinstance(value, list | tuple) and all(map(is_id, value)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,8 @@ class ModelConfig:
     pad_id: int | None = None
     bos_id: int | None = None
     moe: MoEConfig | None = None
-    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    raw: Json = field(default_factory=dict, compare=False, repr=False)
 
     def is_moe_layer(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture."""
         return self.moe is not None and layer not in self.moe.dense_layers

@@ -7,75 +7,71 @@ logits are fed back. None of the schedulers here applies, so nothing is pretende
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Unpack
 
 import torch
 from torch import Tensor
 
-from dllm.errors import DllmError, unknown
-from dllm.models.config import ModelConfig
+from dllm.errors import DllmError, first_line
 from dllm.models.family import RawConfig, special_ids
 from dllm.models.foreign import ForeignModel, describe
 from dllm.models.model import Decoded, ForwardOptions
 from dllm.models.tokenizer import Tokenizer
+from dllm.spec import named, settings
 
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
-# The defaults are those of the published generation config, for checkpoints that come without one.
-OPTIONS = {
-    "max_denoising_steps": 48,
-    "t_min": 0.4,
-    "t_max": 0.8,
-    "stability_threshold": 1,
-    "confidence_threshold": 0.005,
-    "entropy_bound": 0.1,
-}
+
+
+@dataclass(frozen=True)
+class Native:
+    """Parameters of the sampler `native`; the defaults are those of the published generation config, for checkpoints
+    that come without one."""
+
+    max_denoising_steps: int = 48
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    entropy_bound: float = 0.1
 
 
 class DiffusionGemma(ForeignModel):
     """The native model; `forward` and the samplers of this toolkit do not apply to it."""
 
-    def __init__(self, config: ModelConfig, network: Any, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(config, network, tokenizer)
-        self.own_decoder = self
-
     def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Unpack[ForwardOptions]) -> NoReturn:
         """Errors: always."""
         raise DllmError('DiffusionGemma is no masked model: it is decoded with sampler="native" only')
 
-    def options(self, spec: object) -> dict[str, float]:
+    def options(self, spec: object) -> dict[str, object]:
         """Parameters of the sampler `native`, given as its name or a mapping; other samplers are refused."""
-        if spec is None or spec == "native":
-            return {}
-        if not isinstance(spec, dict) or spec.get("name") != "native":
+        name, _, given = named("native" if spec is None else spec, "sampler")
+        if name != "native":
             raise DllmError(f'DiffusionGemma is decoded with sampler="native" only, not {spec!r}')
-        given = {k: v for k, v in spec.items() if k != "name"}
-        for name in given:
-            if name not in OPTIONS:
-                raise unknown("parameter", name, OPTIONS, of="sampler 'native'")
-        return given
+        return settings("sampler 'native'", Native, given)
 
     @torch.no_grad()
-    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: Mapping[str, float]) -> Decoded:
+    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: Mapping[str, object]) -> Decoded:
         """Denoise canvases until end-of-text or at least `max_new_tokens`, of which the answer keeps that many."""
         if not prompt:
             raise DllmError("DiffusionGemma needs a prompt")
-        network, calls = self.transformer, 0
-        settings = {**self._published(), **options}
-        settings["sampler_config"] = _entropy_bound(settings.pop("entropy_bound"))
+        network: Any = self.transformer
+        values, calls = {**_published(network.generation_config), **options}, 0
+        values["sampler_config"] = _entropy_bound(values.pop("entropy_bound"))
 
-        def count(*_: Any) -> None:
+        def count(*_: object) -> None:
             nonlocal calls
             calls += 1
 
-        hook = network.model.decoder.register_forward_pre_hook(count)  # type: ignore[union-attr]
+        hook = network.model.decoder.register_forward_pre_hook(count)
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(seed)
-                out = network.generate(  # type: ignore[operator]
+                out = network.generate(
                     torch.tensor([prompt], device=self.device), max_new_tokens=max_new_tokens,
-                    return_dict_in_generate=True, pad_token_id=self.pad_id, eos_token_id=list(self.eos_ids), **settings,
+                    return_dict_in_generate=True, pad_token_id=self.pad_id, eos_token_id=list(self.eos_ids), **values,
                 )  # fmt: skip
         finally:
             hook.remove()
@@ -83,21 +79,21 @@ class DiffusionGemma(ForeignModel):
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         return Decoded(ids[:end], calls, end is not None)
 
-    def _published(self) -> dict[str, float]:
-        """The checkpoint's own settings where it has them, else the published ones."""
-        own: Any = self.transformer.generation_config
-        values = {name: getattr(own, name, None) for name in OPTIONS}
-        values["entropy_bound"] = getattr(getattr(own, "sampler_config", None), "entropy_bound", None)
-        return {name: OPTIONS[name] if value is None else value for name, value in values.items()}
+
+def _published(own: object) -> dict[str, object]:
+    """The checkpoint's own settings where it has them, else the published ones."""
+    values = {name: getattr(own, name, None) for name in vars(Native())}  # foreign
+    values["entropy_bound"] = getattr(getattr(own, "sampler_config", None), "entropy_bound", None)  # foreign
+    return {**vars(Native()), **{name: value for name, value in values.items() if value is not None}}
 
 
-def _entropy_bound(bound: float) -> Any:
+def _entropy_bound(bound: Any) -> object:
     from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
     return EntropyBoundSamplerConfig(entropy_bound=bound)
 
 
-def load_native(folder: Path, raw: RawConfig, dtype: torch.dtype | None, tokenizer: Any) -> DiffusionGemma:
+def load_native(folder: Path, raw: RawConfig, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> DiffusionGemma:
     """The checkpoint through transformers' class; special ids as its config has them (there is no mask id)."""
     try:
         from transformers import DiffusionGemmaForBlockDiffusion
@@ -108,8 +104,10 @@ def load_native(folder: Path, raw: RawConfig, dtype: torch.dtype | None, tokeniz
             folder, dtype="auto" if dtype is None else dtype, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise DllmError(f"{folder} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}") from error
+        raise DllmError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
     text = RawConfig({**network.config.get_text_config().to_dict(), "architectures": [ARCHITECTURE]})
     ids = {**special_ids(text), **{k: v for k, v in special_ids(raw).items() if v not in (None, ())}}
-    config = describe(text, "diffusion_gemma", 0, {**ids, "mask_id": None, "block_size": network.config.canvas_length})
-    return DiffusionGemma(config, network.eval(), tokenizer)
+    config = describe(text, "diffusion_gemma", 0, **{**ids, "mask_id": None}, block_size=network.config.canvas_length)
+    model = DiffusionGemma(config, network.train(False), tokenizer)
+    model.own_decoder = model
+    return model

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from dllm.models.config import ModelConfig
+from dllm.models.config import Json, ModelConfig
 from dllm.models.family import Family, RawConfig, standard, write_standard
 from dllm.models.tokenizer import Message
 
@@ -13,6 +13,7 @@ BLOCK = 32  # of the reasoner, where its config does not say
 
 
 def read(raw: RawConfig) -> ModelConfig:
+    """See `Family.read`."""
     return standard(raw, "dream", qkv_bias=True, shift=1)
 
 
@@ -21,32 +22,28 @@ def read_reasoner(raw: RawConfig) -> ModelConfig:
     return standard(raw, "dream_reasoner", qkv_bias=True, block_size=raw.get("block_size") or BLOCK)
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    return {**write_standard(config), "model_type": "Dream"}
-
-
-def write_reasoner(config: ModelConfig) -> dict[str, Any]:
-    return {**write(config), "block_size": config.block_size}
+def write_reasoner(config: ModelConfig) -> Json:
+    """See `Family.write`."""
+    return write_standard(config, model_type="Dream", block_size=config.block_size)
 
 
 def chatml(messages: list[Message]) -> str:
     """Qwen2.5's template with its default system line."""
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-    turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-    return f"{turns}<|im_start|>assistant\n"
+    return turns(messages)
+
+
+def turns(messages: list[Message]) -> str:
+    """Qwen's turns as they are (Qwen3 adds no system line), and the opening of the answer."""
+    said = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return f"{said}<|im_start|>assistant\n"
 
 
 FAMILY = Family(
-    name="dream",
-    architectures=("DreamModel",),
-    read=read,
-    write=write,
-    mask_id=151666,
-    turn_end="<|im_end|>",
-    turn_end_id=151645,
-    chat=chatml,
-)
+    name="dream", architectures=("DreamModel",), read=read, write=partial(write_standard, model_type="Dream"),
+    mask_id=151666, turn_end="<|im_end|>", turn_end_id=151645, chat=chatml,
+)  # fmt: skip
 REASONER = replace(
     FAMILY, name="dream_reasoner", architectures=("DreamForCausalLM",), read=read_reasoner, write=write_reasoner,
     mask_id=151669,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from dllm.errors import DllmError
-from dllm.models.config import ModelConfig
+from dllm.models.config import Json, ModelConfig, is_id, is_ids
 from dllm.models.layout import Layout, Names, layout
 from dllm.models.tokenizer import Message
 
@@ -20,7 +20,7 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     read: Callable[[RawConfig], ModelConfig]
-    write: Callable[[ModelConfig], dict[str, Any]]
+    write: Callable[[ModelConfig], Json]
     names: Names = field(default_factory=Names)
     mask_id: int | None = None
     mask_by_constant: bool = False  # the published tokenizer contradicts itself: the constant decides
@@ -29,29 +29,21 @@ class Family:
     chat: Callable[[list[Message]], str] | None = None  # text of a conversation where the tokenizer has no template
 
     def layout(self, config: ModelConfig) -> Layout:
+        """Every official tensor with its place in the backbone."""
         return layout(config, self.names)
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_ids(value: Any) -> bool:
-    """Whether a value of a configuration is an id or a list of ids."""
-    return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
-
-
-Kind = tuple[Callable[[Any], bool], str]
-SIZE: Kind = (lambda v: _whole(v) and v > 0, "a positive whole number")
-LAYERS: Kind = (lambda v: _whole(v) and 0 < v <= 10_000, "a positive whole number, at most 10 000")
-COUNT: Kind = (lambda v: _whole(v) and v >= 0, "a whole number, 0 or more")
+Kind = tuple[Callable[[object], bool], str]
+SIZE: Kind = (lambda v: is_id(v) and v > 0, "a positive whole number")
+LAYERS: Kind = (lambda v: is_id(v) and 0 < v <= 10_000, "a positive whole number, at most 10 000")
+COUNT: Kind = (lambda v: is_id(v) and v >= 0, "a whole number, 0 or more")
 FACTOR: Kind = (lambda v: _number(v) and v > 0, "a positive number")
 FLAG: Kind = (lambda v: isinstance(v, bool) or v in (0, 1), "true or false")
-ID: Kind = (_whole, "a whole number")
+ID: Kind = (is_id, "a whole number")
 OBJECT: Kind = (lambda v: isinstance(v, dict), "an object")
 
 # what the values of config.json may be, besides null
@@ -71,7 +63,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("moe_router_enable_expert_bias",), FLAG),
     **dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id"), ID),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), OBJECT),
-    "logits_shift": (lambda v: _whole(v) and v in (0, 1), "0 or 1"),
+    "logits_shift": (lambda v: is_id(v) and v in (0, 1), "0 or 1"),
     "eos_token_id": (is_ids, "an id or a list of ids"),
     "mlp_only_layers": (lambda v: isinstance(v, list) and is_ids(v), "a list of layers"),
     "moe_layer_freq": (lambda v: is_ids(v) and v not in ([], -1), "a whole number, or a list of 0 and 1"),
@@ -85,6 +77,7 @@ class RawConfig(dict[str, Any]):
 
     @property
     def architecture(self) -> str:
+        """The class of the official code, empty where none is named."""
         named = self.get("architectures") or ""
         named = named[0] if isinstance(named, list) else named
         return named if isinstance(named, str) else ""
@@ -96,7 +89,8 @@ class RawConfig(dict[str, Any]):
             if fits is not None and value is not None and not fits(value):
                 raise DllmError(f"config.json of this {self.architecture} checkpoint: {key} is {what}, not {value!r}")
 
-    def need(self, key: str) -> Any:
+    def need(self, key: str) -> Any:  # of the kind that `check` saw
+        """The value of a key. Errors: it is absent or null."""
         if self.get(key) is None:
             raise DllmError(f"config.json of this {self.architecture} checkpoint lacks {key!r}")
         return self[key]
@@ -107,7 +101,7 @@ class RawConfig(dict[str, Any]):
             named = {k: v if "--" in v else f"{self.name}--{v}" for k, v in classes.items() if isinstance(v, str)}
             self["auto_map"] = {**classes, **named}
 
-    def expect(self, **values: Any) -> None:
+    def expect(self, **values: object) -> None:
         """Switches that the backbone does not have must be off: each key absent, null or equal to the given value."""
         for key, value in values.items():
             if self.get(key) not in (None, value):
@@ -124,30 +118,39 @@ class RawConfig(dict[str, Any]):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             raise DllmError(f'rope scaling {kind!r} is not supported; backend="transformers" may run this checkpoint')
-        theta: Any = rope.get("rope_theta", self.get("rope_theta"))
+        theta = rope.get("rope_theta", self.get("rope_theta"))
         if not _number(theta) or theta <= 0:
             raise DllmError(f"config.json of this {self.architecture} checkpoint lacks 'rope_theta'")
         return float(theta)
 
 
-def standard(raw: RawConfig, family: str, **switches: Any) -> ModelConfig:
-    """Read the usual transformers keys (hidden_size, num_hidden_layers ...); `switches` override what is read."""
+# keys of config.json as transformers has them -> fields of `ModelConfig`
+USUAL = {
+    "vocab_size": "embedding_rows", "hidden_size": "hidden_size", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+    "tie_word_embeddings": "tied", "max_position_embeddings": "max_positions", "attention_bias": "qkv_bias",
+}  # fmt: skip
+
+
+def standard(raw: RawConfig, family: str, keys: Mapping[str, str] = USUAL, **switches: Any) -> ModelConfig:
+    """Read a config.json by its `keys` (key -> field); `switches` override what is read."""
     raw.expect(hidden_act="silu", use_sliding_window=False, mlp_bias=False)
-    heads = raw.need("num_attention_heads")
-    hidden = raw.need("hidden_size")
+    key = {field: name for name, field in keys.items()}
+    heads, hidden = raw.need(key["n_heads"]), raw.need(key["hidden_size"])
     values: dict[str, Any] = {
         "vocab_size": raw.need("vocab_size"),
-        "embedding_rows": raw.need("vocab_size"),
+        "embedding_rows": raw.get(key["embedding_rows"]) or raw.need("vocab_size"),
         "hidden_size": hidden,
-        "n_layers": raw.need("num_hidden_layers"),
+        "n_layers": raw.need(key["n_layers"]),
         "n_heads": heads,
-        "n_kv_heads": raw.get("num_key_value_heads") or heads,
+        "n_kv_heads": raw.get(key["n_kv_heads"]) or heads,
         "head_dim": raw.get("head_dim") or hidden // heads,
-        "intermediate_size": switches.get("intermediate_size") or raw.need("intermediate_size"),
+        "intermediate_size": switches.get("intermediate_size") or raw.need(key["intermediate_size"]),
         "norm_eps": float(raw.need("rms_norm_eps")),
         "rope_theta": raw.rope_theta,
-        "tied": bool(raw.get("tie_word_embeddings", False)),
-        "max_positions": raw.need("max_position_embeddings"),
+        "tied": bool(raw.get(key["tied"], False)),
+        "max_positions": raw.need(key["max_positions"]),
         **special_ids(raw),
     }
     return ModelConfig(family=family, architecture=raw.architecture, raw=dict(raw), **{**values, **switches})
@@ -165,34 +168,24 @@ def special_ids(raw: RawConfig) -> dict[str, Any]:
     }
 
 
-def write_special_ids(config: ModelConfig) -> dict[str, Any]:
-    """config.json keeps the end-of-text id that it had; the whole set goes to generation_config.json."""
+def written(config: ModelConfig, keys: Mapping[str, str], **others: object) -> Json:
+    """The inverse of `standard`, with other keys beside.
+
+    config.json keeps the end-of-text id that it had; the whole set goes to generation_config.json.
+    """
     eos = config.raw.get("eos_token_id")
     known = set(eos if isinstance(eos, list) else [eos]) <= set(config.eos_ids)
     return {
+        "architectures": [config.architecture],
+        **{key: vars(config)[field] for key, field in keys.items()},
         "mask_token_id": config.mask_id,
         "eos_token_id": eos if known else next(iter(config.eos_ids), None),
         "pad_token_id": config.pad_id,
         "bos_token_id": config.bos_id,
+        **others,
     }
 
 
-def write_standard(config: ModelConfig) -> dict[str, Any]:
-    """The usual transformers keys of a config; the inverse of `standard`."""
-    return {
-        "architectures": [config.architecture],
-        "vocab_size": config.embedding_rows,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied,
-        "max_position_embeddings": config.max_positions,
-        "attention_bias": config.qkv_bias,
-        **write_special_ids(config),
-    }
+def write_standard(config: ModelConfig, **others: object) -> Json:
+    """config.json with the keys of transformers, and others."""
+    return written(config, USUAL, hidden_act="silu", **others)

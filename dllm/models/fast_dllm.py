@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from dllm.models.config import ModelConfig
+from dllm.models.config import Json, ModelConfig
 from dllm.models.dream import chatml
 from dllm.models.family import Family, RawConfig, standard, write_standard
 
 
 def read(raw: RawConfig) -> ModelConfig:
+    """See `Family.read`."""
     return standard(raw, "fast_dllm", qkv_bias=True, shift=1, block_size=raw.get("bd_size") or 32)
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    return {**write_standard(config), "model_type": "Fast_dLLM_Qwen", "bd_size": config.block_size}
+def write(config: ModelConfig) -> Json:
+    """See `Family.write`."""
+    return write_standard(config, model_type="Fast_dLLM_Qwen", bd_size=config.block_size)
 
 
+# the mask id is in the published code, not in the config
 FAMILY = Family(
-    name="fast_dllm",
-    architectures=("Fast_dLLM_QwenForCausalLM",),
-    read=read,
-    write=write,
-    mask_id=151665,  # in the published code, not in the config
-    turn_end="<|im_end|>",
-    turn_end_id=151645,
-    chat=chatml,
-)
+    name="fast_dllm", architectures=("Fast_dLLM_QwenForCausalLM",), read=read, write=write, mask_id=151665,
+    turn_end="<|im_end|>", turn_end_id=151645, chat=chatml,
+)  # fmt: skip

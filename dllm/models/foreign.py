@@ -19,6 +19,7 @@ from dllm.models.native import NativeModel
 from dllm.models.tokenizer import Tokenizer
 from dllm.models.transformer import KVStore
 
+NO_CACHE = 'backend="transformers" has no cache: use cache="none"'
 ATTENTION = ("sdpa", "eager")  # those that take a mask of any shape
 
 
@@ -30,15 +31,13 @@ class ForeignModel(NativeModel):
 
     def __init__(self, config: ModelConfig, network: Any, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, network, tokenizer)
-        self.adds_mask = getattr(network.config, "_attn_implementation", None) == "eager"  # others choose by it
-        self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        # the mask is added to the scores; others choose by it
+        self.adds_mask = getattr(network.config, "_attn_implementation", None) == "eager"  # foreign
+        self.takes = inspect.signature(network.forward).parameters
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the first parameter."""
         return next(self.transformer.parameters()).dtype
 
     @torch.no_grad()
@@ -46,7 +45,7 @@ class ForeignModel(NativeModel):
         """Logits (N, Q, V) of whole rows; `visible` (N, 1|Q, Q) and padding (pos = -1) are honoured, a store is not."""
         visible = plan.pop("visible", None)
         if any(value is not None for value in plan.values()):
-            raise DllmError('backend="transformers" has no cache: use cache="none"')
+            raise DllmError(NO_CACHE)
         n, q = ids.shape
         pos = torch.arange(q, device=ids.device).expand(n, q) if pos is None else pos.expand(n, q)
         seen = (pos >= 0)[:, None, :] if visible is None else visible & (pos >= 0)[:, None, :]  # (N, 1|Q, Q)
@@ -55,21 +54,16 @@ class ForeignModel(NativeModel):
             seen = torch.zeros(seen.shape, dtype=self.dtype, device=ids.device).masked_fill(
                 ~seen, torch.finfo(self.dtype).min
             )
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": seen}
-        if self.takes_positions:
-            arguments["position_ids"] = pos.clamp(min=0)
-        if "use_cache" in inspect.signature(self.transformer.forward).parameters:
-            arguments["use_cache"] = False
-        logits: Tensor = self.transformer(**arguments).logits
+        others = {"position_ids": pos.clamp(min=0), "use_cache": False}
+        others = {name: value for name, value in others.items() if name in self.takes}
+        logits: Tensor = self.transformer(input_ids=ids, attention_mask=seen, **others).logits
         return logits
 
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """See `Model.logits`."""
-        return Model.logits(self, hidden)
+    logits = Model.logits
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
-        raise DllmError('backend="transformers" has no cache: use cache="none"')
+        """Errors: always."""
+        raise DllmError(NO_CACHE)
 
     def _write(self, folder: Path, shard_bytes: int) -> None:
         self.transformer.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
@@ -100,10 +94,10 @@ def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None 
 def read_network(network: Any, shift: int) -> ModelConfig:
     """What the engine needs to know, from the config object of a transformers model."""
     raw = RawConfig({**network.config.get_text_config().to_dict(), "architectures": [type(network).__name__]})
-    return describe(raw, "transformers", shift, special_ids(raw))
+    return describe(raw, "transformers", shift, **special_ids(raw))
 
 
-def describe(raw: RawConfig, family: str, shift: int, ids: dict[str, Any]) -> ModelConfig:
+def describe(raw: RawConfig, family: str, shift: int, **ids: Any) -> ModelConfig:
     """A `ModelConfig` of a network that is not ours: sizes for information, ids for the engine."""
     heads = raw.get("num_attention_heads") or 1
     hidden = raw.get("hidden_size") or 1
@@ -126,9 +120,9 @@ def describe(raw: RawConfig, family: str, shift: int, ids: dict[str, Any]) -> Mo
 
 def wrap(network: Any, config: ModelConfig, tokenizer: Tokenizer | None) -> ForeignModel:
     """Attention is made bidirectional where a config says causal: a masked-diffusion model attends to everything."""
-    attention = getattr(network.config, "_attn_implementation", None)
+    attention = getattr(network.config, "_attn_implementation", None)  # foreign
     if attention not in (None, *ATTENTION):
         raise DllmError(f"attention by {attention!r} takes no mask of this shape: load it with one of {ATTENTION}")
-    if getattr(network.config, "is_causal", None) is not False:
+    if getattr(network.config, "is_causal", None) is not False:  # foreign
         network.config.is_causal = False
     return ForeignModel(config, network.eval(), tokenizer)

@@ -8,14 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 
 from dllm.errors import DllmError, first_line, out_of_memory, unknown
 from dllm.models import diffusion_gemma
 from dllm.models.adapter import base_of, is_adapter, merge_adapter, merge_by_peft
-from dllm.models.arguments import Checkpoint, LoadArguments
+from dllm.models.arguments import Checkpoint, LoadArguments, LoadOptions
 from dllm.models.checkpoint import load_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import read_config
@@ -27,8 +27,11 @@ from dllm.models.parallel import device_plan, process_device, split_over_process
 from dllm.models.quantize import quantize
 from dllm.models.settings import read_settings
 from dllm.models.special import resolve
-from dllm.models.tokenizer import NO_TOKENIZER, load_tokenizer
+from dllm.models.tokenizer import NO_TOKENIZER, Tokenizer, load_tokenizer
 from dllm.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny", "tiny-ar")
@@ -40,17 +43,15 @@ DTYPES = {
 }  # fmt: skip
 
 
-def load(name_or_path: Any, **given: Any) -> NativeModel:
+def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
     """Load a masked-diffusion model: "tiny" (embedded), a checkpoint folder, or a Hugging Face id.
 
     A folder with a LoRA adapter (peft) is merged into the base that it names. A transformers model that is already
     loaded may be passed in place of a name.
 
     """
-    if isinstance(name_or_path, Checkpoint):
-        given, name_or_path = {**name_or_path.given(), **given}, name_or_path.name
-    arguments = LoadArguments.of(given)
-    if not isinstance(name_or_path, (str, Path)):
+    name_or_path, arguments = _asked(name_or_path, given)
+    if not isinstance(name_or_path, str | Path):
         return _passed(name_or_path, arguments)
     place = pick_device(arguments.device)
     kind = pick_dtype(arguments.dtype, place)
@@ -58,8 +59,7 @@ def load(name_or_path: Any, **given: Any) -> NativeModel:
     tokenizer = _tokenizer(folder, arguments)
     if is_adapter(folder):
         adapter, name_or_path = folder, base_of(folder)
-        where = {k: v for k, v in arguments.hub.items() if k not in ("revision", "subfolder")}
-        folder = locate(name_or_path, **where)
+        folder = locate(name_or_path, **arguments.elsewhere)
         tokenizer = _tokenizer(folder, arguments) if tokenizer is None else tokenizer
     raw = read_json_config(folder, str(name_or_path))
     if arguments.backend == "transformers":
@@ -106,22 +106,28 @@ load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defin
 load.__doc__ = f"{inspect.getdoc(load)}\n\n{(inspect.getdoc(LoadArguments) or '').partition('.')[2].strip()}"
 
 
+def _asked(name_or_path: object, given: Mapping[str, Any]) -> tuple[object, LoadArguments]:
+    """The name and the arguments of a call; a `Checkpoint` holds both."""
+    if isinstance(name_or_path, Checkpoint):
+        given, name_or_path = {**name_or_path.given(), **given}, name_or_path.name
+    return name_or_path, LoadArguments.of(given)
+
+
 def _refuse(arguments: LoadArguments, why: str, *names: str) -> None:
     if named := [name for name in names if name in arguments.given()]:
         raise DllmError(f"{', '.join(named)} {'is' if len(named) == 1 else 'are'} {why}")
 
 
-def _tokenizer(folder: Path, arguments: LoadArguments) -> Any:
+def _tokenizer(folder: Path, arguments: LoadArguments) -> Tokenizer | None:
     """The tokenizer that was passed or named, else the folder's own."""
     given = arguments.tokenizer
     if given is None:
         return load_tokenizer(folder)
-    if not isinstance(given, (str, Path)):
-        if not hasattr(given, "get_vocab"):
+    if not isinstance(given, str | Path):
+        if not hasattr(given, "get_vocab"):  # foreign
             raise DllmError(f"tokenizer= is a tokenizer, a folder or a Hugging Face id, not {type(given).__name__}")
-        return given
-    where = {k: v for k, v in arguments.hub.items() if k not in ("revision", "subfolder")}
-    found = load_tokenizer(locate(given, **where))
+        return cast("Tokenizer", given)
+    found = load_tokenizer(locate(given, **arguments.elsewhere))
     if found is None:
         raise DllmError(f"tokenizer={str(given)!r}: {NO_TOKENIZER}")
     return found
@@ -133,7 +139,7 @@ def _build(
     config: ModelConfig,
     dtype: torch.dtype | None,
     place: torch.device,
-    device_map: str | Mapping[str, Any] | None,
+    device_map: str | Mapping[str, object] | None,
     adapter: Path | None,
 ) -> Transformer:
     if device_map == "tensor":
@@ -150,14 +156,14 @@ def _build(
     return transformer
 
 
-def _usable(device: Any) -> str:
+def _usable(device: object) -> str:
     """A device of a device_map. Errors: one that is not here."""
     return str(device if device == "disk" else pick_device(f"cuda:{device}" if isinstance(device, int) else device))
 
 
 def _passed(network: Any, arguments: LoadArguments) -> NativeModel:
     """A model that is already in memory."""
-    if not hasattr(network, "config") or not hasattr(network, "parameters"):
+    if not hasattr(network, "config") or not hasattr(network, "parameters"):  # foreign
         raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(network).__name__}")
     taken = ("dtype", "device", "backend", "mask_id", "eos_ids", "shift", "tokenizer")
     others = [name for name in arguments.given() if name not in taken]
@@ -170,7 +176,7 @@ def _passed(network: Any, arguments: LoadArguments) -> NativeModel:
     return _wrapped(network, None, tokenizer, arguments)
 
 
-def _wrapped(network: Any, folder: Path | None, tokenizer: Any, arguments: LoadArguments) -> NativeModel:
+def _wrapped(network: Any, folder: Path | None, tokenizer: Tokenizer | None, arguments: LoadArguments) -> NativeModel:
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
     config = read_network(network, arguments.shift or 0)
     config = resolve(config, None, tokenizer, generation, arguments.mask_id, arguments.eos_ids)
@@ -189,28 +195,26 @@ def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> 
     return replace(config, block_size=block_size)
 
 
-def load_verifier(name_or_path: Any, **given: Any) -> Any:
+def load_verifier(name_or_path: object, **given: Unpack[LoadOptions]) -> PreTrainedModel:
     """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or a loaded one.
 
     Of the arguments of `load` it takes dtype, device, device_map (as transformers has it), attn_implementation and
     those that say where the files come from: revision, token, cache_dir, local_files_only, subfolder. Its
     tokenizer (`tokenizer`, or the folder's) is kept as `.tokenizer`.
     """
-    if isinstance(name_or_path, Checkpoint):
-        given, name_or_path = {**name_or_path.given(), **given}, name_or_path.name
-    arguments = LoadArguments.of(given)
+    name_or_path, arguments = _asked(name_or_path, given)
     _refuse(arguments, "for masked-diffusion models, not for a verifier", "backend", "mask_id", "eos_ids", "block_size",
             "shift", "quantization")  # fmt: skip
-    if not isinstance(name_or_path, (str, Path)):
-        return name_or_path
+    if not isinstance(name_or_path, str | Path):
+        return cast("PreTrainedModel", name_or_path)
     from transformers import AutoModelForCausalLM
 
     folder, place = locate(name_or_path, **arguments.hub), pick_device(arguments.device)
     kind = pick_dtype(arguments.dtype, place)
     asked = {"device_map": arguments.device_map, "attn_implementation": arguments.attn_implementation}
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    options = {name: value for name, value in asked.items() if value is not None}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto" if kind is None else kind, trust_remote_code=False, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -218,7 +222,8 @@ def load_verifier(name_or_path: Any, **given: Any) -> Any:
         raise DllmError(f"{what}: {first_line(error)}") from error
     model.eval()
     model.tokenizer = _tokenizer(folder, arguments)
-    return model if arguments.device_map is not None else model.to(place)  # type: ignore[arg-type]
+    found: PreTrainedModel = model if arguments.device_map is not None else model.to(place)
+    return found
 
 
 def locate(name: str | Path, revision: str | None = None, *, subfolder: str | None = None, **hub: Any) -> Path:
@@ -266,6 +271,7 @@ def _download(name: str, revision: str | None, subfolder: str | None, **hub: Any
 
 
 def read_json_config(folder: Path, name: str = "") -> RawConfig:
+    """config.json of a checkpoint; `name`: id or folder as the caller has it. Errors: there is none."""
     path = folder / "config.json"
     if not path.is_file():
         inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
@@ -278,11 +284,12 @@ def read_json_config(folder: Path, name: str = "") -> RawConfig:
     return raw
 
 
-def pick_device(device: str | torch.device) -> torch.device:
+def pick_device(device: object) -> torch.device:
+    """The device of a name. Errors: no device, or one that is not here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
     try:
-        place = torch.device(device)
+        place: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         raise unknown("device", str(device), ("auto", "cuda", "mps", "cpu")) from error
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -298,7 +305,7 @@ def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
-def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+def pick_dtype(dtype: object, device: torch.device) -> torch.dtype | None:
     """None = as stored, which is slow and coarse on a CPU (bf16), so there the default is float32."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else None

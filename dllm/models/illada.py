@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family, RawConfig, standard, write_standard
 
 
 def read(raw: RawConfig) -> ModelConfig:
+    """See `Family.read`."""
     raw.expect(attention_bias=False, layer_norm_eps=None)
     return standard(raw, "illada")
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    return {**write_standard(config), "model_type": "illada"}
-
-
-FAMILY = Family(name="illada", architectures=("ILLaDAForCausalLM",), read=read, write=write, mask_id=5)
+FAMILY = Family(
+    name="illada", architectures=("ILLaDAForCausalLM",), read=read,
+    write=partial(write_standard, model_type="illada"), mask_id=5,
+)  # fmt: skip

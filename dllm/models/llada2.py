@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dllm.models import llada_moe
-from dllm.models.config import ModelConfig, MoEConfig
+from dllm.models.config import Json, ModelConfig, MoEConfig
 from dllm.models.family import Family, RawConfig, standard, write_standard
 from dllm.models.layout import Names
 from dllm.models.tokenizer import Message
 
 BLOCK = 32  # not in the config: the published models are trained with it
 NAMES = Names(
-    embed="model.word_embeddings",
-    qkv="attention.query_key_value",
-    o="attention.dense",
-    q_norm="attention.query_layernorm",
-    k_norm="attention.key_layernorm",
-)
+    embed="model.word_embeddings", qkv="attention.query_key_value", o="attention.dense",
+    q_norm="attention.query_layernorm", k_norm="attention.key_layernorm",
+)  # fmt: skip
 
 
 def read(raw: RawConfig) -> ModelConfig:
+    """See `Family.read`."""
     raw.expect(
         use_rmsnorm=True, use_qkv_bias=False, score_function="sigmoid", norm_head=False, norm_softmax=False,
         using_split_qkv_in_self_attention=False,
@@ -51,47 +47,41 @@ def read(raw: RawConfig) -> ModelConfig:
     )
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
+def write(config: ModelConfig) -> Json:
+    """See `Family.write`."""
     moe = config.moe
     assert moe is not None
-    values = {
-        **write_standard(config),
-        "model_type": "llada2_moe",
-        "moe_intermediate_size": moe.intermediate_size,
-        "num_experts": moe.n_experts,
-        "num_experts_per_tok": moe.top_k,
-        "num_shared_experts": moe.shared_size // moe.intermediate_size,
-        "first_k_dense_replace": len(moe.dense_layers),
-        "score_function": "sigmoid",
-        "routed_scaling_factor": moe.scale,
-        "norm_topk_prob": moe.renormalize,
-        "n_group": moe.n_groups,
-        "topk_group": moe.topk_groups,
-        "moe_router_enable_expert_bias": moe.expert_bias,
-        "partial_rotary_factor": config.rotary_fraction,
-        "rotary_dim": int(config.head_dim * config.rotary_fraction),
-        "use_qk_norm": config.qk_norm,
-        "use_qkv_bias": False,
-        "use_bias": False,
-    }
-    if config.block_size != BLOCK:
-        values["block_size"] = config.block_size
-    return values
+    return write_standard(
+        config,
+        model_type="llada2_moe",
+        moe_intermediate_size=moe.intermediate_size,
+        num_experts=moe.n_experts,
+        num_experts_per_tok=moe.top_k,
+        num_shared_experts=moe.shared_size // moe.intermediate_size,
+        first_k_dense_replace=len(moe.dense_layers),
+        score_function="sigmoid",
+        routed_scaling_factor=moe.scale,
+        norm_topk_prob=moe.renormalize,
+        n_group=moe.n_groups,
+        topk_group=moe.topk_groups,
+        moe_router_enable_expert_bias=moe.expert_bias,
+        partial_rotary_factor=config.rotary_fraction,
+        rotary_dim=int(config.head_dim * config.rotary_fraction),
+        use_qk_norm=config.qk_norm,
+        use_qkv_bias=False,
+        use_bias=False,
+        **({} if config.block_size == BLOCK else {"block_size": config.block_size}),
+    )
 
 
 def chat(messages: list[Message]) -> str:
+    """LLaDA-MoE's template behind a default system line."""
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "detailed thinking off"}, *messages]
     return llada_moe.chat(messages)
 
 
 FAMILY = Family(
-    name="llada2",
-    architectures=("LLaDA2MoeModelLM",),
-    read=read,
-    write=write,
-    names=NAMES,
-    mask_id=156895,
-    turn_end="<|role_end|>",
-    chat=chat,
-)
+    name="llada2", architectures=("LLaDA2MoeModelLM",), read=read, write=write, names=NAMES, mask_id=156895,
+    turn_end="<|role_end|>", chat=chat,
+)  # fmt: skip

@@ -5,15 +5,14 @@ Its config says model_type "llada" like the dense model: recognised by its class
 
 from __future__ import annotations
 
-from typing import Any
-
-from dllm.models.config import ModelConfig, MoEConfig
+from dllm.models.config import Json, ModelConfig, MoEConfig
 from dllm.models.family import Family, RawConfig, standard, write_standard
 from dllm.models.layout import Names
 from dllm.models.tokenizer import Message
 
 
 def read(raw: RawConfig) -> ModelConfig:
+    """See `Family.read`."""
     raw.expect(
         attention_bias=False, moe_router_score_function="softmax", router_num_group=1, router_topk_group=1,
         shared_expert_intermediate_size=0, routed_scaling_factor=1, hidden_act="silu",
@@ -39,42 +38,37 @@ def read(raw: RawConfig) -> ModelConfig:
     )
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
+def write(config: ModelConfig) -> Json:
+    """See `Family.write`."""
     moe = config.moe
     assert moe is not None
-    values = {
-        **write_standard(config),
-        "model_type": "llada",
-        "dense_intermediate_size": config.intermediate_size,
-        "expert_intermediate_size": moe.intermediate_size,
-        "num_experts": moe.n_experts,
-        "num_experts_per_tok": moe.top_k,
-        "qk_layernorm": config.qk_norm,
-        "partial_rotary_factor": config.rotary_fraction,
-        "clip_qkv": config.clip_qkv,
-        "moe_layer_freq": [int(i not in moe.dense_layers) for i in range(config.n_layers)],
-        "moe_router_enable_expert_bias": moe.expert_bias,
-        "moe_router_score_function": moe.score,
-    }
-    del values["intermediate_size"]
-    return values
+    values = write_standard(
+        config,
+        model_type="llada",
+        dense_intermediate_size=config.intermediate_size,
+        expert_intermediate_size=moe.intermediate_size,
+        num_experts=moe.n_experts,
+        num_experts_per_tok=moe.top_k,
+        qk_layernorm=config.qk_norm,
+        partial_rotary_factor=config.rotary_fraction,
+        clip_qkv=config.clip_qkv,
+        moe_layer_freq=[int(i not in moe.dense_layers) for i in range(config.n_layers)],
+        moe_router_enable_expert_bias=moe.expert_bias,
+        moe_router_score_function=moe.score,
+    )
+    return {key: value for key, value in values.items() if key != "intermediate_size"}
 
 
 ROLES = {"system": "SYSTEM", "user": "HUMAN", "assistant": "ASSISTANT"}
 
 
 def chat(messages: list[Message]) -> str:
+    """The published template."""
     turns = "".join(f"<role>{ROLES.get(m['role'], m['role'])}</role>{m['content']}<|role_end|>" for m in messages)
     return f"{turns}<role>ASSISTANT</role>"
 
 
 FAMILY = Family(
-    name="llada_moe",
-    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
-    read=read,
-    write=write,
-    names=Names(router_bias="mlp.expert_bias"),
-    mask_id=156895,
-    turn_end="<|role_end|>",
-    chat=chat,
-)
+    name="llada_moe", architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"), read=read, write=write,
+    names=Names(router_bias="mlp.expert_bias"), mask_id=156895, turn_end="<|role_end|>", chat=chat,
+)  # fmt: skip

@@ -12,13 +12,13 @@ from torch import Tensor
 from dllm.errors import DllmError
 from dllm.models.settings import SamplerSetting
 from dllm.models.tokenizer import NO_TOKENIZER, Message, Tokenizer, by_template
-from dllm.models.transformer import KeysValues, KVStore
+from dllm.models.transformer import KVStore, WithKV
 
 NO_CACHE = 'this model has no cache: use cache="none"'
 
 
 class ForwardOptions(TypedDict, total=False):
-    """The keywords of `Model.forward`, for implementations that hand them on."""
+    """The keywords of `Model.forward`, where they are described."""
 
     fresh: Tensor | None
     keep: Tensor | None
@@ -38,10 +38,10 @@ class Decoded(NamedTuple):
 class OwnDecoder(Protocol):
     """The decoding loop of a model that is no masked-diffusion model: none of the samplers applies to it."""
 
-    def options(self, spec: object) -> Mapping[str, float]:
+    def options(self, spec: object) -> Mapping[str, object]:
         """Parameters out of the call's sampler= (None, a name, a mapping). Errors: other samplers and parameters."""
 
-    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: Mapping[str, float]) -> Decoded:
+    def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: Mapping[str, object]) -> Decoded:
         """The answer to one prompt, at most `max_new_tokens` ids. Errors: an empty prompt."""
 
 
@@ -97,17 +97,7 @@ class Model(Protocol):
         """Of the hidden states; float64 makes rows independent of what shares their forward."""
         return torch.float32
 
-    def forward(
-        self,
-        ids: Tensor,
-        pos: Tensor | None = None,
-        *,
-        fresh: Tensor | None = None,
-        keep: Tensor | None = None,
-        visible: Tensor | None = None,
-        lane: Tensor | None = None,
-        store: KVStore | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, pos: Tensor | None = None, **options: Unpack[ForwardOptions]) -> Tensor:
         """Hidden states (N, Q, D) of tokens `ids` (N, Q) at positions `pos` (N, Q); no gradients are recorded.
 
         pos      position and store slot; -1 marks padding, whose output is meaningless but finite; None: 0..Q-1.
@@ -121,9 +111,7 @@ class Model(Protocol):
         store    from `new_store`; None = a full forward. Errors: a model without a cache is given one.
         """
 
-    def forward_kv(
-        self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]
-    ) -> tuple[Tensor, list[KeysValues]]:
+    def forward_kv(self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]) -> WithKV:
         """As `forward` with a store; also the keys and values that each layer computed for the tokens."""
         raise DllmError(NO_CACHE)
 

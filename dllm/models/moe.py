@@ -21,7 +21,7 @@ def route(scores: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
     weights = scores.softmax(-1) if moe.score == "softmax" else scores.sigmoid()  # (T, E)
     choice = weights if bias is None else weights + bias
     if moe.n_groups > 1:
-        grouped = choice.unflatten(-1, (moe.n_groups, -1))  # (T, G, E/G)
+        grouped = choice.view(*choice.shape[:-1], moe.n_groups, -1)  # (T, G, E/G)
         best = grouped.topk(2, -1).values.sum(-1).topk(moe.topk_groups, -1).indices  # (T, topk_groups)
         open_groups = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
         choice = grouped.masked_fill(~open_groups[..., None], -torch.inf).flatten(-2)

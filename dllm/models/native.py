@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dllm.errors import DllmError, first_line
 from dllm.models.checkpoint import save_weights
-from dllm.models.config import ModelConfig
+from dllm.models.config import Json, ModelConfig
 from dllm.models.families import FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
 from dllm.models.files import replaced_checkpoint
@@ -22,7 +22,7 @@ from dllm.models.model import ForwardOptions, Model, shut
 from dllm.models.parallel import layer_devices
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.tokenizer import Message, Tokenizer
-from dllm.models.transformer import KeysValues, KVStore, Transformer
+from dllm.models.transformer import KVStore, Transformer, WithKV
 
 
 class NativeModel(Model):
@@ -53,8 +53,8 @@ class NativeModel(Model):
 
     @property
     def device(self) -> torch.device:
-        """Of the embedding."""
-        return self.transformer.embed_tokens.weight.device
+        """Of the first parameter, the embedding."""
+        return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,11 +68,9 @@ class NativeModel(Model):
         return hidden
 
     @torch.no_grad()
-    def forward_kv(
-        self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]
-    ) -> tuple[Tensor, list[KeysValues]]:
+    def forward_kv(self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]) -> WithKV:
         """See `Model.forward_kv`."""
-        both: tuple[Tensor, list[KeysValues]] = self.transformer(ids, pos, kv=True, **options)
+        both: WithKV = self.transformer(ids, pos, kv=True, **options)
         return both
 
     @torch.no_grad()
@@ -110,7 +108,7 @@ class NativeModel(Model):
         folder: str | Path,
         shard_bytes: int = 5 * 10**9,
         *,
-        extra: Mapping[str, Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Json] | None = None,
     ) -> Path:
         """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back.
 
@@ -170,7 +168,7 @@ def _without_absent_code(path: Path, folder: Path) -> None:
     if not isinstance(classes := content.pop("auto_map", None), dict):
         return
 
-    def present(name: Any) -> bool:
+    def present(name: object) -> bool:
         module = f"{str(name).split('.')[0]}.py"
         return name is None or "--" in str(name) or any((place / module).is_file() for place in (path.parent, folder))
 
@@ -178,7 +176,7 @@ def _without_absent_code(path: Path, folder: Path) -> None:
     _dump({**content, **({"auto_map": kept} if kept else {})}, path)
 
 
-def _dump(content: Mapping[str, Any], path: Path) -> None:
+def _dump(content: Json, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -196,6 +194,6 @@ def fingerprint(network: nn.Module, head: str = "") -> str:
 def whole(value: Tensor) -> Tensor:
     """An ordinary tensor: a quantized one expanded, one split over processes gathered, any other as it is."""
     for method in ("dequantize", "full_tensor"):
-        if type(value) is not Tensor and hasattr(type(value), method):
-            return getattr(value, method)()
+        if type(value) is not Tensor and hasattr(type(value), method):  # foreign
+            value = getattr(value, method)()  # foreign
     return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from dllm.models.moe import MoE
 from dllm.models.transformer import Transformer
 
 
-def device_plan(config: ModelConfig, device_map: str | Mapping[str, Any], dtype: torch.dtype | None) -> Place:
+def device_plan(config: ModelConfig, device_map: str | Mapping[str, object], dtype: torch.dtype | None) -> Place:
     """Where every parameter goes: "auto" or "balanced" (planned by accelerate), or a dict module name -> device.
 
     A layer is never split; everything is computed where its weights are. There is no offloading to disk.
@@ -40,7 +39,7 @@ def device_plan(config: ModelConfig, device_map: str | Mapping[str, Any], dtype:
     return place
 
 
-def _planned(config: ModelConfig, kind: str, dtype: torch.dtype | None) -> Mapping[str, Any]:
+def _planned(config: ModelConfig, kind: str, dtype: torch.dtype | None) -> Mapping[str, object]:
     try:
         from accelerate import infer_auto_device_map
         from accelerate.utils import get_balanced_memory
@@ -50,7 +49,8 @@ def _planned(config: ModelConfig, kind: str, dtype: torch.dtype | None) -> Mappi
         raise DllmError(f'unknown device_map {kind!r}; known: "auto", "balanced", "tensor", or module name -> device')
     skeleton, dtype = build(config), dtype or torch.bfloat16
     memory = get_balanced_memory(skeleton, no_split_module_classes=["Layer"], dtype=dtype)
-    return infer_auto_device_map(skeleton, max_memory=memory, no_split_module_classes=["Layer"], dtype=dtype)
+    plan: Mapping[str, object] = infer_auto_device_map(skeleton, memory, ["Layer"], dtype=dtype)
+    return plan
 
 
 def process_device(device: torch.device) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +38,7 @@ def quantize(model: Transformer, kind: str) -> None:
         raise DllmError(f"torchao cannot quantize this model to {kind} here: {first_line(error)}") from error
 
 
-def _config(kind: str, linears: list[nn.Linear]) -> tuple[Any, int]:
+def _config(kind: str, linears: list[nn.Linear]) -> tuple[object, int]:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
@@ -51,4 +50,4 @@ def _config(kind: str, linears: list[nn.Linear]) -> tuple[Any, int]:
         if weight.dtype != torch.bfloat16:
             raise DllmError('quantization="int4" on CUDA needs dtype="bfloat16"')
         return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d"), group
-    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(group)), group  # noqa: B009
+    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(group)), group  # noqa: B009 # foreign

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
 
-from dllm.models.config import ModelConfig, MoEConfig
+from dllm.models.config import Json, ModelConfig, MoEConfig
+from dllm.models.dream import turns
 from dllm.models.family import Family, RawConfig, standard, write_standard
 
 log = logging.getLogger(__name__)
@@ -14,6 +14,7 @@ BLOCK = 4  # of the main release; other variants carry theirs in the name (-b8 .
 
 
 def read(raw: RawConfig) -> ModelConfig:
+    """See `Family.read`."""
     moe = _moe(raw) if raw.architecture == "SDARMoeForCausalLM" or raw.get("num_experts") else None
     raw.expect(attention_bias=False)
     return standard(raw, "sdar", qk_norm=True, block_size=_block(raw), moe=moe)
@@ -41,35 +42,24 @@ def _moe(raw: RawConfig) -> MoEConfig:
     )
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    values = {**write_standard(config), "model_type": "sdar", "block_size": config.block_size}
-    if config.moe is not None:
-        values |= {
-            "model_type": "sdar_moe",
-            "num_experts": config.moe.n_experts,
-            "num_experts_per_tok": config.moe.top_k,
-            "moe_intermediate_size": config.moe.intermediate_size,
-            "norm_topk_prob": config.moe.renormalize,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(config.moe.dense_layers),
-        }
-    return values
-
-
-def chat(messages: Any) -> str:
-    """Qwen3's template without a default system line."""
-    turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-    return f"{turns}<|im_start|>assistant\n"
+def write(config: ModelConfig) -> Json:
+    """See `Family.write`."""
+    if config.moe is None:
+        return write_standard(config, model_type="sdar", block_size=config.block_size)
+    return write_standard(
+        config,
+        model_type="sdar_moe",
+        block_size=config.block_size,
+        num_experts=config.moe.n_experts,
+        num_experts_per_tok=config.moe.top_k,
+        moe_intermediate_size=config.moe.intermediate_size,
+        norm_topk_prob=config.moe.renormalize,
+        decoder_sparse_step=1,
+        mlp_only_layers=list(config.moe.dense_layers),
+    )
 
 
 FAMILY = Family(
-    name="sdar",
-    architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
-    read=read,
-    write=write,
-    mask_id=151669,
-    mask_by_constant=True,
-    turn_end="<|im_end|>",
-    turn_end_id=151645,
-    chat=chat,
-)
+    name="sdar", architectures=("SDARForCausalLM", "SDARMoeForCausalLM"), read=read, write=write, mask_id=151669,
+    mask_by_constant=True, turn_end="<|im_end|>", turn_end_id=151645, chat=turns,
+)  # fmt: skip

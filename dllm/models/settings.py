@@ -10,13 +10,12 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError
 from dllm.models.files import optional_json, replaced
-from dllm.spec import render
+from dllm.spec import misfit, render
 
 FILE = "sampler_settings.json"
 
@@ -26,7 +25,7 @@ class SamplerSetting:
     """One setting and what it was measured at, on validation problems of `task`."""
 
     sampler: str  # a name, or names joined by "+"
-    parameters: Mapping[str, Mapping[str, Any]]  # by part of the sampler; empty: the published defaults are the choice
+    parameters: Mapping[str, Mapping[str, object]]  # by part of the sampler; empty: the published defaults
     task: str  # the tasks, joined by ", "
     n: int  # problems, over all tasks
     accuracy: float  # share of them that are solved
@@ -60,10 +59,9 @@ def _setting(entry: Mapping[str, Any]) -> SamplerSetting:
     parameters = {part: dict(values) for part, values in setting.parameters.items()}
     if not isinstance(setting.sampler, str) or set(parameters) != set(setting.sampler.split("+")):
         raise ValueError(f"the parameters of {setting.sampler!r} are not those of its parts")
-    kinds = {"str": str, "int": Integral, "float": Real}
     for f in dataclasses.fields(SamplerSetting):
-        if f.type in kinds and not isinstance(getattr(setting, f.name), kinds[str(f.type)]):
-            raise ValueError(f"{f.name} of {setting.sampler!r} is {getattr(setting, f.name)!r}, not {f.type}")
+        if what := misfit(f.type, found := vars(setting)[f.name]):
+            raise ValueError(f"{f.name} of {setting.sampler!r} is {found!r}, not {what}")
     return dataclasses.replace(
         setting, parameters=parameters, interval=_pair(setting.interval), loss_interval=_pair(setting.loss_interval)
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from dllm.errors import DllmError
-from dllm.models.config import ModelConfig
-from dllm.models.family import Family, is_ids
+from dllm.models.config import Json, ModelConfig, is_id, is_ids
+from dllm.models.family import Family
+from dllm.models.tokenizer import Tokenizer
 
 MASK_STRINGS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "<MASK>", "<[MASK]>", "|<MASK>|")
 
@@ -16,8 +16,8 @@ MASK_STRINGS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "<MASK>", "<[MASK]>", "|
 def resolve(
     config: ModelConfig,
     family: Family | None,
-    tokenizer: Any = None,
-    generation: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    generation: Json | None = None,
     mask_id: int | None = None,
     eos_ids: int | Sequence[int] | None = None,
 ) -> ModelConfig:
@@ -27,21 +27,22 @@ def resolve(
     """
     generation = generation or {}
     vocab = tokenizer.get_vocab() if tokenizer is not None else {}
+    named, end = (getattr(tokenizer, f"{name}_token_id", None) for name in ("mask", "eos"))  # foreign
     if not config.causal:
-        config = replace(config, mask_id=_mask(config, family, tokenizer, vocab, mask_id))
+        config = replace(config, mask_id=_mask(config, family, named, vocab, mask_id))
     for name in ("eos_token_id", "bos_token_id"):
         value = generation.get(name)
         if value is not None and not (is_ids(value) and (name == "eos_token_id" or isinstance(value, int))):
             raise DllmError(f"generation_config.json: {name} is an id, not {value!r}")
-    ends = _ids(eos_ids) if eos_ids is not None else _ends(config, family, tokenizer, vocab, generation)
-    pad = config.pad_id if config.pad_id is not None else getattr(tokenizer, "pad_token_id", None)
-    begins = (getattr(tokenizer, "bos_token_id", None), config.bos_id, generation.get("bos_token_id"))
+    ends = _ids(eos_ids) if eos_ids is not None else _ends(config, family, end, vocab, generation)
+    pad = config.pad_id if config.pad_id is not None else getattr(tokenizer, "pad_token_id", None)  # foreign
+    begins = (getattr(tokenizer, "bos_token_id", None), config.bos_id, generation.get("bos_token_id"))  # foreign
     highest = max(vocab.values()) if vocab else config.vocab_size - 1
     config = replace(
         config,
         eos_ids=ends,
         pad_id=pad if pad is not None else (ends[0] if ends else None),
-        bos_id=next((b for b in begins if b is not None), None),
+        bos_id=next((b for b in begins if is_id(b)), None),
         vocab_size=min(config.vocab_size, max([highest, *ends]) + 1),  # padding rows of the embedding mean nothing
     )
     _check(config)
@@ -49,14 +50,11 @@ def resolve(
 
 
 def _mask(
-    config: ModelConfig, family: Family | None, tokenizer: Any, vocab: Mapping[str, int], explicit: int | None
+    config: ModelConfig, family: Family | None, named: int | None, vocab: Mapping[str, int], explicit: int | None
 ) -> int:
     if explicit is not None:
         return explicit
-    sources: dict[str, int | None] = {
-        "config.json": config.mask_id,
-        "the tokenizer": getattr(tokenizer, "mask_token_id", None),
-    }
+    sources = {"config.json": config.mask_id, "the tokenizer": named}
     found = {name: i for name, i in sources.items() if i is not None}
     if not found:
         found = {f"the token {s}": vocab[s] for s in MASK_STRINGS if s in vocab}
@@ -65,8 +63,8 @@ def _mask(
     if not found:
         raise DllmError("this checkpoint names no mask token: pass its id as mask_id=")
     if len(set(found.values())) > 1:
-        named = {*found.values(), *(vocab.get(s) for s in MASK_STRINGS)}
-        if family is not None and family.mask_by_constant and family.mask_id in named:
+        seen = {*found.values(), *(vocab.get(s) for s in MASK_STRINGS)}
+        if family is not None and family.mask_by_constant and family.mask_id in seen:
             return family.mask_id  # type: ignore[return-value]
         said = ", ".join(f"{name} says {i}" for name, i in found.items())
         raise DllmError(f"the mask id is contradictory: {said}; pass mask_id= to settle it")
@@ -74,11 +72,11 @@ def _mask(
 
 
 def _ends(
-    config: ModelConfig, family: Family | None, tokenizer: Any, vocab: Mapping[str, int], generation: Mapping[str, Any]
+    config: ModelConfig, family: Family | None, end: int | None, vocab: Mapping[str, int], generation: Json
 ) -> tuple[int, ...]:
     ends = [*config.eos_ids, *_ids(generation.get("eos_token_id"))]
     if not ends:
-        ends = [*_ids(getattr(tokenizer, "eos_token_id", None))]
+        ends = [*_ids(end)]
     if family is None:
         return tuple(dict.fromkeys(ends))
     if family.turn_end is not None and family.turn_end in vocab:
@@ -88,8 +86,8 @@ def _ends(
     return tuple(dict.fromkeys(ends))
 
 
-def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+def _ids(value: object) -> tuple[int, ...]:
+    return (value,) if is_id(value) else tuple(value) if isinstance(value, list | tuple) else ()
 
 
 def _check(config: ModelConfig) -> None:

@@ -60,7 +60,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     import transformers
 
     try:
-        return getattr(transformers, found).from_pretrained(folder, trust_remote_code=False)  # foreign
+        made: Tokenizer = getattr(transformers, found).from_pretrained(folder, trust_remote_code=False)  # foreign
+        return made
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise DllmError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
 

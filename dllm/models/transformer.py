@@ -23,6 +23,7 @@ __all__ = ["KVStore", "MoEConfig", "ModelConfig", "Transformer"]
 
 
 KeysValues = tuple[Tensor, Tensor]  # what a layer computed for the queries, each (N, Q, n_kv_heads, head_dim)
+WithKV = tuple[Tensor, list[KeysValues]]  # hidden states, and those of every layer
 
 
 class KVStore(NamedTuple):
@@ -154,14 +155,16 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q), rotate(k)
         keys, values = (k.transpose(1, 2), v.transpose(1, 2)) if access is None else access(layer, k, v)
-        out = F.scaled_dot_product_attention(
+        out: Tensor = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.gqa
         )
-        return self.o_proj(rearrange(out, "n h q d -> n q (h d)"))
+        out = self.o_proj(rearrange(out, "n h q d -> n q (h d)"))
+        return out
 
     def _heads(self, x: Tensor) -> Tensor:
         x = x if self.clip is None else x.clamp(-self.clip, self.clip)
-        return rearrange(x, "n q (h d) -> n q h d", d=self.head_dim)
+        heads: Tensor = rearrange(x, "n q (h d) -> n q h d", d=self.head_dim)
+        return heads
 
 
 class MLP(nn.Module):
@@ -172,7 +175,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return x
 
 
 class Layer(nn.Module):
@@ -192,7 +196,8 @@ class Layer(nn.Module):
         self, x: Tensor, rotate: Rotation, mask: Tensor | None, causal: bool, access: Access | None, layer: int
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotate, mask, causal, access, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Transformer(nn.Module):
@@ -221,18 +226,11 @@ class Transformer(nn.Module):
         lane: Tensor | None = None,
         store: KVStore | None = None,
         kv: bool = False,
-    ) -> Tensor | tuple[Tensor, list[KeysValues]]:
+    ) -> Tensor | WithKV:
         """Hidden states (N, Q, D) after the final norm of tokens `ids` (N, Q) at positions `pos` (N, Q).
 
-        pos      rotary position and store slot; -1 marks padding, whose output is meaningless but finite; None: 0..Q-1.
-        visible  bool, True = may be attended to. Without a store (N, 1|Q, Q) over the queries themselves, None = all.
-                 With a store (N, 1|Q, S) over its first S slots, and (N, 1|Q, S+Q), one more column a query, when a
-                 token is neither fresh nor kept. The causal or block-causal rule and padding are added here.
-        fresh    (N, Q): the token's key and value replace the stored ones at its slot; None = every real token.
-        keep     (N, Q): and stay there; None = the fresh ones. A token that is not fresh is private to this forward.
-        lane     (N,) the store's row for each row; None = 0..N-1. Rows may read one lane together: then one of them may
-                 keep, at slots that the others replace for themselves.
-        kv       return the new keys and values of each layer as well (with a store).
+        The keywords are those of `dllm.models.model.Model.forward`. kv: return the new keys and values of each layer as
+        well (with a store).
         """
         config, (n, q), new = self.config, ids.shape, list[KeysValues]() if kv else None
         padded = pos is not None and bool((pos < 0).any())
@@ -263,7 +261,8 @@ class Transformer(nn.Module):
         hidden = hidden.to(weight.device) if self.spread else hidden
         if self.lm_head is None or type(weight.data) is Tensor:
             return F.linear(hidden, weight[:rows])
-        return self.lm_head(hidden)[..., :rows]  # split over processes: a slice of rows is not one of its shards
+        hidden = self.lm_head(hidden)  # split over processes: a slice of rows is not one of its shards
+        return hidden[..., :rows]
 
     def _rotation(self, pos: Tensor, dtype: torch.dtype) -> Rotation:
         config = self.config
