@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KINDS = ("full_attention", "sliding_attention")
-# what a gather by slots rearranges completely; layers that store nothing are a class of their own since transformers 5.23
+# what a gather by slots rearranges completely; since transformers 5.23 layers that store nothing have a class
 STORED = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))  # foreign
 # their attention counts slots behind the mask's back, and only in texts longer than a window, which no rehearsal sees
 BY_SLOT = {"gpt_neo": "chains", "moshi": "nothing"}

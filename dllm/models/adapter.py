@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from dllm.models.config import ModelConfig
 from dllm.models.family import Family
 from dllm.models.files import optional_json
 from dllm.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -101,13 +104,14 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def merge_by_peft(network: Any, folder: Path) -> Any:
+def merge_by_peft(network: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The same for a transformers model, by peft itself."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise DllmError("an adapter needs peft: pip install 'dllm-toolkit[lora]'") from error
     try:
-        return PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+        merged: PreTrainedModel = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+        return merged
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         raise DllmError(f"peft cannot merge the adapter {folder}: {first_line(error)}") from error

@@ -138,7 +138,7 @@ def standard(raw: RawConfig, family: str, keys: Mapping[str, str] = USUAL, **swi
     raw.expect(hidden_act="silu", use_sliding_window=False, mlp_bias=False)
     key = {field: name for name, field in keys.items()}
     heads, hidden = raw.need(key["n_heads"]), raw.need(key["hidden_size"])
-    values: dict[str, Any] = {
+    values = special_ids(raw) | {
         "vocab_size": raw.need("vocab_size"),
         "embedding_rows": raw.get(key["embedding_rows"]) or raw.need("vocab_size"),
         "hidden_size": hidden,
@@ -151,7 +151,6 @@ def standard(raw: RawConfig, family: str, keys: Mapping[str, str] = USUAL, **swi
         "rope_theta": raw.rope_theta,
         "tied": bool(raw.get(key["tied"], False)),
         "max_positions": raw.need(key["max_positions"]),
-        **special_ids(raw),
     }
     return ModelConfig(family=family, architecture=raw.architecture, raw=dict(raw), **{**values, **switches})
 

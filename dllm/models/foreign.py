@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from dllm.models.native import NativeModel
 from dllm.models.tokenizer import Tokenizer
 from dllm.models.transformer import KVStore
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NO_CACHE = 'backend="transformers" has no cache: use cache="none"'
 ATTENTION = ("sdpa", "eager")  # those that take a mask of any shape
 
@@ -29,8 +32,8 @@ class ForeignModel(NativeModel):
     supports_cache = False
     relative = False  # as far as is known
 
-    def __init__(self, config: ModelConfig, network: Any, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(config, network, tokenizer)
+    def __init__(self, config: ModelConfig, network: PreTrainedModel, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(config, network, tokenizer)  # type: ignore[arg-type]
         # the mask is added to the scores; others choose by it
         self.adds_mask = getattr(network.config, "_attn_implementation", None) == "eager"  # foreign
         self.takes = inspect.signature(network.forward).parameters
@@ -72,18 +75,21 @@ class ForeignModel(NativeModel):
             (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None = None) -> Any:
+def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None = None) -> PreTrainedModel:
     """A masked or causal language model of transformers' own classes; remote code is never run."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     if attention not in (None, *ATTENTION):
         raise unknown("attn_implementation", attention, ATTENTION)
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
+    options = {"dtype": "auto" if dtype is None else dtype, "attn_implementation": attention or "sdpa"}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         masked = type(config) in AutoModelForMaskedLM._model_mapping
         auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        return auto.from_pretrained(folder, trust_remote_code=False, attn_implementation=attention or "sdpa", **options)
+        network: PreTrainedModel = auto.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, **options
+        )
+        return network
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DllmError(
             f"transformers has no class of its own for {folder}: {first_line(error)} "
@@ -91,7 +97,7 @@ def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None 
         ) from error
 
 
-def read_network(network: Any, shift: int) -> ModelConfig:
+def read_network(network: PreTrainedModel, shift: int) -> ModelConfig:
     """What the engine needs to know, from the config object of a transformers model."""
     raw = RawConfig({**network.config.get_text_config().to_dict(), "architectures": [type(network).__name__]})
     return describe(raw, "transformers", shift, **special_ids(raw))
@@ -118,11 +124,11 @@ def describe(raw: RawConfig, family: str, shift: int, **ids: Any) -> ModelConfig
     )
 
 
-def wrap(network: Any, config: ModelConfig, tokenizer: Tokenizer | None) -> ForeignModel:
+def wrap(network: PreTrainedModel, config: ModelConfig, tokenizer: Tokenizer | None) -> ForeignModel:
     """Attention is made bidirectional where a config says causal: a masked-diffusion model attends to everything."""
     attention = getattr(network.config, "_attn_implementation", None)  # foreign
     if attention not in (None, *ATTENTION):
         raise DllmError(f"attention by {attention!r} takes no mask of this shape: load it with one of {ATTENTION}")
     if getattr(network.config, "is_causal", None) is not False:  # foreign
         network.config.is_causal = False
-    return ForeignModel(config, network.eval(), tokenizer)
+    return ForeignModel(config, network.train(False), tokenizer)

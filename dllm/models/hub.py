@@ -67,7 +67,7 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
         network = load_network(folder, kind, arguments.attn_implementation)
         if adapter is not None:
             network = merge_by_peft(network, adapter)
-        model = _wrapped(network.to(place), folder, tokenizer, arguments)
+        model = _wrapped(network, folder, tokenizer, arguments).to(place)
         model.sampler_settings = read_settings(adapter or folder)
         return model
     if raw.architecture == diffusion_gemma.ARCHITECTURE:
@@ -161,22 +161,25 @@ def _usable(device: object) -> str:
     return str(device if device == "disk" else pick_device(f"cuda:{device}" if isinstance(device, int) else device))
 
 
-def _passed(network: Any, arguments: LoadArguments) -> NativeModel:
+def _passed(given: object, arguments: LoadArguments) -> NativeModel:
     """A model that is already in memory."""
-    if not hasattr(network, "config") or not hasattr(network, "parameters"):  # foreign
-        raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(network).__name__}")
+    if not hasattr(given, "config") or not hasattr(given, "parameters"):  # foreign
+        raise DllmError(f"a model is a name, a folder or a loaded transformers model, not {type(given).__name__}")
     taken = ("dtype", "device", "backend", "mask_id", "eos_ids", "shift", "tokenizer")
     others = [name for name in arguments.given() if name not in taken]
     _refuse(arguments, "for names and folders, not for a model that is already loaded", *others)
+    tokenizer = None if arguments.tokenizer is None else _tokenizer(Path(), arguments)
+    model = _wrapped(cast("PreTrainedModel", given), None, tokenizer, arguments)
     if arguments.dtype is not None or arguments.device != "auto":
         place = pick_device(arguments.device) if arguments.device != "auto" else None
         kind = pick_dtype(arguments.dtype, place or torch.device("cuda")) if arguments.dtype is not None else None
-        network.to(device=place, dtype=kind)
-    tokenizer = None if arguments.tokenizer is None else _tokenizer(Path(), arguments)
-    return _wrapped(network, None, tokenizer, arguments)
+        model.to(place, kind)
+    return model
 
 
-def _wrapped(network: Any, folder: Path | None, tokenizer: Tokenizer | None, arguments: LoadArguments) -> NativeModel:
+def _wrapped(
+    network: PreTrainedModel, folder: Path | None, tokenizer: Tokenizer | None, arguments: LoadArguments
+) -> NativeModel:
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
     config = read_network(network, arguments.shift or 0)
     config = resolve(config, None, tokenizer, generation, arguments.mask_id, arguments.eos_ids)

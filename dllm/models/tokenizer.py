@@ -24,21 +24,25 @@ Message = Mapping[str, str]  # "role" and "content"
 class Tokenizer(Protocol):
     """What the toolkit asks of a tokenizer; those of transformers have it. Generation by ids needs `decode` alone."""
 
-    chat_template: Any  # None: there is none
+    @property
+    def chat_template(self) -> object:
+        """None: there is none."""
 
-    def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+    def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
         """The ids of a text under "input_ids"."""
 
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool = False) -> Any:
         """The text of ids."""
 
-    def convert_ids_to_tokens(self, ids: Any, /) -> Any:
-        """The name of an id, or those of a list."""
+    def convert_ids_to_tokens(self, ids: int, /) -> object:
+        """The name of an id."""
 
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id."""
 
-    def apply_chat_template(self, messages: list[dict[str, str]], /, **how: Any) -> Any:
+    def apply_chat_template(
+        self, chat: list[dict[str, str]], /, *, tokenize: bool, return_dict: bool, add_generation_prompt: bool = False
+    ) -> Any:
         """Ids or text of a conversation."""
 
     def save_pretrained(self, folder: Path, /) -> object:
