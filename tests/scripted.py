@@ -1,4 +1,5 @@
-"""A model whose answers are written down: hand examples run through the real engine without weights.
+"""The models of tests. `tiny` has random weights; `Scripted` has its answers written down, for hand examples that run
+through the real engine:
 
     Scripted(table)                 the same logits (L, V) at every forward
     Scripted([table, table, ...])   one table for each forward; the last one repeats
@@ -11,11 +12,14 @@ rows of probabilities into logits; `peaks` makes rows from (token, confidence) p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm.models.config import ModelConfig
 from dllm.models.model import Model
+from dllm.models.native import NativeModel
 
 
 class Scripted(Model):
@@ -64,6 +68,18 @@ class Scripted(Model):
             hidden[row, self.prompt : self.prompt + len(table), : table.shape[-1]] = table
         self.seen.append(rows)
         return hidden
+
+
+def tiny(layers: int = 2, std: float = 0.3, block_size: int | None = None, **switches: Any) -> NativeModel:
+    """A random model with real weights in float64: 40 ids, of which 39 is the mask; block-causal with a block_size."""
+    torch.manual_seed(3)
+    family = ("llada", "LLaDAModelLM") if block_size is None else ("sdar", "SDARForCausalLM")
+    switches |= {"mask_id": 39, "block_size": block_size}
+    model = NativeModel(ModelConfig(*family, 40, 40, 32, layers, 4, 2, 8, 48, **switches))
+    for parameter in model.transformer.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.to(dtype=torch.float64)
 
 
 def probabilities(rows: Sequence[Sequence[float]]) -> Tensor:

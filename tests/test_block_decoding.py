@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from golden_cases import model as golden
 from scripted import Scripted, peaks
+from scripted import tiny as random_model
 
 import dllm
 from dllm.call.cache_error import cache_error
 from dllm.errors import DllmError
-from dllm.models.config import ModelConfig
 from dllm.models.native import NativeModel
 
 MASK = 39
 PROMPTS = [[5], [7, 8, 9, 10], [4, 4, 11, 12, 13, 3, 2, 1, 30]]
 
 
-def tiny(block: int | None = 4, shift: int = 0, seed: int = 3, **switches) -> NativeModel:
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=40, embedding_rows=40, hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
-    config = ModelConfig(
-        "sdar",
-        "SDARForCausalLM",
-        intermediate_size=48,
-        mask_id=MASK,
-        block_size=block,
-        shift=shift,
-        **sizes,
-        **switches,
-    )
-    model = NativeModel(config)
-    for parameter in model.transformer.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype=torch.float64)
+tiny = partial(random_model, block_size=4)
 
 
 def run(model, prompt, **arguments):
@@ -205,7 +190,7 @@ def test_block_dual_is_exact_when_a_block_opens_and_rows_are_independent():
 ])  # fmt: skip
 def test_a_cache_of_the_other_kind_is_an_error(cache, block, words):
     with pytest.raises(DllmError, match=words):
-        run(tiny(block), [1, 2], cache=cache)
+        run(tiny(block_size=block), [1, 2], cache=cache)
 
 
 def test_token_editing_by_hand():

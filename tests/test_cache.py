@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from scripted import tiny
 
 import dllm
 from dllm.call.cache_error import cache_error
 from dllm.decoding.cache.registry import POLICIES, policy
 from dllm.errors import DllmError
-from dllm.models.config import ModelConfig
-from dllm.models.native import NativeModel
 
 MASK = 39
 PROMPTS = [[5, 6], [1, 2, 3, 30, 31, 32, 33], [7, 8, 9, 10]]
@@ -22,17 +20,6 @@ CACHES = [
     "delayed:every=3",
     "dllm_cache:prompt_every=5,response_every=3,rho=0.4",
 ]
-
-
-def tiny(layers: int = 2, shift: int = 0) -> NativeModel:
-    torch.manual_seed(3)
-    sizes = dict(vocab_size=40, embedding_rows=40, hidden_size=32, n_layers=layers, n_heads=4, n_kv_heads=2, head_dim=8)
-    config = ModelConfig("llada", "LLaDAModelLM", **sizes, intermediate_size=48, mask_id=MASK, shift=shift)
-    model = NativeModel(config)
-    for parameter in model.transformer.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype=torch.float64)
 
 
 def run(model, prompt, **arguments):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripted import tiny as random_model
 from torch import Tensor
 
 from dllm.models.config import ModelConfig
@@ -152,14 +154,7 @@ def test_causal_twin_is_saved_as_a_plain_llama(tmp_path):
 N, L = 3, 24
 
 
-def tiny(layers: int = 3, **switches) -> NativeModel:
-    torch.manual_seed(3)
-    config = ModelConfig("llada", "LLaDAModelLM", 40, 40, 32, layers, 4, 2, 8, 48, mask_id=39, **switches)
-    model = NativeModel(config)
-    for parameter in model.transformer.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    return model.to(dtype=torch.float64)
+tiny = partial(random_model, layers=3, std=0.25)
 
 
 def sample_ids(n: int = N, length: int = L, seed: int = 4) -> Tensor:
