@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View, Window, rank
+from dllm.decoding.slots import Context, Schedule, View, Window, rank
 from dllm.errors import DllmError
 from dllm.samplers.base import Bundle, Method, param
 
@@ -27,14 +27,13 @@ def size_of(canvas: Canvas) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Doubling(Window):
+class Doubling(Window, Schedule):
     """Window and selection of a row with G columns: S = floor(log2 G) steps; n steps write 2^n - 1 columns.
 
     With b blocks the first one takes the steps up to S - b; each later step has a block of its own.
     """
 
     blocks: int
-    scheduled: ClassVar[bool] = True
 
     def open(self, state: State) -> tuple[State, Span]:
         canvas = state.canvas
@@ -53,7 +52,10 @@ class Doubling(Window):
         count = torch.where(n >= s - 1, view.cols.shape[1], 2 ** n.clamp(max=62))
         return rank(score, view.live) < count[:, None]
 
-    def progress(self, view: View) -> Tensor:
+    def elapsed(self, view: View) -> Tensor:
+        return view.state.step
+
+    def fraction(self, view: View) -> Tensor:
         """(B,) (2^(n+1) - 1) / 2^S."""
         s = log2_floor(size_of(view.canvas)).double()
         return (2.0 ** (view.state.step + 1).double() - 1) / 2.0**s

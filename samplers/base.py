@@ -12,27 +12,36 @@ Six slots make a sampler (docs/architecture.md):
 A bundle *owns* slots and *assumes* defaults for others. In `a+b` an assumption yields to an owner; two owners of a
 single-choice slot clash. Order matters in the chains only.
 
-A slot whose rule depends on what fills another one has a method `bind(slots)`: once the single slots are settled, the
-merge calls it with their mapping and uses what it returns (Prophet's progress, EOSER's schedule).
+What each slot takes and gives is said by its protocol in `dllm.decoding.slots`. A selection that is a `Schedule` tells
+the other slots its progress as `view.schedule` (Prophet, EOSER).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from torch import Tensor
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 import dllm
 from dllm import spec
-from dllm.decoding.canvas import Decision, Span, State
-from dllm.decoding.slots import Context, Needs, Sampler, Start, View, Window
+from dllm.decoding.slots import (
+    Adjust,
+    Amend,
+    Context,
+    Inputs,
+    Needs,
+    Reads,
+    Sampler,
+    Schedule,
+    Score,
+    Select,
+    Start,
+    Window,
+)
 from dllm.errors import DllmError, unknown
 
-if TYPE_CHECKING:
-    from dllm.decoding.prediction import Prediction
-
+T = TypeVar("T")
 
 SINGLE = {  # slots of one owner, and what they decide
     "window": "which columns may be committed",
@@ -45,59 +54,68 @@ SINGLE = {  # slots of one owner, and what they decide
 CHAINS = ("adjust", "amend")
 
 
+class Assumed(TypedDict, total=False):
+    """The slots that a bundle would like filled so, where nobody owns them."""
+
+    window: Window
+    inputs: Inputs
+    score: Score
+    select: Select
+
+
 @dataclass(frozen=True)
 class Bundle:
     """The slots a named sampler owns, and those it assumes."""
 
     window: Window | None = None
-    inputs: Any = None
-    score: Callable[[View, Prediction], Tensor] | None = None
-    select: Callable[[View, Prediction, Tensor], Tensor] | None = None
-    adjust: tuple[Callable[[View, Prediction], Prediction], ...] = ()
-    amend: tuple[Callable[[View, Prediction, Decision], Decision], ...] = ()
-    assumes: dict[str, Any] = field(default_factory=dict)
+    inputs: Inputs | None = None
+    score: Score | None = None
+    select: Select | None = None
+    adjust: tuple[Adjust, ...] = ()
+    amend: tuple[Amend, ...] = ()
+    assumes: Assumed = field(default_factory=Assumed)
     needs: Needs = field(default_factory=Needs)
     memory: Start | None = None  # the first per-row leaves: a NamedTuple of (B, ...) tensors
     columns: Start | None = None  # the first per-column leaves: a NamedTuple of (B, L, ...) tensors
-    reads: Callable[[State, Span], Tensor] | None = None  # extra columns to read (B, R), -1 for padding
-    lookahead: Any = None  # the lookahead of a call that names none (FreeDave)
+    reads: Reads | None = None  # extra columns to read
+    lookahead: object = None  # the lookahead of a call that names none (FreeDave)
 
 
 def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
-    """One sampler from named bundles; `defaults` fills what nobody owns or assumes."""
-    slots: dict[str, Any] = {}
-    for slot, decides in SINGLE.items():
-        owners = [(name, b) for name, b in parts if getattr(b, slot) is not None]
-        if len(owners) > 1:
-            a, b = owners[0][0], owners[1][0]
-            raise DllmError(f"samplers {a!r} and {b!r} both decide the {slot}, {decides}; keep one of them")
-        assumed = [b.assumes[slot] for _, b in parts if slot in b.assumes]
-        if owners:
-            slots[slot] = getattr(owners[0][1], slot)
-        else:
-            slots[slot] = assumed[0] if assumed else getattr(defaults, slot)
+    """One sampler from named bundles; `defaults` fills what nobody owns or assumes. Errors: two owners of one slot,
+    needs that no cache meets."""
+    name = "+".join(name for name, _ in parts)
+    window = _settled("window", [(n, b.window, b.assumes.get("window")) for n, b in parts]) or defaults.window
+    score = _settled("score", [(n, b.score, b.assumes.get("score")) for n, b in parts]) or defaults.score
+    select = _settled("select", [(n, b.select, b.assumes.get("select")) for n, b in parts]) or defaults.select
+    assert window is not None and score is not None and select is not None, "the defaults fill these"
     bundles = [b for _, b in parts] + [defaults]
-    needs = Needs()
-    for bundle in bundles:
-        needs = needs | bundle.needs
+    needs = reduce(or_, (b.needs for b in bundles))
     if needs.caches == ():
-        raise DllmError(f"{'+'.join(name for name, _ in parts)}: no cache serves all of these samplers together")
-    starts = [slots["window"]] + [b for b in bundles]
-    settled = {slot: _bind(f, slots) for slot, f in slots.items()}
+        raise DllmError(f"{name}: no cache serves all of these samplers together")
     return Sampler(
-        name="+".join(name for name, _ in parts),
-        **settled,
-        adjust=tuple(_bind(f, settled) for b in bundles for f in b.adjust),
-        amend=tuple(_bind(f, settled) for b in bundles for f in b.amend),
+        name=name,
+        window=window,
+        inputs=_settled("inputs", [(n, b.inputs, b.assumes.get("inputs")) for n, b in parts]),
+        score=score,
+        select=select,
+        adjust=tuple(f for b in bundles for f in b.adjust),
+        amend=tuple(f for b in bundles for f in b.amend),
         needs=needs,
-        starts=tuple((s.memory, s.columns) for s in starts if s.memory or s.columns),
+        starts=((window.memory, window.columns), *((b.memory, b.columns) for b in bundles)),
         reads=tuple(b.reads for b in bundles if b.reads),
+        schedule=select if isinstance(select, Schedule) else None,
         lookahead=next((b.lookahead for b in bundles if b.lookahead is not None), None),
     )
 
 
-def _bind(f: Any, slots: dict[str, Any]) -> Any:
-    return f.bind(slots) if hasattr(f, "bind") else f
+def _settled(slot: str, parts: list[tuple[str, T | None, T | None]]) -> T | None:
+    """What fills a single slot: its owner's, else the first that a bundle assumes. parts: (name, owned, assumed)."""
+    owned = [(name, own) for name, own, _ in parts if own is not None]
+    if len(owned) > 1:
+        a, b = owned[0][0], owned[1][0]
+        raise DllmError(f"samplers {a!r} and {b!r} both decide the {slot}, {SINGLE[slot]}; keep one of them")
+    return next((own for _, own in owned), None) or next((like for *_, like in parts if like is not None), None)
 
 
 # The highest bar for a confidence: above 1 nothing reaches it, which switches the rule off (one token a step is left of

@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 NEEDS = {
     "committed": "reads committed columns too",
-    "generation": "reads columns outside the window",
-    "extra_rows": "feeds extra rows",
     "edits_length": "changes the length of a row",
     "revises": "takes back what it wrote",
     "may_idle": "a step may commit nothing",
@@ -147,7 +145,7 @@ def _range(meta: Any) -> str:
 
 def _needs(needs: Needs, reads: bool) -> list[str]:
     found = [text for key, text in NEEDS.items() if getattr(needs, key, False)]
-    return found + ["reads columns outside the window"] * (reads and not needs.generation)
+    return found + ["reads columns outside the window"] * reads
 
 
 # -- docs/samplers.md -----------------------------------------------------------------------------------------------

@@ -70,7 +70,6 @@ class Ring(NamedTuple):
 class Rule:
     """What both modes share: the base budget u, one for each row."""
 
-    scheduled = False
     memory = columns = None
     adjust: tuple = ()
 

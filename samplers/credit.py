@@ -78,7 +78,7 @@ class Credit(Method):
             token = pred.token
         mine = tokens == token[..., None]
         own = (pred.logits.gather(-1, token[..., None])[..., 0] - pred.lse).exp()  # p of the token
-        rest = (extra * ~mine).sum(-1) + torch.where(token == pred.argmax, own * pred._best[-1], 1 - own)
+        rest = (extra * ~mine).sum(-1) + torch.where(token == pred.argmax, own * pred.odds, 1 - own)
         odds = rest / (own * torch.where(mine, boost, 1.0).amax(-1))
         return Fused(pred, odds, token)
 
@@ -102,7 +102,7 @@ class Credit(Method):
         first_free = free & (free.cumsum(-1) == 1)
         hit = live & torch.where(same.any(-1, keepdim=True), same, first_free)
         tokens = torch.where(hit, top, tokens)
-        credit = credit + torch.where(hit, (1 + pred._best[-1])[..., None] ** -gamma, 0.0)
+        credit = credit + torch.where(hit, (1 + pred.odds)[..., None] ** -gamma, 0.0)
         more, read = tokens.shape[-1] - listed.token.shape[-1], view.cols >= 0
         view.columns[Listed] = Listed(
             view.scatter(F.pad(listed.token, (0, more)), tokens, read),
@@ -116,8 +116,8 @@ class Fused(Rescored):
 
     def __init__(self, raw: Prediction, odds: Tensor, token: Tensor) -> None:
         super().__init__(raw, 1 / (1 + odds), token)
-        self.odds = odds
+        self._against = odds
 
     @property
     def log_confidence(self) -> Tensor:
-        return -self.odds.log1p()
+        return -self._against.log1p()

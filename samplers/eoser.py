@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,6 @@ class Demote:
     gamma_min: float | None
     gamma_max: float
     context: Context
-    schedule: Any = None  # the progress of a selection with a schedule of its own (ASS)
-
-    def bind(self, slots: dict[str, Any]) -> Demote:
-        return replace(self, schedule=getattr(slots["select"], "progress", None))
 
     def __call__(self, view: View, soft: Prediction) -> Tensor:
         if self.eos is None:
@@ -39,12 +35,11 @@ class Demote:
 
     def factor(self, view: View) -> Tensor:
         """(B,) lambda of this step."""
-        low = self.gamma_min if self.gamma_min is not None else 0.4 if self.schedule is None else 0.01
-        if self.schedule is not None:
-            t = self.schedule(view)
-        else:
-            last = self.context.budget(view.state) - 1
+        t, usual = view.schedule.fraction(view) if view.schedule else None, 0.01
+        if t is None:
+            last, usual = self.context.budget(view.state) - 1, 0.4
             t = torch.where(last > 0, view.state.step.double() / last.clamp(min=1), 1.0).clamp(max=1)
+        low = usual if self.gamma_min is None else self.gamma_min
         return low + (self.gamma_max - low) * t
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View
+from dllm.decoding.slots import Context, View
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.quota import Quota
 
@@ -74,7 +74,6 @@ class KLASS(Method):
         whole = self.history == "generation"
         return Bundle(
             select=select,
-            needs=Needs(generation=whole),
             memory=_memory,
             columns=_columns,
             reads=beyond if whole else None,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.decoding.slots import Context, Inputs, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
+
+if TYPE_CHECKING:
+    from dllm.decoding.engine import Answer
 
 
 class Tried(NamedTuple):
@@ -22,15 +25,19 @@ class Tried(NamedTuple):
     token: Tensor  # and with what
 
 
+class Winner(NamedTuple):
+    """What the branches tell of a forward."""
+
+    branch: Tensor  # (B,) the copy that answers, 0: the row as it is
+
+
 @dataclass(frozen=True)
-class Branches:
+class Branches(Inputs):
     """Feeds every row as it is, and once more with each column that it tries filled; the surest copy answers.
 
     A row that tries fewer columns than its neighbours has padding for copies. All copies read their row's lane of the
     store; the row as it is leaves there what it would leave alone. The forward that opens an epoch has no branches.
     """
-
-    lanes: ClassVar[int] = 1
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         branch, token = state.columns[Tried]  # (B, L)
@@ -60,21 +67,19 @@ class Branches:
             lane=repeat(plan.lane),
         )
 
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
-        """The winner's logits (B, W, V). The first read of a forward, the step's own columns, decides the winner."""
-        rows = len(cols)
-        branches = logits.view(-1, *cols.shape, logits.shape[-1])  # (b, B, W, V)
-        if "winner" not in answer.notes:
-            answer.notes["winner"] = winner(branches, cols, answer)
-        return branches[answer.notes["winner"], torch.arange(rows, device=cols.device)]
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, Winner]:
+        """The winner's logits. The first read of a forward, the step's own columns, decides the winner."""
+        branches, won = logits.view(-1, *cols.shape, logits.shape[-1]), answer.extra  # (b, B, W, V)
+        if not isinstance(won, Winner):
+            won = Winner(surest(branches, cols, answer.state, answer.window))
+        return branches[won.branch, torch.arange(len(cols), device=cols.device)], won
 
 
-def winner(branches: Tensor, cols: Tensor, answer: Any) -> Tensor:
+def surest(branches: Tensor, cols: Tensor, state: State, window: Span) -> Tensor:
     """(B,) the copy with the highest mean confidence over the masks that it leaves in the window, lowest on ties.
 
     A copy that leaves none is sure of everything: its mean is 1.
     """
-    state, window = answer.state, answer.window
     if len(branches) == 1:
         return torch.zeros_like(state.step)
     at = cols.clamp(min=0)
@@ -111,7 +116,6 @@ class LoPA(Method):
             adjust=(exclude,),
             amend=(self.branch,),
             assumes={"select": Threshold(tau=self.tau).select},
-            needs=Needs(extra_rows=self.b - 1),
             columns=_columns,
         )
 
@@ -135,8 +139,9 @@ def _columns(canvas: Canvas) -> Tried:
 
 def won(view: View, pred: Prediction) -> Tensor:
     """(B, W) bool: the column that the winning branch had filled; nothing where the row itself won."""
+    assert isinstance(pred.extra, Winner)
     branch = view.gather(view.state.columns[Tried].branch)
-    return view.masked & (branch > 0) & (branch == pred.answer.notes["winner"][:, None])
+    return view.masked & (branch > 0) & (branch == pred.extra.branch[:, None])
 
 
 def exclude(view: View, pred: Prediction) -> Prediction:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -36,19 +36,11 @@ class Exit:
     tau: Callable[[Tensor], Tensor]  # progress (B,) -> threshold (B,)
     region: str | Region
     context: Context
-    progress: str  # auto | steps | tokens
+    progress: str  # steps | tokens | auto: steps where the selection has a fixed number of them
     base: int = 1
     start: int = 0
     length: int = 5
     skip: int = 1
-    elapsed: Callable[[View], Tensor] | None = None  # of a selection that skips steps of its schedule
-
-    def bind(self, slots: dict[str, Any]) -> Exit:
-        """`auto` measures a base with a fixed number of steps in steps, others in tokens."""
-        select, progress = slots["select"], self.progress
-        if progress == "auto":
-            progress = "steps" if getattr(select, "scheduled", False) else "tokens"
-        return replace(self, progress=progress, elapsed=getattr(select, "elapsed", None))
 
     def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
         inside = self.inside(view, pred)  # (B, W)
@@ -63,10 +55,10 @@ class Exit:
         """(B,) progress: steps of the budget, this one included, or committed columns of the window."""
         canvas = view.canvas
         size = (canvas.length - canvas.start).clamp(min=1)
-        if self.progress == "tokens":
+        if self.progress == "tokens" or (self.progress == "auto" and view.schedule is None):
             return 1 - canvas.masked.sum(1) / size
         total = size if self.context.steps is None else self.context.steps
-        done = view.state.step if self.elapsed is None else self.elapsed(view)
+        done = view.state.step if view.schedule is None else view.schedule.elapsed(view)
         return (done + self.base) / total
 
     # -- the region -------------------------------------------------------------------------------------------------

@@ -14,19 +14,18 @@ from torch import Tensor
 
 from dllm.decoding import noise
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.decoding.slots import Context, Needs, Schedule, View, rank
 from dllm.samplers.base import Bundle, Method
 from dllm.samplers.blocks import BlockMemory, first_block
 
 
 @dataclass(frozen=True)
-class Quota:
+class Quota(Schedule):
     """Commit the best `n` candidates; `steps` (None: one token a step) are spread over the row's blocks."""
 
     steps: int | None
     block_length: int
     aligned: bool = False
-    scheduled: ClassVar[bool] = True  # the number of steps is known in advance
 
     @classmethod
     def of(cls, context: Context) -> Self:

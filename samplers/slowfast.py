@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas, Plan, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, Window
+from dllm.decoding.slots import Context, Inputs, Needs, View, Window
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold
@@ -88,10 +88,8 @@ class Cycles(Window):
 
 
 @dataclass(frozen=True)
-class Truncation:
+class Truncation(Inputs):
     """From its second step on, a fast phase feeds nothing behind its region, nor behind what the step reads."""
-
-    lanes: ClassVar[int] = 1
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         cycle = state.memory[Cycle]
@@ -103,9 +101,6 @@ class Truncation:
         width = min(int(end.max()), plan.pos.shape[1])
         ids, pos = plan.ids[:, :width], plan.pos[:, :width]
         return plan._replace(ids=ids, pos=torch.where(pos < end[:, None], pos, -1), refresh=False)
-
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
-        return logits
 
 
 @dataclass(frozen=True)

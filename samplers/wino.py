@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,23 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.decoding.slots import Context, Inputs, Needs, View, rank
 from dllm.errors import DllmError
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.revoke import committed_here, decoded, remask
 
+if TYPE_CHECKING:
+    from dllm.decoding.engine import Answer
+
+
+class LeaveOneOut(NamedTuple):
+    """What the shadow tells of a forward; its head is run where somebody asks."""
+
+    logits: Callable[[], Tensor]  # (B, W, V) at the columns that the step reads
+
 
 @dataclass(frozen=True)
-class Shadow:
+class Shadow(Inputs):
     """Feeds a second, masked copy of the window's columns at the same positions, private to the forward.
 
     Nobody attends to the shadow but the shadow itself. A shadow column sees every real column but its own: its logits
@@ -26,7 +36,6 @@ class Shadow:
     """
 
     mask_id: int
-    lanes: ClassVar[int] = 1
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         shadow = columns(window)  # (B, E)
@@ -61,8 +70,8 @@ class Shadow:
             visible=torch.cat([visible, own.expand(n, -1, -1)], 2),
         )
 
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
-        return logits
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, LeaveOneOut]:
+        return logits, LeaveOneOut(answer.private)
 
 
 def columns(window: Span) -> Tensor:
@@ -115,7 +124,7 @@ class WINO(Method):
             inputs=Shadow(context.mask_id),
             select=self.select,
             amend=(self.verify,),
-            needs=Needs(committed=True, revises=True, extra_rows=context.block_length),
+            needs=Needs(committed=True, revises=True),
             memory=_memory,
         )
 
@@ -132,7 +141,8 @@ class WINO(Method):
         if not self.tau_verify or not bool(among.any()):
             return d
         token = view.gather(view.canvas.ids)
-        alone = Prediction(pred.answer.private(), view.cols)
+        assert isinstance(pred.extra, LeaveOneOut)
+        alone = Prediction(pred.extra.logits(), view.cols)
         now = alone.probability_of(alone.logits.gather(-1, token[..., None])[..., 0])
         return remask(view, d, now, among & (now < self.tau_verify), last - 1)
 

@@ -545,7 +545,8 @@ def test_eoser_demotes_the_end_early() -> None:
 def test_eoser_follows_the_schedule_of_ass() -> None:
     j = job(Scripted(peaks([(1, 0.5)] * 8, 8), eos=3), 8, "eoser+ass")
     state, window = j.sampler.window.open(j.queue)
-    factors = [j.sampler.score.factor(View(state._replace(step=torch.tensor([n])), window)).item() for n in range(3)]
+    views = (View(state._replace(step=torch.tensor([n])), window, j.sampler.schedule) for n in range(3))
+    factors = [j.sampler.score.factor(view).item() for view in views]
     assert factors == pytest.approx([0.13375, 0.38125, 0.87625])
 
 

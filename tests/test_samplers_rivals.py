@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import dllm
 from dllm.call.job import Job, prepare
-from dllm.decoding.canvas import Leaves, Span
+from dllm.decoding.canvas import Span
 from dllm.decoding.engine import step
 from dllm.decoding.invariants import Checked
 from dllm.decoding.prediction import Prediction
@@ -26,7 +25,7 @@ from dllm.models.hub import load
 from dllm.samplers import klass, pc, registry
 from dllm.samplers.base import Method
 from dllm.samplers.klass import Before
-from dllm.samplers.lopa import Tried, winner
+from dllm.samplers.lopa import Tried, surest
 from dllm.samplers.remdm import Posterior, weights
 from dllm.samplers.saber import Recorded
 from dllm.samplers.slowfast import Cycles
@@ -66,11 +65,10 @@ def job(n: int, sampler: Any, *, infill: list[int] | None = None, vocab: int = 8
     return prepare(model, [0, *infill], {**given, "max_new_tokens": 0, "infill": True})
 
 
-def first_step(j: Job, logits: Tensor, **answer: Any) -> tuple[View, Prediction]:
+def first_step(j: Job, logits: Tensor) -> tuple[View, Prediction]:
     """The view and the prediction of the first step, when the model answers `logits` (W, V) in the columns it reads."""
     state, window = j.sampler.window.open(j.queue)
-    stub = SimpleNamespace(state=state, window=window, notes={}, **answer)
-    return View(state, window), Prediction(logits[None], window.reads, answer=stub)
+    return View(state, window), Prediction(logits[None], window.reads)
 
 
 def selected(sampler: Method, logits: Tensor, infill: list[int] | None = None) -> set[int]:
@@ -392,11 +390,9 @@ def test_pc_cap_and_uniform_background() -> None:
 
 
 def test_pc_tables(tmp_path: Path) -> None:
-    words = SimpleNamespace(tokens={"a": 1, "b": 2})
-
     def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
-        return {"input_ids": [words.tokens[c] for c in text]}
+        return {"input_ids": ["ab".index(c) + 1 for c in text]}
 
     path = pc.estimate(["aab", "b"], tokenizer, tmp_path / "counts.json")
     assert path.read_text() == '{"1": 2, "2": 2}\n'
@@ -505,19 +501,22 @@ def test_slowfast_truncates_the_input_of_later_fast_steps() -> None:
 
 def test_lopa_follows_the_surest_branch() -> None:
     """Remaining means .50, .62, .58: branch 1."""
-    cols = torch.tensor([[1, 2, 3]])
     rows = [confident(0.5, 0.5, 0.5), confident(0.9, 0.62, 0.62), confident(0.58, 0.9, 0.58)]
-    canvas = SimpleNamespace(masked=torch.tensor([[False, True, True, True]]))
-    branch = torch.tensor([[0, 1, 2, 0]])
-    state = SimpleNamespace(canvas=canvas, step=torch.tensor([0]), columns=Leaves().plus(Tried(branch, branch)))
-    one = torch.tensor([1])
-    window = Span(one, one + 3, cols, one)
-    answer = SimpleNamespace(state=state, window=window)
-    assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [1]
-    branch[0, 1] = 0  # the first branch has no column to try
-    assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [2]
-    canvas.masked = torch.tensor([[False, False, True, False]])  # the second branch fills the last mask
-    assert winner(torch.stack(rows)[:, None], cols, answer).tolist() == [2]
+    state, window = (
+        job(3, "lopa").queue,
+        Span(torch.tensor([1]), torch.tensor([4]), torch.tensor([[1, 2, 3]]), torch.tensor([0])),
+    )
+
+    def followed(branch: list[int], masked: list[bool] | None = None) -> int:
+        """The branch that wins, when these fill the columns, 0 for none."""
+        tried = Tried(torch.tensor([branch]), torch.zeros(1, 4, dtype=torch.long))
+        canvas = state.canvas if masked is None else state.canvas._replace(masked=torch.tensor([masked]))
+        now = state._replace(canvas=canvas, columns=state.columns.plus(tried))
+        return surest(torch.stack(rows)[:, None], window.reads, now, window).item()
+
+    assert followed([0, 1, 2, 0]) == 1
+    assert followed([0, 0, 2, 0]) == 2  # the first branch has no column to try
+    assert followed([0, 0, 2, 0], [False, False, True, False]) == 2  # the second branch fills the last mask
 
 
 def test_lopa_commits_a_candidate_beside_the_winners_column() -> None:

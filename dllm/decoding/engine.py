@@ -77,7 +77,7 @@ def expanded(s: Sampler, state: State, window: Span, plan: Plan) -> Plan:
 
 def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
     """The whole step but the forward. Pure: equal arguments give equal states."""
-    view = View(state, window)
+    view = View(state, window, s.schedule)
     s.window.narrow(view, pred)
     soft = pred
     for adjust in s.adjust:  # for selection only
@@ -142,7 +142,7 @@ class Answer:
         self.model, self.s, self.options = model, s, options
         self.state, self.window, self.plan, self.queries = state, window, plan, queries
         self.hidden = hidden  # (copies B, Q + private, D)
-        self.notes: dict[str, Tensor] = {}  # what `inputs.reduce` found out, for the slots of the step
+        self.extra: object = None  # what `inputs.reduce` told of it
 
     def read(self, cols: Tensor) -> Prediction | None:
         """The prediction at `cols` (B, W); None where some column was not covered."""
@@ -182,7 +182,7 @@ class Answer:
         if self.options.blank:
             logits = torch.where(self._blank().repeat(copies)[:, None, None], logits[:, :1], logits)
         if self.s.inputs is not None:
-            logits = self.s.inputs.reduce(logits, cols, self)
+            logits, self.extra = self.s.inputs.reduce(logits, cols, self)
             logits[..., self.model.mask_id] = -torch.inf
         state, options = self.state, self.options
         if options.suppress:
@@ -192,7 +192,7 @@ class Answer:
             for eos in options.eos_ids:
                 logits[..., eos].masked_fill_(early, -torch.inf)
         law = options.law
-        return Prediction(logits, cols, law=law, seed=state.seed, step=state.step, more=self.read, answer=self)
+        return Prediction(logits, cols, law=law, seed=state.seed, step=state.step, more=self.read, extra=self.extra)
 
 
 @dataclass(eq=False)
@@ -217,7 +217,7 @@ class Runner:
             sub, sub_win, ids = state, win, requests
             if rows is not None:
                 sub, sub_win, ids = state.take(rows), win.take(rows), [requests[i] for i in rows.tolist()]
-            after = self.options.step(self.s, sub, sub_win, self(sub, sub_win, plan, ids))
+            after = self.options.step(self.s, sub, sub_win, self.predict(self.forward(sub, sub_win, plan, ids)))
             parts.append(Stepped(rows, after, sub_win))
         return parts
 
@@ -225,18 +225,16 @@ class Runner:
         """Steps that a lane has taken; lanes of the plain runner never drift apart."""
         return 0
 
-    def __call__(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Prediction:
-        return self.read(self.forward(state, window, plan, requests), window)
-
-    def read(self, answer: Answer, window: Span) -> Prediction:
+    def predict(self, answer: Answer) -> Prediction:
         """The prediction at the columns that the step reads."""
-        pred = answer.read(window.reads)
+        pred = answer.read(answer.window.reads)
         if pred is None:
             raise RuntimeError(f"cache plan does not cover the columns that sampler {self.s.name!r} reads")
         self.finite = self.finite & pred.finite
         return pred
 
     def forward(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Answer:
+        """Run a plan of these rows, and count it."""
         fed = expanded(self.s, state, window, plan)
         self.meter.forward(requests, fed)
         queries = plan.pos.shape[1]

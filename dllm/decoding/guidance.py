@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Plan, Span, State
+from dllm.decoding.slots import Inputs
+
+if TYPE_CHECKING:
+    from dllm.decoding.engine import Answer
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Guidance(Inputs):
     """logits = u + (scale + 1) (c - u), with u from the canvas whose given positions are masked. scale 0 is off."""
 
     scale: float
     mask_id: int
-    lanes: int = 2  # of the store, a row
+    lanes: ClassVar[int] = 2
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         given = state.canvas.frozen.gather(1, plan.pos.clamp(min=0)) & (plan.pos >= 0)
@@ -36,6 +40,6 @@ class Guidance:
             lane=lane,
         )
 
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Any) -> Tensor:
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, object]:
         conditional, unconditional = logits.chunk(2)
-        return unconditional + (self.scale + 1) * (conditional - unconditional)
+        return unconditional + (self.scale + 1) * (conditional - unconditional), None

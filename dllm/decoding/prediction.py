@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,7 @@ class Prediction:
         seed: Tensor | None = None,
         step: Tensor | None = None,
         more: Callable[[Tensor], Prediction | None] | None = None,
-        answer: Any = None,
+        extra: object = None,
     ) -> None:
         self.logits = logits  # (B, W, V), float32 at least
         self.cols = cols  # (B, W)
@@ -66,7 +65,7 @@ class Prediction:
         self.seed = torch.zeros_like(cols[:, 0]) if seed is None else seed
         self.step = torch.zeros_like(cols[:, 0]) if step is None else step
         self.more = more or (lambda _: None)
-        self.answer = answer  # the forward behind it (engine.Answer), for the private queries and notes of `inputs`
+        self.extra = extra  # what the inputs slot told of the forward (`Inputs.reduce`)
 
     # -- the token --------------------------------------------------------------------------------------------------
 
@@ -81,9 +80,19 @@ class Prediction:
         return self.argmax if self.law.greedy else self._draw[0]
 
     @property
+    def odds(self) -> Tensor:
+        """(B, W) odds against `argmax` under the raw law, summed without cancellation."""
+        return self._best[-1]
+
+    @property
+    def raw(self) -> Prediction:
+        """The prediction beneath what a link of the `adjust` chain made of it; itself where none did."""
+        return self
+
+    @property
     def finite(self) -> Tensor:
         """() bool: every column has a softmax. One NaN or +inf among its logits makes all of it NaN."""
-        return ~self._best[-1].isnan().any()
+        return ~self.odds.isnan().any()
 
     # -- scores: all (B, W), higher means surer ---------------------------------------------------------------------
 
@@ -131,7 +140,7 @@ class Prediction:
     def lse(self) -> Tensor:
         """(B, W) log-sum-exp of the raw logits."""
         top = self.argmax
-        return self.logits.gather(-1, top[..., None])[..., 0] + self._best[-1].log1p()
+        return self.logits.gather(-1, top[..., None])[..., 0] + self.odds.log1p()
 
     def probability_of(self, logit: Tensor) -> Tensor:
         """Raw probability of a token with this logit at the same columns."""
@@ -260,10 +269,13 @@ class Rescored(Prediction):
 
     def __init__(self, raw: Prediction, confidence: Tensor, token: Tensor | None = None) -> None:
         super().__init__(
-            raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, answer=raw.answer
+            raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra
         )
-        self.raw = raw
-        self._confidence, self._token = confidence, raw.token if token is None else token
+        self._beneath, self._confidence, self._token = raw, confidence, raw.token if token is None else token
+
+    @property
+    def raw(self) -> Prediction:
+        return self._beneath
 
     @property
     def token(self) -> Tensor:

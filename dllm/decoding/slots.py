@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.decoding.canvas import Canvas, Decision, Leaf, Leaves, Span, State
+from dllm.decoding.canvas import Canvas, Decision, Leaf, Leaves, Plan, Span, State
 from dllm.decoding.columns import scatter, spread
 
 if TYPE_CHECKING:
+    from dllm.decoding.engine import Answer
     from dllm.decoding.prediction import Prediction
+    from dllm.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Context:
     max_positions: int
     shift: int = 0
     block_size: int | None = None  # of a block-causal model: its blocks count from column 0
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     family: str = ""
 
     @property
@@ -54,30 +56,21 @@ class Needs:
     """What a sampler asks of the engine and the caches; checked when the sampler is built."""
 
     committed: bool = False  # reads committed columns of the window too
-    generation: bool = False  # keeps history over columns outside the window
-    extra_rows: int = 0  # additional query rows or branches a step
     edits_length: bool = False
     revises: bool = False  # may re-mask or edit what it wrote: no early stop inside a block
     may_idle: bool = False  # a step without a commit is legal
-    stochastic: bool = False  # draws keyed noise even at temperature 0
-    impure: bool = False  # a step depends on more than its state (global randomness, a clock): no lookahead
+    stochastic: bool = False  # an answer depends on its seed even at temperature 0
+    impure: bool = False  # a step depends on more than its state (global randomness, a clock): refused by lookahead
     filtered: bool = False  # confidences come from the law after temperature and filters
     caches: tuple[str, ...] | None = None  # the caches it works with; None for all
     caches_why: str = ""  # why no other cache serves it, as the end of a sentence
 
     def __or__(self, other: Needs) -> Needs:
-        values: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            a, b = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "caches":
-                values[f.name] = b if a is None else a if b is None else tuple(c for c in a if c in b)
-            elif f.name == "extra_rows":
-                values[f.name] = max(a, b)
-            elif f.name == "caches_why":
-                values[f.name] = ", and ".join(filter(None, (a, b)))
-            else:
-                values[f.name] = a or b
-        return Needs(**values)
+        mine, theirs = self.caches, other.caches
+        caches = theirs if mine is None else mine if theirs is None else tuple(c for c in mine if c in theirs)
+        why = ", and ".join(filter(None, (self.caches_why, other.caches_why)))
+        either = {name: flag or vars(other)[name] for name, flag in vars(self).items()}
+        return Needs(**{**either, "caches": caches, "caches_why": why})
 
 
 class Hold(NamedTuple):
@@ -88,6 +81,7 @@ class Hold(NamedTuple):
 
 
 Start: TypeAlias = Callable[[Canvas], Leaf | None]  # the first leaves of rows with this canvas
+Reads: TypeAlias = Callable[[State, Span], Tensor]  # (B, R) columns to read beside the window's, -1 for padding
 
 
 class Window(Protocol):
@@ -110,20 +104,77 @@ class Window(Protocol):
         return None
 
 
+class Inputs(Protocol):
+    """The slot that changes what is fed, and folds the answers back. Derive from it to have its defaults."""
+
+    lanes: ClassVar[int] = 1  # of the store, a row
+
+    def expand(self, plan: Plan, state: State, window: Span) -> Plan:
+        """The plan that is fed: `plan` with more queries behind its own, which nobody else reads, or with copies of all
+        its rows, one after the other. Row i of copy c is row c B + i."""
+        ...
+
+    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, object]:
+        """Logits (B, W, V) at `cols` (B, W) from those of all copies (copies B, W, V); and what the slots of this step
+        shall know of the forward, as `Prediction.extra`. `answer.extra` is what an earlier read of it returned."""
+        return logits, None
+
+
+class Score(Protocol):
+    """The slot that ranks the candidates."""
+
+    def __call__(self, view: View, soft: Prediction, /) -> Tensor:
+        """(B, W), higher commits earlier; ties go to the lowest position. `soft` is what `adjust` left."""
+
+
+class Select(Protocol):
+    """The slot that chooses the candidates to commit; one with a fixed number of steps is a `Schedule`, too."""
+
+    def __call__(self, view: View, soft: Prediction, score: Tensor, /) -> Tensor:
+        """(B, W) bool. The engine cuts it to `view.live`, and adds the best candidate where a row chose nothing."""
+
+
+class Adjust(Protocol):
+    """A link of the chain that changes the prediction, for score and select only."""
+
+    def __call__(self, view: View, soft: Prediction, /) -> Prediction:
+        """`soft`, or what stands for it from here on (`Prediction.rescored`)."""
+
+
+class Amend(Protocol):
+    """A link of the chain that changes the decision: exit, re-mask, edit, insert."""
+
+    def __call__(self, view: View, pred: Prediction, d: Decision, /) -> Decision:
+        """The decision from here on. `pred` is the raw prediction, whatever `adjust` did."""
+
+
+class Schedule(ABC):
+    """A `Select` whose number of steps is known in advance. Others read its progress as `view.schedule` (Prophet)."""
+
+    @abstractmethod
+    def elapsed(self, view: View) -> Tensor:
+        """(B,) steps of the schedule before this one, skipped ones included."""
+
+    def fraction(self, view: View) -> Tensor | None:
+        """(B,) progress behind this step, at most 1, of a schedule whose steps differ; None where each counts alike."""
+        return None
+
+
 class Sampler(NamedTuple):
     """Merged bundles: exactly what `step` runs."""
 
     name: str  # the names of its parts
     window: Window
-    inputs: Any  # None: the canvas as it is
-    score: Callable[[View, Prediction], Tensor]
-    select: Callable[[View, Prediction, Tensor], Tensor]
-    adjust: tuple[Callable[[View, Prediction], Prediction], ...]
-    amend: tuple[Callable[[View, Prediction, Decision], Decision], ...]
+    inputs: Inputs | None  # None: the canvas as it is
+    score: Score
+    select: Select
+    adjust: tuple[Adjust, ...]
+    amend: tuple[Amend, ...]
     needs: Needs
     starts: tuple[tuple[Start | None, Start | None], ...]  # of memory and of columns
-    reads: tuple[Callable[[State, Span], Tensor], ...]
-    lookahead: Any = None
+    reads: tuple[Reads, ...]
+    schedule: Schedule | None = None  # `select`, where its number of steps is known in advance
+    lookahead: object = None  # that of a call which names none, as `Lookahead.parse` takes it
     stop: Callable[[View, Canvas], Tensor] | None = None  # (B,) rows that end with the canvas after the decision
     spec: str = ""  # name and parameters as a specification
 
@@ -150,11 +201,12 @@ class View:
     `memory` and `columns` are copies: a slot assigns its leaves anew, never writes into a tensor.
     """
 
-    def __init__(self, state: State, window: Span) -> None:
+    def __init__(self, state: State, window: Span, schedule: Schedule | None = None) -> None:
         canvas, cols = state.canvas, window.reads
         self.state = state
         self.canvas = canvas
         self.window = window
+        self.schedule = schedule  # of the selection, where its number of steps is known in advance
         self.cols = cols  # (B, W) absolute columns, -1 for padding
         self._at = cols.clamp(min=0)
         self.masked = canvas.masked.gather(1, self._at) & (cols >= 0)  # (B, W)

@@ -114,7 +114,7 @@ class Follow(Method):
             return pred.rescored(pred.confidence, token=view.gather(view.columns[Teacher].ids))
 
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
-            raw = getattr(soft, "raw", soft)
+            raw = soft.raw
             agrees = raw.token == view.gather(view.columns[Teacher].ids)
             self.record(view, raw, agrees)
             if self.filter is None:
