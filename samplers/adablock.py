@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from dllm.errors import DllmError
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import BlockMemory
 from dllm.samplers.threshold import Threshold
+
+if TYPE_CHECKING:
+    from dllm.models.tokenizer import Tokenizer
 
 # The released delimiter sets: ids of the families' own vocabularies whose text holds a new line.
 PUBLISHED: dict[str, tuple[int, ...]] = {
@@ -141,15 +144,16 @@ class AdaBlock(Method):
     def _derived(self, context: Context) -> tuple[int, ...]:
         published = PUBLISHED.get(context.family, ())
         tokenizer = context.tokenizer
-        fits = tokenizer is not None and published and max(published) < context.vocab_size
-        if fits and all("\n" in tokenizer.decode([i]) for i in published):
+        fits = published and max(published) < context.vocab_size
+        if tokenizer is not None and fits and all("\n" in tokenizer.decode([i]) for i in published):
             return published
         return self._search(context, "\n")
 
     def _search(self, context: Context, text: str) -> tuple[int, ...]:
         if context.tokenizer is None:
             raise DllmError("adablock: this model has no tokenizer to find delimiters in: give delimiters=[token ids]")
-        ids = tuple(i for i in holding(context.tokenizer, text) if i < context.vocab_size)
+        found = holding(context.tokenizer, text)  # type: ignore[arg-type]  # tokenizers have a hash, their protocol none
+        ids = tuple(i for i in found if i < context.vocab_size)
         if not ids:
             raise DllmError(
                 f"adablock: no token of this tokenizer holds {text!r}: give delimiters=[...], texts or ids that it has"
@@ -158,7 +162,6 @@ class AdaBlock(Method):
 
 
 @lru_cache(maxsize=32)
-def holding(tokenizer: Any, text: str) -> tuple[int, ...]:
+def holding(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """The ids of a tokenizer whose decoded text holds `text`."""
-    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return tuple(i for i, piece in enumerate(pieces) if text in piece)
+    return tuple(i for i in range(len(tokenizer)) if text in tokenizer.decode([i]))

@@ -18,10 +18,11 @@ the other slots its progress as `view.schedule` (Prophet, EOSER).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict, TypeVar
 
 import dllm
 from dllm import spec
@@ -42,6 +43,7 @@ from dllm.decoding.slots import (
 from dllm.errors import DllmError, unknown
 
 T = TypeVar("T")
+Presets: TypeAlias = Mapping[str, Mapping[str, object]]  # name -> parameters
 
 SINGLE = {  # slots of one owner, and what they decide
     "window": "which columns may be committed",
@@ -132,7 +134,8 @@ class Method:
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
     cost: ClassVar[str] = "one row, the window's columns"
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    presets: ClassVar[Presets] = {}
+    example: ClassVar[Mapping[str, object]] = {}  # parameters that show the rule on a small model and a short answer
 
     def __post_init__(self) -> None:
         spec.check(self, f"sampler {self.name!r}")
@@ -143,12 +146,13 @@ class Method:
 
         The preset "published" is the class's own defaults.
         """
-        presets = {"published": {}, **cls.presets}
+        presets: Presets = {"published": {}, **cls.presets}
         if preset is not None and preset not in presets:
             raise unknown("preset", preset, presets, of=f"sampler {cls.name!r}")
         return cls(**spec.settings(f"sampler {cls.name!r}", cls, {**(presets[preset] if preset else {}), **params}))
 
     def bundle(self, context: Context) -> Bundle:
+        """The slots that this sampler owns or assumes in such a call. Errors: a call that it cannot serve, and why."""
         raise NotImplementedError
 
 

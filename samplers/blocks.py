@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -48,9 +48,9 @@ class Blocks(Window):
     holds: bool = field(default=False, metadata={"why": "a block stays open while `Hold` says so"})
 
     @classmethod
-    def of(cls, context: Context, **options: Any) -> Self:
+    def of(cls, context: Context, *, lone_opening: bool = False, holds: bool = False) -> Self:
         """The blocks of a call."""
-        return cls(context.block_length, aligned=context.block_size is not None, **options)
+        return cls(context.block_length, lone_opening, context.block_size is not None, holds)
 
     def memory(self, canvas: Canvas) -> BlockMemory:
         return BlockMemory.start(canvas)

@@ -6,18 +6,21 @@ import dataclasses
 import inspect
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from dllm.decoding.slots import Context, Needs
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError
 from dllm.samplers import registry
 from dllm.samplers.base import CHAINS, SINGLE, Bundle, Method
+
+if TYPE_CHECKING:
+    from dllm.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +35,38 @@ NEEDS = {
 }
 
 
+class ParameterEntry(TypedDict):
+    """A parameter of a sampler: its default, why that, and its range in words."""
+
+    name: str
+    default: object
+    why: str
+    range: str
+
+
+class Entry(TypedDict):
+    """Everything about one sampler, as `dllm samplers --json` has it."""
+
+    name: str
+    summary: str
+    text: str
+    source: str
+    parameters: list[ParameterEntry]
+    presets: dict[str, Mapping[str, object]]
+    owns: list[str]
+    assumes: list[str]
+    needs: list[str]
+    caches: tuple[str, ...] | None  # None: all
+    asks: str | None  # what it must be told first
+    cost: str
+    composes_with: list[str]
+
+
 class _Newlines:
     """Enough of a tokenizer to build every sampler without a model: id 3 is a new line."""
 
     def __len__(self) -> int:
         return 32
-
-    def batch_decode(self, ids: list[list[int]]) -> list[str]:
-        return [self.decode(i) for i in ids]
 
     def decode(self, ids: list[int]) -> str:
         return "".join("\n" if i == 3 else chr(64 + i) for i in ids)
@@ -59,7 +86,7 @@ def _contexts() -> tuple[Context, ...]:
         eos_ids=(2,),
         vocab_size=32,
         max_positions=512,
-        tokenizer=_Newlines(),
+        tokenizer=cast("Tokenizer", _Newlines()),
     )
     config = json.loads(files("dllm.assets").joinpath("tiny", "config.json").read_text(encoding="utf-8"))
     return plain, replace(plain, vocab_size=config["vocab_size"]), replace(plain, shift=1, block_size=8)
@@ -83,7 +110,7 @@ def clash(*names: str) -> str | None:
     return _build(*names)[1]
 
 
-def everything() -> list[dict[str, Any]]:
+def everything() -> list[Entry]:
     """All samplers described; one of another package that cannot be is left out with a warning."""
     found = []
     for name in registry.names():
@@ -95,16 +122,16 @@ def everything() -> list[dict[str, Any]]:
 
 
 @cache
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str) -> Entry:
     """Everything about one sampler. Errors: unknown name, another package's that does not load."""
     cls = registry.method(name)
     with registry.OTHERS.blamed(name):
         return _described(name, cls)
 
 
-def _described(name: str, cls: type[Method]) -> dict[str, Any]:
+def _described(name: str, cls: type[Method]) -> Entry:
     text = inspect.cleandoc(cls.__doc__ or "")
-    parameters = [
+    parameters: list[ParameterEntry] = [
         {
             "name": f.name,
             "default": f.default,
@@ -124,7 +151,7 @@ def _described(name: str, cls: type[Method]) -> dict[str, Any]:
         "source": cls.source,
         "parameters": parameters,
         "presets": dict(cls.presets),
-        "owns": [s for s in (*SINGLE, *CHAINS, "lookahead") if getattr(bundle, s)],
+        "owns": [s for s in (*SINGLE, *CHAINS, "lookahead") if vars(bundle)[s]],
         "assumes": sorted(bundle.assumes),
         "needs": _needs(bundle.needs, bool(bundle.reads)),
         "caches": bundle.needs.caches,
@@ -134,7 +161,7 @@ def _described(name: str, cls: type[Method]) -> dict[str, Any]:
     }
 
 
-def _range(meta: Any) -> str:
+def _range(meta: Mapping[str, Any]) -> str:
     low, high = meta["low"], meta["high"]
     if meta["choices"]:
         return ", ".join(map(str, meta["choices"]))
@@ -144,7 +171,7 @@ def _range(meta: Any) -> str:
 
 
 def _needs(needs: Needs, reads: bool) -> list[str]:
-    found = [text for key, text in NEEDS.items() if getattr(needs, key, False)]
+    found = [text for key, text in NEEDS.items() if vars(needs)[key]]
     return found + ["reads columns outside the window"] * reads
 
 
@@ -189,7 +216,7 @@ def markdown(pictured: Collection[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def facts(entry: dict[str, Any]) -> dict[str, str]:
+def facts(entry: Entry) -> dict[str, str]:
     """The lines below the parameters."""
     out = {"cost": entry["cost"]}
     if entry["asks"]:
@@ -203,7 +230,7 @@ def facts(entry: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def _values(values: dict[str, Any]) -> str:
+def _values(values: Mapping[str, object]) -> str:
     return ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction, Rescored
-from dllm.decoding.slots import Context, Needs, View, rank
-from dllm.samplers.base import Bundle, Method, param
+from dllm.decoding.slots import Adjust, Context, Needs, View, rank
+from dllm.samplers.base import Bundle, Method, Presets, param
 from dllm.samplers.blocks import Blocks
 
 WARM_UP = 5  # steps that only fill the history, as released
@@ -39,7 +39,7 @@ class CCD(Method):
     name: ClassVar[str] = "ccd"
     source: ClassVar[str] = "CCD, arXiv 2512.02044"
     cost: ClassVar[str] = "one row, the window's columns; mode 'mean' keeps depth x top distributions"
-    presets: ClassVar[dict] = {"paper": {"mode": "mean"}, "llada": {"mode": "mean", "depth": 2}}
+    presets: ClassVar[Presets] = {"paper": {"mode": "mean"}, "llada": {"mode": "mean", "depth": 2}}
 
     def bundle(self, context: Context) -> Bundle:
         rule = (Agree if self.mode == "agree" else Mean)(self, context)
@@ -71,7 +71,7 @@ class Rule:
     """What both modes share: the base budget u, one for each row."""
 
     memory = columns = None
-    adjust: tuple = ()
+    adjust: tuple[Adjust, ...] = ()
 
     def __init__(self, method: CCD, context: Context) -> None:
         self.m, self.context = method, context

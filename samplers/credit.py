@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction, Rescored
 from dllm.decoding.slots import Context, View
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.threshold import Threshold
 
 FREE = 0  # an unused slot; token ids are stored plus one, so that new slots may be zeros
@@ -45,7 +45,7 @@ class Credit(Method):
     name: ClassVar[str] = "credit"
     source: ClassVar[str] = "CreditDecoding, arXiv 2510.06133"
     cost: ClassVar[str] = "one row, the window's columns; a short list of tokens for each column"
-    presets: ClassVar[dict] = {
+    presets: ClassVar[Presets] = {
         "paper": {},
         "dinfer": {"alpha": 0.7, "beta": 0.8, "gamma": 0.2, "tau": 0.8, "tie": 1e-5},
         "tuning-free": {"tuning_free": True},

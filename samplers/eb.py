@@ -12,6 +12,8 @@ from dllm.decoding.slots import Context, View, rank
 from dllm.samplers import quota
 from dllm.samplers.base import Bundle, Method, param
 
+PROXIES = {"entropy": quota.entropy, "confidence": quota.confidence, "margin": quota.margin}
+
 
 @dataclass(frozen=True)
 class EB(Method):
@@ -24,14 +26,14 @@ class EB(Method):
     proxy: str | None = param(
         None,
         "None: entropy, the paper's order, or that of a sampler composed with it",
-        choices=(None, "entropy", "confidence", "margin"),
+        choices=(None, *PROXIES),
     )
 
     name: ClassVar[str] = "eb"
     source: ClassVar[str] = "EB-Sampler, arXiv 2505.24857"
 
     def bundle(self, context: Context) -> Bundle:
-        proxy = getattr(quota, self.proxy or "entropy")
+        proxy = PROXIES[self.proxy or "entropy"]
         if self.proxy is None:
             return Bundle(select=self.select, assumes={"score": proxy})
         return Bundle(score=proxy, select=self.select)

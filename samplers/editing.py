@@ -10,7 +10,7 @@ import torch
 from dllm.decoding.canvas import Canvas, Decision
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Hold, Needs, View
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold
 
@@ -29,7 +29,7 @@ class Editing(Method):
 
     name: ClassVar[str] = "editing"
     source: ClassVar[str] = "LLaDA2.1 (released code)"
-    presets: ClassVar[dict] = {"quality": {"tau": 0.7}, "speed": {"tau": 0.5}}
+    presets: ClassVar[Presets] = {"quality": {"tau": 0.7}, "speed": {"tau": 0.5}}
 
     def bundle(self, context: Context) -> Bundle:
         return Bundle(

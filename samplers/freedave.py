@@ -8,7 +8,7 @@ from typing import ClassVar
 from dllm.decoding.slots import Context
 from dllm.errors import DllmError
 from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Method, param
+from dllm.samplers.base import Bundle, Method, Presets, param
 from dllm.samplers.blocks import Blocks
 
 
@@ -36,7 +36,7 @@ class FreeDave(Method):
     name: ClassVar[str] = "freedave"
     source: ClassVar[str] = "FreeDave, arXiv 2510.00294"
     cost: ClassVar[str] = "`rows` rows, the window's columns"
-    presets: ClassVar[dict] = {
+    presets: ClassVar[Presets] = {
         "reference": {"retain": False, "multi_source": False, "cross_blocks": False},
         "reference_eager": {"retain": False, "multi_source": False, "eager": True},
         "reference_dream": {"retain": False, "multi_source": False, "cross_blocks": False, "lone_opening": True},
@@ -44,7 +44,7 @@ class FreeDave(Method):
 
     def bundle(self, context: Context) -> Bundle:
         names = ("rows", "retain", "multi_source", "cross_blocks")
-        lookahead = {name: getattr(self, name) for name in names}
+        lookahead = {name: vars(self)[name] for name in names}
         if self.eager:
             if not context.block_size:
                 raise DllmError(

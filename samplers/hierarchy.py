@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Decision
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 
 
@@ -32,7 +32,7 @@ class Hierarchy(Method):
 
     name: ClassVar[str] = "hierarchy"
     source: ClassVar[str] = "Hierarchy-dLLM, ICLR 2026; dInfer, arXiv 2510.08666"
-    presets: ClassVar[dict] = {"dinfer": {"tau_high": 0.9, "tau_low": 0.4}}
+    presets: ClassVar[Presets] = {"dinfer": {"tau_high": 0.9, "tau_low": 0.4}}
 
     def bundle(self, context: Context) -> Bundle:
         if self.tau_remask is None:

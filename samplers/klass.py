@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.quota import Quota
 
 ROWS = 1  # distributions compared at once: their temporaries stay in a CPU's cache
@@ -52,7 +52,7 @@ class KLASS(Method):
     name: ClassVar[str] = "klass"
     source: ClassVar[str] = "KLASS, arXiv 2511.05664"
     cost: ClassVar[str] = "one row, the window's columns (history=generation: all generated ones) and their last logits"
-    presets: ClassVar[dict] = {
+    presets: ClassVar[Presets] = {
         "paper": {"history": "generation"},
         "gsm8k": {"kappa": 0.6, "epsilon": 0.015},
         "math": {"kappa": 0.6, "epsilon": 0.01},
@@ -128,6 +128,6 @@ def divergence(pred: Prediction, logits: Tensor, lse: Tensor) -> Tensor:
 
     Equal to the sum of p (z - z') less the difference of the log-sum-exps: no logarithm of a probability.
     """
-    rows = zip(*(x.flatten(0, 1).split(ROWS) for x in (pred.logits, logits)), strict=True)
+    rows = zip(*(torch.split(x.flatten(0, 1), ROWS) for x in (pred.logits, logits)), strict=True)
     moved = [torch.linalg.vecdot(z.softmax(-1), (z - w).nan_to_num_(nan=0.0)) for z, w in rows]
     return torch.cat(moved).view(pred.cols.shape) - pred.lse + lse

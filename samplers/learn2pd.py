@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +51,8 @@ class Filter:
     def __post_init__(self) -> None:
         wanted = {"kind": KINDS, "feature": FEATURES, "revealed": ("fill", "model")}
         for key, choices in wanted.items():
-            if getattr(self, key) not in choices:
-                raise DllmError(f"filter: {key}={getattr(self, key)!r} must be one of {', '.join(choices)}")
+            if (given := vars(self)[key]) not in choices:
+                raise DllmError(f"filter: {key}={given!r} must be one of {', '.join(choices)}")
         shapes = {key: tuple(value.shape) for key, value in self.weights.items()}
         size, hidden = self.inputs, shapes.get("linear1.bias", (0,))[0]
         out = self.block_length if self.kind == "block" else 1
@@ -179,9 +179,9 @@ def feature_of(pred: Prediction, feature: str) -> Tensor:
     return pred.confidence.float()
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: object) -> str:
     """Sixteen hex digits of a tokenizer's vocabulary; empty without one."""
-    if not hasattr(tokenizer, "get_vocab"):  # None, too
+    if not hasattr(tokenizer, "get_vocab"):  # None, too  # foreign
         return ""
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -209,6 +209,9 @@ def accepted(filter_: Filter, tau: float, view: View, pred: Prediction) -> Tenso
     return spare.gather(1, at) & view.live
 
 
+Given: TypeAlias = Filter | str | Path | None
+
+
 @dataclass(frozen=True)
 class Learn2PD(Method):
     """Commit the columns that a trained filter holds for final, and always the schedule's most confident ones.
@@ -217,7 +220,7 @@ class Learn2PD(Method):
     the embedded model.
     """
 
-    filter: Any = param(None, "path of a filter (the reference's .pth too), or a Filter; None: the embedded model's")
+    filter: Given = param(None, "path of a filter (the reference's .pth too), or a Filter; None: the embedded model's")
     tau: float | None = param(None, "None: the filter's own, chosen on validation data; 1 accepts nothing", high=1)
 
     name: ClassVar[str] = "learn2pd"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LocalLeap(Method):
 
     name: ClassVar[str] = "localleap"
     source: ClassVar[str] = "LocalLeap, arXiv 2510.07081"
-    presets: ClassVar[dict] = {"dream": {"tau": 0.8}}  # DAWN's re-implementation for Dream
+    presets: ClassVar[Presets] = {"dream": {"tau": 0.8}}  # DAWN's re-implementation for Dream
 
     def bundle(self, context: Context) -> Bundle:
         return Bundle(select=self.select)

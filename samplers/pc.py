@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from torch import Tensor
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Method, param
+from dllm.samplers.base import Bundle, Method, Presets, param
+
+if TYPE_CHECKING:
+    from dllm.models.tokenizer import Tokenizer
 
 Frequencies = str | Path | Mapping[int, float] | Sequence[float] | Tensor | None
 
@@ -36,7 +39,7 @@ class PC(Method):
 
     name: ClassVar[str] = "pc"
     source: ClassVar[str] = "PC-Sampler, arXiv 2508.13021"
-    presets: ClassVar[dict] = {"sudoku": {"lam": 0.0}, "countdown": {"lam": 0.5}}
+    presets: ClassVar[Presets] = {"sudoku": {"lam": 0.0}, "countdown": {"lam": 0.5}}
 
     def bundle(self, context: Context) -> Bundle:
         background = table(self.frequencies, context.vocab_size)  # (V,) float64
@@ -53,7 +56,7 @@ def table(frequencies: Frequencies, vocabulary: int) -> Tensor:
     """(V,) float64 shares of the tokens. Errors: no such file, not a mapping of ids to numbers, ids out of range."""
     if frequencies is None:
         return torch.full((vocabulary,), 1 / vocabulary, dtype=torch.float64)
-    given: Any = frequencies
+    given: object = frequencies
     if isinstance(given, str | Path):
         try:
             given = json.loads(Path(given).read_text(encoding="utf-8"))
@@ -78,7 +81,7 @@ def table(frequencies: Frequencies, vocabulary: int) -> Tensor:
     return shares / total
 
 
-def estimate(texts: Iterable[str], tokenizer: Any, path: str | Path) -> Path:
+def estimate(texts: Iterable[str], tokenizer: Tokenizer, path: str | Path) -> Path:
     """Count the tokens of `texts` and write them as the JSON file that `frequencies` takes."""
     counts: Counter[int] = Counter()
     for text in texts:

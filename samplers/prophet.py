@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Method, param
+from dllm.samplers.base import Bundle, Method, Presets, param
 
-Region = Callable[[Canvas], Tensor]  # canvas -> (B, L) bool
+Region: TypeAlias = Callable[[Canvas], Tensor]  # canvas -> (B, L) bool
 REGIONS = ("auto", "suffix", "text", "span", "last_k", "all")
 
 
@@ -123,12 +123,14 @@ class Exit:
         return spans(lo, hi, self.length if short else int((hi - lo).max()))
 
 
-def _region(method: str, region: Any, start: int, length: int, context: Context) -> tuple[Any, int, int]:
+def _region(
+    method: str, region: str | tuple[int, int] | Region, start: int, length: int, context: Context
+) -> tuple[str | Region, int, int]:
     """Check a region. A pair (start, length) is a span relative to the generation."""
     if isinstance(region, list | tuple):
         if len(region) != 2 or not all(isinstance(x, int) for x in region):
             raise DllmError(f"{method}: region={region!r} must be a pair [start, length], relative to the generation")
-        region, (start, length) = "span", region
+        (start, length), region = region, "span"
     if not callable(region) and region not in REGIONS:
         known = ", ".join(REGIONS)
         raise DllmError(f"{method}: region={region!r} must be one of {known}, a pair [start, length] or a function")
@@ -171,7 +173,7 @@ class Prophet(Method):
     name: ClassVar[str] = "prophet"
     source: ClassVar[str] = "Prophet, arXiv 2508.19982"
     cost: ClassVar[str] = "one row, the window's and the region's columns; under cache dual a full forward at the exit"
-    presets: ClassVar[dict] = {
+    presets: ClassVar[Presets] = {
         "released": {"region": "suffix", "progress": "steps"},
         "maths": {"high": 8.0, "low": 3.5},
         "code": {"low": 4.5},

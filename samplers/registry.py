@@ -89,7 +89,8 @@ def method(name: str) -> type[Method]:
     """The class behind a name. Errors: unknown name, with the nearest one; another package's that does not load."""
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
-        return getattr(import_module(f"dllm.samplers.{module}"), attribute)
+        ours: type[Method] = vars(import_module(f"dllm.samplers.{module}"))[attribute]
+        return ours
     if name in OTHERS.points:
         return OTHERS.load(name)
     if name in TRANSLATED:
@@ -97,8 +98,9 @@ def method(name: str) -> type[Method]:
     raise unknown("sampler", name, names())
 
 
-Spec: TypeAlias = str | Mapping[str, Any] | Method | Iterable[Any]
-Tuned: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name or composition -> part -> parameters
+Spec: TypeAlias = str | Mapping[str, object] | Method | Iterable[Any]
+Settings: TypeAlias = Mapping[str, Any]  # parameters of one sampler
+Tuned: TypeAlias = Mapping[str, Mapping[str, Settings]]  # name or composition -> part -> parameters
 
 UNTUNED: Tuned = MappingProxyType({})
 TUNED, PUBLISHED = "tuned", "published"  # presets of every sampler: the model's own settings, the class's defaults
@@ -108,7 +110,7 @@ class Part(NamedTuple):
     """A method, and the model's own settings where it has its parameters from these."""
 
     method: Method
-    own: Mapping[str, Any] | None
+    own: Settings | None
 
 
 def parse(spec: Spec, tuned: Tuned = UNTUNED) -> list[Method]:
@@ -158,7 +160,7 @@ def resolve(spec: Spec, tuned: Tuned) -> list[Part]:
     return found
 
 
-def _built(part: Named, settings: Mapping[str, Any] | None) -> Part:
+def _built(part: Named, settings: Settings | None) -> Part:
     cls = method(part.name)
     if settings is None:
         with OTHERS.blamed(part.name):
@@ -235,6 +237,6 @@ def build(spec: Spec, context: Context, extra: Bundle = Bundle(), tuned: Tuned =
         score=confidence,
         select=Quota.of(context),
     )
-    if any(getattr(extra, slot) for slot in ("inputs", "adjust", "amend")):
+    if any((extra.inputs, extra.adjust, extra.amend)):
         parts.append(("this call", extra))
     return merge(parts, defaults)._replace(spec=_spelled(found, tuned))

@@ -12,7 +12,7 @@ from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas, Decision, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
-from dllm.samplers.base import Bundle, Method, param
+from dllm.samplers.base import Assumed, Bundle, Method, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 
@@ -50,7 +50,7 @@ class ReMDM(Method):
 
     def bundle(self, context: Context) -> Bundle:
         needs = Needs(committed=True, revises=True, may_idle=True, stochastic=self.schedule != REFINE)
-        assumes = {"window": Blocks(context.max_new_tokens)}
+        assumes: Assumed = {"window": Blocks(context.max_new_tokens)}
         if self.schedule == REFINE:
             law = Refine(self.fill, self.loops, self.k)
             return Bundle(select=law.select, amend=(law.revoke,), assumes=assumes, needs=needs, memory=law.memory)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.blocks import BlockMemory, Blocks
 from dllm.samplers.eb import EB
 
@@ -33,7 +33,7 @@ class SDAR(Method):
 
     name: ClassVar[str] = "sdar"
     source: ClassVar[str] = "SDAR, arXiv 2510.06303; LLaDA2.0, arXiv 2512.15745"
-    presets: ClassVar[dict] = {**{rule: {"rule": rule} for rule in RULES}, "llada2": {"tau": 0.95}}
+    presets: ClassVar[Presets] = {**{rule: {"rule": rule} for rule in RULES}, "llada2": {"tau": 0.95}}
 
     def bundle(self, context: Context) -> Bundle:
         share = Share(self.steps, context.block_length, context.block_size is not None)

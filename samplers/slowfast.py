@@ -12,7 +12,7 @@ from dllm.decoding.canvas import Canvas, Plan, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Inputs, Needs, View, Window
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold
 
@@ -121,7 +121,7 @@ class SlowFast(Method):
     name: ClassVar[str] = "slowfast"
     source: ClassVar[str] = "SlowFast, arXiv 2506.10848"
     cost: ClassVar[str] = "one row, the rest of the block; a fast phase feeds no column behind its region"
-    presets: ClassVar[dict] = {"released": {"tau": 0.9, "tau_min": 0.3, "most": 6}}
+    presets: ClassVar[Presets] = {"released": {"tau": 0.9, "tau_min": 0.3, "most": 6}}
 
     def bundle(self, context: Context) -> Bundle:
         return Bundle(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View, rank
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.blocks import Blocks
 
 
@@ -27,7 +27,7 @@ class Threshold(Method):
     source: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
     # `fastdllm_dream`: the released code for shifted models fills the first column of a block in the opening forward,
     # whatever its confidence, because its cached forwards cannot predict that column.
-    presets: ClassVar[dict] = {"dinfer": {"tie": 1e-5}, "fastdllm_dream": {"lone_opening": True}}
+    presets: ClassVar[Presets] = {"dinfer": {"tie": 1e-5}, "fastdllm_dream": {"lone_opening": True}}
 
     def bundle(self, context: Context) -> Bundle:
         window = Blocks.of(context, lone_opening=True) if self.lone_opening else None
@@ -54,7 +54,7 @@ class Factor(Method):
 
     name: ClassVar[str] = "factor"
     source: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618, section 4"
-    presets: ClassVar[dict] = {"compat": {"compat": True}}
+    presets: ClassVar[Presets] = {"compat": {"compat": True}}
 
     def bundle(self, context: Context) -> Bundle:
         return Bundle(select=self.select)

@@ -14,7 +14,7 @@ from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Inputs, Needs, View, rank
 from dllm.errors import DllmError
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.revoke import committed_here, decoded, remask
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class WINO(Method):
     name: ClassVar[str] = "wino"
     source: ClassVar[str] = "WINO, arXiv 2507.18578"
     cost: ClassVar[str] = "one row, the window's columns twice (the second time masked)"
-    presets: ClassVar[dict] = {
+    presets: ClassVar[Presets] = {
         "gsm8k": {"tau_draft": 0.6},
         "math": {"tau_draft": 0.7},
         "humaneval": {"tau_draft": 0.7},

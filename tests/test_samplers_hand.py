@@ -691,9 +691,6 @@ def test_a_delimiter_that_the_tokenizer_does_not_have() -> None:
         def __len__(self) -> int:
             return 8
 
-        def batch_decode(self, ids: list[list[int]]) -> list[str]:
-            return [chr(97 + i) for [i] in ids]
-
         def decode(self, ids: list[int], **_: Any) -> str:
             return "".join(chr(97 + i) for i in ids)
 

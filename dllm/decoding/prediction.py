@@ -149,7 +149,9 @@ class Prediction:
     def _chunks(self, *tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The logits, and (B, W) tables beside them, flattened and cut so that temporaries stay small."""
         rows = max(1, CHUNK.get(self.logits.device.type, CHUNK_ELSEWHERE) // self.logits.shape[-1])
-        return zip(self.logits.flatten(0, 1).split(rows), *(t.flatten().split(rows) for t in tables), strict=True)
+        return zip(
+            torch.split(self.logits.flatten(0, 1), rows), *(torch.split(t.flatten(), rows) for t in tables), strict=True
+        )
 
     def _joined(self, parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         joined = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))

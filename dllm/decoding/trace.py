@@ -6,7 +6,7 @@ import html
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dllm.errors import DllmError
 
@@ -36,7 +36,7 @@ class Trace:
     start: int | None = None  # the first generated column; None: behind the prompt
     prompt_text: str = ""
     cache: str = ""
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the call, as far as they are no defaults
+    arguments: dict[str, object] = field(default_factory=dict)  # of the call, as far as they are no defaults
     pieces: dict[int, str] = field(default_factory=dict)  # text of each token id, where a tokenizer is known
 
     @property
@@ -51,7 +51,7 @@ class Trace:
     def load(cls, path: str | Path) -> Trace:
         """Read a saved trace. Errors: a missing file, or one that is no trace."""
         try:
-            data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             data["pieces"] = {int(key): value for key, value in data.get("pieces", {}).items()}
             return cls(**data)
         except OSError as error:

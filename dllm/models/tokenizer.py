@@ -31,6 +31,9 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
         """The ids of a text under "input_ids"."""
 
+    def __len__(self) -> int:
+        """How many ids it has."""
+
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool = False) -> Any:
         """The text of ids."""
 
