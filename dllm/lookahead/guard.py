@@ -50,7 +50,7 @@ def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: St
         change = torch.where(chosen, -2.0, 2.0)[..., None].to(pred.logits.dtype) * delta * sign
         logits = pred.logits.scatter_add(-1, pred.argmax[..., None], change)
         other = Prediction(
-            logits, pred.cols, law=pred.law, seed=pred.seed, step=pred.step, more=pred.more, answer=pred.answer
+            logits, pred.cols, law=pred.law, seed=pred.seed, step=pred.step, more=pred.more, extra=pred.extra
         )
         same &= alike(after, step(s, state, window, other))
     return [i for i, ok in enumerate(same.tolist()) if not ok]
@@ -59,4 +59,4 @@ def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: St
 def alone(run: Runner, state: State, window: Span, lane: Tensor, request: int) -> State:
     """The step of one row by itself, on the forward of its plain call."""
     ((_, plan),) = run.policy.plan(state, window, lane)
-    return run.options.step(run.s, state, window, run(state, window, plan, [request]))
+    return run.options.step(run.s, state, window, run.predict(run.forward(state, window, plan, [request])))

@@ -199,7 +199,7 @@ class LookaheadRunner(Runner):
         """
         state, window = group.state, group.window
         answer = Answer(self.model, self.s, self.options, state, window, group.fed, hidden, group.planned)
-        pred = self.read(answer, window)
+        pred = self.predict(answer)
         after = self.options.step(self.s, state, window, pred)
         for i in self.doubts(group, pred, after, hit=hit, alone=alone):
             after = self.confirm(group, i, after)
