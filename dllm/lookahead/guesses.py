@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -162,11 +163,7 @@ def _take(rows: list[int], state: State, win: Span) -> tuple[State, Span]:
 
 def _gather(sources: list[Source]) -> State:
     """The states of several sources as one batch."""
-    parts = [s.state.take(torch.tensor([s.row], device=s.state.step.device)) for s in sources]
-    state = parts[0]
-    for part in parts[1:]:
-        state = state.cat(part)
-    return state
+    return reduce(State.cat, [s.state.take(torch.tensor([s.row], device=s.state.step.device)) for s in sources])
 
 
 class StalePredictions:
@@ -179,8 +176,8 @@ class StalePredictions:
         copies = max(len(s.pos) for s in sources)
 
         def stack(tables: list[Tensor], value: int) -> Tensor:  # (copies, B, Q + E, ...)
-            wide = [_widen(t, s.planned, self.planned, extra, value) for t, s in zip(tables, sources, strict=True)]
-            return torch.stack([_more(t, copies, value) for t in wide], 1)
+            own = zip(tables, sources, strict=True)
+            return torch.stack([_widen(t, s.planned, self.planned, extra, copies, value) for t, s in own], 1)
 
         self.ids = stack([s.ids for s in sources], 0)
         self.pos = stack([s.pos for s in sources], -1)
@@ -212,14 +209,8 @@ class StalePredictions:
         return Answer(self.model, self.s, self.options, state, win, plan, hidden, self.planned)
 
 
-def _more(x: Tensor, copies: int, value: int) -> Tensor:
-    """A table (own copies, ...) padded to `copies`."""
-    return torch.cat([x, x.new_full((copies - len(x), *x.shape[1:]), value)])
-
-
-def _widen(x: Tensor, planned: int, width: int, extra: int, value: int) -> Tensor:
-    """A table (copies, Q + E, ...) with its planned and its private columns padded to `width` and `extra`."""
-    tail = (0, 0) * (x.dim() - 2)
-    front, back = x[:, :planned], x[:, planned:]
-    front = F.pad(front, (*tail, 0, width - planned), value=value)
-    return torch.cat([front, F.pad(back, (*tail, 0, extra - back.shape[1]), value=value)], 1)
+def _widen(x: Tensor, planned: int, width: int, extra: int, copies: int, value: int) -> Tensor:
+    """A table (own copies, Q + E, ...) padded to `copies`, to `width` planned and to `extra` private columns."""
+    tail, more = (0, 0) * (x.dim() - 2), (0, copies - len(x))
+    front = F.pad(x[:, :planned], (*tail, 0, width - planned, *more), value=value)
+    return torch.cat([front, F.pad(x[:, planned:], (*tail, 0, extra + planned - x.shape[1], *more), value=value)], 1)

@@ -43,8 +43,7 @@ class Pace:
         """The account of these, kept for the life of the process; a new one where costs are recorded."""
         if setting.costs is not None:
             return cls(setting.costs)
-        mine = cls.known.setdefault(model, {})
-        return mine.setdefault((sampler.spec, policy, setting.drafter), cls())
+        return cls.known.setdefault(model, {}).setdefault((sampler.spec, policy, setting.drafter), cls())
 
     def learn(self, streak: int, guessed: int) -> None:
         """A round of `guessed` guesses, of which the first `streak` came true."""

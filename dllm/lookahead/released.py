@@ -34,7 +34,6 @@ def restart(row: RowMemo, block: int, fresh: bool) -> None:
 
     block: first column of its window; fresh: the forward had no guesses, since there was no prediction to draft from.
     """
-    if fresh:
-        row.home = block
+    row.home = block if fresh else row.home
     if block != row.home:
         row.recent = []

@@ -149,16 +149,14 @@ class LookaheadRunner(Runner):
     def close_round(self, row: RowMemo, group: Group, i: int) -> None:
         """Before a forward: learn from the last round, bring the store up to date, forget what cannot come up again."""
         query = group.query(i)
-        if row.guessed:
-            self.pace.learn(row.streak, row.guessed)
+        self.pace.learn(row.streak, row.guessed)
         self.pay(row, row.ledger.due(query))
         row.age(query, retain=self.setting.retain)
 
     def pay(self, row: RowMemo, debts: list[Evaluated]) -> None:
         """Write what hits owe the store: from their own keys and values, else by their forwards."""
         for answer in debts:
-            if answer.kv is not None:
-                assert self.store is not None
+            if answer.kv is not None and self.store is not None:
                 answer.kv.write(self.store, answer.branch.query)
             else:
                 packed = pack([[answer.branch._replace(parent=-1)]], self.model.device)
@@ -261,9 +259,8 @@ def share(guesses: list[list[Branch]], most: int | None) -> list[list[Branch]]:
     if spare >= total:
         return guesses
     order = sorted((g.depth, i, row) for row, gs in enumerate(guesses) for i, g in enumerate(gs))[:spare]
-    out: list[list[Branch]] = []
+    out = []
     for row, gs in enumerate(guesses):
-        kept = [i for _, i, r in sorted(order) if r == row]
-        place = {0: 0} | {i + 1: k + 1 for k, i in enumerate(kept)}
-        out.append([gs[i]._replace(parent=place[gs[i].parent]) for i in kept])
+        kept = [-1, *sorted(i for _, i, r in order if r == row)]  # -1: the true query
+        out.append([gs[i]._replace(parent=kept.index(gs[i].parent - 1)) for i in kept[1:]])
     return out
