@@ -7,6 +7,11 @@
 
 A number with an exponent is a number (`1e-3`), and so are `inf` and `nan`, as Python writes them; PyYAML, which follows
 YAML 1.1, takes them for text. An anchor that refers to itself is an error.
+
+A specification or a file becomes a dataclass: kinds come from the annotations, ranges and choices from `param`. This is
+written by hand. pydantic would take over `fit` and `schema`, about a hundred lines, but reads "3" and true as integers
+unless it is strict, and no mapping or list for a dataclass or tuple when it is; its errors would have to be put into
+our words one kind at a time, and every import of the package would wait for it.
 """
 
 from __future__ import annotations
@@ -541,12 +546,18 @@ def plain(made: object) -> Any:
     return [plain(item) for item in made] if isinstance(made, list | tuple) else made
 
 
-def schema(hint: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+# --------------------------------------------------------------------------------------------------------- JSON Schema
+
+Json = dict[str, Any]
+
+
+def schema(hint: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> Json:
     """The JSON Schema (2020-12) of what `fit` reads."""
     args = get_args(hint)
     match _form(hint):
         case "dataclass":
-            return _object(hint)
+            found = keys_of(hint)
+            return or_text(found) if "name" in found["properties"] else found
         case "literal":
             return {"enum": list(args)}
         case "tuple":
@@ -562,21 +573,55 @@ def schema(hint: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> dict[
     return {"type": KINDS[hint.__name__][2], **bounds} if isinstance(hint, type) and hint.__name__ in KINDS else {}
 
 
-def many(one: dict[str, Any]) -> dict[str, Any]:
+def many(one: Json) -> Json:
     """The schema of one value or a list of such."""
     return {"anyOf": [one, {"type": "array", "items": one}]}
 
 
-def _object(cls: Any) -> dict[str, Any]:
+def or_text(one: Json) -> Json:
+    """The schema of a mapping for which a text may stand."""
+    return {"anyOf": [{"type": "string"}, one]}
+
+
+def keys_of(cls: Any) -> Json:
+    """The schema of a dataclass as a mapping."""
     hints, properties = get_type_hints(cls), {}
     for f in fields(cls):
         why = {"description": f.metadata["why"]} if f.metadata else {}
         default = {"default": f.default} if isinstance(f.default, int | float | str) else {}
         properties[f.name] = {**schema(hints[f.name], f.metadata), **why, **default}
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    out = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    about = {"description": cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")}
-    return {"anyOf": [{"type": "string"}, out], **about} if "name" in properties else {**out, **about}
+    about = cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    return _mapping(properties, required, about)
+
+
+def _mapping(properties: Json, required: list[str], about: str) -> Json:
+    known = {"properties": properties, "required": required, "additionalProperties": False}
+    return {"type": "object", "description": about, **known}
+
+
+def names_of(classes: Mapping[str, Any], presets: Mapping[str, Collection[str]] = MappingProxyType({})) -> Json:
+    """The schema of what `named` reads for a table of classes, composed with "+" where there are presets."""
+    forms: list[Json] = []
+    for name, cls in classes.items():
+        known = keys_of(cls)
+        own: Json = {"name": {"const": name}}
+        if presets:
+            own["preset"] = {"enum": list(presets[name])}
+        own |= {key: known["properties"][key] for key in parameters(cls)}
+        forms.append(_mapping(own, ["name"], known["description"]))
+    part = rf"\s*(?:{'|'.join(classes)})\s*(?::(?:[^+]|\+[0-9.])*)?"
+    text = {"type": "string", "pattern": rf"^{part}(?:\+{part})*$" if presets else f"^{part}$"}
+    return {"anyOf": [{"enum": list(classes)}, text, *forms]}
+
+
+def document(known: Json) -> Json:
+    """The schema of a whole file, which may name the file that it `extends:` and then leave keys to it."""
+    base = {"extends": {"type": "string", "description": "another file as the base; the nearer one wins key by key"}}
+    needs = {"anyOf": [{"required": ["extends"]}, {"required": known["required"]}]}
+    body = {key: value for key, value in known.items() if key != "required"}
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **body, "properties": {**base, **known["properties"]}, **needs}
 
 
 # ------------------------------------------------------------------------------------------------------------- plugins

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dllm import spec
 from dllm.call.arguments import CacheSpec
+from dllm.decoding.cache.registry import POLICIES
 from dllm.errors import DllmError, unknown
 from dllm.eval.arguments import translated
 from dllm.models.arguments import Checkpoint
@@ -198,6 +199,30 @@ FIGURES = (
 # The keys of a file are those of Config, with the sweep in place of the settings.
 _AXES = ("model", "sampler", "cache", "generate", "speculate")
 _TOP = [f.name for f in fields(Config) if f.name not in ("settings", "source")] + [*_AXES, "extends", "matrix"]
+
+
+def schema() -> spec.Json:
+    """The JSON Schema of a file for `dllm eval`."""
+    config, task, generate = map(spec.keys_of, (Config, TaskSpec, GenerateSpec))
+    sampler = {"$ref": "#/$defs/sampler"}
+    task["properties"]["sampler"] = sampler
+    point = {
+        "model": spec.schema(ModelSpec),
+        "sampler": sampler,
+        "cache": spec.names_of(POLICIES),
+        "generate": generate,
+        "speculate": spec.or_text(spec.keys_of(SpeculateSpec)),
+    }
+    flat = {f"generate.{key}": one for key, one in generate["properties"].items()}
+    sweep = {
+        "type": "object",
+        "properties": {"label": {"type": "string"}, **{key: spec.many(one) for key, one in (point | flat).items()}},
+        "patternProperties": {r"^(model|sampler|cache|speculate)\.": {}},
+        "additionalProperties": False,
+    }
+    config["properties"] = {key: one for key, one in config["properties"].items() if key in _TOP}
+    config["properties"] |= {**point, "tasks": spec.many(spec.or_text(task)), "matrix": spec.many(sweep)}
+    return {**spec.document({**config, "required": ["tasks"]}), "$defs": {"sampler": registry.schema()}}
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -28,6 +28,7 @@ from scipy.stats import qmc
 from dllm.errors import DllmError
 from dllm.eval import metrics
 from dllm.eval.config import Setting, build, describe, gather
+from dllm.eval.config import schema as config_schema
 from dllm.eval.records import Sample
 from dllm.eval.report import table
 from dllm.eval.results import Results
@@ -38,6 +39,7 @@ from dllm.models.settings import SamplerSetting, write_settings
 from dllm.samplers import registry
 from dllm.samplers.base import Method
 from dllm.samplers.registry import Spec
+from dllm.spec import Json, keys_of
 from dllm.spec import build as from_mapping
 
 Choices = list[object] | dict[str, float]  # of one parameter: values, or a range from `low` to `high`
@@ -52,6 +54,12 @@ class TuneSpec:
     baseline: Any = "confidence"
     loss: float = 1.0  # percentage points, on every task
     trials: int = 32  # candidates, at most
+
+
+def schema() -> Json:
+    """The JSON Schema of a file for `dllm tune`."""
+    out = config_schema()
+    return {**out, "properties": {**out["properties"], "tune": keys_of(TuneSpec)}}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dllm.errors import DllmError, unknown
 from dllm.samplers.base import Bundle, Method, merge
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota, confidence
-from dllm.spec import Named, Plugins, named, render, split
+from dllm.spec import Json, Named, Plugins, many, named, names_of, render, split
 
 BUILTIN = {
     "confidence": "quota:Confidence",
@@ -128,6 +128,12 @@ def check(spec: Spec) -> None:
     for part in _parts(spec):
         if isinstance(part, Named):
             method(part.name).build(None if part.preset == TUNED else part.preset, **part.params)
+
+
+def schema() -> Json:
+    """The JSON Schema of a specification: a name, a mapping, or a list of these."""
+    known = {name: method(name) for name in names()}
+    return many(names_of(known, {name: (TUNED, PUBLISHED, *cls.presets) for name, cls in known.items()}))
 
 
 def published(spec: Spec) -> Spec:

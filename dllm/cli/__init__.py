@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dllm import __version__
-from dllm.cli import bench, data, generate, samplers, speculate
+from dllm.cli import bench, data, generate, samplers, schema, speculate
 from dllm.cli import eval as evaluation
 from dllm.cli import filter as filters
 from dllm.cli import train as training
@@ -48,6 +48,7 @@ app.add_typer(evaluation.eval_app, name="eval")
 app.command()(evaluation.tune)
 app.add_typer(data.data_app, name="data")
 app.command()(training.train)
+app.command()(schema.schema)
 app.add_typer(filters.filter_app, name="filter")
 app.command()(speculate.speculate)
 app.command()(speculate.align)

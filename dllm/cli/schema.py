@@ -1,0 +1,36 @@
+"""`dllm schema`: what a YAML file may say, as JSON Schema for editors."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Kind(StrEnum):
+    """What is described."""
+
+    EVAL = "eval"
+    TUNE = "tune"
+    TRAIN = "train"
+    ALIGN = "align"
+    SAMPLERS = "samplers"
+
+
+def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or specifications of samplers.")]) -> None:
+    """Print the JSON Schema (2020-12) of a YAML file: keys, types, ranges and what they are for."""
+    from dllm.eval import config, tuning
+    from dllm.samplers import registry
+    from dllm.spec import document, keys_of
+    from dllm.training.config import AlignConfig, TrainConfig
+
+    found = {
+        Kind.EVAL: config.schema,
+        Kind.TUNE: tuning.schema,
+        Kind.TRAIN: lambda: document(keys_of(TrainConfig)),
+        Kind.ALIGN: lambda: document(keys_of(AlignConfig)),
+        Kind.SAMPLERS: registry.schema,
+    }
+    typer.echo(json.dumps(found[kind](), indent=1))
