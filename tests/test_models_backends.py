@@ -257,6 +257,7 @@ ROUTERS = {
     "renormalised": MoEConfig(8, 3, 16, renormalize=True),
     "grouped": MoEConfig(8, 2, 16, "sigmoid", True, 2.5, 4, 2, expert_bias=True, shared_size=16),
     "idle experts": MoEConfig(40, 2, 16),
+    "narrow experts": MoEConfig(4, 2, 5),  # rows that the grouped product does not take
 }
 
 

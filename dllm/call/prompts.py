@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from dllm.decoding.stopping import valid_text
 from dllm.errors import DllmError
+from dllm.models.config import is_id
 from dllm.models.tokenizer import Message, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -136,11 +136,6 @@ def listed_ids(name: str, value: object, vocabulary: int) -> tuple[int, ...]:
     if bad := [i for i in ids if not 0 <= i < vocabulary]:
         raise DllmError(f"{name} holds {bad[0]}, outside the vocabulary of {vocabulary}")
     return ids
-
-
-def is_id(value: object) -> bool:
-    """Whether a value is an integer; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _kind(prompt: object) -> str:

@@ -34,8 +34,10 @@ def route(scores: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows x (R, H), sorted by expert, times their expert's weight (E, H, O) -> (R, O); `ends` (E,) closes segments."""
-    if x.dtype != torch.float64 and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return torch._grouped_mm(x, weight, offs=ends.int())
+    taped = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    aligned = not any(width * x.itemsize % 16 for width in weight.shape[1:])  # rows of the kernel are 16 bytes apart
+    if x.dtype != torch.float64 and aligned and not taped:
+        return F.grouped_mm(x, weight, offs=ends.int())
     bounds = [0, *ends.tolist()]
     used = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
     return torch.cat([x[a:b] @ weight[e] for e, a, b in used])
