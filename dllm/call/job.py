@@ -114,18 +114,18 @@ class Job:
     def new_traces(self) -> dict[int, Trace]:
         """The trace of each request, where they are asked for."""
         starts = self.queue.canvas.start.tolist() if self.args.trace else []
-        return {i: self._new_trace(self.prompts[i], start) for i, start in enumerate(starts)}
-
-    def _new_trace(self, prompt: list[int], start: int) -> Trace:
-        return Trace(
-            list(prompt),
-            self.queue.canvas.mask_id,
-            self.sampler.spec,
-            start=start,
-            prompt_text=self.stops.decode(prompt, special=True),
-            cache=self.policy.name,
-            arguments=json.loads(json.dumps(self.args.given(), default=str)),
-        )
+        return {
+            request: Trace(
+                list(prompt),
+                self.queue.canvas.mask_id,
+                self.sampler.spec,
+                start=start,
+                prompt_text=self.stops.decode(prompt, special=True),
+                cache=self.policy.name,
+                arguments=json.loads(json.dumps(self.args.given(), default=str)),
+            )
+            for request, (prompt, start) in enumerate(zip(self.prompts, starts, strict=False))
+        }
 
     def _seal(self, trace: Trace, final: list[int]) -> None:
         """Keep the final canvas and the text of its tokens."""

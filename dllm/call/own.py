@@ -19,8 +19,8 @@ TAKEN = {"sampler", "max_new_tokens", "seed", "n", "chat", "batch_size"}
 def answers(model: Model, decoder: OwnDecoder, prompt: object, given: Mapping[str, Any]) -> tuple[list[Output], bool]:
     """The answers, and whether the call had a single prompt. Errors: arguments that the decoder cannot honour."""
     args = Arguments.parse(given)
-    for name, value in given.items():
-        if name not in TAKEN and value != Arguments.__dataclass_fields__[name].default:
+    for name, value in args.given().items():
+        if name not in TAKEN:
             raise DllmError(f"{name}={value!r} does not apply to DiffusionGemma, which decodes itself; leave it out")
     options = decoder.options(args.sampler)
     listed, single = prompt_ids(model, prompt, args.chat)

@@ -37,7 +37,7 @@ Several: TypeAlias = (
 )
 Encoding: TypeAlias = Mapping[str, object]  # what a tokenizer returns: "input_ids", "attention_mask"
 Ids: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | Array
-Prompt: TypeAlias = One | Several | Array | Encoding | Sequence[Encoding]
+Prompt: TypeAlias = One | Several | Sequence[str] | Array | Encoding | Sequence[Encoding]
 Encode: TypeAlias = Callable[[Text], list[int]]
 
 

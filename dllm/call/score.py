@@ -44,10 +44,7 @@ def score(
     mask = mask_of(model)
     if answer is None:
         raise DllmError("score needs an answer: dllm.score(model, prompt, answer)")
-    prompt, reads, pads = joined(prompt, input_ids, attention_mask), partial(encode, model, chat=chat), padding(model)
-    head = unprompted(model) if prompt is None else read_one(prompt, reads, pads, "the prompt to score")
-    tail = read_one(answer, partial(encode, model, chat=False), pads, "the answer to score")
-    _check(model, head, tail)
+    head, tail = _read(model, joined(prompt, input_ids, attention_mask), answer, chat)
     text, given = torch.tensor(head + tail, device=model.device), len(head)
     masked, counts = _draw(len(tail), samples, seed, model.device)
     total = 0.0
@@ -61,8 +58,11 @@ def score(
     return total / samples
 
 
-def _check(model: Model, head: list[int], tail: list[int]) -> None:
-    """Errors: see `score`."""
+def _read(model: Model, prompt: Prompt | None, answer: Prompt, chat: bool | None) -> tuple[list[int], list[int]]:
+    """The ids of the prompt, and those of the answer. Errors: see `score`."""
+    reads, pads = partial(encode, model, chat=chat), padding(model)
+    head = unprompted(model) if prompt is None else read_one(prompt, reads, pads, "the prompt to score")
+    tail = read_one(answer, partial(encode, model, chat=False), pads, "the answer to score")
     if not tail:
         raise DllmError("the answer to score is empty")
     check_ids(head, model.embedding_rows, "the prompt")
@@ -75,6 +75,7 @@ def _check(model: Model, head: list[int], tail: list[int]) -> None:
         )
     if model.shift and not head:
         raise DllmError("with shifted logits position 0 cannot be predicted: pass a prompt of at least one token")
+    return head, tail
 
 
 def _draw(size: int, samples: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
