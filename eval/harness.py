@@ -361,7 +361,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
 
         def score(context: str, continuation: str) -> tuple[float, bool]:
             head, tail = self._pair(context, continuation)
-            greedy = self.check_greedy and self._greedy(head, len(tail)) == tail
+            greedy = self.check_greedy and self.greedy(head, len(tail)) == tail
             return self._score(head, tail), bool(greedy)
 
         return self._each(requests, "loglikelihood", score, (-math.inf, False), disable_tqdm)
@@ -408,7 +408,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         given = (self.model, head, tail)
         return dllm.score(*given, samples=samples, batch_size=rows, cfg_scale=guidance, seed=self.seed)
 
-    def _greedy(self, head: list[int], length: int) -> list[int]:
+    def greedy(self, head: list[int], length: int) -> list[int]:
         """One token a forward, the surest first, with no early end."""
         one_by_one: Decoding = {"block_length": length, "steps": length, "early_stop": False}
         out: Output = dllm.generate(self.model, head, sampler="confidence", max_new_tokens=length, **one_by_one)

@@ -66,7 +66,7 @@ def accuracy_against_tpf(cells: Sequence[Cell], methods: Mapping[str, str], path
     return _save(plt, figure, path)
 
 
-def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
+def commitwritten(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
     """One line a setting, one column a position: the colour is the forward that wrote it, on a logarithmic scale, since
     one setting takes two forwards where another takes forty. Grey was never written.
 
@@ -75,7 +75,7 @@ def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, wi
     plt = pyplot()
     if plt is None or not traces:
         return None
-    orders = [_order(trace) for _, trace in traces]
+    orders = [written(trace) for _, trace in traces]
     longest = max(len(order) for order in orders)
     width = min(longest, width or longest)
     grid = np.full((len(traces), width), np.nan)
@@ -96,7 +96,7 @@ def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, wi
     return _save(plt, figure, path)
 
 
-def _order(trace: Trace) -> list[float]:
+def written(trace: Trace) -> list[float]:
     """The forward (from 1) that wrote each column behind the prompt; NaN where none did."""
     order, start = trace.order, len(trace.prompt)
     end = max([len(trace.final), *(column + 1 for column in order)], default=start)

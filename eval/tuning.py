@@ -109,7 +109,7 @@ def tune(
     model = built.settings[0].model
     beside = locate(model.name, **model.hub) if save else None  # what cannot be saved is said before the work
     results = run(built, out=out, progress=progress)
-    found = _choose(results, spec, data)
+    found = choose(results, spec, data)
     if beside is None:
         return found
     settings = tuple(_settings(results, spec))
@@ -176,7 +176,7 @@ def _put(entry: Spec, chosen: Mapping[tuple[int, str], object]) -> Spec:
     return parts if isinstance(entry, list) else parts[0]
 
 
-def _choose(results: Results, spec: TuneSpec, data: Mapping[str, object]) -> Found:
+def choose(results: Results, spec: TuneSpec, data: Mapping[str, object]) -> Found:
     """The candidate of most tokens per forward among those that lose no more than allowed."""
     totals = {s.label: _total(results, s.label) for s in results.config.settings}
     order = sorted(totals, key=lambda label: -totals[label][1])

@@ -214,12 +214,7 @@ class Worker:
                 return
 
     def generate(
-        self,
-        setting: Setting,
-        prompts: Sequence[One],
-        decoding: Decoding,
-        seed: int,
-        trace: bool = False,
+        self, setting: Setting, prompts: Sequence[One], decoding: Decoding, seed: int, trace: bool = False
     ) -> list[Decoded]:
         """One batch by a setting's model, drafted where it says so; row i draws with `seed + i`."""
         model = self.model(setting.model)

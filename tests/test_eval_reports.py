@@ -19,7 +19,7 @@ from dllm.eval.report import compact, report, table
 from dllm.eval.results import Results, areas, results_of
 from dllm.eval.store import Store
 from dllm.eval.tasks import Task
-from dllm.eval.tuning import TuneSpec, _choose, candidates
+from dllm.eval.tuning import TuneSpec, candidates, choose
 
 PLAIN = {"name": "made-up", "tasks": ["sudoku"], "matrix": {"sampler": ["confidence", "threshold", "credit"]}}
 
@@ -142,7 +142,7 @@ def test_single_settings_are_compared_whatever_their_names(tmp_path):
 def test_plots_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     trace = Trace([1, 2], 9, "x", commits=[[[2, 5]], [[3, 6], [4, 7]]], final=[1, 2, 5, 6, 7, 9])
-    assert plots._order(trace)[:3] == [1, 2, 2] and plots._order(trace)[3] != plots._order(trace)[3]
+    assert plots.written(trace)[:3] == [1, 2, 2] and plots.written(trace)[3] != plots.written(trace)[3]
     assert plots.commit_order([("a", trace), ("b", trace)], tmp_path / "order.png", "t").stat().st_size > 5000
     assert plots.accepted({"a": [1, 2, 3], "b": [0]}, tmp_path / "accepted.png", "t").stat().st_size > 5000
     assert plots.accuracy_against_tpf([], {}, tmp_path / "none.png", "t") is None
@@ -177,7 +177,7 @@ def test_the_choice_is_the_fastest_within_the_loss(tmp_path, loss, choice):
     matrix = [{"label": "baseline", "sampler": "confidence"}, {"sampler": "threshold"}, {"sampler": [["credit"]]}]
     samples = [{**r, "setting": {"confidence": "baseline"}.get(r["setting"], r["setting"])} for r in ALL]
     results = folder_of(tmp_path, samples, matrix=matrix)
-    found = _choose(results, TuneSpec((), loss=loss), {"name": "made-up", "tasks": ["sudoku"]})
+    found = choose(results, TuneSpec((), loss=loss), {"name": "made-up", "tasks": ["sudoku"]})
     assert found.sampler in (choice, [choice])
     best = load(found.path)
     assert [s.sampler for s in best.settings] == [found.sampler] and "points" in best.about

@@ -298,6 +298,11 @@ def choose(name: str = "auto", allow_unconfined: bool = False) -> None:
     _choice = (name, allow_unconfined)
 
 
+def afresh() -> None:
+    """Find out again what works here."""
+    _sandbox.cache_clear()
+
+
 def unconfined_allowed() -> bool:
     """Whether the user has given leave to run programs unconfined."""
     return _choice[1]
