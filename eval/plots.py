@@ -66,7 +66,7 @@ def accuracy_against_tpf(cells: Sequence[Cell], methods: Mapping[str, str], path
     return _save(plt, figure, path)
 
 
-def commitwritten(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
+def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
     """One line a setting, one column a position: the colour is the forward that wrote it, on a logarithmic scale, since
     one setting takes two forwards where another takes forty. Grey was never written.
 
