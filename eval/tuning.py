@@ -20,7 +20,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from scipy.stats import qmc
@@ -50,8 +49,8 @@ Axes = dict[tuple[int, str], Choices]  # (part of the composition, parameter) ->
 class TuneSpec:
     """What to search."""
 
-    space: tuple[Any, ...]
-    baseline: Any = "confidence"
+    space: tuple[Spec, ...]
+    baseline: Spec = "confidence"
     loss: float = 1.0  # percentage points, on every task
     trials: int = 32  # candidates, at most
 

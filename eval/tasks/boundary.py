@@ -152,7 +152,7 @@ def raised(problem: BaseException, opaque: Opaque) -> Message:
     return {"raised": [lineage(type(problem)), arguments]}
 
 
-def error(said: Sequence[Any], known: Known, remote: Remotely) -> BaseException:
+def error(said: tuple[Sequence[object], Sequence[object]], known: Known, remote: Remotely) -> BaseException:
     """The exception that the other side raised, of its lineage and its arguments."""
     names, arguments = said
     values = [decode(value, remote) for value in arguments]
