@@ -17,14 +17,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dllm.call.output import Output
 from dllm.cli.options import decoding, loaded, takes
-from dllm.decoding.trace import BLANK
+from dllm.decoding.trace import BLANK, Trace
 from dllm.errors import DllmError
 
 if TYPE_CHECKING:
     from dllm.call.arguments import DecodingArguments
-    from dllm.call.output import Output
-    from dllm.decoding.trace import Trace
     from dllm.models.model import Model
 
 
@@ -236,8 +235,6 @@ def trace(
     ] = None,
 ) -> None:
     """Show which forward committed which token: in the terminal, or as an .html page or an .svg picture."""
-    from dllm.decoding.trace import Trace
-
     loaded = Trace.load(source)
     if target is not None and target.suffix not in (".html", ".svg"):
         raise DllmError(f"{target}: a trace is written as .html or .svg")

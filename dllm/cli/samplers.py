@@ -119,6 +119,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         except DllmError as error:
             typer.echo(f"no picture of {sampler}: {error}", err=True)
             continue
+        assert out.trace is not None  # it was asked for
         catalog.picture(out.trace, folder / "samplers" / f"{sampler}.png", f"{sampler}: {out.nfe} forwards")
         pictured.add(sampler)
     (folder / "samplers.md").write_text(catalog.markdown(pictured), encoding="utf-8")
