@@ -112,7 +112,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     pictured = set()
     for sampler in tqdm(registry.names(), desc="pictures"):
         try:
-            spec = {"name": sampler, **PICTURED.get(sampler, {})}
+            spec = {"name": sampler, **registry.method(sampler).example}
             out = dllm.generate(
                 model, ids, sampler=spec, max_new_tokens=48, block_length=16, early_stop=False, trace=True
             )
@@ -123,7 +123,3 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         catalog.picture(out.trace, folder / "samplers" / f"{sampler}.png", f"{sampler}: {out.nfe} forwards")
         pictured.add(sampler)
     (folder / "samplers.md").write_text(catalog.markdown(pictured), encoding="utf-8")
-
-
-# settings at which a small model and a short answer show what a sampler does
-PICTURED: dict[str, dict[str, Any]] = {"daedal": {"initial": 8, "factor": 4, "tail": 4, "tau_low": 0.3}}
