@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from dllm.cli.options import loading, located, takes
 
 if TYPE_CHECKING:
     from dllm.models.arguments import Checkpoint
+    from dllm.samplers.catalog import Entry
 
 
 @takes(loading)
@@ -59,7 +60,7 @@ def _defaults() -> str:
     return f"default sampler: {FamilyDefaults().sampler}; by family: {families}"
 
 
-def _one(e: dict[str, Any]) -> None:
+def _one(e: Entry) -> None:
     from dllm.samplers import catalog
 
     console = Console()
