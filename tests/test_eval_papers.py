@@ -201,7 +201,7 @@ def test_getting_data(tmp_path, monkeypatch):
     with pytest.raises(DllmError, match="unknown benchmark 'gsm9k'; did you mean 'gsm8k'"):
         data.get("gsm9k", tmp_path)
     package = [{**row, "more": 1} for row in data.EXAMPLES["humaneval"]]
-    monkeypatch.setattr(data, "_packaged", lambda: package)
+    monkeypatch.setattr(data, "packaged", lambda: package)
     assert data.get("humaneval", tmp_path) == {tmp_path / "humaneval" / "test.jsonl": 2}
 
 
