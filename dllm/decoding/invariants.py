@@ -8,7 +8,6 @@ Every step is then taken twice and checked: about twice the time of the samplers
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class Checked:
 
     def __call__(self, s: Sampler, state: State, window: Span, pred: Prediction) -> State:
         """The state after the step. Errors: `Broken`."""
-        kept, random = _copy(state), torch.get_rng_state()
+        kept, random = state.take(torch.arange(state.rows, device=state.step.device)), torch.get_rng_state()
         after = step(s, state, window, pred)
         self.steps += 1
         _require(s, "the step wrote into the state it was given", _same(kept, state))
@@ -104,23 +103,12 @@ def _require(s: Sampler, what: str, holds: Tensor | bool) -> None:
         raise Broken(f"{s.name}: {what} (rows {broken.nonzero().flatten().tolist()})")
 
 
-def _copy(value: Any) -> Any:
-    """A deep copy of the tensors of a nest."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return type(value)({key: _copy(v) for key, v in value.items()})
-    if isinstance(value, tuple):
-        return type(value)(*map(_copy, value)) if hasattr(value, "_fields") else tuple(map(_copy, value))
-    return value
-
-
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     """Whether two nests hold equal tensors."""
-    if isinstance(a, Tensor):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-    if isinstance(a, dict):
+    if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(v, b[key]) for key, v in a.items())
-    if isinstance(a, tuple):
+    if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
