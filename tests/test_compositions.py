@@ -158,7 +158,7 @@ def test_a_default_score_yields() -> None:
             run((), "none", sampler=clash)
 
 
-def test_the_mission_composition_under_every_cache() -> None:
+def test_adablock_credit_and_prophet_under_every_cache() -> None:
     for cache_ in EVERY_CACHE:
         assert works(("adablock", "credit", "prophet"), cache_)
 
