@@ -103,20 +103,20 @@ def test_heuristic_and_fixed():
         (dict(length={"name": "cost", "k_mac": 3}), "did you mean 'k_max'"),
         (dict(length="cost:margin=wide"), "margin='wide' must be a number"),
         (dict(length="cost:k_max=true"), "k_max=True must be an integer"),
-        (dict(length="adl:rho=7"), "rho in"),
-        (dict(length="failfast:tau=2"), "probability"),
+        (dict(length="adl:rho=7"), r"rho=7 must be in \(0, 1\]"),
+        (dict(length="failfast:tau=2"), r"tau=2 must be in \[0, 1\]"),
         (dict(length=5), "a length controller is a name"),
         (dict(length=Fixed), "a length controller is a name"),
         (dict(search="eal:lam=x"), "lam='x' must be a number"),
         (dict(search="eal:lam=nan"), "lam=nan must be a number"),
-        (dict(search="eal:lam=1.5"), r"lam of a search lies in \[0, 1\]"),
-        (dict(search="cps:beam=0"), "beam of a search must be at least 1"),
+        (dict(search="eal:lam=1.5"), r"lam=1.5 must be in \[0, 1\]"),
+        (dict(search="cps:beam=0"), "beam=0 must be at least 1"),
         (dict(search="tree:fanout=2.5"), "fanout=2.5 must be an integer"),
         (dict(search=EAL), "a search is a name"),
         (dict(tree=2.5), "tree=2.5 must be an integer"),
         (dict(tree="many"), "tree='many' must be an integer"),
         (dict(tau_mass="most"), "tau_mass='most' must be a number"),
-        (dict(m_max=0), "m_max from 1 on"),
+        (dict(m_max=0), "m_max=0 must be at least 1"),
         (dict(decay=0), "decay"),
         (dict(corpus=["a text"]), "corpus is a list of id sequences"),
         (dict(graft="suffix:min_match=0", tree=4), "min_match must be at least 1"),
@@ -264,17 +264,17 @@ def test_calibrate_measures_both_models():
 def test_costs_outlive_a_call():
     model, noise = tiny_verifier(), Noise()
     dllm.speculate(model, noise, PROMPT, max_new_tokens=10)
-    (controller,) = as_verifier(model).measured.controllers.values()
+    (controller,) = as_verifier(model).controllers.values()
     assert controller.verify.keys
     dllm.speculate(model, noise, PROMPT, max_new_tokens=10)
-    assert len(as_verifier(model).measured.controllers) == 1
+    assert len(as_verifier(model).controllers) == 1
 
 
 def test_costs_and_calibration_belong_to_the_pair_record_and_pause_to_the_text():
     model, noise = tiny_verifier(), Noise()
     for _ in range(2):
         dllm.speculate(model, noise, PROMPT, max_new_tokens=20)
-    (c,) = as_verifier(model).measured.controllers.values()
+    (c,) = as_verifier(model).controllers.values()
     one = c.fork()
     assert one.costs is c.costs and one.verify.keys and one.draft.keys and c.costs.overhead > 0
     assert c.costs.tries > 4 and c.costs.calib.tries.sum() > 0 and one.calib.tries.sum() > 0

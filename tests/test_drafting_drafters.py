@@ -525,7 +525,7 @@ def test_retrieved_trees_hold_what_followed_every_match(name):
 
 def test_controllers_are_kept_while_their_drafter_lives():
     model = tiny_verifier()
-    kept, controllers = Noise(), as_verifier(model).measured.controllers
+    kept, controllers = Noise(), as_verifier(model).controllers
     for _ in range(3):
         dllm.speculate(model, Noise(), [3, 4], max_new_tokens=3)
         dllm.speculate(model, kept, [3, 4], max_new_tokens=3)

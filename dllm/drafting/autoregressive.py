@@ -69,11 +69,8 @@ class ARDrafter(Drafter):
 
     def _feed(self, ids: list[int]) -> Tensor:
         """Logits behind `ids`; the cache is first rolled back to the longest prefix that it shares with them."""
-        same = 0
-        for a, b in zip(self.known, ids[:-1], strict=False):
-            if a != b:
-                break
-            same += 1
+        pairs = enumerate(zip(self.known, ids[:-1], strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(self.known), len(ids) - 1))
         if same < len(self.known):  # a crop also trims a sliding window, after which nothing more can be taken back
             self.cache.crop(same - len(self.known))
         self.forwards += 1

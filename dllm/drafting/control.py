@@ -13,12 +13,12 @@ import math
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import numpy as np
 
 from dllm.drafting.proposal import Proposal
 from dllm.errors import DllmError
+from dllm.spec import check, param
 
 
 @dataclass
@@ -58,13 +58,9 @@ class RoundStats:
     @property
     def wall(self) -> dict[str, float]:
         """Seconds per stage."""
-        return {
-            "draft": self.t_draft,
-            "search": self.t_search,
-            "verify": self.t_verify,
-            "commit": self.t_commit,
-            "other": self.t_other,
-        }
+        return dict(
+            draft=self.t_draft, search=self.t_search, verify=self.t_verify, commit=self.t_commit, other=self.t_other
+        )
 
     @property
     def seconds(self) -> float:
@@ -82,6 +78,10 @@ class Controller:
 
     k_max: int = 32
     rows: int = 1
+
+    def __post_init__(self) -> None:
+        """The settings of one that is a dataclass. Errors: another kind, out of range."""
+        check(self, type(self).__name__)
 
     def fork(self) -> Controller:
         """A copy for another row or another text."""
@@ -110,13 +110,18 @@ class Controller:
         """Learn from a finished round."""
 
 
+@dataclass(eq=False)
 class Fixed(Controller):
     """Always `k`."""
 
-    def __init__(self, k: int = 8) -> None:
-        self.k_max = _positive("k", k)
+    k: int = param(8, "pays with most pairs", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.k_max = self.k
 
 
+@dataclass(eq=False)
 class ADL(Controller):
     """Adaptive draft length of DiffuSpec (arXiv 2510.02358): k follows a moving average of the generated length.
 
@@ -125,25 +130,19 @@ class ADL(Controller):
     `ema_init` "zero" is the printed rule, "first" starts both averages at the first round.
     """
 
-    def __init__(
-        self,
-        k_min: int = 20,
-        k_max: int = 30,
-        delta: int = 10,
-        rho: float = 0.5,
-        count_bonus: bool = True,
-        ema_init: str = "zero",
-        k_first: int | None = None,
-    ) -> None:
-        if ema_init not in ("zero", "first"):
-            raise DllmError(f"ema_init is 'zero' or 'first', not {ema_init!r}")
-        if not 1 <= k_min <= k_max:
-            raise DllmError(f"adl needs 1 <= k_min <= k_max, got {k_min} and {k_max}")
-        if not 0 < rho <= 1 or delta < 0 or (k_first is not None and k_first < 1):
-            raise DllmError(f"adl needs rho in (0, 1], delta >= 0, k_first >= 1, got {rho}, {delta} and {k_first}")
-        self.k_min, self.k_max, self.delta, self.rho = k_min, k_max, delta, rho
-        self.count_bonus, self.ema_init = count_bonus, ema_init
-        self.k = k_max if k_first is None else k_first
+    k_min: int = param(20, "the paper's", low=1)
+    k_max: int = param(30, "the paper's", low=1)
+    delta: int = param(10, "the paper's", low=0)
+    rho: float = param(0.5, "the paper's", above=0, high=1)
+    count_bonus: bool = param(True, "without it k never grows")
+    ema_init: str = param("zero", "the printed rule", choices=("zero", "first"))
+    k_first: int | None = param(None, "k_max", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k_min > self.k_max:
+            raise DllmError(f"adl needs 1 <= k_min <= k_max, got {self.k_min} and {self.k_max}")
+        self.k = self.k_max if self.k_first is None else self.k_first
         self.gen = self.acc = 0.0
         self.rounds = 0
 
@@ -164,16 +163,16 @@ class ADL(Controller):
         self.k = min(max(math.floor(self.gen) + grow, self.k_min), self.k_max)
 
 
+@dataclass(eq=False)
 class FailFast(Controller):
     """Draft chunk after chunk while every new token is confident (FailFast, arXiv 2512.20573; defaults as released).
 
     The chunk that holds the first doubtful token is still submitted.
     """
 
-    def __init__(self, chunk: int = 10, tau: float = 0.45, k_max: int = 60) -> None:
-        if not 0 <= tau <= 1:
-            raise DllmError(f"tau of failfast is a probability, got {tau}")
-        self.chunk, self.tau, self.k_max = _positive("chunk", chunk), tau, _positive("k_max", k_max)
+    chunk: int = param(10, "as released", low=1)
+    tau: float = param(0.45, "as released", low=0, high=1)
+    k_max: int = param(60, "as released", low=1)
 
     def next_k(self, room: int) -> int:
         """One chunk."""
@@ -187,11 +186,12 @@ class FailFast(Controller):
         return max(0, min(self.chunk, self.k_max - len(conf), room - len(conf)))
 
 
+@dataclass(eq=False)
 class Heuristic(Controller):
     """The rule of transformers' assisted generation: two more after a full acceptance, else one less."""
 
-    def __init__(self, k: int = 5, k_max: int = 64) -> None:
-        self.k, self.k_max = _positive("k", k), _positive("k_max", k_max)
+    k: int = param(5, "transformers' first one", low=1)
+    k_max: int = param(64, "a draft as long as a paragraph", low=1)
 
     def next_k(self, room: int) -> int:
         """The k that the last round left."""
@@ -203,16 +203,15 @@ class Heuristic(Controller):
             self.k = min(self.k + 2, self.k_max) if r.accepted == r.nodes else max(1, self.k - 1)
 
 
+@dataclass(eq=False)
 class RejectionThreshold(Controller):
     """Stop where the chance that something was rejected passes `h` (in the manner of SpecDec++, arXiv 2405.19715).
 
     For a one-forward drafter the slots are already paid for: the rule trims what is submitted.
     """
 
-    def __init__(self, h: float = 0.7, k_max: int = 32) -> None:
-        if not 0 < h <= 1:
-            raise DllmError(f"the rejection threshold lies in (0, 1], got {h}")
-        self.h, self.k_max = h, _positive("k_max", k_max)
+    h: float = param(0.7, "the paper's", above=0, high=1)
+    k_max: int = param(32, "as every controller's", low=1)
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
         """The nodes before the threshold, at least one."""
@@ -343,6 +342,7 @@ class Costs:
         return self.verify(rows).table(n) / rows
 
 
+@dataclass(eq=False)
 class CostAware(Controller):
     """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed.
 
@@ -362,10 +362,14 @@ class CostAware(Controller):
     FREE = 0.01  # of a verify
     FADE, LENIENT = 0.9, 2.0  # of the record of hopes: a memory of ten nodes, and nodes that it begins with
 
-    def __init__(self, k_max: int = 32, probe: float = 0.03, margin: float = 0.02) -> None:
-        if not 0 <= probe < 1 or not 0 <= margin < math.inf:
-            raise DllmError(f"probe is a share of the time in [0, 1), margin not negative: got {probe} and {margin}")
-        self.k_max, self.probe, self.margin = _positive("k_max", k_max), probe, margin
+    k_max: int = param(32, "as every controller's", low=1)
+    probe: float = param(0.03, "what a useless drafter may cost", low=0)
+    margin: float = param(0.02, "a pause ends where drafting pays this much", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probe >= 1 or self.margin == math.inf:
+            raise DllmError(f"probe is a share of the time below 1, margin finite: got {self.probe} and {self.margin}")
         self.costs = Costs()
         self._begin()
 
@@ -485,12 +489,6 @@ class CostAware(Controller):
             draft = float(costs.draft.table(r.k)[r.k]) if r.k and not r.carried else 0.0
             wider = float(costs.seconds(r.rows, 1 + r.nodes)[1 + r.nodes]) - plain
             self.lost = max(0.0, self.lost + draft + wider + costs.overhead - r.accepted * plain)
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, Integral) or value < 1:
-        raise DllmError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 CONTROLLERS: dict[str, type[Controller]] = {

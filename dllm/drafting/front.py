@@ -52,10 +52,8 @@ class SpecOptions(TypedDict, total=False):
 
 
 class SpeculateOptions(SpecOptions, total=False):
-    """The keywords of `speculate`."""
+    """The keywords of `speculate` beside the prompt."""
 
-    input_ids: Ids | None
-    attention_mask: Ids | None
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -73,25 +71,20 @@ class SpeculateOptions(SpecOptions, total=False):
 
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike, prompt: One, **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike = None, prompt: One = ..., **options: Unpack[SpeculateOptions]
 ) -> SpecResult: ...
 @overload
 def speculate(
-    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: One, **options: Unpack[SpeculateOptions]
-) -> SpecResult: ...
-@overload
-def speculate(
-    verifier: VerifierLike, drafter: DrafterLike, prompt: Several, **options: Unpack[SpeculateOptions]
-) -> list[SpecResult]: ...
-@overload
-def speculate(
-    verifier: VerifierLike, drafter: DrafterLike = None, *, prompt: Several, **options: Unpack[SpeculateOptions]
+    verifier: VerifierLike, drafter: DrafterLike = None, prompt: Several = ..., **options: Unpack[SpeculateOptions]
 ) -> list[SpecResult]: ...
 @overload
 def speculate(
     verifier: VerifierLike,
     drafter: DrafterLike = None,
     prompt: Prompt | None = None,
+    *,
+    input_ids: Ids | None = None,
+    attention_mask: Ids | None = None,
     **options: Unpack[SpeculateOptions],
 ) -> SpecResult | list[SpecResult]: ...
 def speculate(
@@ -188,7 +181,7 @@ def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConf
         return cfg.length
     owner = drafter if drafter is None or drafter.owner is None else drafter.owner
     key = (id(owner), sampled, str(cfg.length), str(cfg.search), cfg.tree)
-    kept = verifier.measured.controllers
+    kept = verifier.controllers
     if key not in kept:
         kept[key] = cfg.build_controller()
         if owner is not None:

@@ -32,7 +32,7 @@ from dllm.drafting.registry import DrafterLike, as_drafter, named
 from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree, graft
 from dllm.drafting.verifier import Pending, Session, Verifier
 from dllm.errors import DllmError, unknown
-from dllm.spec import check
+from dllm.spec import check, param
 
 log = logging.getLogger(__name__)
 
@@ -63,32 +63,22 @@ class SpecConfig:
     """
 
     search: str | Mapping[str, object] | PathSearch | None = None
-    tree: int = 0
+    tree: int = param(0, "a chain", low=0)
     length: str | Mapping[str, object] | Controller = "cost"
-    k: int | None = None
-    carry: str = "auto"
-    reuse_min: int = 2
-    order: int = 3
-    decay: float = 1.0
+    k: int | None = param(None, "no such limit", low=0)
+    carry: str = param("auto", "never worse than a fresh draft", choices=("auto", "always", "off"))
+    reuse_min: int = param(2, "a single slot is not worth a round", low=1)
+    order: int = param(3, "DiffuSpec's", low=0)
+    decay: float = param(1.0, "a text does not fade", above=0, high=1)
     corpus: tuple[tuple[int, ...], ...] = ()
-    tau_mass: float = 0.8
-    m_max: int = 15
+    tau_mass: float = param(0.8, "DiffuSpec's", above=0, high=1)
+    m_max: int = param(15, "DiffuSpec's", low=1)
     graft: DrafterLike = None
 
     def __post_init__(self) -> None:
         check(self, "speculate")
-        if self.carry not in ("auto", "always", "off"):
-            raise unknown("carry policy", str(self.carry), ("auto", "always", "off"))
-        if self.tree < 0 or self.order < 0 or self.reuse_min < 1:
-            raise DllmError("tree and order must not be negative, reuse_min must be at least 1")
-        if self.k is not None and self.k < 0:
-            raise DllmError(f"k must not be negative, got {self.k}")
         if self.graft is not None and not self.tree:
             raise DllmError("graft adds branches to a tree: give its node budget, such as tree=32")
-        if not 0 < self.tau_mass <= 1 or self.m_max < 1 or not 0 < self.decay <= 1:
-            raise DllmError(
-                f"tau_mass and decay lie in (0, 1], m_max from 1 on: got {self.tau_mass}, {self.decay}, {self.m_max}"
-            )
         try:
             object.__setattr__(self, "corpus", tuple(tuple(map(index, ids)) for ids in self.corpus))
         except TypeError as error:
@@ -109,11 +99,7 @@ class SpecConfig:
     def build_search(self, do_sample: bool) -> PathSearch:
         """The search of a text, a tree search where a tree is asked for."""
         given = self.search or ("sample" if do_sample and not self.tree else "eal")
-        if isinstance(given, type) or not isinstance(given, PathSearch):
-            given = named("search", given, SEARCHES)
-        return self._tree_search(given)
-
-    def _tree_search(self, search: PathSearch) -> PathSearch:
+        search = given if isinstance(given, PathSearch) else named("search", given, SEARCHES)
         if isinstance(search, BestFirstTree):
             return replace(search, budget=self.tree or search.budget)
         if self.tree and isinstance(search, SampleTree):
@@ -255,48 +241,40 @@ class Request:
         return self.ids if self.padded is None else self.padded
 
 
+@dataclass
 class Speculation:
     """The host side of one text."""
 
-    def __init__(
-        self,
-        request: Request,
-        verifier: Verifier,
-        drafter: Drafter | None,
-        search: PathSearch,
-        controller: Controller,
-        cfg: SpecConfig,
-    ) -> None:
-        self.request, self.verifier, self.search, self.controller, self.cfg = request, verifier, search, controller, cfg
+    request: Request
+    verifier: Verifier
+    drafter: Drafter | None
+    search: PathSearch
+    controller: Controller
+    cfg: SpecConfig
+    cached: int = 0  # tokens in the verifier's cache
+    counted: int = 0  # tokens in the proxy
+    proxy: NgramTable | None = None
+    chunks: list[tuple[int, Lattice]] = field(default_factory=list)  # (offset in the draft, lattice)
+    rest: Lattice | None = None
+    proposal: Proposal = EMPTY
+    stats: RoundStats = field(default_factory=RoundStats)
+
+    def __post_init__(self) -> None:
+        request, verifier, cfg = self.request, self.verifier, self.cfg
         self.ids = list(request.ids)
         self.result = SpecResult(self.ids, len(self.ids))
         self.done = len(self.ids) >= request.max_length
         positions = verifier.max_positions
         self.end = request.max_length if positions is None else min(request.max_length, positions - request.before)
-        self.cached = 0
-        self.drafter = forked(drafter)
-        self.graft = forked(as_drafter(cfg.graft))
-        need = Need(
-            verifier.vocab,
-            request.eos,
-            search.sampled,
-            request.warp,
-            cfg.tau_mass,
-            cfg.m_max,
-            cfg.tree or (search.budget if search.tree else 0),
-            verifier.tokenizer,
-        )
+        self.drafter, self.graft = forked(self.drafter), forked(as_drafter(cfg.graft))
+        tree = cfg.tree or (self.search.budget if self.search.tree else 0)
+        pruning = (cfg.tau_mass, cfg.m_max)
+        need = Need(verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer)
         self.sources = [d for d in (self.drafter, self.graft) if d is not None]
         for source in self.sources:
             with blamed(source):
                 source.reset(self.ids, need)
         self._check_tree()
-        self.proxy: NgramTable | None = None
-        self.counted = 0
-        self.chunks: list[tuple[int, Lattice]] = []  # (offset in the draft, lattice)
-        self.rest: Lattice | None = None
-        self.proposal = EMPTY
-        self.stats = RoundStats()
 
     def propose(self) -> Proposal:
         """What to verify next."""

@@ -39,9 +39,9 @@ class Rows:
             return fit(row, vocab, 0.0)
         return row.new_zeros(vocab).index_add_(0, self.index[i].clamp_min(0), row * (self.index[i] >= 0))
 
-    def head(self, n: int) -> Rows:
-        """The laws of the first `n` nodes."""
-        return Rows(self.prob[:n], None if self.index is None else self.index[:n])
+    def pick(self, nodes: Sequence[int]) -> Rows:
+        """The laws of these nodes."""
+        return Rows(self.prob[nodes], None if self.index is None else self.index[nodes])
 
 
 def fit(rows: Tensor, vocab: int, fill: float = float("-inf")) -> Tensor:
@@ -130,37 +130,31 @@ class Proposal:
             out.append(c if parent < 0 else c * out[parent])
         return out
 
+    def pick(self, nodes: Sequence[int]) -> Proposal:
+        """These nodes in this order, parents before children."""
+        place = {old: new for new, old in enumerate(nodes)} | {-1: -1}
+        return Proposal(
+            tuple(self.tokens[i] for i in nodes),
+            tuple(place[self.parents[i]] for i in nodes),
+            self.kind,
+            None if self.rows is None else self.rows.pick(nodes),
+            tuple(self.conf[i] for i in nodes) if self.conf else (),
+        )
+
     def head(self, n: int) -> Proposal:
         """The first `n` nodes (closed under parents because parents come first)."""
-        if n >= len(self):
-            return self
-        rows = None if self.rows is None else self.rows.head(n)
-        return Proposal(self.tokens[:n], self.parents[:n], self.kind, rows, self.conf[:n])
+        return self if n >= len(self) else self.pick(range(n))
 
     def within(self, room: int, eos: frozenset[int] = frozenset()) -> Proposal:
         """The nodes at most `room` deep and not behind an end token."""
         keep: list[int] = []
-        where = {-1: -1}
+        open_ended = {-1}
         for i, (token, parent, depth) in enumerate(zip(self.tokens, self.parents, self.depths, strict=True)):
-            if depth <= room and parent in where:
+            if depth <= room and parent in open_ended:
                 keep.append(i)
                 if token not in eos:
-                    where[i] = len(keep) - 1
-        if len(keep) == len(self):
-            return self
-        if self.rows is not None:
-            index = None if self.rows.index is None else self.rows.index[keep]
-            rows: Rows | None = Rows(self.rows.prob[keep], index)
-        else:
-            rows = None
-        place = {old: i for i, old in enumerate(keep)} | {-1: -1}
-        return Proposal(
-            tuple(self.tokens[i] for i in keep),
-            tuple(place[self.parents[i]] for i in keep),
-            self.kind,
-            rows,
-            tuple(self.conf[i] for i in keep) if self.conf else (),
-        )
+                    open_ended.add(i)
+        return self if len(keep) == len(self) else self.pick(keep)
 
     def then(self, other: Proposal) -> Proposal:
         """This chain followed by a chain that was drafted after it (chunked drafting)."""

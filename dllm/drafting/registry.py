@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from torch import nn
 
@@ -34,14 +34,9 @@ _MADE: dict[str, Drafter] = {}  # by name and options
 
 
 def named(kind: str, what: object, table: Mapping[str, type[T]]) -> T:
-    """The object of "name", "name:key=value,key=value" or {"name": ..., key: value}."""
-    name, options = _parsed(kind, what, table)
-    return table[name](**options)
-
-
-def _parsed(kind: str, what: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The object of "name", "name:key=value,key=value" or {"name": ..., key: value}. Errors: see `spec.named`."""
     name, _, options = spec.named(what, kind, table)
-    return name, spec.settings(f"{kind} {name!r}", table[name], options)
+    return table[name](**spec.settings(f"{kind} {name!r}", table[name], options))
 
 
 def drafter_names() -> list[str]:
@@ -78,13 +73,12 @@ def as_drafter(what: DrafterLike) -> Drafter | None:
 
 def _by_name(what: str | Mapping[str, object]) -> Drafter:
     """One object a setting, of which every text takes a fork: measured costs belong to a drafter."""
-    given = what.get("name") if isinstance(what, Mapping) else what.split(":")[0]
-    table = {given: PLUGINS.load(given)} if isinstance(given, str) and given in PLUGINS.points else DRAFTERS
-    name, options = _parsed("drafter", what, table)
-    setting = f"{name}:{sorted(options.items())}"
+    name, _, options = spec.named(what, "drafter")
+    setting = spec.render(name, **options)
+    table = {name: PLUGINS.load(name)} if name in PLUGINS.points else DRAFTERS
     if setting not in _MADE:
         with PLUGINS.blamed(name):
-            _MADE[setting] = table[name](**options)
+            _MADE[setting] = named("drafter", what, table)
     return _MADE[setting]
 
 

@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -35,15 +34,15 @@ from dllm.drafting.lattice import Column, Lattice
 from dllm.drafting.ngram import NgramTable, State
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.errors import DllmError
-from dllm.spec import misfit
+from dllm.spec import check, param
 
 Edge = tuple[int, float, State]  # token, log weight, next state
+LAM = param(0.5, "DiffuSpec's", low=0, high=1)
 
 
-@runtime_checkable
-class PathSearch(Protocol):
-    """Choose what to verify: a lattice becomes a proposal. A search of your own derives from this class, which has the
-    defaults, and writes `__call__`; it holds no state of a text.
+class PathSearch:
+    """Base of all searches: choose what to verify, a lattice becomes a proposal. A search writes `find`, or `__call__`
+    where the graph is of no use to it; it holds no state of a text. Its settings are the fields of a frozen dataclass.
 
     sampled   whether tokens are drawn: then the proposal is "sampled", and the lattice comes with full rows.
     tree      whether proposals branch; trees are verified one text at a time.
@@ -53,18 +52,13 @@ class PathSearch(Protocol):
 
     sampled: ClassVar[bool] = False
     tree: ClassVar[bool] = False
+    lam: float = 1.0
+    budget: int = 0
 
-    @property
-    def lam(self) -> float:
-        """Weight of the drafter's own probabilities."""
-        return 1.0
+    def __post_init__(self) -> None:
+        """The settings of one that is a dataclass. Errors: another kind, out of range."""
+        check(self, type(self).__name__)
 
-    @property
-    def budget(self) -> int:
-        """Most nodes of a tree."""
-        return 0
-
-    @abstractmethod
     def __call__(
         self,
         lat: Lattice,
@@ -74,7 +68,7 @@ class PathSearch(Protocol):
         proxy: NgramTable | None = None,
         generator: Generator | None = None,
     ) -> Proposal:
-        """At most `lat.k` tokens deep, every token a candidate of its slot.
+        """At most `lat.k` tokens deep, every token a candidate of its slot; nothing of an empty lattice.
 
         ctx         ids of the text before slot 0.
         eos         end tokens: a point path has no successor behind one. A sampled one draws every slot all the same:
@@ -82,40 +76,11 @@ class PathSearch(Protocol):
         proxy       what the text so far says of the next token; None: nothing.
         generator   the only source of randomness.
         """
-
-
-class Search(PathSearch):
-    """Base of the searches below, which find their proposal in a weighted graph.
-
-    Their settings are the fields of a frozen dataclass: whole numbers are counts of at least one, `lam` a share,
-    `power` positive. Errors: other values.
-    """
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
-            value = vars(self)[f.name]
-            if what := misfit(f.type, value):
-                raise DllmError(f"{f.name} of a search must be {what}, got {value!r}")
-            if (f.name == "lam" and not 0 <= value <= 1) or (f.name == "power" and not 0 < value < math.inf):
-                raise DllmError(f"lam of a search lies in [0, 1] and power is positive, got {f.name}={value}")
-            if f.type == "int" and value < 1:
-                raise DllmError(f"{f.name} of a search must be at least 1, got {value}")
-
-    def __call__(
-        self,
-        lat: Lattice,
-        ctx: Sequence[int],
-        *,
-        eos: frozenset[int] = frozenset(),
-        proxy: NgramTable | None = None,
-        generator: Generator | None = None,
-    ) -> Proposal:
-        """See `PathSearch`. Nothing is proposed of an empty lattice."""
         return self.find(Edges(lat, ctx, proxy, self.lam), eos, generator) if lat.k else EMPTY
 
-    @abstractmethod
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
-        """The proposal of a graph of at least one slot."""
+        """The same of the weighted graph behind a lattice of at least one slot."""
+        raise NotImplementedError
 
 
 class Edges:
@@ -156,7 +121,7 @@ def _conf(edges: Edges, tokens: Sequence[int]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Argmax(Search):
+class Argmax(PathSearch):
     """The most probable token of every slot."""
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
@@ -166,15 +131,15 @@ class Argmax(Search):
 
 
 @dataclass(frozen=True)
-class CPSBeam(Search):
+class CPSBeam(PathSearch):
     """Causal-consistency path search (DiffuSpec, arXiv 2510.02358): beam over the sum of log weights.
 
     Defaults of the paper: lam 0.5, beam 3. Ties go to the smaller token tuple. Sums of logs compare hypotheses of
     unequal length, so an early end token is favoured; `eal` has no such bias.
     """
 
-    lam: float = 0.5
-    beam: int = 3
+    lam: float = LAM
+    beam: int = param(3, "the paper's", low=1)
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         beams: list[tuple[float, tuple[int, ...], State, bool]] = [(0.0, (), edges.root, False)]
@@ -191,10 +156,10 @@ class CPSBeam(Search):
 
 
 @dataclass(frozen=True)
-class Viterbi(Search):
+class Viterbi(PathSearch):
     """The exact maximum of the beam's objective: dynamic programming over the proxy's states, any order."""
 
-    lam: float = 0.5
+    lam: float = LAM
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         live: dict[State, tuple[float, tuple[int, ...]]] = {edges.root: (0.0, ())}
@@ -214,7 +179,7 @@ class Viterbi(Search):
 
 
 @dataclass(frozen=True)
-class EAL(Search):
+class EAL(PathSearch):
     """The path with the largest expected accepted length, sum_i prod_{j<=i} w_j, exactly.
 
     Backward recursion U_i(s) = max_t w(s, t) (1 + U_{i+1}(s')), U = 0 behind the lattice and behind an end token.
@@ -222,8 +187,8 @@ class EAL(Search):
     most: what a verifier rewards. `power` sharpens (> 1) or softens the weights towards acceptance probabilities.
     """
 
-    lam: float = 0.5
-    power: float = 1.0
+    lam: float = LAM
+    power: float = param(1.0, "weights are acceptance probabilities", above=0)
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         return self.solve(edges, eos)[0]
@@ -263,7 +228,7 @@ class EAL(Search):
 
 
 @dataclass(frozen=True)
-class Sample(Search):
+class Sample(PathSearch):
     """Independent draws from the rows of the lattice: DEER's draft (arXiv 2512.15176), exact under the ratio test.
 
     Uses the full rows when the lattice has them, else the kept candidates, renormalised: whatever is drawn from is
@@ -292,13 +257,13 @@ def _rows(lat: Lattice) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
-class CPSSample(Search):
+class CPSSample(PathSearch):
     """Causal consistency and exactness at T > 0: draw left to right from r(t) ~ q(t)^lam g(t | state)^(1 - lam).
 
     The row handed over is the true law of the token given the tokens before it, so the ratio test is exact.
     """
 
-    lam: float = 0.5
+    lam: float = LAM
     sampled = True
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
@@ -317,7 +282,7 @@ class CPSSample(Search):
 
 
 @dataclass(frozen=True)
-class BestFirstTree(Search):
+class BestFirstTree(PathSearch):
     """The `budget` most probable prefixes of the lattice, found best first (DDTree, arXiv 2604.12989, when lam = 1).
 
     Popping a node offers its next sibling and its first child; as weights are at most one the pop order is the order of
@@ -325,9 +290,9 @@ class BestFirstTree(Search):
     a node.
     """
 
-    budget: int = 32
-    lam: float = 0.5
-    fanout: int = 8
+    budget: int = param(32, "a verify of 33 tokens costs little more than one", low=1)
+    lam: float = LAM
+    fanout: int = param(8, "further children are never likely", low=1)
     tree = True
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
@@ -369,12 +334,12 @@ class BestFirstTree(Search):
 
 
 @dataclass(frozen=True)
-class SampleTree(Search):
+class SampleTree(PathSearch):
     """`width` first tokens drawn without replacement, each continued by independent draws: recursive rejection is
     exact."""
 
-    width: int = 3
-    depth: int = 8
+    width: int = param(3, "the fourth is tried only after three rejections", low=1)
+    depth: int = param(8, "pays with most pairs", low=1)
     sampled = True
     tree = True
 
@@ -396,8 +361,7 @@ class SampleTree(Search):
                 source.append(slot)
                 conf.append(edges.lat.confidence[slot] / (rank + 1 if slot == 0 else 1))
                 parent = len(tokens) - 1
-        rows = Rows(prob[source], None if index is None else index[source])
-        return Proposal(tuple(tokens), tuple(parents), "sampled", rows, tuple(conf))
+        return Proposal(tuple(tokens), tuple(parents), "sampled", Rows(prob, index).pick(source), tuple(conf))
 
 
 def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> Proposal:
@@ -450,16 +414,10 @@ class _Trie:
         best."""
         raw = Proposal(tuple(self.tokens), tuple(self.parents), conf=tuple(self.conf))
         survival = raw.survival()
-        order = sorted(range(len(raw)), key=lambda i: (-survival[i], raw.depths[i], i))
-        new = {old: i for i, old in enumerate(order)} | {-1: -1}
-        return Proposal(
-            tuple(raw.tokens[i] for i in order),
-            tuple(new[raw.parents[i]] for i in order),
-            conf=tuple(raw.conf[i] for i in order),
-        )
+        return raw.pick(sorted(range(len(raw)), key=lambda i: (-survival[i], raw.depths[i], i)))
 
 
-SEARCHES: dict[str, type[Search]] = {
+SEARCHES: dict[str, type[PathSearch]] = {
     "argmax": Argmax,
     "cps": CPSBeam,
     "viterbi": Viterbi,

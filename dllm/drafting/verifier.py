@@ -15,7 +15,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, cache_utils
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from dllm.drafting.control import Controller
@@ -32,7 +32,7 @@ from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 KINDS = ("full_attention", "sliding_attention")
@@ -61,15 +61,9 @@ class CausalLM(Protocol):
         """Switch the attention kernel."""
 
 
-@dataclass
-class Measured:
-    """What belongs to a model and outlives the objects around it."""
-
-    controllers: dict[tuple[object, ...], Controller] = field(default_factory=dict)  # measured costs, by drafter
-    can: dict[str, bool] = field(default_factory=dict)  # what `Verifier.can` has found out
-
-
-_MEASURED: WeakKeyDictionary[CausalLM, Measured] = WeakKeyDictionary()
+Controllers = dict[tuple[object, ...], Controller]  # measured costs, by drafter and settings
+# of a model, whatever verifiers are made of it: its controllers, and what `Verifier.can` has found out
+_KNOWN: WeakKeyDictionary[CausalLM, tuple[Controllers, dict[str, bool]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class Verifier:
     def __init__(self, model: CausalLM, tokenizer: Tokenizer | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config = text_config(model)
-        self.measured = _MEASURED.setdefault(model, Measured())
+        self.controllers, self.found = _KNOWN.setdefault(model, ({}, {}))
         self.takes = frozenset(inspect.signature(type(bare(model)).forward).parameters)
         cache = DynamicCache(config=self.config)
         check_rollback(model, cache)
@@ -126,11 +120,10 @@ class Verifier:
     def can(self, what: str) -> bool:
         """Whether "chains", "trees" or "batches" give the model's own text: by what the model is, and where that does
         not settle it by one rehearsal against forwards without a cache."""
-        found = self.measured.can
-        if what not in found:
+        if what not in self.found:
             known = self._known(what)
-            found[what] = rehearse(self, what) if known is None else known
-        return found[what]
+            self.found[what] = rehearse(self, what) if known is None else known
+        return self.found[what]
 
     def _known(self, what: str) -> bool | None:
         """The standard decoder of transformers turns keys by `position_ids` and leaves the mask to its caller."""

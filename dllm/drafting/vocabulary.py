@@ -7,6 +7,8 @@ every id without a counterpart, so that rows stay honest laws over verifier ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from dllm.models.tokenizer import Tokenizer
 LOOKBEHIND = 10  # verifier tokens that a re-encoded draft must reproduce before it (as in transformers)
 
 
+@dataclass(eq=False)
 class Vocabulary:
     """How drafter ids relate to verifier ids.
 
@@ -25,19 +28,16 @@ class Vocabulary:
            only).
     """
 
-    def __init__(
-        self,
-        kind: str,
-        size: int,
-        to_verifier: Tensor | None = None,
-        drafter: Tokenizer | None = None,
-        verifier: Tokenizer | None = None,
-    ) -> None:
-        self.kind, self.size, self.to_verifier = kind, size, to_verifier
-        self.drafter, self.verifier = drafter, verifier
-        self.from_verifier: dict[int, int] = {}
-        if to_verifier is not None:
-            self.from_verifier = {v: d for d, v in enumerate(to_verifier.tolist()) if v >= 0}
+    kind: str
+    size: int
+    to_verifier: Tensor | None = None
+    drafter: Tokenizer | None = None
+    verifier: Tokenizer | None = None
+
+    @cached_property
+    def from_verifier(self) -> dict[int, int]:
+        """The map backwards."""
+        return {v: d for d, v in enumerate(self._map.tolist()) if v >= 0}
 
     @classmethod
     def between(

@@ -9,11 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Unpack
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StopStringCriteria
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StopStringCriteria,
+)  # fmt: skip
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from dllm.drafting.accept import Processors
@@ -23,9 +30,6 @@ from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
 from dllm.drafting.verifier import CausalLM, PaddedPrompt, Verifier
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, StoppingCriteria
 
 Generated: TypeAlias = Tensor | GenerateDecoderOnlyOutput
 TEXT = ("attention_mask", "position_ids", "cache_position", "token_type_ids")
@@ -209,21 +213,11 @@ def _requests(
         if not mask[b][-1] or (batch > 1 and row[len(row) - len(real) :] != real):
             raise DllmError("prompts must be padded on the left: set tokenizer.padding_side='left'")
         record = records[b] if records else None
-        apply = law.processors if batch == 1 else _row_of(law.processors, b, batch)
+        apply: Processors | None = law.processors if batch == 1 else _row_of(law.processors, b, batch)
         stop = _stop(custom, b, ids, len(real), record)
-        out.append(
-            Request(
-                real,
-                min(limits) - len(row) + len(real),
-                ends,
-                config.do_sample,
-                record.around(apply) if record else apply,
-                law.warp,
-                stop,
-                padded=row,
-                before=len(mask[b]) - len(row),
-            )
-        )
+        apply = record.around(apply) if record else apply
+        limit, before = min(limits) - len(row) + len(real), len(mask[b]) - len(row)
+        out.append(Request(real, limit, ends, config.do_sample, apply, law.warp, stop, padded=row, before=before))
     return out
 
 
