@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dllm.call.arguments import RENAMED, RULES
-from dllm.call.prompts import Ids, One, Padding, Prompt, Several, joined, listed_ids, read
+from dllm.call.prompts import Ids, One, Padding, Prompt, Several, Text, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
 from dllm.drafting.accept import Processors
 from dllm.drafting.control import Controller, CostAware
@@ -65,7 +65,7 @@ class SpeculateOptions(SpecOptions, total=False):
     streamer: Streamer | None
     tokenizer: Tokenizer | None
     chat: bool | None
-    spec: SpecConfig | Mapping[str, Any] | None
+    spec: SpecConfig | Mapping[str, object] | None
     controller: Controller | None
 
 
@@ -105,7 +105,7 @@ def speculate(
     streamer: Streamer | None = None,
     tokenizer: Tokenizer | None = None,
     chat: bool | None = None,
-    spec: SpecConfig | Mapping[str, Any] | None = None,
+    spec: SpecConfig | Mapping[str, object] | None = None,
     controller: Controller | None = None,
     **options: Unpack[SpecOptions],
 ) -> SpecResult | list[SpecResult]:
@@ -315,7 +315,7 @@ def encode(verifier: Verifier, prompt: object, chat: bool | None = None) -> tupl
     return ids, not single
 
 
-def _encode_one(verifier: Verifier, chat: bool | None, prompt: Any) -> list[int]:
+def _encode_one(verifier: Verifier, chat: bool | None, prompt: Text) -> list[int]:
     tokenizer = verifier.tokenizer
     if tokenizer is None:
         raise DllmError("the verifier came without a tokenizer: pass tokenizer=..., or the prompt as ids")

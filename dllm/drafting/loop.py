@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from operator import index
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class SpecConfig:
             raise DllmError("corpus is a list of id sequences: tokenise texts with the verifier's tokenizer") from error
 
     @classmethod
-    def of(cls, base: SpecConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> SpecConfig:
+    def of(cls, base: SpecConfig | Mapping[str, object] | None, options: Mapping[str, object]) -> SpecConfig:
         """A config from an object or mapping and keyword options; an unknown key names its nearest neighbour."""
         base = cls.of(None, base) if isinstance(base, Mapping) else cls() if base is None else base
         if not isinstance(base, SpecConfig):
@@ -94,7 +94,7 @@ class SpecConfig:
         for key in options:
             if key not in known:
                 raise unknown("option of speculate", key, known)
-        return replace(base, **options)
+        return replace(base, **options)  # type: ignore[arg-type]
 
     def build_search(self, do_sample: bool) -> PathSearch:
         """The search of a text, a tree search where a tree is asked for."""

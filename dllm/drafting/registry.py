@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar, cast
 
 from torch import nn
 
@@ -53,7 +53,7 @@ def as_verifier(what: VerifierLike, tokenizer: Tokenizer | None = None) -> Verif
     """A `Verifier` of a model, a name or a folder. Errors: no causal LM, a cache that cannot be rolled back."""
     if isinstance(what, Verifier):
         return what if tokenizer is None else what.with_tokenizer(tokenizer)
-    model: CausalLM = load_verifier(what) if isinstance(what, str | Path | Checkpoint) else what
+    model = cast(CausalLM, load_verifier(what)) if isinstance(what, str | Path | Checkpoint) else what
     return Verifier(model, getattr(model, "tokenizer", None) if tokenizer is None else tokenizer)  # foreign
 
 
@@ -89,7 +89,7 @@ def _loaded(found: Checkpoint) -> Drafter:
         raise DllmError(f"unknown drafter {found.name!r}; did you mean {near!r}?")
     folder, model = locate(found.name, **found.hub), load(found)
     if model.config.causal:
-        return _of_model(load_verifier(found))
+        return _of_model(cast(CausalLM, load_verifier(found)))
     if how := optional_json(folder / "drafter.json"):
         return DiffusionDrafter(model, **spec.settings(str(folder / "drafter.json"), DiffusionDrafter, how))
     return _of_model(model)

@@ -57,7 +57,7 @@ class CausalLM(Protocol):
     def get_input_embeddings(self) -> Any:
         """The module whose `weight` is (V, D)."""
 
-    def set_attn_implementation(self, attn_implementation: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str) -> None:
         """Switch the attention kernel."""
 
 

@@ -42,7 +42,7 @@ def spec_generate(
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
     generation_config: GenerationConfig | None = None,
     drafter: DrafterLike = None,
-    spec: SpecConfig | Mapping[str, Any] | None = None,
+    spec: SpecConfig | Mapping[str, object] | None = None,
     spec_streamer: Streamer | None = None,
     spec_tokenizer: Tokenizer | None = None,
     spec_stop: str | Sequence[str] | None = None,
@@ -106,7 +106,7 @@ def speculator(
     tokenizer: Tokenizer | None = None,
     stop_strings: str | Sequence[str] | None = None,
     results: list[SpecResult] | None = None,
-    spec: SpecConfig | Mapping[str, Any] | None = None,
+    spec: SpecConfig | Mapping[str, object] | None = None,
     **options: Unpack[SpecOptions],
 ) -> Callable[..., Generated]:
     """`spec_generate` with its arguments bound, for `generate(custom_generate=...)` and for pipelines.
@@ -127,7 +127,7 @@ def _dropped(name: str) -> Any:
     return frame.f_locals.get(name) if frame.f_code.co_name == "generate" else None
 
 
-def _refuse(model: CausalLM, config: GenerationConfig, kwargs: Mapping[str, Any], assistant: Any) -> None:
+def _refuse(model: CausalLM, config: GenerationConfig, kwargs: Mapping[str, object], assistant: Any) -> None:
     """Say what would be lost silently."""
     mode = config.get_generation_mode(assistant).value
     if mode == "assisted_generation":
@@ -145,7 +145,8 @@ def _refuse(model: CausalLM, config: GenerationConfig, kwargs: Mapping[str, Any]
         raise DllmError(f"{', '.join(wanted)}: not recorded while speculating (spec_results= has the metrics)")
     other = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in TEXT]
     kinds = kwargs.get("token_type_ids")
-    if kinds is not None and (bool(kinds.any()) or hasattr(getattr(model, "base_model", model), "wte")):  # foreign
+    meant = isinstance(kinds, Tensor) and bool(kinds.any())
+    if meant or (kinds is not None and hasattr(getattr(model, "base_model", model), "wte")):  # foreign
         other.append("token_type_ids")
     if other:
         raise DllmError(f"only text can be speculated: the model was also given {', '.join(other)}")
@@ -200,7 +201,7 @@ def _requests(
     processors: LogitsProcessorList | None,
     criteria: Sequence[StoppingCriteria],
     config: GenerationConfig,
-    kwargs: Mapping[str, Any],
+    kwargs: Mapping[str, object],
     records: list[Recorded],
 ) -> list[Request]:
     batch, mask, law = len(ids), _mask(ids, config, kwargs), processing(processors if processors is not None else [])
@@ -221,21 +222,21 @@ def _requests(
     return out
 
 
-def _mask(ids: Tensor, config: GenerationConfig, kwargs: Mapping[str, Any]) -> list[list[bool]]:
+def _mask(ids: Tensor, config: GenerationConfig, kwargs: Mapping[str, object]) -> list[list[bool]]:
     """Per row what is text, over the cache too: transformers drops a mask of ones and keeps its length."""
     mask = kwargs.get("attention_mask")
-    if mask is None:
+    if not isinstance(mask, Tensor):
         return [[True] * max(ids.shape[1], getattr(config, "_mask_length", 0))] * len(ids)  # foreign
     rows: list[list[bool]] = (mask != 0).tolist()
     return rows
 
 
 def _prompts(
-    verifier: Verifier, ids: Tensor, config: GenerationConfig, kwargs: Mapping[str, Any]
+    verifier: Verifier, ids: Tensor, config: GenerationConfig, kwargs: Mapping[str, object]
 ) -> list[PaddedPrompt]:
     """The padded rows, with position ids where they are not those that `generate` makes."""
-    mask = _mask(ids, config, kwargs)
-    given = kwargs.get("position_ids")
+    mask, positions = _mask(ids, config, kwargs), kwargs.get("position_ids")
+    given = positions if isinstance(positions, Tensor) else None
     if given is not None:
         text = torch.tensor(mask)[:, -given.shape[-1] :]
         usual = (torch.tensor(mask).long().cumsum(-1) - 1)[:, -given.shape[-1] :]
