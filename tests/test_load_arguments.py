@@ -251,7 +251,7 @@ def test_a_configuration_takes_every_argument(bare, tmp_path):
     ("model", "message"),
     [
         ("{name: tiny, maskid: 5}", "did you mean 'mask_id'"),
-        ("{name: tiny, mask_id: five}", "mask_id: expected a whole number, found 'five'"),
+        ("{name: tiny, mask_id: five}", "mask_id: must be an integer, found 'five'"),
         ("{name: tiny, eos_ids: [1, x]}", "eos_ids"),
         ("{name: tiny, shift: 7}", "shift is 0 or 1"),
         ("{name: tiny, backend: nativ}", "did you mean 'native'"),

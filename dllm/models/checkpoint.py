@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dllm.errors import DllmError, first_line
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
-from dllm.models.files import INDEX
+from dllm.models.files import INDEX, write_json
 from dllm.models.layout import Layout, Piece
 from dllm.models.transformer import Transformer
 
@@ -103,9 +103,7 @@ def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: 
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(part(parameters, p).nbytes for pieces in table.values() for p in pieces)
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2), encoding="utf-8"
-        )
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def part(parameters: Mapping[str, Tensor], piece: Piece) -> Tensor:

@@ -54,11 +54,13 @@ class DiffusionGemma(ForeignModel):
     @torch.no_grad()
     def decode(self, prompt: list[int], max_new_tokens: int, seed: int, options: Mapping[str, object]) -> Decoded:
         """Denoise canvases until end-of-text or at least `max_new_tokens`, of which the answer keeps that many."""
+        from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
+
         if not prompt:
             raise DllmError("DiffusionGemma needs a prompt")
         network: Any = self.transformer
         values, calls = {**_published(network.generation_config), **options}, 0
-        values["sampler_config"] = _entropy_bound(values.pop("entropy_bound"))
+        values["sampler_config"] = EntropyBoundSamplerConfig(entropy_bound=values.pop("entropy_bound"))
 
         def count(*_: object) -> None:
             nonlocal calls
@@ -80,17 +82,11 @@ class DiffusionGemma(ForeignModel):
         return Decoded(ids[:end], calls, end is not None)
 
 
-def _published(own: object) -> dict[str, object]:
+def _published(own: object) -> dict[str, Any]:
     """The checkpoint's own settings where it has them, else the published ones."""
     values = {name: getattr(own, name, None) for name in vars(Native())}  # foreign
     values["entropy_bound"] = getattr(getattr(own, "sampler_config", None), "entropy_bound", None)  # foreign
     return {**vars(Native()), **{name: value for name, value in values.items() if value is not None}}
-
-
-def _entropy_bound(bound: Any) -> object:
-    from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
-
-    return EntropyBoundSamplerConfig(entropy_bound=bound)
 
 
 def load_native(folder: Path, raw: RawConfig, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> DiffusionGemma:

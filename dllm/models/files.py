@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,11 @@ def optional_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DllmError(f"{path} does not hold a JSON object")
     return value
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """A JSON file as people read it."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

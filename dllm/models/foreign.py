@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from dllm.errors import DllmError, first_line, unknown
 from dllm.models.config import ModelConfig
 from dllm.models.family import RawConfig, special_ids
-from dllm.models.files import optional_json
+from dllm.models.files import optional_json, write_json
 from dllm.models.model import ForwardOptions, Model
 from dllm.models.native import NativeModel
 from dllm.models.tokenizer import Tokenizer
@@ -72,7 +71,7 @@ class ForeignModel(NativeModel):
         self.transformer.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
         if self.mask_id is not None:
             values = {**optional_json(folder / "config.json"), "mask_token_id": self.mask_id}
-            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "config.json", values)
 
 
 def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None = None) -> PreTrainedModel:

@@ -97,12 +97,8 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
     return model
 
 
-load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defined]
-    parameters=[
-        next(iter(inspect.signature(load).parameters.values())),
-        *inspect.signature(LoadArguments).parameters.values(),
-    ]
-)
+_own, _arguments = (inspect.signature(made).parameters.values() for made in (load, LoadArguments))
+load.__signature__ = inspect.Signature([next(iter(_own)), *_arguments])  # type: ignore[attr-defined]
 load.__doc__ = f"{inspect.getdoc(load)}\n\n{(inspect.getdoc(LoadArguments) or '').partition('.')[2].strip()}"
 
 
@@ -290,7 +286,7 @@ def read_json_config(folder: Path, name: str = "") -> RawConfig:
 def pick_device(device: object) -> torch.device:
     """The device of a name. Errors: no device, or one that is not here."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         place: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
@@ -299,13 +295,9 @@ def pick_device(device: object) -> torch.device:
         raise DllmError('device="cuda" was asked for, but torch sees no CUDA device; use device="cpu" or "auto"')
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise DllmError(f"there is no device {place}: torch sees {torch.cuda.device_count()}")
-    if place.type == "mps" and not _has_mps():
+    if place.type == "mps" and not torch.backends.mps.is_available():
         raise DllmError('device="mps" was asked for, but torch sees none; use device="cpu" or "auto"')
     return place
-
-
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()
 
 
 def pick_dtype(dtype: object, device: torch.device) -> torch.dtype | None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from dllm.errors import DllmError, first_line
 from dllm.models.checkpoint import save_weights
-from dllm.models.config import Json, ModelConfig
+from dllm.models.config import Json, ModelConfig, is_id
 from dllm.models.families import FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
-from dllm.models.files import replaced_checkpoint
+from dllm.models.files import replaced_checkpoint, write_json
 from dllm.models.model import ForwardOptions, Model, shut
 from dllm.models.parallel import layer_devices
 from dllm.models.settings import SamplerSetting, write_settings
@@ -104,11 +104,7 @@ class NativeModel(Model):
             self.transformer.compile(dynamic=True)
 
     def save(
-        self,
-        folder: str | Path,
-        shard_bytes: int = 5 * 10**9,
-        *,
-        extra: Mapping[str, Json] | None = None,
+        self, folder: str | Path, shard_bytes: int = 5 * 10**9, *, extra: Mapping[str, Json] | None = None
     ) -> Path:
         """Write config.json, safetensors and tokenizer in the family's official layout; `load` reads it back.
 
@@ -116,13 +112,13 @@ class NativeModel(Model):
         error, or a kill at any moment, it is still there, or the new one is. shard_bytes: above this, several weight
         files. extra: further JSON files, name -> content. Errors: a quantized or split model, a disk that is full.
         """
-        if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+        if not is_id(shard_bytes) or shard_bytes < 1:
             raise DllmError(f"shard_bytes is a positive number of bytes, not {shard_bytes!r}")
         try:
             with replaced_checkpoint(folder) as draft:
                 self._write(draft, shard_bytes)
                 for name, content in (extra or {}).items():
-                    _dump(content, draft / name)
+                    write_json(draft / name, content)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(draft)
                 if self.sampler_settings:
@@ -147,8 +143,8 @@ class NativeModel(Model):
         if read_config(RawConfig(values))[1].shift != self.shift:  # the caller settled it otherwise than the family
             values[SHIFT] = self.shift
         generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
-        _dump(values, folder / "config.json")
-        _dump(generation, folder / "generation_config.json")
+        write_json(folder / "config.json", values)
+        write_json(folder / "generation_config.json", generation)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with configuration, dtype or weights (up to 4096 values of each are read)."""
@@ -173,11 +169,7 @@ def _without_absent_code(path: Path, folder: Path) -> None:
         return name is None or "--" in str(name) or any((place / module).is_file() for place in (path.parent, folder))
 
     kept = {k: v for k, v in classes.items() if all(map(present, v if isinstance(v, list) else [v]))}
-    _dump({**content, **({"auto_map": kept} if kept else {})}, path)
-
-
-def _dump(content: Json, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {**content, **({"auto_map": kept} if kept else {})})
 
 
 def fingerprint(network: nn.Module, head: str = "") -> str:

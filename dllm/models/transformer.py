@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dllm.models.config import ModelConfig, MoEConfig
+from dllm.models.config import ModelConfig
 from dllm.models.moe import MoE
-
-__all__ = ["KVStore", "MoEConfig", "ModelConfig", "Transformer"]
-
 
 KeysValues = tuple[Tensor, Tensor]  # what a layer computed for the queries, each (N, Q, n_kv_heads, head_dim)
 WithKV = tuple[Tensor, list[KeysValues]]  # hidden states, and those of every layer
@@ -34,27 +31,19 @@ class KVStore(NamedTuple):
 
     @classmethod
     def allocate(
-        cls,
-        config: ModelConfig,
-        lanes: int,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device | str | Sequence[torch.device],
+        cls, config: ModelConfig, lanes: int, slots: int, dtype: torch.dtype, devices: Sequence[torch.device]
     ) -> KVStore:
         """An empty store for `lanes` rows of at most `slots` positions; allocated once a call, zero so never NaN.
 
-        `device` may be a list, one for each layer.
+        devices: of each layer.
         """
         shape = (lanes, config.n_kv_heads, slots, config.head_dim)
-        places = [device] * config.n_layers if isinstance(device, (str, torch.device)) else device
-
-        def new() -> tuple[Tensor, ...]:
-            return tuple(torch.zeros(shape, dtype=dtype, device=place) for place in places)
-
-        return cls(new(), new())
+        keys, values = (tuple(torch.zeros(shape, dtype=dtype, device=place) for place in devices) for _ in range(2))
+        return cls(keys, values)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of memory."""
         return sum(t.numel() * t.element_size() for side in self for t in side)
 
 
