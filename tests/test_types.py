@@ -1,10 +1,14 @@
-"""What a type checker sees of an installed dllm: run on the editable install by pytest, on the wheel by .ci/run."""
+"""What a type checker sees of an installed dllm (pytest runs it on the editable install, .ci/run on the wheel too), and
+that every list of decoding arguments says the same.
+"""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
@@ -13,6 +17,12 @@ import pytest
 
 import dllm
 from dllm.call.arguments import RULES, Arguments, DecodingArguments
+from dllm.cli.generate import chat, generate
+from dllm.drafting.front import SpeculateOptions
+from dllm.errors import DllmError
+from dllm.eval.config import GenerateSpec
+from dllm.eval.worker import VERIFIER_ARGUMENTS
+from dllm.spec import misfit
 
 pytest.importorskip("mypy", reason="types are checked with mypy: pip install -e '.[test]'")
 
@@ -95,6 +105,33 @@ def test_one_table_of_arguments() -> None:
     numbers = {name for name, kind in checked.items() if kind in (int, float, int | None, float | None)}
     assert flags | numbers | {"check"} == set(RULES)
     assert {name for name, rule in RULES.items() if rule.kind is bool} == flags
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(GenerateSpec)])
+def test_a_file_takes_what_a_call_takes(name: str) -> None:
+    """`generate:` of an evaluation has arguments of a call, with the same bounds."""
+    spec, kind = GenerateSpec.__dataclass_fields__[name], get_type_hints(Arguments)[name]
+    rule = RULES.get(name)
+    for value in (True, -1, 0, 1, 2, 0.5, -0.5, "x") if kind != bool | None and rule is not None else ():
+        refused = bool(misfit(spec.type, value, spec.metadata))
+        if refused:
+            with pytest.raises(DllmError, match=f"{name}="):
+                rule.check(name, value)
+        else:
+            rule.check(name, value)
+
+
+def test_commands_have_the_defaults_of_a_call() -> None:
+    defaults = {f.name: f.default for f in fields(Arguments)}
+    for command in (generate, chat):
+        given = {name: p.default for name, p in inspect.signature(command).parameters.items() if name in defaults}
+        given.pop("trace", None)  # a file
+        assert given and given == {name: defaults[name] for name in given}
+
+
+def test_a_verifier_takes_arguments_of_a_call() -> None:
+    shared = DecodingArguments.__annotations__.keys() & SpeculateOptions.__annotations__.keys()
+    assert {*VERIFIER_ARGUMENTS, "seed"} == shared
 
 
 def test_the_lazy_names_are_those_that_checkers_see() -> None:
