@@ -159,7 +159,7 @@ def draw_function(rng: random.Random) -> Example:
     return Example(f"Write f({arguments}): {', then '.join(asks)}.", answer, meta)
 
 
-def _inputs(arguments: str) -> list[tuple[Any, ...]]:
+def _inputs(arguments: str) -> list[tuple[object, ...]]:
     """Arguments on which two functions are compared: small, large, zero, negative, both parities."""
     numbers = (-17, -4, -1, 0, 1, 2, 3, 5, 8, 10, 13, 16, 19, 21, 50)
     if arguments == "x":
@@ -184,7 +184,7 @@ class Interpreter:
     Raises ValueError on any other syntax, and on numbers beyond 10^18 or lists beyond 1000 items.
     """
 
-    BINARY: ClassVar[dict[type, Callable[[Any, Any], Any]]] = {
+    BINARY: ClassVar[dict[type, Callable[..., object]]] = {
         ast.Add: lambda a, b: a + b,
         ast.Sub: lambda a, b: a - b,
         ast.Mult: lambda a, b: a * b,
@@ -192,7 +192,7 @@ class Interpreter:
         ast.FloorDiv: lambda a, b: a // b,
         ast.Pow: lambda a, b: a**b,
     }
-    COMPARE: ClassVar[dict[type, Callable[[Any, Any], Any]]] = {
+    COMPARE: ClassVar[dict[type, Callable[..., object]]] = {
         ast.Gt: lambda a, b: a > b,
         ast.Lt: lambda a, b: a < b,
         ast.Eq: lambda a, b: a == b,
@@ -200,7 +200,7 @@ class Interpreter:
         ast.LtE: lambda a, b: a <= b,
         ast.NotEq: lambda a, b: a != b,
     }
-    CALLS: ClassVar[dict[str, Callable[..., Any]]] = {
+    CALLS: ClassVar[dict[str, Callable[..., object]]] = {
         "abs": abs,
         "max": max,
         "min": min,
@@ -219,16 +219,17 @@ class Interpreter:
         self.names = [a.arg for a in function.args.args]
         self.expression = function.body[0].value
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> object:
         return self.run(self.expression, dict(zip(self.names, args, strict=True)))
 
-    def run(self, node: ast.expr, env: dict[str, Any]) -> Any:
+    def run(self, node: ast.expr, env: dict[str, object]) -> Any:
+        """The value of an expression whose names stand for `env`."""
         value = self._run(node, env)
         if (isinstance(value, int) and abs(value) > 10**18) or (isinstance(value, list) and len(value) > 1000):
             raise ValueError("too large")
         return value
 
-    def _run(self, node: ast.expr, env: dict[str, Any]) -> Any:
+    def _run(self, node: ast.expr, env: dict[str, object]) -> object:
         go = self.run
         match node:
             case ast.Constant(value=int() as value):

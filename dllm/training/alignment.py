@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from dllm.training.config import AlignConfig
 from dllm.training.data import read_prompts
 from dllm.training.diffusion import noise_levels
 from dllm.training.trainer import as_diffusion, mixed, patience
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ class Rows(NamedTuple):
 
 
 def continuations(
-    verifier: Any,
+    verifier: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int = 32,
@@ -78,7 +81,7 @@ def continuations(
         width = max(map(len, some))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in some], device=verifier.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=verifier.device)
-        texts = verifier.generate(
+        texts = verifier.generate(  # type: ignore[operator]
             ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
         )[:, width:].tolist()
         for i, prompt, text in zip(order[at : at + batch_size], some, texts, strict=True):
@@ -198,7 +201,7 @@ def align(
     data: Sequence[Continuation],
     config: AlignConfig,
     saved: Mapping[str, Any] | None = None,
-    save: Callable[[int, int, Any], None] | None = None,
+    save: Callable[[int, int, torch.optim.Optimizer | None], None] | None = None,
 ) -> list[float]:
     """Both stages, in place; returns the loss of every step.
 
@@ -243,7 +246,7 @@ def align(
                 if not bool(torch.isfinite(loss)):
                     raise DllmError(f"the loss of stage {number} is not finite at step {step}: lower lr or alpha")
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), 1.0)
                 optimizer.step()
                 losses.append(float(loss.detach()))
@@ -259,7 +262,7 @@ def align(
 
 def separator(model: NativeModel) -> int:
     """The tokenizer's separator, which closes a block in training and in drafting."""
-    sep = getattr(model.tokenizer, "sep_token_id", None)
+    sep = getattr(model.tokenizer, "sep_token_id", None)  # foreign
     if sep is None:
         raise DllmError("this tokenizer has no separator token: set separator: false")
     return int(sep)
@@ -279,7 +282,7 @@ def run(config: AlignConfig, resume: bool = False) -> NativeModel:
     torch.manual_seed(config.seed)
     model, verifier = pair(config)
 
-    def save(stage: int, step: int, optimizer: Any) -> None:
+    def save(stage: int, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         state = optimizer.state_dict() if optimizer is not None else {}
         weights = {n: p.detach() for n, p in model.transformer.named_parameters()}
         values = {"recipe": checkpoint.recipe(config), "stage": stage, "step": step, "optimizer": state}
@@ -295,19 +298,19 @@ def run(config: AlignConfig, resume: bool = False) -> NativeModel:
     log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
     align(model, data, config, saved, save)
     save(3, 0, None)  # nothing left to do
-    model.transformer.to(getattr(torch, config.dtype))
+    model.transformer.to(torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)
     how = {"suffix_token_id": separator(model)} if config.separator else {}
     model.save(folder / "model", extra={"drafter.json": how})
     return model
 
 
-def pair(config: AlignConfig) -> tuple[NativeModel, Any]:
+def pair(config: AlignConfig) -> tuple[NativeModel, PreTrainedModel]:
     """The drafter before alignment and its teacher. DllmError where they number their tokens differently."""
     model = initial_drafter(config)
     arguments = {"dtype": config.dtype, "device": str(model.device), **config.verifier.given()}
     verifier = load_verifier(config.verifier.name, **arguments)
-    size = verifier.get_input_embeddings().weight.shape[0]
-    tokenizer = getattr(verifier, "tokenizer", None)
+    size = len(verifier.get_input_embeddings().weight)  # type: ignore[arg-type]
+    tokenizer = getattr(verifier, "tokenizer", None)  # foreign
     if Vocabulary.between(model.tokenizer, tokenizer, model.vocab_size, size).kind != "ids":
         raise DllmError(
             f"drafter {config.drafter.name} and verifier {config.verifier.name} number their tokens differently: an "

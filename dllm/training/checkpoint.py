@@ -18,7 +18,7 @@ CHECKPOINT = "checkpoint.pt"
 FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule")  # may differ on resume
 
 
-def save_atomically(value: Any, path: Path) -> None:
+def save_atomically(value: object, path: Path) -> None:
     """Write `value` to `path`; whatever fails, `path` holds the old content or the new, never a part of it."""
     try:
         with replaced(path) as draft, draft.open("wb") as file:
@@ -31,7 +31,8 @@ def save_atomically(value: Any, path: Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint at `path` (tensors and plain values only)."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return saved
     except FileNotFoundError:
         raise DllmError(f"nothing to resume: no {path}; start without --resume") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -52,9 +53,9 @@ def begin(config: TrainConfig | AlignConfig, resume: bool) -> dict[str, Any] | N
     return None
 
 
-def recipe(config: TrainConfig | AlignConfig) -> dict[str, Any]:
+def recipe(config: TrainConfig | AlignConfig) -> dict[str, object]:
     """The recipe as plain values, as it is stored in a checkpoint."""
-    return spec.plain(config)
+    return {name: spec.plain(value) for name, value in vars(config).items()}
 
 
 def _check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step: int) -> None:

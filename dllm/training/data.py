@@ -57,6 +57,7 @@ class TaskMix:
     weights: Mapping[str, float]
 
     def take(self, start: int, n: int, seed: int) -> list[Example]:
+        """As `Source`."""
         rng = random.Random(f"mix/{seed}/{start}")
         names = rng.choices(list(self.weights), list(self.weights.values()), k=n)
         streams = {name: task(name).stream("train", rng.getrandbits(48)) for name in self.weights}
@@ -70,6 +71,7 @@ class JsonLines:
         self.examples = read_jsonl(path)
 
     def take(self, start: int, n: int, seed: int) -> list[Example]:
+        """As `Source`."""
         return list(islice(self._from(start, seed), n))
 
     def _from(self, start: int, seed: int) -> Iterator[Example]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ class Accuracy:
 
     @property
     def value(self) -> float:
+        """The share of right answers."""
         return self.correct / self.n
 
     @property
@@ -90,9 +90,9 @@ def answers(model: NativeModel, name: str, examples: Sequence[Example], batch_si
 
 
 def _unmask(model: NativeModel, prompts: list[list[int]], window: int) -> list[str]:
-    outputs: Any = decode(model, prompts, sampler="confidence", max_new_tokens=window, block_length=window,
-                          batch_size=len(prompts))  # fmt: skip
-    return [o.text for o in outputs]
+    outputs = decode(model, prompts, sampler="confidence", max_new_tokens=window, block_length=window,
+                     batch_size=len(prompts))  # fmt: skip
+    return [o.text or "" for o in outputs]
 
 
 @torch.inference_mode()
@@ -118,7 +118,8 @@ def _continue(model: NativeModel, prompts: list[list[int]], window: int) -> list
 
 def _text(model: NativeModel, ids: list[int]) -> str:
     stop = next((i for i, token in enumerate(ids) if token in model.eos_ids), len(ids))
-    return model.tokenizer.decode(ids[:stop])
+    assert model.tokenizer is not None
+    return str(model.tokenizer.decode(ids[:stop]))
 
 
 def evaluate_pair(n: int = 500, seed: int = 0, folders: Sequence[str | Path] = ("tiny", "tiny-ar")) -> list[Accuracy]:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dllm.call.arguments import CacheSpec, DecodingArguments
 from dllm.call.generate import generate
+from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View
+from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.errors import DllmError
 from dllm.models.files import replaced
+from dllm.models.native import NativeModel
 from dllm.samplers import quota
 from dllm.samplers.base import Bundle, Method
 from dllm.samplers.learn2pd import REACH, Filter, accepted, block_view, feature_of, tokenizer_hash
@@ -43,6 +46,7 @@ class Traces(NamedTuple):
     meta: dict[str, str]
 
     def save(self, path: str | Path) -> None:
+        """Write them to a safetensors file."""
         with replaced(path) as draft:
             save_file({k: v.contiguous() for k, v in zip(self._fields[:6], self[:6], strict=True)}, draft, self.meta)
 
@@ -56,11 +60,12 @@ class Traces(NamedTuple):
             raise DllmError(f"cannot read the traces {path}: {error}") from error
 
     def take(self, rows: Tensor) -> Traces:
+        """Some rows of them."""
         return Traces._make([*(x[rows] for x in self[:6]), self.meta])
 
     def split(self, seed: int = 0) -> tuple[Traces, Traces, Traces]:
         """Training, validation and test rows, 80/10/10 by prompt: no block leaks across."""
-        names = self.prompt.unique()
+        names: Tensor = self.prompt.unique()  # type: ignore[no-untyped-call]
         order = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
         cut = max(1, len(order) // 10)
         parts = (order[2 * cut :], order[:cut], order[cut : 2 * cut])
@@ -106,6 +111,7 @@ class Follow(Method):
     name: ClassVar[str] = "follow"
 
     def bundle(self, context: Context) -> Bundle:
+        """The slots: `adjust` writes the teacher's tokens, `select` takes what agrees with them and records."""
         schedule = quota.Quota.of(context)
 
         def adjust(view: View, pred: Prediction) -> Prediction:
@@ -119,7 +125,7 @@ class Follow(Method):
             self.record(view, raw, agrees)
             if self.filter is None:
                 return agrees
-            top = quota.rank(score, view.live) < schedule.count(view)[:, None]
+            top = rank(score, view.live) < schedule.count(view)[:, None]
             return accepted(self.filter, self.filter.tau, view, raw) | top
 
         return Bundle(
@@ -129,6 +135,7 @@ class Follow(Method):
         )  # fmt: skip
 
     def record(self, view: View, pred: Prediction, agrees: Tensor) -> None:
+        """Note one step of every row: features, masks and labels of the block, (B, size) each."""
         width = (view.window.hi - view.window.lo)[:, None]
         real = torch.arange(self.size, device=width.device) < width
         conf, _ = block_view(view, feature_of(pred, self.feature), self.size, 0.0)
@@ -142,19 +149,20 @@ def _fit(table: Tensor, width: int) -> Tensor:
     return F.pad(table, (0, width - table.shape[1]))
 
 
-def index(canvas: Any) -> Tensor:
+def index(canvas: Canvas) -> Tensor:
+    """(B,) the position of each row in its call."""
     return torch.arange(len(canvas.start), device=canvas.start.device)
 
 
 def collect(
-    model: Any,
-    prompts: Sequence[Any],
+    model: NativeModel,
+    prompts: list[str] | list[list[int]],
     *,
     max_new_tokens: int = 64,
     block_length: int = 32,
     feature: str = "log1m",
     filter: Filter | None = None,
-    cache: Any = None,
+    cache: CacheSpec | None = None,
     batch_size: int = 32,
     chat: bool | None = None,
 ) -> Traces:
@@ -162,18 +170,19 @@ def collect(
 
     feature "log1m" spreads out the confidences close to one, where most columns of a trained model are.
     """
-    call: dict[str, Any] = {
+    call: DecodingArguments = {
         "max_new_tokens": max_new_tokens, "block_length": block_length, "early_stop": False, "cache": cache,
-        "batch_size": batch_size, "chat": chat,
+        "batch_size": batch_size, "chat": chat, "sampler": "confidence",
     }  # fmt: skip
     rows: list[tuple[Tensor, ...]] = []
     for at in tqdm(range(0, len(prompts), batch_size), desc="traces", unit="batch"):
-        some = list(prompts[at : at + batch_size])
-        answers = generate(model, some, sampler="confidence", **call)
+        some = prompts[at : at + batch_size]
+        answers = generate(model, some, **call)
         width = max(len(a.sequences) for a in answers)
         teacher = torch.tensor([a.sequences + [0] * (width - len(a.sequences)) for a in answers], device=model.device)
         follow = Follow(teacher, feature, block_length, [], filter)
-        for a, b in zip(answers, generate(model, some, sampler=follow, **call), strict=True):
+        following: DecodingArguments = {**call, "sampler": follow}
+        for a, b in zip(answers, generate(model, some, **following), strict=True):
             if filter is None and a.sequences != b.sequences:
                 raise DllmError("the greedy parallel path misses the teacher's answer: the model is not deterministic")
         rows += [(*r[:4], r[4] + at, r[5]) for r in follow.rows]
@@ -214,9 +223,9 @@ def train(traces: Traces, recipe: Recipe = Recipe(), start: Filter | None = None
     draws = torch.Generator().manual_seed(recipe.seed)
     best, kept, waited = float("inf"), filter_, 0
     for _ in tqdm(range(recipe.epochs), desc="filter", unit="epoch"):
-        for rows in torch.randperm(len(fit.prompt), generator=draws).split(recipe.batch_size):
+        for rows in torch.randperm(len(fit.prompt), generator=draws).split(recipe.batch_size):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
-            loss_of(replace(filter_, weights=weights), fit.take(rows), recipe.masked_only).backward()
+            loss_of(replace(filter_, weights=weights), fit.take(rows), recipe.masked_only).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         now = replace(filter_, weights={k: v.detach().clone() for k, v in weights.items()})
         with torch.no_grad():
@@ -237,13 +246,14 @@ def fresh(recipe: Recipe, size: int) -> dict[str, Tensor]:
 
     def layer(rows: int, cols: int) -> tuple[Tensor, Tensor]:
         bound = cols**-0.5
-        return tuple((2 * torch.rand(s, generator=draws) - 1) * bound for s in ((rows, cols), (rows,)))  # type: ignore[return-value]
+        return tuple((2 * torch.rand(s, generator=draws) - 1) * bound for s in ((rows, cols), (rows,)))
 
     (w1, b1), (w2, b2) = layer(hidden, inputs), layer(out, hidden)
     return {"linear1.weight": w1, "linear1.bias": b1, "linear2.weight": w2, "linear2.bias": b2}
 
 
 def loss_of(filter_: Filter, rows: Traces, masked_only: bool) -> Tensor:
+    """Binary cross-entropy of the columns that count: the masked ones, or all."""
     counted = rows.masked if masked_only else rows.real
     z = filter_(rows.conf, rows.masked, rows.real)
     return F.binary_cross_entropy_with_logits(z[counted], rows.label[counted].float())
@@ -288,7 +298,8 @@ def evaluate(filter_: Filter, rows: Traces) -> dict[str, float]:
     bins = (p * 10).long().clamp(max=9)
     ece = sum(
         float((bins == b).float().mean() * (p[bins == b].mean() - label[bins == b].float().mean()).abs())
-        for b in bins.unique().tolist()
+        for b in range(10)
+        if bool((bins == b).any())
     )
     return {
         "precision": precision,
@@ -306,7 +317,7 @@ def evaluate(filter_: Filter, rows: Traces) -> dict[str, float]:
 
 def auroc(p: Tensor, label: Tensor) -> float:
     """Probability that a right column scores above a wrong one, ties half."""
-    values, rank = p.unique(return_inverse=True)
+    values, rank = p.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     count = torch.bincount(rank, minlength=len(values)).double()
     mean = count.cumsum(0) - (count - 1) / 2
     ones = float(label.sum())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 FIELDS = ("step", "loss", "accuracy", "rate", "rows", "seconds")
 logger = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ class Curve:
         self.board = _board(folder) if tensorboard else None
 
     def add(self, **row: float) -> None:
+        """Write one row, of FIELDS."""
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, FIELDS).writerow(
                 {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
@@ -44,7 +48,7 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     return [{k: int(v) if k in ("step", "rows") else float(v) for k, v in r.items()} for r in rows]
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path) -> SummaryWriter | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from types import ModuleType
 
 from dllm.errors import DllmError
 from dllm.models.transformer import Transformer
 from dllm.training.config import LoraSpec
 
 
-def _peft() -> Any:
+def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:

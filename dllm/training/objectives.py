@@ -70,9 +70,11 @@ class Diffusion:
         self.difficulty += (0.01 * count).clamp(max=0.1) * (total / count.clamp(min=1) - self.difficulty)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it: the difficulty of each id, (V,)."""
         return {"difficulty": self.difficulty.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
         self.difficulty = state["difficulty"].clone()
 
 
@@ -90,10 +92,11 @@ class Autoregressive:
         return _loss(F.cross_entropy(logits.float(), targets), logits, targets)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: it learns nothing of its own."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
+        """There is nothing to load."""
 
 
 def _loss(value: Tensor, logits: Tensor, targets: Tensor) -> Loss:
@@ -110,7 +113,8 @@ def _hidden(model: Transformer, noisy: Tensor, clean: Tensor, rows: Tensor, colu
     block, shift = model.config.block_size, model.config.shift
     source = (columns - shift).clamp(min=0)
     if block is None:
-        return model(noisy)[rows, source]
+        hidden: Tensor = model(noisy)
+        return hidden[rows, source]
     n = noisy.shape[1]
     pos = torch.arange(n, device=noisy.device)
     own = pos[:, None] // block == pos // block  # (T, T)

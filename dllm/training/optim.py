@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +38,16 @@ class Optimizers:
         return True
 
     def zero_grad(self) -> None:
+        """Forget the gradients of the step."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> list[dict]:
+    def state_dict(self) -> list[dict[str, object]]:
+        """The state of each part, for a checkpoint."""
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, states: list[dict]) -> None:
+    def load_state_dict(self, states: list[dict[str, object]]) -> None:
+        """Go on from a checkpoint's states."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
@@ -89,7 +91,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is taken
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is taken
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)

@@ -47,7 +47,7 @@ def build_tokenizer(examples: Iterable[Example], max_length: int = 512) -> PreTr
     core.pre_tokenizer = cut
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         pad_token=PAD,
         mask_token=MASK,

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from dllm.tasks.base import Example
 from dllm.tasks.registry import task
 from dllm.training import checkpoint
 from dllm.training.config import DataSpec, ModelSpec, TrainConfig
-from dllm.training.data import Batches, JsonLines, Pair, Source, TaskMix, Window
+from dllm.training.data import Batch, Batches, JsonLines, Pair, Source, TaskMix, Window
 from dllm.training.log import Curve
 from dllm.training.lora import add_lora, merge_lora
 from dllm.training.objectives import Autoregressive, Diffusion, Loss
@@ -118,20 +118,20 @@ class Trainer:
         model.save(self.folder / "model")
         return model
 
-    def _backward(self, batch: Any, step: int, part: int) -> Loss:
+    def _backward(self, batch: Batch, step: int, part: int) -> Loss:
         generator = torch.Generator().manual_seed((self.config.seed << 40) + step * self.config.accumulate + part)
         with mixed(self.config.precision, self.device):
             loss: Loss = self.objective(self.backbone, batch, generator)
         if not math.isfinite(loss.value.item()):
             self._fail(step, "loss")
-        (loss.value / self.config.accumulate).backward()
+        (loss.value / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
         return loss
 
     def _fail(self, step: int, what: str) -> None:
         kept = f"the last good state is in {self.path}" if self.path.exists() else "no checkpoint had been written yet"
         raise DllmError(f"step {step + 1}: the {what} is not finite; {kept}. Lower optimizer.lr or look at the data")
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, saved: Mapping[str, Any]) -> None:
         parameters = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
         if parameters.keys() != saved["weights"].keys():
             raise DllmError(f"{self.path} holds other weights than this recipe trains")
@@ -182,7 +182,7 @@ def patience() -> Iterator[threading.Event]:
         yield asked
         return
 
-    def note(*_: Any) -> None:
+    def note(*_: object) -> None:
         signal.signal(signal.SIGINT, before)
         asked.set()
 
@@ -193,7 +193,7 @@ def patience() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def mixed(precision: str, device: torch.device) -> AbstractContextManager:
+def mixed(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """The context of a forward: bfloat16 is mixed precision, whose weights stay as they are."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
@@ -212,7 +212,7 @@ def build_model(config: TrainConfig) -> NativeModel:
 
 def as_diffusion(twin: NativeModel) -> NativeModel:
     """A LLaDA with the weights of a causal Llama: no causal mask, no shift, the tokenizer's mask token."""
-    mask_id = getattr(twin.tokenizer, "mask_token_id", None)
+    mask_id = getattr(twin.tokenizer, "mask_token_id", None)  # foreign
     if twin.config.architecture != "LlamaForCausalLM" or mask_id is None:
         raise DllmError(
             "a diffusion run starts from a LlamaForCausalLM whose tokenizer has a mask token, or from a dLLM"
@@ -247,6 +247,7 @@ def fresh_model(spec: ModelSpec, causal: bool) -> NativeModel:
 
 
 def make_objective(config: TrainConfig, model: NativeModel) -> Diffusion | Autoregressive:
+    """The recipe's objective. DllmError where it does not fit the model."""
     causal = model.config.causal
     if causal != (config.objective == "autoregressive"):
         kind = "causal" if causal else "masked-diffusion"
@@ -258,6 +259,7 @@ def make_objective(config: TrainConfig, model: NativeModel) -> Diffusion | Autor
 
 
 def make_batches(config: TrainConfig, model: NativeModel) -> Batches:
+    """The recipe's data in batches, as this model reads prompts."""
     if not model.eos_ids:
         raise DllmError("training needs an end token: the model's configuration and tokenizer name none")
     data = config.data
