@@ -307,8 +307,8 @@ def decode(
             index = torch.tensor(keep, dtype=torch.long, device=lane.device)
             state, lane = state.take(index), lane[index]
             request, closing = [request[i] for i in keep], [closing[i] for i in keep]
-        # With a lookahead lanes have taken different numbers of steps. A waiting row enters a free lane once no busy one
-        # has taken fewer: at that step the plain call would let it in.
+        # With a lookahead lanes have taken different numbers of steps. A waiting row enters a free lane once no busy
+        # lane has taken fewer than that one: at this step the plain call would let it in.
         due = min((run.clock(l) for l in lane.tolist()), default=None) if free and waiting < total else None
         ready = [l for l in free if due is None or run.clock(l) <= due][: total - waiting]
         if ready:
