@@ -266,6 +266,21 @@ def test_canvas_edits_shift_what_is_right_of_them() -> None:
     assert canvas.ids.tolist() == ids.tolist()
 
 
+def test_canvas_writes_and_cuts() -> None:
+    """The mask id re-masks, frozen columns stay as they are, and what is cut off is padding."""
+    ids = torch.tensor([[5, 9, 9, 7, 0], [5, 6, 9, 9, 9]])
+    frozen, length = torch.tensor([[True, False, False, False, True], [True] + [False] * 4]), torch.tensor([4, 5])
+    canvas = Canvas(ids, ids == 9, frozen, torch.tensor([1, 1]), length, 9)
+    every = torch.ones_like(frozen)
+    after = canvas.write(every, torch.tensor([[1, 2, 9, 9, 1], [3, 9, 3, 3, 9]]))
+    assert after.ids.tolist() == [[5, 2, 9, 9, 0], [5, 9, 3, 3, 9]]
+    assert after.masked.long().tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+    short = after.cut(torch.tensor([3, 5]))
+    assert short.ids.tolist() == [[5, 2, 9, 0, 0], [5, 9, 3, 3, 9]] and short.length.tolist() == [3, 5]
+    assert short.masked.long().tolist() == [[0, 0, 1, 0, 0], [0, 1, 0, 0, 1]]
+    assert short.frozen.long().tolist() == [[1, 0, 0, 1, 1], [1, 0, 0, 0, 0]]
+
+
 def test_tokens_are_counted_to_the_first_stop() -> None:
     table = peaks([(1, 0.9), (2, 0.8), (3, 0.7), (1, 0.6)], 5)
     out = dllm.generate(Scripted(table, eos=3), [0], sampler="confidence", max_new_tokens=4, block_length=4)

@@ -103,7 +103,6 @@ class Computed(NamedTuple):
 
     ids: Tensor  # what was fed when the column was last computed, -1 for never
     when: Tensor  # the step of that
-    redo: Tensor  # bool: columns that this step recomputes
 
 
 @dataclass(frozen=True)
@@ -173,11 +172,11 @@ class DLLMCache(Scattered):
     def columns(self, canvas: Canvas) -> Computed:
         """Nothing has been computed."""
         never = torch.full_like(canvas.ids, -1)
-        return Computed(never, never, canvas.masked)
+        return Computed(never, never)
 
     def redo(self, state: State) -> Tensor:
-        """The response, or a part of it."""
-        return state.columns[Computed].redo
+        """The response, or a part of it: what this step computes."""
+        return state.columns[Computed].when == state.step[:, None]
 
     def note(self, state: State, window: Span) -> State:
         """Which columns this step computes, and with what tokens."""
@@ -186,11 +185,10 @@ class DLLMCache(Scattered):
         response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
         prompt = (state.step % self.prompt_every == 0)[:, None]
         all_of_it = (state.step % self.response_every == 0)[:, None]
-        redo = torch.where(all_of_it, response, self._part(state, window, response))
-        computed = redo | prompt
+        computed = prompt | torch.where(all_of_it, response, self._part(state, window, response))
         ids = torch.where(computed, canvas.ids, before.ids)
         when = torch.where(computed, state.step[:, None], before.when)
-        return state._replace(columns=state.columns.plus(Computed(ids, when, redo)))
+        return state._replace(columns=state.columns.plus(Computed(ids, when)))
 
     def holds(self, state: State, window: Span) -> Cached:
         """What every `prompt_every`-th step refreshes."""
