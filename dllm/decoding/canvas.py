@@ -84,8 +84,7 @@ class Cached(NamedTuple):
     A policy says in `Span.cached` what a step will leave there, in the fields that it goes by, and leaves the others.
     """
 
-    epoch: Tensor  # of the window, when a refresh filled the store
-    refreshes: Tensor  # steps that called for a refresh in this epoch so far
+    epoch: Tensor  # names the refresh that filled the store: by the window's epoch, or by its step
     frontier: Tensor  # block-causal models: the columns below are final and stored
     end: Tensor  # block-causal models: the columns below are stored
 

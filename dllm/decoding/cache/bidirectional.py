@@ -56,7 +56,7 @@ class Opened(NamedTuple):
 
 @dataclass(frozen=True)
 class Dated(Policy):
-    """Base of the policies that count the steps since the window's epoch began."""
+    """Base of the policies that refresh within an epoch, too: what the store holds goes by the last refresh's step."""
 
     def memory(self, canvas: Canvas) -> Opened:
         """No epoch has begun."""
@@ -67,10 +67,6 @@ class Dated(Policy):
         before = state.memory[Opened]
         since = torch.where(window.epoch != before.epoch, state.step, before.since)
         return state._replace(memory=state.memory.plus(Opened(window.epoch, since)))
-
-    def age(self, state: State) -> Tensor:
-        """(B,) steps since the epoch began."""
-        return state.step - state.memory[Opened].since
 
 
 @dataclass(frozen=True)
@@ -84,11 +80,12 @@ class Interval(Dated, Dual):
     every: int = param(0, "0: refresh at a new block only, as dInfer does", low=0)
 
     def holds(self, state: State, window: Span) -> Cached:
-        """What the steps of the warm-up, then every `every`-th step of an epoch, refresh."""
-        refreshes = state.step.clamp(max=max(self.warmup - 1, 0))
+        """What each step of the warm-up, the first one of an epoch and every `every`-th after it refreshes."""
+        since = state.memory[Opened].since
+        last = torch.maximum(since, state.step.clamp(max=max(self.warmup - 1, 0)))
         if self.every:
-            refreshes = refreshes + self.age(state) // self.every
-        return state.cached._replace(epoch=window.epoch, refreshes=refreshes)
+            last = torch.maximum(last, state.step - (state.step - since) % self.every)
+        return state.cached._replace(epoch=last)
 
 
 class Fed(NamedTuple):
@@ -103,6 +100,7 @@ class Computed(NamedTuple):
 
     ids: Tensor  # what was fed when the column was last computed, -1 for never
     when: Tensor  # the step of that
+    redo: Tensor  # bool: columns that this step recomputes
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,10 @@ class DKVCache(Dated, Scattered):
         return super().note(state._replace(columns=state.columns.plus(fed)), window)
 
     def holds(self, state: State, window: Span) -> Cached:
-        """What the first two steps of an epoch, then every `every`-th one, refresh."""
-        age = self.age(state)
-        return state.cached._replace(epoch=window.epoch, refreshes=age.clamp(max=1) + age // self.every)
+        """What the first two steps of an epoch and every `every`-th one refresh."""
+        since = state.memory[Opened].since
+        age = state.step - since
+        return state.cached._replace(epoch=since + torch.maximum(age.clamp(max=1), age - age % self.every))
 
 
 URGENT = 1 << 20  # more steps than any row takes
@@ -172,11 +171,11 @@ class DLLMCache(Scattered):
     def columns(self, canvas: Canvas) -> Computed:
         """Nothing has been computed."""
         never = torch.full_like(canvas.ids, -1)
-        return Computed(never, never)
+        return Computed(never, never, canvas.masked)
 
     def redo(self, state: State) -> Tensor:
-        """The response, or a part of it: what this step computes."""
-        return state.columns[Computed].when == state.step[:, None]
+        """The response, or a part of it."""
+        return state.columns[Computed].redo
 
     def note(self, state: State, window: Span) -> State:
         """Which columns this step computes, and with what tokens."""
@@ -185,10 +184,11 @@ class DLLMCache(Scattered):
         response = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
         prompt = (state.step % self.prompt_every == 0)[:, None]
         all_of_it = (state.step % self.response_every == 0)[:, None]
-        computed = prompt | torch.where(all_of_it, response, self._part(state, window, response))
+        redo = torch.where(all_of_it, response, self._part(state, window, response))
+        computed = redo | prompt
         ids = torch.where(computed, canvas.ids, before.ids)
         when = torch.where(computed, state.step[:, None], before.when)
-        return state._replace(columns=state.columns.plus(Computed(ids, when)))
+        return state._replace(columns=state.columns.plus(Computed(ids, when, redo)))
 
     def holds(self, state: State, window: Span) -> Cached:
         """What every `prompt_every`-th step refreshes."""

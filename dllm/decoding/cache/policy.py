@@ -160,7 +160,8 @@ class Policy(ABC):
         """The forwards of this tick, each with the rows it serves. Refreshing and stepping rows differ in shape."""
         if not self.stored:
             return [(None, self.step(state, window, lane))]
-        stale, plans = self.stale(state, window).tolist(), list[tuple[Rows, Plan]]()
+        stale = self.stale(state, window).tolist()
+        plans: list[tuple[Rows, Plan]] = []
         for flag, forward in ((True, self.refresh), (False, self.step)):
             at = [i for i, s in enumerate(stale) if s is flag]
             if len(at) == len(stale):
@@ -171,9 +172,8 @@ class Policy(ABC):
         return plans
 
     def stale(self, state: State, window: Span) -> Tensor:
-        """(B,) bool: rows that need a refresh before this step. Default: a new epoch, or one more refresh inside it."""
-        old, new = state.cached, window.holds
-        return (old.epoch != new.epoch) | (old.refreshes != new.refreshes)
+        """(B,) bool: rows that need a refresh in this step. Default: those of a new epoch."""
+        return state.cached.epoch != window.holds.epoch
 
     def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
         """The forward of the stale rows (N); `lane` (N,) holds each one's keys and values. Default: a full one."""
