@@ -67,7 +67,8 @@ class MoE(nn.Module):
         self.shared_experts = shared
         self.group: dist.ProcessGroup | None = None  # set when the width of the experts is split over processes
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
         flat = x.flatten(0, -2)  # (T, H)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         scores = F.linear(flat.to(wide), self.gate.weight.to(wide))

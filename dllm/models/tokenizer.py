@@ -37,8 +37,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool = False) -> Any:
         """The text of ids."""
 
-    def convert_ids_to_tokens(self, ids: int, /) -> object:
-        """The name of an id."""
+    def convert_ids_to_tokens(self, ids: int | list[int], /) -> Any:
+        """The name of an id, or those of a list."""
 
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id."""

@@ -61,6 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
         if x.dtype == self.weight.dtype == wide(x.dtype):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.to(wide(x.dtype)), self.weight.shape, None, self.eps).to(x.dtype)
@@ -139,6 +140,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotate: Rotation, mask: Tensor | None, causal: bool, access: Access | None, layer: int
     ) -> Tensor:
+        """(N, Q, D) -> (N, Q, D). mask: bool (N, 1, 1|Q, K); access: where keys and values of `layer` are stored."""
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, Q, h, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -157,6 +159,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
@@ -164,11 +168,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
         x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return x
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -184,6 +191,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, rotate: Rotation, mask: Tensor | None, causal: bool, access: Access | None, layer: int
     ) -> Tensor:
+        """(N, Q, D) -> (N, Q, D); arguments as those of `Attention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), rotate, mask, causal, access, layer)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
