@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING
 
 from dllm.errors import DllmError as DllmError
@@ -133,6 +133,12 @@ class _Former(MetaPathFinder, Loader):
         places = ", ".join(_moves()["modules"][module.__name__])
         warnings.warn(f"{module.__name__} is now {places}", DeprecationWarning, stacklevel=2)
         vars(module)["__getattr__"] = moved(module.__name__)
+
+    def get_code(self, name: str) -> CodeType:
+        """For `python -m`: the program that stands in the new place."""
+        place = _moves()["modules"][name][-1]
+        warnings.warn(f"python -m {name} is now python -m {place}", FutureWarning, stacklevel=2)
+        return compile(f"import runpy\nrunpy.run_module({place!r}, run_name='__main__', alter_sys=True)", name, "exec")
 
 
 sys.meta_path.append(_Former())

@@ -98,3 +98,9 @@ from dllm.samplers.base import Bundle, Context, Method, View, param
 def test_what_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError):
         import_module("dllm.generator")
+
+
+def test_a_former_program_runs() -> None:
+    command = [sys.executable, "-m", "dllm.eval.bench_cache", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "usage: " in done.stdout and "python -m dllm.bench.cache" in done.stderr
