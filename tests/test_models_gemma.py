@@ -47,6 +47,7 @@ def test_native_decoding(folder):
     first, second = dllm.generate(model, [[5, 6, 7], [9, 10]], sampler=options, max_new_tokens=6)
     assert len(first.tokens) <= 6 and all(0 <= t < 80 for t in first.tokens) and 1 <= first.nfe <= 4
     assert first.sequences[:3] == [5, 6, 7] and first.sampler == "native"
+    assert first.calls == second.calls == first.nfe + second.nfe  # of the whole call
     events = list(dllm.stream(model, [[5, 6, 7], [9, 10]], sampler=options, max_new_tokens=6))
     assert [(e.request, e.output.tokens) for e in events] == [(0, first.tokens), (1, second.tokens)]
     alone = dllm.generate(model, [9, 10], sampler=options, max_new_tokens=6, seed=1)

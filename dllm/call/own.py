@@ -35,7 +35,7 @@ def answers(model: Model, decoder: OwnDecoder, prompt: object, given: Mapping[st
             sequences=ids + done.tokens,
             tokens=done.tokens,
             nfe=done.nfe,
-            calls=done.nfe,
+            calls=done.nfe + sum(output.nfe for output in outputs),  # of the call so far
             finish_reason="stop" if done.stopped else "length",
             seconds=time.perf_counter() - began,
             prefill_seconds=0.0,
