@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -42,6 +43,7 @@ class DAEDAL(Method):
     )
 
     name: ClassVar[str] = "daedal"
+    example: ClassVar[Mapping[str, object]] = {"initial": 8, "factor": 4, "tail": 4, "tau_low": 0.3}
     source: ClassVar[str] = "DAEDAL, arXiv 2508.00819"
     cost: ClassVar[str] = "one row, every generated column until the ceiling is reached; stage 1 adds forwards"
 

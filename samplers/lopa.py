@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Inputs, View, rank
+from dllm.decoding.slots import Context, Forward, Inputs, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
-
-if TYPE_CHECKING:
-    from dllm.decoding.engine import Answer
 
 
 class Tried(NamedTuple):
@@ -67,11 +64,11 @@ class Branches(Inputs):
             lane=repeat(plan.lane),
         )
 
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, Winner]:
+    def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, Winner]:
         """The winner's logits. The first read of a forward, the step's own columns, decides the winner."""
-        branches, won = logits.view(-1, *cols.shape, logits.shape[-1]), answer.extra  # (b, B, W, V)
+        branches, won = logits.view(-1, *cols.shape, logits.shape[-1]), forward.extra  # (b, B, W, V)
         if not isinstance(won, Winner):
-            won = Winner(surest(branches, cols, answer.state, answer.window))
+            won = Winner(surest(branches, cols, forward.state, forward.window))
         return branches[won.branch, torch.arange(len(cols), device=cols.device)], won
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,10 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Inputs, Needs, View, rank
+from dllm.decoding.slots import Context, Forward, Inputs, Needs, View, rank
 from dllm.errors import DllmError
 from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.revoke import committed_here, decoded, remask
-
-if TYPE_CHECKING:
-    from dllm.decoding.engine import Answer
 
 
 class LeaveOneOut(NamedTuple):
@@ -70,8 +67,8 @@ class Shadow(Inputs):
             visible=torch.cat([visible, own.expand(n, -1, -1)], 2),
         )
 
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, LeaveOneOut]:
-        return logits, LeaveOneOut(answer.private)
+    def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, LeaveOneOut]:
+        return logits, LeaveOneOut(forward.private)
 
 
 def columns(window: Span) -> Tensor:

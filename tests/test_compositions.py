@@ -49,7 +49,7 @@ def model() -> Any:
 
 
 def spec(*names: str) -> list[dict[str, Any]]:
-    return [{"name": name, **GIVEN.get(name, {})} for name in names]
+    return [{"name": name, **registry.method(name).example, **GIVEN.get(name, {})} for name in names]
 
 
 def run(names: tuple[str, ...], cache_: str, **more: Any) -> list[Any]:
@@ -194,7 +194,7 @@ def specified(draw: st.DrawFn) -> list[dict[str, Any]]:
     """One to three samplers, each with some of its parameters drawn from their ranges."""
     chosen = []
     for name in draw(st.lists(st.sampled_from(names()), min_size=1, max_size=3, unique=True)):
-        params = {"name": name, **GIVEN.get(name, {})}
+        params = spec(name)[0]
         for f in dataclasses.fields(registry.method(name)):
             if f.name in params or not f.metadata or draw(st.booleans()):
                 continue

@@ -12,7 +12,6 @@ import logging
 import statistics
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +43,10 @@ def identity(size: int) -> Filter:
     return Filter(weights, size)
 
 
-# what a sampler must be told without a tokenizer, and settings under which a short window shows its work
-GIVEN: dict[str, dict[str, Any]] = {
+# beside each `example` of a method: what this bench lacks (a tokenizer, a filter of its window), and settings that show
+# both halves of a remasking loop within its steps
+GIVEN: dict[str, dict[str, object]] = {
     "adablock": {"delimiters": [198]},
-    "daedal": {"initial": WINDOW},
     "learn2pd": {"filter": identity(WINDOW)},
     "remdm": {"fill": 0.0},
 }
@@ -118,8 +117,8 @@ def call(name: str, vocabulary: int = VOCABULARY) -> Context:
 
 
 def build(name: str, frame: Context) -> Sampler:
-    """A sampler at its defaults."""
-    return registry.build({"name": name, **GIVEN.get(name, {})}, frame)
+    """A sampler at its defaults, but for what it must be told."""
+    return registry.build({"name": name, **registry.method(name).example, **GIVEN.get(name, {})}, frame)
 
 
 def run(names: Iterable[str] | None = None, repeats: int = REPEATS, vocabulary: int = VOCABULARY) -> list[Figure]:

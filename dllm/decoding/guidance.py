@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.slots import Inputs
-
-if TYPE_CHECKING:
-    from dllm.decoding.engine import Answer
+from dllm.decoding.slots import Forward, Inputs
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,6 @@ class Guidance(Inputs):
             lane=lane,
         )
 
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, object]:
+    def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, object]:
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.scale + 1) * (conditional - unconditional), None

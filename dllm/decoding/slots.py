@@ -15,7 +15,6 @@ from dllm.decoding.canvas import Canvas, Decision, Leaf, Leaves, Plan, Span, Sta
 from dllm.decoding.columns import scatter, spread
 
 if TYPE_CHECKING:
-    from dllm.decoding.engine import Answer
     from dllm.decoding.prediction import Prediction
     from dllm.models.tokenizer import Tokenizer
 
@@ -104,6 +103,17 @@ class Window(Protocol):
         return None
 
 
+class Forward(Protocol):
+    """One forward as `Inputs.reduce` sees it."""
+
+    state: State
+    window: Span
+    extra: object  # what `reduce` told at an earlier read of it; None at the first
+
+    def private(self) -> Tensor:
+        """Logits (copies B, E, V) of the queries that `expand` added behind those of the plan."""
+
+
 class Inputs(Protocol):
     """The slot that changes what is fed, and folds the answers back. Derive from it to have its defaults."""
 
@@ -114,9 +124,9 @@ class Inputs(Protocol):
         its rows, one after the other. Row i of copy c is row c B + i."""
         ...
 
-    def reduce(self, logits: Tensor, cols: Tensor, answer: Answer) -> tuple[Tensor, object]:
+    def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, object]:
         """Logits (B, W, V) at `cols` (B, W) from those of all copies (copies B, W, V); and what the slots of this step
-        shall know of the forward, as `Prediction.extra`. `answer.extra` is what an earlier read of it returned."""
+        shall know of the forward, as `Prediction.extra`."""
         return logits, None
 
 
