@@ -136,7 +136,9 @@ class Stops:
 
     def _open_bytes(self, ids: list[int]) -> int:
         """How many byte tokens of SentencePiece stand at the end: a run of them is decoded as a whole."""
-        names = [] if self.tokenizer is None else reversed(self.tokenizer.convert_ids_to_tokens(ids[-64:]))
+        if self.tokenizer is None:
+            return 0
+        names = map(self.tokenizer.convert_ids_to_tokens, reversed(ids[-64:]))
         return sum(1 for _ in itertools.takewhile(_is_byte, names))
 
 
@@ -165,8 +167,8 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _is_byte(name: str | None) -> bool:
-    return name is not None and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+def _is_byte(name: object) -> bool:
+    return isinstance(name, str) and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
 
 
 def _joins_words(tokenizer: Tokenizer) -> bool:
