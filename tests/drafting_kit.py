@@ -76,7 +76,7 @@ def from_columns(columns, start=0):
     for i, column in enumerate(columns):
         for j, (t, lp) in enumerate(sorted(column, key=lambda e: -e[1])):
             tokens[i, j], logp[i, j] = t, lp
-    return Lattice(tokens, logp, 1 - logp.exp().sum(-1), tokens[:, 0], start)
+    return Lattice(tokens, logp, tokens[:, 0], start)
 
 
 class Script(Drafter):

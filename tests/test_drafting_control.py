@@ -119,7 +119,7 @@ def test_heuristic_and_fixed():
         (dict(m_max=0), "m_max=0 must be at least 1"),
         (dict(decay=0), "decay"),
         (dict(corpus=["a text"]), "corpus is a list of id sequences"),
-        (dict(graft="suffix:min_match=0", tree=4), "min_match must be at least 1"),
+        (dict(graft="suffix:min_match=0", tree=4), "min_match=0 must be at least 1"),
         (dict(graft="recycle:width=two", tree=4), "width='two' must be an integer"),
         (dict(controller="cost"), "controller is a Controller"),
         (dict(spec=7), "spec is a SpecConfig"),

@@ -32,6 +32,7 @@ class ARDrafter(Drafter):
         self.known: list[int] = []
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
+        """An empty cache. Errors: another vocabulary, a cache that cannot be rolled back."""
         super().reset(ids, need)
         size = embedding(self.model).shape[0]
         if min(size, need.vocab) < 0.9 * max(size, need.vocab):
@@ -42,6 +43,7 @@ class ARDrafter(Drafter):
         self.known = []
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        """`k` forwards of one token each, fewer behind an end token or at the last position."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)  # foreign
         k = k if limit is None else min(k, limit - len(ids))
         if k < 1:

@@ -311,6 +311,7 @@ class Calibrator:
         self.hits[where] += accepted
 
     def __call__(self, slot: int, conf: float) -> float:
+        """The calibrated probability of a node of this slot and confidence."""
         where = self._bin(slot, conf)
         a = (self.strength * conf + self.hits[where]) / (self.strength + self.tries[where])
         return float(min(max(a, 0.02), 0.98))

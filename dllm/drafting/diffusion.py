@@ -77,6 +77,7 @@ class DiffusionDrafter(Drafter):
         return self.vocabulary.kind == "text"
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
+        """Relate the vocabularies, ban the drafter's own special tokens, forget the store."""
         super().reset(ids, need)
         self.vocabulary = self._vocabulary(need)
         specials = [self.model.mask_id, self.model.pad_id, self.model.bos_id, self.suffix]
@@ -97,9 +98,11 @@ class DiffusionDrafter(Drafter):
         return known[key]
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+        """What was emitted is final: a prefix cache may keep it."""
         self.final = len(ids)
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+        """One forward over the text and `k` masks: a lattice, or a chain where the vocabularies meet in text only."""
         context = self.vocabulary.context(ids)
         k = min(k, self.model.max_positions - self._extra(k) - 1)
         if k < 1:
@@ -189,6 +192,7 @@ class SamplerDrafter(DiffusionDrafter):
         self.name = f"sampler {sampler or 'of the family'}"
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        """The answer of `dllm.generate`, as a chain."""
         k = min(k, self.model.max_positions - 1)
         if k < 1:
             return EMPTY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import statistics
-import time
+import timeit
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -375,9 +375,4 @@ def calibrate(
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(call, repeat=repeats, number=1))

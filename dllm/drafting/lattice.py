@@ -26,14 +26,12 @@ class DraftFailure(RuntimeError):
 class Lattice:
     """k slots of up to M candidates.
 
-    tokens (k, M) int64, -1 padded; logp (k, M) float32, -inf padded, descending; tail (k,) mass outside the kept set;
-    argmax (k,) the raw argmax draft; `start` the absolute position of slot 0; rows (k, V) the full log-probabilities
-    when factorised sampling needs them.
+    tokens (k, M) int64, -1 padded; logp (k, M) float32, -inf padded, descending; argmax (k,) the raw argmax draft;
+    `start` the absolute position of slot 0; rows (k, V) the full log-probabilities when factorised sampling needs them.
     """
 
     tokens: Tensor
     logp: Tensor
-    tail: Tensor
     argmax: Tensor
     start: int
     rows: Tensor | None = None
@@ -76,7 +74,7 @@ class Lattice:
 
     def _cut(self, slots: slice, start: int) -> Lattice:
         rows = None if self.rows is None else self.rows[slots]
-        return Lattice(self.tokens[slots], self.logp[slots], self.tail[slots], self.argmax[slots], start, rows)
+        return Lattice(self.tokens[slots], self.logp[slots], self.argmax[slots], start, rows)
 
     def first_eos(self, eos: Iterable[int]) -> int:
         """L_gen of DiffuSpec: index of the first end token in the raw argmax draft, k if there is none."""
@@ -115,11 +113,10 @@ def build(
     kept = (mass - logp.exp() < tau_mass) & (logp > float("-inf"))
     kept[:, :1] = True
     logp, tokens = logp.masked_fill(~kept, float("-inf")), tokens.masked_fill(~kept, -1)
-    tail = 1 - (mass * kept).amax(-1)
     tokens, logp = _keep(tokens, logp, full, sorted({t for t in keep if 0 <= t < vocab}))
     width = max(1, int((tokens >= 0).sum(-1).max())) if k else 1
     argmax = full.argmax(-1) if k else tokens.new_zeros(0)
-    return Lattice(tokens[:, :width], logp[:, :width], tail, argmax, start, full if with_rows else None)
+    return Lattice(tokens[:, :width], logp[:, :width], argmax, start, full if with_rows else None)
 
 
 def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: list[int]) -> tuple[Tensor, Tensor]:

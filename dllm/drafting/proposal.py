@@ -105,6 +105,7 @@ class Proposal:
 
     @cached_property
     def is_chain(self) -> bool:
+        """Whether every node follows the one before."""
         return self.parents == tuple(range(-1, len(self.tokens) - 1))
 
     @cached_property
@@ -164,10 +165,7 @@ class Proposal:
             return self
         if not (self.is_chain and other.is_chain and self.kind == other.kind):
             raise DllmError("only chains of one kind can be joined")
-        n = len(self)
-        rows = None
-        if self.rows is not None and other.rows is not None:
-            rows = _stack(self.rows, other.rows)
+        n, rows = len(self), _stack(self.rows, other.rows) if self.rows and other.rows else None
         return Proposal(
             self.tokens + other.tokens,
             self.parents + tuple(p + n for p in other.parents),
@@ -183,11 +181,10 @@ def _stack(a: Rows, b: Rows) -> Rows:
     if a.index is None or b.index is None:
         raise DllmError("dense and sparse rows cannot be joined")
     width = max(a.prob.shape[1], b.prob.shape[1])
-
-    def pad(x: Tensor, value: float) -> Tensor:
-        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
-
-    return Rows(torch.cat([pad(a.prob, 0), pad(b.prob, 0)]), torch.cat([pad(a.index, -1), pad(b.index, -1)]))
+    return Rows(
+        torch.cat([fit(rows, width, 0) for rows in (a.prob, b.prob)]),
+        torch.cat([fit(ids, width, -1) for ids in (a.index, b.index)]),
+    )
 
 
 def chain(tokens: Sequence[int], conf: Sequence[float] = ()) -> Proposal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,7 @@ from dllm.drafting.lattice import Lattice
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.search import union
 from dllm.errors import DllmError
+from dllm.spec import check, param
 
 
 class SuffixAutomaton:
@@ -98,6 +100,7 @@ class SuffixAutomaton:
         return out
 
 
+@dataclass(eq=False)
 class SuffixDrafter(Drafter):
     """Copy what followed the longest repeated suffix of prompt and output (in the manner of SAM-Decoding,
     SuffixDecoding).
@@ -107,14 +110,14 @@ class SuffixDrafter(Drafter):
     """
 
     name = "suffix"
+    min_match: int = param(2, "one token is no evidence", low=1)
 
-    def __init__(self, min_match: int = 2) -> None:
-        if min_match < 1:
-            raise DllmError(f"min_match must be at least 1, got {min_match}")
-        self.min_match = min_match
+    def __post_init__(self) -> None:
+        check(self, "drafter 'suffix'")
         self.automaton = SuffixAutomaton()
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
+        """The automaton of the prompt."""
         super().reset(ids, need)
         self.automaton = SuffixAutomaton()
         self._catch_up(ids)
@@ -129,6 +132,7 @@ class SuffixDrafter(Drafter):
         return self.automaton.match
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        """What followed the longest repeated suffix; a tree also what followed the shorter ones."""
         self._catch_up(ids)
         if self.automaton.match < self.min_match:
             return EMPTY
@@ -143,6 +147,7 @@ class SuffixDrafter(Drafter):
         return chain(tokens, [m / (m + 1)] * len(tokens))
 
 
+@dataclass(eq=False)
 class PromptLookup(Drafter):
     """Copy what followed the last occurrence of the final n-gram, n from `max_ngram` down to `min_ngram` (PLD).
 
@@ -151,18 +156,23 @@ class PromptLookup(Drafter):
 
     name = "lookup"
 
-    def __init__(self, max_ngram: int = 4, min_ngram: int = 1) -> None:
-        if not 1 <= min_ngram <= max_ngram:
-            raise DllmError(f"prompt lookup needs 1 <= min_ngram <= max_ngram, got {min_ngram} and {max_ngram}")
-        self.max_ngram, self.min_ngram = max_ngram, min_ngram
+    max_ngram: int = param(4, "longer ones are rare", low=1)
+    min_ngram: int = param(1, "a wrong draft costs little", low=1)
+
+    def __post_init__(self) -> None:
+        check(self, "drafter 'lookup'")
+        if self.min_ngram > self.max_ngram:
+            raise DllmError(f"prompt lookup needs min_ngram <= max_ngram, got {self.min_ngram} and {self.max_ngram}")
         self.where: dict[tuple[int, ...], int] = {}
         self.done = 0
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
+        """No n-gram is known yet."""
         super().reset(ids, need)
         self.where, self.done = {}, 0
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        """What followed the longest n-gram that is known; a tree what followed each."""
         for end in range(self.done + 1, len(ids)):  # an n-gram counts once it has a successor
             for n in range(self.min_ngram, min(self.max_ngram, end) + 1):
                 self.where[tuple(ids[end - n : end])] = end
@@ -178,6 +188,7 @@ class PromptLookup(Drafter):
                 yield chain(tokens, [n / (n + 1)] * len(tokens))
 
 
+@dataclass(eq=False)
 class TokenRecycling(Drafter):
     """A table of the verifier's best successors of every token, filled at every verified node, also rejected ones.
 
@@ -189,32 +200,29 @@ class TokenRecycling(Drafter):
     name = "recycle"
     successors = True
 
-    def __init__(self, width: int = 8) -> None:
-        if width < 1:
-            raise DllmError(f"width must be at least 1, got {width}")
-        self.width = width
+    width: int = param(8, "the loop hands out so many", low=1)
+
+    def __post_init__(self) -> None:
+        check(self, "drafter 'recycle'")
         self.table: dict[int, list[int]] = {}
-        self.conf = [0.5 / (r + 1) ** 1.2 for r in range(width)]
+        self.conf = [0.5 / (r + 1) ** 1.2 for r in range(self.width)]
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
+        """An empty table."""
         super().reset(ids, need)
         self.table = {}
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+        """Renew the successors of the verified tokens."""
         for token, best in successors.items():
             self.table[token] = best[: self.width]
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
+        """The best chain of successors, or the tree of the most probable ones."""
         budget = self.need.tree or k
-        if not self.need.tree:
-            tokens: list[int] = []
-            last = ids[-1]
-            while len(tokens) < k and last in self.table and last not in self.need.eos:
-                last = self.table[last][0]
-                tokens.append(last)
-            return chain(tokens, [self.conf[0]] * len(tokens))
+        ranks = self.conf if self.need.tree else self.conf[:1]
         out: list[tuple[int, int, float]] = []  # token, parent, confidence
-        heap = [(-c, r, -1, ids[-1], 1) for r, c in enumerate(self.conf)]
+        heap = [(-c, r, -1, ids[-1], 1) for r, c in enumerate(ranks)]
         heapq.heapify(heap)
         while heap and len(out) < budget:
             minus, rank, parent, last, depth = heapq.heappop(heap)
@@ -224,7 +232,7 @@ class TokenRecycling(Drafter):
             token, node = following[rank], len(out)
             out.append((token, parent, self.conf[rank]))
             if token not in self.need.eos:
-                for r, c in enumerate(self.conf):
+                for r, c in enumerate(ranks):
                     heapq.heappush(heap, (minus * c, r, node, token, depth + 1))
         return Proposal(tuple(o[0] for o in out), tuple(o[1] for o in out), conf=tuple(o[2] for o in out))
 
@@ -244,14 +252,17 @@ class Fallback(Drafter):
         return self.model.chains_only
 
     def fork(self) -> Fallback:
+        """Both drafters forked."""
         return Fallback(self.model.fork(), SuffixDrafter(self.retrieval.min_match), self.min_match)
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
+        """Both begin the text."""
         super().reset(ids, need)
         self.model.reset(ids, need)
         self.retrieval.reset(ids, need)
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+        """What was retrieved where the match is long enough, else the model's draft."""
         found = self.retrieval.draft(ids, k)
         if len(found) and self.retrieval.match >= self.min_match:
             return found
@@ -261,6 +272,7 @@ class Fallback(Drafter):
             self.forwards = self.model.forwards
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+        """The model learns; retrieval reads the text itself."""
         self.model.observe(ids, emitted, successors)
 
 

@@ -125,6 +125,7 @@ class Argmax(PathSearch):
     """The most probable token of every slot."""
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """The best token of each slot, up to an end token."""
         tokens = [column[0][0] for column in edges.lat.columns]
         n = next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))
         return chain(tokens[:n], edges.lat.confidence[:n])
@@ -142,6 +143,7 @@ class CPSBeam(PathSearch):
     beam: int = param(3, "the paper's", low=1)
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """The path with the largest sum of log weights that the beam finds."""
         beams: list[tuple[float, tuple[int, ...], State, bool]] = [(0.0, (), edges.root, False)]
         for i in range(edges.lat.k):
             grown = [b for b in beams if b[3]]
@@ -162,6 +164,7 @@ class Viterbi(PathSearch):
     lam: float = LAM
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """The path with the largest sum of log weights."""
         live: dict[State, tuple[float, tuple[int, ...]]] = {edges.root: (0.0, ())}
         done: list[tuple[float, tuple[int, ...]]] = []
         for i in range(edges.lat.k):
@@ -191,6 +194,7 @@ class EAL(PathSearch):
     power: float = param(1.0, "weights are acceptance probabilities", above=0)
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """The path of `solve`."""
         return self.solve(edges, eos)[0]
 
     def solve(self, edges: Edges, eos: frozenset[int] = frozenset()) -> tuple[Proposal, float]:
@@ -238,6 +242,7 @@ class Sample(PathSearch):
     sampled = True
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """A draw a slot."""
         prob, index = _rows(edges.lat)
         pick = torch.multinomial(prob, 1, generator=generator)  # (k, 1)
         drawn = pick if index is None else index.gather(1, pick)
@@ -267,6 +272,7 @@ class CPSSample(PathSearch):
     sampled = True
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """A draw a slot, each given the ones before."""
         k, width = edges.lat.k, max(len(c) for c in edges.lat.columns)
         prob, index = torch.zeros(k, width), torch.full((k, width), -1)
         tokens: list[int] = []
@@ -296,6 +302,7 @@ class BestFirstTree(PathSearch):
     tree = True
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """The most probable prefixes, most probable first."""
         ranked: dict[tuple[int, State], list[Edge]] = {}
 
         def children(depth: int, state: State) -> list[Edge]:
@@ -344,6 +351,7 @@ class SampleTree(PathSearch):
     tree = True
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
+        """The heads, each with its chain."""
         prob, index = _rows(edges.lat.head(self.depth))
         width = min(self.width, int((prob[0] > 0).sum()))
         heads = torch.multinomial(prob[0], width, replacement=False, generator=generator).tolist()

@@ -284,6 +284,7 @@ class Single(Session):
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
 
     def restart(self, row: int) -> None:
+        """An empty cache."""
         vars(self).update(vars(Single(self.verifier, DynamicCache(config=self.verifier.config))))
 
     def _place(self, prompt: PaddedPrompt) -> None:
@@ -303,6 +304,7 @@ class Single(Session):
         self.past = sum(self.real[before:])
 
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+        """One forward of the ids and the nodes; the prompt's padding is fed with it."""
         (row,) = rows
         assert row is not None
         v, p = self.verifier, row.proposal
@@ -346,6 +348,7 @@ class Single(Session):
         return v.masks(allowed)
 
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """A crop for a chain, a gather for a tree."""
         (path,) = paths
         assert path is not None
         p, n = self.last
@@ -391,6 +394,7 @@ class Ragged(Session):
         self.nodes: list[int] = []
 
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+        """One forward of all rows, right-padded."""
         device = self.verifier.device
         if any(r is not None and not r.proposal.is_chain for r in rows):
             raise DllmError("trees are verified one row at a time: use a chain search for a batch, or call row by row")
@@ -425,6 +429,7 @@ class Ragged(Session):
         ]
 
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """A gather that left-aligns every row."""
         kept = [0 if path is None else self.fed[b] - self.nodes[b] + len(path) for b, path in enumerate(paths)]
         lengths = [a + n for a, n in zip(self.lengths, kept, strict=True)]
         width, total = max(lengths), self.stored + max(self.fed)
@@ -442,14 +447,17 @@ class Separate(Session):
         self.rows = rows
 
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+        """Row by row."""
         return [None if p is None else row.verify([p])[0] for row, p in zip(self.rows, rows, strict=True)]
 
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """Row by row."""
         for row, path in zip(self.rows, paths, strict=True):
             if path is not None:
                 row.commit([path])
 
     def restart(self, row: int) -> None:
+        """An empty cache for one row."""
         self.rows[row].restart(0)
 
 

@@ -128,6 +128,7 @@ class EveryToken(StoppingCriteria):
         self.inner, self.asked = inner, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kw: Any) -> Tensor:
+        """(B,) bool: the rows that end at any token since the last call."""
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         for n in range(self.asked + 1, input_ids.shape[1] + 1):
             done = done | self.inner(input_ids[:, :n], scores, **kw)
