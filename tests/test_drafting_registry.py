@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +120,10 @@ def test_nothing_is_written_on_models_and_they_are_let_go() -> None:
     before = set(vars(model))
     dllm.speculate(model, model, PROMPT, max_new_tokens=4)
     assert set(vars(model)) == before
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_public_names_are_there() -> None:

@@ -52,7 +52,7 @@ def is_drafter_name(text: str) -> bool:
 def as_verifier(what: VerifierLike, tokenizer: Tokenizer | None = None) -> Verifier:
     """A `Verifier` of a model, a name or a folder. Errors: no causal LM, a cache that cannot be rolled back."""
     if isinstance(what, Verifier):
-        return what if tokenizer is None else what.with_tokenizer(tokenizer)
+        return what if tokenizer is None else Verifier(what.model, tokenizer)
     model = cast(CausalLM, load_verifier(what)) if isinstance(what, str | Path | Checkpoint) else what
     return Verifier(model, getattr(model, "tokenizer", None) if tokenizer is None else tokenizer)  # foreign
 

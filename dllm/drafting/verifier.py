@@ -11,7 +11,6 @@ what the mask says (`Verifier.can`).
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -141,12 +140,6 @@ class Verifier:
         if what == "batches" and self.rope.get("rope_type") in ("dynamic", "longrope"):
             return False  # the longest row decides how all rows are turned
         return True if standard else None
-
-    def with_tokenizer(self, tokenizer: Tokenizer) -> Verifier:
-        """The same verifier with another tokenizer; measurements are shared."""
-        twin = copy.copy(self)
-        twin.tokenizer = tokenizer
-        return twin
 
     @property
     def vocab(self) -> int:
