@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,11 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Cached, Canvas, Leaf, Plan, Span, State
 from dllm.decoding.columns import between
+from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View, Window
 from dllm.errors import DllmError
+from dllm.models.model import Model
 from dllm.spec import check
-
-if TYPE_CHECKING:
-    from dllm.decoding.prediction import Prediction
-    from dllm.models.model import Model
-
 
 Rows = Tensor | None  # (N,) indices of rows; None: all of them
 

@@ -6,16 +6,12 @@ A policy from another package joins through the entry point group `dllm.caches` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from dllm.decoding.cache.bidirectional import DKVCache, DLLMCache, Dual, Interval, Prefix
 from dllm.decoding.cache.block import Block, BlockDual
 from dllm.decoding.cache.policy import NoCache, Policy
+from dllm.models.model import Model
 from dllm.spec import Plugins, named, settings
-
-if TYPE_CHECKING:
-    from dllm.models.model import Model
-
 
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls for cls in (NoCache, Prefix, Dual, Interval, DKVCache, DLLMCache, Block, BlockDual)
