@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from dllm.errors import DllmError
 
 if TYPE_CHECKING:
     from dllm.drafting.loop import SpecResult
+    from dllm.drafting.verifier import CausalLM
     from dllm.models.native import NativeModel
     from dllm.models.tokenizer import Tokenizer
 
@@ -116,7 +117,7 @@ def align(
     config = load_config(recipe, overrides or (), AlignConfig)
     begin(config, resume)  # refused before anything is measured
     first, teacher = pair(config)  # the same for a vocabulary that does not fit
-    v = as_verifier(teacher)
+    v = as_verifier(cast("CausalLM", teacher))
     prompts = {task: held_out(first, task, problems) for task in config.tasks if problems}
     if problems and not prompts:
         typer.echo("tau is measured on the built-in tasks only: this recipe has prompts of its own")
