@@ -50,6 +50,7 @@ def test_native_decoding(folder):
     assert first.calls == second.calls == first.nfe + second.nfe  # of the whole call
     events = list(dllm.stream(model, [[5, 6, 7], [9, 10]], sampler=options, max_new_tokens=6))
     assert [(e.request, e.output.tokens) for e in events] == [(0, first.tokens), (1, second.tokens)]
+    assert model.own_decoder.options("native:max_denoising_steps=2") == model.own_decoder.options(options)
     alone = dllm.generate(model, [9, 10], sampler=options, max_new_tokens=6, seed=1)
     assert alone.tokens == second.tokens  # request i uses seed + i
     assert alone.tokens != dllm.generate(model, [9, 10], sampler=options, max_new_tokens=6, seed=2).tokens

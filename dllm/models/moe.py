@@ -36,7 +36,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows x (R, H), sorted by expert, times their expert's weight (E, H, O) -> (R, O); `ends` (E,) closes segments."""
     taped = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     aligned = not any(width * x.itemsize % 16 for width in weight.shape[1:])  # rows of the kernel are 16 bytes apart
-    if x.dtype != torch.float64 and aligned and not taped:
+    compiled = torch.compiler.is_compiling() and x.dtype != torch.bfloat16  # inductor has no other
+    if x.dtype != torch.float64 and aligned and not taped and not compiled:
         return F.grouped_mm(x, weight, offs=ends.int())
     bounds = [0, *ends.tolist()]
     used = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
