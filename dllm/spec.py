@@ -28,7 +28,7 @@ from inspect import Parameter, cleandoc, signature
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -37,21 +37,23 @@ from dllm.errors import DllmError, first_line, unknown
 log = logging.getLogger(__name__)
 P = TypeVar("P")
 T = TypeVar("T")
+Json: TypeAlias = dict[str, Any]  # plain values by key, as YAML and JSON have them
 
 # What PyYAML raises on text that is malformed, and on dates and numbers that there are not.
 ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError)
 
 
-class Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's safe loader with the two differences above."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._open: set[str] = set()
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        """The next node. Errors: an anchor inside of what it names."""
         event = self.peek_event()
-        anchor = getattr(event, "anchor", None)
+        anchor = getattr(event, "anchor", None)  # foreign
         if not anchor or isinstance(event, yaml.AliasEvent):
             if anchor in self._open:
                 said = f"the anchor {anchor!r} refers to itself"
@@ -67,14 +69,6 @@ class Loader(yaml.SafeLoader):
 # Three digits of exponent at most: the text of a commit such as 73e1234 is no number.
 _EXPONENT = re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]{1,3}|inf|nan)$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789in"))
-
-
-def load(text: str, name: str) -> Any:
-    """The value of a whole text; `name` is what an error calls it. Errors: not valid YAML, with the line."""
-    try:
-        return yaml.load(text, Loader)
-    except ERRORS as error:
-        raise malformed(error, name) from None
 
 
 def value(text: str) -> Any:
@@ -93,10 +87,10 @@ def lines(text: str) -> list[str]:
 
 def malformed(error: Exception, name: str) -> DllmError:
     """What is wrong with a text, and where."""
-    mark = getattr(error, "problem_mark", None)
+    mark = getattr(error, "problem_mark", None)  # foreign
     line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    deep = "nested too deeply" if isinstance(error, RecursionError) else None
-    return DllmError(f"{name}{line}: not valid YAML: {deep or getattr(error, 'problem', None) or first_line(error)}")
+    said = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None)  # foreign
+    return DllmError(f"{name}{line}: not valid YAML: {said or first_line(error)}")
 
 
 # ------------------------------------------------------------------------------------------------------- specifications
@@ -130,39 +124,32 @@ def named(given: object, kind: str, table: Collection[str] | None = None, preset
 
     Errors: another form, a name that is not in the table, a value that is no YAML.
     """
-    if not isinstance(given, str | Mapping):
-        known = f" ({', '.join(table)})" if table else ""
-        raise DllmError(f"a {kind} is a name{known}, a mapping with the key 'name', or an object, not {given!r}")
-    if isinstance(given, str):
-        name, _, rest = (piece.strip() for piece in given.partition(":"))
-        preset, params = None, {}
-    else:
-        name, preset, params = _of_mapping(given, kind, presets)
-        rest = ""
+    name, words, params = _pieces(given, kind, presets)
     if table is not None and name not in table:
         raise unknown(kind, name, table)
-    for item in filter(None, (piece.strip() for piece in split(rest, ","))):
-        key, equals, text = item.partition("=")
-        if equals:
-            params[key.strip()] = _parameter(text, f"{kind} {name!r}: {key.strip()}")
-        elif presets and preset is None:
-            preset = key
-        else:
-            raise DllmError(f"{kind} {name!r}: {item!r} is not of the form key=value")
-    return Named(name, preset, params)
+    for item in words[1 if presets else 0 :]:
+        raise DllmError(f"{kind} {name!r}: {item!r} is not of the form key=value")
+    if isinstance(given, str):
+        params = {key: _parameter(str(text), f"{kind} {name!r}: {key}") for key, text in params.items()}
+    return Named(name, words[0] if words else None, params)
 
 
-def _of_mapping(given: Mapping[object, object], kind: str, presets: bool) -> Named:
-    params = {key: value for key, value in given.items() if isinstance(key, str)}
-    if odd := [key for key in given if key not in params]:
-        raise DllmError(f"a {kind} given as a mapping has words as keys, not {odd[0]!r}")
-    if "name" not in params:
-        raise DllmError(f"a {kind} given as a mapping needs the key 'name'; got {sorted(params)}")
-    name, preset = params.pop("name"), params.pop("preset", None) if presets else None
-    for word in (name, preset or ""):
-        if not isinstance(word, str):
-            raise DllmError(f"the name of a {kind} is a word{' and its preset too' * presets}, not {word!r}")
-    return Named(str(name), None if preset is None else str(preset), params)
+def _pieces(given: object, kind: str, presets: bool) -> tuple[str, list[str], dict[str, object]]:
+    """Name, words without a value, and parameters, which are still text where the whole is."""
+    if isinstance(given, str):
+        name, _, rest = given.partition(":")
+        items = [item.strip().partition("=") for item in split(rest, ",") if item.strip()]
+        texts: Json = {key.strip(): text for key, equals, text in items if equals}
+        return name.strip(), [key for key, equals, _ in items if not equals], texts
+    if not isinstance(given, Mapping):
+        raise DllmError(f"a {kind} is a name, a mapping with the key 'name', or an object, not {given!r}")
+    if "name" not in given:
+        raise DllmError(f"a {kind} given as a mapping needs the key 'name'; got {list(given)}")
+    words = [given["preset"]] if presets and given.get("preset") is not None else []
+    params = {key: item for key, item in given.items() if key != "name" and not (presets and key == "preset")}
+    if odd := [word for word in (given["name"], *words, *params) if not isinstance(word, str)]:
+        raise DllmError(f"the name of a {kind}, its preset and its keys are words, not {odd[0]!r}")
+    return given["name"], words, params
 
 
 def _parameter(text: str, where: str) -> object:
@@ -197,6 +184,30 @@ def _escaped(sign: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 
+class Limits(NamedTuple):
+    """What `param` says of a field."""
+
+    why: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    choices: Collection[object] = ()
+
+    def bars(self, number: float) -> str:
+        """The range that a number is outside of, empty where it is inside."""
+        low, high, above = self.low, self.high, self.above
+        within = (low is None or number >= low) and (high is None or number <= high)
+        if within and (above is None or number > above):
+            return ""
+        if high is None:
+            return f"at least {low}" if above is None else f"more than {above}"
+        start = f"[{low}" if low is not None else f"({above}"
+        return f"at most {high}" if low is None and above is None else f"in {start}, {high}]"
+
+
+FREE = Limits()
+
+
 def param(
     default: T,
     why: str,
@@ -210,9 +221,9 @@ def param(
 
     Bounds: `low` and `high` are allowed, `above` itself is not. A default that can be changed is copied.
     """
-    limits = {"why": why, "low": low, "high": high, "above": above, "choices": choices}
+    limits = Limits(why, low, high, above, choices)._asdict()
     if isinstance(default, dict | list):
-        return field(default_factory=default.copy, metadata=limits)
+        return field(default_factory=default.copy, metadata=limits)  # type: ignore[return-value]
     return field(default=default, metadata=limits)
 
 
@@ -224,29 +235,36 @@ def _is_float(value: Real) -> bool:
         return False
 
 
-# annotation -> what fits it, how to say so, and its name in JSON Schema
-KINDS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "int": (lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer", "integer"),
-    "float": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number", "number"),
-    "bool": (lambda v: isinstance(v, bool), "true or false", "boolean"),
-    "str": (lambda v: isinstance(v, str), "text", "string"),
+class Kind(NamedTuple):
+    """An annotation that is checked."""
+
+    fits: Callable[[object], bool]
+    words: str
+    json: str  # its name in JSON Schema
+
+
+KINDS = {
+    "int": Kind(lambda v: isinstance(v, Integral) and not isinstance(v, bool), "an integer", "integer"),
+    "float": Kind(lambda v: isinstance(v, Real) and not isinstance(v, bool) and _is_float(v), "a number", "number"),
+    "bool": Kind(lambda v: isinstance(v, bool), "true or false", "boolean"),
+    "str": Kind(lambda v: isinstance(v, str), "text", "string"),
 }
 
 
-def misfit(kind: object, value: object, limits: Mapping[str, Any] = MappingProxyType({})) -> str:
+def misfit(kind: object, given: object, limits: Limits = FREE) -> str:
     """What a value of this annotation and within these limits must be, empty where it is that.
 
     Only the annotations of KINDS and their unions are checked.
     """
-    if choices := limits.get("choices"):
-        return "" if value in choices else f"one of {', '.join(map(repr, choices))}"
-    kinds = (kind.__name__ if isinstance(kind, type) else str(kind)).split(" | ")
-    if not set(kinds) <= {*KINDS, "None"} or (value is None and "None" in kinds):
+    if limits.choices:
+        return "" if given in limits.choices else f"one of {', '.join(map(repr, limits.choices))}"
+    names = (kind.__name__ if isinstance(kind, type) else str(kind)).split(" | ")
+    if not set(names) <= {*KINDS, "None"} or (given is None and "None" in names):
         return ""
-    checks = [KINDS[name] for name in kinds if name != "None"]
-    if not any(fits(value) for fits, _, _ in checks):
-        return " or ".join(what for _, what, _ in checks)
-    return _bounds(value, limits) if isinstance(value, Real) else ""
+    kinds = [KINDS[name] for name in names if name != "None"]
+    if not any(kind.fits(given) for kind in kinds):
+        return " or ".join(kind.words for kind in kinds)
+    return limits.bars(given) if isinstance(given, int | float) else ""
 
 
 def number(kind: object, given: object) -> object:
@@ -256,19 +274,8 @@ def number(kind: object, given: object) -> object:
     return given
 
 
-def _bounds(value: Real, limits: Mapping[str, Any]) -> str:
-    """The range that a number is outside of, empty where it is inside."""
-    low, high, above = (limits.get(key) for key in ("low", "high", "above"))
-    within = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    if within:
-        return ""
-    if high is None:
-        return f"at least {low}" if above is None else f"more than {above}"
-    return f"in [{low}, {high}]" if low is not None else f"at most {high}" if above is None else f"in ({above}, {high}]"
-
-
 @cache
-def parameters(make: Callable[..., object]) -> Mapping[str, tuple[Parameter, Mapping[str, Any]]]:
+def parameters(make: Callable[..., object]) -> Mapping[str, tuple[Parameter, Limits]]:
     """What a user may set of a dataclass or function, with its limits: what has a default.
 
     Keyword-only fields of a dataclass are not the user's (what a cache policy knows of the model).
@@ -276,13 +283,13 @@ def parameters(make: Callable[..., object]) -> Mapping[str, tuple[Parameter, Map
     members = {f.name: f for f in fields(make)} if isinstance(make, type) and is_dataclass(make) else {}
     given = {name: p for name, p in signature(make).parameters.items() if p.default is not p.empty}
     if members:
-        return {name: (p, members[name].metadata) for name, p in given.items() if not members[name].kw_only}
-    return {name: (p, {}) for name, p in given.items()}
+        return {name: (p, Limits(**members[name].metadata)) for name, p in given.items() if not members[name].kw_only}
+    return {name: (p, FREE) for name, p in given.items()}
 
 
-def settings(of: str, make: Callable[..., object], given: Mapping[str, Any]) -> dict[str, Any]:
+def settings(of: str, make: Callable[..., object], given: Mapping[str, object]) -> Json:
     """Keywords for `make`, checked. Errors: an unknown name, with the nearest one, another kind, out of range."""
-    known, out = parameters(make), {}
+    known, out = parameters(make), dict[str, object]()
     for key, value in given.items():
         if key not in known:
             raise unknown("parameter", str(key), known or ("(none)",), of=of)
@@ -295,14 +302,15 @@ def settings(of: str, make: Callable[..., object], given: Mapping[str, Any]) -> 
 
 def check(made: object, of: str) -> None:
     """The fields of a dataclass, for its `__post_init__`. Errors as `settings` has them."""
-    given = {name: vars(made)[name] for name in parameters(type(made))}
-    for name, value in settings(of, type(made), given).items():
+    make: Callable[..., object] = type(made)
+    given = {name: vars(made)[name] for name in parameters(make)}
+    for name, value in settings(of, make, given).items():
         object.__setattr__(made, name, value)  # a number that came as text
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
-Keys = tuple[str | int, ...]  # from the top of a file down: ("tasks", 0, "name")
+Keys: TypeAlias = tuple[str | int, ...]  # from the top of a file down: ("tasks", 0, "name")
 
 
 class Source:
@@ -340,18 +348,18 @@ class _Reader:
         self.places: dict[Keys, str] = {}
         self.own: dict[int, set[int]] = {}  # the keys that stand in a mapping itself, not in what it merges (`<<`)
 
-    def read(self) -> tuple[dict[str, Any], Source]:
+    def read(self) -> tuple[Json, Source]:
         node = self.loader.get_single_node()
         if node is None:
             raise DllmError(f"{self.name}: the file is empty")
         if not isinstance(node, yaml.MappingNode):
             raise DllmError(f"{self.place(node)}: expected `key: value` pairs")
-        return self.value(node, ()), Source(self.name, self.places)
+        return self.pairs(node, ()), Source(self.name, self.places)
 
     def place(self, node: yaml.Node) -> str:
         return f"{self.name}, line {node.start_mark.line + 1}"
 
-    def value(self, node: yaml.Node, keys: Keys) -> Any:
+    def value(self, node: yaml.Node, keys: Keys) -> object:
         self.places.setdefault(keys, self.place(node))
         if len(self.places) > self.MOST:
             raise DllmError(f"{self.place(node)}: more than {self.MOST} values, aliases written out")
@@ -382,7 +390,7 @@ class _Reader:
         return out
 
 
-def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
+def parse(text: str, name: str) -> tuple[Json, Source]:
     """YAML text to plain values and the lines of its keys. Errors: malformed, not a mapping, a key given twice."""
     try:
         return _Reader(text, name).read()
@@ -392,7 +400,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
         raise malformed(error, name) from None
 
 
-def read(path: str | Path, what: str = "configuration", _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Source]:
+def read(path: str | Path, what: str = "configuration", _seen: tuple[Path, ...] = ()) -> tuple[Json, Source]:
     """A file with its `extends:` chain merged in; the nearer file wins key by key, and lists are replaced whole."""
     path = Path(path)
     try:
@@ -421,11 +429,11 @@ def merge(base: object, top: object) -> object:
     return _merged(base, top)
 
 
-def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(base: Json, top: Json) -> Json:
     return {**base, **{key: merge(base[key], item) if key in base else item for key, item in top.items()}}
 
 
-def assignment(text: str) -> tuple[Keys, Any]:
+def assignment(text: str) -> tuple[Keys, object]:
     """The keys and the value of a `--set key.sub=value`."""
     key, equals, said = text.partition("=")
     keys = dotted(key.strip())
@@ -452,7 +460,7 @@ def assign(data: object, keys: Keys, item: object, place: str) -> Any:
     return {**inside, str(head): assign(inside.get(str(head)), rest, item, place)}
 
 
-def override(data: dict[str, Any], source: Source, text: str) -> tuple[dict[str, Any], Source]:
+def override(data: Json, source: Source, text: str) -> tuple[Json, Source]:
     """The plain values of a file with a `--set key.sub=value` applied, and where each was given."""
     (keys, item), place = assignment(text), f"--set {text}"
     return assign(data, keys, item, place), source.placed(keys, place)
@@ -479,14 +487,16 @@ def build(cls: type[T], data: object, source: Source = NOWHERE, keys: Keys = ())
         if name not in data and member.default is MISSING and member.default_factory is MISSING:
             raise source.error(keys, f"{name!r} is missing")
     hints = get_type_hints(cls)
-    values = {key: fit(hints[key], item, source, (*keys, key), members[key].metadata) for key, item in data.items()}
+    values = {
+        key: fit(hints[key], item, source, (*keys, key), Limits(**members[key].metadata)) for key, item in data.items()
+    }
     try:
         return cls(**values)
     except DllmError as error:  # what a kind alone does not say
         raise source.error(keys, error) from None
 
 
-def fit(hint: Any, data: Any, source: Source, keys: Keys, limits: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def fit(hint: Any, data: Any, source: Source, keys: Keys, limits: Limits = FREE) -> object:
     """A value as its annotation says: integer to float and list to tuple are the only conversions."""
     args = get_args(hint)
     match _form(hint):
@@ -511,7 +521,7 @@ def fit(hint: Any, data: Any, source: Source, keys: Keys, limits: Mapping[str, A
     return float(data) if hint is float else data
 
 
-def _one_of(hint: Any, data: Any, source: Source, keys: Keys, limits: Mapping[str, Any]) -> Any:
+def _one_of(hint: object, data: object, source: Source, keys: Keys, limits: Limits) -> object:
     options = [option for option in get_args(hint) if option is not NoneType]
     if data is None and len(options) < len(get_args(hint)):
         return None
@@ -522,11 +532,11 @@ def _one_of(hint: Any, data: Any, source: Source, keys: Keys, limits: Mapping[st
             if len(options) == 1:
                 raise
     words = {"tuple": "a list", "mapping": "`key: value` pairs"}
-    said = [KINDS[o.__name__][1] if o in (int, float, bool, str) else words[_form(o)] for o in options]
+    said = [KINDS[o.__name__].words if o in (int, float, bool, str) else words[_form(o)] for o in options]
     raise source.error(keys, f"{data!r} is none of {', '.join(said)}")
 
 
-def _form(hint: Any) -> str:
+def _form(hint: object) -> str:
     """How an annotation is read."""
     origin = get_origin(hint)
     if is_dataclass(hint):
@@ -548,10 +558,8 @@ def plain(made: object) -> Any:
 
 # --------------------------------------------------------------------------------------------------------- JSON Schema
 
-Json = dict[str, Any]
 
-
-def schema(hint: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> Json:
+def schema(hint: Any, limits: Limits = FREE) -> Json:
     """The JSON Schema (2020-12) of what `fit` reads."""
     args = get_args(hint)
     match _form(hint):
@@ -566,11 +574,11 @@ def schema(hint: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> Json:
             return {"type": "object", "additionalProperties": schema(args[1])}
         case "union":
             return {"anyOf": [{"type": "null"} if a is NoneType else schema(a, limits) for a in args]}
-    if limits.get("choices"):
-        return {"enum": list(limits["choices"])}
-    names = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
-    bounds = {names[key]: limits[key] for key in names if limits.get(key) is not None}
-    return {"type": KINDS[hint.__name__][2], **bounds} if isinstance(hint, type) and hint.__name__ in KINDS else {}
+    if limits.choices:
+        return {"enum": list(limits.choices)}
+    bounds = {"minimum": limits.low, "maximum": limits.high, "exclusiveMinimum": limits.above}
+    kind = KINDS.get(hint.__name__) if isinstance(hint, type) else None
+    return {"type": kind.json} | {key: bound for key, bound in bounds.items() if bound is not None} if kind else {}
 
 
 def many(one: Json) -> Json:
@@ -583,13 +591,14 @@ def or_text(one: Json) -> Json:
     return {"anyOf": [{"type": "string"}, one]}
 
 
-def keys_of(cls: Any) -> Json:
+def keys_of(cls: type) -> Json:
     """The schema of a dataclass as a mapping."""
     hints, properties = get_type_hints(cls), {}
     for f in fields(cls):
-        why = {"description": f.metadata["why"]} if f.metadata else {}
+        limits = Limits(**f.metadata)
+        why = {"description": limits.why} if limits.why else {}
         default = {"default": f.default} if isinstance(f.default, int | float | str) else {}
-        properties[f.name] = {**schema(hints[f.name], f.metadata), **why, **default}
+        properties[f.name] = {**schema(hints[f.name], limits), **why, **default}
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     about = cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
     return _mapping(properties, required, about)
@@ -600,7 +609,7 @@ def _mapping(properties: Json, required: list[str], about: str) -> Json:
     return {"type": "object", "description": about, **known}
 
 
-def names_of(classes: Mapping[str, Any], presets: Mapping[str, Collection[str]] = MappingProxyType({})) -> Json:
+def names_of(classes: Mapping[str, type], presets: Mapping[str, Collection[str]] = MappingProxyType({})) -> Json:
     """The schema of what `named` reads for a table of classes, composed with "+" where there are presets."""
     forms: list[Json] = []
     for name, cls in classes.items():

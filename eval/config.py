@@ -21,7 +21,7 @@ from dllm.errors import DllmError, unknown
 from dllm.eval.arguments import translated
 from dllm.models.arguments import Checkpoint
 from dllm.samplers import registry
-from dllm.spec import NOWHERE, Keys, Source, param, with_name
+from dllm.spec import NOWHERE, Json, Keys, Source, param, with_name
 
 # --------------------------------------------------------------------------------------------------------------- schema
 
@@ -55,12 +55,12 @@ class GenerateSpec:
     logits_eos_inf: bool | None = param(None, "end tokens are never predicted (LLaDA)")
     confidence_eos_eot_inf: bool | None = param(None, "columns that predict an end token are committed last (LLaDA)")
     early_stop: bool | None = param(None, "false: every column is decoded, as in the public codes")
-    lookahead: int | str | dict[str, Any] | None = param(None, "rows of exact verification (docs/lookahead.md)")
+    lookahead: int | str | dict[str, object] | None = param(None, "rows of exact verification (docs/lookahead.md)")
     chat: bool | None = param(None, "whether text goes through the chat template; null: where there is one")
     gumbel: bool | None = param(None, "draw by Gumbel noise instead of the inverse CDF")
     max_nfe: int | None = param(None, "forwards a row may take", low=1)
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> Json:
         """The arguments that are not left to the family, as `dllm.generate` takes them."""
         return {k: v for k, v in spec.plain(self).items() if v is not None}
 
@@ -71,7 +71,7 @@ class SpeculateSpec:
 
     verifier: ModelSpec
     drafter: ModelSpec = param(ModelSpec("model"), "or none (plain decoding), suffix, lookup, recycle, another model")
-    options: dict[str, Any] = param({}, "arguments of dllm.speculate: search, length, k, tree …")
+    options: Json = param({}, "arguments of dllm.speculate: search, length, k, tree …")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class TaskSpec:
         None, "regular expressions, the first that matches; group 1 is the answer"
     )
     fields: dict[str, str] = param({}, "the names a benchmark's columns have in the user's file")
-    options: dict[str, Any] = param({}, "lm-eval: num_fewshot, include_path …")
+    options: Json = param({}, "lm-eval: num_fewshot, include_path …")
     sampler: registry.Spec | None = param(None, "of this task only, in place of the setting's")
     generate: GenerateSpec = param(GenerateSpec(), "decoding arguments of this task only")
 
@@ -163,10 +163,10 @@ class Config:
     out: str | None = param(None, "the folder of the run; null: runs/NAME")
     source: Source = field(default=NOWHERE, compare=False, repr=False)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Json:
         """The configuration as plain YAML values that `load` reads back: `None`s left out, the sweep spelled out
         point by point."""
-        values: dict[str, Any] = _prune(spec.plain(self))
+        values: Json = _prune(spec.plain(self))
         points = values.pop("settings")  # in a sweep a list is a choice, so a composition goes in as the only one
         values["matrix"] = [{k: [v] if isinstance(v, list) else v for k, v in point.items()} for point in points]
         return values
@@ -176,12 +176,12 @@ class Config:
         several = len({s.model for s in self.settings}) > 1
         return {s.label: method(s, several) for s in self.settings}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """What results depend on: `plain()` without where it runs and what it is compared with."""
         ignored = ("engine", "expected", "unknown", "about", "out", "name", "confidence")
         return {k: v for k, v in self.plain().items() if k not in ignored}
 
-    def cells(self) -> dict[tuple[str, str], dict[str, Any]]:
+    def cells(self) -> dict[tuple[str, str], Json]:
         """What the samples of each task and setting, by their labels, depend on. How many documents are asked, and
         what else the file holds, is not in it."""
         whole = {"seed": self.seed, "batch_size": self.batch_size}
@@ -201,7 +201,7 @@ _AXES = ("model", "sampler", "cache", "generate", "speculate")
 _TOP = [f.name for f in fields(Config) if f.name not in ("settings", "source")] + [*_AXES, "extends", "matrix"]
 
 
-def schema() -> spec.Json:
+def schema() -> Json:
     """The JSON Schema of a file for `dllm eval`."""
     config, task, generate = map(spec.keys_of, (Config, TaskSpec, GenerateSpec))
     sampler = {"$ref": "#/$defs/sampler"}
@@ -228,7 +228,7 @@ def schema() -> spec.Json:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def override(data: dict[str, Any], text: str) -> dict[str, Any]:
+def override(data: Json, text: str) -> Json:
     """`key.sub=value` applied to the plain values; the value is read as YAML.
 
     Setting a swept axis (`sampler=…` or `sampler.name=…`) replaces the sweep over it; setting one parameter
@@ -258,7 +258,8 @@ def override(data: dict[str, Any], text: str) -> dict[str, Any]:
             data[path[0]] = with_name(data[path[0]])
         if whole:  # another name: the old one's parameters go with it
             return {**data, path[0]: with_name(value)}
-    return spec.assign(data, path, value, place)
+    changed: Json = spec.assign(data, path, value, place)
+    return changed
 
 
 def _own_names(entry: Any) -> Any:
@@ -288,7 +289,7 @@ def _below_the_call(entry: Any, path: Keys, value: Any, place: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------- building
 
 
-def load(config: Config | Mapping[str, Any] | str | Path, sets: Sequence[str] = (), **changes: Any) -> Config:
+def load(config: Config | Mapping[str, object] | str | Path, sets: Sequence[str] = (), **changes: Any) -> Config:
     """A `Config` from a YAML file, a mapping of the same keys, or a `Config`; `changes` (not None) and `sets` come
     last."""
     changes = {k: v for k, v in changes.items() if v is not None}
@@ -300,7 +301,7 @@ def load(config: Config | Mapping[str, Any] | str | Path, sets: Sequence[str] = 
     return build({**data, **changes}, source)
 
 
-def gather(config: Mapping[str, Any] | str | Path, sets: Sequence[str]) -> tuple[dict[str, Any], Source]:
+def gather(config: Mapping[str, object] | str | Path, sets: Sequence[str]) -> tuple[Json, Source]:
     """The plain values of a file or mapping with the overrides applied, and where each was given."""
     if isinstance(config, Mapping):
         data, source = copy.deepcopy(dict(config)), NOWHERE
@@ -312,7 +313,7 @@ def gather(config: Mapping[str, Any] | str | Path, sets: Sequence[str]) -> tuple
     return data, source
 
 
-def build(data: Mapping[str, Any], source: Source) -> Config:
+def build(data: Mapping[str, object], source: Source) -> Config:
     """Validate plain values and expand the sweep. Errors name the key, its line, and the nearest known key."""
     if "tune" in data:
         raise source.error(("tune",), "this file is for `dllm tune`; `dllm eval` has no use for the key")
@@ -339,7 +340,7 @@ def build(data: Mapping[str, Any], source: Source) -> Config:
     return replace(config, tasks=tasks, settings=settings, source=source)
 
 
-def _settings(data: Mapping[str, Any], source: Source) -> Iterable[Setting]:
+def _settings(data: Mapping[str, object], source: Source) -> Iterable[Setting]:
     sweeps = data.get("matrix") or {}
     seen: dict[str, Setting] = {}
     for sweep, where in _sweeps(sweeps, source):
@@ -351,7 +352,7 @@ def _settings(data: Mapping[str, Any], source: Source) -> Iterable[Setting]:
             if not values:
                 raise source.error((*where, axis), "the list is empty, so the sweep has no point")
         for picks in itertools.product(*(range(len(values)) for values in axes.values())):
-            point: dict[str, Any] = {k: v for k, v in data.items() if k in _AXES}
+            point: Json = {k: v for k, v in data.items() if k in _AXES}
             chosen = {axis: axes[axis][i] for axis, i in zip(axes, picks, strict=True)}
             for axis, value in chosen.items():
                 path = spec.dotted(axis)
@@ -372,7 +373,7 @@ def _settings(data: Mapping[str, Any], source: Source) -> Iterable[Setting]:
                 yield setting
 
 
-def _sweeps(sweeps: Any, source: Source) -> Iterable[tuple[dict[str, Any], Keys]]:
+def _sweeps(sweeps: object, source: Source) -> Iterable[tuple[Json, Keys]]:
     """A mapping is one product; a list of mappings is the union of their products."""
     if isinstance(sweeps, dict):
         yield dict(sweeps), ("matrix",)
@@ -383,7 +384,7 @@ def _sweeps(sweeps: Any, source: Source) -> Iterable[tuple[dict[str, Any], Keys]
         raise source.error(("matrix",), "write `axis: [values]` pairs, or a list of such mappings")
 
 
-def _label(named: Any, varying: dict[str, Any], point: Mapping[str, Any]) -> str:
+def _label(named: object, varying: Json, point: Mapping[str, object]) -> str:
     parts = [str(named)] if named else [describe(point.get("sampler") or "default")]
     for axis, value in varying.items():
         if axis == "sampler" or (named and len(varying) == 1):
@@ -419,12 +420,12 @@ def method(setting: Setting, model: bool = False) -> str:
     return " ".join(words + ([Path(setting.model.title).name] if model else []))
 
 
-def _bare(said: Any) -> str:
+def _bare(said: object) -> str:
     """The name of a sampler, cache or search without its parameters."""
     return str(said["name"] if isinstance(said, Mapping) else said).partition(":")[0]
 
 
-def _setting(label: str, point: Mapping[str, Any], source: Source) -> Setting:
+def _setting(label: str, point: Json, source: Source) -> Setting:
     sampler = point.get("sampler")
     if isinstance(sampler, dict) and set(sampler) == {"name"}:
         sampler = sampler["name"]
@@ -447,7 +448,7 @@ def _setting(label: str, point: Mapping[str, Any], source: Source) -> Setting:
     )
 
 
-def _prune(value: Any, *drop: str) -> Any:
+def _prune(value: object, *drop: str) -> Any:
     """Plain values without `None`s, empty mappings and the keys in `drop`."""
     if isinstance(value, Mapping):
         kept = {k: _prune(v, *drop) for k, v in value.items() if v is not None and k not in drop}

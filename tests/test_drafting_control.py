@@ -139,7 +139,7 @@ def test_heuristic_and_fixed():
         (dict(tokenizer=5), "tokenizer= is a loaded tokenizer, not int"),
         (dict(streamer=5), "streamer= has the methods put and end"),
         (dict(chat="x"), "chat=.x. must be True or False"),
-        (dict(drafter={"name": ["suffix"]}), "the name of a drafter is a word"),
+        (dict(drafter={"name": ["suffix"]}), "the name of a drafter, its preset and its keys are words"),
     ],
 )
 def test_settings_of_the_wrong_kind_take_one_line(options, says):

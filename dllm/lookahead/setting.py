@@ -20,7 +20,7 @@ RELAXATIONS = ("subset",)
 
 def _costs(table: object) -> bool:
     """Whether this says what forwards of some numbers of rows cost."""
-    rows, cost = KINDS["int"][0], KINDS["float"][0]
+    rows, cost = KINDS["int"].fits, KINDS["float"].fits
     return isinstance(table, Mapping) and bool(table) and all(rows(k) and cost(v) and v > 0 for k, v in table.items())
 
 

@@ -165,7 +165,7 @@ def _inputs(arguments: str) -> list[tuple[object, ...]]:
     if arguments == "x":
         return [(n,) for n in numbers]
     if arguments == "x, y":
-        return [(a, b) for a, b in zip(numbers, reversed(numbers), strict=True)] + [(7, 7), (2, 30), (30, 2)]
+        return [*zip(numbers, reversed(numbers), strict=True), (7, 7), (2, 30), (30, 2)]
     return [([3, 1, 2],), ([10, -5, 7, 0, 22, 4, 13, 9, 18, -8, 1],), ([6],), ([-3, 20, 15, 15, 2, 11, 8, 5, 1, 12],)]
 
 
