@@ -8,7 +8,7 @@ import statistics
 import timeit
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType
 from typing import TypedDict, TypeVar, Unpack, overload
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dllm.call.arguments import RENAMED, RULES
+from dllm.call.arguments import RULES
 from dllm.call.prompts import Ids, One, Padding, Prompt, Several, Text, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
 from dllm.drafting.accept import Processors
@@ -28,7 +28,7 @@ from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_verifier
 from dllm.drafting.search import PathSearch
 from dllm.drafting.verifier import Pending, Verifier
-from dllm.errors import DllmError, unknown
+from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer, by_template
 
 T = TypeVar("T")
@@ -113,19 +113,24 @@ def speculate(
     output (token for token in float64, and in float32 but for ties; docs/decoding.md).
 
     verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
-    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle", or None (plain
-               decoding).
+    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle" or the name of one
+               from another package, a folder or a Hugging Face id, or None (plain decoding).
     prompt     text (through the chat template where there is one, see `chat`), ids, chat messages, a list of these (a
                batch; chains only), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
-    temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses seed +
-    i. spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
+    temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses
+               seed + i.
+    spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
     controller   a length controller to keep its measurements from call to call.
 
     Returns a `SpecResult` per prompt. Raises DllmError for a verifier that cannot be rolled back and other mistakes of
     input.
     """
-    cfg = SpecConfig.of(spec, _known(options))
-    _check(tokenizer, streamer, logits_processor, chat)
+    cfg = SpecConfig.of(spec, options, [*inspect.signature(speculate).parameters][:-1])
+    _check(tokenizer, streamer, logits_processor)
+    optional = {"top_k": top_k or None, "top_p": top_p, "seed": seed, "chat": chat}  # 0 is no top-k, as in transformers
+    given = {name: value for name, value in optional.items() if value is not None}
+    for name, value in {"max_new_tokens": max_new_tokens, "temperature": temperature, **given}.items():
+        RULES[name].check(name, value)
     v = as_verifier(verifier, tokenizer)
     d = as_drafter(drafter)
     ids, many = encode(v, joined(prompt, input_ids, attention_mask), chat)
@@ -133,14 +138,11 @@ def speculate(
         raise DllmError("a streamer follows one text: pass one prompt")
     end = v.eos if eos is None else frozenset(listed_ids("eos", eos, v.vocab))
     stops = Stops.of(end, stop, v.tokenizer)
-    RULES["max_new_tokens"].check("max_new_tokens", max_new_tokens)
-    if seed is not None:
-        RULES["seed"].check("seed", seed)
     requests = []
     for i, p in enumerate(ids):
-        given = logits_processor or []
-        given = separate(given) if len(ids) > 1 else given
-        law = sampling(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *given])
+        own = logits_processor or []
+        own = separate(own) if len(ids) > 1 else own
+        law = sampling(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *own])
         generator = None if seed is None else torch.Generator().manual_seed(seed + i)
         stopped = partial(_stopped, stops, len(p)) if stops.strings else None
         limit = len(p) + max_new_tokens
@@ -151,7 +153,7 @@ def speculate(
     return results if many else results[0]
 
 
-def _check(tokenizer: object, streamer: object, processors: object, chat: object) -> None:
+def _check(tokenizer: object, streamer: object, processors: object) -> None:
     """Errors: an argument that is another object than its name says."""
     if tokenizer is not None and not hasattr(tokenizer, "decode"):  # foreign
         raise DllmError(f"tokenizer= is a loaded tokenizer, not {type(tokenizer).__name__}")
@@ -159,20 +161,6 @@ def _check(tokenizer: object, streamer: object, processors: object, chat: object
         raise DllmError(f"streamer= has the methods put and end, as transformers' TextStreamer; got {streamer!r}")
     if not isinstance(processors, Sequence | None) or not all(map(callable, processors or ())):
         raise DllmError(f"logits_processor is a list of processors, not {processors!r}")
-    if chat is not None:
-        RULES["chat"].check("chat", chat)
-
-
-def _known(options: SpecOptions) -> SpecOptions:
-    """The options. Errors: one that neither `speculate` nor `SpecConfig` has, with the name that it has here."""
-    own = [name for name in inspect.signature(speculate).parameters if name != "options"]
-    known = [field.name for field in fields(SpecConfig)]
-    for name in options:
-        if name not in known:
-            here = RENAMED.get(name)
-            hint = f": here it is {here}" if here in own else ""
-            raise unknown("option of speculate", name, [*own, *known], hint)
-    return options
 
 
 def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> Controller:
@@ -261,11 +249,6 @@ def _reclose(function: FunctionType, memo: dict[int, object]) -> FunctionType:
 
 def sampling(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Processors]) -> Processing:
     """temperature, top_k and top_p as transformers' own warpers, behind the processors `before`."""
-    RULES["temperature"].check("temperature", temperature)
-    if top_p is not None:
-        RULES["top_p"].check("top_p", top_p)
-    if top_k:  # 0 is none, as in transformers
-        RULES["top_k"].check("top_k", top_k)
     processors = LogitsProcessorList(before)
     if temperature > 0:
         if temperature != 1:

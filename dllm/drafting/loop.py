@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dllm.call.arguments import RENAMED
 from dllm.drafting.accept import Acceptance, Processors, judge
 from dllm.drafting.control import CONTROLLERS, Controller, RoundStats
 from dllm.drafting.drafters import Drafter, Need, ask, blamed
@@ -85,15 +86,23 @@ class SpecConfig:
             raise DllmError("corpus is a list of id sequences: tokenise texts with the verifier's tokenizer") from error
 
     @classmethod
-    def of(cls, base: SpecConfig | Mapping[str, object] | None, options: Mapping[str, object]) -> SpecConfig:
-        """A config from an object or mapping and keyword options; an unknown key names its nearest neighbour."""
+    def of(
+        cls, base: SpecConfig | Mapping[str, object] | None, options: Mapping[str, object], beside: Sequence[str] = ()
+    ) -> SpecConfig:
+        """A config from an object or mapping and keyword options.
+
+        Errors: an unknown key, with the nearest one of ours and of those that the call takes `beside`, or with the name
+        that an argument of transformers has here.
+        """
         base = cls.of(None, base) if isinstance(base, Mapping) else cls() if base is None else base
         if not isinstance(base, SpecConfig):
             raise DllmError(f"spec is a SpecConfig or a mapping of its fields, not {base!r}")
         known = [f.name for f in fields(cls)]
         for key in options:
             if key not in known:
-                raise unknown("option of speculate", key, known)
+                here = RENAMED.get(key)
+                hint = f": here it is {here}" if here in beside else ""
+                raise unknown("option of speculate", key, [*beside, *known], hint)
         return replace(base, **options)  # type: ignore[arg-type]
 
     def build_search(self, do_sample: bool) -> PathSearch:

@@ -74,7 +74,8 @@ def spec_generate(
         if len(input_ids) > 1 and streamer is not None:
             raise DllmError("a streamer follows one text: generate with batch size 1")
         criteria = [*(stopping_criteria or []), *_stop_strings(verifier, spec_stop)]
-        records = [Recorded([], []) for _ in input_ids] if _records(generation_config) else []
+        wanted = generation_config.output_scores or generation_config.output_logits
+        records = [Recorded([], []) for _ in input_ids] if wanted and generation_config.return_dict_in_generate else []
         requests = _requests(input_ids, logits_processor, criteria, generation_config, model_kwargs, records)
         prompts = _prompts(verifier, input_ids, generation_config, model_kwargs)
         session = verifier.open(len(input_ids), model_kwargs.get("past_key_values"), prompts)
@@ -171,10 +172,6 @@ class Recorded(NamedTuple):
         return apply
 
 
-def _records(config: GenerationConfig) -> bool:
-    return bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
-
-
 def _steps(
     records: Sequence[Recorded], lengths: Sequence[int], config: GenerationConfig
 ) -> dict[str, tuple[Tensor, ...]]:
@@ -188,12 +185,9 @@ def _steps(
             for i in range(max(lengths))
         )
 
-    out = {}
-    if records and config.output_scores:
-        out["scores"] = rows([record.scores for record in records])
-    if records and config.output_logits:
-        out["logits"] = rows([record.logits for record in records])
-    return out
+    recorded = {"scores": [r.scores for r in records], "logits": [r.logits for r in records]}
+    wanted = {"scores": config.output_scores, "logits": config.output_logits}
+    return {name: rows(steps) for name, steps in recorded.items() if records and wanted[name]}
 
 
 def _requests(
