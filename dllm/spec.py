@@ -556,6 +556,15 @@ def plain(made: object) -> Any:
     return [plain(item) for item in made] if isinstance(made, list | tuple) else made
 
 
+def flat(value: object, kinds: type | UnionType, path: str = "") -> Iterator[tuple[str, object]]:
+    """Nested values as `a.b.0`; only what is of these kinds is gone into."""
+    if isinstance(value, kinds) and isinstance(value, Mapping | list):
+        for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from flat(child, kinds, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
 # --------------------------------------------------------------------------------------------------------- JSON Schema
 
 

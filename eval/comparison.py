@@ -11,7 +11,7 @@ from dllm.eval.metrics import verdicts
 from dllm.eval.records import Sample, Stored
 from dllm.eval.report import PAIR, number, pair, table
 from dllm.eval.results import read
-from dllm.eval.store import flat
+from dllm.spec import flat
 
 Groups = dict[tuple[str, str], dict[str, Sample]]  # (task, setting) -> document -> sample
 

@@ -27,6 +27,7 @@ from dllm.errors import DllmError, first_line
 from dllm.eval.config import Config, Setting, load
 from dllm.eval.records import Environment, Prompt, Sample
 from dllm.models.files import replaced
+from dllm.spec import flat
 
 log = logging.getLogger(__name__)
 
@@ -238,15 +239,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     table.writeheader()
     table.writerows(lines)
     write(path, out.getvalue().encode("utf-8", "replace").decode())
-
-
-def flat(value: object, kinds: type | types.UnionType, path: str = "") -> Iterator[tuple[str, object]]:
-    """Nested values as `a.b.0`; only what is of these kinds is gone into."""
-    if isinstance(value, kinds) and isinstance(value, Mapping | list):
-        for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from flat(child, kinds, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 @contextlib.contextmanager

@@ -63,24 +63,14 @@ def _check_recipe(config: TrainConfig | AlignConfig, saved: dict[str, Any], step
 
     The schedule may change where it has had no effect yet: a run can be prolonged before its decay.
     """
-    mine = recipe(config)
-    differ = [k for k in _flat(mine) | _flat(saved) if _flat(mine).get(k) != _flat(saved).get(k)]
-    differ = [k for k in differ if k.split(".")[0] not in FREE]
+    mine, theirs = (dict(spec.flat(values, Mapping)) for values in (recipe(config), saved))
+    differ = [k for k in mine | theirs if mine.get(k) != theirs.get(k) and k.split(".")[0] not in FREE]
     if isinstance(config, TrainConfig):
         old = spec.build(ScheduleSpec, saved["schedule"])
         if any(old.rate(s) != config.schedule.rate(s) for s in range(step)):
             differ.append("schedule")
     if differ:
-        names = ", ".join(
-            f"{k} ({_flat(saved).get(k, 'unset')!r} there)" if k != "schedule" else k for k in sorted(differ)
-        )
+        names = ", ".join(f"{k} ({theirs.get(k, 'unset')!r} there)" if k != "schedule" else k for k in sorted(differ))
         raise DllmError(
             f"the checkpoint was made by another recipe: {names}; give that recipe, or another output folder"
         )
-
-
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
