@@ -55,9 +55,11 @@ class AdaptiveBlocks(Window):
     window: str
 
     def memory(self, canvas: Canvas) -> BlockMemory:
+        """No block is open yet."""
         return BlockMemory.start(canvas)
 
     def open(self, state: State) -> tuple[State, Span]:
+        """The open block, or the stretch that the forward which opens one reads."""
         canvas, before, end = state.canvas, state.memory[BlockMemory], state.memory[AheadMemory].hi
         first = canvas.first_masked()
         new = (first < before.lo) | (first >= end)
@@ -76,6 +78,7 @@ class AdaptiveBlocks(Window):
         return ((lo - canvas.start) // 4).clamp(min=1)
 
     def narrow(self, view: View, pred: Prediction) -> None:
+        """End the block that this forward opened."""
         canvas, window, ahead = view.canvas, view.window, view.memory[AheadMemory].ahead
         opening = ahead >= 0
         sought = (view.cols >= window.lo[:, None]) & (view.cols < ahead[:, None])  # (B, W), nothing where not opening
@@ -115,6 +118,7 @@ class AdaBlock(Method):
     cost: ClassVar[str] = "one row; a block's first forward reads a quarter of the generation"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the window; assumes threshold's selection. Errors: delimiters that are not there."""
         tau = self.tau_delimiter
         if tau is None:
             tau = 0.5 if context.family == "dream" else 0.3

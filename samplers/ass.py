@@ -36,6 +36,7 @@ class Doubling(Window, Schedule):
     blocks: int
 
     def open(self, state: State) -> tuple[State, Span]:
+        """The columns that may be written by the end of this step."""
         canvas = state.canvas
         size, n = size_of(canvas), state.step
         s = log2_floor(size)
@@ -48,11 +49,13 @@ class Doubling(Window, Schedule):
         return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: the 2^n best, everything at the last step."""
         n, s = view.state.step, log2_floor(size_of(view.canvas))
         count = torch.where(n >= s - 1, view.cols.shape[1], 2 ** n.clamp(max=62))
         return rank(score, view.live) < count[:, None]
 
     def elapsed(self, view: View) -> Tensor:
+        """(B,) a step of the schedule is a forward."""
         return view.state.step
 
     def fraction(self, view: View) -> Tensor:
@@ -74,6 +77,7 @@ class ASS(Method):
     source: ClassVar[str] = "EOSER and ASS, arXiv 2509.23924"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns window and selection. Errors: more blocks than steps, another number of steps than the schedule has."""
         for size in context.windows:
             steps = max(1, size.bit_length() - 1)
             if self.blocks > steps:

@@ -53,9 +53,11 @@ class Blocks(Window):
         return cls(context.block_length, lone_opening, context.block_size is not None, holds)
 
     def memory(self, canvas: Canvas) -> BlockMemory:
+        """No block is open yet."""
         return BlockMemory.start(canvas)
 
     def open(self, state: State) -> tuple[State, Span]:
+        """The block that holds the first mask, or one that is held."""
         canvas, before = state.canvas, state.memory[BlockMemory]
         origin = first_block(canvas, self.length, self.aligned)
         block = (canvas.first_masked() - origin) // self.length

@@ -35,15 +35,6 @@ NEEDS = {
 }
 
 
-class ParameterEntry(TypedDict):
-    """A parameter of a sampler: its default, why that, and its range in words."""
-
-    name: str
-    default: object
-    why: str
-    range: str
-
-
 class Entry(TypedDict):
     """Everything about one sampler, as `dllm samplers --json` has it."""
 
@@ -51,7 +42,7 @@ class Entry(TypedDict):
     summary: str
     text: str
     source: str
-    parameters: list[ParameterEntry]
+    parameters: list[dict[str, object]]  # name, default, why that, and the range in words
     presets: dict[str, Mapping[str, object]]
     owns: list[str]
     assumes: list[str]
@@ -131,7 +122,7 @@ def describe(name: str) -> Entry:
 
 def _described(name: str, cls: type[Method]) -> Entry:
     text = inspect.cleandoc(cls.__doc__ or "")
-    parameters: list[ParameterEntry] = [
+    parameters: list[dict[str, object]] = [
         {
             "name": f.name,
             "default": f.default,
@@ -206,7 +197,7 @@ def markdown(pictured: Collection[str] = ()) -> str:
         if e["parameters"]:
             lines += ["| parameter | default | range | why this default |", "|---|---|---|---|"]
             lines += [
-                f"| `{p['name']}` | `{p['default']}` | {p['range']} | {_cell(p['why'])} |" for p in e["parameters"]
+                f"| `{p['name']}` | `{p['default']}` | {p['range']} | {_cell(str(p['why']))} |" for p in e["parameters"]
             ]
             lines += [""]
         for preset, values in e["presets"].items():

@@ -42,6 +42,7 @@ class CCD(Method):
     presets: ClassVar[Presets] = {"paper": {"mode": "mean"}, "llada": {"mode": "mean", "depth": 2}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection; the whole window and entropy where nobody brings others."""
         rule = (Agree if self.mode == "agree" else Mean)(self, context)
         return Bundle(
             select=rule,
@@ -81,6 +82,7 @@ class Rule:
         return (view.state.asked // self.context.budget(view.state)).clamp(min=1)[:, None]
 
     def score(self, view: View, soft: Prediction) -> Tensor:
+        """(B, W) negative entropy in nats."""
         return soft.negative_entropy
 
 
@@ -88,9 +90,11 @@ class Agree(Rule):
     """Two steps must agree. The history of a column is its last arg-max and whether it was among the runners-up."""
 
     def columns(self, canvas: Canvas) -> Looked:  # type: ignore[override]
+        """Nothing was looked at yet."""
         return Looked(torch.full_like(canvas.ids, -1), torch.zeros_like(canvas.masked))
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: what two steps agree on, else the u best."""
         order, step = rank(score, view.live), view.state.step[:, None]
         u = self.base(view)
         n = self._compared(view, u)
@@ -129,6 +133,7 @@ class Mean(Rule):
         self.adjust = (self.blend,)
 
     def memory(self, canvas: Canvas) -> Ring:  # type: ignore[override]
+        """An empty ring."""
         rows, depth = len(canvas.ids), self.m.depth - 1
         cols = canvas.ids.new_full((rows, depth * self.top), -1)
         return Ring(cols, torch.zeros(*cols.shape, self.context.vocab_size, device=cols.device))
@@ -160,9 +165,11 @@ class Mean(Rule):
         return Blended(pred, **{name: _put(table, at, values, ok) for name, (table, values) in put.items()})
 
     def score(self, view: View, soft: Prediction) -> Tensor:
+        """(B, W) negative entropy of the averages, in nats."""
         return averages(soft).negative_entropy
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: the u best, and with `seek` every average that is sure."""
         chosen = rank(score.clamp(min=-1e9), view.live) < self.base(view)
         if not self.m.seek:
             return chosen
@@ -186,6 +193,7 @@ class Blended(Rescored):
 
     @property
     def negative_entropy(self) -> Tensor:
+        """(B, W) of the averages where there is one, lowest elsewhere."""
         return self._negative_entropy
 
 

@@ -52,6 +52,7 @@ class Credit(Method):
     }
 
     def bundle(self, context: Context) -> Bundle:
+        """A link of the adjust chain; the selection is threshold's where nobody brings one."""
         select = Threshold(tau=self.tau, tie=self.tie).select
         return Bundle(adjust=(self.fuse,), columns=self.columns, assumes={"select": select})
 
@@ -62,6 +63,7 @@ class Credit(Method):
         return Listed(torch.zeros_like(slots), torch.zeros_like(slots, dtype=torch.float64))
 
     def fuse(self, view: View, pred: Prediction) -> Prediction:
+        """The prediction with credit, for the selection; the step's arg-maxes earn theirs."""
         alpha, beta, gamma = self._constants(view)
         tokens, credit = self._update(view, pred, beta, gamma)  # (B, W, S)
         held, tokens = tokens != FREE, tokens - 1
@@ -120,4 +122,5 @@ class Fused(Rescored):
 
     @property
     def log_confidence(self) -> Tensor:
+        """(B, W) resolved where the confidence rounds to one."""
         return -self._against.log1p()

@@ -48,6 +48,7 @@ class DAEDAL(Method):
     cost: ClassVar[str] = "one row, every generated column until the ceiling is reached; stage 1 adds forwards"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the window and edits lengths. Errors: an initial length above the ceiling, no end token."""
         if self.initial is not None and self.initial > context.windows[0]:
             raise DllmError(f"daedal: initial={self.initial} exceeds the ceiling max_new_tokens={context.windows[0]}")
         if not context.eos_ids:
@@ -79,11 +80,13 @@ class Growing(Window):
     initial: int
 
     def memory(self, canvas: Canvas) -> Stage:
+        """Stage 1, before the first block."""
         context = self.context
         first = first_block(canvas, context.block_length, aligned=context.block_size is not None)
         return Stage(first, torch.zeros_like(canvas.start, dtype=torch.bool))
 
     def open(self, state: State) -> tuple[State, Span]:
+        """An empty window in stage 1, the open block in stage 2; the tail is read as long as the row may grow."""
         state = self._begin(state)
         canvas, (pos, denoising), length = state.canvas, state.memory[Stage], self.context.block_length
         ahead = (canvas.first_masked() - pos).clamp(min=0) // length
@@ -106,6 +109,7 @@ class Growing(Window):
         return state._replace(canvas=canvas.cut(length))
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: candidates above tau_high."""
         return soft.confidence > self.m.tau_high
 
     def grow(self, view: View, pred: Prediction, d: Decision) -> Decision:

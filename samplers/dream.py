@@ -40,6 +40,7 @@ class Dream(Method):
     source: ClassVar[str] = "Dream, arXiv 2508.15487"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection; the whole window and entropy where nobody brings others."""
         budgets = torch.tensor(context.budgets)
         grids = [torch.linspace(1, self.eps, n + 1) for n in context.budgets]  # float32, as the reference
         times = nn.utils.rnn.pad_sequence(grids, batch_first=True)  # (budgets, T + 1)

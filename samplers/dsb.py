@@ -31,9 +31,11 @@ class Sliding(Window):
     most: int | None = None
 
     def memory(self, canvas: Canvas) -> SlidingMemory:
+        """The first epoch, from the first mask on."""
         return SlidingMemory(torch.zeros_like(canvas.start), written(canvas), canvas.first_masked())
 
     def open(self, state: State) -> tuple[State, Span]:
+        """From the first mask on; a new epoch where `length` columns were written since the last."""
         canvas, before = state.canvas, state.memory[SlidingMemory]
         count = written(canvas)
         lo = canvas.first_masked()
@@ -73,5 +75,6 @@ class DSB(Method):
     cost: ClassVar[str] = "one row, up to block_length columns and as many more as were committed behind the first mask"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the window; the selection is threshold's where nobody brings one."""
         window = Sliding(context.block_length, self.max_length)
         return Bundle(window=window, assumes={"select": Threshold(tau=self.tau).select})

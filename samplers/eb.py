@@ -33,12 +33,14 @@ class EB(Method):
     source: ClassVar[str] = "EB-Sampler, arXiv 2505.24857"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection, and the score where a proxy is named."""
         proxy = PROXIES[self.proxy or "entropy"]
         if self.proxy is None:
             return Bundle(select=self.select, assumes={"score": proxy})
         return Bundle(score=proxy, select=self.select)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: the longest prefix within the bound."""
         order = rank(score, view.live)
         sorted_columns = order.argsort(dim=1, stable=True)
         h = (-soft.negative_entropy).masked_fill(~view.live, 0).gather(1, sorted_columns)

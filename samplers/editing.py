@@ -32,6 +32,7 @@ class Editing(Method):
     presets: ClassVar[Presets] = {"quality": {"tau": 0.7}, "speed": {"tau": 0.5}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the window and amends; the selection is threshold's where nobody brings one."""
         return Bundle(
             window=Blocks.of(context, holds=True),
             amend=(self.amend,),
@@ -45,6 +46,7 @@ class Editing(Method):
         return Hold(torch.zeros_like(canvas.start, dtype=torch.bool), canvas.start * 0)
 
     def amend(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The decision with the edits of this step; holds a block that is full for another forward."""
         frozen = view.gather(view.canvas.frozen)
         filled = view.inside & ~view.masked & ~frozen
         edits = filled & (pred.token != view.gather(view.canvas.ids)) & (pred.confidence >= self.edit)

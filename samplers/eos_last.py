@@ -17,6 +17,7 @@ class EosLast:
     eos_ids: tuple[int, ...]
 
     def __call__(self, view: View, pred: Prediction) -> Prediction:
+        """The prediction with confidence 0 where the token is an end."""
         ends = torch.zeros_like(pred.token, dtype=torch.bool)
         for eos in self.eos_ids:
             ends |= pred.token == eos

@@ -28,6 +28,7 @@ class Demote:
     context: Context
 
     def __call__(self, view: View, soft: Prediction) -> Tensor:
+        """(B, W) log confidence, lowered where the token is the end of sequence."""
         if self.eos is None:
             return soft.log_confidence
         factor = self.factor(view).clamp(min=SMALLEST).to(soft.confidence.dtype)
@@ -61,6 +62,7 @@ class EOSER(Method):
     source: ClassVar[str] = "EOSER and ASS, arXiv 2509.23924"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the score; the whole window and the quota where nobody brings others."""
         eos = context.eos_ids[0] if context.eos_ids else None
         score = Demote(eos, self.gamma_min, self.gamma_max, context)
         if not self.whole:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Decision
+from dllm.decoding.columns import indices
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View
 from dllm.errors import DllmError
@@ -33,6 +34,7 @@ class EoTP(Method):
     source: ClassVar[str] = "Learn2PD, arXiv 2509.25188, section on end-of-text prediction"
 
     def bundle(self, context: Context) -> Bundle:
+        """A link that cuts rows. Errors: a block-causal model, a model without an end token."""
         if context.block_size is not None:
             raise DllmError("eotp: a block-causal model sees nothing behind its block: there is nothing to cut")
         if not context.eos_ids:
@@ -61,8 +63,7 @@ class EoTP(Method):
 def predicted(view: View, pred: Prediction, d: Decision, eos: Tensor) -> Tensor:
     """(B,) the masked column that predicts end-of-text most confidently, leftmost on ties; L where none does."""
     masked, width = view.canvas.masked, view.canvas.ids.shape[1]
-    order = (~masked).int().argsort(dim=1, stable=True)[:, : max(int(masked.sum(1).max()), 1)]
-    cols = torch.where(masked.gather(1, order), order, -1)
+    cols = indices(masked)
     wide = pred.at(cols)
     if wide is None:  # a cached window: only its own columns
         wide, cols = pred, torch.where(view.masked, view.cols, -1)

@@ -26,6 +26,7 @@ class SubBlocks(Blocks):
     block: int = field(default=32, metadata={"why": "columns of the model's block"})
 
     def open(self, state: State) -> tuple[State, Span]:
+        """The open sub-block; the first column of a block by itself."""
         state, window = super().open(state)
         first = window.lo[:, None].clamp(max=state.canvas.ids.shape[1] - 1)
         masked = state.canvas.masked.gather(1, first)[:, 0]
@@ -52,6 +53,7 @@ class FastDLLMv2(Method):
     source: ClassVar[str] = "Fast-dLLM v2, arXiv 2509.26328"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the window. Errors: no block-causal, shifted model; a `sub` that does not divide its block."""
         block = context.block_size
         if not context.shift or block is None:
             raise DllmError("sampler 'fast_dllm_v2' needs a block-causal model with shifted logits; use 'threshold'")

@@ -35,15 +35,18 @@ class Hierarchy(Method):
     presets: ClassVar[Presets] = {"dinfer": {"tau_high": 0.9, "tau_low": 0.4}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection; amends where tau_remask is given."""
         if self.tau_remask is None:
             return Bundle(select=self.select)
         return Bundle(select=self.select, amend=(self.revoke,), needs=Needs(committed=True, revises=True))
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: sure candidates, and the best of each area."""
         conf = soft.confidence
         return (conf > self.tau_high) | (best_of_areas(view, score) & (conf > self.tau_low))
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The decision with doubtful tokens masked again, fewer than it commits."""
         assert self.tau_remask is not None
         now = stored_probability(view, pred)
         among = decoded(view) & (now < self.tau_remask)

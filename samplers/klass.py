@@ -65,6 +65,7 @@ class KLASS(Method):
     }  # for LLaDA, and with the prefix for Dream
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection and remembers the last step's distributions."""
         quota = Quota.of(context)
 
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:

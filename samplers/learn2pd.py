@@ -67,6 +67,7 @@ class Filter:
 
     @property
     def inputs(self) -> int:
+        """How many numbers the network reads for a block, or a column."""
         return self.block_length if self.kind == "block" else 2 * (2 * REACH + 1) + 2
 
     def __call__(self, conf: Tensor, masked: Tensor, real: Tensor | None = None) -> Tensor:
@@ -228,6 +229,7 @@ class Learn2PD(Method):
     cost: ClassVar[str] = "one row, the window's columns, and a filter of two small layers"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection. Errors: a filter of another model or block."""
         given = self.filter
         if given is None:
             given = Filter.load(str(files("dllm.assets").joinpath(EMBEDDED)))

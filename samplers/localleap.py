@@ -30,9 +30,11 @@ class LocalLeap(Method):
     presets: ClassVar[Presets] = {"dream": {"tau": 0.8}}  # DAWN's re-implementation for Dream
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection."""
         return Bundle(select=self.select)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: anchors, and what is sure enough near one."""
         conf = soft.confidence  # (B, W)
         anchors = view.live & (conf >= self.kappa)
         width = 2 * min(self.radius, view.canvas.ids.shape[1]) + 1

@@ -37,6 +37,7 @@ class Branches(Inputs):
     """
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
+        """Copies of the rows, each with one column filled."""
         branch, token = state.columns[Tried]  # (B, L)
         tried = branch.amax(1, keepdim=True)  # (B, 1) branches of each row: columns that it tries
         copies = 1 + int(tried.max())
@@ -108,6 +109,7 @@ class LoPA(Method):
     cost: ClassVar[str] = "b rows a step, the window's columns of each"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the inputs; the selection is threshold's where nobody brings one."""
         return Bundle(
             inputs=Branches(),
             adjust=(exclude,),

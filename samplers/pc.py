@@ -42,6 +42,7 @@ class PC(Method):
     presets: ClassVar[Presets] = {"sudoku": {"lam": 0.0}, "countdown": {"lam": 0.5}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the score. Errors: frequencies that cannot be read."""
         background = table(self.frequencies, context.vocab_size)  # (V,) float64
 
         def score(view: View, soft: Prediction) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision, Span, State
-from dllm.decoding.columns import spans
+from dllm.decoding.columns import indices, spans
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, View
 from dllm.errors import DllmError
@@ -43,6 +43,7 @@ class Exit:
     skip: int = 1
 
     def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The decision; rows whose mean gap reaches the threshold fill what is left instead."""
         inside = self.inside(view, pred)  # (B, W)
         count = inside.sum(1)
         mean = torch.where(inside, pred.gap, 0.0).sum(1) / count.clamp(min=1)
@@ -115,9 +116,7 @@ class Exit:
         """(B, R) columns of the region, wherever the window is."""
         canvas = state.canvas
         if callable(self.region):
-            wanted = self.region(canvas)
-            order = (~wanted).int().argsort(dim=1, stable=True)[:, : int(wanted.sum(1).max())]
-            return torch.where(wanted.gather(1, order), order, -1)
+            return indices(self.region(canvas))
         lo, hi = self.bounds(canvas)
         short = self.region in ("suffix", "span", "last_k")
         return spans(lo, hi, self.length if short else int((hi - lo).max()))
@@ -181,11 +180,13 @@ class Prophet(Method):
     }
 
     def bundle(self, context: Context) -> Bundle:
+        """A link that ends rows. Errors: a region outside the window."""
         region, start, length = _region(self.name, self.region, self.start, self.length, context)
         link = Exit(self.tau, region, context, self.progress, self.progress_base, start, length, self.skip)
         return Bundle(amend=(link,), reads=link.reads)
 
     def tau(self, progress: Tensor) -> Tensor:
+        """(B,) the threshold at this progress."""
         if self.smooth:
             return 8.0 - 4.5 * progress
         high, mid, low = (torch.full_like(progress, x, dtype=torch.float64) for x in (self.high, self.mid, self.low))
@@ -212,11 +213,13 @@ class Sched(Method):
     cost: ClassVar[str] = "one row, every generated column; under cache dual all of them are recomputed"
 
     def bundle(self, context: Context) -> Bundle:
+        """A link that ends rows. Errors: a region outside the window."""
         region, start, length = _region(self.name, self.region, 0, 5, context)
         link = Exit(self.tau, region, context, self.progress, 1, start, length)
         return Bundle(amend=(link,), reads=link.reads)
 
     def tau(self, progress: Tensor) -> Tensor:
+        """(B,) the threshold at this progress."""
         if self.shape == "linear":
             share = 1 - progress
         elif self.shape == "cosine":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm.decoding import noise
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, Schedule, View, rank
+from dllm.decoding.slots import Context, Needs, Schedule, Score, View, rank
 from dllm.samplers.base import Bundle, Method
 from dllm.samplers.blocks import BlockMemory, first_block
 
@@ -33,6 +33,7 @@ class Quota(Schedule):
         return cls(context.steps, context.block_length, aligned=context.block_size is not None)
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: the best columns, as many as this step commits."""
         return rank(score, view.live) < self.count(view)[:, None]
 
     def count(self, view: View) -> Tensor:
@@ -90,44 +91,49 @@ def random(view: View, soft: Prediction) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Confidence(Method):
+class Ranked(Method):
+    """Base of the samplers that are a score and nothing else."""
+
+    score: ClassVar[Score]
+    needs: ClassVar[Needs] = Needs()
+
+    def bundle(self, context: Context) -> Bundle:
+        """Owns the score."""
+        return Bundle(score=type(self).score, needs=self.needs)
+
+
+@dataclass(frozen=True)
+class Confidence(Ranked):
     """Commit the quota's most confident columns (LLaDA's low-confidence remasking)."""
 
     name: ClassVar[str] = "confidence"
     source: ClassVar[str] = "LLaDA, arXiv 2502.09992"
-
-    def bundle(self, context: Context) -> Bundle:
-        return Bundle(score=confidence)
+    score: ClassVar[Score] = confidence
 
 
 @dataclass(frozen=True)
-class Margin(Method):
+class Margin(Ranked):
     """Commit the quota's columns with the largest probability margin."""
 
     name: ClassVar[str] = "margin"
     source: ClassVar[str] = "Dream, arXiv 2508.15487 (topk_margin)"
-
-    def bundle(self, context: Context) -> Bundle:
-        return Bundle(score=margin)
+    score: ClassVar[Score] = margin
 
 
 @dataclass(frozen=True)
-class Entropy(Method):
+class Entropy(Ranked):
     """Commit the quota's columns of lowest entropy."""
 
     name: ClassVar[str] = "entropy"
     source: ClassVar[str] = "Dream, arXiv 2508.15487 (entropy)"
-
-    def bundle(self, context: Context) -> Bundle:
-        return Bundle(score=entropy)
+    score: ClassVar[Score] = entropy
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(Ranked):
     """Commit random columns of the block; the tokens are still the model's."""
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "LLaDA, arXiv 2502.09992 (random remasking)"
-
-    def bundle(self, context: Context) -> Bundle:
-        return Bundle(score=random, needs=Needs(stochastic=True))
+    score: ClassVar[Score] = random
+    needs: ClassVar[Needs] = Needs(stochastic=True)

@@ -49,6 +49,7 @@ class ReMDM(Method):
     cost: ClassVar[str] = "one row, every column of the window, committed ones too; two forwards a loop"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection and amends; the whole window where nobody brings one."""
         needs = Needs(committed=True, revises=True, may_idle=True, stochastic=self.schedule != REFINE)
         assumes: Assumed = {"window": Blocks(context.max_new_tokens)}
         if self.schedule == REFINE:
@@ -95,10 +96,12 @@ class Refine:
         return looping, looping & (half % 2 == 0)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: the k best, but in the half of a loop that masks."""
         _, masking = self.phase(view)
         return (rank(score, view.live) < self.k) & ~masking[:, None]
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The decision with the k least probable tokens masked again, in that half."""
         looping, masking = self.phase(view)
         before = view.memory[Progress]
         view.memory[Progress] = before._replace(half=before.half + looping)
@@ -153,9 +156,11 @@ class Posterior:
         return sigma, (alpha_s - (1 - staying) * alpha_t) / (1 - alpha_t)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: a keyed draw for each mask."""
         return view.uniform(noise.TRANSFER) < self.now(view.state)[1][:, None]
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The decision with a keyed draw of tokens masked again."""
         sigma = self.now(view.state)[0][:, None].expand(view.cols.shape)
         among, table = decoded(view), view.columns[Committed].confidence
         if self.schedule == "conf":

@@ -43,6 +43,7 @@ class Saber(Method):
     cost: ClassVar[str] = "one row, every column of the window, committed ones too"
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection and amends; the whole window where nobody brings one."""
         return Bundle(
             select=self.select,
             amend=(self.revoke,),
@@ -52,6 +53,7 @@ class Saber(Method):
         )
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: candidates above the mean, at least n."""
         record = view.columns[Recorded].record
         count = (record > 0).sum(1)
         bar = torch.where(count > 0, record.sum(1) / count.clamp(min=1), 1.0)
@@ -60,6 +62,7 @@ class Saber(Method):
         return torch.where(few, rank(score, view.live) < self.n, chosen)
 
     def revoke(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The decision with the tokens masked again whose confidence fell most; notes the confidences."""
         conf = pred.confidence
         new = committed_here(view, d)
         before = view.columns[Recorded]

@@ -36,6 +36,7 @@ class SDAR(Method):
     presets: ClassVar[Presets] = {**{rule: {"rule": rule} for rule in RULES}, "llada2": {"tau": 0.95}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection; the call's blocks where nobody brings a window."""
         share = Share(self.steps, context.block_length, context.block_size is not None)
         select = {
             "sequential": self.sequential,
@@ -50,12 +51,15 @@ class SDAR(Method):
         )
 
     def sequential(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
+        """(B, W) bool: the leftmost n."""
         return rank(-view.cols.double(), view.live) < n
 
     def static(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
+        """(B, W) bool: the n most confident."""
         return rank(soft.log_confidence, view.live) < n
 
     def dynamic(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
+        """(B, W) bool: all above tau, the n most confident where those are fewer."""
         sure = view.live & (soft.confidence > self.tau)
         enough = sure.sum(1, keepdim=True) >= torch.minimum(n, view.live.sum(1, keepdim=True))
         return torch.where(enough, sure, self.static(view, soft, n))
@@ -80,6 +84,7 @@ class Share:
     aligned: bool
 
     def __call__(self, view: View) -> Tensor:
+        """(B, 1) at least one."""
         if self.steps is None:
             return torch.ones_like(view.cols[:, :1])
         block = torch.full_like(view.state.step, self.block_length)

@@ -47,10 +47,12 @@ class Cycles(Window):
     aligned: bool = False  # blocks count from column 0
 
     def memory(self, canvas: Canvas) -> Cycle:
+        """No block is open yet."""
         zero = torch.zeros_like(canvas.start)
         return Cycle(zero - 1, *[zero] * 5)
 
     def open(self, state: State) -> tuple[State, Span]:
+        """The region in a fast phase, the rest of the block in a slow one."""
         canvas, before = state.canvas, state.memory[Cycle]
         origin = first_block(canvas, self.length, self.aligned)
         block = (canvas.first_masked() - origin) // self.length
@@ -92,6 +94,7 @@ class Truncation(Inputs):
     """From its second step on, a fast phase feeds nothing behind its region, nor behind what the step reads."""
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
+        """The plan without the columns behind the region."""
         cycle = state.memory[Cycle]
         cut = (cycle.end > 0) & (cycle.steps > 0)
         if not bool(cut.any()):
@@ -124,6 +127,7 @@ class SlowFast(Method):
     presets: ClassVar[Presets] = {"released": {"tau": 0.9, "tau_min": 0.3, "most": 6}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the window, and the inputs where it truncates; the selection is threshold's where nobody brings one."""
         return Bundle(
             window=Cycles(
                 context.block_length, self.tau_min, self.most, self.spread, aligned=context.block_size is not None

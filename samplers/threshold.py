@@ -30,10 +30,12 @@ class Threshold(Method):
     presets: ClassVar[Presets] = {"dinfer": {"tie": 1e-5}, "fastdllm_dream": {"lone_opening": True}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection, and the window where blocks open alone."""
         window = Blocks.of(context, lone_opening=True) if self.lone_opening else None
         return Bundle(window=window, select=self.select)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: candidates that reach tau, or come close to the best."""
         conf = soft.confidence
         chosen = conf >= self.tau
         if self.tie:
@@ -57,9 +59,11 @@ class Factor(Method):
     presets: ClassVar[Presets] = {"compat": {"compat": True}}
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns the selection."""
         return Bundle(select=self.select)
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: the longest prefix that the factor allows."""
         conf, live = soft.confidence, view.live
         order = rank(soft.log_confidence, live)  # 0-based: n = order + 1
         passes = (order == 0) | ((order + 2) * (1 - conf) < self.f)

@@ -35,6 +35,7 @@ class Shadow(Inputs):
     mask_id: int
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
+        """The plan with a masked copy of the window's columns behind it."""
         shadow = columns(window)  # (B, E)
         if not bool((shadow >= 0).any()):  # no row has a window in this step
             return plan
@@ -68,6 +69,7 @@ class Shadow(Inputs):
         )
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, LeaveOneOut]:
+        """The row's own logits, and the way to those of the shadow."""
         return logits, LeaveOneOut(forward.private)
 
 
@@ -112,6 +114,7 @@ class WINO(Method):
     }
 
     def bundle(self, context: Context) -> Bundle:
+        """Owns inputs and selection, and amends. Errors: a shifted model."""
         if context.shift:
             raise DllmError(
                 "sampler 'wino' needs a model that predicts a position from that position; this one predicts the next "
@@ -126,11 +129,13 @@ class WINO(Method):
         )
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: candidates above tau_draft, as many as the cap allows."""
         cap = (view.live.sum(1) * self.share).long().clamp(min=self.least, max=self.most)
         chosen = view.live & (soft.confidence > self.tau_draft)
         return chosen & (rank(score, view.live) < cap[:, None])
 
     def verify(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The decision with the tokens masked again that fail the verification."""
         accepted = committed_here(view, d).sum(1)
         last = view.memory[Accepted].n
         view.memory[Accepted] = Accepted(accepted)

@@ -121,6 +121,7 @@ def fill(canvas: Canvas, pred: Prediction, rows: Tensor) -> tuple[Canvas, Tensor
     return canvas.write(masked, scatter(canvas.ids, cols, wide.token)), rows
 
 
+@dataclass(eq=False)
 class Answer:
     """Hidden states of one forward, read at any column that it covered.
 
@@ -128,21 +129,15 @@ class Answer:
     and, behind the `queries` planned columns, more queries: those are private to `inputs`.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        s: Sampler,
-        options: Options,
-        state: State,
-        window: Span,
-        plan: Plan,
-        hidden: Tensor,
-        queries: int,
-    ) -> None:
-        self.model, self.s, self.options = model, s, options
-        self.state, self.window, self.plan, self.queries = state, window, plan, queries
-        self.hidden = hidden  # (copies B, Q + private, D)
-        self.extra: object = None  # what `inputs.reduce` told of it
+    model: Model
+    s: Sampler
+    options: Options
+    state: State
+    window: Span
+    plan: Plan
+    hidden: Tensor  # (copies B, Q + private, D)
+    queries: int
+    extra: object = None  # what `inputs.reduce` told of it
 
     def read(self, cols: Tensor) -> Prediction | None:
         """The prediction at `cols` (B, W); None where some column was not covered."""
@@ -242,14 +237,9 @@ class Runner:
 
     def hidden(self, fed: Plan) -> Tensor:
         """Hidden states (N, Q, D) of a plan."""
+        store = self.store if fed.stored else None
         return self.model.forward(
-            fed.ids,
-            fed.pos,
-            fresh=fed.fresh,
-            keep=fed.keep,
-            visible=fed.visible,
-            lane=fed.lane,
-            store=self.store if fed.stored else None,
+            fed.ids, fed.pos, fresh=fed.fresh, keep=fed.keep, visible=fed.visible, lane=fed.lane, store=store
         )
 
 

@@ -21,6 +21,7 @@ class Guidance(Inputs):
     lanes: ClassVar[int] = 2
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
+        """Every row twice, the second time without its prompt."""
         given = state.canvas.frozen.gather(1, plan.pos.clamp(min=0)) & (plan.pos >= 0)
         blank = torch.where(given, self.mask_id, plan.ids)
 
@@ -38,5 +39,6 @@ class Guidance(Inputs):
         )
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, object]:
+        """The guided logits (B, W, V), from the conditional and the unconditional half."""
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.scale + 1) * (conditional - unconditional), None

@@ -46,6 +46,7 @@ class Meter:
                 self.first[r] = time.perf_counter() - self._began
 
     def finish(self, requests: Iterable[int]) -> None:
+        """Note the time at which these rows ended."""
         for r in requests:
             self.seconds[r] = time.perf_counter() - self._began
 

@@ -35,10 +35,12 @@ class Law:
 
     @property
     def greedy(self) -> bool:
+        """Whether the arg-max is taken."""
         return self.temperature == 0
 
     @property
     def trims(self) -> bool:
+        """Whether top-p or top-k cuts the distribution."""
         return self.top_p is not None or self.top_k is not None
 
 
@@ -277,18 +279,22 @@ class Rescored(Prediction):
 
     @property
     def raw(self) -> Prediction:
+        """The prediction whose confidences were replaced."""
         return self._beneath
 
     @property
     def token(self) -> Tensor:
+        """(B, W) the token that would be committed."""
         return self._token
 
     @property
     def confidence(self) -> Tensor:
+        """(B, W) the confidence that was put in place."""
         return self._confidence
 
     @property
     def log_confidence(self) -> Tensor:
+        """(B, W) its logarithm."""
         return self._confidence.log()
 
 

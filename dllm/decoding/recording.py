@@ -32,6 +32,7 @@ class Confidences:
         return Confidence(torch.full(canvas.ids.shape, torch.nan, device=canvas.ids.device))
 
     def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
+        """The same decision; notes the confidence of what it writes."""
         table = torch.where(view.canvas.masked | d.write, torch.nan, view.columns[Confidence].table)
         logit = pred.logits.gather(-1, view.gather(d.token)[..., None])[..., 0]
         table = view.scatter(table, pred.probability_of(logit), view.gather(d.write) & (view.cols >= 0))

@@ -45,6 +45,7 @@ class Trace:
         return {col: k for k, pairs in enumerate(self.commits) for col, token in pairs if token != self.mask_id}
 
     def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
         Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
@@ -60,6 +61,7 @@ class Trace:
             raise DllmError(f"{path} is not a trace written by dllm") from error
 
     def piece(self, token: int) -> str:
+        """The text of a token id, the id itself without a tokenizer."""
         return self.pieces.get(token, f"{token} ")
 
     def cells(self) -> list[tuple[str, int | None]]:
