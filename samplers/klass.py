@@ -76,7 +76,7 @@ class KLASS(Method):
         return Bundle(
             select=select,
             memory=_memory,
-            columns=_columns,
+            columns=lambda canvas: Calm(*[torch.zeros_like(canvas.ids)] * 2),
             reads=beyond if whole else None,
         )
 
@@ -96,11 +96,6 @@ class KLASS(Method):
 def _memory(canvas: Canvas) -> Before:
     none = canvas.ids.new_zeros((len(canvas.ids), 0))
     return Before(none.float()[..., None].expand(-1, -1, 0), none.float(), none, canvas.length)
-
-
-def _columns(canvas: Canvas) -> Calm:
-    zero = torch.zeros_like(canvas.ids)
-    return Calm(zero, zero)
 
 
 def beyond(state: State, window: Span) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
+from dllm.decoding.canvas import Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Forward, Inputs, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
@@ -115,7 +115,7 @@ class LoPA(Method):
             adjust=(exclude,),
             amend=(self.branch,),
             assumes={"select": Threshold(tau=self.tau).select},
-            columns=_columns,
+            columns=lambda canvas: Tried(*[torch.zeros_like(canvas.ids)] * 2),
         )
 
     def branch(self, view: View, pred: Prediction, d: Decision) -> Decision:
@@ -129,11 +129,6 @@ class LoPA(Method):
         zero = torch.zeros_like(view.canvas.ids)
         view.columns[Tried] = Tried(view.scatter(zero, order, tried), view.scatter(zero, pred.token, tried))
         return d
-
-
-def _columns(canvas: Canvas) -> Tried:
-    zero = torch.zeros_like(canvas.ids)
-    return Tried(zero, zero)
 
 
 def won(view: View, pred: Prediction) -> Tensor:

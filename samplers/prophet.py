@@ -22,6 +22,7 @@ from dllm.errors import DllmError
 from dllm.samplers.base import Bundle, Method, Presets, param
 
 Region: TypeAlias = Callable[[Canvas], Tensor]  # canvas -> (B, L) bool
+Where: TypeAlias = str | tuple[int, int] | Region
 REGIONS = ("auto", "suffix", "text", "span", "last_k", "all")
 
 
@@ -122,9 +123,7 @@ class Exit:
         return spans(lo, hi, self.length if short else int((hi - lo).max()))
 
 
-def _region(
-    method: str, region: str | tuple[int, int] | Region, start: int, length: int, context: Context
-) -> tuple[str | Region, int, int]:
+def _region(method: str, region: Where, start: int, length: int, context: Context) -> tuple[str | Region, int, int]:
     """Check a region. A pair (start, length) is a span relative to the generation."""
     if isinstance(region, list | tuple):
         if len(region) != 2 or not all(isinstance(x, int) for x in region):
@@ -156,7 +155,7 @@ class Prophet(Method):
     mid: float = param(5.0, "paper table 6, all tasks")
     low: float = param(2.5, "released code; paper table 6 has 2.5 (choices), 3.5 (maths), 4.5 (code)")
     smooth: bool = param(False, "True: 8 - 4.5 progress, the paper's smooth alternative (GSM8K 77.4 % at 154 steps)")
-    region: str | tuple[int, int] | Region = param(
+    region: Where = param(
         "auto", "the released code exits only behind a planted phrase; `auto` covers the other prompts"
     )
     progress: str = param(
@@ -201,7 +200,7 @@ class Sched(Method):
     low: float = param(2.5, "Prophet's lowest threshold")
     shape: str = param("linear", "the simplest of the paper's three", choices=("linear", "cosine", "exponential"))
     rate: float = param(2.0, "decay of shape='exponential'", low=0)
-    region: str | tuple[int, int] | Region = param("all", "the paper's signal is the mean over the whole generation")
+    region: Where = param("all", "the paper's signal is the mean over the whole generation")
     progress: str = param(
         "auto",
         "steps as published where the base has a fixed budget, else committed / length",

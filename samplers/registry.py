@@ -229,20 +229,14 @@ def build(spec: Spec, context: Context, extra: Bundle = Bundle(), tuned: Tuned =
     """The merged sampler of a specification; `extra` carries the slots that the call itself asks for, `tuned` the
     model's own settings."""
     found = resolve(spec, tuned)
-    methods = [part.method for part in found]
-    named = [m.name for m in methods]
-    for name in named:
-        if named.count(name) > 1:
-            raise DllmError(f"sampler {name!r} is named twice in {'+'.join(named)!r}")
+    said = [part.method.name for part in found]
+    if twice := next((name for name in said if said.count(name) > 1), None):
+        raise DllmError(f"sampler {twice!r} is named twice in {'+'.join(said)!r}")
     parts = []
-    for m in methods:
-        with OTHERS.blamed(m.name):
-            parts.append((m.name, m.bundle(context)))
-    defaults = Bundle(
-        window=Blocks.of(context),
-        score=confidence,
-        select=Quota.of(context),
-    )
+    for method, _ in found:
+        with OTHERS.blamed(method.name):
+            parts.append((method.name, method.bundle(context)))
+    defaults = Bundle(window=Blocks.of(context), score=confidence, select=Quota.of(context))
     if any((extra.inputs, extra.adjust, extra.amend)):
         parts.append(("this call", extra))
     return merge(parts, defaults)._replace(spec=_spelled(found, tuned))

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision
+from dllm.decoding.canvas import Decision
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.samplers.base import Bundle, Method, param
@@ -49,7 +49,7 @@ class Saber(Method):
             amend=(self.revoke,),
             assumes={"window": Blocks(context.max_new_tokens)},
             needs=Needs(committed=True, revises=self.backtrack),
-            columns=_columns,
+            columns=lambda canvas: Recorded(*[torch.zeros_like(canvas.ids, dtype=torch.float64)] * 2),
         )
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
@@ -76,8 +76,3 @@ class Saber(Method):
         limit = torch.minimum(((m + 7) // 8).clamp(min=self.n // 2), m - 1)
         limit = limit * (view.live & ~new).any(1)  # a finished window stays as it is
         return remask(view, d, change, decoded(view) | new, limit)
-
-
-def _columns(canvas: Canvas) -> Recorded:
-    zero = torch.zeros_like(canvas.ids, dtype=torch.float64)
-    return Recorded(zero, zero)

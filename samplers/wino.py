@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, Plan, Span, State
+from dllm.decoding.canvas import Decision, Plan, Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Forward, Inputs, Needs, View, rank
 from dllm.errors import DllmError
@@ -79,7 +79,7 @@ def columns(window: Span) -> Tensor:
 
 
 class Accepted(NamedTuple):
-    """Per-row leaves: the columns that the last step committed, (B,)."""
+    """Per-row leaves: the columns that the last step committed, (B,); 1 at first: nothing can be taken back."""
 
     n: Tensor
 
@@ -125,7 +125,7 @@ class WINO(Method):
             select=self.select,
             amend=(self.verify,),
             needs=Needs(committed=True, revises=True),
-            memory=_memory,
+            memory=lambda canvas: Accepted(torch.ones_like(canvas.start)),
         )
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
@@ -147,7 +147,3 @@ class WINO(Method):
         alone = Prediction(pred.extra.logits(), view.cols)
         now = alone.probability_of(alone.logits.gather(-1, token[..., None])[..., 0])
         return remask(view, d, now, among & (now < self.tau_verify), last - 1)
-
-
-def _memory(canvas: Canvas) -> Accepted:
-    return Accepted(torch.ones_like(canvas.start))  # before the first step nothing can be taken back
