@@ -7,14 +7,15 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from drafting_kit import VOCAB, plain, tiny_verifier
+from drafting_kit import VOCAB, Script, plain, tiny_verifier
 
 import dllm
-from dllm.drafting import Controller, Drafter, Need, RoundStats, as_drafter, chain
+from dllm.drafting import Controller, Drafter, Need, PathSearch, RoundStats, as_drafter, chain, param
 from dllm.drafting.registry import PLUGINS, is_drafter_name
 from dllm.errors import DllmError
 
@@ -113,6 +114,28 @@ def test_a_controller_of_your_own() -> None:
 
     out = dllm.speculate(model, Right(), PROMPT, max_new_tokens=30, length=scope["Patient"]())
     assert out.sequences == Right.text and [r.k for r in out.rounds[:4]] == [1, 2, 3, 4]
+
+
+def test_a_search_of_your_own() -> None:
+    @dataclass(frozen=True)
+    class Rank(PathSearch):
+        """The token of this rank in every slot."""
+
+        rank: int = param(1, "the best one is everybody's", low=0)
+
+        def find(self, edges, eos, generator):
+            return chain([column[min(self.rank, len(column) - 1)][0] for column in edges.lat.columns])
+
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 20)
+    kw = dict(max_new_tokens=20, length="fixed:k=4")
+    for search, agrees in ((Rank(0), True), (Rank(), False)):
+        out = dllm.speculate(model, Script(text), PROMPT, search=search, **kw)
+        assert out.sequences == text and (out.tau > 3) == agrees
+        tree = dllm.speculate(model, Script(text), PROMPT, search=search, tree=6, **kw)
+        assert tree.sequences == text and tree.tau > 3  # a budget makes a tree of the lattice, whatever the path
+    with pytest.raises(DllmError, match="Rank: rank=-1 must be at least 0"):
+        Rank(-1)
 
 
 def test_nothing_is_written_on_models_and_they_are_let_go() -> None:
