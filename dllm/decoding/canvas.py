@@ -230,3 +230,7 @@ class Plan(NamedTuple):
     lane: Tensor | None  # (N,) None: rows are lanes
     refresh: bool  # a full forward that installs a new epoch
     stored: bool  # reads or writes the store
+
+    def take(self, rows: Tensor) -> Plan:
+        """Some of the N rows, by index."""
+        return _map(lambda x: x[rows], self)

@@ -206,7 +206,10 @@ class Runner:
 
     def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Stepped]:
         """One step of every row."""
-        state, win = opened(self.s, state)
+        return self.stepped(*opened(self.s, state), lane, requests)
+
+    def stepped(self, state: State, win: Span, lane: Tensor, requests: list[int]) -> list[Stepped]:
+        """One step of rows whose window is open."""
         parts = []
         for rows, plan in self.policy.plan(state, win, lane):
             sub, sub_win, ids = state, win, requests
@@ -232,8 +235,11 @@ class Runner:
         """Run a plan of these rows, and count it."""
         fed = expanded(self.s, state, window, plan)
         self.meter.forward(requests, fed)
-        queries = plan.pos.shape[1]
-        return Answer(self.model, self.s, self.options, state, window, fed, self.hidden(fed), queries)
+        return self.answer(state, window, fed, self.hidden(fed), plan.pos.shape[1])
+
+    def answer(self, state: State, window: Span, fed: Plan, hidden: Tensor, queries: int) -> Answer:
+        """What hidden states say of these rows, for columns that are asked later."""
+        return Answer(self.model, self.s, self.options, state, window, fed, hidden, queries)
 
     def hidden(self, fed: Plan) -> Tensor:
         """Hidden states (N, Q, D) of a plan."""

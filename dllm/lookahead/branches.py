@@ -7,7 +7,10 @@ sequence, over one stored prefix, and takes their answers out of the forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +34,8 @@ class Feed(NamedTuple):
     fresh: Bools  # (q,) whether a token's keys and values replace the stored ones for this forward
     keep: Bools  # (q,) whether they also stay in the store after it
     sees: Bools | None  # (1 | q, S) the stored slots that a token sees; None: there is no store
-    peers: (
-        Bools | None
-    )  # (1 | q, q) the tokens that a token sees; with a store only of those that are not fresh; None: all
+    # the tokens that a token sees; with a store only of those that are not fresh; None: all
+    peers: Bools | None  # (1 | q, q)
     lane: int  # of the store
 
     @property
@@ -56,7 +58,11 @@ class Query:
     width: int  # query columns that were fed, padding included
     opening: bool  # a refresh of the whole lane
     key: bytes = b""
-    outside: list[Ints] = field(default_factory=list)  # `Feed.outside` of each copy
+
+    @cached_property
+    def outside(self) -> list[Ints]:
+        """`Feed.outside` of each copy."""
+        return [f.outside for f in self.feeds] if self.stored else []
 
     @property
     def keeps(self) -> bool:
@@ -92,13 +98,9 @@ def queries(plan: Plan, rows: int) -> list[Query]:
                 peers = table[:, real]
         return Feed(real, ids[n, real], pos[n, real], new, stay, sees, peers, lanes[n])
 
-    out = []
-    for row in range(rows):
-        feeds = [feed(n) for n in range(row, total, rows) if n == row or (pos[n] >= 0).any()]  # others are padding
-        query = Query(feeds, plan.stored, width, plan.refresh and plan.stored)
-        query.outside = [f.outside for f in feeds] if plan.stored else []
-        out.append(query)
-    return out
+    filled: Bools = np.any(pos >= 0, axis=1)  # others are padding
+    copies = [[n for n in range(row, total, rows) if n == row or filled[n]] for row in range(rows)]
+    return [Query([feed(n) for n in ns], plan.stored, width, plan.refresh and plan.stored) for ns in copies]
 
 
 class Branch(NamedTuple):
@@ -114,7 +116,7 @@ class BranchKV(NamedTuple):
     """Keys and values that a branch would have left in the store, still inside the tensors of its forward."""
 
     layers: list[KeysValues]  # each (N, Q, kv_heads, head_dim)
-    rows: list[int]  # plan row of each copy
+    rows: Sequence[int]  # plan row of each copy
     columns: list[Tensor]  # of each copy, those that it keeps
 
     def write(self, store: KVStore, query: Query) -> None:
@@ -127,15 +129,13 @@ class BranchKV(NamedTuple):
 
     def alone(self) -> BranchKV:
         """The same, cut out of the tensors of the forward."""
-        cut = [
-            torch.cat([x[n, c] for n, c in zip(self.rows, self.columns, strict=True)])
-            for pair in self.layers
-            for x in pair
-        ]
-        sizes = np.cumsum([0] + [len(c) for c in self.columns])
-        columns = [torch.arange(a, b, device=c.device) for a, b, c in zip(sizes, sizes[1:], self.columns, strict=False)]
-        layers = [(k[None], v[None]) for k, v in zip(cut[::2], cut[1::2], strict=True)]
-        return BranchKV(layers, [0] * len(columns), columns)
+
+        def cut(x: Tensor) -> Tensor:
+            return torch.cat([x[n, c] for n, c in zip(self.rows, self.columns, strict=True)])[None]
+
+        sizes = [len(c) for c in self.columns]
+        columns = torch.split(torch.arange(sum(sizes), device=self.columns[0].device), sizes)
+        return BranchKV([(cut(k), cut(v)) for k, v in self.layers], [0] * len(sizes), list(columns))
 
 
 @dataclass(eq=False)
@@ -148,22 +148,29 @@ class Evaluated:
     old: bool = False  # evaluated before the last forward
 
 
+class Place(NamedTuple):
+    """Where a branch's tokens lie in a forward."""
+
+    rows: Sequence[int]  # plan row of each copy
+    at: int  # first column
+
+
 class Packed(NamedTuple):
-    """One forward for the branches of several rows, and where each branch's tokens lie in it."""
+    """One forward for the branches of several rows, and where each of them lies in it."""
 
     plan: Plan
-    places: list[list[tuple[list[int], int]]]  # row -> branch -> (plan row of each copy, first column)
+    places: list[list[Place]]  # row -> branch
 
     def split(self, rows: list[list[Branch]], hidden: Tensor, layers: list[KeysValues]) -> list[list[Evaluated]]:
         """The answer of each branch, from the plan's hidden states and its new keys and values (none: no store)."""
         return [
-            [_evaluated(branch, *place, hidden, layers) for branch, place in zip(branches, places, strict=True)]
+            [_evaluated(branch, place, hidden, layers) for branch, place in zip(branches, places, strict=True)]
             for branches, places in zip(rows, self.places, strict=True)
         ]
 
 
-def _evaluated(branch: Branch, rows: list[int], at: int, hidden: Tensor, layers: list[KeysValues]) -> Evaluated:
-    feeds = branch.query.feeds
+def _evaluated(branch: Branch, place: Place, hidden: Tensor, layers: list[KeysValues]) -> Evaluated:
+    feeds, (rows, at) = branch.query.feeds, place
     states = torch.stack([hidden[n, at : at + len(f.ids)] for n, f in zip(rows, feeds, strict=True)])
     if not layers or branch.parent < 0 or not branch.query.keeps:  # the true query has written the store itself
         return Evaluated(branch, states)
@@ -182,76 +189,51 @@ def pack(rows: list[list[Branch]], device: torch.device) -> Packed:
 
 
 def _along_batch(rows: list[list[Branch]], device: torch.device) -> Packed:
-    copies = _copies(rows)
-    flat = [_copy(b.query, c) for c in range(copies) for branches in rows for b in branches]
-    count, width = sum(map(len, rows)), max(len(f.ids) for f in flat if f is not None)
-    ids, pos = np.zeros((len(flat), width), np.int64), np.full((len(flat), width), -1, np.int64)
-    visible = None
-    if any(f is not None and f.peers is not None for f in flat):
-        visible = np.zeros((len(flat), width, width), bool)
-    for n, f in enumerate(flat):
-        if f is None:
-            continue
+    flat = [b.query.feeds for branches in rows for b in branches]
+    total = len(flat) * max(map(len, flat))
+    lines = [range(i, total, len(flat))[: len(feeds)] for i, feeds in enumerate(flat)]  # of the copies of each branch
+    fed = [pair for own, feeds in zip(lines, flat, strict=True) for pair in zip(own, feeds, strict=True)]
+    shape = total, max(len(f.ids) for _, f in fed)
+    ids, pos = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    visible = np.zeros((*shape, shape[1]), bool) if any(f.peers is not None for _, f in fed) else None
+    for i, f in fed:
         q = len(f.ids)
-        ids[n, :q], pos[n, :q] = f.ids, f.pos
+        ids[i, :q], pos[i, :q] = f.ids, f.pos
         if visible is not None:
-            visible[n, :q, :q] = True if f.peers is None else f.peers
-    table, at = [], 0
-    for branches in rows:
-        own = [range(len(b.query.feeds)) for b in branches]
-        table.append([([at + i + c * count for c in cs], 0) for i, cs in enumerate(own)])
-        at += len(branches)
+            visible[i, :q, :q] = True if f.peers is None else f.peers
     tensors = [None if x is None else torch.from_numpy(x).to(device) for x in (ids, pos, visible)]
-    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, False, False]), table)
+    left = iter(lines)
+    places = [[Place(next(left), 0) for _ in branches] for branches in rows]
+    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, False, False]), places)
 
 
 def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
-    copies, n = _copies(rows), len(rows)
-    lines = [[_copy(b.query, c) for b in branches] for c in range(copies) for branches in rows]
-    sizes = [[len(b.query.feeds[0].ids) for b in branches] for branches in rows] * copies
-    parents = [[b.parent for b in branches] for branches in rows] * copies
-    width = max(map(sum, sizes))
-    slots = max(f.sees.shape[1] for line in lines for f in line if f is not None and f.sees is not None)
-    ids, pos = np.zeros((len(lines), width), np.int64), np.full((len(lines), width), -1, np.int64)
-    keep, lane = np.zeros((len(lines), width), bool), np.zeros(len(lines), np.int64)
-    visible = np.zeros((len(lines), width, slots + width), bool)
-    places: list[list[tuple[list[int], int]]] = [[([], 0)] * len(branches) for branches in rows]
-    for i, (line, parent) in enumerate(zip(lines, parents, strict=True)):
-        lane[i], at = next((f.lane for f in line if f is not None), lane[i % n]), 0
-        holders: list[Ints] = []  # of each branch: which column holds each slot after it
-        for b, (f, p, q) in enumerate(zip(line, parent, sizes[i], strict=True)):
-            if f is None:  # padding
-                holders.append(np.full(slots, -1, np.int64))
-                at += q
-                continue
-            span = slice(at, at + q)
-            ids[i, span], pos[i, span] = f.ids, f.pos
-            stays = f.keep if b == 0 else np.zeros(q, bool)
-            keep[i, span] = stays
-            holder = np.full(slots, -1, np.int64) if p < 0 else holders[p].copy()  # -1: the store
-            after, own = holder.copy(), np.arange(at, at + q)
-            held = f.fresh & ~stays & (f.pos < slots)
-            holder[f.pos[held]] = own[held]
-            if b:
-                left = f.keep & (f.pos < slots)
-                after[f.pos[left]] = own[left]
-            _see(visible[i, span], f, holder, slots, at)
-            holders.append(after)
-            places[i % n][b] = ([*places[i % n][b][0], i], at)
-            at += q
+    copies, n = max(len(b.query.feeds) for branches in rows for b in branches), len(rows)
+    slots = max(f.sees.shape[1] for branches in rows for b in branches for f in b.query.feeds if f.sees is not None)
+    sizes = [[len(b.query.feeds[0].ids) for b in branches] for branches in rows]
+    shape = copies * n, max(map(sum, sizes))
+    ids, pos = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    keep, visible = np.zeros(shape, bool), np.zeros((*shape, slots + shape[1]), bool)
+    lane = np.array([branches[0].query.feeds[0].lane for branches in rows] * copies)
+    places: list[list[Place]] = [[] for _ in rows]
+    for r, (branches, own) in enumerate(zip(rows, sizes, strict=True)):
+        # which column holds each slot after a branch, in each copy; -1: the store, which the last entry stands for
+        holders = np.full((len(branches) + 1, copies, slots), -1)
+        for b, (branch, at, q) in enumerate(zip(branches, accumulate([0, *own]), own, strict=False)):
+            span, feeds = slice(at, at + q), branch.query.feeds
+            places[r].append(Place(range(r, len(ids), n)[: len(feeds)], at))
+            for c, (i, f) in enumerate(zip(places[r][b].rows, feeds, strict=True)):
+                ids[i, span], pos[i, span], lane[i] = f.ids, f.pos, f.lane
+                keep[i, span] = f.keep & (b == 0)
+                private = ~keep[i, span] & (f.pos < slots)
+                holder, holders[b, c] = holders[branch.parent, c].copy(), holders[branch.parent, c]
+                for table, held in ((holder, f.fresh & private), (holders[b, c], f.keep & private)):
+                    table[f.pos[held]] = at + np.flatnonzero(held)
+                _see(visible[i, span], f, holder, slots, at)
     if (keep | (pos < 0)).all():  # nothing private: no columns for it
         visible = visible[:, :, :slots]
     tensors = [torch.from_numpy(x).to(device) for x in (ids, pos, keep, keep, visible, lane)]
     return Packed(Plan._make([*tensors, False, True]), places)
-
-
-def _copies(rows: list[list[Branch]]) -> int:
-    return max(len(b.query.feeds) for branches in rows for b in branches)
-
-
-def _copy(query: Query, c: int) -> Feed | None:
-    """What a copy of a query feeds; None for one that it has not."""
-    return query.feeds[c] if c < len(query.feeds) else None
 
 
 def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:
@@ -268,9 +250,11 @@ def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:
         visible[:, slots + at + alone] = np.broadcast_to(f.peers, (len(visible), len(f.ids)))[:, alone]
 
 
-def lay(hidden: Tensor, query: Query, copies: int) -> Tensor:
-    """Hidden states (own copies, q, D) of a query back in the layout of what was fed, (copies, Q, D)."""
-    out = hidden.new_zeros((copies, query.width, hidden.shape[-1]))
-    for copy, f in enumerate(query.feeds):
-        out[copy, torch.from_numpy(f.real).to(hidden.device)] = hidden[copy]
-    return out
+def laid(queries: list[Query], answers: list[Evaluated], copies: int) -> Tensor:
+    """The answers to the queries of some rows, (copies B, Q, D) in the layout of what was fed."""
+    first = answers[0].hidden
+    out = first.new_zeros((copies, len(queries), queries[0].width, first.shape[-1]))
+    for row, (query, answer) in enumerate(zip(queries, answers, strict=True)):
+        for copy, f in enumerate(query.feeds):
+            out[copy, row, torch.from_numpy(f.real).to(out.device)] = answer.hidden[copy]
+    return out.flatten(0, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Span, State
-from dllm.decoding.engine import Runner, step
+from dllm.decoding.engine import step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler
 from dllm.models.model import Model
@@ -54,9 +54,3 @@ def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: St
         )
         same &= alike(after, step(s, state, window, other))
     return [i for i, ok in enumerate(same.tolist()) if not ok]
-
-
-def alone(run: Runner, state: State, window: Span, lane: Tensor, request: int) -> State:
-    """The step of one row by itself, on the forward of its plain call."""
-    ((_, plan),) = run.policy.plan(state, window, lane)
-    return run.options.step(run.s, state, window, run.predict(run.forward(state, window, plan, [request])))

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.engine import Answer, Options, expanded, opened, step
+from dllm.decoding.engine import Answer, Runner, expanded, opened, step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View, rank
 from dllm.lookahead.branches import Branch, Query, queries
 from dllm.lookahead.ledger import History
 from dllm.lookahead.memo import Group, Source
 from dllm.lookahead.setting import Lookahead
-from dllm.models.model import Model
 
 
 @dataclass
@@ -34,10 +33,8 @@ class Chain:
 class Guesses:
     """Guesses of the queries that the rows of a group will ask after the true ones."""
 
-    model: Model
-    s: Sampler
+    run: Runner
     policy: Policy  # of forwards with guesses
-    options: Options
     setting: Lookahead
     group: Group
 
@@ -53,7 +50,7 @@ class Guesses:
             self.roots.append(row.ledger.plain.after(query, number))
 
     def draw(self, limit: int) -> list[list[Branch]]:
-        """At most `limit` guesses for each row, from its last prediction, then from older ones."""
+        """At most `limit` guesses for each row, from its last prediction, then from older ones; see `shared`."""
         group = self.group
         oldest = max(len(row.recent) for row in group.rows) if self.setting.multi_source else 1
         for age in range(oldest):
@@ -65,12 +62,12 @@ class Guesses:
                 at = torch.tensor(rows, device=group.lane.device)
                 state, win, histories = group.state.take(at), group.window.take(at), [self.roots[i] for i in rows]
             else:
-                state, win = opened(self.s, _gather(sources))
+                state, win = opened(self.run.s, _gather(sources))
                 histories = [group.rows[i].recent[-age].history for i in rows]
             chains = [Chain(row, history) for row, history in zip(rows, histories, strict=True)]
             draw = self.roll if self.setting.drafter == "roll" else self.ladder
-            draw(chains, state, win, StalePredictions(self.model, self.s, self.options, sources), limit)
-        return self.found
+            draw(chains, state, win, StalePredictions(self.run, sources), limit)
+        return self.shared()
 
     def roll(self, chains: list[Chain], state: State, win: Span, stale: StalePredictions, limit: int) -> None:
         """Repeat the sampler's step on the stale predictions, row by row until its horizon."""
@@ -80,7 +77,7 @@ class Guesses:
             if covered is None:
                 return
             index, state, win, pred = covered
-            after = self.follow(self.s, index, state, win, pred)
+            after = self.follow(self.run.s, index, state, win, pred)
             if after is None:
                 return
             index, state, win = after
@@ -101,7 +98,7 @@ class Guesses:
             def surest(view: View, soft: Prediction, score: Tensor, count: int = count) -> Tensor:
                 return rank(score, view.live) < count
 
-            after = self.follow(self.s._replace(select=surest, amend=()), index, state, win, pred)
+            after = self.follow(self.run.s._replace(select=surest, amend=()), index, state, win, pred)
             if after is None:
                 return
             some, guess, guess_win = after
@@ -127,7 +124,7 @@ class Guesses:
         for part, plan in self.policy.plan(state, win, group.lane[rows]):
             at = list(range(len(chains))) if part is None else part.tolist()
             own, own_win = (state, win) if part is None else (state.take(part), win.take(part))
-            for i, query in zip(at, queries(expanded(self.s, own, own_win, plan), len(at)), strict=True):
+            for i, query in zip(at, queries(expanded(self.run.s, own, own_win, plan), len(at)), strict=True):
                 chain = chains[i]
                 full = len(self.found[chain.row]) >= limit
                 if query.opening or full or (beyond is not None and beyond[i]):
@@ -155,6 +152,23 @@ class Guesses:
         held.append(before.after(query, row.ledger.number(query)))
         return known[query.key]
 
+    def shared(self) -> list[list[Branch]]:
+        """The guesses of each row, cut to a forward of at most `max_rows` rows with the true ones among them.
+
+        The likeliest stay, which come first by depth: so ancestors stay before their descendants.
+        """
+        guesses, most = self.found, self.setting.max_rows
+        total = sum(map(len, guesses))
+        spare = total if most is None else max(most - len(guesses), 0)
+        if spare >= total:
+            return guesses
+        order = sorted((g.depth, i, row) for row, gs in enumerate(guesses) for i, g in enumerate(gs))[:spare]
+        out = []
+        for row, gs in enumerate(guesses):
+            kept = [-1, *sorted(i for _, i, r in order if r == row)]  # -1: the true query
+            out.append([gs[i]._replace(parent=kept.index(gs[i].parent - 1)) for i in kept[1:]])
+        return out
+
 
 def _take(rows: list[int], state: State, win: Span) -> tuple[State, Span]:
     at = torch.tensor(rows, device=state.step.device)
@@ -169,8 +183,8 @@ def _gather(sources: list[Source]) -> State:
 class StalePredictions:
     """The last predictions of several rows, read as if they belonged to later states."""
 
-    def __init__(self, model: Model, s: Sampler, options: Options, sources: list[Source]) -> None:
-        self.model, self.s, self.options = model, s, options
+    def __init__(self, run: Runner, sources: list[Source]) -> None:
+        self.run = run
         self.planned = max(s.planned for s in sources)
         extra = max(s.pos.shape[1] - s.planned for s in sources)
         copies = max(len(s.pos) for s in sources)
@@ -186,7 +200,7 @@ class StalePredictions:
 
     def read(self, index: list[int], state: State, win: Span) -> tuple[list[int], State, Span, Prediction] | None:
         """Predictions at what the windows read, for the rows (of `index`) whose forward covered that; None: no row."""
-        last = self.last if self.options.law.greedy else None
+        last = self.last if self.run.options.law.greedy else None
         if last is not None and last[0] == index and torch.equal(last[1].cols, win.reads):
             return index, state, win, last[1]
         answer = self._answer(index, state, win)
@@ -206,7 +220,7 @@ class StalePredictions:
         at = torch.tensor(index, device=self.pos.device)
         ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
         plan = Plan(ids, pos, None, None, None, None, False, False)
-        return Answer(self.model, self.s, self.options, state, win, plan, hidden, self.planned)
+        return self.run.answer(state, win, plan, hidden, self.planned)
 
 
 def _widen(x: Tensor, planned: int, width: int, extra: int, copies: int, value: int) -> Tensor:

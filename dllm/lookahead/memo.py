@@ -97,15 +97,7 @@ class Group(NamedTuple):
         if len(some) == len(self.rows):
             return self
         at = self.lane.new_tensor(some)
-        fed = _rows(self.fed, torch.cat([at + copy * len(self.rows) for copy in range(self.copies)]))
+        fed = self.fed.take(torch.cat([at + copy * len(self.rows) for copy in range(self.copies)]))
         state, window, lane = self.state.take(at), self.window.take(at), self.lane[at]
         rows, asked = [self.rows[i] for i in some], [self.queries[i] for i in some]
         return Group([self.places[i] for i in some], False, rows, state, window, self.planned, fed, lane, asked)
-
-
-def _rows(plan: Plan, index: Tensor) -> Plan:
-    def pick(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[index]
-
-    fresh, keep, visible, lane = (pick(x) for x in (plan.fresh, plan.keep, plan.visible, plan.lane))
-    return plan._replace(ids=plan.ids[index], pos=plan.pos[index], fresh=fresh, keep=keep, visible=visible, lane=lane)

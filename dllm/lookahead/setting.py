@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,8 +13,6 @@ from dllm.models.model import Model
 from dllm.spec import KINDS, check, named, param, settings, value
 
 MODES = ("exact", "guarded", "fast")
-DRAFTERS = ("roll", "ladder")
-RELAXATIONS = ("subset",)
 
 
 def _costs(table: object) -> bool:
@@ -56,7 +53,7 @@ class Lookahead:
 
     rows: int | str = 4
     mode: str | None = param(None, "exact where it can be had, else guarded", choices=(None, *MODES))
-    drafter: str = param("roll", "the sampler's own step guesses best", choices=DRAFTERS)
+    drafter: str = param("roll", "the sampler's own step guesses best", choices=("roll", "ladder"))
     retain: bool = True
     multi_source: bool = True
     cross_blocks: bool = True
@@ -66,7 +63,7 @@ class Lookahead:
     delta: float | None = param(None, "bound on logit differences; None: measured", low=0)
     audit: int = param(16, "every so many hits of mode fast are checked", low=1)
     costs: Mapping[int, float] | None = None  # recorded cost of a forward for 1, 2, ... rows; None: measured
-    relax: str | None = param(None, "the output is that of the plain call", choices=(None, *RELAXATIONS))
+    relax: str | None = param(None, "the output is that of the plain call", choices=(None, "subset"))
 
     def __post_init__(self) -> None:
         check(self, "lookahead")
@@ -104,7 +101,7 @@ class Lookahead:
                 "bits of logits depend on the shape of a forward. Load the model with dtype='float64', or use "
                 "mode 'guarded'"
             )
-        return dataclasses.replace(self, mode=self.mode or ("exact" if invariant else "guarded"))
+        return replace(self, mode=self.mode or ("exact" if invariant else "guarded"))
 
 
 @dataclass

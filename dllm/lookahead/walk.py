@@ -12,18 +12,17 @@ What "equal" rests on: a forward must give a row the same logits whatever runs b
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Plan, State
-from dllm.decoding.engine import Answer, Runner, Stepped, expanded, opened
+from dllm.decoding.engine import Runner, Stepped, expanded, opened
 from dllm.decoding.prediction import Prediction
-from dllm.lookahead.branches import Branch, Evaluated, lay, pack, queries
-from dllm.lookahead.guard import alike, alone, doubtful, measured_delta
+from dllm.lookahead.branches import Branch, Evaluated, laid, pack, queries
+from dllm.lookahead.guard import alike, doubtful, measured_delta
 from dllm.lookahead.guesses import Guesses
 from dllm.lookahead.ledger import Ledger
 from dllm.lookahead.memo import Group, RowMemo, Source
@@ -45,7 +44,7 @@ class LookaheadRunner(Runner):
         setting = self.setting
         self.far = self.policy  # of forwards with guesses; `policy` is the plain call's
         if setting.ahead and setting.cross_blocks and self.policy.exact and self.policy.block_size:
-            self.far = dataclasses.replace(self.policy, ahead=setting.ahead)
+            self.far = replace(self.policy, ahead=setting.ahead)
         self.rows: dict[int, RowMemo] = {}  # by lane
         self.pace = Pace.of(self.model, self.s, self.far, setting)
         self.delta = 0.0
@@ -121,16 +120,15 @@ class LookaheadRunner(Runner):
     def hits(self, group: Group) -> list[Stepped]:
         """Step the rows whose query is in the memo; the others wait."""
         found = [row.answers.get(q.key) for row, q in zip(group.rows, group.queries, strict=True)]
-        index = [i for i, answer in enumerate(found) if answer is not None and not group.rows[i].waiting]
-        for row, answer in zip(group.rows, found, strict=True):
-            row.waiting = answer is None
-        if not index:
+        answers = {i: answer for i, answer in enumerate(found) if answer is not None}
+        for i, row in enumerate(group.rows):
+            row.waiting = i not in answers
+        if not answers:
             return []
-        answers = [answer for answer in found if answer is not None]
-        group = group.take(index)
-        for row, answer in zip(group.rows, answers, strict=True):
-            row.hit(answer)
-        return [self.finish(group, laid(group, answers), hit=True, alone=False)]
+        for i, answer in answers.items():
+            group.rows[i].hit(answer)
+        some = group.take(list(answers))
+        return [self.finish(some, laid(some.queries, list(answers.values()), some.copies), hit=True, alone=False)]
 
     def miss(self, group: Group, limit: int) -> Stepped:
         """One forward for these rows, with guesses beside them: at most `limit` rows of each sequence."""
@@ -138,8 +136,7 @@ class LookaheadRunner(Runner):
             self.close_round(row, group, i)
         guesses: list[list[Branch]] = [[] for _ in group.rows]
         if limit > 1 and not any(q.opening for q in group.queries):
-            found = Guesses(self.model, self.s, self.far, self.options, self.setting, group).draw(limit - 1)
-            guesses = share(found, self.setting.max_rows)
+            guesses = Guesses(self, self.far, self.setting, group).draw(limit - 1)
         hidden, evaluated = self.evaluate(group, guesses)
         for row, fresh in zip(group.rows, evaluated, strict=True):
             row.learn(fresh)
@@ -176,7 +173,7 @@ class LookaheadRunner(Runner):
             packed = pack(branches, self.model.device)
             self.meter.forward(requests, packed.plan, [sum(b.query.size for b in bs) for bs in branches])
             answers = packed.split(branches, *self.run(packed.plan))
-            hidden = laid(group, [first for first, *_ in answers])
+            hidden = laid(group.queries, [first for first, *_ in answers], group.copies)
         for i, row in enumerate(group.rows):
             row.ledger.wrote(group.query(i))
         return hidden, [others for _, *others in answers] or [[] for _ in requests]
@@ -196,8 +193,7 @@ class LookaheadRunner(Runner):
         alone: the hidden states are those of the plain call of a single row.
         """
         state, window = group.state, group.window
-        answer = Answer(self.model, self.s, self.options, state, window, group.fed, hidden, group.planned)
-        pred = self.predict(answer)
+        pred = self.predict(self.answer(state, window, group.fed, hidden, group.planned))
         after = self.options.step(self.s, state, window, pred)
         for i in self.doubts(group, pred, after, hit=hit, alone=alone):
             after = self.confirm(group, i, after)
@@ -220,7 +216,7 @@ class LookaheadRunner(Runner):
         if query is not None:
             self.pay(row, row.ledger.due_again(query))
         at = torch.tensor([i], device=group.lane.device)
-        again = alone(self, group.state.take(at), group.window.take(at), group.lane[at], row.request)
+        ((_, again, _),) = self.stepped(group.state.take(at), group.window.take(at), group.lane[at], [row.request])
         if query is not None:
             row.ledger.wrote(query)
         fast = self.setting.mode == "fast"
@@ -241,26 +237,3 @@ class LookaheadRunner(Runner):
             row.recent = [*row.recent, source] if hit else [source]
             if self.setting.restart:
                 restart(row, int(group.window.lo[i]), fresh)
-
-
-def laid(group: Group, answers: list[Evaluated]) -> Tensor:
-    """The answers to the queries of a group, (copies B, Q, D) as what was fed."""
-    states = [lay(a.hidden, q, group.copies) for a, q in zip(answers, group.queries, strict=True)]
-    return torch.stack(states, 1).flatten(0, 1)
-
-
-def share(guesses: list[list[Branch]], most: int | None) -> list[list[Branch]]:
-    """The guesses of each row, cut to a forward of at most `most` rows with the true ones among them.
-
-    The likeliest stay, which come first by depth: so ancestors stay before their descendants.
-    """
-    total = sum(map(len, guesses))
-    spare = total if most is None else max(most - len(guesses), 0)
-    if spare >= total:
-        return guesses
-    order = sorted((g.depth, i, row) for row, gs in enumerate(guesses) for i, g in enumerate(gs))[:spare]
-    out = []
-    for row, gs in enumerate(guesses):
-        kept = [-1, *sorted(i for _, i, r in order if r == row)]  # -1: the true query
-        out.append([gs[i]._replace(parent=kept.index(gs[i].parent - 1)) for i in kept[1:]])
-    return out
