@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,3 +114,14 @@ def test_canvas_has_one_writer():
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert laid_out == {"dllm.call.job", "dllm.bench.runtime"}
     assert {place.partition(":")[0] for place in wrong} == {"dllm/decoding/canvas.py"}, wrong
+
+
+def test_the_page_is_true():
+    """docs/architecture.md: its table of rooms is the order of the layers, and what it names as homes exists."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms, homes = (re.findall(r"^\| (`.+?) \|", part, re.M) for part in page.split("## One home each"))
+    order = [set(re.findall(r"`(\w+)`", row)) for row in rooms]
+    assert [row for row in order if row & HEIGHT.keys()] == [r - {"assets"} for r in LAYERS if r != {"__main__"}]
+    named = [name for row in homes for name in re.findall(r"`([\w/]+)`", row)]
+    assert named
+    assert [n for n in named if f"dllm.{n.replace('/', '.')}" not in MODULES] == []
