@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import cache, cached_property, singledispatch
 from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, cleandoc, signature
@@ -208,6 +208,11 @@ class Limits(NamedTuple):
 FREE = Limits()
 
 
+def limits_of(member: Field[Any]) -> Limits:
+    """The limits of a field; what else its metadata says is of no concern here."""
+    return Limits(**{key: member.metadata[key] for key in Limits._fields if key in member.metadata})
+
+
 def param(
     default: T,
     why: str,
@@ -283,7 +288,7 @@ def parameters(make: Callable[..., object]) -> Mapping[str, tuple[Parameter, Lim
     members = {f.name: f for f in fields(make)} if isinstance(make, type) and is_dataclass(make) else {}
     given = {name: p for name, p in signature(make).parameters.items() if p.default is not p.empty}
     if members:
-        return {name: (p, Limits(**members[name].metadata)) for name, p in given.items() if not members[name].kw_only}
+        return {name: (p, limits_of(members[name])) for name, p in given.items() if not members[name].kw_only}
     return {name: (p, FREE) for name, p in given.items()}
 
 
@@ -487,9 +492,7 @@ def build(cls: type[T], data: object, source: Source = NOWHERE, keys: Keys = ())
         if name not in data and member.default is MISSING and member.default_factory is MISSING:
             raise source.error(keys, f"{name!r} is missing")
     hints = get_type_hints(cls)
-    values = {
-        key: fit(hints[key], item, source, (*keys, key), Limits(**members[key].metadata)) for key, item in data.items()
-    }
+    values = {key: fit(hints[key], item, source, (*keys, key), limits_of(members[key])) for key, item in data.items()}
     try:
         return cls(**values)
     except DllmError as error:  # what a kind alone does not say
@@ -602,9 +605,13 @@ def or_text(one: Json) -> Json:
 
 def keys_of(cls: type) -> Json:
     """The schema of a dataclass as a mapping."""
-    hints, properties = get_type_hints(cls), {}
+    properties: Json = {}
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # a class of another package, with names that only type checkers import
+        hints = {f.name: object for f in fields(cls)}
     for f in fields(cls):
-        limits = Limits(**f.metadata)
+        limits = limits_of(f)
         why = {"description": limits.why} if limits.why else {}
         default = {"default": f.default} if isinstance(f.default, int | float | str) else {}
         properties[f.name] = {**schema(hints[f.name], limits), **why, **default}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dllm import spec
 from dllm.call.arguments import CacheSpec
-from dllm.decoding.cache.registry import POLICIES
+from dllm.decoding.cache import registry as caches
 from dllm.errors import DllmError, unknown
 from dllm.eval.arguments import translated
 from dllm.models.arguments import Checkpoint
@@ -209,7 +209,7 @@ def schema() -> Json:
     point = {
         "model": spec.schema(ModelSpec),
         "sampler": sampler,
-        "cache": spec.names_of(POLICIES),
+        "cache": caches.schema(),
         "generate": generate,
         "speculate": spec.or_text(spec.keys_of(SpeculateSpec)),
     }

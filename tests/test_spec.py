@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dllm.eval.config import load
 from dllm.lookahead.setting import Lookahead
 from dllm.models.arguments import LoadArguments
 from dllm.samplers import registry
-from dllm.spec import Loader, named, render, show, split, value
+from dllm.spec import Loader, keys_of, named, render, settings, show, split, value
 from dllm.training.config import load_config
 
 WORDS = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
@@ -199,3 +200,13 @@ def test_the_schema_refuses(kind: str, text: str) -> None:
 @pytest.mark.parametrize("text", ["threshold:tau=1e+0+credit", "prophet:published", "[credit, {name: factor, f: 2}]"])
 def test_the_schema_takes_every_notation_of_a_sampler(text: str) -> None:
     assert validator("samplers").is_valid(yaml.load(text, Loader))
+
+
+def test_a_class_of_another_package_may_say_more_of_its_fields() -> None:
+    @dataclass
+    class Theirs:
+        size: int = field(default=1, metadata={"why": "ours", "unit": "theirs"})
+        filter: Unknown = None  # type: ignore[name-defined]  # noqa: F821
+
+    assert settings("it", Theirs, {"size": 2}) == {"size": 2}
+    assert keys_of(Theirs)["properties"]["size"]["description"] == "ours"

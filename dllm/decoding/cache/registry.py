@@ -11,7 +11,7 @@ from dllm.decoding.cache.bidirectional import DKVCache, DLLMCache, Dual, Interva
 from dllm.decoding.cache.block import Block, BlockDual
 from dllm.decoding.cache.policy import NoCache, Policy
 from dllm.models.model import Model
-from dllm.spec import Plugins, named, settings
+from dllm.spec import Json, Plugins, named, names_of, settings
 
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls for cls in (NoCache, Prefix, Dual, Interval, DKVCache, DLLMCache, Block, BlockDual)
@@ -22,6 +22,11 @@ OTHERS = Plugins("dllm.caches", "cache", Policy, "dllm.decoding.cache.Policy", P
 def names() -> list[str]:
     """All policies that there are: the built-in ones, then those of other packages that load."""
     return [*POLICIES, *OTHERS.names()]
+
+
+def schema() -> Json:
+    """The JSON Schema of a specification: a name, or a mapping."""
+    return names_of({name: POLICIES[name] if name in POLICIES else OTHERS.load(name) for name in names()})
 
 
 def default(model: Model, usable: tuple[str, ...] | None) -> Policy:
