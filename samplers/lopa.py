@@ -47,23 +47,13 @@ class Branches(Inputs):
         branch, token = branch.gather(1, at).masked_fill(plan.pos < 0, 0), token.gather(1, at)  # (B, Q)
         filled = [torch.where(branch == k, token, plan.ids) for k in range(1, copies)]
         places = [torch.where(tried >= k, plan.pos, -1) for k in range(1, copies)]
-
-        def repeat(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.repeat(copies, *[1] * (x.dim() - 1))
-
         keep = None
         if plan.stored:
             own = plan.pos >= 0 if plan.fresh is None else plan.fresh
             own = own if plan.keep is None else own & plan.keep
             keep = torch.cat([own, torch.zeros_like(own).repeat(copies - 1, 1)])
-        return plan._replace(
-            ids=torch.cat([plan.ids, *filled]),
-            pos=torch.cat([plan.pos, *places]),
-            fresh=repeat(plan.fresh),
-            keep=keep,
-            visible=repeat(plan.visible),
-            lane=repeat(plan.lane),
-        )
+        ids, pos = torch.cat([plan.ids, *filled]), torch.cat([plan.pos, *places])
+        return plan.times(copies)._replace(ids=ids, pos=pos, keep=keep)
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, Winner]:
         """The winner's logits. The first read of a forward, the step's own columns, decides the winner."""

@@ -234,3 +234,7 @@ class Plan(NamedTuple):
     def take(self, rows: Tensor) -> Plan:
         """Some of the N rows, by index."""
         return _map(lambda x: x[rows], self)
+
+    def times(self, n: int) -> Plan:
+        """The plan of `n` copies of all its rows, one copy after the other."""
+        return self.take(torch.arange(len(self.pos), device=self.pos.device).repeat(n))

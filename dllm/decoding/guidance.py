@@ -24,19 +24,9 @@ class Guidance(Inputs):
         """Every row twice, the second time without its prompt."""
         given = state.canvas.frozen.gather(1, plan.pos.clamp(min=0)) & (plan.pos >= 0)
         blank = torch.where(given, self.mask_id, plan.ids)
-
-        def twice(x: Tensor | None) -> Tensor | None:
-            return None if x is None else torch.cat([x, x])
-
         lane = None if plan.lane is None else torch.cat([2 * plan.lane, 2 * plan.lane + 1])
-        return plan._replace(
-            ids=torch.cat([plan.ids, blank]),
-            pos=torch.cat([plan.pos, plan.pos]),
-            fresh=twice(plan.fresh),
-            keep=twice(plan.keep),
-            visible=twice(plan.visible),
-            lane=lane,
-        )
+        twice = plan.times(2)
+        return twice._replace(ids=torch.cat([plan.ids, blank]), pos=twice.pos, lane=lane)
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, object]:
         """The guided logits (B, W, V), from the conditional and the unconditional half."""
