@@ -36,10 +36,10 @@ from dllm.eval.config import Config, Setting, TaskSpec
 from dllm.eval.lm_tasks import CodeEval, Theirs, confine, note, prepared
 from dllm.eval.records import Cell, Clock, Decoding, Sample
 from dllm.eval.results import Found
-from dllm.eval.store import Store, decoding_identity, sample_key
+from dllm.eval.store import Store, sample_key
 from dllm.eval.tasks import confined
 from dllm.eval.tasks.base import Unavailable
-from dllm.eval.worker import Decoded, Worker, attempt, failed, measure
+from dllm.eval.worker import Decoded, Worker, arguments, attempt, failed, measure
 from dllm.models.arguments import RENAMED, LoadArguments
 from dllm.models.model import Model
 from dllm.models.tokenizer import by_template
@@ -94,11 +94,6 @@ def gen_kwargs_of_the_call() -> Decoding:
             return dict(given) if isinstance(given, Mapping) else {}
         frame = frame.f_back
     return {}
-
-
-def stochastic(model: Model, ids: Sequence[int], arguments: Decoding) -> bool:
-    """Whether the sampler of such a call draws even at temperature 0."""
-    return bool(prepare(model, [list(ids)], arguments).sampler.needs.stochastic)
 
 
 def _fitting(ids: list[int], room: int, positions: int) -> tuple[list[int], int]:
@@ -233,9 +228,8 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         there. A request that cannot be decoded is answered with nothing, with its reason in the log."""
         asks = self._asks(requests)
         answers = [""] * len(asks)
-        bar = tqdm(total=len(asks), desc="dllm", disable=disable_tqdm or self.rank != 0, file=sys.stderr)
         failures: list[str] = []
-        with bar:
+        with tqdm(total=len(asks), desc="dllm", disable=disable_tqdm or self.rank != 0, file=sys.stderr) as bar:
             for batch in self._batches(asks):
                 for ask, (text, error) in zip(batch, self._answer(batch), strict=True):
                     answers[ask.index] = text
@@ -301,9 +295,11 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
             yield batch
 
     def _draws(self, ask: Ask) -> bool:
-        """Whether an answer depends on its seed."""
+        """Whether an answer depends on its seed: some samplers draw even at temperature 0."""
+        if ask.arguments.get("temperature"):
+            return True
         try:
-            return bool(ask.arguments.get("temperature") or stochastic(self.model, ask.ids, ask.arguments))
+            return bool(prepare(self.model, [list(ask.ids)], ask.arguments).sampler.needs.stochastic)
         except DllmError:  # it comes again when the batch is decoded, and is then these requests' reason
             return False
 
@@ -398,10 +394,10 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         continuation = context[len(bare) :] + continuation
         whole, head = encode(self.model, bare + continuation, False), encode(self.model, bare, False) if bare else []
         tail, head = whole[len(head) :], self._begin(head)
-        keep = max(0, self.model.max_positions - len(tail))
-        if len(head) > keep:
-            self._say(CUT, [f"{len(head) - keep} tokens"])
-        return head[len(head) - keep :] if len(head) > keep else head, tail
+        cut = max(0, len(head) - max(0, self.model.max_positions - len(tail)))
+        if cut:
+            self._say(CUT, [f"{cut} tokens"])
+        return head[cut:], tail
 
     def _score(self, head: list[int], tail: list[int]) -> float:
         guidance, samples, rows = self.decoding.get("cfg_scale") or 0.0, self.mc_num, self.mc_batch
@@ -452,10 +448,9 @@ class Journal:
 
     def keys(self, batch: Sequence[Ask]) -> list[str]:
         """The identities of a batch's samples."""
-        identities = [decoding_identity(self.setting, ask.arguments, ask.seed) for ask in batch]
         return [
-            sample_key(self.task, "", ask.task, ask.context, "", identity, self.weights)
-            for ask, identity in zip(batch, identities, strict=True)
+            sample_key((self.task, "", ask.task, ask.context, ""), self.setting, ask.arguments, ask.seed, self.weights)
+            for ask in batch
         ]
 
     def holds(self, batch: Sequence[Ask]) -> bool:
@@ -613,7 +608,7 @@ def _evaluate(
     found: Theirs | None = simple_evaluate(
         model=lm,
         tasks=[task],
-        limit=_limit(config, spec),
+        limit=min((n for n in (config.limit, spec.limit) if n is not None), default=None),
         task_manager=_managed(spec),
         bootstrap_iters=0,
         random_seed=config.seed,
@@ -649,14 +644,7 @@ def _collect(
 
 def _decoding(setting: Setting, spec: TaskSpec) -> Decoding:
     """Sampler, cache and decoding arguments of a task's entry and of the setting. Templates are lm-eval's business."""
-    methods = {"sampler": setting.sampler, "cache": setting.cache}
-    given = layered({**spec.generate.given(), "sampler": spec.sampler}, {**setting.generate.given(), **methods})
-    return {k: v for k, v in given.items() if k != "chat"}
-
-
-def _limit(config: Config, spec: TaskSpec) -> int | None:
-    limits = [limit for limit in (config.limit, spec.limit) if limit is not None]
-    return min(limits) if limits else None
+    return {k: v for k, v in arguments(setting, spec, {}).items() if k != "chat"}
 
 
 def _figures(results: Theirs) -> list[str]:
@@ -702,9 +690,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if LEAVE in arguments:
         arguments.remove(LEAVE)
         confined.choose(allow_unconfined=True)
-    if arguments[:1] and arguments[0] in ("ls", "validate"):
-        pass
-    elif not any(a == "--model" or a.startswith("--model=") for a in arguments) and "--config" not in arguments:
+    said = {argument.partition("=")[0] if argument.startswith("--model=") else argument for argument in arguments}
+    if arguments[:1] not in (["ls"], ["validate"]) and not said & {"--model", "--config"}:
         head = 1 if arguments[:1] == ["run"] else 0
         arguments = [*arguments[:head], "--model", "dllm", *arguments[head:]]
     sys.argv = [str(Path(sys.argv[0]).name), *arguments]

@@ -38,8 +38,7 @@ def interval(correct: Sequence[float], confidence: float = 0.95, seed: int = 0) 
             return (float(values[0]), float(values[0]))
         exact = stats.binomtest(int(values.sum()), len(values)).proportion_ci(confidence, method="exact")
         return (float(exact.low), float(exact.high))
-    low, high = _bootstrap((values,), np.mean, confidence, seed, paired=False)
-    return (low, high)
+    return _bootstrap((values,), np.mean, confidence, seed, paired=False)
 
 
 def _bootstrap(
@@ -158,8 +157,7 @@ def paired_difference(
     difference = float((second - first).mean())
     if np.ptp(second - first) == 0:
         return (difference, difference, difference)
-    low, high = _bootstrap((second - first,), np.mean, confidence, seed, paired=False)
-    return (difference, low, high)
+    return (difference, *_bootstrap((second - first,), np.mean, confidence, seed, paired=False))
 
 
 def paired_ratio(
@@ -180,8 +178,7 @@ def paired_ratio(
     if len(a) < 2:
         return (value, math.nan, math.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = _bootstrap(columns, speedup, confidence, seed, paired=True)
-    return (value, low, high)
+        return (value, *_bootstrap(columns, speedup, confidence, seed, paired=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------ AUP

@@ -84,7 +84,7 @@ def results_of(
                 continue
             cell: Cell = {"task": label, "setting": setting.label, "version": task.version}
             figures = metrics.summarize(mine, config.confidence, config.seed)
-            cells.append({**cell, **figures, "decoding": [arguments(setting, spec, task)]})
+            cells.append({**cell, **figures, "decoding": [arguments(setting, spec, task.generate.given())]})
     notices = [
         f"{spec.label or spec.name}: {len(task.skipped)} broken lines left out: {', '.join(task.skipped[:5])}"
         for spec, task in zip(config.tasks, tasks, strict=True)

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from dllm.errors import DllmError, first_line
 from dllm.eval.config import Config, Setting, load
-from dllm.eval.records import Environment, Prompt, Sample
+from dllm.eval.records import Decoding, Environment, Sample
 from dllm.models.files import replaced
 from dllm.spec import flat
 
@@ -38,19 +38,12 @@ _FULL = {
 }
 
 
-def sample_key(
-    task: str, version: str, doc_id: str, prompt: Prompt, target: str, decoding: Mapping[str, object], weights: str
-) -> str:
-    """The identity of a sample: a hash of task, document, prompt, sampler configuration and weights."""
-    return _mark([task, version, doc_id, prompt, target, decoding, weights], 24)
-
-
-def decoding_identity(setting: Setting, generate: Mapping[str, object], seed: int) -> dict[str, object]:
-    """Everything besides model and document that decides an output, under the setting's name: two names for one thing
-    stay two lines of the report.
-    """
+def sample_key(question: Sequence[object], setting: Setting, generate: Decoding, seed: int, weights: str) -> str:
+    """The identity of a sample: a hash of the question (task, version, document, prompt, target), of what else decides
+    an output, and of the weights. The setting's name is in it: two names for one thing stay two lines of the report."""
     drafting = (s := setting.speculate) and [s.verifier.title, s.drafter.title, s.options]
-    return {"setting": setting.label, "seed": seed, "generate": generate, "speculate": drafting}
+    decoding = {"setting": setting.label, "seed": seed, "generate": generate, "speculate": drafting}
+    return _mark([*question, decoding, weights], 24)
 
 
 class Store:

@@ -36,7 +36,7 @@ from dllm.errors import DllmError
 from dllm.eval.arguments import layered
 from dllm.eval.config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
 from dllm.eval.records import Clock, Decoding, Environment, Prompt, Sample
-from dllm.eval.store import decoding_identity, sample_key
+from dllm.eval.store import sample_key
 from dllm.eval.tasks import Document, Task, Unavailable, confined
 from dllm.eval.tasks import load as load_task
 from dllm.models.model import Model
@@ -62,12 +62,12 @@ class Batch:
     stop: int
 
 
-def arguments(setting: Setting, spec: TaskSpec, task: Task) -> Decoding:
+def arguments(setting: Setting, spec: TaskSpec, defaults: Decoding) -> Decoding:
     """The decoding arguments of a cell, sampler and cache with them: those of the task's entry, then the setting's,
     then the task's own defaults."""
     methods = {"sampler": setting.sampler, "cache": setting.cache}
     entry = {**spec.generate.given(), "sampler": spec.sampler}
-    return layered(entry, {**setting.generate.given(), **methods}, task.generate.given())
+    return layered(entry, {**setting.generate.given(), **methods}, defaults)
 
 
 class Drafted:
@@ -82,14 +82,6 @@ class Drafted:
 
 
 Decoded = Output | Drafted
-
-
-def load_tasks(config: Config) -> tuple[Task, ...]:
-    """Every task of a configuration. Errors: each with its place in the file."""
-    _, tasks, skipped = available(config)
-    for label, reason in skipped.items():
-        raise Unavailable(f"{label}: {reason}")
-    return tasks
 
 
 def available(config: Config) -> tuple[Config, tuple[Task, ...], dict[str, str]]:
@@ -115,7 +107,11 @@ class Worker:
     def __init__(self, config: Config, folder: str | None = None, tasks: tuple[Task, ...] | None = None):
         self.config = config
         self.folder = Path(folder) if folder else None
-        self.tasks = load_tasks(config) if tasks is None else tasks
+        if tasks is None:
+            _, tasks, skipped = available(config)
+            for label, reason in skipped.items():
+                raise Unavailable(f"{label}: {reason}")
+        self.tasks = tasks
         self._spec: ModelSpec | None = None
         self._model: Model | None = None
         self._verifiers: dict[str, Verifier] = {}
@@ -162,20 +158,19 @@ class Worker:
     def keys(self, batch: Batch) -> list[str]:
         """The identities of a batch's samples."""
         setting, spec, task = self.config.settings[batch.setting], self.config.tasks[batch.task], self.tasks[batch.task]
-        decoding = arguments(setting, spec, task)
+        decoding = arguments(setting, spec, task.generate.given())
         weights = "+".join(self.weights(batch.setting).values())
         out = []
         for index in range(batch.start, batch.stop):
-            doc, identity = task.documents[index], decoding_identity(setting, decoding, self.config.seed + index)
-            out.append(
-                sample_key(spec.label or task.name, task.version, doc.id, doc.prompt, doc.target, identity, weights)
-            )
+            doc = task.documents[index]
+            question = (spec.label or task.name, task.version, doc.id, doc.prompt, doc.target)
+            out.append(sample_key(question, setting, decoding, self.config.seed + index, weights))
         return out
 
     def run(self, batch: Batch) -> list[Sample]:
         """Decode and grade one batch; a prompt the model fails on becomes an error row and the others go on."""
         setting, spec, task = self.config.settings[batch.setting], self.config.tasks[batch.task], self.tasks[batch.task]
-        decoding = arguments(setting, spec, task)
+        decoding = arguments(setting, spec, task.generate.given())
         documents = task.documents[batch.start : batch.stop]
         self._warm_up(batch, setting, decoding, [d.prompt for d in documents])
         rows: list[Sample] = []
@@ -244,9 +239,8 @@ class Worker:
 
     def _graded(self, task: Task, doc: Document, output: Decoded) -> Sample:
         graded = task.score(doc, output.text)
-        row: Sample = {"text": output.text, "answer": graded.answer, "correct": graded.correct}
-        if graded.answer == output.text:
-            row["answer"] = None  # the whole text: not stored twice
+        answer = None if graded.answer == output.text else graded.answer  # the whole text is not stored twice
+        row: Sample = {"text": output.text, "answer": answer, "correct": graded.correct}
         if graded.note:
             row["note"] = graded.note
         return {**row, **measure(output), "error": None}

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -437,8 +438,8 @@ def afresh(monkeypatch):
 
 
 def test_where_it_cannot_be_confined_it_is_refused(afresh):
-    afresh.setattr(confined, "_which", lambda tool: None if tool == "unshare" else "/usr/bin/" + tool)
-    afresh.setenv("PATH", "/nowhere")
+    absent = ("unshare", "bwrap", "docker")
+    afresh.setattr(shutil, "which", lambda tool, **_: None if tool in absent else "/usr/bin/" + tool)
     with pytest.raises(DllmError, match=r"unshare not found.*bwrap not found.*docker not found.*programs are not run"):
         run("raise SystemExit(1)")
 
@@ -486,8 +487,7 @@ def test_docker_is_asked_for_its_image(afresh, tmp_path):
 
 def test_a_task_that_cannot_run_is_left_out_with_its_reason(afresh, tmp_path):
     """The others go on; by leave it runs, and the report says so before anything else."""
-    afresh.setattr(confined, "_which", lambda tool: None)
-    afresh.setenv("PATH", "/nowhere")
+    afresh.setattr(shutil, "which", lambda tool, **_: None)
     asked = {
         "tasks": ["functions", "sudoku"],
         "model": {"name": "tiny", "device": "cpu"},

@@ -18,7 +18,7 @@ def names() -> list[str]:
 def load(spec: TaskSpec, limit: int | None = None) -> Task:
     """The task a spec describes, cut to `limit` documents. Errors: unknown name, broken file, code that cannot be
     confined."""
-    limit = spec.limit if limit is None else limit if spec.limit is None else min(limit, spec.limit)
+    limit = min((n for n in (limit, spec.limit) if n is not None), default=None)
     if limit is not None and limit < 1:
         raise DllmError(f"limit {limit} leaves no document; the least is 1")
     if spec.name in embedded.NAMES:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import copy
 import importlib
 import itertools
 import json
@@ -81,15 +82,11 @@ def encode(value: object, opaque: Opaque) -> object:
     if kind is list and isinstance(value, list):
         return [encode(item, opaque) for item in value]
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if name in PARTS and _zone(value) in ("NoneType", "timezone"):
+    if name in PARTS and type(getattr(value, "tzinfo", None)).__name__ in ("NoneType", "timezone"):  # foreign
         return {"kind": name, "parts": [encode(part, opaque) for part in PARTS[name](value)]}
     if isinstance(value, type) and value in vars(builtins).values():
         return {"type": value.__name__}
     return opaque(value)
-
-
-def _zone(value: object) -> str:
-    return type(getattr(value, "tzinfo", None)).__name__  # foreign
 
 
 def decode(data: object, remote: Remotely) -> object:
@@ -275,20 +272,11 @@ class Program:
     do_get, do_set, do_item, do_put, do_drop = getattr, setattr, operator.getitem, operator.setitem, operator.delitem
     do_iter, do_next, do_len, do_bool, do_str, do_repr, do_hash = iter, next, len, bool, str, repr, hash
     do_reversed, do_same, do_isinstance, do_issubclass = reversed, operator.eq, isinstance, issubclass
-
-    def do_call(self, function: Callable[..., object], *arguments: object, **named: object) -> object:
-        """The value of a call."""
-        return function(*arguments, **named)
+    do_call, do_copy = operator.call, staticmethod(copy.deepcopy)
 
     def do_operate(self, name: str, *operands: object) -> object:
         """The value of an operator."""
         return vars(operator)[name](*operands)
-
-    def do_copy(self, value: object) -> object:
-        """A deep copy."""
-        import copy
-
-        return copy.deepcopy(value)
 
     def do_await(self, coroutine: Coroutine[object, object, object]) -> object:
         """What a coroutine comes to."""
@@ -314,7 +302,7 @@ class Remote:
     def __call__(self, *arguments: object, **named: object) -> object:
         return Check.only.ask("call", self, *arguments, **named)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return Check.only.ask("get", self, name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -330,10 +318,11 @@ class Remote:
         Check.only.ask("drop", self, key)
 
     def __enter__(self) -> object:
-        return self.__getattr__("__enter__")()
+        return Check.only.ask("call", Check.only.ask("get", self, "__enter__"))
 
     def __exit__(self, kind: object, problem: object, trace: object) -> None:
-        self.__getattr__("__exit__")(None, None, None)  # what went wrong in the check is not the program's to forgive
+        leave = Check.only.ask("get", self, "__exit__")
+        Check.only.ask("call", leave, None, None, None)  # what went wrong in the check is not the program's to forgive
 
     def __iter__(self) -> object:
         return Check.only.ask("iter", self)
@@ -491,8 +480,9 @@ class Check:
         """Give the arguments of the last call what the program left in its copies of them, or forget it."""
         pending, self.pending = self.pending, []
         for given, after in pending:
-            if given_back and type(given) in (list, bytearray, dict, set):
-                _put_back(given, decode(after, self.theirs))
+            filled = given_back and type(given) in (list, bytearray, dict, set)
+            if filled and type(left := decode(after, self.theirs)) is type(given):
+                _put_back(given, left)
 
     def hear(self) -> Message:
         """The next message. Without one the check has failed."""
@@ -587,10 +577,8 @@ def _names(code: types.CodeType, operations: Sequence[str]) -> Iterator[str]:
             yield from _names(constant, operations)
 
 
-def _put_back(given: Any, after: Any) -> None:
+def _put_back(given: object, after: Any) -> None:
     """Give an argument the content that the program left in its copy."""
-    if type(given) is not type(after):
-        return
     if isinstance(given, list | bytearray):
         given[:] = after
     elif isinstance(given, dict | set):

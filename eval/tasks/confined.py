@@ -32,6 +32,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from dllm.errors import DllmError, unknown
 from dllm.eval.tasks import boundary
 
@@ -132,11 +134,11 @@ class Sandbox(ABC):
 
     def missing(self) -> str | None:
         """What this system lacks, as far as that is known without a trial."""
-        tools = [tool for tool in self.tools() if not _which(tool)]
         if not sys.platform.startswith("linux"):
             return f"this system ({sys.platform}) has no namespaces"
         if platform.machine() not in boundary.ARCHITECTURES:
             return f"there is no filter of system calls for {platform.machine()}"
+        tools = [tool for tool in self.tools() if not shutil.which(tool, path=_PATH)]
         return f"{', '.join(tools)} not found" if tools else None
 
     def tools(self) -> Sequence[str]:
@@ -263,8 +265,6 @@ class Unconfined(Sandbox):
 
     def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
         """End a process and its descendants, one by one."""
-        import psutil
-
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -340,7 +340,7 @@ def refusal() -> str | None:
 def _refusal(tried: Sandbox) -> str | None:
     if reason := tried.missing():
         return reason
-    verdict = _run(tried, "x = 1", "assert x == 1", Limits(seconds=20))
+    verdict = run("x = 1", "assert x == 1", Limits(seconds=20), within=tried)
     if verdict.passed:
         return None
     return f"this system does not let a process be confined ({last_line(verdict)})"
@@ -372,12 +372,7 @@ def run(
     entries   names that are the program's although Python or the context knows them too
     within    the sandbox; the first that works here without it. Errors: `DllmError` where there is none
     """
-    return _run(within or sandbox(), program, check, limits, context, entries)
-
-
-def _run(
-    within: Sandbox, program: str, check: str, limits: Limits, context: str = "", entries: Sequence[str] = ()
-) -> Verdict:
+    within = within or sandbox()
     program, check, context = (text.replace("\0", "") for text in (program, check, context))
     start = time.monotonic()
     with _Watch(limits) as watch:
@@ -386,7 +381,7 @@ def _run(
         passed = answering.hear() == b'"ready"\n'
         if passed and asking is not None:
             passed = _exchange(asking, answering, watch)
-    text = (answering.said() + (asking.said() if asking else b""))[-_TAIL:].decode("utf-8", "replace")
+    text = (answering.said + (asking.said if asking else b""))[-_TAIL:].decode("utf-8", "replace")
     if watch.reason and not passed:
         text += f"\n{watch.reason}"
     status = "passed" if passed else "timeout" if watch.timed_out else "failed"
@@ -430,43 +425,36 @@ class _Side:
         except OSError as error:
             shutil.rmtree(self.root, ignore_errors=True)
             raise DllmError(f"cannot start a process for a generated program: {error}") from None
-        self._said = b""
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self._into, self._out, self._errors = self.process.stdin, self.process.stdout, self.process.stderr
+        self.said = b""  # the end of what it printed
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         """Keep the end of what is printed, and stop listening to one that prints without end."""
-        assert self.process.stderr is not None
         total = 0
-        with self.process.stderr as pipe:
+        with self._errors as pipe:
             while total <= self.limits.file_mb << 20 and (part := os.read(pipe.fileno(), 1 << 16)):
                 total += len(part)
-                self._said = (self._said + part)[-_TAIL:]
+                self.said = (self.said + part)[-_TAIL:]
 
     def tell(self, line: bytes) -> None:
-        assert self.process.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # it has ended, which `hear` will tell
-            self.process.stdin.write(line)
-            self.process.stdin.flush()
+            self._into.write(line)
+            self._into.flush()
 
     def hear(self) -> bytes | None:
         """The next line; None where there is none, or one that is too long."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline(_LONGEST)
+        line = self._out.readline(_LONGEST)
         return line if line.endswith(b"\n") else None
 
     def close(self) -> None:
-        assert self.process.stdin is not None
         with contextlib.suppress(OSError):
-            self.process.stdin.close()
-
-    def said(self) -> bytes:
-        return self._said
+            self._into.close()
 
     def memory(self) -> int:
         """Resident bytes of all its processes."""
-        import psutil
-
         total = 0
         with contextlib.suppress(psutil.Error):
             own = psutil.Process(self.process.pid)
@@ -484,8 +472,7 @@ class _Side:
         self.process.wait()
         self.close()
         self._reader.join(timeout=2)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._out.close()
         shutil.rmtree(self.root, ignore_errors=True)
 
 
@@ -555,15 +542,7 @@ def sys_python() -> str:
 
 def _folders() -> list[str]:
     """What the program may read: the system's libraries and tools, and Python's own folder."""
-    base = [str(Path(sys.base_prefix).resolve()), str(Path(sysconfig.get_paths()["stdlib"]).resolve())]
-    system = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32"]
-    inside = [p for p in base if not any(Path(p).is_relative_to(s) for s in system)]
-    return [*(p for p in system if os.path.exists(p)), *dict.fromkeys(p for p in inside if _outermost(p, inside))]
-
-
-def _outermost(path: str, paths: list[str]) -> bool:
-    return not any(path != other and Path(path).is_relative_to(other) for other in paths)
-
-
-def _which(tool: str) -> str | None:
-    return shutil.which(tool, path=_PATH)
+    system = filter(os.path.exists, ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32"))
+    base = [str(Path(p).resolve()) for p in (sys.base_prefix, sysconfig.get_paths()["stdlib"])]
+    found = dict.fromkeys([*system, *base])
+    return [p for p in found if not any(p != other and Path(p).is_relative_to(other) for other in found)]

@@ -134,17 +134,11 @@ def judged(program: str, check: str, answer: str, context: str = "", entries: Se
     return Graded(float(verdict.passed), answer, " ".join(words)[:200])
 
 
-METRICS: dict[str, Callable[[Document, str], Graded]] = {
-    "exact": exact,
-    "contains": contains,
-    "number": number,
-    "math": math,
-    "choice": choice,
-    "python": python,
-}
+Metric = Callable[[Document, str], Graded]
+METRICS: dict[str, Metric] = {f.__name__: f for f in (exact, contains, number, math, choice, python)}
 
 
-def scorer(metric: str, patterns: Sequence[str] = ()) -> Callable[[Document, str], Graded]:
+def scorer(metric: str, patterns: Sequence[str] = ()) -> Metric:
     """A rule from text to verdict: extract (where patterns are given), then compare."""
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
