@@ -70,7 +70,7 @@ def _one(e: Entry) -> None:
     if e["parameters"]:
         table = Table("parameter", "default", "range", "why")
         for p in e["parameters"]:
-            table.add_row(*map(escape, (p["name"], str(p["default"]), p["range"], p["why"])))
+            table.add_row(*(escape(str(p[key])) for key in ("name", "default", "range", "why")))
         console.print(table)
     for preset, values in e["presets"].items():
         shown = ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"
