@@ -208,7 +208,7 @@ class Limits(NamedTuple):
 FREE = Limits()
 
 
-def limits_of(member: Field[Any]) -> Limits:
+def limits_of(member: Field[object]) -> Limits:
     """The limits of a field; what else its metadata says is of no concern here."""
     return Limits(**{key: member.metadata[key] for key in Limits._fields if key in member.metadata})
 
