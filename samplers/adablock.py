@@ -137,9 +137,9 @@ class AdaBlock(Method):
         ids = tuple(int(d) for d in given if not isinstance(d, str))
         outside = [i for i in ids if not 0 <= i < context.vocab_size]
         if outside or not given:
-            what = "the list is empty"
-            if outside:
-                what = f"id {outside[0]} is outside the vocabulary of {context.vocab_size}"
+            what = (
+                f"id {outside[0]} is outside the vocabulary of {context.vocab_size}" if outside else "the list is empty"
+            )
             raise DllmError(f"adablock: delimiters={given!r}: {what}; give token ids or texts such as '\\n'")
         for text in texts:
             ids += self._search(context, text)

@@ -53,9 +53,6 @@ SINGLE = {  # slots of one owner, and what they decide
 }
 
 
-CHAINS = ("adjust", "amend")
-
-
 class Assumed(TypedDict, total=False):
     """The slots that a bundle would like filled so, where nobody owns them."""
 

@@ -17,7 +17,7 @@ from dllm.decoding.slots import Context, Needs
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError
 from dllm.samplers import registry
-from dllm.samplers.base import CHAINS, SINGLE, Bundle, Method
+from dllm.samplers.base import SINGLE, Bundle, Method
 
 if TYPE_CHECKING:
     from dllm.models.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ def _described(name: str, cls: type[Method]) -> Entry:
         "source": cls.source,
         "parameters": parameters,
         "presets": dict(cls.presets),
-        "owns": [s for s in (*SINGLE, *CHAINS, "lookahead") if vars(bundle)[s]],
+        "owns": [s for s in (*SINGLE, "adjust", "amend", "lookahead") if vars(bundle)[s]],
         "assumes": sorted(bundle.assumes),
         "needs": _needs(bundle.needs, bool(bundle.reads)),
         "caches": bundle.needs.caches,

@@ -106,10 +106,8 @@ class Credit(Method):
         tokens = torch.where(hit, top, tokens)
         credit = credit + torch.where(hit, (1 + pred.odds)[..., None] ** -gamma, 0.0)
         more, read = tokens.shape[-1] - listed.token.shape[-1], view.cols >= 0
-        view.columns[Listed] = Listed(
-            view.scatter(F.pad(listed.token, (0, more)), tokens, read),
-            view.scatter(F.pad(listed.value, (0, more)), credit, read),
-        )
+        tables = (F.pad(table, (0, more)) for table in listed)
+        view.columns[Listed] = Listed(*map(view.scatter, tables, (tokens, credit), (read, read)))
         return tokens, credit
 
 

@@ -44,8 +44,7 @@ class FreeDave(Method):
 
     def bundle(self, context: Context) -> Bundle:
         """The static schedule with a lookahead of its own. Errors: eager on a bidirectional model."""
-        names = ("rows", "retain", "multi_source", "cross_blocks")
-        lookahead = {name: vars(self)[name] for name in names}
+        lookahead = {name: vars(self)[name] for name in ("rows", "retain", "multi_source", "cross_blocks")}
         if self.eager:
             if not context.block_size:
                 raise DllmError(
