@@ -49,6 +49,11 @@ class Solved:
     tokens: int
     seconds: float  # its share of the batch it was decoded in
 
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """Which problem this is, of which series."""
+        return self.task, self.split, self.sampler, self.index
+
 
 class Series(NamedTuple):
     """The first n problems of a split, answered with one setting of a sampler."""
@@ -103,10 +108,9 @@ class Answers:
         self.path, self.batch_size, self.cache, self.workers = Path(path), batch_size, cache, workers
         self.source, self.model = model, _load(model) if isinstance(model, Checkpoint) else model
         header = {"model": self.model.fingerprint(), "cache": cache or "default", "length": WINDOW, **(about or {})}
-        self.done: dict[tuple[str, str, str], dict[int, Solved]] = {}
-        self._read(header)
+        self.done = {answer.key: answer for answer in self._read(header)}
 
-    def _read(self, header: dict[str, object]) -> None:
+    def _read(self, header: dict[str, object]) -> list[Solved]:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append(self.path, [header])
@@ -118,11 +122,7 @@ class Answers:
         if found != header:
             raise DllmError(f"{self.path} holds answers of another model or setting: choose another file for this run")
         mend(self.path)
-        self._keep(answers)
-
-    def _keep(self, answers: Iterable[Solved]) -> None:
-        for answer in answers:
-            self.done.setdefault((answer.task, answer.split, answer.sampler), {})[answer.index] = answer
+        return answers
 
     def want(self, series: Iterable[Series]) -> None:
         """Decode what these series still miss."""
@@ -135,14 +135,13 @@ class Answers:
         ):
             for answers in batches:
                 append(self.path, map(asdict, answers))
-                self._keep(answers)
+                self.done |= {answer.key: answer for answer in answers}
                 bar.set_description(f"{answers[0].task} {answers[0].split} {answers[0].sampler}")
                 bar.update(len(answers))
 
     def _missing(self, series: Series) -> Iterator[Part]:
         """Batches of problems without an answer, short prompts first."""
-        have = self.done.get(series[:3], {})
-        missing = [i for i in range(series.n) if i not in have]
+        missing = [i for i in range(series.n) if (*series[:3], i) not in self.done]
         if not missing:
             return
         prompts = problems(series.task, series.split, series.n)
@@ -165,7 +164,7 @@ class Answers:
 
     def samples(self, series: Series) -> list[Sample]:
         """The answers of a series as evaluation counts them."""
-        answers = [self.done[series[:3]][i] for i in range(series.n)]
+        answers = [self.done[*series[:3], i] for i in range(series.n)]
         return [
             {"correct": float(a.correct), "nfe": a.nfe, "tokens": a.tokens, "clock": {"seconds": a.seconds}}
             for a in answers

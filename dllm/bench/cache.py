@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Unpack
 
@@ -22,6 +20,7 @@ import dllm
 from dllm.bench.runtime import Figure, random_model, side_by_side
 from dllm.call.arguments import DecodingArguments
 from dllm.call.cache_error import cache_error
+from dllm.call.output import Output
 from dllm.eval.report import table
 from dllm.models.model import Model
 from dllm.tasks import registry as tasks
@@ -54,77 +53,45 @@ def cache(repeats: int = 3) -> list[Figure]:
     return [Figure("block: cost per token, 1024 / 128 new tokens", long / short, 1.3, note=note)]
 
 
-@dataclass(frozen=True)
-class Policy:
-    """One cache on one model, over all prompts."""
+def policies(model: Model, task_name: str, count: int, probes: int = 2, **arguments: Unpack[DecodingArguments]) -> str:
+    """Every cache on `count` test problems of a task, in Markdown.
 
-    cache: str
-    max_error: float  # largest logit difference to a full forward on the same canvas, over all steps
-    mean_error: float
-    flips: float  # share of candidates whose most probable token differs
-    nfe: float  # a prompt
-    nfe_equiv: float  # in full forwards: recomputed positions / canvas length
-    seconds: float  # a prompt alone; on a CPU, of processor time
-    same: float  # share of answers equal to those of `none`
-    accuracy: float | None
-
-
-def policies(
-    model: Model,
-    prompts: list[str] | list[list[int]],
-    correct: Callable[[int, str], bool] | None = None,
-    probes: int = 4,
-    **arguments: Unpack[DecodingArguments],
-) -> list[Policy]:
-    """Decode `prompts` under every cache; error and seconds are taken on the first `probes` of them, one at a time."""
-    rows: list[Policy] = []
-    plain: list[list[int]] = []
+    Error and seconds are taken on the first `probes` of them, one at a time; seconds on a CPU are of processor time.
+    `in full forwards` are recomputed positions / canvas length, `same answer` is the share equal to those of `none`.
+    """
+    task, lines, plain = tasks.task(task_name), [], list[Output]()
+    examples = task.generate("test", count)
+    prompts = [e.prompt for e in examples]
     some = prompts[:probes]
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     for name in tqdm(CACHES, desc="caches"):
         call: DecodingArguments = {**arguments, "cache": name}
         outs = dllm.generate(model, prompts, **call)
-        plain = plain or [o.tokens for o in outs]
+        plain = plain or outs
         began = clock()
         for prompt in some:
             dllm.generate(model, prompt, **call)  # its answer is on the host when it returns
         spent = (clock() - began) / len(some)
-        errors = [e for row in cache_error(model, some, **call) for e in row]
-        hits = None if correct is None else sum(correct(i, o.text) for i, o in enumerate(outs)) / len(outs)
-        rows.append(
-            Policy(
-                name,
-                max((e.max for e in errors), default=0.0),
-                statistics.fmean(e.mean for e in errors) if errors else 0.0,
-                sum(e.flips for e in errors) / max(sum(e.candidates for e in errors), 1),
-                statistics.fmean(o.nfe for o in outs),
-                statistics.fmean(o.nfe_equiv for o in outs),
-                spent,
-                sum(a == o.tokens for a, o in zip(plain, outs, strict=True)) / len(outs),
-                hits,
-            )
-        )
-    return rows
-
-
-def report(rows: Sequence[Policy]) -> str:
-    """The rows in Markdown."""
+        nfe, full = statistics.fmean(o.nfe for o in outs), statistics.fmean(o.nfe_equiv for o in outs)
+        same = statistics.fmean(a.tokens == o.tokens for a, o in zip(plain, outs, strict=True))
+        right = statistics.fmean(task.grade(e, o.text) for e, o in zip(examples, outs, strict=True))
+        work = (f"{nfe:.1f}", f"{full:.1f}", f"{spent:.3f}", f"{100 * same:.0f} %", f"{100 * right:.1f} %")
+        lines.append([f"`{name}`", *errors(model, some, call), *work])
     head = ["cache", "logit error, max", "mean", "flips", "NFE", "in full forwards", "s / answer", "same answer"]
-    lines = []
-    for r in rows:
-        error = (f"{r.max_error:.2g}", f"{r.mean_error:.2g}", f"{100 * r.flips:.2f} %")
-        work = (f"{r.nfe:.1f}", f"{r.nfe_equiv:.1f}", f"{r.seconds:.3f}", f"{100 * r.same:.0f} %")
-        lines.append([f"`{r.cache}`", *error, *work, "" if r.accuracy is None else f"{100 * r.accuracy:.1f} %"])
     return table([*head, "accuracy"], lines)
 
 
-def on_task(name: str, task_name: str, count: int, new: int, sampler: str) -> str:
-    """The table of every policy on test problems of one task of the embedded model."""
-    task, model = tasks.task(task_name), dllm.load(name)
-    examples = task.generate("test", count)
-    call: DecodingArguments = {"sampler": sampler, "block_length": 32, "max_new_tokens": new}
-    prompts = [e.prompt for e in examples]
-    return report(policies(model, prompts, lambda i, text: task.grade(examples[i], text), probes=2, **call))
+def errors(model: Model, prompts: list[str], call: DecodingArguments) -> tuple[str, str, str]:
+    """How far a cache's logits are from those of full forwards on the same canvases, over all steps.
+
+    The largest and the mean difference, and the share of candidates whose most probable token differs.
+    """
+    steps = [step for row in cache_error(model, prompts, **call) for step in row]
+    if not steps:  # there is no cache
+        return "0", "0", "0.00 %"
+    largest, mean = max(step.max for step in steps), statistics.fmean(step.mean for step in steps)
+    flips = sum(step.flips for step in steps) / max(sum(step.candidates for step in steps), 1)
+    return f"{largest:.2g}", f"{mean:.2g}", f"{100 * flips:.2f} %"
 
 
 def main() -> None:
@@ -137,7 +104,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=96, help="new tokens a problem")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(on_task(options.model, options.task, options.count, options.new, options.sampler))
+    call: DecodingArguments = {"sampler": options.sampler, "block_length": 32, "max_new_tokens": options.new}
+    print(policies(dllm.load(options.model), options.task, options.count, **call))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.bench.runtime import Figure
+from dllm.bench.runtime import Figure, seconds
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.front import encode
@@ -202,13 +201,6 @@ class Course:
             for name, kept in ratios.items():
                 kept.append(plain / seconds(partial(self.drafted, name)))
         return ratios
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """What a call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def tally(outs: Sequence[SpecResult], texts: Sequence[Sequence[int]]) -> Tally:

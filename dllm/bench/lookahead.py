@@ -28,10 +28,8 @@ SAMPLERS = (
 CACHES = ("none", "dual")
 Setting = int | str | None  # rows of a forward; None: the plain call, one row a forward
 SETTINGS: tuple[Setting, ...] = (None, 2, 4, 8, "auto")
-FREE: LookaheadSpec = {
-    "rows": "auto",
-    "costs": {1: 1.0, 8: 1.0},
-}  # a recorded table in which rows cost nothing, as on a wide machine
+# a recorded table in which rows cost nothing, as on a wide machine
+FREE: LookaheadSpec = {"rows": "auto", "costs": {1: 1.0, 8: 1.0}}
 PROBLEMS, NEW = 3, 64
 
 

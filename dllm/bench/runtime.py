@@ -76,6 +76,13 @@ def as_json(figures: Iterable[Figure]) -> str:
     return json.dumps({"machine": machine(), "rows": [{**asdict(f), "met": f.met} for f in figures]}, indent=2)
 
 
+def seconds(work: Work, timer: Timer = time.perf_counter) -> float:
+    """What a call takes."""
+    began = timer()
+    work()
+    return timer() - began
+
+
 def side_by_side(
     a: Work, b: Work, repeats: int = REPEATS, warmup: int = 1, timer: Timer = time.perf_counter
 ) -> tuple[float, float]:
@@ -83,9 +90,7 @@ def side_by_side(
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(warmup + repeats):
         for f, kept in zip((a, b), times, strict=True):
-            began = timer()
-            f()
-            kept.append(timer() - began)
+            kept.append(seconds(f, timer))
     return statistics.median(times[0][warmup:]), statistics.median(times[1][warmup:])
 
 
@@ -95,7 +100,6 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
-        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Work, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
@@ -108,13 +112,10 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+        self._hold(storage.nbytes())
+        weakref.finalize(storage, self._hold, -storage.nbytes())
 
-        def gone(_: object) -> None:
-            self.held -= size
-            self.alive.pop(key, None)
-
-        self.alive[key] = weakref.ref(storage, gone)
+    def _hold(self, size: int) -> None:
         self.held += size
         self.peak = max(self.peak, self.held)
 

@@ -152,18 +152,13 @@ def runnable() -> list[str]:
 def _run(names: list[str], repeats: int, vocabulary: int) -> list[Figure]:
     model = Tables(tables(vocabulary))
     base, laps = Lap(BASE, model), [Lap(name, model) for name in names]
-    times: dict[str, list[float]] = {lap.name: [] for lap in laps}
-    ratios: dict[str, list[float]] = {lap.name: [] for lap in laps}
-    for _ in range(repeats):
-        for lap in laps:
-            mine, theirs = lap.time() / lap.rows, base.time() / base.rows
-            times[lap.name].append(mine)
-            ratios[lap.name].append(mine / theirs)
+    turns = [[(lap.time() / lap.rows, base.time() / base.rows) for lap in laps] for _ in range(repeats)]
     rows = []
-    for lap in laps:
-        spent, read = statistics.median(times[lap.name]), lap.rows / len(lap.states)
+    for lap, pairs in zip(laps, zip(*turns, strict=True), strict=True):
+        spent, read = statistics.median(mine for mine, _ in pairs), lap.rows / len(lap.states)
+        ratio = statistics.median(mine / theirs for mine, theirs in pairs)
         note = f"{spent * 1e6:.0f} us a head row, {read:.0f} rows a step"
-        rows.append(Figure(lap.name, statistics.median(ratios[lap.name]), BOUNDS.get(lap.name, BOUND), note=note))
+        rows.append(Figure(lap.name, ratio, BOUNDS.get(lap.name, BOUND), note=note))
     return rows
 
 
