@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import operator
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from dllm.tasks.base import Example
 
@@ -15,8 +15,7 @@ PRODUCT = 2
 SUM = 1
 
 
-@dataclass(frozen=True)
-class _Op:
+class _Op(NamedTuple):
     """One step of a chain: how it is asked for, and how it is written around an expression."""
 
     say: str
@@ -25,42 +24,32 @@ class _Op:
     gives: int
 
 
-def _ops(rng: random.Random) -> _Op:
+def _op(rng: random.Random) -> _Op:
     k, m = rng.randint(1, 10), rng.randint(2, 9)
-    return rng.choice(
-        (
-            _Op(f"add {k} to", f"{{}} + {k}", SUM, SUM),
-            _Op(f"add {k} to", f"{{}} + {k}", SUM, SUM),
-            _Op(f"subtract {k} from", f"{{}} - {k}", SUM, SUM),
-            _Op(f"subtract {k} from", f"{{}} - {k}", SUM, SUM),
-            _Op(f"multiply {{}} by {m}", f"{{}} * {m}", PRODUCT, PRODUCT),
-            _Op(f"multiply {{}} by {m}", f"{{}} * {m}", PRODUCT, PRODUCT),
-            _Op("double", "{} * 2", PRODUCT, PRODUCT),
-            _Op("triple", "{} * 3", PRODUCT, PRODUCT),
-            _Op("square", "{} ** 2", ATOM, PRODUCT),
-            _Op("negate", "-{}", ATOM, SUM),
-            _Op(f"take {{}} modulo {m}", f"{{}} % {m}", PRODUCT, PRODUCT),
-            _Op(f"divide {{}} by {m} rounding down", f"{{}} // {m}", PRODUCT, PRODUCT),
-            _Op("take the absolute value of", "abs({})", 0, ATOM),
-        )
+    twice_as_often = (
+        _Op(f"add {k} to {{}}", f"{{}} + {k}", SUM, SUM),
+        _Op(f"subtract {k} from {{}}", f"{{}} - {k}", SUM, SUM),
+        _Op(f"multiply {{}} by {m}", f"{{}} * {m}", PRODUCT, PRODUCT),
     )
-
-
-def _apply(op: _Op, code: str, binds: int) -> tuple[str, int]:
-    return op.code.format(f"({code})" if binds < op.needs else code), op.gives
-
-
-def _ask(op: _Op, what: str) -> str:
-    return op.say.format(what) if "{}" in op.say else f"{op.say} {what}"
+    others = (
+        _Op("double {}", "{} * 2", PRODUCT, PRODUCT),
+        _Op("triple {}", "{} * 3", PRODUCT, PRODUCT),
+        _Op("square {}", "{} ** 2", ATOM, PRODUCT),
+        _Op("negate {}", "-{}", ATOM, SUM),
+        _Op(f"take {{}} modulo {m}", f"{{}} % {m}", PRODUCT, PRODUCT),
+        _Op(f"divide {{}} by {m} rounding down", f"{{}} // {m}", PRODUCT, PRODUCT),
+        _Op("take the absolute value of {}", "abs({})", 0, ATOM),
+    )
+    return rng.choice((*(op for op in twice_as_often for _ in range(2)), *others))
 
 
 def _steps(rng: random.Random, code: str, binds: int, what: str, n: int) -> tuple[list[str], str]:
     """`n` operations one after another: what to ask, and the expression."""
     asks = []
     for i in range(n):
-        op = _ops(rng)
-        asks.append(_ask(op, what if i == 0 else "it"))
-        code, binds = _apply(op, code, binds)
+        op = _op(rng)
+        asks.append(op.say.format(what if i == 0 else "it"))
+        code, binds = op.code.format(f"({code})" if binds < op.needs else code), op.gives
     return asks, code
 
 
@@ -184,30 +173,22 @@ class Interpreter:
     Raises ValueError on any other syntax, and on numbers beyond 10^18 or lists beyond 1000 items.
     """
 
-    BINARY: ClassVar[dict[type, Callable[..., object]]] = {
-        ast.Add: lambda a, b: a + b,
-        ast.Sub: lambda a, b: a - b,
-        ast.Mult: lambda a, b: a * b,
-        ast.Mod: lambda a, b: a % b,
-        ast.FloorDiv: lambda a, b: a // b,
-        ast.Pow: lambda a, b: a**b,
-    }
-    COMPARE: ClassVar[dict[type, Callable[..., object]]] = {
-        ast.Gt: lambda a, b: a > b,
-        ast.Lt: lambda a, b: a < b,
-        ast.Eq: lambda a, b: a == b,
-        ast.GtE: lambda a, b: a >= b,
-        ast.LtE: lambda a, b: a <= b,
-        ast.NotEq: lambda a, b: a != b,
+    OPERATORS: ClassVar[dict[type, Callable[..., object]]] = {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Mod: operator.mod,
+        ast.FloorDiv: operator.floordiv,
+        ast.Gt: operator.gt,
+        ast.Lt: operator.lt,
+        ast.Eq: operator.eq,
+        ast.GtE: operator.ge,
+        ast.LtE: operator.le,
+        ast.NotEq: operator.ne,
     }
     CALLS: ClassVar[dict[str, Callable[..., object]]] = {
-        "abs": abs,
-        "max": max,
-        "min": min,
-        "sum": sum,
-        "len": len,
-        "sorted": sorted,
-    }
+        "abs": abs, "max": max, "min": min, "sum": sum, "len": len, "sorted": sorted,
+    }  # fmt: skip
 
     def __init__(self, source: str) -> None:
         body = ast.parse(source.strip()).body
@@ -238,15 +219,15 @@ class Interpreter:
                 return env[name]
             case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if power <= 4:
                 return go(left, env) ** power
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in self.BINARY and not isinstance(op, ast.Pow):
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in self.OPERATORS:
                 a, b = go(left, env), go(right, env)
                 if not (isinstance(a, int) and isinstance(b, int)):
                     raise ValueError("arithmetic on numbers only")
-                return self.BINARY[type(op)](a, b)
+                return self.OPERATORS[type(op)](a, b)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -go(operand, env)
-            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in self.COMPARE:
-                return self.COMPARE[type(op)](go(left, env), go(right, env))
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in self.OPERATORS:
+                return self.OPERATORS[type(op)](go(left, env), go(right, env))
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 return go(body if go(test, env) else orelse, env)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in self.CALLS:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dllm.errors import unknown
 from dllm.tasks.base import Example, Task, hash_split
 from dllm.tasks.functions import draw_function, grade_function
-from dllm.tasks.sudoku import _grid_split, draw_sudoku, grade_sudoku
+from dllm.tasks.sudoku import draw_sudoku, grade_sudoku, split_of_grids
 from dllm.tasks.word_problems import draw_word_problem, grade_word_problem
 
 TASKS: dict[str, Task] = {
     t.name: t
     for t in (
         Task("word_problems", draw_word_problem, grade_word_problem, hash_split),
-        Task("sudoku", draw_sudoku, grade_sudoku, lambda key: _grid_split()[key]),
+        Task("sudoku", draw_sudoku, grade_sudoku, lambda key: split_of_grids()[key]),
         Task("functions", draw_function, grade_function, hash_split),
     )
 }

@@ -11,8 +11,6 @@ from itertools import permutations, product
 from dllm.tasks.base import Example
 
 Grid = tuple[int, ...]  # 16 digits, row by row
-
-
 HELD_OUT = {"test": 32, "validation": 16}  # of 288 solution grids
 
 
@@ -31,7 +29,8 @@ def grids() -> tuple[Grid, ...]:
 
 
 @cache
-def _grid_split() -> dict[str, str]:
+def split_of_grids() -> dict[str, str]:
+    """The split of every solution grid, by the text of the grid."""
     names = [name for name, n in HELD_OUT.items() for _ in range(n)]
     return {_show(g): names[i] if i < len(names) else "train" for i, g in enumerate(grids())}
 
