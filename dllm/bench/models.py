@@ -20,9 +20,8 @@ from torch import Tensor
 from dllm.bench.runtime import side_by_side
 from dllm.models.config import ModelConfig, MoEConfig
 from dllm.models.hub import load
-from dllm.models.moe import MoE, route
+from dllm.models.moe import MLP, MoE, route
 from dllm.models.native import NativeModel
-from dllm.models.transformer import MLP
 
 log = logging.getLogger(__name__)
 CHILD = """
@@ -80,7 +79,7 @@ def moe_speed(
     Expert widths of a half (LLaDA-MoE) and a quarter (LLaDA2) of the model's are the published ones.
     """
     torch.manual_seed(0)
-    mlp = MoE(width, MoEConfig(experts, top_k, expert_width), None)
+    mlp = MoE(width, MoEConfig(experts, top_k, expert_width))
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     modules = [_expert(mlp, e) for e in range(experts)]

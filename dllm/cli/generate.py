@@ -185,7 +185,7 @@ def chat(**common: object) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  gives input() its line editing where the system has it
     model, arguments = loaded(common)
-    if model.mask_id is not None:  # DiffusionGemma decodes itself
+    if model.own_decoder is None:  # the arguments are those of the samplers
         prepare(model, [{"role": "user", "content": "?"}], arguments)  # a mistake is said now, not at the first message
     console = Console(highlight=False)
     console.print(f"{model} · /help lists the commands", style="dim")

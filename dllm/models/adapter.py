@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, split
 
 from dllm.errors import DllmError, first_line
-from dllm.models.checkpoint import part
+from dllm.models.checkpoint import opened, part
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
 from dllm.models.files import optional_json
@@ -66,7 +63,7 @@ def merge_adapter(model: Transformer, family: Family, config: ModelConfig, folde
         expected = (sum(len(t) for t in targets), *targets[0].shape[1:])
         if tuple(update.shape) != expected:
             raise DllmError(f"the adapter's {official} has shape {tuple(update.shape)}, the model's {expected}")
-        for target, rows in zip(targets, torch.split(update, [len(t) for t in targets]), strict=True):
+        for target, rows in zip(targets, split(update, [len(t) for t in targets]), strict=True):
             target.copy_(target.cpu().double() + rows if low_rank else rows)
 
 
@@ -85,10 +82,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     if not file.is_file():
         raise DllmError(f"{folder} holds {CONFIG}, but no {WEIGHTS}")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise DllmError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
+    with opened(file) as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -10,17 +10,15 @@ MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3F
 
 def read(raw: RawConfig) -> ModelConfig:
     """See `Family.read`."""
-    raw.expect(**({"attention_bias": False} if raw.architecture != "Qwen2ForCausalLM" else {}))
-    return standard(
-        raw, "causal", causal=True, shift=1, mask_id=None,
-        qkv_bias=raw.architecture == "Qwen2ForCausalLM", qk_norm=raw.architecture == "Qwen3ForCausalLM",
-    )  # fmt: skip
+    biased, normed = (raw.architecture == name for name in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"))
+    if not biased:
+        raw.expect(attention_bias=False)
+    return standard(raw, "causal", causal=True, shift=1, mask_id=None, qkv_bias=biased, qk_norm=normed)
 
 
 def write(config: ModelConfig) -> Json:
     """See `Family.write`."""
-    values = write_standard(config, model_type=MODEL_TYPES[config.architecture])
-    return {key: value for key, value in values.items() if key != "mask_token_id"}
+    return write_standard(config, model_type=MODEL_TYPES[config.architecture])
 
 
 FAMILY = Family(name="causal", architectures=tuple(MODEL_TYPES), read=read, write=write)

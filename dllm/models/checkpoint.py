@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +51,8 @@ def load_weights(
         model, table = build(config), family.layout(config)
     except (RuntimeError, OverflowError) as error:
         raise DllmError(f"config.json asks for an impossible model: {first_line(error)}") from error
-    _account(folder, where, table, _tied_head(family, config))
+    head = _tied_head(family, config)
+    _account(folder, where, table, head)
     parameters = dict(model.named_parameters())
     filled: dict[str, Tensor] = {}
     broken: list[str] = []
@@ -72,7 +73,8 @@ def load_weights(
         raise DllmError(f"NaN or infinite values in {_some(broken)} of {folder}")
     for name, value in filled.items():
         assign(model, name, value, parameters[name].requires_grad)
-    _check_tied_head(where, family, config, model)
+    if head is not None and head in where:
+        _check_tied_head(head, where[head], model)
     return model
 
 
@@ -84,26 +86,20 @@ def assign(model: nn.Module, name: str, value: Tensor, requires_grad: bool = Tru
 
 def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write the official tensors; above `shard_bytes` as numbered shards with an index."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     parameters, table = dict(model.named_parameters()), family.layout(model.config)
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, pieces in table.items():
-        size = sum(part(parameters, p).nbytes for p in pieces)
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-    ]  # fmt: skip
-    for file, names in zip(files, shards, strict=True):
+    shards = split_state_dict_into_shards_factory(
+        table,
+        get_storage_size=lambda pieces: sum(part(parameters, p).nbytes for p in pieces),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
         tensors = {name: _assemble(parameters, table[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(part(parameters, p).nbytes for pieces in table.values() for p in pieces)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if shards.is_sharded:
+        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 
 
 def part(parameters: Mapping[str, Tensor], piece: Piece) -> Tensor:
@@ -123,7 +119,7 @@ def _stored(folder: Path) -> dict[str, Path]:
     """The file of every tensor. Errors: a tensor in two files, or not where the index says."""
     where: dict[str, Path] = {}
     for file, indexed in _files(folder):
-        with _open(file) as shard:
+        with opened(file) as shard:
             names = [n for n in shard.keys() if not DERIVED.search(n)]  # noqa: SIM118
         if twice := [n for n in names if n in where]:
             raise DllmError(f"{_some(twice)} stored twice: in {where[twice[0]].name} and in {file.name}")
@@ -165,7 +161,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
         raise DllmError(f"{folder} holds no model.safetensors and no {INDEX}")
 
 
-def _open(file: Path) -> safe_open:
+def opened(file: Path) -> safe_open:
+    """A file of weights to read from. Errors: it is none."""
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -176,7 +173,7 @@ def _stream(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     large = sum(file.stat().st_size for file in set(where.values())) > 10**9
     with tqdm(total=len(where), desc="loading", unit="tensor", disable=not large) as bar:
         for file in dict.fromkeys(where.values()):
-            with _open(file) as shard:
+            with opened(file) as shard:
                 for name in (n for n, f in where.items() if f == file):
                     yield name, shard.get_tensor(name)
                     bar.update()
@@ -207,19 +204,16 @@ def _tied_head(family: Family, config: ModelConfig) -> str | None:
     return next(n for n, p in family.layout(replace(config, tied=False)).items() if p[0].parameter == "lm_head.weight")
 
 
-def _check_tied_head(where: dict[str, Path], family: Family, config: ModelConfig, model: Transformer) -> None:
-    name = _tied_head(family, config)
-    if name is None or name not in where:
-        return
-    with _open(where[name]) as shard:
+def _check_tied_head(name: str, file: Path, model: Transformer) -> None:
+    with opened(file) as shard:
         head = shard.get_tensor(name)
     embedding = model.embed_tokens.weight.detach()
     if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
         raise DllmError(f"the configuration ties head and embedding, but {name} differs from the embedding")
 
 
-def _some(names: object, limit: int = 4) -> str:
+def _some(names: Iterable[str], limit: int = 4) -> str:
     """The first few names and how many more."""
-    every = sorted(names)  # type: ignore[call-overload]
+    every = sorted(names)
     more = f" and {len(every) - limit} more" if len(every) > limit else ""
     return ", ".join(every[:limit]) + more

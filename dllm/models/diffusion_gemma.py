@@ -101,9 +101,8 @@ def load_native(folder: Path, raw: RawConfig, dtype: torch.dtype | None, tokeniz
         )
     except (OSError, ValueError, KeyError) as error:
         raise DllmError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
-    text = RawConfig({**network.config.get_text_config().to_dict(), "architectures": [ARCHITECTURE]})
-    ids = {**special_ids(text), **{k: v for k, v in special_ids(raw).items() if v not in (None, ())}}
-    config = describe(text, "diffusion_gemma", 0, **{**ids, "mask_id": None}, block_size=network.config.canvas_length)
+    ids = {name: value for name, value in special_ids(raw).items() if value not in (None, ())} | {"mask_id": None}
+    config = describe(network, "diffusion_gemma", **ids, block_size=network.config.canvas_length)
     model = DiffusionGemma(config, network.train(False), tokenizer)
     model.own_decoder = model
     return model

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from dllm.models.config import Json, ModelConfig
-from dllm.models.family import Family, RawConfig, standard, write_standard
+from dllm.models.config import ModelConfig
+from dllm.models.family import USUAL, Family, RawConfig, standard, write_standard
 from dllm.models.tokenizer import Message
 
 BLOCK = 32  # of the reasoner, where its config does not say
@@ -20,11 +20,6 @@ def read(raw: RawConfig) -> ModelConfig:
 def read_reasoner(raw: RawConfig) -> ModelConfig:
     """The block-causal variant without a shift: alignment belongs to the checkpoint."""
     return standard(raw, "dream_reasoner", qkv_bias=True, block_size=raw.get("block_size") or BLOCK)
-
-
-def write_reasoner(config: ModelConfig) -> Json:
-    """See `Family.write`."""
-    return write_standard(config, model_type="Dream", block_size=config.block_size)
 
 
 def chatml(messages: list[Message]) -> str:
@@ -45,6 +40,6 @@ FAMILY = Family(
     mask_id=151666, turn_end="<|im_end|>", turn_end_id=151645, chat=chatml,
 )  # fmt: skip
 REASONER = replace(
-    FAMILY, name="dream_reasoner", architectures=("DreamForCausalLM",), read=read_reasoner, write=write_reasoner,
-    mask_id=151669,
+    FAMILY, name="dream_reasoner", architectures=("DreamForCausalLM",), read=read_reasoner, mask_id=151669,
+    write=partial(write_standard, keys={**USUAL, "block_size": "block_size"}, model_type="Dream"),
 )  # fmt: skip

@@ -12,19 +12,18 @@ from dllm.models.family import Family, RawConfig
 SHIFT = "logits_shift"  # our own key of config.json, written where a checkpoint is aligned otherwise than its family
 MODULES = (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
 FAMILIES: dict[str, Family] = {f.name: f for f in (*(m.FAMILY for m in MODULES), dream.REASONER)}
+BY_CLASS = {name: family for family in FAMILIES.values() for name in family.architectures}
 
 
 def family_of(raw: RawConfig) -> Family:
     """The family of a config.json; a class seen for the first time is an error that names the other backend."""
-    for family in FAMILIES.values():
-        if raw.architecture in family.architectures:
-            return family
-    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    if raw.architecture in BY_CLASS:
+        return BY_CLASS[raw.architecture]
     if not raw.architecture:
         raise DllmError('config.json names no architecture (the key "architectures"); try backend="transformers"')
     raise DllmError(
         f"config.json names {raw.architecture!r}, which has no native family here; "
-        f'try backend="transformers" (known: {known})'
+        f'try backend="transformers" (known: {", ".join(BY_CLASS)})'
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeGuard
 
 from dllm.errors import DllmError
@@ -124,13 +125,14 @@ class RawConfig(dict[str, Any]):
         return float(theta)
 
 
-# keys of config.json as transformers has them -> fields of `ModelConfig`
+# keys of config.json as transformers has them -> fields of `ModelConfig`; those of a mixture
 USUAL = {
     "vocab_size": "embedding_rows", "hidden_size": "hidden_size", "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
     "intermediate_size": "intermediate_size", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
     "tie_word_embeddings": "tied", "max_position_embeddings": "max_positions", "attention_bias": "qkv_bias",
 }  # fmt: skip
+MIXTURE = {"num_experts": "moe.n_experts", "num_experts_per_tok": "moe.top_k"}
 
 
 def standard(raw: RawConfig, family: str, keys: Mapping[str, str] = USUAL, **switches: Any) -> ModelConfig:
@@ -168,7 +170,7 @@ def special_ids(raw: RawConfig) -> dict[str, Any]:
 
 
 def written(config: ModelConfig, keys: Mapping[str, str], **others: object) -> Json:
-    """The inverse of `standard`, with other keys beside.
+    """The inverse of `standard`, with other keys beside; a field may be one of the mixture's ("moe.top_k").
 
     config.json keeps the end-of-text id that it had; the whole set goes to generation_config.json.
     """
@@ -176,8 +178,8 @@ def written(config: ModelConfig, keys: Mapping[str, str], **others: object) -> J
     known = set(eos if isinstance(eos, list) else [eos]) <= set(config.eos_ids)
     return {
         "architectures": [config.architecture],
-        **{key: vars(config)[field] for key, field in keys.items()},
-        "mask_token_id": config.mask_id,
+        **{key: attrgetter(field)(config) for key, field in keys.items()},
+        **({} if config.causal else {"mask_token_id": config.mask_id}),
         "eos_token_id": eos if known else next(iter(config.eos_ids), None),
         "pad_token_id": config.pad_id,
         "bos_token_id": config.bos_id,
@@ -185,6 +187,6 @@ def written(config: ModelConfig, keys: Mapping[str, str], **others: object) -> J
     }
 
 
-def write_standard(config: ModelConfig, **others: object) -> Json:
-    """config.json with the keys of transformers, and others."""
-    return written(config, USUAL, hidden_act="silu", **others)
+def write_standard(config: ModelConfig, keys: Mapping[str, str] = USUAL, **others: object) -> Json:
+    """config.json of a family that has the keys of transformers."""
+    return written(config, keys, hidden_act="silu", **others)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dllm.models.config import Json, ModelConfig
+from functools import partial
+
+from dllm.models.config import ModelConfig
 from dllm.models.dream import chatml
-from dllm.models.family import Family, RawConfig, standard, write_standard
+from dllm.models.family import USUAL, Family, RawConfig, standard, write_standard
 
 
 def read(raw: RawConfig) -> ModelConfig:
@@ -12,13 +14,9 @@ def read(raw: RawConfig) -> ModelConfig:
     return standard(raw, "fast_dllm", qkv_bias=True, shift=1, block_size=raw.get("bd_size") or 32)
 
 
-def write(config: ModelConfig) -> Json:
-    """See `Family.write`."""
-    return write_standard(config, model_type="Fast_dLLM_Qwen", bd_size=config.block_size)
-
-
 # the mask id is in the published code, not in the config
 FAMILY = Family(
-    name="fast_dllm", architectures=("Fast_dLLM_QwenForCausalLM",), read=read, write=write, mask_id=151665,
-    turn_end="<|im_end|>", turn_end_id=151645, chat=chatml,
+    name="fast_dllm", architectures=("Fast_dLLM_QwenForCausalLM",), read=read,
+    write=partial(write_standard, keys={**USUAL, "bd_size": "block_size"}, model_type="Fast_dLLM_Qwen"),
+    mask_id=151665, turn_end="<|im_end|>", turn_end_id=151645, chat=chatml,
 )  # fmt: skip

@@ -61,7 +61,7 @@ class ForeignModel(NativeModel):
         logits: Tensor = self.transformer(input_ids=ids, attention_mask=seen, **others).logits
         return logits
 
-    logits = Model.logits
+    forward_kv, logits = Model.forward_kv, Model.logits
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """Errors: always."""
@@ -96,14 +96,13 @@ def load_network(folder: Path, dtype: torch.dtype | None, attention: str | None 
         ) from error
 
 
-def read_network(network: PreTrainedModel, shift: int) -> ModelConfig:
-    """What the engine needs to know, from the config object of a transformers model."""
+def describe(network: PreTrainedModel, family: str, shift: int = 0, **settled: Any) -> ModelConfig:
+    """A `ModelConfig` of a network that is not ours: sizes for information, ids for the engine.
+
+    Ids are those of its config object, or as they are `settled`.
+    """
     raw = RawConfig({**network.config.get_text_config().to_dict(), "architectures": [type(network).__name__]})
-    return describe(raw, "transformers", shift, **special_ids(raw))
-
-
-def describe(raw: RawConfig, family: str, shift: int, **ids: Any) -> ModelConfig:
-    """A `ModelConfig` of a network that is not ours: sizes for information, ids for the engine."""
+    ids = {**special_ids(raw), **settled}
     heads = raw.get("num_attention_heads") or 1
     hidden = raw.get("hidden_size") or 1
     return ModelConfig(

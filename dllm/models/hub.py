@@ -21,7 +21,7 @@ from dllm.models.config import ModelConfig
 from dllm.models.families import read_config
 from dllm.models.family import Family, RawConfig
 from dllm.models.files import current, optional_json
-from dllm.models.foreign import load_network, read_network, wrap
+from dllm.models.foreign import describe, load_network, wrap
 from dllm.models.native import NativeModel
 from dllm.models.parallel import device_plan, process_device, split_over_processes
 from dllm.models.quantize import quantize
@@ -177,7 +177,7 @@ def _wrapped(
     network: PreTrainedModel, folder: Path | None, tokenizer: Tokenizer | None, arguments: LoadArguments
 ) -> NativeModel:
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
-    config = read_network(network, arguments.shift or 0)
+    config = describe(network, "transformers", arguments.shift or 0)
     config = resolve(config, None, tokenizer, generation, arguments.mask_id, arguments.eos_ids)
     return wrap(network, config, tokenizer)
 

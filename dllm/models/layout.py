@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,21 +62,22 @@ def layout(config: ModelConfig, names: Names) -> Layout:
 
 
 def _attention(config: ModelConfig, names: Names) -> Layout:
-    table: Layout = {
-        f"{names.input_norm}.weight": (Piece("input_layernorm.weight"),),
-        f"{names.o}.weight": (Piece("self_attn.o_proj.weight"),),
-        f"{names.mlp_norm}.weight": (Piece("post_attention_layernorm.weight"),),
-    }
+    norms = {names.input_norm: "input_layernorm", names.mlp_norm: "post_attention_layernorm"}
+    if config.qk_norm:
+        norms |= {names.q_norm: "self_attn.q_norm", names.k_norm: "self_attn.k_norm"}
+    table = _weights({**norms, names.o: "self_attn.o_proj"})
     for kind in ["weight", "bias"] if config.qkv_bias else ["weight"]:
         if names.qkv is not None:
             table[f"{names.qkv}.{kind}"] = tuple(_fused(config, kind))
         else:
             for part, name in zip("qkv", (names.q, names.k, names.v), strict=True):
                 table[f"{name}.{kind}"] = (Piece(f"self_attn.{part}_proj.{kind}"),)
-    if config.qk_norm:
-        table[f"{names.q_norm}.weight"] = (Piece("self_attn.q_norm.weight"),)
-        table[f"{names.k_norm}.weight"] = (Piece("self_attn.k_norm.weight"),)
     return table
+
+
+def _weights(whole: Mapping[str, str]) -> Layout:
+    """Official modules whose weights are those of the backbone as they are, with its names."""
+    return {f"{official}.weight": (Piece(f"{own}.weight"),) for official, own in whole.items()}
 
 
 def _fused(config: ModelConfig, kind: str) -> Iterator[Piece]:
@@ -88,8 +89,7 @@ def _fused(config: ModelConfig, kind: str) -> Iterator[Piece]:
 
 
 def _mlp(names: Names) -> Layout:
-    parts = (("gate_proj", names.gate), ("up_proj", names.up), ("down_proj", names.down))
-    return {f"{name}.weight": (Piece(f"mlp.{part}.weight"),) for part, name in parts}
+    return _weights({names.gate: "mlp.gate_proj", names.up: "mlp.up_proj", names.down: "mlp.down_proj"})
 
 
 def _moe(config: ModelConfig, names: Names) -> Layout:
@@ -105,6 +105,6 @@ def _moe(config: ModelConfig, names: Names) -> Layout:
         table[f"{expert}.up_proj.weight"] = (Piece("mlp.gate_up_proj", (e, *up), turned=True),)
         table[f"{expert}.down_proj.weight"] = (Piece("mlp.down_proj", (e,), turned=True),)
     if config.moe.shared_size:
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            table[f"{names.shared}.{part}.weight"] = (Piece(f"mlp.shared_experts.{part}.weight"),)
+        parts = ("gate_proj", "up_proj", "down_proj")
+        table |= _weights({f"{names.shared}.{part}": f"mlp.shared_experts.{part}" for part in parts})
     return table

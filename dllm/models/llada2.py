@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dllm.models import llada_moe
 from dllm.models.config import Json, ModelConfig, MoEConfig
-from dllm.models.family import Family, RawConfig, standard, write_standard
+from dllm.models.family import MIXTURE, USUAL, Family, RawConfig, standard, write_standard
 from dllm.models.layout import Names
 from dllm.models.tokenizer import Message
 
@@ -13,6 +13,12 @@ NAMES = Names(
     embed="model.word_embeddings", qkv="attention.query_key_value", o="attention.dense",
     q_norm="attention.query_layernorm", k_norm="attention.key_layernorm",
 )  # fmt: skip
+KEYS = {
+    **USUAL, **MIXTURE, "moe_intermediate_size": "moe.intermediate_size", "routed_scaling_factor": "moe.scale",
+    "norm_topk_prob": "moe.renormalize", "n_group": "moe.n_groups", "topk_group": "moe.topk_groups",
+    "moe_router_enable_expert_bias": "moe.expert_bias", "partial_rotary_factor": "rotary_fraction",
+    "use_qk_norm": "qk_norm",
+}  # fmt: skip
 
 
 def read(raw: RawConfig) -> ModelConfig:
@@ -53,21 +59,12 @@ def write(config: ModelConfig) -> Json:
     assert moe is not None
     return write_standard(
         config,
+        KEYS,
         model_type="llada2_moe",
-        moe_intermediate_size=moe.intermediate_size,
-        num_experts=moe.n_experts,
-        num_experts_per_tok=moe.top_k,
         num_shared_experts=moe.shared_size // moe.intermediate_size,
         first_k_dense_replace=len(moe.dense_layers),
         score_function="sigmoid",
-        routed_scaling_factor=moe.scale,
-        norm_topk_prob=moe.renormalize,
-        n_group=moe.n_groups,
-        topk_group=moe.topk_groups,
-        moe_router_enable_expert_bias=moe.expert_bias,
-        partial_rotary_factor=config.rotary_fraction,
         rotary_dim=int(config.head_dim * config.rotary_fraction),
-        use_qk_norm=config.qk_norm,
         use_qkv_bias=False,
         use_bias=False,
         **({} if config.block_size == BLOCK else {"block_size": config.block_size}),

@@ -6,9 +6,16 @@ Its config says model_type "llada" like the dense model: recognised by its class
 from __future__ import annotations
 
 from dllm.models.config import Json, ModelConfig, MoEConfig
-from dllm.models.family import Family, RawConfig, standard, write_standard
+from dllm.models.family import MIXTURE, USUAL, Family, RawConfig, standard, write_standard
 from dllm.models.layout import Names
 from dllm.models.tokenizer import Message
+
+KEYS = {
+    **{key: field for key, field in USUAL.items() if key != "intermediate_size"},
+    **MIXTURE, "dense_intermediate_size": "intermediate_size", "expert_intermediate_size": "moe.intermediate_size",
+    "qk_layernorm": "qk_norm", "partial_rotary_factor": "rotary_fraction", "clip_qkv": "clip_qkv",
+    "moe_router_enable_expert_bias": "moe.expert_bias", "moe_router_score_function": "moe.score",
+}  # fmt: skip
 
 
 def read(raw: RawConfig) -> ModelConfig:
@@ -40,23 +47,8 @@ def read(raw: RawConfig) -> ModelConfig:
 
 def write(config: ModelConfig) -> Json:
     """See `Family.write`."""
-    moe = config.moe
-    assert moe is not None
-    values = write_standard(
-        config,
-        model_type="llada",
-        dense_intermediate_size=config.intermediate_size,
-        expert_intermediate_size=moe.intermediate_size,
-        num_experts=moe.n_experts,
-        num_experts_per_tok=moe.top_k,
-        qk_layernorm=config.qk_norm,
-        partial_rotary_factor=config.rotary_fraction,
-        clip_qkv=config.clip_qkv,
-        moe_layer_freq=[int(i not in moe.dense_layers) for i in range(config.n_layers)],
-        moe_router_enable_expert_bias=moe.expert_bias,
-        moe_router_score_function=moe.score,
-    )
-    return {key: value for key, value in values.items() if key != "intermediate_size"}
+    sparse = [int(config.is_moe_layer(i)) for i in range(config.n_layers)]
+    return write_standard(config, KEYS, model_type="llada", moe_layer_freq=sparse)
 
 
 ROLES = {"system": "SYSTEM", "user": "HUMAN", "assistant": "ASSISTANT"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm.errors import DllmError
+from dllm.models.moe import wide
 from dllm.models.settings import SamplerSetting
 from dllm.models.tokenizer import NO_TOKENIZER, Message, Tokenizer, by_template
 from dllm.models.transformer import KVStore, WithKV
@@ -120,8 +121,7 @@ class Model(Protocol):
 
         By default the hidden states are the logits.
         """
-        logits = hidden[..., : self.vocab_size]
-        return shut(logits.clone() if logits.dtype == torch.float64 else logits.float().clone(), self.mask_id)
+        return shut(hidden[..., : self.vocab_size].clone(), self.mask_id)
 
     def source(self, pos: Tensor) -> Tensor:
         """Position whose hidden state predicts `pos`; position 0 of a shifted model reads itself."""
@@ -145,7 +145,8 @@ class Model(Protocol):
 
 
 def shut(logits: Tensor, mask_id: int | None) -> Tensor:
-    """`logits` (..., V), changed in place: the mask token can never be predicted."""
+    """`logits` (..., V) in at least float32, then changed in place: the mask token can never be predicted."""
+    logits = logits.to(wide(logits.dtype))
     if mask_id is not None and mask_id < logits.shape[-1]:
         logits[..., mask_id] = -torch.inf
     return logits

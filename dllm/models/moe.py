@@ -1,4 +1,5 @@
-"""Mixture-of-experts MLP with the experts stacked: tokens are sorted by expert, one grouped product per projection."""
+"""The MLP of a layer: one, or a mixture whose experts are stacked: tokens are sorted by expert, one grouped product per
+projection."""
 
 from __future__ import annotations
 
@@ -10,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm.models.config import MoEConfig
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, router and rotation: float32, or float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def route(scores: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:
@@ -53,26 +59,40 @@ class Router(nn.Module):
         self.expert_bias = nn.Parameter(torch.zeros(moe.n_experts), requires_grad=False) if moe.expert_bias else None
 
 
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
+        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return x
+
+
 class MoE(nn.Module):
     """`sum_k w_k * expert_k(x) + shared(x)`; the experts are stacked, gate and up side by side.
 
     Weights are input by output: with the few rows an expert gets, that product is up to a quarter faster on a CPU.
     """
 
-    def __init__(self, hidden_size: int, moe: MoEConfig, shared: nn.Module | None) -> None:
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
         self.moe = moe
         self.gate = Router(hidden_size, moe)
         self.gate_up_proj = nn.Parameter(torch.empty(moe.n_experts, hidden_size, 2 * moe.intermediate_size))
         self.down_proj = nn.Parameter(torch.empty(moe.n_experts, moe.intermediate_size, hidden_size))
-        self.shared_experts = shared
+        self.shared_experts = MLP(hidden_size, moe.shared_size) if moe.shared_size else None
         self.group: dist.ProcessGroup | None = None  # set when the width of the experts is split over processes
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
         flat = x.flatten(0, -2)  # (T, H)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        scores = F.linear(flat.to(wide), self.gate.weight.to(wide))
+        scores = F.linear(flat.to(wide(x.dtype)), self.gate.weight.to(wide(x.dtype)))
         experts, weights = route(scores, self.gate.expert_bias, self.moe)  # (T, k)
         order = experts.flatten().argsort(stable=True)  # (T*k,) rows of the flattened choice, sorted by expert
         ends = experts.flatten().bincount(minlength=self.moe.n_experts).cumsum(0)  # (E,)

@@ -19,7 +19,6 @@ from dllm.models.families import FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
 from dllm.models.files import replaced_checkpoint, write_json
 from dllm.models.model import ForwardOptions, Model, shut
-from dllm.models.parallel import layer_devices
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.tokenizer import Message, Tokenizer
 from dllm.models.transformer import KVStore, Transformer, WithKV
@@ -76,13 +75,11 @@ class NativeModel(Model):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
-        logits = self.transformer.head(hidden).to(self.device)
-        return shut(logits if logits.dtype == torch.float64 else logits.float(), self.mask_id)
+        return shut(self.transformer.head(hidden).to(self.device), self.mask_id)
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """An empty key/value store for `lanes` rows of up to `slots` positions."""
-        network = self.transformer  # its config counts the heads of this process
-        return KVStore.allocate(network.config, lanes, slots, self.dtype, layer_devices(network))
+        return self.transformer.new_store(lanes, slots)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation and the opening of the answer, by the tokenizer's template or else the family's."""

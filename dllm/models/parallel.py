@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from dllm.errors import DllmError
 from dllm.models.checkpoint import Place, assign, build
@@ -98,8 +97,3 @@ def _split_experts(mlp: MoE, ways: int, rank: int) -> None:
     assign(mlp, "gate_up_proj", own.clone())
     assign(mlp, "down_proj", mlp.down_proj.detach().chunk(ways, 1)[rank].clone())
     mlp.group = dist.group.WORLD
-
-
-def layer_devices(model: nn.Module) -> list[torch.device]:
-    """Where each layer computes, and so where its keys and values are stored."""
-    return [next(layer.parameters()).device for layer in model.layers]  # type: ignore[union-attr]

@@ -7,10 +7,12 @@ import re
 
 from dllm.models.config import Json, ModelConfig, MoEConfig
 from dllm.models.dream import turns
-from dllm.models.family import Family, RawConfig, standard, write_standard
+from dllm.models.family import MIXTURE, USUAL, Family, RawConfig, standard, write_standard
 
 log = logging.getLogger(__name__)
 BLOCK = 4  # of the main release; other variants carry theirs in the name (-b8 ... -b64)
+KEYS = {**USUAL, "block_size": "block_size"}
+MOE_KEYS = {**KEYS, **MIXTURE, "moe_intermediate_size": "moe.intermediate_size", "norm_topk_prob": "moe.renormalize"}
 
 
 def read(raw: RawConfig) -> ModelConfig:
@@ -45,18 +47,9 @@ def _moe(raw: RawConfig) -> MoEConfig:
 def write(config: ModelConfig) -> Json:
     """See `Family.write`."""
     if config.moe is None:
-        return write_standard(config, model_type="sdar", block_size=config.block_size)
-    return write_standard(
-        config,
-        model_type="sdar_moe",
-        block_size=config.block_size,
-        num_experts=config.moe.n_experts,
-        num_experts_per_tok=config.moe.top_k,
-        moe_intermediate_size=config.moe.intermediate_size,
-        norm_topk_prob=config.moe.renormalize,
-        decoder_sparse_step=1,
-        mlp_only_layers=list(config.moe.dense_layers),
-    )
+        return write_standard(config, KEYS, model_type="sdar")
+    dense = list(config.moe.dense_layers)
+    return write_standard(config, MOE_KEYS, model_type="sdar_moe", decoder_sparse_step=1, mlp_only_layers=dense)
 
 
 FAMILY = Family(

@@ -74,15 +74,11 @@ def _mask(
 def _ends(
     config: ModelConfig, family: Family | None, end: int | None, vocab: Mapping[str, int], generation: Json
 ) -> tuple[int, ...]:
-    ends = [*config.eos_ids, *_ids(generation.get("eos_token_id"))]
-    if not ends:
-        ends = [*_ids(end)]
-    if family is None:
-        return tuple(dict.fromkeys(ends))
-    if family.turn_end is not None and family.turn_end in vocab:
+    ends = [*config.eos_ids, *_ids(generation.get("eos_token_id"))] or [*_ids(end)]
+    if family is not None and family.turn_end is not None and family.turn_end in vocab:
         ends.append(vocab[family.turn_end])
-    elif family.turn_end_id is not None and config.mask_id == family.mask_id:  # the published vocabulary, unnamed there
-        ends.append(family.turn_end_id)
+    elif family is not None and config.mask_id == family.mask_id:  # the published vocabulary, where nobody names it
+        ends += _ids(family.turn_end_id)
     return tuple(dict.fromkeys(ends))
 
 

@@ -7,7 +7,6 @@ of its token; keys are stored rotated, which is right as long as a token does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dllm.models.config import ModelConfig
-from dllm.models.moe import MoE
+from dllm.models.moe import MLP, MoE, wide
 
 KeysValues = tuple[Tensor, Tensor]  # what a layer computed for the queries, each (N, Q, n_kv_heads, head_dim)
 WithKV = tuple[Tensor, list[KeysValues]]  # hidden states, and those of every layer
@@ -29,27 +28,10 @@ class KVStore(NamedTuple):
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    @classmethod
-    def allocate(
-        cls, config: ModelConfig, lanes: int, slots: int, dtype: torch.dtype, devices: Sequence[torch.device]
-    ) -> KVStore:
-        """An empty store for `lanes` rows of at most `slots` positions; allocated once a call, zero so never NaN.
-
-        devices: of each layer.
-        """
-        shape = (lanes, config.n_kv_heads, slots, config.head_dim)
-        keys, values = (tuple(torch.zeros(shape, dtype=dtype, device=place) for place in devices) for _ in range(2))
-        return cls(keys, values)
-
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
         return sum(t.numel() * t.element_size() for side in self for t in side)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms, router and rotation: float32, or float64 for a float64 model."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class RMSNorm(nn.Module):
@@ -158,21 +140,6 @@ class Attention(nn.Module):
         return heads
 
 
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., H) -> (..., H)."""
-        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return x
-
-
 class Layer(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
@@ -181,12 +148,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp: nn.Module
-        if config.moe is not None and config.is_moe_layer(index):
-            shared = MLP(config.hidden_size, config.moe.shared_size) if config.moe.shared_size else None
-            self.mlp = MoE(config.hidden_size, config.moe, shared)
-        else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        moe, hidden = config.moe if config.is_moe_layer(index) else None, config.hidden_size
+        self.mlp = MLP(hidden, config.intermediate_size) if moe is None else MoE(hidden, moe)
 
     def forward(
         self, x: Tensor, rotate: Rotation, mask: Tensor | None, causal: bool, access: Access | None, layer: int
@@ -261,6 +224,16 @@ class Transformer(nn.Module):
         hidden = self.lm_head(hidden)  # split over processes: a slice of rows is not one of its shards
         return hidden[..., :rows]
 
+    def new_store(self, lanes: int, slots: int) -> KVStore:
+        """An empty store for `lanes` rows of at most `slots` positions, each layer's where it computes.
+
+        Allocated once a call, and zero, so never NaN. Where the heads are split over processes: for those of this one.
+        """
+        shape, dtype = (lanes, self.config.n_kv_heads, slots, self.config.head_dim), self.norm.weight.dtype
+        places = [next(layer.parameters()).device for layer in self.layers]
+        keys, values = (tuple(torch.zeros(shape, dtype=dtype, device=place) for place in places) for _ in range(2))
+        return KVStore(keys, values)
+
     def _rotation(self, pos: Tensor, dtype: torch.dtype) -> Rotation:
         config = self.config
         frequencies = inverse_frequencies(config.rope_theta, int(config.head_dim * config.rotary_fraction), pos.device)
@@ -298,7 +271,6 @@ def _access(
     width = slots if visible is None else visible.shape[-1] - q * private
     rows = torch.arange(n, device=pos.device) if lane is None else lane
     reads: slice | Tensor = slice(0, n) if lane is None else _run(lane)
-    kept: tuple[Tensor, Tensor] | slice | None
     lent = None
     if fresh is None and keep is None and real is None:
         kept = _everything(pos, reads)
@@ -317,14 +289,13 @@ def _run(lane: Tensor) -> slice | Tensor:
     return slice(first, first + len(lane)) if others == list(range(first + 1, first + len(lane))) else lane
 
 
-def _everything(pos: Tensor, reads: slice | Tensor) -> tuple[Tensor, Tensor] | slice:
+def _everything(pos: Tensor, reads: slice | Tensor) -> tuple[Tensor, Tensor] | slice | None:
     """All queries are written: one slice when every row writes the same consecutive slots, else all index pairs."""
     if isinstance(reads, slice):
         first, q = int(pos[0, 0]), pos.shape[1]
         if bool((pos == torch.arange(first, first + q, device=pos.device)).all()):
             return slice(first, first + q)
-    rows, columns = torch.ones_like(pos, dtype=torch.bool).nonzero(as_tuple=True)
-    return rows, columns
+    return _pairs(torch.ones_like(pos, dtype=torch.bool))
 
 
 def _pairs(chosen: Tensor) -> tuple[Tensor, Tensor] | None:
