@@ -9,10 +9,10 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,25 +46,21 @@ except PackageNotFoundError:  # a source tree that was never installed
 _HERE = Path(__file__).resolve().parent
 __path__ = [str(_HERE)]  # an editable install is a tree of links: files go by their own names
 
-_LAZY = {
-    "DecodingArguments": "dllm.call.arguments",
-    "Event": "dllm.call.output",
-    "Model": "dllm.models.model",
-    "Output": "dllm.call.output",
-    "Prompt": "dllm.call.prompts",
-    "Trace": "dllm.decoding.trace",
-    "cache_error": "dllm.call.cache_error",
-    "generate": "dllm.call.generate",
-    "load": "dllm.models.hub",
-    "load_verifier": "dllm.models.hub",
-    "score": "dllm.call.score",
-    "spec_generate": "dllm.drafting.hooks.transformers",
-    "speculate": "dllm.drafting.front",
-    "speculator": "dllm.drafting.hooks.transformers",
-    "stream": "dllm.call.generate",
+_HOMES = {
+    "dllm.call.arguments": "DecodingArguments",
+    "dllm.call.cache_error": "cache_error",
+    "dllm.call.generate": "generate stream",
+    "dllm.call.output": "Event Output",
+    "dllm.call.prompts": "Prompt",
+    "dllm.call.score": "score",
+    "dllm.decoding.trace": "Trace",
+    "dllm.drafting.front": "speculate",
+    "dllm.drafting.hooks.transformers": "spec_generate speculator",
+    "dllm.models.hub": "load load_verifier",
+    "dllm.models.model": "Model",
 }
 _ROOMS = ("samplers", "eval", "training", "drafting", "models")
-__all__ = [*_LAZY, "DllmError", "__version__"]  # noqa: PLE0604
+__all__ = [*" ".join(_HOMES.values()).split(), "DllmError", "__version__"]  # noqa: PLE0604
 
 
 @functools.cache
@@ -83,13 +79,25 @@ def of_one_tree() -> None:
             )
 
 
+def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """The `__getattr__` of a package whose names load when they are first asked for; `homes` has them by module."""
+    home = {name: module for module, names in homes.items() for name in names.split()}
+
+    def find(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return vars(import_module(home[name]))[name]
+
+    return find
+
+
 if not TYPE_CHECKING:  # a checker would take every misspelt name for one of these
+    _find = lazy("dllm", _HOMES)
 
     def __getattr__(name: str) -> object:
-        if name in _LAZY or name in _ROOMS:
+        if name in _ROOMS or name in __all__:
             of_one_tree()
-            return vars(import_module(_LAZY[name]))[name] if name in _LAZY else import_module(f"dllm.{name}")
-        raise AttributeError(f"module 'dllm' has no attribute {name!r}")
+        return import_module(f"dllm.{name}") if name in _ROOMS else _find(name)
 
 
 def __dir__() -> list[str]:
@@ -121,12 +129,29 @@ def moved(former: str) -> Callable[[str], object]:
     return find
 
 
-class _Former(MetaPathFinder, Loader):
-    """Finds modules under their former names; asked when nothing else knows a name."""
+class _Thinned(SourceFileLoader):
+    """Loads a module that has lost names, and lets it find them."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Of a module that stands in for the former one."""
-        return ModuleSpec(name, self) if name.startswith("dllm.") and name in _moves()["modules"] else None
+    def exec_module(self, module: ModuleType) -> None:
+        """Before its own `__getattr__`, if it has one."""
+        vars(module)["__getattr__"] = moved(module.__name__)
+        super().exec_module(module)
+
+
+class _Former(MetaPathFinder, Loader):
+    """Finds modules under their former names, and those that have only lost names."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Of the module that stands in for the former one, unless that is still there."""
+        if not name.startswith("dllm.") or name not in _moves()["modules"]:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        found = next(filter(None, others), None) or ModuleSpec(name, self)
+        if isinstance(found.loader, SourceFileLoader):
+            found.loader = _Thinned(name, str(found.loader.path))
+        return found
 
     def exec_module(self, module: ModuleType) -> None:
         """Let it find its names."""
@@ -141,4 +166,4 @@ class _Former(MetaPathFinder, Loader):
         return compile(f"import runpy\nrunpy.run_module({place!r}, run_name='__main__', alter_sys=True)", name, "exec")
 
 
-sys.meta_path.append(_Former())
+sys.meta_path.insert(0, _Former())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import dllm
@@ -16,22 +15,17 @@ if TYPE_CHECKING:
 
 dllm.of_one_tree()
 
-_LAZY = {
-    "run": "runner",
-    "read": "results",
-    "Results": "results",
-    "load": "config",
-    "Config": "config",
-    "compare": "comparison",
-    "tune": "tuning",
+_HOMES = {
+    "dllm.eval.comparison": "compare",
+    "dllm.eval.config": "Config load",
+    "dllm.eval.results": "Results read",
+    "dllm.eval.runner": "run",
+    "dllm.eval.tuning": "tune",
 }
 __all__ = ["Config", "Results", "compare", "load", "read", "run", "tune"]
 
-
-def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return vars(import_module(f"dllm.eval.{_LAZY[name]}"))[name]
-    raise AttributeError(f"module 'dllm.eval' has no attribute {name!r}")
+if not TYPE_CHECKING:
+    __getattr__ = dllm.lazy(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -22,9 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypedDict, TypeVar
 
-import dllm
 from dllm import spec
 from dllm.decoding.slots import (
     Adjust,
@@ -151,7 +150,3 @@ class Method:
     def bundle(self, context: Context) -> Bundle:
         """The slots that this sampler owns or assumes in such a call. Errors: a call that it cannot serve, and why."""
         raise NotImplementedError
-
-
-if not TYPE_CHECKING:
-    __getattr__ = dllm.moved(__name__)

@@ -130,7 +130,9 @@ def test_numbers_are_read_as_python_writes_them() -> None:
 def test_two_copies_of_the_toolkit_are_not_mixed(tmp_path: Path) -> None:
     """A checkout in the working folder hides `dllm`; its samplers would come from the installed copy."""
     root = Path(dllm.__file__).parent
-    shutil.copytree(root, tmp_path / "dllm", ignore=shutil.ignore_patterns("assets", "__pycache__", "samplers", "eval"))
+    shutil.copytree(
+        root, tmp_path / "dllm", ignore=shutil.ignore_patterns("*.safetensors", "__pycache__", "samplers", "eval")
+    )
     tried = ("dllm.generate", "import dllm.samplers", "import dllm.eval")
     lines = [f"try: {one}\nexcept ValueError as error: print(error)" for one in tried]
     code = "\n".join(["import sys", "sys.path.insert(0, sys.argv[1])", "import dllm", *lines])

@@ -22,7 +22,7 @@ from dllm.drafting.front import SpeculateOptions
 from dllm.errors import DllmError
 from dllm.eval.config import GenerateSpec
 from dllm.eval.worker import VERIFIER_ARGUMENTS
-from dllm.spec import misfit
+from dllm.spec import Limits, misfit
 
 pytest.importorskip("mypy", reason="types are checked with mypy: pip install -e '.[test]'")
 
@@ -45,6 +45,8 @@ REVEALED = {  # expression -> its type, as mypy writes it
     "m.mask_id": "int | None",
     'dllm.samplers.registry.parse("threshold")': "list[dllm.samplers.base.Method]",
     "dllm.eval.config.GenerateSpec().top_k": "int | None",
+    "dllm.samplers.Needs().revises": "bool",
+    "dllm.drafting.ADL().k_min": "int",
     "dllm.DllmError": "def (*args: object) -> dllm.errors.DllmError",
 }
 ERRORS = {  # line -> what is wrong with it
@@ -66,7 +68,8 @@ follow_imports = skip
 def said(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[int, str]:
     """What mypy says of each line of a user's file that lies outside of the checkout."""
     folder = tmp_path_factory.mktemp("user")
-    head = "import dllm\nimport dllm.eval.config\nimport dllm.samplers.registry\nm = dllm.load('tiny')\n"
+    modules = ("dllm", "dllm.drafting", "dllm.eval.config", "dllm.samplers.registry")
+    head = "".join(f"import {name}\n" for name in modules) + "m = dllm.load('tiny')\n"
     lines = [*(f"reveal_type({expression})" for expression in REVEALED), *ERRORS]
     (folder / "mine.py").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     (folder / "mypy.ini").write_text(SETTINGS, encoding="utf-8")
@@ -113,7 +116,7 @@ def test_a_file_takes_what_a_call_takes(name: str) -> None:
     spec, kind = GenerateSpec.__dataclass_fields__[name], get_type_hints(Arguments)[name]
     rule = RULES.get(name)
     for value in (True, -1, 0, 1, 2, 0.5, -0.5, "x") if kind != bool | None and rule is not None else ():
-        refused = bool(misfit(spec.type, value, spec.metadata))
+        refused = bool(misfit(spec.type, value, Limits(**spec.metadata)))
         if refused:
             with pytest.raises(DllmError, match=f"{name}="):
                 rule.check(name, value)

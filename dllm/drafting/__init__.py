@@ -1,10 +1,11 @@
 """Drafting for autoregressive verifiers: everything that an author of drafters, searches and length controllers needs
 (docs/adding-a-drafter.md). The names load lazily."""
 
-# ruff: noqa: F401, I001  # the imports are for type checkers
+# ruff: noqa: I001  # the imports are for type checkers
 # fmt: off
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+import dllm
 
 if TYPE_CHECKING:
     from dllm.drafting.autoregressive import ARDrafter
@@ -23,27 +24,28 @@ if TYPE_CHECKING:
     from dllm.drafting.verifier import CausalLM, Verifier
     from dllm.spec import param
 
-_NAMES = {
-    "drafting.autoregressive": "ARDrafter",
-    "drafting.control": "ADL Controller CostAware FailFast Fixed Heuristic RejectionThreshold RoundStats",
-    "drafting.diffusion": "DiffusionDrafter SamplerDrafter",
-    "drafting.drafters": "Drafter Need",
-    "drafting.front": "calibrate",
-    "drafting.lattice": "DraftFailure Lattice",
-    "drafting.loop": "SpecConfig SpecResult",
-    "drafting.proposal": "EMPTY Proposal Rows chain",
-    "drafting.registry": "as_drafter as_verifier",
-    "drafting.retrieval": "Fallback PromptLookup SuffixDrafter TokenRecycling",
-    "drafting.search": "EAL Argmax BestFirstTree CPSBeam CPSSample Edges PathSearch Sample SampleTree Viterbi",
-    "drafting.verifier": "CausalLM Verifier",
-    "spec": "param",
+_HOMES = {
+    "dllm.drafting.autoregressive": "ARDrafter",
+    "dllm.drafting.control": "ADL Controller CostAware FailFast Fixed Heuristic RejectionThreshold RoundStats",
+    "dllm.drafting.diffusion": "DiffusionDrafter SamplerDrafter",
+    "dllm.drafting.drafters": "Drafter Need",
+    "dllm.drafting.front": "calibrate",
+    "dllm.drafting.lattice": "DraftFailure Lattice",
+    "dllm.drafting.loop": "SpecConfig SpecResult",
+    "dllm.drafting.proposal": "EMPTY Proposal Rows chain",
+    "dllm.drafting.registry": "as_drafter as_verifier",
+    "dllm.drafting.retrieval": "Fallback PromptLookup SuffixDrafter TokenRecycling",
+    "dllm.drafting.search": "EAL Argmax BestFirstTree CPSBeam CPSSample Edges PathSearch Sample SampleTree Viterbi",
+    "dllm.drafting.verifier": "CausalLM Verifier",
+    "dllm.spec": "param",
 }
-_HOME = {name: f"dllm.{module}" for module, names in _NAMES.items() for name in names.split()}
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [
+    "ADL", "EAL", "EMPTY", "ARDrafter", "Argmax", "BestFirstTree", "CPSBeam", "CPSSample", "CausalLM", "Controller",
+    "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback", "Fixed",
+    "Heuristic", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal", "RejectionThreshold", "RoundStats",
+    "Rows", "Sample", "SampleTree", "SamplerDrafter", "SpecConfig", "SpecResult", "SuffixDrafter", "TokenRecycling",
+    "Verifier", "Viterbi", "as_drafter", "as_verifier", "calibrate", "chain", "param",
+]
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return vars(import_module(_HOME[name]))[name]
+    __getattr__ = dllm.lazy(__name__, _HOMES)
