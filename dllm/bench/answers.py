@@ -20,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 import dllm
-from dllm.call.arguments import DecodingArguments
 from dllm.errors import DllmError, first_line
 from dllm.eval.metrics import interval, ratio, verdicts
 from dllm.eval.records import Sample
@@ -29,7 +28,6 @@ from dllm.models.arguments import Checkpoint
 from dllm.models.native import NativeModel
 from dllm.samplers.registry import published
 from dllm.tasks import registry as tasks
-from dllm.tasks.base import Example
 from dllm.training.evaluate import WINDOW
 
 CHUNK = 64  # answers decoded together
@@ -186,13 +184,8 @@ class Answers:
         return best.setting
 
 
-@cache
-def problems(task: str, split: str, n: int) -> list[Example]:
-    """The first n problems of a split."""
-    return tasks.generate(task, split, n)
-
-
 _load = cache(dllm.load)
+problems = cache(tasks.generate)  # (task, split, n): the first n problems of a split
 
 
 def solve(model: NativeModel | Checkpoint, batch_size: int, cache: str | None, part: Part) -> list[Solved]:
@@ -201,10 +194,10 @@ def solve(model: NativeModel | Checkpoint, batch_size: int, cache: str | None, p
     (task, split, sampler, n), indices = part
     examples = [problems(task, split, n)[i] for i in indices]
     chats = [[{"role": "user", "content": e.prompt}] for e in examples]
-    call: DecodingArguments = {"max_new_tokens": WINDOW[task], "batch_size": batch_size, "cache": cache}
-    call["sampler"] = published(sampler)
     began = time.perf_counter()
-    outputs = dllm.generate(model, chats, **call)
+    outputs = dllm.generate(
+        model, chats, sampler=published(sampler), max_new_tokens=WINDOW[task], batch_size=batch_size, cache=cache
+    )
     each = (time.perf_counter() - began) / len(indices)
     return [
         Solved(task, split, sampler, i, tasks.grade(task, e, o.text), o.nfe, len(o.tokens), each)
