@@ -41,6 +41,8 @@ def test_every_model_has_the_members(name):
     if not model.supports_cache:
         with pytest.raises(DllmError, match='use cache="none"'):
             model.new_store(1, 4)
+        with pytest.raises(DllmError, match='use cache="none"'):
+            model.forward_kv(torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None])
 
 
 class Parrot(Model):

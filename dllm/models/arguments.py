@@ -172,9 +172,7 @@ class Checkpoint(LoadArguments):
         return {"name": self.name, **values}
 
 
-@spec.plain.register
-def _(made: Checkpoint) -> dict[str, object]:
-    return made.plain()
+spec.plain.register(Checkpoint, Checkpoint.plain)
 
 
 def _read(name: str, value: object) -> object:

@@ -44,8 +44,6 @@ LAYERS: Kind = (lambda v: is_id(v) and 0 < v <= 10_000, "a positive whole number
 COUNT: Kind = (lambda v: is_id(v) and v >= 0, "a whole number, 0 or more")
 FACTOR: Kind = (lambda v: _number(v) and v > 0, "a positive number")
 FLAG: Kind = (lambda v: isinstance(v, bool) or v in (0, 1), "true or false")
-ID: Kind = (is_id, "a whole number")
-OBJECT: Kind = (lambda v: isinstance(v, dict), "an object")
 
 # what the values of config.json may be, besides null
 KINDS: dict[str, Kind] = {
@@ -62,8 +60,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("tie_word_embeddings", "weight_tying", "include_qkv_bias", "rope_full_precision"), FLAG),
     **dict.fromkeys(("qk_layernorm", "use_qk_norm", "use_bias", "norm_topk_prob", "multi_query_attention"), FLAG),
     **dict.fromkeys(("moe_router_enable_expert_bias",), FLAG),
-    **dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id"), ID),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), OBJECT),
+    **dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id"), (is_id, "a whole number")),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (lambda v: isinstance(v, dict), "an object")),
     "logits_shift": (lambda v: is_id(v) and v in (0, 1), "0 or 1"),
     "eos_token_id": (is_ids, "an id or a list of ids"),
     "mlp_only_layers": (lambda v: isinstance(v, list) and is_ids(v), "a list of layers"),

@@ -17,7 +17,7 @@ from dllm.models.checkpoint import save_weights
 from dllm.models.config import Json, ModelConfig, is_id
 from dllm.models.families import FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
-from dllm.models.files import replaced_checkpoint, write_json
+from dllm.models.files import optional_json, replaced_checkpoint, write_json
 from dllm.models.model import ForwardOptions, Model, shut
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.tokenizer import Message, Tokenizer
@@ -157,7 +157,7 @@ class NativeModel(Model):
 
 def _without_absent_code(path: Path, folder: Path) -> None:
     """Drop from a configuration the classes whose code comes neither with the checkpoint nor from a repository."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = optional_json(path)
     if not isinstance(classes := content.pop("auto_map", None), dict):
         return
 

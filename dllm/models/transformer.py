@@ -31,7 +31,7 @@ class KVStore(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(t.numel() * t.element_size() for side in self for t in side)
+        return sum(t.nbytes for side in self for t in side)
 
 
 class RMSNorm(nn.Module):
