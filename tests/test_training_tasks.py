@@ -11,7 +11,7 @@ from dllm.errors import DllmError
 from dllm.tasks.base import SPLITS, Example
 from dllm.tasks.functions import Interpreter
 from dllm.tasks.registry import TASKS, generate, grade
-from dllm.tasks.sudoku import _show, grids
+from dllm.tasks.sudoku import grids, show
 from dllm.tasks.word_problems import MOST
 
 
@@ -59,7 +59,7 @@ def test_there_are_more_than_a_million_word_problems() -> None:
 
 def test_sudoku_grids_and_held_out_counts() -> None:
     assert len(grids()) == len(set(grids())) == 288
-    splits = [TASKS["sudoku"].split_of(_show(g)) for g in grids()]
+    splits = [TASKS["sudoku"].split_of(show(g)) for g in grids()]
     assert (splits.count("train"), splits.count("validation"), splits.count("test")) == (240, 16, 32)
     for example in generate("sudoku", "test", 50, 0):
         puzzle = re.sub(r"\s", "", example.prompt.split(":")[1])

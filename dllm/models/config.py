@@ -28,11 +28,11 @@ class MoEConfig:
     top_k: int
     intermediate_size: int
     score: Literal["softmax", "sigmoid"] = "softmax"
-    renormalize: bool = False  # the chosen weights are divided by their sum
-    scale: float = 1.0  # and multiplied by this
+    renormalize: bool = False  # divide the weights of the chosen experts by their sum
+    scale: float = 1.0  # factor on the weights of the chosen experts
     n_groups: int = 1  # sigmoid router: the choice is limited to `topk_groups` of `n_groups` groups of experts
     topk_groups: int = 1
-    expert_bias: bool = False  # added for the choice, not for the weights
+    expert_bias: bool = False  # added to the scores for the choice, not for the weights
     shared_size: int = 0  # width of the expert that every token passes; 0: none
     dense_layers: tuple[int, ...] = ()  # layers with an ordinary MLP
 

@@ -48,7 +48,6 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
 
     A folder with a LoRA adapter (peft) is merged into the base that it names. A transformers model that is already
     loaded may be passed in place of a name.
-
     """
     name_or_path, arguments = _asked(name_or_path, given)
     if not isinstance(name_or_path, str | Path):

@@ -12,8 +12,6 @@ NAMES = Names(
     layer="model.transformer.blocks.{}", input_norm="attn_norm", mlp_norm="ff_norm", q="q_proj", k="k_proj",
     v="v_proj", o="attn_out", gate="ff_proj", up="up_proj", down="ff_out",
 )  # fmt: skip
-
-
 # keys of config.json -> fields of `ModelConfig`
 KEYS = {
     "embedding_size": "embedding_rows", "d_model": "hidden_size", "n_layers": "n_layers", "n_heads": "n_heads",

@@ -32,10 +32,11 @@ def grids() -> tuple[Grid, ...]:
 def split_of_grids() -> dict[str, str]:
     """The split of every solution grid, by the text of the grid."""
     names = [name for name, n in HELD_OUT.items() for _ in range(n)]
-    return {_show(g): names[i] if i < len(names) else "train" for i, g in enumerate(grids())}
+    return {show(g): names[i] if i < len(names) else "train" for i, g in enumerate(grids())}
 
 
-def _show(cells: Grid) -> str:
+def show(cells: Grid) -> str:
+    """Four lines of four digits; 0 is a blank."""
     text = "".join(str(c) if c else "_" for c in cells)
     return "\n".join(text[i : i + 4] for i in range(0, 16, 4))
 
@@ -62,8 +63,8 @@ def draw_sudoku(rng: random.Random) -> Example:
         puzzle = tuple(0 if i in blanks else c for i, c in enumerate(solution))
         if _solutions(puzzle) == 1:
             break
-    meta = {"key": _show(solution), "blanks": len(blanks)}
-    return Example(f"Solve this sudoku:\n{_show(puzzle)}", _show(solution), meta)
+    meta = {"key": show(solution), "blanks": len(blanks)}
+    return Example(f"Solve this sudoku:\n{show(puzzle)}", show(solution), meta)
 
 
 def grade_sudoku(example: Example, text: str) -> bool:

@@ -18,23 +18,17 @@ HE = (
     "Liam", "Finn", "Carl", "Dan", "Karl", "Amir", "John", "Bob", "James", "Peter", "Mike", "David", "Tim", "Joe",
     "Alex", "Nick",
 )  # fmt: skip
-
-
 SHE = (
     "Ana", "Mia", "Eva", "Zoe", "Lily", "Emma", "Nora", "Rosa", "Sara", "Maya", "Ella", "Ruth", "Lucy", "Anna",
     "Kate", "Jane", "Lena", "Nina", "Olga", "Ines", "Alice", "Mary", "Sarah", "Julia", "Laura", "Clara", "Amy",
     "Sue", "Jill", "Betty",
 )  # fmt: skip
-
-
 ITEMS = (
     "apples", "pears", "books", "pens", "coins", "stamps", "marbles", "cards", "eggs", "shells", "stickers",
     "balls", "cookies", "flowers", "oranges", "lemons", "stones", "candles", "toys", "beads", "plums", "cups",
     "buttons", "pencils", "peaches", "tickets", "nuts", "keys", "roses", "muffins", "dollars", "bananas",
     "cherries", "cakes", "sweets", "dolls", "cars", "rocks", "hats", "fish",
 )  # fmt: skip
-
-
 BOXES = ("bags", "boxes", "packs", "baskets", "jars", "crates")
 GAIN = ("buys", "finds", "gets", "wins", "collects", "receives")
 LOSE = ("eats", "loses", "sells", "gives away", "drops", "uses")
