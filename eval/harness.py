@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import dllm
 from dllm.call.arguments import Arguments
-from dllm.call.encoding import encode
 from dllm.call.job import prepare
 from dllm.call.output import Output
+from dllm.call.prompts import encode
 from dllm.errors import DllmError, nearest, unknown
 from dllm.eval import metrics
 from dllm.eval.arguments import THEIRS, layered, translated

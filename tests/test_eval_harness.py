@@ -117,7 +117,7 @@ def test_every_batch_is_cached_when_it_is_there(model, monkeypatch):
 def test_likelihood_is_the_seeded_bound(model):
     lm = DiffusionLM(MODEL, model, mc_num=8, seed=3)
     (value, greedy), (again, _) = lm.loglikelihood(asked(("Tom has 3", " apples"), ("Tom has 3 ", "apples")), True)
-    ids = [dllm.call.encoding.encode(model, text, False) for text in ("Tom has 3", "Tom has 3 apples")]
+    ids = [dllm.call.prompts.encode(model, text, False) for text in ("Tom has 3", "Tom has 3 apples")]
     tail = ids[1][len(ids[0]) :]
     assert value == dllm.score(model, ids[0], tail, samples=8, seed=3) and value < 0 and greedy is False
     assert again == value  # the space at the border belongs to the continuation
@@ -130,9 +130,9 @@ def test_likelihood_is_the_seeded_bound(model):
 
 def test_greedy_continuations_are_recognised_on_request(model):
     lm = DiffusionLM(MODEL, model, mc_num=1, check_greedy=True)
-    head = dllm.call.encoding.encode(model, "Tom has 3 apples.", False)
+    head = dllm.call.prompts.encode(model, "Tom has 3 apples.", False)
     text = model.tokenizer.decode(lm.greedy(head, 3))
-    if dllm.call.encoding.encode(model, "Tom has 3 apples." + text, False)[: len(head)] == head:
+    if dllm.call.prompts.encode(model, "Tom has 3 apples." + text, False)[: len(head)] == head:
         assert lm.loglikelihood(asked(("Tom has 3 apples.", text)), True)[0][1] is True
     assert lm.loglikelihood(asked(("Tom has 3 apples.", " zzz qqq")), True)[0][1] is False
 
@@ -155,9 +155,9 @@ def test_arguments(model, caplog):
 def test_too_long_prompts_are_cut_on_the_left(model, caplog):
     lm = DiffusionLM(MODEL, model)
     long, given = "word " * 400, {"until": [], "max_gen_toks": 10}
-    count = len(dllm.call.encoding.encode(model, long, False))
+    count = len(dllm.call.prompts.encode(model, long, False))
     cut = lm.generate_until(asked((long, given), ("Tom has 3", given)), disable_tqdm=True)
-    ids = dllm.call.encoding.encode(model, long, False)[10 - model.max_positions :]
+    ids = dllm.call.prompts.encode(model, long, False)[10 - model.max_positions :]
     assert cut[0] == dllm.generate(model, ids, max_new_tokens=10).text
     said = f"1 requests had prompts that were cut on the left to fit the model; the first: {count - len(ids)} tokens"
     assert said in caplog.text and list(lm.get_model_info()["remarks"].values()) == [1]

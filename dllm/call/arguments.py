@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.engine import Step
@@ -15,6 +15,7 @@ from dllm.errors import DllmError, nearest, unknown
 from dllm.lookahead.setting import Lookahead
 from dllm.samplers.registry import Spec
 
+T = TypeVar("T")
 CacheSpec: TypeAlias = str | Mapping[str, object] | Policy
 LookaheadSpec: TypeAlias = int | str | Mapping[str, object] | Lookahead
 
@@ -106,20 +107,14 @@ def at_least(lowest: int) -> Rule:
     return Rule(Integral, lambda n: n >= lowest, f"an integer of at least {lowest}")
 
 
-# None is allowed as well where it is the default
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(("block_length", "steps", "top_k", "n", "batch_size", "max_nfe"), at_least(1)),
-    **dict.fromkeys(("max_new_tokens", "min_new_tokens"), at_least(0)),
-    "seed": Rule(Integral, lambda n: abs(n) < 1 << 62, "an integer, below 2**62"),
-    "temperature": Rule(Real, lambda x: 0 <= x < math.inf, "0 (greedy) or positive"),
-    "cfg_scale": Rule(Real, lambda x: 0 <= x < math.inf, "0 (off) or positive"),
-    "top_p": Rule(Real, lambda x: 0 < x <= 1, "in (0, 1]"),
-    **dict.fromkeys(
-        ("gumbel", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "chat", "infill", "trace", "compile"),
-        Rule(bool, lambda _: True, "True or False"),
-    ),
-    "check": Rule(object, callable, "what takes a step, such as dllm.decoding.invariants.Checked()"),
-}
+COUNT, WHOLE = at_least(1), at_least(0)
+FLAG = Rule(bool, lambda _: True, "True or False")
+STEP = Rule(object, callable, "what takes a step, such as dllm.decoding.invariants.Checked()")
+
+
+def ruled(default: T, rule: Rule) -> T:
+    """A field that is checked; None is allowed as well where it is the default."""
+    return field(default=default, metadata={"rule": rule})
 
 
 class DecodingArguments(TypedDict, total=False):
@@ -160,31 +155,34 @@ class Arguments:
 
     sampler: Spec | None = None  # a name, "name:key=value", "a+b", a mapping or a list of these; None: the family's
     cache: CacheSpec | None = None  # a policy, in the same forms; None: the model's (docs/caches.md)
-    max_new_tokens: int | None = None  # columns behind the prompt; None: 128 or what fits, 0 with infill
-    block_length: int | None = None  # columns decoded before the next ones; None: the model's, else the family's
-    steps: int | None = None  # forwards over the whole window (quota samplers); None: one token a step
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float | None = None  # nucleus
-    top_k: int | None = None
-    gumbel: bool = False  # draw by Gumbel noise instead of the inverse CDF: the same law, other draws
-    cfg_scale: float = 0.0  # classifier-free guidance; 0 is off
-    seed: int = 0  # request i uses seed + i
-    n: int = 1  # answers per prompt
+    max_new_tokens: int | None = ruled(None, WHOLE)  # columns behind the prompt; None: 128 or what fits, 0 with infill
+    # columns decoded before the next ones; None: the model's, else the family's
+    block_length: int | None = ruled(None, COUNT)
+    steps: int | None = ruled(None, COUNT)  # forwards over the whole window (quota samplers); None: one token a step
+    temperature: float = ruled(0.0, Rule(Real, lambda x: 0 <= x < math.inf, "0 (greedy) or positive"))  # 0 is greedy
+    top_p: float | None = ruled(None, Rule(Real, lambda x: 0 < x <= 1, "in (0, 1]"))  # nucleus
+    top_k: int | None = ruled(None, COUNT)
+    gumbel: bool = ruled(False, FLAG)  # draw by Gumbel noise instead of the inverse CDF: the same law, other draws
+    # classifier-free guidance; 0 is off
+    cfg_scale: float = ruled(0.0, Rule(Real, lambda x: 0 <= x < math.inf, "0 (off) or positive"))
+    # request i uses seed + i
+    seed: int = ruled(0, Rule(Integral, lambda n: abs(n) < 1 << 62, "an integer, below 2**62"))
+    n: int = ruled(1, COUNT)  # answers per prompt
     stop: str | Sequence[str] | None = None  # strings that end the answer
     eos: int | Sequence[int] | None = None  # ids that end it; None: the model's
-    min_new_tokens: int = 0  # no end token in the first columns
+    min_new_tokens: int = ruled(0, WHOLE)  # no end token in the first columns
     suppress_tokens: Sequence[int] = ()  # ids that are never predicted
-    logits_eos_inf: bool = False  # end tokens are never predicted (LLaDA)
-    confidence_eos_eot_inf: bool = False  # columns that predict an end token are committed last (LLaDA)
-    early_stop: bool = True  # False: every column is decoded, as in the public codes
+    logits_eos_inf: bool = ruled(False, FLAG)  # end tokens are never predicted (LLaDA)
+    confidence_eos_eot_inf: bool = ruled(False, FLAG)  # columns that predict an end token are committed last (LLaDA)
+    early_stop: bool = ruled(True, FLAG)  # False: every column is decoded, as in the public codes
     lookahead: LookaheadSpec | None = None  # rows of exact verification (docs/lookahead.md)
-    batch_size: int = 8  # rows decoded at a time
-    chat: bool | None = None  # whether text goes through the chat template; None: where there is one
-    infill: bool = False  # fill the mask tokens inside the prompt
-    trace: bool = False  # record what each forward committed
-    compile: bool = False  # torch.compile of the backbone
-    max_nfe: int | None = None  # forwards a row may take; None: 4 a column, and 64
-    check: Step | None = None  # takes every step and checks it: invariants.Checked() (docs/testing.md)
+    batch_size: int = ruled(8, COUNT)  # rows decoded at a time
+    chat: bool | None = ruled(None, FLAG)  # whether text goes through the chat template; None: where there is one
+    infill: bool = ruled(False, FLAG)  # fill the mask tokens inside the prompt
+    trace: bool = ruled(False, FLAG)  # record what each forward committed
+    compile: bool = ruled(False, FLAG)  # torch.compile of the backbone
+    max_nfe: int | None = ruled(None, COUNT)  # forwards a row may take; None: 4 a column, and 64
+    check: Step | None = field(default=None, metadata={"rule": STEP})  # checks every step (docs/testing.md)
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
@@ -205,6 +203,9 @@ class Arguments:
     def given(self) -> dict[str, Any]:
         """The arguments that are no defaults."""
         return {f.name: vars(self)[f.name] for f in fields(self) if vars(self)[f.name] != f.default}
+
+
+RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Arguments) if f.metadata}
 
 
 def counterpart(name: str) -> str:

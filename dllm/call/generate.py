@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Unpack, overload
 
-from dllm.call import own
-from dllm.call.arguments import DecodingArguments
-from dllm.call.job import Job, ModelLike, prepare, resolve_model
+from dllm.call.arguments import Arguments, DecodingArguments
+from dllm.call.job import MAX_NEW_TOKENS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
-from dllm.call.prompts import Ids, One, Prompt, Several, joined
+from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
 from dllm.decoding.engine import Tick
 from dllm.decoding.meter import Meter
 from dllm.decoding.recording import record
 from dllm.decoding.trace import BLANK
+from dllm.errors import DllmError
+from dllm.models.model import Model, OwnDecoder
+
+
+class CallArguments(DecodingArguments, total=False):
+    """Those of `generate` and `stream`: a prompt may come as transformers' `generate` takes it."""
+
+    input_ids: Ids | None
+    attention_mask: Ids | None
 
 
 @overload
@@ -27,22 +36,10 @@ def generate(
 ) -> list[Output]: ...
 @overload
 def generate(
-    model: ModelLike = None,
-    prompt: Prompt | None = None,
-    *,
-    input_ids: Ids | None = None,
-    attention_mask: Ids | None = None,
-    n: int = 1,
-    **arguments: Unpack[DecodingArguments],
+    model: ModelLike = None, prompt: Prompt | None = None, *, n: int = 1, **arguments: Unpack[CallArguments]
 ) -> Output | list[Output]: ...
 def generate(
-    model: ModelLike = None,
-    prompt: Prompt | None = None,
-    *,
-    input_ids: Ids | None = None,
-    attention_mask: Ids | None = None,
-    n: int = 1,
-    **arguments: Unpack[DecodingArguments],
+    model: ModelLike = None, prompt: Prompt | None = None, *, n: int = 1, **arguments: Unpack[CallArguments]
 ) -> Output | list[Output]:
     """Decode one prompt or a list of prompts.
 
@@ -55,7 +52,7 @@ def generate(
     Request i uses seed + i, so a row is the same alone and in a batch (docs/decoding.md says in which precision).
     Errors: `DllmError`, one line.
     """
-    events, single = _events(model, joined(prompt, input_ids, attention_mask), {"n": n, **arguments})
+    events, single = _events(model, prompt, n, arguments)
     outputs = {event.request: event.output for event in events if event.output is not None}
     calls = max(output.calls for output in outputs.values())  # of the whole call: those of the last to finish
     answers = [dataclasses.replace(outputs[i], calls=calls) for i in sorted(outputs)]
@@ -66,30 +63,28 @@ def stream(
     model: ModelLike = None,
     prompt: Prompt | None = None,
     *,
-    input_ids: Ids | None = None,
-    attention_mask: Ids | None = None,
     drafts: bool = False,
     n: int = 1,
-    **arguments: Unpack[DecodingArguments],
+    **arguments: Unpack[CallArguments],
 ) -> Iterator[Event]:
     """Decode and yield an `Event` whenever more text is final (or, with drafts, after every forward).
 
     The pieces of a prompt join to its `output.text`. Arguments and errors are those of `generate`; mistakes are raised
     by the call itself.
     """
-    prompt = joined(prompt, input_ids, attention_mask)
-    return _events(model, prompt, {"n": n, **arguments}, drafts, live=True)[0]
+    return _events(model, prompt, n, arguments, drafts, live=True)[0]
 
 
 def _events(
-    model: object, prompt: object, given: Mapping[str, Any], drafts: bool = False, live: bool = False
+    model: ModelLike, prompt: Prompt | None, n: int, arguments: CallArguments, drafts: bool = False, live: bool = False
 ) -> tuple[Iterator[Event], bool]:
     """The events of a call, in between and at the ends of its rows, and whether it had a single prompt."""
-    model = resolve_model(model)
+    prompt = joined(prompt, arguments.pop("input_ids", None), arguments.pop("attention_mask", None))
+    model, given = resolve_model(model), {"n": n, **arguments}
     if model.own_decoder is None:
         job = prepare(model, prompt, given)
         return _decoded(job, drafts, live), job.single
-    outputs, single = own.answers(model, model.own_decoder, prompt, given)
+    outputs, single = _own(model, model.own_decoder, prompt, given)
     return (Event(i, o.text, "" if drafts else None, o.nfe, o) for i, o in enumerate(outputs)), single
 
 
@@ -136,3 +131,41 @@ def _progress(job: Job, tick: Tick, row: int, drafts: bool) -> tuple[str, str | 
         return final, ""
     behind = "".join(BLANK if t == canvas.mask_id else job.stops.decode([t]) for t in ids[end:])
     return final, job.stops.decode(closed)[len(final) :] + behind
+
+
+# -- a model that decodes itself (`Model.own_decoder`): one prompt at a time, by no sampler of ours --------------------
+
+_TAKEN = {"sampler", "max_new_tokens", "seed", "n", "chat", "batch_size"}
+
+
+def _own(model: Model, decoder: OwnDecoder, prompt: object, given: Mapping[str, Any]) -> tuple[list[Output], bool]:
+    """The answers, and whether the call had a single prompt. Errors: arguments that the decoder cannot honour."""
+    args = Arguments.parse(given)
+    for name, value in args.given().items():
+        if name not in _TAKEN:
+            raise DllmError(f"{name}={value!r} does not apply to DiffusionGemma, which decodes itself; leave it out")
+    options = decoder.options(args.sampler)
+    prompts, single = prompt_ids(model, prompt, args.chat, args.n)
+    new = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    outputs: list[Output] = []
+    for seed, ids in enumerate(prompts, args.seed):
+        began = time.perf_counter()
+        done = decoder.decode(ids, new, seed, options)
+        output = Output(
+            text="" if model.tokenizer is None else model.tokenizer.decode(done.tokens, skip_special_tokens=True),
+            sequences=ids + done.tokens,
+            tokens=done.tokens,
+            nfe=done.nfe,
+            calls=done.nfe + sum(output.nfe for output in outputs),  # of the call so far
+            finish_reason="stop" if done.stopped else "length",
+            seconds=time.perf_counter() - began,
+            prefill_seconds=0.0,
+            positions=done.nfe * (model.block_size or 0),
+            canvas_length=len(ids) + new,
+            decoded=len(done.tokens),
+            sampler="native",
+            cache="native",
+            seed=seed,
+        )
+        outputs.append(output)
+    return outputs, single

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from dllm.call.arguments import DEFAULTS, Arguments, FamilyDefaults
-from dllm.call.encoding import prompt_ids
 from dllm.call.output import Output
-from dllm.call.prompts import check_ids, listed_ids
+from dllm.call.prompts import check_ids, listed_ids, prompt_ids
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State
@@ -138,8 +137,7 @@ class Job:
 def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     """Check a call and lay out its canvases. Errors: every mistake that shows before the first forward."""
     args, model = Arguments.parse(given), resolve_model(model)
-    prompts, single = prompt_ids(model, prompt, args.chat)
-    prompts = [ids for ids in prompts for _ in range(args.n)]
+    prompts, single = prompt_ids(model, prompt, args.chat, args.n)
     canvas, windows, tails = lay_out(model, prompts, args)
     if args.compile:
         model.compile()
@@ -158,7 +156,7 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
-    return Job(model, args, sampler, policy, options, queue, prompts, stops, single and args.n == 1, tails, ahead)
+    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead)
 
 
 def resolve_model(model: object) -> Model:
@@ -189,15 +187,17 @@ class Layout(NamedTuple):
 def lay_out(model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True) -> Layout:
     """Prompts, then masks.
 
-    A block-causal model is fed `whole` blocks: masks beyond max_new_tokens fill the last one. They are decoded with
-    early_stop=False only, and never part of an output: the tail. Errors: prompts that do not fit, masks in them.
+    A block-causal model is fed `whole` blocks, as far as its positions reach: masks beyond max_new_tokens fill the last
+    one. They are decoded with early_stop=False only, and never part of an output: the tail. Errors: prompts that do not
+    fit, masks in them.
     """
     mask, starts, rows = mask_of(model), [], []
     for index, prompt in enumerate(prompts):
         new = new_tokens(model, args, len(prompt))
         starts.append(_start(model, prompt, index, args.infill, new))
         rows.append(prompt + [mask] * new)
-    tails = [tail(model, len(r)) if whole and not args.infill else 0 for r in rows]
+    block = model.block_size if whole and not args.infill and model.block_size else 1
+    tails = [min(-len(r) % block, model.max_positions - len(r)) for r in rows]
     rows = [r + [mask] * extra for r, extra in zip(rows, tails, strict=True)]
     width = max(map(len, rows))
     length, start = torch.tensor([len(r) for r in rows]), torch.tensor(starts)
@@ -244,11 +244,6 @@ def new_tokens(model: Model, args: Arguments, given: int) -> int:
     if args.min_new_tokens > new:
         raise DllmError(f"min_new_tokens={args.min_new_tokens} is more than max_new_tokens={new}")
     return new
-
-
-def tail(model: Model, length: int) -> int:
-    """Columns behind `length` that complete the last block of a block-causal model, as far as its positions reach."""
-    return min(-length % (model.block_size or 1), model.max_positions - length)
 
 
 def _context(model: Model, args: Arguments, windows: list[int]) -> Context:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from dllm.decoding.stopping import valid_text
 from dllm.errors import DllmError
 from dllm.models.config import is_id
-from dllm.models.tokenizer import Message, Tokenizer
+from dllm.models.model import Model
+from dllm.models.tokenizer import NO_TOKENIZER, Message, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,8 @@ def read(prompt: object, encode: Encode, padding: Padding = Padding()) -> tuple[
     "attention_mask": the same shape}). Errors: an empty batch, mixed types, padding that cannot be told from text.
     """
     if _encoded(prompt):
-        _only_text(prompt)
+        if other := sorted(set(prompt) - {"input_ids", "attention_mask"} - IGNORED):
+            raise DllmError(f"only text can be decoded; the tokenizer's output also holds {', '.join(other)}")
         return _read_ids(prompt["input_ids"], prompt.get("attention_mask"), padding)
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and all(map(_encoded, prompt)):
         batches = [read(p, encode, padding)[0] for p in prompt]
@@ -173,12 +176,6 @@ def _encoded(prompt: object) -> TypeGuard[Encoding]:
     return isinstance(prompt, Mapping) and "input_ids" in prompt
 
 
-def _only_text(encoding: Encoding) -> None:
-    other = sorted(set(encoding) - {"input_ids", "attention_mask"} - IGNORED)
-    if other:
-        raise DllmError(f"only text can be decoded; the tokenizer's output also holds {', '.join(other)}")
-
-
 def _texts(prompt: object) -> Iterable[str]:
     """Every string of a prompt."""
     if isinstance(prompt, str):
@@ -191,6 +188,43 @@ def _texts(prompt: object) -> Iterable[str]:
             yield from _texts(value)
 
 
+# -- of a dLLM: templates, padding, unconditional starts -------------------------------------------------------------
+
+
+def prompt_ids(model: Model, prompt: object, chat: bool | None, n: int) -> tuple[list[list[int]], bool]:
+    """Token ids for each of the `n` answers to every prompt, and whether it is one answer; None starts from nothing."""
+    if prompt is None:
+        prompts, single = [unprompted(model)], True
+    else:
+        prompts, single = read(prompt, partial(encode, model, chat=chat), padding(model))
+    return [ids for ids in prompts for _ in range(n)], single and n == 1
+
+
+def encode(model: Model, prompt: Text, chat: bool | None) -> list[int]:
+    """Token ids of text or chat messages. Text goes through the chat template where there is one (chat=None)."""
+    if model.tokenizer is None:
+        raise DllmError(f"this model has no tokenizer ({NO_TOKENIZER}): pass ids, or load it with tokenizer=")
+    if not isinstance(prompt, str):
+        return model.chat(prompt)
+    if chat or (chat is None and getattr(model.tokenizer, "chat_template", None)):  # foreign
+        return model.chat([{"role": "user", "content": prompt}])
+    return list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def padding(model: Model) -> Padding:
+    """What ids of this model may be padding."""
+    return Padding.of(model.tokenizer, model.pad_id, (*model.eos_ids, model.bos_id, model.mask_id))
+
+
+def unprompted(model: Model) -> list[int]:
+    """Unconditional generation starts from bos where the model is shifted, else from nothing."""
+    if not model.shift:
+        return []
+    if model.bos_id is None:
+        raise DllmError("this model predicts the next token and has no bos id: pass a prompt")
+    return [model.bos_id]
+
+
 # -- padding --------------------------------------------------------------------------------------------------------
 
 
@@ -201,17 +235,21 @@ def _read_ids(given: object, mask: object, padding: Padding) -> tuple[list[list[
     rows = [[int(i) for i in p] for p in listed]
     if mask is None:
         return _without_padding(rows, isinstance(given, Array), padding), single
-    masks = mask.tolist() if isinstance(mask, Array) else mask
-    masks = [masks] if single or not isinstance(masks, Sequence) else list(masks)
+    masks = [mask] if single else _items(mask)
     if len(masks) != len(rows):
         raise DllmError(f"attention_mask has {len(masks)} rows for {len(rows)} prompts: it has the shape of input_ids")
     return [_kept(i, *pair) for i, pair in enumerate(zip(rows, masks, strict=True))], single
 
 
-def _kept(index: int, ids: list[int], mask: object) -> list[int]:
-    """The ids that the mask keeps. Errors: another length, values beside 0 and 1, a hole inside the text."""
-    mask = mask.tolist() if isinstance(mask, Array) else mask
-    mask = list(mask) if isinstance(mask, Sequence) else [mask]
+def _items(given: object) -> list[Any]:
+    """The items of a sequence or an array, and one value as a list."""
+    given = given.tolist() if isinstance(given, Array) else given
+    return list(given) if isinstance(given, Sequence) else [given]
+
+
+def _kept(index: int, ids: list[int], given: object) -> list[int]:
+    """The ids that a mask keeps. Errors: another length, values beside 0 and 1, a hole inside the text."""
+    mask = _items(given)
     if len(mask) != len(ids):
         raise DllmError(f"attention_mask of prompt {index} has {len(mask)} values for {len(ids)} ids")
     if any(isinstance(v, Sequence) or v not in (0, 1) for v in mask):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dllm.call.arguments import Arguments, at_least
-from dllm.call.encoding import encode, padding, unprompted
 from dllm.call.job import ModelLike, mask_of, resolve_model
-from dllm.call.prompts import Ids, Prompt, check_ids, joined, read_one
+from dllm.call.prompts import Ids, Prompt, check_ids, encode, joined, padding, read_one, unprompted
 from dllm.decoding import noise
 from dllm.errors import DllmError
 from dllm.models.model import Model
