@@ -37,58 +37,52 @@ class Acceptance:
         return len(self.path)
 
 
-def walk_greedy(proposal: Proposal, best: Sequence[int]) -> Acceptance:
-    """Follow the argmax. `best[i + 1]` is the verifier's token after node `i`, `best[0]` after the root."""
-    return _walk(proposal, lambda node, _: best[node + 1])
-
-
-def walk_scores(proposal: Proposal, scores: Target) -> Acceptance:
-    """Follow the argmax of processed scores, computed only where the walk comes by."""
-    return _walk(proposal, lambda node, path: int(scores(node, path).argmax()))
-
-
 def walk_sample(proposal: Proposal, prob: Target, generator: torch.Generator | None = None) -> Acceptance:
     """Sample-and-match for point proposals: exact at any temperature with p alone."""
-    return _walk(proposal, lambda node, path: draw(prob(node, path), generator))
+    return _match(proposal, lambda node, since: draw(prob(node, since), generator))
 
 
-def _walk(proposal: Proposal, token_at: Callable[[int, Sequence[int]], int]) -> Acceptance:
+def _match(proposal: Proposal, token_at: Callable[[int, Sequence[int]], int]) -> Acceptance:
+    """Follow the verifier's own tokens, computed only where the walk comes by."""
+
+    def step(node: int, since: Sequence[int]) -> tuple[int, int | None]:
+        token = token_at(node, since)
+        return token, next((c for c in proposal.children.get(node, ()) if proposal.tokens[c] == token), None)
+
+    return _walk(step)
+
+
+def _walk(step: Callable[[int, Sequence[int]], tuple[int, int | None]]) -> Acceptance:
+    """From the root as long as a step, (node, tokens since the root) -> (token, its node), stays in the draft."""
     emitted: list[int] = []
-    path: list[int] = []
-    node = -1
+    path = [-1]
     while True:
-        token = token_at(node, emitted)
+        token, node = step(path[-1], emitted)
         emitted.append(token)
-        node = next((c for c in proposal.children.get(node, ()) if proposal.tokens[c] == token), -2)
-        if node == -2:
-            return Acceptance(tuple(emitted), tuple(path))
+        if node is None:
+            return Acceptance(tuple(emitted), tuple(path[1:]))
         path.append(node)
 
 
 def reject(proposal: Proposal, prob: Target, generator: torch.Generator | None = None) -> Acceptance:
     """The ratio test for sampled chains and its recursive form for siblings drawn without replacement."""
     assert proposal.rows is not None
-    emitted: list[int] = []
-    path: list[int] = []
-    node = -1
-    while True:
-        p = prob(node, emitted).double()
-        left, q, chosen = p, None, None
+    rows = proposal.rows
+
+    def step(node: int, since: Sequence[int]) -> tuple[int, int | None]:
+        left, q = prob(node, since).double(), None
         for child in proposal.children.get(node, ()):
             token = proposal.tokens[child]
-            q = proposal.rows.dense(child, len(p)).to(p.device) if q is None else q
+            q = rows.dense(child, len(left)).to(left.device) if q is None else q
             if float(torch.rand((), generator=generator, dtype=torch.float64)) * float(q[token]) < float(left[token]):
-                chosen = child
-                break
+                return token, child
             left = _normalise((left - q).clamp_min(0), left)
             q = q.clone()
             q[token] = 0
             q = _normalise(q, q)
-        if chosen is None:
-            return Acceptance((*emitted, draw(left, generator)), tuple(path))
-        emitted.append(proposal.tokens[chosen])
-        path.append(chosen)
-        node = chosen
+        return draw(left, generator), None
+
+    return _walk(step)
 
 
 def _normalise(x: Tensor, otherwise: Tensor) -> Tensor:
@@ -121,7 +115,8 @@ def judge(
     node itself: drafted tokens that a processor forbids are rejected by construction.
     """
     if not do_sample and not processors:
-        return walk_greedy(proposal, logits.float().argmax(-1).tolist())
+        best = logits.float().argmax(-1).tolist()
+        return _match(proposal, lambda node, _: int(best[node + 1]))
     text = torch.tensor([*prefix], device=logits.device)
 
     def scores(node: int, since: Sequence[int]) -> Tensor:
@@ -132,7 +127,7 @@ def judge(
         return row[0]
 
     if not do_sample:
-        return walk_scores(proposal, scores)
+        return _match(proposal, lambda node, since: int(scores(node, since).argmax()))
 
     def prob(node: int, since: Sequence[int]) -> Tensor:
         return torch.softmax(scores(node, since), -1).cpu()  # the draws are made on the host, in float64

@@ -59,9 +59,9 @@ class ARDrafter(Drafter):
             token = torch.multinomial(row, 1, generator=generator) if self.need.sampled else row.argmax()
             tokens.append(int(token))
             rows.append(row)
-        if not self.need.sampled:
-            return chain(tokens, [float(row.max()) for row in rows])
-        return Proposal(tuple(tokens), tuple(range(-1, len(tokens) - 1)), "sampled", Rows(torch.stack(rows)))
+        if self.need.sampled:
+            return chain(tokens, rows=Rows(torch.stack(rows)))
+        return chain(tokens, [float(row.max()) for row in rows])
 
     def _row(self, logits: Tensor) -> Tensor:
         logits = fit(logits.float(), self.need.vocab)[None]

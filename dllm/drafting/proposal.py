@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dllm.errors import DllmError
 
+Kind = Literal["point", "sampled"]
 TOLERANCE = 1e-3  # of a sum of probabilities in float32, over vocabularies of 10^5
 
 
@@ -63,7 +64,7 @@ class Proposal:
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
-    kind: Literal["point", "sampled"] = "point"
+    kind: Kind = "point"
     rows: Rows | None = None
     conf: tuple[float, ...] = ()
 
@@ -187,9 +188,10 @@ def _stack(a: Rows, b: Rows) -> Rows:
     )
 
 
-def chain(tokens: Sequence[int], conf: Sequence[float] = ()) -> Proposal:
-    """A deterministic chain."""
-    return Proposal(tuple(tokens), tuple(range(-1, len(tokens) - 1)), conf=tuple(conf))
+def chain(tokens: Sequence[int], conf: Sequence[float] = (), rows: Rows | None = None) -> Proposal:
+    """A deterministic chain, or one that was drawn from `rows`."""
+    kind: Kind = "point" if rows is None else "sampled"
+    return Proposal(tuple(tokens), tuple(range(-1, len(tokens) - 1)), kind, rows, tuple(conf))
 
 
 EMPTY = chain(())

@@ -24,7 +24,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from typing import ClassVar
 
 import torch
@@ -204,31 +206,28 @@ class EAL(PathSearch):
             layers.append(
                 list(dict.fromkeys(s for state in layers[i] for t, _, s in edges.out(i, state) if t not in eos))
             )
-        value: dict[State, float] = {}
+        value: dict[State, float] = {}  # of the states of the slot behind
+
+        def accepted(edge: Edge) -> float:
+            return math.exp(min(self.power * edge[1], 0.0))
+
+        def gain(edge: Edge) -> float:
+            token, _, state = edge
+            return accepted(edge) * (1.0 + (0.0 if token in eos else value.get(state, 0.0)))
+
         choice: list[dict[State, Edge]] = []
-        for i in range(edges.lat.k - 1, -1, -1):
-            now: dict[State, float] = {}
-            pick: dict[State, Edge] = {}
-            for state in layers[i]:
-                best = -1.0
-                for edge in edges.out(i, state):
-                    t, w, s = edge
-                    gain = math.exp(min(self.power * w, 0.0)) * (1.0 + (0.0 if t in eos else value.get(s, 0.0)))
-                    if gain > best:
-                        best, pick[state] = gain, edge
-                now[state] = best
-            value = now
-            choice.append(pick)
-        tokens: list[int] = []
-        conf: list[float] = []
+        for i in reversed(range(edges.lat.k)):
+            best = {state: max(edges.out(i, state), key=gain) for state in layers[i]}
+            value = {state: gain(edge) for state, edge in best.items()}
+            choice.append(best)
+        path: list[Edge] = []
         state = edges.root
-        for pick in reversed(choice):
-            t, w, state = pick[state]
-            tokens.append(t)
-            conf.append(math.exp(min(self.power * w, 0.0)))
-            if t in eos:
+        for best in reversed(choice):
+            path.append(best[state])
+            token, _, state = best[state]
+            if token in eos:
                 break
-        return chain(tokens, conf), value.get(edges.root, 0.0)
+        return chain([token for token, _, _ in path], list(map(accepted, path))), value.get(edges.root, 0.0)
 
 
 @dataclass(frozen=True)
@@ -246,12 +245,7 @@ class Sample(PathSearch):
         prob, index = _rows(edges.lat)
         pick = torch.multinomial(prob, 1, generator=generator)  # (k, 1)
         drawn = pick if index is None else index.gather(1, pick)
-        return _drawn(drawn[:, 0].tolist(), Rows(prob, index), edges.lat)
-
-
-def _drawn(tokens: list[int], rows: Rows, lat: Lattice) -> Proposal:
-    """A sampled chain over all slots of a lattice."""
-    return Proposal(tuple(tokens), tuple(range(-1, lat.k - 1)), "sampled", rows, tuple(lat.confidence))
+        return chain(drawn[:, 0].tolist(), edges.lat.confidence, Rows(prob, index))
 
 
 def _rows(lat: Lattice) -> tuple[Tensor, Tensor | None]:
@@ -284,7 +278,7 @@ class CPSSample(PathSearch):
             prob[i, : len(out)], index[i, : len(out)] = row, torch.tensor([t for t, _, _ in out])
             token, _, state = out[pick]
             tokens.append(token)
-        return _drawn(tokens, Rows(prob, index), edges.lat)
+        return chain(tokens, edges.lat.confidence, Rows(prob, index))
 
 
 @dataclass(frozen=True)
@@ -303,28 +297,22 @@ class BestFirstTree(PathSearch):
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """The most probable prefixes, most probable first."""
-        ranked: dict[tuple[int, State], list[Edge]] = {}
 
+        @cache
         def children(depth: int, state: State) -> list[Edge]:
-            key = (depth, state)
-            if key not in ranked:
-                ranked[key] = sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
-            return ranked[key]
+            return sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
 
         tokens: list[int] = []
         parents: list[int] = []
         conf: list[float] = []
         # (-log probability, tie break, depth, parent node, parent state, rank, log probability of the parent)
         heap: list[tuple[float, int, int, int, State, int, float]] = []
-        count = 0
+        order = count()
 
         def offer(depth: int, parent: int, state: State, rank: int, base: float) -> None:
-            nonlocal count
             if depth < edges.lat.k and rank < len(children(depth, state)):
-                heapq.heappush(
-                    heap, (-(base + children(depth, state)[rank][1]), count, depth, parent, state, rank, base)
-                )
-                count += 1
+                logp = base + children(depth, state)[rank][1]
+                heapq.heappush(heap, (-logp, next(order), depth, parent, state, rank, base))
 
         offer(0, -1, edges.root, 0, 0.0)
         while heap and len(tokens) < self.budget:
@@ -382,47 +370,29 @@ def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> 
         raise DllmError(
             "only point proposals can be grafted: rows of a sampled tree would no longer describe its siblings"
         )
-    trie = _Trie()
     extra = min(len(source), budget - min(len(base), max(1, round(budget * frac))))
-    trie.insert(base.head(budget - extra))
-    trie.insert(source.head(extra))
-    return trie.proposal()
+    return _merged([base.head(budget - extra), source.head(extra)])
 
 
 def union(proposals: Iterable[Proposal], budget: int) -> Proposal:
     """Trie union of point proposals: the `budget` nodes that are most likely to be reached."""
-    trie = _Trie()
+    return _merged(proposals).head(budget)
+
+
+def _merged(proposals: Iterable[Proposal]) -> Proposal:
+    """The trie of point proposals, nodes by decreasing survival (a parent is never less likely than its child), so that
+    `head` keeps the best."""
+    where: dict[tuple[int, int], int] = {}  # (parent, token) -> node, in the order of the nodes
+    conf: list[float] = []
     for p in proposals:
-        trie.insert(p)
-    return trie.proposal().head(budget)
-
-
-@dataclass
-class _Trie:
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    conf: list[float] = field(default_factory=list)
-    where: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def insert(self, p: Proposal) -> None:
-        place: list[int] = []
+        place = {-1: -1}
         for i, (token, parent) in enumerate(zip(p.tokens, p.parents, strict=True)):
-            key = (-1 if parent < 0 else place[parent], token)
-            if key not in self.where:
-                self.where[key] = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(key[0])
-                self.conf.append(0.0)
-            node = self.where[key]
-            self.conf[node] = max(self.conf[node], p.conf[i] if p.conf else 0.0)
-            place.append(node)
-
-    def proposal(self) -> Proposal:
-        """Nodes by decreasing survival (a parent is never less likely than its child), so that `head` keeps the
-        best."""
-        raw = Proposal(tuple(self.tokens), tuple(self.parents), conf=tuple(self.conf))
-        survival = raw.survival()
-        return raw.pick(sorted(range(len(raw)), key=lambda i: (-survival[i], raw.depths[i], i)))
+            node = place[i] = where.setdefault((place[parent], token), len(where))
+            conf += [0.0] * (len(where) - len(conf))
+            conf[node] = max(conf[node], p.conf[i] if p.conf else 0.0)
+    raw = Proposal(tuple(t for _, t in where), tuple(parent for parent, _ in where), conf=tuple(conf))
+    survival = raw.survival()
+    return raw.pick(sorted(range(len(raw)), key=lambda i: (-survival[i], raw.depths[i], i)))
 
 
 SEARCHES: dict[str, type[PathSearch]] = {

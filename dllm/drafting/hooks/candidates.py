@@ -20,15 +20,13 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from dllm.drafting.control import Controller, RoundStats
-from dllm.drafting.drafters import Drafter, Need, ask, blamed
+from dllm.drafting import CausalLM, Controller, Drafter, DraftFailure, Lattice, Need, RoundStats, SpecConfig, Verifier
+from dllm.drafting.drafters import ask, blamed
 from dllm.drafting.front import STATEFUL, separate
-from dllm.drafting.lattice import DraftFailure, Lattice
-from dllm.drafting.loop import SpecConfig
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
-from dllm.drafting.verifier import CausalLM, Verifier, bare
+from dllm.drafting.verifier import bare
 from dllm.errors import DllmError
 
 

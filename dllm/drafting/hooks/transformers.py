@@ -13,21 +13,16 @@ from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
-from transformers import (
-    EosTokenCriteria,
-    GenerationConfig,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteria,
-    StopStringCriteria,
-)  # fmt: skip
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StopStringCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from dllm.drafting import CausalLM, SpecConfig, SpecResult, Verifier, as_drafter, as_verifier
 from dllm.drafting.accept import Processors
 from dllm.drafting.front import SpecOptions, processing, separate, shared_controller
-from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
-from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
-from dllm.drafting.verifier import CausalLM, PaddedPrompt, Verifier
+from dllm.drafting.loop import Request, Streamer, decode
+from dllm.drafting.registry import DrafterLike
+from dllm.drafting.verifier import PaddedPrompt
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 

@@ -26,11 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from dllm.drafting.drafters import Drafter, Need, ask
-from dllm.drafting.lattice import DraftFailure, Lattice
-from dllm.drafting.loop import SpecConfig
-from dllm.drafting.proposal import EMPTY
-from dllm.drafting.registry import as_drafter
+from dllm.drafting import EMPTY, Drafter, DraftFailure, Lattice, Need, SpecConfig, as_drafter
+from dllm.drafting.drafters import ask
 from dllm.errors import DllmError, first_line, unknown
 
 log = logging.getLogger(__name__)
