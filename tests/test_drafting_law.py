@@ -279,7 +279,7 @@ def by_the_loop(search, controller, g, drafter=None, eos=frozenset(), **kw):
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(p.tokens, p.parents, strict=True):
             paths.append((*paths[parent + 1], token))
-        row.settle(row.judge(torch.stack([p_next([*row.ids[1:], *path]) for path in paths]).log()), {})
+        row.settle(torch.stack([p_next([*row.ids[1:], *path]) for path in paths]).log())
         row.finish_round()
     return row.ids[1:]
 

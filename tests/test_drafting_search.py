@@ -433,4 +433,4 @@ def test_a_continuation_runs_into_itself():
     sam = SuffixAutomaton()
     for token in [1, 2, 3, 1, 2, 3, 1]:
         sam.append(token)
-    assert sam.continuation(7) == [2, 3, 1, 2, 3, 1, 2]
+    assert next(sam.continuations(7))[1] == [2, 3, 1, 2, 3, 1, 2]

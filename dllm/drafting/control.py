@@ -38,9 +38,8 @@ class RoundStats:
     rows: int = 1  # of the verifying forward
     width: int = 0  # tokens of its widest row, 0 = of this one
     leads: bool = True  # of the rows of a forward, the one that speaks for its seconds
-    observed: list[tuple[int, float, bool]] = field(
-        default_factory=list
-    )  # (slot, confidence, accepted) of judged nodes
+    # (slot, confidence, accepted) of judged nodes
+    observed: list[tuple[int, float, bool]] = field(default_factory=list)
     t_draft: float = 0.0
     t_search: float = 0.0
     t_verify: float = 0.0
@@ -58,9 +57,7 @@ class RoundStats:
     @property
     def wall(self) -> dict[str, float]:
         """Seconds per stage."""
-        return dict(
-            draft=self.t_draft, search=self.t_search, verify=self.t_verify, commit=self.t_commit, other=self.t_other
-        )
+        return {name: vars(self)[f"t_{name}"] for name in ("draft", "search", "verify", "commit", "other")}
 
     @property
     def seconds(self) -> float:
@@ -243,14 +240,12 @@ class CostTable:
         n, seconds = self.bucket(n), max(seconds, 1e-9)
         if n not in self.mean:
             insort(self.keys, n)
-            self.mean[n], self.seen[n] = seconds, 1
-        elif self.seen[n] < 3:  # warm-up only ever makes a forward look slower
-            self.seen[n] += 1
-            self.mean[n] = min(self.mean[n], seconds)
-        else:
-            self.seen[n] += 1
-            seconds = min(seconds, 3 * self.mean[n])  # a hiccup of the machine is no cost of the model
-            self.mean[n] += max(self.rate, 1 / self.seen[n]) * (seconds - self.mean[n])
+        mean, seen = self.mean.get(n, seconds), self.seen.get(n, 0) + 1
+        if seen <= 3:  # warm-up only ever makes a forward look slower
+            mean = min(mean, seconds)
+        else:  # a hiccup of the machine is no cost of the model
+            mean += max(self.rate, 1 / seen) * (min(seconds, 3 * mean) - mean)
+        self.mean[n], self.seen[n] = mean, seen
         self._table = None
 
     def table(self, n: int) -> np.ndarray:
@@ -417,7 +412,7 @@ class CostAware(Controller):
             return 0
         plain = float(self.costs.seconds(self.rows, 1)[1])
         if not self.draft.keys:
-            return self._probe(1)
+            return self._probe()
         drafted = self.draft.table(room)
         if drafted[room] <= self.FREE * plain:
             self.paused = False
@@ -425,12 +420,12 @@ class CostAware(Controller):
         rate = self.rate(self.slots()[:room], drafted)
         best = 1 + int(np.argmax(rate[1:]))
         self.paused = bool(rate[best] * plain < 1 + self.margin * self.paused)
-        return self._probe(1) if self.paused else best
+        return self._probe() if self.paused else best
 
-    def _probe(self, n: int) -> int:
-        """`n` where the probes of this text may lose more, else 0."""
+    def _probe(self) -> int:
+        """A slot where the probes of this text may lose more, else none."""
         self.probing = self.lost <= self.probe * self.spent
-        return n if self.probing else 0
+        return int(self.probing)
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
         """The best number of nodes by the calibrated confidences of this draft, whose seconds are spent."""
@@ -444,14 +439,13 @@ class CostAware(Controller):
         best = int(np.argmax(reward / cost))
         if self.probing:
             return max(best, 1)
-        return best if best or not self.spent else self._probe(1)  # what is never submitted is never learned about
+        return best if best or not self.spent else self._probe()  # what is never submitted is never learned about
 
     def keep(self, remaining: int, conf: Sequence[float]) -> bool:
         """Whether the rest promises at least as many tokens per second as the best fresh draft."""
         a = np.array([self.stale(i, c) for i, c in enumerate(conf[:remaining])])
         reuse = self.rate(a, 0.0).max()
-        k = self.k_max
-        fresh = self.rate(self.slots()[:k], self.draft.table(k)).max()
+        fresh = self.rate(self.slots(), self.draft.table(self.k_max)).max()
         return bool(reuse >= fresh)
 
     def update(self, r: RoundStats) -> None:

@@ -3,7 +3,7 @@
     while rows:
         proposals = [row.propose() for row in rows]      # drafter -> lattice -> path search -> controller's trim
         logits = session.verify(proposals)               # one forward of the verifier
-        row.settle(judge(proposal, logits))              # exact acceptance, cut at end tokens and stop strings
+        row.settle(logits)                               # exact acceptance, cut at end tokens and stop strings
         session.commit(accepted paths)                   # the cache forgets the rest
 
 The output is the verifier's own, whatever is drafted: token for token when greedy, in law when sampling.
@@ -431,25 +431,23 @@ class Speculation:
                     f"{source.name} drafted its special id {token} (mask or pad), which must not reach the verifier"
                 )
 
-    def judge(self, logits: Tensor) -> Acceptance:
-        """What of the proposal stays, by the verifier's logits (1 + N, V)."""
-        q = self.request
+    def settle(self, logits: Tensor) -> tuple[list[int], tuple[int, ...]]:
+        """Judge the proposal by the verifier's logits (1 + N, V) and append what is emitted, cut at an end token or a
+        stop string; returns it and the path to commit."""
+        r, q, emitted = self.stats, self.request, []
         prefix = [*q.shown, *self.ids[len(q.ids) :]] if q.processors else ()
-        return judge(self.proposal, logits, prefix, q.processors, q.do_sample, q.generator)
-
-    def settle(self, kept: Acceptance, successors: dict[int, list[int]]) -> tuple[list[int], tuple[int, ...]]:
-        """Append what is emitted, cut at an end token or a stop string; returns it and the path to commit."""
-        r, emitted = self.stats, []
+        kept = judge(self.proposal, logits, prefix, q.processors, q.do_sample, q.generator)
+        successors = self._successors(logits)
         self._observe(kept)
         for token in kept.emitted:
             emitted.append(token)
             self.ids.append(token)
-            if token in self.request.eos:
+            if token in q.eos:
                 self.result.end = len(self.ids) - 1
-            if token in self.request.eos or (self.request.stop is not None and self.request.stop(self.ids)):
+            if token in q.eos or (q.stop is not None and q.stop(self.ids)):
                 self.done, self.result.finish_reason = True, "stop"
                 break
-        self.done |= len(self.ids) >= self.request.max_length
+        self.done |= len(self.ids) >= q.max_length
         self.cached = len(self.ids) - 1
         path = kept.path[: len(emitted) - 1]
         r.accepted = min(kept.accepted, len(emitted))
@@ -463,10 +461,16 @@ class Speculation:
                 source.observe(self.ids, emitted, successors)
         return emitted, path
 
+    def _successors(self, logits: Tensor) -> dict[int, list[int]]:
+        """Token -> the verifier's best eight successors, at every verified node."""
+        if not any(source.successors for source in self.sources):
+            return {}
+        best = logits.topk(min(8, logits.shape[-1]), -1).indices.tolist()
+        return dict(zip([self.ids[-1], *self.proposal.tokens], best, strict=True))
+
     def _observe(self, kept: Acceptance) -> None:
         p = self.proposal
-        path = [*kept.path, -2]
-        for node, following in zip([-1, *kept.path], path, strict=True):
+        for node, following in zip([-1, *kept.path], [*kept.path, -2], strict=True):
             for child in p.children.get(node, ()):
                 conf = p.conf[child] if p.conf else 0.5
                 self.stats.observed.append((p.depths[child] - 1, conf, child == following))
@@ -547,19 +551,9 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
     logits = session.verify(pending)
     live = [row for row in rows if not row.done]
     verified = time.perf_counter()
-    emitted: list[list[int]] = []
-    paths: list[tuple[int, ...] | None] = []
-    for row, p, scores in zip(rows, pending, logits, strict=True):
-        if p is None or scores is None:
-            emitted.append([])
-            paths.append(None)
-            continue
-        kept = row.judge(scores)
-        new, path = row.settle(kept, _successors(row, scores))
-        emitted.append(new)
-        paths.append(path)
+    settled = [([], None) if scores is None else row.settle(scores) for row, scores in zip(rows, logits, strict=True)]
     judged = time.perf_counter()
-    session.commit(paths)
+    session.commit([path for _, path in settled])
     end = time.perf_counter()
     verify, commit = verified - ready, end - judged
     other = end - start - verify - commit - sum(row.stats.t_draft + row.stats.t_search for row in live)
@@ -569,15 +563,7 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
         r.t_verify, r.t_commit, r.t_other = verify, commit, max(0.0, other)
         r.rows, r.width, r.leads = len(rows), width, row is live[0]
         row.finish_round()
-    return emitted
-
-
-def _successors(row: Speculation, logits: Tensor) -> dict[int, list[int]]:
-    """Token -> the verifier's best eight successors, at every verified node."""
-    if not any(source.successors for source in row.sources):
-        return {}
-    best = logits.topk(min(8, logits.shape[-1]), -1).indices.tolist()
-    return dict(zip([row.ids[-1], *row.proposal.tokens], best, strict=True))
+    return [emitted for emitted, _ in settled]
 
 
 def decode(

@@ -46,7 +46,7 @@ class NgramTable:
         """Append `ids` to the text and count them."""
         for token in ids:
             for n in range(min(len(self.tail), self.order - 1) + 1):
-                self._count(self.tail[len(self.tail) - n :], token, self.unit)
+                self._count(self.tail[len(self.tail) - n :], token)
             self.tail = (*self.tail, token)[-(self.order - 1) :] if self.order > 1 else ()
             self.unit /= self.decay
         if self.unit > 1e9:
@@ -56,15 +56,14 @@ class NgramTable:
         """Count the documents of a corpus; the text starts empty again afterwards."""
         for ids in corpus:
             self.tail = ()
-            for i, token in enumerate(ids):
-                for n in range(min(i, self.order - 1) + 1):
-                    self._count(tuple(ids[i - n : i]), token, 1.0)
+            self.update(ids)
+        self.tail = ()
         return self
 
-    def _count(self, context: State, token: int, weight: float) -> None:
+    def _count(self, context: State, token: int) -> None:
         row = self.counts.setdefault(context, {})
-        row[token] = row.get(token, 0.0) + weight
-        self.total[context] = self.total.get(context, 0.0) + weight
+        row[token] = row.get(token, 0.0) + self.unit
+        self.total[context] = self.total.get(context, 0.0) + self.unit
 
     def _rescale(self) -> None:
         for context, row in self.counts.items():

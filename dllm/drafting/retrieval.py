@@ -81,18 +81,17 @@ class SuffixAutomaton:
         self.position.append(position)
         return len(self.next) - 1
 
-    def continuation(self, k: int) -> list[int]:
-        """The `k` tokens after the match's earlier occurrence; it may run into itself, as a period does."""
-        return self._after(self.end, k) if self.match else []
-
-    def shorter(self, k: int, least: int) -> Iterator[tuple[int, list[int]]]:
-        """Lengths (at least `least`) of the match's suffixes that also occurred elsewhere, and what followed there."""
-        state = self.link[self.state] if self.match else 0
-        while state > 0 and self.length[state] >= least:
-            yield self.length[state], self._after(self.position[state], k)
+    def continuations(self, k: int, least: int = 1) -> Iterator[tuple[int, list[int]]]:
+        """The length (at least `least`) of the match and of those of its suffixes that also occurred elsewhere, longest
+        first, and the `k` tokens that followed there."""
+        length, end, state = self.match, self.end, self.state
+        while length >= least and state > 0:
+            yield length, self._after(end, k)
             state = self.link[state]
+            length, end = self.length[state], self.position[state]
 
     def _after(self, end: int, k: int) -> list[int]:
+        """The text from `end` on; it may run into itself, as a period does."""
         out: list[int] = []
         n = len(self.text)
         for i in range(end, end + k):
@@ -126,25 +125,11 @@ class SuffixDrafter(Drafter):
         for token in ids[len(self.automaton.text) :]:
             self.automaton.append(token)
 
-    @property
-    def match(self) -> int:
-        """Tokens of the longest repeated suffix."""
-        return self.automaton.match
-
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
         """What followed the longest repeated suffix; a tree also what followed the shorter ones."""
         self._catch_up(ids)
-        if self.automaton.match < self.min_match:
-            return EMPTY
-        best = self._chain(self.automaton.match, self.automaton.continuation(k))
-        if not self.need.tree:
-            return best
-        others = (self._chain(m, tokens) for m, tokens in self.automaton.shorter(k, self.min_match))
-        return union([best, *others], self.need.tree)
-
-    def _chain(self, m: int, tokens: list[int]) -> Proposal:
-        tokens = _until(tokens, self.need.eos)
-        return chain(tokens, [m / (m + 1)] * len(tokens))
+        found = (_copied(m, tokens, self.need) for m, tokens in self.automaton.continuations(k, self.min_match))
+        return union(found, self.need.tree) if self.need.tree else next(found, EMPTY)
 
 
 @dataclass(eq=False)
@@ -184,8 +169,7 @@ class PromptLookup(Drafter):
         for n in range(min(self.max_ngram, len(ids)), self.min_ngram - 1, -1):
             end = self.where.get(tuple(ids[len(ids) - n :]))
             if end is not None:
-                tokens = _until(list(ids[end : end + k]), self.need.eos)
-                yield chain(tokens, [n / (n + 1)] * len(tokens))
+                yield _copied(n, ids[end : end + k], self.need)
 
 
 @dataclass(eq=False)
@@ -264,7 +248,7 @@ class Fallback(Drafter):
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
         """What was retrieved where the match is long enough, else the model's draft."""
         found = self.retrieval.draft(ids, k)
-        if len(found) and self.retrieval.match >= self.min_match:
+        if len(found) and self.retrieval.automaton.match >= self.min_match:
             return found
         try:
             return self.model.draft(ids, k, generator=generator)
@@ -276,6 +260,7 @@ class Fallback(Drafter):
         self.model.observe(ids, emitted, successors)
 
 
-def _until(tokens: list[int], eos: frozenset[int]) -> list[int]:
-    """Cut behind the first end token."""
-    return tokens[: next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))]
+def _copied(match: int, tokens: Sequence[int], need: Need) -> Proposal:
+    """What followed a match, cut behind the first end token: the longer the match, the more it is trusted."""
+    n = next((i + 1 for i, t in enumerate(tokens) if t in need.eos), len(tokens))
+    return chain(tokens[:n], [match / (match + 1)] * n)
