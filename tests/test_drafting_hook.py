@@ -316,7 +316,7 @@ def test_options_are_checked(model):
     ):  # fmt: skip
         with pytest.raises(DllmError, match=f"^{name}="):
             dllm.speculate(model, None, PROMPT, **{name: value})
-    with pytest.raises(DllmError, match="the name of a search is a word"):
+    with pytest.raises(DllmError, match="the name of a search"):
         dllm.speculate(model, Noise(), PROMPT, search={"name": ["eal"]})
 
 
