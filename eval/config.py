@@ -74,6 +74,13 @@ class SpeculateSpec:
     options: Json = param({}, "arguments of dllm.speculate: search, length, k, tree …")
 
 
+@spec.plain.register
+def _(made: SpeculateSpec) -> Json:
+    """A network of a name alone is that name: marks of finished samples go by it."""
+    models = {"verifier": made.verifier.plain(), "drafter": made.drafter.plain()}
+    return {**{key: m["name"] if len(m) == 1 else m for key, m in models.items()}, "options": spec.plain(made.options)}
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """One task. `name` is an embedded task, a known benchmark's shape, `jsonl`, or `lm-eval:<task>`; the rest
@@ -90,13 +97,16 @@ class TaskSpec:
     prompt: str | None = param(None, 'template over the document\'s fields: "{question}\\nAnswer:"')
     answer: str | None = param(None, 'template over the document\'s fields: "{answer}"')
     metric: str | None = param(None, "exact, contains, number, math, choice, python")
-    extract: str | tuple[str, ...] | None = param(
-        None, "regular expressions, the first that matches; group 1 is the answer"
-    )
+    extract: str | tuple[str, ...] | None = param(None, "regular expressions; group 1 of the first match is it")
     fields: dict[str, str] = param({}, "the names a benchmark's columns have in the user's file")
     options: Json = param({}, "lm-eval: num_fewshot, include_path …")
     sampler: registry.Spec | None = param(None, "of this task only, in place of the setting's")
     generate: GenerateSpec = param(GenerateSpec(), "decoding arguments of this task only")
+
+    @property
+    def title(self) -> str:
+        """What the report calls it."""
+        return self.label or self.name
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,7 @@ class Config:
     tasks: tuple[TaskSpec, ...]
     settings: tuple[Setting, ...]
     seed: int = param(0, "of decoding; request i uses seed + i")
-    data: str | None = param(
-        None, "a folder of local data, BENCHMARK/SPLIT.jsonl; lm-eval's tasks take their documents there"
-    )
+    data: str | None = param(None, "a folder of local data, BENCHMARK/SPLIT.jsonl: documents of lm-eval's tasks")
     limit: int | None = param(None, "the first documents of every task only", low=1)
     batch_size: int = param(8, "prompts decoded at a time", low=1)
     warmup: int = param(1, "batches decoded and thrown away before a setting's clock starts", low=0)
@@ -154,9 +162,7 @@ class Config:
     confidence: float = param(0.95, "of the bootstrap intervals", above=0, high=0.9999)
     engine: EngineSpec = param(EngineSpec(), "where the work runs")
     confinement: str = param("auto", "of generated programs: namespaces, bubblewrap, docker, docker:IMAGE")
-    allow_unconfined_code: bool = param(
-        False, "where programs cannot be confined (`confinement: none`: anywhere), they run unconfined"
-    )
+    allow_unconfined_code: bool = param(False, "programs that cannot be confined run all the same (`none`: all do)")
     expected: tuple[Expected, ...] = param((), "published figures, put beside ours")
     unknown: tuple[str, ...] = param((), "what a paper leaves open, printed in the report")
     about: str = param("", "printed above the report")
@@ -185,7 +191,7 @@ class Config:
         """What the samples of each task and setting, by their labels, depend on. How many documents are asked, and
         what else the file holds, is not in it."""
         whole = {"seed": self.seed, "batch_size": self.batch_size}
-        tasks = {t.label or t.name: _prune(spec.plain(t), "label", "limit") for t in self.tasks}
+        tasks = {t.title: _prune(spec.plain(t), "label", "limit") for t in self.tasks}
         settings = {s.label: _prune(spec.plain(s), "label", *WHERE) for s in self.settings}
         return {(t, s): {**whole, "task": tasks[t], "setting": settings[s]} for t in tasks for s in settings}
 
@@ -325,7 +331,7 @@ def build(data: Mapping[str, object], source: Source) -> Config:
     raw_tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
     raw_tasks = [_own_names(entry) for entry in raw_tasks]
     tasks = tuple(spec.build(TaskSpec, t, source, ("tasks", i)) for i, t in enumerate(raw_tasks))
-    labels = [task.label or task.name for task in tasks]
+    labels = [task.title for task in tasks]
     for i, label in enumerate(labels):
         if label in labels[:i]:
             raise source.error(("tasks", i), f"{label!r} is there twice; tell the two apart with `label:`")

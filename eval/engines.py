@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from dllm.errors import DllmError
 from dllm.eval.config import Config, EngineSpec
@@ -93,10 +93,8 @@ class Ray(Engine):
             try:
                 ray.init(**_cluster(spec), include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
             except Exception as error:  # Ray raises the bare class where a node is slow to start
-                place = (
-                    "start a Ray cluster here" if spec.address is None else f"reach a Ray cluster at {spec.address!r}"
-                )
-                raise DllmError(f"cannot {place}: {' '.join(str(error).split())[:200]}") from None
+                aim = "start a Ray cluster here" if spec.address is None else f"reach a Ray cluster at {spec.address!r}"
+                raise DllmError(f"cannot {aim}: {' '.join(str(error).split())[:200]}") from None
         actor = ray.remote(
             num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker, max_restarts=-1, max_task_retries=spec.retries
         )(Worker)
@@ -108,14 +106,12 @@ class Ray(Engine):
     def weights(self, setting: int) -> dict[str, str]:
         """As the first actor has them."""
         with self._said("its workers"):
-            found: dict[str, str] = self.ray.get(self.actors[0].weights.remote(setting))
-        return found
+            return cast("dict[str, str]", self.ray.get(self.actors[0].weights.remote(setting)))
 
     def keys(self, batches: Sequence[Batch]) -> list[list[str]]:
         """As the first actor names them."""
         with self._said("its workers"):
-            found: list[list[str]] = self.ray.get([self.actors[0].keys.remote(batch) for batch in batches])
-        return found
+            return cast("list[list[str]]", self.ray.get([self.actors[0].keys.remote(batch) for batch in batches]))
 
     @contextmanager
     def _said(self, lost: str) -> Iterator[None]:

@@ -33,12 +33,11 @@ from dllm.errors import DllmError, nearest, unknown
 from dllm.eval import metrics
 from dllm.eval.arguments import THEIRS, layered, translated
 from dllm.eval.config import Config, Setting, TaskSpec
-from dllm.eval.lm_tasks import CodeEval, Theirs, confine, note, prepared
+from dllm.eval.lm_tasks import CodeEval, Theirs, confine, note, one_line, prepared
 from dllm.eval.records import Cell, Clock, Decoding, Sample
 from dllm.eval.results import Found
 from dllm.eval.store import Store, sample_key
-from dllm.eval.tasks import confined
-from dllm.eval.tasks.base import Unavailable
+from dllm.eval.tasks import Unavailable, confined
 from dllm.eval.worker import Decoded, Worker, arguments, attempt, failed, measure
 from dllm.models.arguments import RENAMED, LoadArguments
 from dllm.models.model import Model
@@ -443,32 +442,30 @@ def _joined(given: Mapping[str, object]) -> dict[str, object]:
 class Journal:
     """Our samples of one lm-eval task under one setting: read before a request is decoded, written after."""
 
-    def __init__(self, store: Store, task: str, label: str, setting: Setting, weights: str):
-        self.store, self.task, self.label, self.setting, self.weights = store, task, label, setting, weights
+    def __init__(self, store: Store, spec: TaskSpec, setting: Setting, weights: str):
+        self.store, self.spec, self.setting, self.weights = store, spec, setting, weights
 
-    def keys(self, batch: Sequence[Ask]) -> list[str]:
-        """The identities of a batch's samples."""
-        return [
-            sample_key((self.task, "", ask.task, ask.context, ""), self.setting, ask.arguments, ask.seed, self.weights)
-            for ask in batch
-        ]
+    def key(self, ask: Ask) -> str:
+        """The identity of a request's sample."""
+        question = (self.spec.name, "", ask.task, ask.context, "")
+        return sample_key(question, self.setting, ask.arguments, ask.seed, self.weights)
 
     def holds(self, batch: Sequence[Ask]) -> bool:
         """Whether every request of a batch has its sample."""
-        return all(key in self.store.rows for key in self.keys(batch))
+        return all(self.key(ask) in self.store.rows for ask in batch)
 
     def answers(self, batch: Sequence[Ask]) -> list[tuple[str, str | None]]:
         """Text and error of each request of a batch that it holds."""
-        rows = [self.store.rows[key] for key in self.keys(batch)]
+        rows = [self.store.rows[self.key(ask)] for ask in batch]
         return [(row["text"], row["error"]) for row in rows]
 
     def add(self, batch: Sequence[Ask], outcomes: Sequence[Outcome]) -> None:
         """Append a decoded batch; lm-eval's verdicts come later."""
         rows: list[Sample] = []
-        for key, ask, (output, took) in zip(self.keys(batch), batch, outcomes, strict=True):
-            head: Sample = {"key": key, "task": self.label, "setting": self.setting.label, "index": ask.doc}
-            asked: Sample = {"doc": str(ask.doc), "asked_by": ask.task, "prompt": ask.context, "cut": ask.cut}
-            row: Sample = {**head, **asked, "clock": took}
+        for ask, (output, took) in zip(batch, outcomes, strict=True):
+            head: Sample = {"key": self.key(ask), "task": self.spec.title, "setting": self.setting.label}
+            named: Sample = {"index": ask.doc, "doc": str(ask.doc), "asked_by": ask.task}
+            row: Sample = {**head, **named, "prompt": ask.context, "cut": ask.cut, "clock": took}
             if isinstance(output, Exception):
                 rows.append({**row, **failed(output)})
             else:
@@ -482,10 +479,8 @@ class Journal:
         self.store.reload()
         mine: dict[str, list[Sample]] = {}
         for row in self.store.rows.values():
-            if (row["setting"], row.get("asked_by")) == (self.setting.label, task) and row["task"] in (
-                self.label,
-                line,
-            ):
+            asked = row["setting"] == self.setting.label and row.get("asked_by") == task
+            if asked and row["task"] in (self.spec.title, line):
                 mine.setdefault(str(row["prompt"]), []).append(row)
         rows: list[Sample] = []
         for sample in samples:
@@ -565,26 +560,27 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
     ready: dict[str, tuple[TaskSpec, ConfigurableTask | str, Decoding]] = {}
     for spec in config.tasks:
         try:
-            ready[spec.label or spec.name] = spec, *prepared(spec, _managed(spec), config.data)
+            ready[spec.title] = spec, *prepared(spec, _managed(spec), config.data)
         except Unavailable as error:
-            out.skipped[spec.label or spec.name] = str(error)
+            out.skipped[spec.title] = str(error)
     for setting in config.settings if ready else ():
         lm = _model(setting, worker, config)
         for label, (spec, task, options) in ready.items():
             if label in out.skipped:
                 continue
-            lm.journal = Journal(store, spec.name, label, setting, "+".join(worker.weights_of(setting).values()))
-            lm.decoding, lm.used, lm.remarks = _decoding(setting, spec), {}, {}
+            lm.journal = journal = Journal(store, spec, setting, "+".join(worker.weights_of(setting).values()))
+            lm.decoding, lm.used, lm.remarks = arguments(setting, spec, {}), {}, {}
+            lm.decoding.pop("chat", None)  # templates are lm-eval's business
             try:
-                found = _evaluate(lm, task, options, spec, setting, config)
+                found = _evaluate(lm, journal, task, options, config)
             except DllmError:
                 raise
             except Exception as error:
                 log.debug("lm-eval failed on %s", label, exc_info=True)
-                out.skipped[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                out.skipped[label] = one_line(error)
                 continue
             if found is not None and lead:
-                _collect(out, found, lm, spec, setting, config, note(options))
+                _collect(out, found, lm, journal, config, note(options))
     return out
 
 
@@ -596,13 +592,9 @@ def _model(setting: Setting, worker: Worker, config: Config) -> DiffusionLM:
 
 
 def _evaluate(
-    lm: DiffusionLM,
-    task: ConfigurableTask | str,
-    options: Mapping[str, object],
-    spec: TaskSpec,
-    setting: Setting,
-    config: Config,
+    lm: DiffusionLM, journal: Journal, task: ConfigurableTask | str, options: Decoding, config: Config
 ) -> Theirs | None:
+    spec, setting = journal.spec, journal.setting
     own = {k: v for k, v in spec.options.items() if k not in (*OWN, "rehearse")}
     chat = layered(spec.generate.given(), setting.generate.given()).get("chat")
     found: Theirs | None = simple_evaluate(
@@ -618,33 +610,25 @@ def _evaluate(
     return found
 
 
-def _collect(
-    out: Found, found: Theirs, lm: DiffusionLM, spec: TaskSpec, setting: Setting, config: Config, said: Sample
-) -> None:
+def _collect(out: Found, found: Theirs, lm: DiffusionLM, journal: Journal, config: Config, said: Sample) -> None:
     """The cells of one task (or group of tasks) under one setting, with the counts of our samples; `said` goes into
     their rows."""
-    label, asked = spec.label or spec.name, spec.name.removeprefix("lm-eval:")
-    assert lm.journal is not None
+    asked = journal.spec.name.removeprefix("lm-eval:")
     mine: list[Sample] = []
     for task in sorted(found["results"], key=lambda name: name not in found["samples"]):  # groups behind their tasks
         results, samples = found["results"][task], found["samples"].get(task, [])
         if task not in found["samples"] and not _figures(results):
             continue  # a group that only names its tasks
-        chosen = _chosen(results, spec.options.get("metric"))
-        line = label if task == asked or len(found["results"]) == 1 else f"{label}:{task}"
+        chosen = _chosen(results, journal.spec.options.get("metric"))
+        line = journal.spec.title if task == asked or len(found["results"]) == 1 else f"{journal.spec.title}:{task}"
         filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
-        rows = lm.journal.grade(filtered, chosen.split(",")[0], task, line, said) if samples else mine
+        rows = journal.grade(filtered, chosen.split(",")[0], task, line, said) if samples else mine
         mine += rows if samples else []
         counts: Cell = metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}
         counts["cut"] = sum(bool(row["cut"]) for row in rows) or lm.remarks.get(CUT, 0)
-        cell = _cell(line, setting, results, chosen, found["versions"].get(task, ""), samples or rows)
+        cell = _cell(line, journal.setting, results, chosen, found["versions"].get(task, ""), samples or rows)
         out.cells.append({**counts, **cell, "decoding": lm.used.get(task, [])})
     out.rows += mine
-
-
-def _decoding(setting: Setting, spec: TaskSpec) -> Decoding:
-    """Sampler, cache and decoding arguments of a task's entry and of the setting. Templates are lm-eval's business."""
-    return {k: v for k, v in arguments(setting, spec, {}).items() if k != "chat"}
 
 
 def _figures(results: Theirs) -> list[str]:

@@ -16,10 +16,9 @@ from dllm.errors import DllmError
 from dllm.eval import data
 from dllm.eval.config import TaskSpec
 from dllm.eval.records import Decoding, Sample
-from dllm.eval.tasks import confined
-from dllm.eval.tasks.base import Unavailable
+from dllm.eval.tasks import Unavailable, confined
 from dllm.eval.tasks.files import defined
-from dllm.eval.tasks.scorers import UNCONFINED
+from dllm.eval.tasks.scorers import UNCONFINED_NOTE
 
 try:
     import evaluate
@@ -85,23 +84,17 @@ def _at(k: int, passed: Sequence[bool]) -> float:
     return 1 - math.comb(len(passed) - sum(passed), k) / math.comb(len(passed), k)
 
 
+@functools.cache
 def confine() -> None:
     """From here on `code_eval` is ours for every task file that this process loads, and a task that runs programs by
     itself is refused without leave: the published ones run them with all that this process may do."""
-    if isinstance(evaluate.load, _Loading):
-        return
-    evaluate.load = _Loading(evaluate.load)
+    evaluate.load = functools.partial(_loaded, evaluate.load)
     evaluator.evaluate = _guarded(evaluator.evaluate)
 
 
-class _Loading:
+def _loaded(published: Callable[..., object], path: str, *arguments: object, **more: object) -> object:
     """`evaluate.load` with our `code_eval`."""
-
-    def __init__(self, published: Callable[..., object]):
-        self.published = published
-
-    def __call__(self, path: str, *arguments: object, **more: object) -> object:
-        return CodeEval() if path == "code_eval" else self.published(path, *arguments, **more)
+    return CodeEval() if path == "code_eval" else published(path, *arguments, **more)
 
 
 def _guarded(published: Callable[..., T]) -> Callable[..., T]:
@@ -163,7 +156,7 @@ def prepared(spec: TaskSpec, manager: TaskManager, folder: str | None) -> tuple[
         log.debug("lm-eval cannot build %s", name, exc_info=True)
         hint = data.named(str(config.get("dataset_path")))
         advice = f"; `dllm data get {hint} --to FOLDER` and --data FOLDER" if hint and not local else ""
-        raise Unavailable(f"its documents cannot be had: {_line(error)}{advice}") from None
+        raise Unavailable(f"its documents cannot be had: {one_line(error)}{advice}") from None
 
 
 def _code(config: TaskFile) -> Decoding:
@@ -179,7 +172,7 @@ def _code(config: TaskFile) -> Decoding:
 def note(options: Mapping[str, object]) -> Sample:
     """What the rows of a prepared task say of their verdicts: nothing, or that no program was confined."""
     free = options.get("confirm_run_unsafe_code") and isinstance(confined.sandbox(), confined.Unconfined)
-    return {"note": UNCONFINED} if free else {}
+    return {"note": UNCONFINED_NOTE} if free else {}
 
 
 def _read(name: str, file: Path) -> TaskFile:
@@ -187,7 +180,7 @@ def _read(name: str, file: Path) -> TaskFile:
         return dict(load_yaml(file))
     except Exception as error:
         log.debug("lm-eval cannot read %s", file, exc_info=True)
-        raise Unavailable(f"lm-eval cannot load {name}: {_line(error)}") from None
+        raise Unavailable(f"lm-eval cannot load {name}: {one_line(error)}") from None
 
 
 def _local(spec: TaskSpec, config: TaskFile, folder: str | None) -> TaskFile:
@@ -209,12 +202,9 @@ def _local(spec: TaskSpec, config: TaskFile, folder: str | None) -> TaskFile:
         files[drawn] = Path(spec.shots_path) if spec.shots_path else data.path(folder or "", name or "", drawn)
     for split, file in files.items():
         if not file.is_file():
-            why = (
-                f"its {shots} shots are drawn from {file}, which is not there" if split != asked else f"no file {file}"
-            )
-            raise Unavailable(
-                why + (f" (`dllm data get {name} --to {folder}` where there is a network)" if name else "")
-            )
+            hint = f" (`dllm data get {name} --to {folder}` where there is a network)" if name else ""
+            drawn_from = f"its {shots} shots are drawn from {file}, which is not there"
+            raise Unavailable((f"no file {file}" if split == asked else drawn_from) + hint)
     kept = {key: config.get(key) if config.get(key) in files else None for key in _SPLITS}
     source = {"data_files": {split: str(file) for split, file in files.items()}}
     return {**kept, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
@@ -223,5 +213,6 @@ def _local(spec: TaskSpec, config: TaskFile, folder: str | None) -> TaskFile:
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What another library's error says, with its class."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -88,9 +89,7 @@ def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -
         "nfe_equiv": _mean([equiv for row in fine if (equiv := row.get("nfe_equiv")) is not None]),
         "tpf": ratio(fine, "tokens", "nfe"),
         "tpf_mean": _mean([row["tokens"] / row["nfe"] for row in fine if row["nfe"]]),
-        "finish": {
-            reason: sum(row["finish"] == reason for row in fine) for reason in sorted({row["finish"] for row in fine})
-        },
+        "finish": dict(sorted(Counter(row["finish"] for row in fine).items())),
     }
     accepted = [count for row in fine for count in row.get("accepted") or ()]
     if accepted:

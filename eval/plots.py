@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,28 +25,29 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def pyplot() -> ModuleType | None:
-    """matplotlib without a display, or None where it is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
+def possible() -> bool:
+    """Whether matplotlib is installed; a warning where it is not."""
+    if not (found := find_spec("matplotlib") is not None):
         log.warning("no figures: matplotlib is missing (pip install 'dllm-toolkit[plots]')")
-        return None
-    return plt
+    return found
+
+
+def _canvas(width: float, height: float, rows: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches, with axes below one another. It needs no display, and no state is shared."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots(rows, sharex=True, sharey=True, squeeze=False)[:, 0]
 
 
 def accuracy_against_tpf(cells: Sequence[Cell], methods: Mapping[str, str], path: Path, title: str) -> Path | None:
     """One point a setting with its interval, the settings of a method (`methods`: setting -> method) in one colour and
     joined, the frontier drawn through the points that none beats."""
-    plt = pyplot()
     shown = [c for c in cells if c["tpf"] is not None and not math.isnan(c["tpf"])]
-    if plt is None or not shown:
+    if not shown:
         return None
     points = [(c["tpf"], 100 * c["accuracy"]) for c in shown]
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, (axes,) = _canvas(7.2, 4.6)
     best = [points[i] for i in frontier(points)]
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color="0.7", lw=1.5, zorder=1, label="frontier")
@@ -63,7 +64,7 @@ def accuracy_against_tpf(cells: Sequence[Cell], methods: Mapping[str, str], path
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return _save(plt, figure, path)
+    return _save(figure, path)
 
 
 def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
@@ -72,17 +73,18 @@ def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, wi
 
     `width` cuts the columns, since behind the longest answer there is only padding.
     """
-    plt = pyplot()
-    if plt is None or not traces:
+    if not traces:
         return None
+    from matplotlib import colormaps
+
     orders = [written(trace) for _, trace in traces]
     longest = max(len(order) for order in orders)
     width = min(longest, width or longest)
     grid = np.full((len(traces), width), np.nan)
     for line, order in enumerate(orders):
         grid[line, : len(order)] = order[:width]
-    figure, axes = plt.subplots(figsize=(max(6.0, 2.6 + 0.1 * width), 1.3 + 0.42 * len(traces)), layout="constrained")
-    colours = plt.get_cmap("viridis").with_extremes(bad="0.85")
+    figure, (axes,) = _canvas(max(6.0, 2.6 + 0.1 * width), 1.3 + 0.42 * len(traces))
+    colours = colormaps["viridis"].with_extremes(bad="0.85")
     last = max(2.0, float(np.nanmax(grid, initial=1)))
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=colours, norm="log", vmin=1, vmax=last)
     counts = [len(trace.commits) for _, trace in traces]
@@ -93,7 +95,7 @@ def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, wi
     bar = figure.colorbar(image, ax=axes, label="written by forward")
     bar.set_ticks(ticks, labels=list(map(str, ticks)), minor=False)
     bar.minorticks_off()
-    return _save(plt, figure, path)
+    return _save(figure, path)
 
 
 def written(trace: Trace) -> list[float]:
@@ -105,12 +107,11 @@ def written(trace: Trace) -> list[float]:
 
 def accepted(counts: Mapping[str, Sequence[int]], path: Path, title: str) -> Path | None:
     """How many draft tokens the verifier took in each cycle, one histogram a setting below one another."""
-    plt = pyplot()
-    if plt is None or not counts:
+    if not counts:
         return None
-    top, shared = max(max(values) for values in counts.values()), {"sharex": True, "sharey": True, "squeeze": False}
-    figure, rows = plt.subplots(len(counts), figsize=(7.2, 1.0 + 1.5 * len(counts)), layout="constrained", **shared)
-    for i, (axes, (name, values)) in enumerate(zip(rows[:, 0], counts.items(), strict=True)):
+    top = max(max(values) for values in counts.values())
+    figure, rows = _canvas(7.2, 1.0 + 1.5 * len(counts), len(counts))
+    for i, (axes, (name, values)) in enumerate(zip(rows, counts.items(), strict=True)):
         axes.hist(values, np.arange(-0.5, top + 1.5), density=True, rwidth=0.85, color=COLOURS[i % len(COLOURS)])
         axes.axvline(np.mean(values), color="0.3", lw=1, ls="--")
         axes.set_title(f"{name}  (mean {np.mean(values):.2f})", fontsize=9, loc="left")
@@ -118,15 +119,14 @@ def accepted(counts: Mapping[str, Sequence[int]], path: Path, title: str) -> Pat
     figure.suptitle(title)
     figure.supxlabel("accepted draft tokens in a cycle", fontsize=10)
     figure.supylabel("share of cycles", fontsize=10)
-    return _save(plt, figure, path)
+    return _save(figure, path)
 
 
 def forwards(rows: Mapping[str, Sequence[int]], path: Path, title: str) -> Path | None:
     """The spread of forwards over samples, one box a setting."""
-    plt = pyplot()
-    if plt is None or not rows:
+    if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.38 * len(rows)), layout="constrained")
+    figure, (axes,) = _canvas(7.2, 1.2 + 0.38 * len(rows))
     axes.boxplot(
         list(rows.values())[::-1], orientation="horizontal", tick_labels=list(rows)[::-1], flierprops={"ms": 3}
     )
@@ -134,11 +134,10 @@ def forwards(rows: Mapping[str, Sequence[int]], path: Path, title: str) -> Path 
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.3)
-    return _save(plt, figure, path)
+    return _save(figure, path)
 
 
-def _save(plt: ModuleType, figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dllm.decoding.trace import Trace
@@ -15,6 +15,7 @@ from dllm.eval.results import Results
 from dllm.eval.store import write
 from dllm.samplers.registry import TUNED
 
+Made = tuple[str, Path | None]  # a figure: what it shows, and its file unless there is nothing to draw
 COUNTING = (
     "Tokens are generated ids up to the first stop, so an empty answer is 0; `raw` counts every decoded position. "
     "NFE is a row's own number of forwards, NFE≡ the same work in full-length forwards (recomputed positions ÷ "
@@ -24,20 +25,21 @@ COUNTING = (
 )
 
 
-def report(results: Results, rows: Sequence[Sample], figures: bool = True) -> Path:
+def report(results: Results, figures: bool = True) -> Path:
     """Write `report.md` and its figures into the run folder; the report's path."""
     config, folder = results.config, results.folder
+    figures = figures and plots.possible()
     parts = [
         f"# {config.name}",
         config.about.strip(),
-        _facts(results, rows),
+        _facts(results),
         "".join(f"\n> {n}\n" for n in results.notices),
     ]
     tasks = list(dict.fromkeys(cell["task"] for cell in results.cells))
     if len(tasks) > 1:
         parts.append(_overview(results, tasks))
     for task in tasks:
-        parts += [f"## {task}", *_task(results, task, [r for r in rows if r["task"] == task], figures)]
+        parts += [f"## {task}", *_task(results, task, [r for r in results.rows if r["task"] == task], figures)]
     parts += [_areas(results), _published(results)]
     if config.unknown:
         parts.append("## Not known\n\n" + "\n".join(f"- {line}" for line in config.unknown))
@@ -67,9 +69,9 @@ def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
     return f"{scale * value:.{digits}f}"
 
 
-def _facts(results: Results, rows: Sequence[Sample]) -> str:
+def _facts(results: Results) -> str:
     config, env = results.config, results.env
-    brought = {row["sampler"]: row["setting"] for row in rows if f":{TUNED}" in row.get("sampler", "")}
+    brought = {row["sampler"]: row["setting"] for row in results.rows if f":{TUNED}" in row.get("sampler", "")}
     packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items())
     weights = ", ".join(f"{name} ({mark})" for name, mark in env.get("weights", {}).items())
     calls = f"{config.warmup} call{'s' if config.warmup != 1 else ''}"
@@ -110,7 +112,7 @@ def _task(results: Results, task: str, rows: Sequence[Sample], figures: bool) ->
     parts += [_work(cells), _drafting(cells)]
     parts.append(_against_first(results, task, rows))
     made = _figures(results, task, cells, rows) if figures else ()
-    return parts + [f"![{label}]({path.relative_to(results.folder).as_posix()})" for label, path in made]
+    return parts + [f"![{label}]({path.relative_to(results.folder).as_posix()})" for label, path in made if path]
 
 
 def _numbers(cell: Cell, **digits: int) -> list[str]:
@@ -215,29 +217,24 @@ def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, se
     ]
 
 
-def _figures(results: Results, task: str, cells: Sequence[Cell], rows: Sequence[Sample]) -> Iterable[tuple[str, Path]]:
+def _figures(results: Results, task: str, cells: Sequence[Cell], rows: Sequence[Sample]) -> Iterator[Made]:
     folder, name = results.folder / "plots", slug(task)
     labels = [s.label for s in results.config.settings]
     figure = plots.accuracy_against_tpf(cells, results.config.methods(), folder / f"{name}-frontier.png", task)
-    yield from _made("accuracy against tokens per forward", figure)
+    yield "accuracy against tokens per forward", figure
     spread = {s: [r["nfe"] for r in rows if r["setting"] == s and not r.get("error")] for s in labels}
     spread = {s: counts for s, counts in spread.items() if counts}
-    yield from _made("forwards of a sample", plots.forwards(spread, folder / f"{name}-forwards.png", task))
+    yield "forwards of a sample", plots.forwards(spread, folder / f"{name}-forwards.png", task)
     counts = {s: [n for r in rows if r["setting"] == s for n in r.get("accepted") or ()] for s in labels}
     counts = {s: values for s, values in counts.items() if any(values)}  # plain decoding drafts nothing
-    yield from _made("accepted draft tokens", plots.accepted(counts, folder / f"{name}-accepted.png", task))
+    yield "accepted draft tokens", plots.accepted(counts, folder / f"{name}-accepted.png", task)
     for index in range(results.config.trace):
         mine = {r["setting"]: results.folder / "trace" / f"{r['key']}.json" for r in rows if r["index"] == index}
         files = [(label, mine[label]) for label in labels if label in mine]
         traces = [(label, Trace.load(path)) for label, path in files if path.exists()]
         path = folder / f"{name}-order-{index}.png"
         width = max((r["tokens"] for r in rows if r["index"] == index), default=0) + 4
-        figure = plots.commit_order(traces, path, f"{task}, document {index}", width)
-        yield from _made(f"commit order, document {index}", figure)
-
-
-def _made(label: str, path: Path | None) -> list[tuple[str, Path]]:
-    return [] if path is None else [(label, path)]
+        yield f"commit order, document {index}", plots.commit_order(traces, path, f"{task}, document {index}", width)
 
 
 def slug(text: str) -> str:

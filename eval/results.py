@@ -76,7 +76,7 @@ def results_of(
     """The figures of every task under every setting from the samples of this configuration."""
     cells: list[Cell] = []
     for spec, task in zip(config.tasks, tasks, strict=True):
-        label = spec.label or spec.name
+        label = spec.title
         for setting in config.settings:
             mine = [r for r in rows if r["task"] == label and r["setting"] == setting.label]
             mine.sort(key=lambda r: r["index"])
@@ -86,7 +86,7 @@ def results_of(
             figures = metrics.summarize(mine, config.confidence, config.seed)
             cells.append({**cell, **figures, "decoding": [arguments(setting, spec, task.generate.given())]})
     notices = [
-        f"{spec.label or spec.name}: {len(task.skipped)} broken lines left out: {', '.join(task.skipped[:5])}"
+        f"{spec.title}: {len(task.skipped)} broken lines left out: {', '.join(task.skipped[:5])}"
         for spec, task in zip(config.tasks, tasks, strict=True)
         if task.skipped
     ]

@@ -21,7 +21,7 @@ from dllm.decoding.cache import registry as caches
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.registry import is_drafter_name
 from dllm.errors import DllmError
-from dllm.eval import engines
+from dllm.eval import engines, metrics
 from dllm.eval.config import Config, GenerateSpec, ModelSpec, Setting, TaskSpec, load
 from dllm.eval.data import rehearse as examples
 from dllm.eval.records import Environment, Sample
@@ -30,11 +30,10 @@ from dllm.eval.results import Found, Results, areas, results_of
 from dllm.eval.store import Store, write, write_csv
 from dllm.eval.tasks import confined
 from dllm.eval.tasks.base import Task, takes
-from dllm.eval.tasks.scorers import UNCONFINED
+from dllm.eval.tasks.scorers import UNCONFINED_NOTE
 from dllm.eval.worker import Batch, available, environment, occasion
 from dllm.lookahead.setting import Lookahead
 from dllm.samplers import registry
-from dllm.samplers.registry import Spec
 from dllm.spec import Source
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def run(
             write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
             write_csv(folder / "results.csv", results.cells)
             write_csv(folder / "samples.csv", results.rows)
-            report(results, results.rows, figures=not dry_run)
+            report(results, figures=not dry_run)
         return results
     finally:
         if store is not None:
@@ -118,7 +117,7 @@ def _notices(results: Results, skipped: Mapping[str, str]) -> Iterator[str]:
         if counts := [f"{c['cut']} of {c['n']} under {c['setting']}" for c in mine]:
             yield f"{task}: prompts were cut on the left to fit the model ({'; '.join(counts)})"
     yield from (f"{task} is left out: {why}" for task, why in skipped.items())
-    if free := sum(row.get("note", "").startswith(UNCONFINED) for row in results.rows):
+    if free := sum(row.get("note", "").startswith(UNCONFINED_NOTE) for row in results.rows):
         yield f"{confined.UNCONFINED} ({free} samples)"  # a program may have made its own verdict
     if bad := next((row for row in results.rows if row.get("error")), None):
         first = f"{bad['task']}, {bad['setting']}, document {bad['doc']}: {bad['error']}"
@@ -211,7 +210,7 @@ def rehearsal(config: Config) -> Config:
     return replace(small_run, settings=settings, tasks=tasks, out=out, data=f"{out}/data")
 
 
-def _own_filter(sampler: Spec | None) -> Spec | None:
+def _own_filter(sampler: registry.Spec | None) -> registry.Spec | None:
     """A sampler without the file of a trained filter, so that the embedded model's own is taken."""
     if isinstance(sampler, list):
         return [_own_filter(part) for part in sampler]
@@ -238,9 +237,9 @@ def _decode(
     weights: dict[str, str] = {}
     done = set(store.rows)
     keys: set[str] = set()
-    bar = tqdm(total=sum(sizes) * len(config.settings), unit="sample", disable=not progress, file=sys.stderr)
-    live = _Live(bar)
-    with bar:
+    new: list[Sample] = []
+    total = sum(sizes) * len(config.settings)
+    with tqdm(total=total, unit="sample", disable=not progress, file=sys.stderr) as bar:
         for spec in dict.fromkeys(s.model for s in config.settings):
             settings = [i for i, s in enumerate(config.settings) if s.model == spec]
             for setting in settings:
@@ -256,7 +255,9 @@ def _decode(
             for rows in engine.map(left):
                 fresh = [row for row in rows if row["key"] not in done]
                 store.append(fresh)
-                live.update(fresh)
+                new += fresh
+                bar.set_postfix(_so_far(new), refresh=False)
+                bar.update(len(fresh))
     return weights, keys
 
 
@@ -264,8 +265,7 @@ def _unmixed(config: Config, store: Store, cut: Sequence[Batch], wanted: Sequenc
     """Errors: a sample of the same document under the same names that is not the one wanted now."""
     have = {(row["task"], row["setting"], row["index"]): key for key, row in store.rows.items()}
     for batch, keys in zip(cut, wanted, strict=True):
-        spec, setting = config.tasks[batch.task], config.settings[batch.setting]
-        task = spec.label or spec.name
+        task, setting = config.tasks[batch.task].title, config.settings[batch.setting]
         for index, key in zip(range(batch.start, batch.stop), keys, strict=True):
             if have.get((task, setting.label, index), key) != key:
                 raise DllmError(
@@ -274,27 +274,14 @@ def _unmixed(config: Config, store: Store, cut: Sequence[Batch], wanted: Sequenc
                 )
 
 
-class _Live:
-    """Accuracy, forwards and speed so far, beside the progress bar."""
-
-    def __init__(self, bar: tqdm):
-        self.bar, self.n, self.correct, self.tokens, self.nfe, self.seconds = bar, 0, 0.0, 0, 0, 0.0
-
-    def update(self, rows: Sequence[Sample]) -> None:
-        """Count finished samples."""
-        for row in rows:
-            self.n += 1
-            self.correct += row["correct"] or 0.0
-            self.tokens += row["tokens"]
-            self.nfe += row["nfe"]
-            self.seconds += row["clock"]["share"]
-        self.bar.set_postfix(
-            acc=f"{self.correct / max(self.n, 1):.1%}",
-            nfe=f"{self.nfe / max(self.n, 1):.1f}",
-            tps=f"{self.tokens / self.seconds:.0f}" if self.seconds else "–",
-            refresh=False,
-        )
-        self.bar.update(len(rows))
+def _so_far(rows: Sequence[Sample]) -> dict[str, str]:
+    """Accuracy, forwards and speed, for the progress bar."""
+    seconds, n = sum(row["clock"]["share"] for row in rows), max(len(rows), 1)
+    return {
+        "acc": f"{sum(metrics.verdicts(rows)) / n:.1%}",
+        "nfe": f"{sum(row['nfe'] for row in rows) / n:.1f}",
+        "tps": f"{sum(row['tokens'] for row in rows) / seconds:.0f}" if seconds else "–",
+    }
 
 
 def _finite(value: object) -> object:

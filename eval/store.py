@@ -54,7 +54,7 @@ class Store:
         self.folder = Path(folder)
         self.path = self.folder / "samples.jsonl"
         self.rows: dict[str, Sample] = {}
-        with _clear(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._lock, self._appending = (FileLock(self.folder / name) for name in (".lock", ".append.lock"))
         self.cells = {key: _mark(depends) for key, depends in config.cells().items()}
@@ -72,7 +72,7 @@ class Store:
 
     def _claim(self) -> None:
         """One run at a time. The kernel frees the lock when its process dies, however it dies."""
-        with _clear(self.folder):
+        with disk_errors(self.folder):
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
@@ -114,7 +114,7 @@ class Store:
         """Add finished samples, each with the mark of what it depends on. They are on disk when this returns."""
         for row in rows:
             row.setdefault("cell", self.cells.get((row["task"], row["setting"])))
-        with _clear(self.path), self._appending:
+        with disk_errors(self.path), self._appending:
             append(self.path, rows)
         self.rows |= {row["key"]: row for row in rows}
 
@@ -235,7 +235,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 @contextlib.contextmanager
-def _clear(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Disk errors in one line that says what is safe."""
     try:
         yield
@@ -248,5 +248,5 @@ def _clear(path: Path) -> Iterator[None]:
 
 def write(path: Path, text: str) -> None:
     """A whole file or none: written beside and renamed."""
-    with _clear(path), replaced(path) as draft:
+    with disk_errors(path), replaced(path) as draft:
         draft.write_text(text, encoding="utf-8")

@@ -37,7 +37,6 @@ from dllm.models.hub import locate
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.samplers import registry
 from dllm.samplers.base import Method
-from dllm.samplers.registry import Spec
 from dllm.spec import Json, keys_of
 from dllm.spec import build as from_mapping
 
@@ -49,8 +48,8 @@ Axes = dict[tuple[int, str], Choices]  # (part of the composition, parameter) ->
 class TuneSpec:
     """What to search."""
 
-    space: tuple[Spec, ...]
-    baseline: Spec = "confidence"
+    space: tuple[registry.Spec, ...]
+    baseline: registry.Spec = "confidence"
     loss: float = 1.0  # percentage points, on every task
     trials: int = 32  # candidates, at most
 
@@ -66,7 +65,7 @@ class Found:
     """The choice: its sampler, what it was measured at, the file that reproduces it, the table of all candidates, and
     the settings that were saved beside the model."""
 
-    sampler: Spec | None
+    sampler: registry.Spec | None
     accuracy: float
     tokens_per_forward: float
     path: Path
@@ -122,7 +121,7 @@ def tune(
     return replace(found, text=found.text + "\n" + "\n".join(notes) + "\n", saved=settings)
 
 
-def candidates(spec: TuneSpec, seed: int) -> list[Spec]:
+def candidates(spec: TuneSpec, seed: int) -> list[registry.Spec]:
     """The points to try. Every entry of the space has an even share of the trials; a grid that is no larger is searched
     whole and leaves the rest to the others, anything else is sampled evenly (Sobol)."""
     grids = [_axes(entry) for entry in spec.space]
@@ -131,14 +130,14 @@ def candidates(spec: TuneSpec, seed: int) -> list[Spec]:
     for done, i in enumerate(sorted(range(len(grids)), key=sizes.__getitem__)):
         shares[i] = int(min(sizes[i], max(1, left // (len(grids) - done))))
         left -= shares[i]
-    out: list[Spec] = []
+    out: list[registry.Spec] = []
     for i, (entry, grid) in enumerate(zip(spec.space, grids, strict=True)):
         picks = itertools.product(*grid.values()) if shares[i] == sizes[i] else _spread(grid, shares[i], seed)
         out += [_put(entry, dict(zip(grid, values, strict=True))) for values in picks]
     return list({describe(point): point for point in out}.values())[: spec.trials]
 
 
-def _axes(entry: Spec) -> Axes:
+def _axes(entry: registry.Spec) -> Axes:
     """The free parameters of one entry."""
     parts = entry if isinstance(entry, list) else [entry]
     out: Axes = {}
@@ -167,7 +166,7 @@ def _at(values: Choices, u: float) -> object:
     return round(values["low"] + u * (values["high"] - values["low"]), 3)
 
 
-def _put(entry: Spec, chosen: Mapping[tuple[int, str], object]) -> Spec:
+def _put(entry: registry.Spec, chosen: Mapping[tuple[int, str], object]) -> registry.Spec:
     parts = [
         {**part, **{key: value for (j, key), value in chosen.items() if j == i}} if isinstance(part, dict) else part
         for i, part in enumerate(entry if isinstance(entry, list) else [entry])
@@ -184,25 +183,20 @@ def choose(results: Results, spec: TuneSpec, data: Mapping[str, object]) -> Foun
     setting = next(s for s in results.config.settings if s.label == best)
     about = (
         f"Found by `dllm tune`: {totals[best][1]:.2f} tokens per forward at {100 * totals[best][0]:.1f} % on "
-        f"{', '.join(t.label or t.name for t in results.config.tasks)}; the baseline, {describe(spec.baseline)}, has "
+        f"{', '.join(t.title for t in results.config.tasks)}; the baseline, {describe(spec.baseline)}, has "
         f"{totals['baseline'][1]:.2f} at {100 * totals['baseline'][0]:.1f} %. Allowed loss: {spec.loss} points."
     )
     chosen = {**{k: v for k, v in data.items() if k not in ("extends", "about", "out")}, "about": about}
     chosen.update(name=f"{results.config.name}-best", sampler=setting.sampler)
     path = results.folder / "best.yaml"
     write(path, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
-    lines = [
-        [
-            ("**" + label + "**") if label == best else label,
-            f"{100 * a:.1f}",
-            f"{tpf:.2f}",
-            "yes" if label in within else "no",
-        ]
-        for label, (a, tpf) in ((label, totals[label]) for label in order)
-    ]
-    text = (
-        f"{about}\n\n" + table(["sampler", "accuracy %", "tokens/forward", "within the loss"], lines) + f"\n\n{path}\n"
-    )
+    lines = []
+    for label in order:
+        accuracy, tpf = totals[label]
+        name, allowed = f"**{label}**" if label == best else label, "yes" if label in within else "no"
+        lines.append([name, f"{100 * accuracy:.1f}", f"{tpf:.2f}", allowed])
+    head = ["sampler", "accuracy %", "tokens/forward", "within the loss"]
+    text = f"{about}\n\n{table(head, lines)}\n\n{path}\n"
     write(results.folder / "tune.md", text)
     return Found(setting.sampler, totals[best][0], totals[best][1], path, results, text)
 
@@ -230,7 +224,7 @@ def _settings(results: Results, spec: TuneSpec) -> Iterator[SamplerSetting]:
         yield SamplerSetting(
             sampler=name,
             parameters={m.name: _changed(m) for m in registry.parse(setting.sampler or ())},
-            task=", ".join(t.label or t.name for t in results.config.tasks),
+            task=", ".join(t.title for t in results.config.tasks),
             n=len(ours),
             accuracy=round(accuracy, 4),
             interval=_rounded(metrics.interval(list(ours.values())), 4),
@@ -241,7 +235,7 @@ def _settings(results: Results, spec: TuneSpec) -> Iterator[SamplerSetting]:
         )
 
 
-def _key(sampler: Spec | None) -> str:
+def _key(sampler: registry.Spec | None) -> str:
     return "+".join(m.name for m in registry.parse(sampler or ()))
 
 

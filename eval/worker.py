@@ -95,7 +95,7 @@ def available(config: Config) -> tuple[Config, tuple[Task, ...], dict[str, str]]
         try:
             tasks.append((spec, load_task(spec, config.limit)))
         except Unavailable as error:
-            skipped[spec.label or spec.name] = str(error)
+            skipped[spec.title] = str(error)
         except DllmError as error:
             raise config.source.error(("tasks", i), str(error)) from None
     return replace(config, tasks=tuple(s for s, _ in tasks)), tuple(t for _, t in tasks), skipped
@@ -163,7 +163,7 @@ class Worker:
         out = []
         for index in range(batch.start, batch.stop):
             doc = task.documents[index]
-            question = (spec.label or task.name, task.version, doc.id, doc.prompt, doc.target)
+            question = (spec.title, task.version, doc.id, doc.prompt, doc.target)
             out.append(sample_key(question, setting, decoding, self.config.seed + index, weights))
         return out
 
@@ -172,18 +172,18 @@ class Worker:
         setting, spec, task = self.config.settings[batch.setting], self.config.tasks[batch.task], self.tasks[batch.task]
         decoding = arguments(setting, spec, task.generate.given())
         documents = task.documents[batch.start : batch.stop]
-        self._warm_up(batch, setting, decoding, [d.prompt for d in documents])
+        prompts = [d.prompt for d in documents]
+        self._warm_up(batch, setting, decoding, prompts)
         rows: list[Sample] = []
         trace = batch.start < self.config.trace
-        outcomes = attempt(
-            lambda prompts, seed: self.generate(setting, prompts, decoding, seed, trace),
-            [d.prompt for d in documents],
-            self.config.seed + batch.start,
-        )
-        for index, doc, key, (output, took) in zip(
-            range(batch.start, batch.stop), documents, self.keys(batch), outcomes, strict=True
-        ):
-            head: Sample = {"key": key, "task": spec.label or spec.name, "setting": setting.label, "index": index}
+
+        def decode(some: list[Prompt], seed: int) -> list[Decoded]:
+            return self.generate(setting, some, decoding, seed, trace)
+
+        outcomes = attempt(decode, prompts, self.config.seed + batch.start)
+        indices = range(batch.start, batch.stop)
+        for index, doc, key, (output, took) in zip(indices, documents, self.keys(batch), outcomes, strict=True):
+            head: Sample = {"key": key, "task": spec.title, "setting": setting.label, "index": index}
             row: Sample = {**head, "doc": doc.id, "prompt": doc.prompt, "target": doc.target, "clock": took}
             if isinstance(output, Exception):
                 rows.append({**row, **failed(output)})
@@ -355,11 +355,9 @@ def commit() -> str | None:
 def hardware() -> str:
     """Processor, threads and accelerators in words."""
     name = platform.processor() or platform.machine()
-    try:
+    with suppress(OSError, StopIteration):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         name = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     threads = torch.get_num_threads()
     words = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
     if torch.cuda.is_available():

@@ -230,6 +230,8 @@ FAIR = {  # right programs of every kind that checks ask for
     "coroutines": ("import asyncio\nasync def f(x):\n await asyncio.sleep(0)\n return x + 1",
                    "import asyncio\nassert asyncio.run(f(1)) == 2\nasync def t(): return await f(2)\n"
                    "assert asyncio.run(t()) == 3"),
+    "keywords of any name": ("def f(self, do, kind, name): return self + do + kind + name",
+                             "assert f(self=1, do=1, kind=1, name=1) == 4"),
     "slices": ("class R:\n def __getitem__(self, i): return [1, 2, 3][i]\n def __delitem__(self, i): self.gone = i",
                "r = R()\nassert r[1:] == [2, 3]\ndel r[2]\nassert r.gone == 2"),
     "iterators in": ("def f(x): return [*x]",

@@ -50,7 +50,7 @@ def folder_of(folder: Path, samples: list[dict], **changes) -> Results:
     results = results_of(config, samples, tasks, folder, {"weights": {"tiny": "abc"}, "packages": {}})
     (folder / "results.json").write_text(json.dumps(results.plain()))
     if changes.get("expected"):
-        report(results, samples)
+        report(results)
     store.close()
     return results
 
@@ -103,7 +103,7 @@ def test_several_tasks_begin_with_an_overview(tmp_path):
     store.append(both)
     results = results_of(config, list(store.rows.values()), tasks, tmp_path, {})
     store.close()
-    text = report(results, both, figures=False).read_text(encoding="utf-8")
+    text = report(results, figures=False).read_text(encoding="utf-8")
     assert "| setting | sudoku | word_problems |" in text and "| credit | 25.0 · 4.00 | 100.0 · 4.00 |" in text
 
 

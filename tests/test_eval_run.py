@@ -418,6 +418,13 @@ def test_drafted_answers_are_counted_like_all_others(tmp_path, stop):
     assert set(results.aup["word_problems"]) == {"plain", "drafted: model argmax fixed"}
 
 
+@pytest.mark.parametrize("spec", ["tiny-ar", {"verifier": "tiny-ar"}, {"verifier": {"name": "tiny-ar"}}])
+def test_a_network_by_its_name_alone_is_that_name(spec):
+    """However it is spelt: finished samples go by it."""
+    (depends,) = load(config(model="tiny", matrix={"speculate": [spec]})).cells().values()
+    assert depends["setting"]["speculate"] == {"verifier": "tiny-ar", "drafter": "model"}
+
+
 def test_an_aligned_drafter_has_weights_of_its_own(tmp_path):
     """Other weights, or another separator, in the folder of the drafter are not mixed with the samples so far."""
     folder = tmp_path / "drafter"

@@ -225,17 +225,12 @@ class Program:
         if "object" in data:
             return self.objects[data["object"]]
 
-        def function(*arguments: object, **named: object) -> object:
+        def function(*arguments: object, **named: object) -> Any:
             return self.call_back(data["callback"], arguments, named)
 
         function.__name__ = function.__qualname__ = data["shown"]
-        return self.walk(function) if data["walk"] else function
-
-    @staticmethod
-    def walk(function: Callable[[], Any]) -> Iterator[object]:
-        """An iterator of the check's, of which every call takes one item."""
-        while items := function():
-            yield items[0]
+        # Of an iterator every call takes one item, as a list; the empty one is its end.
+        return (items[0] for items in iter(function, [])) if data["walk"] else function
 
     def call_back(self, number: int, arguments: Iterable[object], named: Mapping[str, object]) -> object:
         """Call a function of the check's, which may in turn ask the program."""
@@ -289,33 +284,28 @@ class Program:
 # --------------------------------------------------------------------------------------------------- the check's side
 
 
+def _asks(do: str, kind: type = object) -> Callable[..., Any]:
+    """A method that asks the program; `kind` is what Python itself requires of the answer."""
+    return lambda self, /, *arguments, **named: Check.only.fit(kind, do, self, *arguments, **named)
+
+
 class Remote:
     """An object of the program's. It may be called, read and walked through; whether it equals a value of the check's
     is never asked of it."""
 
     __slots__ = ("_object", "_plain", "_shown")
+    _object: int
+    _plain: object
+    _shown: str
 
     def __init__(self, number: int, shown: str, plain: object) -> None:
         for name, value in (("_object", number), ("_shown", shown), ("_plain", plain)):
             object.__setattr__(self, name, value)
 
-    def __call__(self, *arguments: object, **named: object) -> object:
-        return Check.only.ask("call", self, *arguments, **named)
-
-    def __getattr__(self, name: str) -> object:
-        return Check.only.ask("get", self, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        Check.only.ask("set", self, name, value)
-
-    def __getitem__(self, key: object) -> object:
-        return Check.only.ask("item", self, key)
-
-    def __setitem__(self, key: object, value: object) -> None:
-        Check.only.ask("put", self, key, value)
-
-    def __delitem__(self, key: object) -> None:
-        Check.only.ask("drop", self, key)
+    __call__, __getattr__, __setattr__ = _asks("call"), _asks("get"), _asks("set")
+    __getitem__, __setitem__, __delitem__ = _asks("item"), _asks("put"), _asks("drop")
+    __iter__, __reversed__, __next__ = _asks("iter"), _asks("reversed"), _asks("next")
+    __len__, __bool__, __str__, __repr__ = _asks("len", int), _asks("bool", bool), _asks("str", str), _asks("repr", str)
 
     def __enter__(self) -> object:
         return Check.only.ask("call", Check.only.ask("get", self, "__enter__"))
@@ -323,27 +313,6 @@ class Remote:
     def __exit__(self, kind: object, problem: object, trace: object) -> None:
         leave = Check.only.ask("get", self, "__exit__")
         Check.only.ask("call", leave, None, None, None)  # what went wrong in the check is not the program's to forgive
-
-    def __iter__(self) -> object:
-        return Check.only.ask("iter", self)
-
-    def __reversed__(self) -> object:
-        return Check.only.ask("reversed", self)
-
-    def __next__(self) -> object:
-        return Check.only.ask("next", self)
-
-    def __len__(self) -> int:
-        return Check.only.fit(int, "len", self)
-
-    def __bool__(self) -> bool:
-        return Check.only.fit(bool, "bool", self)
-
-    def __str__(self) -> str:
-        return Check.only.fit(str, "str", self)
-
-    def __repr__(self) -> str:
-        return Check.only.fit(str, "repr", self)
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, Remote) and Check.only.fit(bool, "isinstance", instance, self)
@@ -450,14 +419,14 @@ class Check:
         found = self.ask("name", name)
         return importlib.import_module(name) if name in self.modules else found
 
-    def fit(self, kind: type[T], do: str, *arguments: object) -> T:
+    def fit(self, kind: type[T], do: str, /, *arguments: object, **named: object) -> T:
         """An answer of the kind that Python itself requires."""
-        value = self.ask(do, *arguments)
+        value = self.ask(do, *arguments, **named)
         if not isinstance(value, kind):
             raise TypeError(f"{do} gave no {kind.__name__}")
         return value
 
-    def ask(self, do: str, *arguments: object, **named: object) -> object:
+    def ask(self, do: str, /, *arguments: object, **named: object) -> object:
         """The program's answer. Errors: what the program raised."""
         self.line.say({"do": do, **spread(arguments, named, self.mine)})
         self.pending = []

@@ -32,8 +32,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from dllm.errors import DllmError, unknown
 from dllm.eval.tasks import boundary
 
@@ -265,6 +263,8 @@ class Unconfined(Sandbox):
 
     def kill(self, process: subprocess.Popen[bytes], root: str) -> None:
         """End a process and its descendants, one by one."""
+        import psutil
+
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -455,6 +455,8 @@ class _Side:
 
     def memory(self) -> int:
         """Resident bytes of all its processes."""
+        import psutil
+
         total = 0
         with contextlib.suppress(psutil.Error):
             own = psutil.Process(self.process.pid)

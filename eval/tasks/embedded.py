@@ -32,13 +32,10 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
     code = spec.name == "functions"
 
     def score(document: Document, text: str) -> Graded:
+        example = document.meta["example"]
         if code:
-            return _run(document, text)
-        return Graded(float(source.grade(spec.name, document.meta["example"], text)), text)
+            check = _CHECK.format(reference=document.target, inputs=example.meta["inputs"])
+            return judged(text, check, text, entries=("f",))
+        return Graded(float(source.grade(spec.name, example, text)), text)
 
     return Task(spec.name, "1", documents, score, GenerateSpec(max_new_tokens=LENGTH[spec.name]), runs_code=code)
-
-
-def _run(document: Document, text: str) -> Graded:
-    meta = document.meta["example"].meta
-    return judged(text, _CHECK.format(reference=document.target, inputs=meta["inputs"]), text, entries=("f",))

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -97,6 +96,7 @@ def _block(document: Document, text: str) -> str:
     return text.split("[DONE]", maxsplit=1)[0] if code is None else code
 
 
+JSONL = Shape(prompt="", target="{answer}", metric="exact")  # the prompt is the user's
 # Prompts and stops as in LLaDA's, Dream's and Fast-dLLM's evaluations (they use lm-eval's task definitions).
 GSM8K = Shape(
     prompt="Question: {question}\nAnswer:",
@@ -107,6 +107,7 @@ GSM8K = Shape(
     stop=("Question:",),
     derive=_gsm8k,
 )
+GSM8K_COT = replace(GSM8K, prompt="Q: {question}\nA:", extract=("the_answer_is", *GSM8K.extract), stop=("Q:",))
 HUMANEVAL = Shape(
     prompt="{prompt}",
     target="{test}\ncheck({entry_point})",
@@ -119,13 +120,8 @@ HUMANEVAL = Shape(
 )
 SHAPES: dict[str, Shape] = {
     "gsm8k": GSM8K,
-    "gsm8k_cot": replace(GSM8K, prompt="Q: {question}\nA:", extract=("the_answer_is", *GSM8K.extract), stop=("Q:",)),
-    "gsm8k_cot_zeroshot": replace(
-        GSM8K,
-        prompt="Q: {question}\nA: Let's think step by step.",
-        extract=("the_answer_is", *GSM8K.extract),
-        stop=("Q:",),
-    ),
+    "gsm8k_cot": GSM8K_COT,
+    "gsm8k_cot_zeroshot": replace(GSM8K_COT, prompt="Q: {question}\nA: Let's think step by step."),
     "math": Shape(
         prompt="Problem:\n{problem}\n\nSolution:",
         target="{final}",
@@ -170,11 +166,10 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
     takes(spec, "path", "shots", "shots_path", "prompt", "answer", "metric", "extract", "fields", "options")
     if not spec.path:
         raise DllmError(f"task {spec.name!r} reads a local file: set `path:` to its JSON lines")
-    known = {"broken", "rehearse"}
     for key in spec.options:
-        if key not in known:
-            raise unknown("option", key, known - {"rehearse"})
-    shape = _user_shape(spec) if spec.name == "jsonl" else _refined(SHAPES[spec.name], spec)
+        if key not in ("broken", "rehearse"):
+            raise unknown("option", key, ["broken"])
+    shape = _refined(SHAPES.get(spec.name, JSONL), spec)
     broken = str(spec.options.get("broken", "refuse"))
     rows, skipped = _rows(spec.path, spec, broken)
     shots = _shots(spec, shape)
@@ -187,7 +182,7 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
     refuse(spec.path, absent, len(rows), broken)
     documents = _told_apart(documents)
     if not documents:
-        raise DllmError(f"{spec.path}: no document in it, so task {spec.label or spec.name!r} is empty")
+        raise DllmError(f"{spec.path}: no document in it, so task {spec.title!r} is empty")
     grade = scorers.scorer(shape.metric, shape.extract)
 
     def score(document: Document, text: str) -> Graded:
@@ -218,14 +213,10 @@ def _rows(path: str, spec: TaskSpec, broken: str = "refuse") -> tuple[list[Field
     return read_jsonl(path, broken)
 
 
-def _user_shape(spec: TaskSpec) -> Shape:
-    if not spec.prompt:
-        raise DllmError('a jsonl task needs `prompt:`, a template such as "{question}\\nAnswer:"')
-    return _refined(Shape(prompt=spec.prompt, target=spec.answer or "{answer}", metric=spec.metric or "exact"), spec)
-
-
 def _refined(shape: Shape, spec: TaskSpec) -> Shape:
     """The user's template, answer, metric and extractors in place of the shape's own."""
+    if not (spec.prompt or shape.prompt):
+        raise DllmError('a jsonl task needs `prompt:`, a template such as "{question}\\nAnswer:"')
     if spec.prompt and not named(spec.prompt):
         raise DllmError(
             f"prompt: {spec.prompt!r} names no field, so every document would ask the same; write {{field}}"
@@ -280,10 +271,10 @@ def _shots(spec: TaskSpec, shape: Shape) -> str:
 
 def _published(name: str) -> list[Fields]:
     """The solved examples in lm-eval's file of a benchmark, read without running it. Errors: no lm-eval."""
-    package = find_spec("lm_eval")
-    if package is None or not package.submodule_search_locations:
+    package = data.home("lm_eval")
+    if package is None:
         raise DllmError("its shots are in lm-eval's file: pip install 'dllm-toolkit[eval]', or say `shots: 0`")
-    file = Path(package.submodule_search_locations[0]) / "tasks" / SHOTS[name]
+    file = package / "tasks" / SHOTS[name]
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".yaml":
         found = [{**row, "answer": row["target"]} for row in yaml.safe_load(text)["fewshot_config"]["samples"]]

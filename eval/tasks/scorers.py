@@ -14,7 +14,7 @@ from dllm.eval.tasks.base import Document, Graded
 from dllm.eval.tasks.confined import last_line, run
 
 NUMBER = r"(-?\$?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)"
-UNCONFINED = "unconfined:"  # begins the note of a verdict that a program may have made itself
+UNCONFINED_NOTE = "unconfined:"  # begins the note of a verdict that a program may have made itself
 # Names that `extract:` may use instead of a regular expression; of several matches the last counts.
 EXTRACTORS = {
     "number": NUMBER,
@@ -129,7 +129,7 @@ def python(document: Document, answer: str) -> Graded:
 def judged(program: str, check: str, answer: str, context: str = "", entries: Sequence[str] = ()) -> Graded:
     """The verdict of `confined.run`, with the last word of a program that failed."""
     verdict = run(program, check, context=context, entries=entries)
-    words = [verdict.status] if verdict.confined else [UNCONFINED, verdict.status]
+    words = [verdict.status] if verdict.confined else [UNCONFINED_NOTE, verdict.status]
     words += [last_line(verdict)] if verdict.status == "failed" else []
     return Graded(float(verdict.passed), answer, " ".join(words)[:200])
 
