@@ -8,10 +8,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from dllm import __version__
-from dllm.cli import bench, data, generate, samplers, schema, speculate
+from dllm.cli import bench, data, generate, samplers, schema, speculate, train
 from dllm.cli import eval as evaluation
 from dllm.cli import filter as filters
-from dllm.cli import train as training
 from dllm.errors import DllmError
 
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
@@ -39,19 +38,12 @@ def _main(
     pass
 
 
-app.command()(generate.generate)
-app.command()(generate.chat)
-app.command()(generate.trace)
-app.command()(samplers.samplers)
-app.command()(bench.bench)
-app.add_typer(evaluation.eval_app, name="eval")
-app.command()(evaluation.tune)
-app.add_typer(data.data_app, name="data")
-app.command()(training.train)
-app.command()(schema.schema)
-app.add_typer(filters.filter_app, name="filter")
-app.command()(speculate.speculate)
-app.command()(speculate.align)
+for command in (generate.generate, generate.chat, generate.trace, samplers.samplers, bench.bench):
+    app.command()(command)
+for command in (evaluation.tune, train.train, schema.schema, speculate.speculate, speculate.align):
+    app.command()(command)
+for name, group in {"eval": evaluation.eval_app, "data": data.data_app, "filter": filters.filter_app}.items():
+    app.add_typer(group, name=name)
 
 
 def main() -> None:

@@ -47,24 +47,20 @@ def bench(
     import torch
     from tqdm import tqdm
 
-    from dllm.bench import cache as bench_cache
-    from dllm.bench import drafting as bench_drafting
-    from dllm.bench import lookahead as bench_lookahead
-    from dllm.bench import runtime
-    from dllm.bench import step as bench_step
+    from dllm.bench import cache, drafting, lookahead, runtime, samplers, step
 
     model, _ = located(common)
     short: dict[str, Callable[[], Iterable[Figure]]] = {
         "step": lambda: runtime.step(repeats),
         "generate": lambda: runtime.generate(repeats, embedded=model),
-        "cache": lambda: bench_cache.cache(repeats),
-        "own-work": lambda: bench_step.run(only or None, repeats),
+        "cache": lambda: cache.cache(repeats),
+        "own-work": lambda: step.run(only or None, repeats),
     }
     benches: dict[str, Callable[[], Iterable[Figure]]] = {
         **short,
-        "lookahead": lambda: bench_lookahead.run(only or None, repeats, model=model),
-        "drafting": lambda: bench_drafting.run(only, repeats, n=n or 300, drafter=drafter),
-        "drafting-smollm": lambda: bench_drafting.run_smollm(only, repeats),
+        "lookahead": lambda: lookahead.run(only or None, repeats, model=model),
+        "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
+        "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
     }
     if name not in (*benches, "samplers", "all"):
         raise unknown("bench", name, [*benches, "samplers", "all"])
@@ -75,12 +71,8 @@ def bench(
         raise DllmError(f"--drafter belongs to the bench 'drafting', not to {name!r}")
     torch.set_num_threads(threads)
     if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
-        from dllm.bench import samplers as bench_samplers
-
-        names, file = only or list(bench_samplers.SETTINGS), out or "bench-samplers.jsonl"
-        typer.echo(
-            bench_samplers.run(model, out=file, n=n or 1500, validation=validation, names=names, workers=workers)
-        )
+        names, file = only or list(samplers.SETTINGS), out or "bench-samplers.jsonl"
+        typer.echo(samplers.run(model, out=file, n=n or 1500, validation=validation, names=names, workers=workers))
         return
     rows: list[Figure] = []
     try:
@@ -92,15 +84,14 @@ def bench(
 
 
 def _show(rows: list[Figure], out: Path | None, as_json: bool) -> None:
-    from dllm.bench.runtime import as_json as dump
-    from dllm.bench.runtime import machine
+    from dllm.bench import runtime
 
     if out is not None:
-        out.write_text(dump(rows) + "\n", encoding="utf-8")
+        out.write_text(runtime.as_json(rows) + "\n", encoding="utf-8")
     if as_json:
-        typer.echo(dump(rows))
+        typer.echo(runtime.as_json(rows))
         return
-    table = Table("measured", "value", "asked", "met", "note", title=machine())
+    table = Table("measured", "value", "asked", "met", "note", title=runtime.machine())
     for row in rows:
         asked = "" if row.bound is None else f"{'≥' if row.higher_is_better else '≤'} {row.bound:g}"
         met = {True: "yes", False: "no", None: ""}[row.met]

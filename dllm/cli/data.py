@@ -9,11 +9,6 @@ import typer
 data_app = typer.Typer(no_args_is_help=True, help="Documents of benchmarks as local files.")
 
 
-@data_app.callback()
-def data() -> None:
-    """Documents of benchmarks as local files."""
-
-
 @data_app.command("get")
 def get_command(
     names: list[str] = typer.Argument(..., metavar="NAME…", help="gsm8k, math500, humaneval, mbpp."),

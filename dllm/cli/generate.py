@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+import dllm
 from dllm.call.output import Output
 from dllm.cli.options import decoding, loaded, takes
 from dllm.decoding.trace import BLANK, Trace
@@ -75,7 +76,7 @@ def generate(
     waiting: dict[int, Output] = {}
     following = 0
     try:
-        for index, output in _finished(model, given, n, arguments, watch):
+        for index, output in (_watched if watch else _finished)(model, given, n, arguments):
             waiting[index] = output
             if trace is not None and output.trace is not None and index == 0:
                 output.trace.save(trace)
@@ -95,19 +96,14 @@ def _standard_input() -> str:
 
 
 def _finished(
-    model: Model, prompt: str | list[str] | None, n: int, arguments: DecodingArguments, watch: bool
+    model: Model, prompt: str | list[str] | None, n: int, arguments: DecodingArguments
 ) -> Iterator[tuple[int, Output]]:
     """Outputs as they finish, with the index of their prompt; a progress bar on standard error for several prompts."""
-    if watch:
-        yield from _watch(model, prompt, n, arguments).items()
-        return
     from tqdm import tqdm
-
-    from dllm.call.generate import stream
 
     total = n * (len(prompt) if isinstance(prompt, list) else 1)
     with tqdm(total=total, unit="prompt", leave=False, disable=None if total > 1 else True) as bar:
-        for event in stream(model, prompt, n=n, **arguments):
+        for event in dllm.stream(model, prompt, n=n, **arguments):
             if event.output is not None:
                 bar.update()
                 yield event.request, event.output
@@ -137,10 +133,10 @@ def promise(lossless: bool, stats: Mapping[str, Any]) -> str:
     return "lossless"
 
 
-def _watch(model: Model, prompt: str | list[str] | None, n: int, arguments: DecodingArguments) -> dict[int, Output]:
-    """Show the canvas while it fills: in place on a terminal, one line a forward elsewhere."""
-    from dllm.call.generate import stream
-
+def _watched(
+    model: Model, prompt: str | list[str] | None, n: int, arguments: DecodingArguments
+) -> Iterator[tuple[int, Output]]:
+    """Shows the canvas while it fills: in place on a terminal, one line a forward elsewhere. The outputs come last."""
     final: dict[int, str] = {}
     drafts: dict[int, str] = {}
     outputs: dict[int, Output] = {}
@@ -148,7 +144,7 @@ def _watch(model: Model, prompt: str | list[str] | None, n: int, arguments: Deco
     blank, line_end = _shown_as(BLANK, "_"), _shown_as("⏎", "|")
     live = Live(console=console, refresh_per_second=30) if console.is_terminal else None
     with live or nullcontext():
-        for event in stream(model, prompt, drafts=True, n=n, **arguments):
+        for event in dllm.stream(model, prompt, drafts=True, n=n, **arguments):
             row = event.request
             final[row], drafts[row] = final.get(row, "") + event.text, (event.draft or "").replace(BLANK, blank)
             if event.output is not None:
@@ -159,7 +155,7 @@ def _watch(model: Model, prompt: str | list[str] | None, n: int, arguments: Deco
             else:
                 shown = (final[row] + drafts[row]).replace("\n", line_end)
                 typer.echo(f"{event.nfe:4d}  {shown}")
-    return outputs
+    yield from outputs.items()
 
 
 def _shown_as(sign: str, plain: str) -> str:
@@ -209,11 +205,9 @@ def _answered(
     model: Model, asked: list[dict[str, str]], arguments: DecodingArguments, console: Console
 ) -> list[dict[str, str]]:
     """The conversation with its answer, printed as it becomes final; without the question where that failed."""
-    from dllm.call.generate import stream
-
     output = None
     try:
-        for event in stream(model, asked, **arguments):
+        for event in dllm.stream(model, asked, **arguments):
             console.out(event.text, end="")
             output = event.output or output
         console.print()
@@ -236,17 +230,17 @@ def trace(
 ) -> None:
     """Show which forward committed which token: in the terminal, or as an .html page or an .svg picture."""
     loaded = Trace.load(source)
-    if target is not None and target.suffix not in (".html", ".svg"):
+    if target is None:
+        _show(loaded, Console(highlight=False))
+        return
+    if target.suffix not in (".html", ".svg"):
         raise DllmError(f"{target}: a trace is written as .html or .svg")
-    if target is not None and target.suffix == ".html":
+    if target.suffix == ".html":
         target.write_text(loaded.to_html(), encoding="utf-8")
-    elif target is not None:
+    else:
         console = Console(record=True, width=100, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
         _show(loaded, console)
         console.save_svg(str(target), title=f"dllm trace · {loaded.sampler}")
-    else:
-        _show(loaded, Console(highlight=False))
-        return
     typer.echo(f"wrote {target}: {len(loaded.commits)} forwards")
 
 

@@ -81,11 +81,10 @@ def loaded(common: Mapping[str, object]) -> tuple[NativeModel, DecodingArguments
 
 def located(common: Mapping[str, object]) -> tuple[Checkpoint, DecodingArguments]:
     """The checkpoint that these options name, not yet loaded, and the other options."""
-    own = ("model", "dtype", "device", "model_arg")
-    given = {name: common[name] for name in ("dtype", "device") if common[name] is not None}
-    texts, others = common["model_arg"], {k: v for k, v in common.items() if k not in own}
-    checkpoint = named(str(common["model"]), cast("list[str] | None", texts), given=given)
-    return checkpoint, cast("DecodingArguments", others)
+    others = dict(common)
+    model, texts = str(others.pop("model")), cast("list[str] | None", others.pop("model_arg"))
+    given = {name: value for name in ("dtype", "device") if (value := others.pop(name)) is not None}
+    return named(model, texts, given=given), cast("DecodingArguments", others)
 
 
 def named(

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dllm.cli.options import loading, located, takes
 
@@ -31,6 +32,7 @@ def samplers(
 
     The model is that of the pictures, and the one whose own settings are shown.
     """
+    from dllm.call.arguments import DEFAULTS, FamilyDefaults
     from dllm.samplers import catalog
 
     model, _ = located(common)
@@ -50,23 +52,17 @@ def samplers(
         console = Console()
         console.print(table)
         console.print("compose with '+', set parameters after ':', e.g. adablock+credit:alpha=0.7+prophet")
-        console.print(_defaults())
-
-
-def _defaults() -> str:
-    from dllm.call.arguments import DEFAULTS, FamilyDefaults
-
-    families = ", ".join(f"{family}: {d.sampler}" for family, d in DEFAULTS.items())
-    return f"default sampler: {FamilyDefaults().sampler}; by family: {families}"
+        families = ", ".join(f"{family}: {d.sampler}" for family, d in DEFAULTS.items())
+        console.print(f"default sampler: {FamilyDefaults().sampler}; by family: {families}")
 
 
 def _one(e: Entry) -> None:
     from dllm.samplers import catalog
 
-    console = Console()
-    console.print(f"[bold]{e['name']}[/bold]  ({e['source']})\n", highlight=False)
+    console = Console(highlight=False, markup=False)
+    console.print(Text.assemble((e["name"], "bold"), f"  ({e['source']})\n"))
     for paragraph in e["text"].split("\n\n"):
-        console.print(paragraph.replace("\n", " ") + "\n", highlight=False, markup=False)
+        console.print(paragraph.replace("\n", " ") + "\n")
     if e["parameters"]:
         table = Table("parameter", "default", "range", "why")
         for p in e["parameters"]:
@@ -74,9 +70,9 @@ def _one(e: Entry) -> None:
         console.print(table)
     for preset, values in e["presets"].items():
         shown = ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"
-        console.print(f"preset {e['name']}:{preset}: {shown}", highlight=False, markup=False)
+        console.print(f"preset {e['name']}:{preset}: {shown}")
     for key, value in catalog.facts(e).items():
-        console.print(f"{key}: {value}", highlight=False, markup=False)
+        console.print(f"{key}: {value}")
 
 
 def _own(name: str, model: Checkpoint) -> None:
@@ -89,8 +85,8 @@ def _own(name: str, model: Checkpoint) -> None:
             low, high = (100 * x for x in s.interval)
             figures = f"{100 * s.accuracy:.1f} % [{low:.1f}, {high:.1f}] at {s.tokens_per_forward:g} tokens a forward"
             against = f"{s.loss:+.1f} points lost against {s.baseline}, n = {s.n} ({s.task})"
-            Console().print(
-                f"{model.name} brings for {key}: {s.spelled}: {figures}, {against}", highlight=False, markup=False
+            Console(highlight=False, markup=False).print(
+                f"{model.name} brings for {key}: {s.spelled}: {figures}, {against}"
             )
 
 
