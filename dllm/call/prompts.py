@@ -144,10 +144,6 @@ def listed_ids(name: str, value: object, vocabulary: int) -> tuple[int, ...]:
 def _kind(prompt: object) -> str:
     if isinstance(prompt, str):
         return "text"
-    if isinstance(prompt, Array):
-        return _kind(prompt.tolist())
-    if isinstance(prompt, Mapping):
-        return "message"
     if is_id(prompt):
         return "id"
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
@@ -157,6 +153,10 @@ def _kind(prompt: object) -> str:
         if kinds == {"message"}:
             return "chat"
         return "list"
+    if isinstance(prompt, Mapping):
+        return "message"
+    if isinstance(prompt, Array):  # the last one: a protocol is slow to tell
+        return _kind(prompt.tolist())
     raise _odd(type(prompt).__name__)
 
 

@@ -50,7 +50,8 @@ class Canvas(NamedTuple):
 
     def apply(self, d: Decision) -> Canvas:
         """The canvas after the decision: writes on old columns first, then length edits from right to left."""
-        return reduce(Canvas._splice, d.ordered, self.write(d.write, d.token))
+        written = self.write(d.write, d.token)
+        return reduce(Canvas._splice, d.ordered, written) if d.edits else written
 
     def _splice(self, edit: Edit) -> Canvas:
         """The columns of one length edit replaced by its tokens; what is pushed beyond the width is dropped."""

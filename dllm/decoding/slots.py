@@ -221,8 +221,8 @@ class View:
         self._at = cols.clamp(min=0)
         self.masked = canvas.masked.gather(1, self._at) & (cols >= 0)  # (B, W)
         self.live = self.inside & self.masked  # (B, W) the candidates C
-        self.memory = state.memory.plus()
-        self.columns = state.columns.plus()
+        self.memory = Leaves(state.memory)
+        self.columns = Leaves(state.columns)
 
     @property
     def inside(self) -> Tensor:

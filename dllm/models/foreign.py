@@ -38,6 +38,11 @@ class ForeignModel(NativeModel):
         self.takes = inspect.signature(network.forward).parameters
 
     @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(self.transformer.parameters()).device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the first parameter."""
         return next(self.transformer.parameters()).dtype

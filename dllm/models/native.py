@@ -52,8 +52,8 @@ class NativeModel(Model):
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter, the embedding."""
-        return next(self.transformer.parameters()).device
+        """Of the embedding. Every step asks: `parameters()` would walk the modules each time."""
+        return self.transformer.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

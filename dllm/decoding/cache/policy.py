@@ -208,6 +208,10 @@ class NoCache(Policy):
     exact: ClassVar[bool] = True
     stored: ClassVar[bool] = False
 
+    def attach(self, sampler: Sampler) -> Sampler:
+        """The sampler as it is: nothing is kept."""
+        return sampler
+
     def step(self, state: State, window: Span, lane: Tensor) -> Plan:
         """Everything."""
         return self.whole(state, window)
