@@ -17,7 +17,6 @@ from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
 from dllm.training import alignment
 from dllm.training.alignment import (
-    Continuation,
     align,
     continuations,
     loss_of,
@@ -27,6 +26,7 @@ from dllm.training.alignment import (
     stage_two,
 )
 from dllm.training.config import AlignConfig, Stage, load_config
+from dllm.training.data import Pair
 
 torch.set_num_threads(1)
 SEP, BLOCK = 3, 8
@@ -37,7 +37,7 @@ def model():
     return dllm.load("tests/golden/checkpoints/tiny-llada-trained")
 
 
-DATA = [Continuation([10, 11, 12], [20, 21, 22, 23, 24, 2]), Continuation([10], [30 + i for i in range(20)])]
+DATA = [Pair([10, 11, 12], [20, 21, 22, 23, 24, 2]), Pair([10], [30 + i for i in range(20)])]
 
 
 def by_row(rows, b):
@@ -194,7 +194,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_trained(t
 
 
 def test_answers_with_ids_that_the_drafter_lacks_are_left_out_with_a_word(model, caplog):
-    small, odd = shrink(model, 1), Continuation([10], [model.vocab_size])
+    small, odd = shrink(model, 1), Pair([10], [model.vocab_size])
     config = AlignConfig("unused", tasks={"x": 1}, one=Stage(1, 1e-3), two=Stage(1, 1e-3), batch_size=2)
     with caplog.at_level("WARNING"):
         assert len(align(small, [*DATA, odd], config)) == 2

@@ -26,8 +26,8 @@ from dllm.models.transformer import Transformer
 from dllm.spec import build
 from dllm.tasks.base import Example
 from dllm.training import checkpoint, trainer
-from dllm.training.config import MaskSpec, ScheduleSpec, TrainConfig, load_config
-from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, Window, read_jsonl, read_prompts
+from dllm.training.config import DataSpec, MaskSpec, ScheduleSpec, TrainConfig, load_config
+from dllm.training.data import Batch, Batches, JsonLines, Pair, TaskMix, read_jsonl, read_prompts
 from dllm.training.diffusion import mask_hard, mask_window, noise_levels, reading_rows, weighted
 from dllm.training.evaluate import wilson
 from dllm.training.log import read_curve
@@ -218,7 +218,7 @@ def pairs(example: Example) -> Pair:
 
 
 def test_rows_have_one_length_and_end_in_eos() -> None:
-    batches = Batches(TaskMix({"functions": 1.0}), pairs, 2, 8, Window(long=0.5, rare=0.1), seed=1)
+    batches = Batches(TaskMix({"functions": 1.0}), pairs, 2, 8, DataSpec(long=0.5, rare=0.1), seed=1)
     for _, batch in zip(range(20), batches.from_step(0), strict=False):
         assert batch.ids.shape[1] % 8 == 0
         for ids, prompt, answer in zip(*(x.tolist() for x in batch), strict=True):
@@ -228,7 +228,7 @@ def test_rows_have_one_length_and_end_in_eos() -> None:
 
 
 def test_batches_depend_on_the_step_alone() -> None:
-    batches = Batches(TaskMix({"functions": 1.0, "word_problems": 2.0}), pairs, 2, 4, Window(), seed=1)
+    batches = Batches(TaskMix({"functions": 1.0, "word_problems": 2.0}), pairs, 2, 4, DataSpec(), seed=1)
     run = batches.from_step(0)
     first = [next(run) for _ in range(20)]
     again = next(batches.from_step(18))
@@ -266,7 +266,7 @@ def test_broken_lines_are_named_and_counted(tmp_path: Path) -> None:
 
 
 def test_an_example_beyond_max_length_is_named() -> None:
-    batches = Batches(TaskMix({"functions": 1.0}), pairs, 2, 4, Window(), seed=1, max_length=20)
+    batches = Batches(TaskMix({"functions": 1.0}), pairs, 2, 4, DataSpec(max_length=20), seed=1)
     with pytest.raises(DllmError, match="exceeds max_length 20"):
         next(batches.from_step(0))
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dllm.drafting.vocabulary import Vocabulary
@@ -29,7 +30,7 @@ from dllm.models.transformer import Transformer
 from dllm.tasks.registry import generate
 from dllm.training import checkpoint
 from dllm.training.config import AlignConfig
-from dllm.training.data import read_prompts
+from dllm.training.data import Pair, read_prompts
 from dllm.training.diffusion import noise_levels
 from dllm.training.trainer import as_diffusion, mixed, patience
 
@@ -37,13 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-
-class Continuation(NamedTuple):
-    """One teacher answer: prompt ids, and answer ids with their end token unless the answer was cut."""
-
-    prompt: list[int]
-    answer: list[int]
 
 
 class Rows(NamedTuple):
@@ -65,7 +59,7 @@ def continuations(
     max_new_tokens: int,
     batch_size: int = 32,
     path: Path | None = None,
-) -> list[Continuation]:
+) -> list[Pair]:
     """The verifier's own greedy answers to prompts given as ids.
 
     With `path` each answer is kept in that file as soon as it is there, and those of an earlier run are not made again.
@@ -74,7 +68,7 @@ def continuations(
     end = verifier.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
     kept = _kept(path)
-    out = [Continuation(list(p), kept[tuple(p)]) if tuple(p) in kept else None for p in prompts]
+    out = [Pair(list(p), kept[tuple(p)]) if tuple(p) in kept else None for p in prompts]
     order = sorted((i for i, c in enumerate(out) if c is None), key=lambda i: len(prompts[i]))
     for at in tqdm(range(0, len(order), batch_size), desc="teacher", unit="batch", leave=False):
         some = [list(prompts[i]) for i in order[at : at + batch_size]]
@@ -86,7 +80,7 @@ def continuations(
         )[:, width:].tolist()
         for i, prompt, text in zip(order[at : at + batch_size], some, texts, strict=True):
             stop = next((n + 1 for n, t in enumerate(text) if t in ends), len(text))
-            out[i] = Continuation(prompt, text[:stop])
+            out[i] = Pair(prompt, text[:stop])
         if path is not None:
             lines = [json.dumps(out[i]) for i in order[at : at + batch_size]]
             with path.open("a", encoding="utf-8") as file:
@@ -108,7 +102,7 @@ def _kept(path: Path | None) -> dict[tuple[int, ...], list[int]]:
 
 
 def stage_one(
-    data: Sequence[Continuation],
+    data: Sequence[Pair],
     model: NativeModel,
     block: int,
     sep: int | None,
@@ -129,7 +123,7 @@ def stage_one(
 
 
 def stage_two(
-    data: Sequence[Continuation],
+    data: Sequence[Pair],
     model: NativeModel,
     max_suffix: int,
     alpha: float,
@@ -158,21 +152,14 @@ def _rows(
 ) -> Rows:
     assert model.mask_id is not None
     tail = [] if sep is None else [sep]
-    noisy = [
-        p + [model.mask_id if m else t for t, m in zip(ts, ms.tolist(), strict=True)] + tail
-        for p, ts, ms in zip(prefixes, targets, masked, strict=True)
-    ]
-    width = max(map(len, noisy))
-    ids = torch.tensor([n + [0] * (width - len(n)) for n in noisy])
-    pos = torch.tensor([[*range(len(n)), *[-1] * (width - len(n))] for n in noisy])
-    row, column, target, weight = [], [], [], []
-    for b, (p, ts, ms, ws) in enumerate(zip(prefixes, targets, masked, weights, strict=True)):
-        where = ms.nonzero()[:, 0]
-        row.append(torch.full_like(where, b))
-        column.append(where + len(p))
-        target.append(torch.tensor(ts)[where])
-        weight.append(ws[where])
-    return Rows(ids, pos, torch.cat(row), torch.cat(column), torch.cat(target), torch.cat(weight))
+    clean = [torch.tensor(p + ts + tail) for p, ts in zip(prefixes, targets, strict=True)]
+    ids = pad_sequence(clean, batch_first=True)  # (B, T)
+    pos = pad_sequence([torch.arange(len(c)) for c in clean], batch_first=True, padding_value=-1)
+    holes = [F.pad(ms, (len(p), len(tail))) for p, ms in zip(prefixes, masked, strict=True)]
+    hidden = pad_sequence(holes, batch_first=True)  # (B, T)
+    row, column = hidden.nonzero(as_tuple=True)
+    weight = torch.cat(weights)[torch.cat(masked)]
+    return Rows(ids.masked_fill(hidden, model.mask_id), pos, row, column, ids[row, column], weight)
 
 
 def loss_of(model: NativeModel, rows: Rows) -> Tensor:
@@ -198,7 +185,7 @@ def shrink(model: NativeModel, layers: int) -> NativeModel:
 
 def align(
     model: NativeModel,
-    data: Sequence[Continuation],
+    data: Sequence[Pair],
     config: AlignConfig,
     saved: Mapping[str, Any] | None = None,
     save: Callable[[int, int, torch.optim.Optimizer | None], None] | None = None,

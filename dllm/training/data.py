@@ -22,6 +22,7 @@ from dllm import spec as plain
 from dllm.errors import DllmError
 from dllm.tasks.base import Example
 from dllm.tasks.registry import task
+from dllm.training.config import DataSpec
 
 CHUNK = 16  # batches drawn together, then sorted by length
 STRIDE = 8  # row lengths are multiples of this: few shapes, little waste
@@ -36,10 +37,10 @@ class Batch(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One encoded example."""
+    """One encoded example, without an end token; or an answer of a teacher, with one unless it was cut."""
 
     prompt: list[int]
-    answer: list[int]  # without EOS
+    answer: list[int]
 
 
 class Source(Protocol):
@@ -130,38 +131,15 @@ def _parse(line: bytes) -> Example | None:
 
 
 @dataclass(frozen=True)
-class Window:
-    """How much longer than its answer a window is, in tokens.
-
-    The slack is what fills the row to a multiple of 8; with probability `long` the window has a random length up to
-    `usual`, with probability `rare` up to `most`: then every `max_new_tokens` up to `most` has been seen.
-    """
-
-    usual: int = 64
-    most: int = 128
-    long: float = 0.3
-    rare: float = 0.03
-
-    def length(self, pair: Pair, rng: random.Random) -> int:
-        """The row length T for one example."""
-        need = len(pair.prompt) + len(pair.answer) + 1
-        draw = rng.random()
-        cap = self.most if draw < self.rare else self.usual if draw < self.rare + self.long else 0
-        longest = max(need, len(pair.prompt) + cap)
-        return -(-rng.randint(need, longest) // STRIDE) * STRIDE if cap else -(-need // STRIDE) * STRIDE
-
-
-@dataclass(frozen=True)
 class Batches:
-    """Step number -> Batch."""
+    """Step number -> Batch; `data` says how long rows are."""
 
     source: Source
     encode: Callable[[Example], Pair]
     eos: int
     batch_size: int
-    window: Window
+    data: DataSpec
     seed: int
-    max_length: int = 512
 
     def chunk(self, index: int) -> list[Batch]:
         """Batches `index * CHUNK` to the next chunk: sorted by length, cut, shuffled."""
@@ -181,13 +159,16 @@ class Batches:
             index, offset = index + 1, 0
 
     def _length(self, pair: Pair, rng: random.Random) -> int:
-        length = self.window.length(pair, rng)
-        need = len(pair.prompt) + len(pair.answer) + 1
-        if need > self.max_length:
+        """The row length T of one example: what `max_new_tokens` up to `max_window` asks for has been seen."""
+        data, need = self.data, len(pair.prompt) + len(pair.answer) + 1
+        if need > data.max_length:
             raise DllmError(
-                f"an example of {need} tokens exceeds max_length {self.max_length}; raise it or shorten the data"
+                f"an example of {need} tokens exceeds max_length {data.max_length}; raise it or shorten the data"
             )
-        return min(length, self.max_length)
+        draw = rng.random()
+        cap = data.max_window if draw < data.rare else data.window if draw < data.rare + data.long else 0
+        length = rng.randint(need, max(need, len(pair.prompt) + cap)) if cap else need
+        return min(-(-length // STRIDE) * STRIDE, data.max_length)
 
     def _batch(self, pairs: Sequence[Pair], length: int) -> Batch:
         ids = [p.prompt + p.answer + [self.eos] * (length - len(p.prompt) - len(p.answer)) for p in pairs]

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from dllm.call.arguments import CacheSpec, DecodingArguments
 from dllm.call.generate import generate
-from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.errors import DllmError
@@ -130,8 +129,8 @@ class Follow(Method):
 
         return Bundle(
             select=select, adjust=(adjust,), needs=Needs(committed=True),
-            columns=lambda canvas: Teacher(_fit(self.teacher, canvas.ids.shape[1])),
-            memory=lambda canvas: Request(index(canvas)),
+            columns=lambda canvas: Teacher(F.pad(self.teacher, (0, canvas.ids.shape[1] - self.teacher.shape[1]))),
+            memory=lambda canvas: Request(torch.arange(len(canvas.start), device=canvas.start.device)),
         )  # fmt: skip
 
     def record(self, view: View, pred: Prediction, agrees: Tensor) -> None:
@@ -143,15 +142,6 @@ class Follow(Method):
         label, _ = block_view(view, agrees.float(), self.size, 0.0)
         table = (conf, (masked > 0.5) & real, (label > 0.5) & real, real, view.memory[Request].row, view.state.step)
         self.rows.append(tuple(x.cpu() for x in table))
-
-
-def _fit(table: Tensor, width: int) -> Tensor:
-    return F.pad(table, (0, width - table.shape[1]))
-
-
-def index(canvas: Canvas) -> Tensor:
-    """(B,) the position of each row in its call."""
-    return torch.arange(len(canvas.start), device=canvas.start.device)
 
 
 def collect(
@@ -233,7 +223,8 @@ def train(traces: Traces, recipe: Recipe = Recipe(), start: Filter | None = None
         best, kept, waited = (loss, now, 0) if loss < best else (best, kept, waited + 1)
         if waited == 5:
             break
-    kept = replace(kept, tau=choose_tau(kept, validation, recipe.precision))
+    p, label, _ = scores(kept, validation)
+    kept = replace(kept, tau=cut_for(p, label, recipe.precision))
     figures = {f"test_{k}": f"{v:.4f}" for k, v in evaluate(kept, test).items()}
     meta = {**traces.meta, **figures, "target_precision": str(recipe.precision), "seed": str(recipe.seed)}
     return replace(kept, meta={**meta, "n_rows": str(len(traces.prompt)), "validation_loss": f"{best:.4f}"})
@@ -266,14 +257,8 @@ def scores(filter_: Filter, rows: Traces) -> tuple[Tensor, Tensor, Tensor]:
     return p[rows.masked], rows.label[rows.masked], rows.conf[rows.masked]
 
 
-def choose_tau(filter_: Filter, rows: Traces, precision: float) -> float:
-    """The smallest tau from which on accepted columns are right often enough; 1 where no tau is."""
-    p, label, _ = scores(filter_, rows)
-    return cut_for(p, label, precision)
-
-
 def cut_for(p: Tensor, label: Tensor, precision: float) -> float:
-    """The smallest threshold on p above which the share of true labels is at least `precision`."""
+    """The smallest threshold on p above which at least `precision` of the labels are true; 1 where there is none."""
     order = p.argsort(descending=True)
     right = label[order].double().cumsum(0) / torch.arange(1, len(p) + 1)
     good = (right >= precision).nonzero()[:, 0]

@@ -15,10 +15,9 @@ from dllm.training.config import OptimizerSpec, ScheduleSpec
 
 @dataclass
 class Optimizers:
-    """One or two optimizers that step together; `base` are their learning rates before the schedule."""
+    """One or two optimizers that step together, each at its own learning rate times the schedule's."""
 
     parts: list[torch.optim.Optimizer]
-    base: list[float]
     parameters: list[nn.Parameter]
     clip: float
     schedule: ScheduleSpec
@@ -30,9 +29,9 @@ class Optimizers:
             self.zero_grad()
             return False
         rate = self.schedule.rate(step)
-        for part, base in zip(self.parts, self.base, strict=True):
+        for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = base * rate
+                group["lr"] = part.defaults["lr"] * rate
             part.step()
         self.zero_grad()
         return True
@@ -59,17 +58,13 @@ def build_optimizers(module: nn.Module, spec: OptimizerSpec, schedule: ScheduleS
     inside = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in inside]
     parts: list[torch.optim.Optimizer] = []
-    base = []
     if matrices and spec.name == "muon":
         parts.append(Muon(matrices, spec.lr, spec.momentum, spec.weight_decay))
-        base.append(spec.lr)
     elif matrices:
         parts.append(_adamw(matrices, spec.lr, spec, spec.weight_decay))
-        base.append(spec.lr)
     if rest:
         parts.append(_adamw(rest, spec.rest_lr, spec, 0.0))
-        base.append(spec.rest_lr)
-    return Optimizers(parts, base, [p for _, p in named], spec.clip, schedule)
+    return Optimizers(parts, [p for _, p in named], spec.clip, schedule)
 
 
 def _adamw(parameters: list[nn.Parameter], lr: float, spec: OptimizerSpec, decay: float) -> torch.optim.AdamW:

@@ -26,7 +26,7 @@ from dllm.tasks.base import Example
 from dllm.tasks.registry import task
 from dllm.training import checkpoint
 from dllm.training.config import DataSpec, ModelSpec, TrainConfig
-from dllm.training.data import Batch, Batches, JsonLines, Pair, Source, TaskMix, Window
+from dllm.training.data import Batch, Batches, JsonLines, Pair, Source, TaskMix
 from dllm.training.log import Curve
 from dllm.training.lora import add_lora, merge_lora
 from dllm.training.objectives import Autoregressive, Diffusion, Loss
@@ -70,8 +70,8 @@ class Trainer:
 
         Ctrl-C ends the step that it falls into, saves, and raises KeyboardInterrupt; a second one strikes at once.
         """
-        config, started, window = self.config, time.monotonic(), _Mean()
-        spent = self.curve.seconds
+        config, started, spent = self.config, time.monotonic(), self.curve.seconds
+        seen: list[tuple[float, int, int]] = []  # since the last line of the log: loss, correct tokens, tokens
         self.backbone.train()
         feed = self.batches.from_step(self.step * config.accumulate)
         steps = range(self.step, config.schedule.steps)
@@ -79,12 +79,14 @@ class Trainer:
         with bar, patience() as interrupted:
             for step in bar:
                 for part in range(config.accumulate):
-                    window.add(self._backward(next(feed), step, part))
+                    seen.append(self._backward(next(feed), step, part))
                 if not self.optimizers.step(step):
                     self._fail(step, "gradient")
                 self.step = step + 1
                 if self.step % config.log_every == 0 or self.step == config.schedule.steps:
-                    loss, accuracy = window.take()
+                    losses, correct, tokens = zip(*seen, strict=True)
+                    loss, accuracy = sum(losses) / len(seen), sum(correct) / max(1, sum(tokens))
+                    seen.clear()
                     rows = self.step * config.batch_size * config.accumulate
                     seconds = spent + time.monotonic() - started
                     rate = config.schedule.rate(step)
@@ -118,14 +120,16 @@ class Trainer:
         model.save(self.folder / "model")
         return model
 
-    def _backward(self, batch: Batch, step: int, part: int) -> Loss:
+    def _backward(self, batch: Batch, step: int, part: int) -> tuple[float, int, int]:
+        """Add to the gradients. Returns the loss, the correct tokens and the tokens of the batch."""
         generator = torch.Generator().manual_seed((self.config.seed << 40) + step * self.config.accumulate + part)
         with mixed(self.config.precision, self.device):
             loss: Loss = self.objective(self.backbone, batch, generator)
-        if not math.isfinite(loss.value.item()):
+        value = loss.value.item()
+        if not math.isfinite(value):
             self._fail(step, "loss")
         (loss.value / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
-        return loss
+        return value, int(loss.correct), loss.tokens
 
     def _fail(self, step: int, what: str) -> None:
         kept = f"the last good state is in {self.path}" if self.path.exists() else "no checkpoint had been written yet"
@@ -150,24 +154,6 @@ class Trainer:
 def train(config: TrainConfig, resume: bool = False, model: NativeModel | None = None) -> NativeModel:
     """Run a recipe from the start, or from its checkpoint; returns the trained model."""
     return Trainer(config, resume, model).run()
-
-
-class _Mean:
-    """Running loss and accuracy since the last `take`."""
-
-    def __init__(self) -> None:
-        self.value, self.correct, self.tokens, self.n = 0.0, 0, 0, 0
-
-    def add(self, loss: Loss) -> None:
-        self.value += loss.value.item()
-        self.correct += int(loss.correct)
-        self.tokens += loss.tokens
-        self.n += 1
-
-    def take(self) -> tuple[float, float]:
-        mean = self.value / self.n, self.correct / max(1, self.tokens)
-        self.__init__()  # type: ignore[misc]
-        return mean
 
 
 @contextmanager
@@ -263,11 +249,8 @@ def make_batches(config: TrainConfig, model: NativeModel) -> Batches:
     if not model.eos_ids:
         raise DllmError("training needs an end token: the model's configuration and tokenizer name none")
     data = config.data
-    window = Window(data.window, data.max_window, data.long, data.rare)
-    longest = min(data.max_length, model.max_positions)
-    return Batches(
-        _source(data), encoder(model, data.chat), model.eos_ids[0], config.batch_size, window, config.seed, longest
-    )
+    data = replace(data, max_length=min(data.max_length, model.max_positions))
+    return Batches(_source(data), encoder(model, data.chat), model.eos_ids[0], config.batch_size, data, config.seed)
 
 
 def _source(data: DataSpec) -> Source:
