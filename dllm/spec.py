@@ -85,14 +85,6 @@ def lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def malformed(error: Exception, name: str) -> DllmError:
-    """What is wrong with a text, and where."""
-    mark = getattr(error, "problem_mark", None)  # foreign
-    line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    said = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None)  # foreign
-    return DllmError(f"{name}{line}: not valid YAML: {said or first_line(error)}")
-
-
 # ------------------------------------------------------------------------------------------------------- specifications
 
 _TOKEN = re.compile(r"""(?s)"(?:[^"\\]|\\.)*"|'[^']*'|\+[0-9.]|.""")  # a quoted text, the plus of a number, or a sign
@@ -287,9 +279,9 @@ def parameters(make: Callable[..., object]) -> Mapping[str, tuple[Parameter, Lim
     """
     members = {f.name: f for f in fields(make)} if isinstance(make, type) and is_dataclass(make) else {}
     given = {name: p for name, p in signature(make).parameters.items() if p.default is not p.empty}
-    if members:
-        return {name: (p, limits_of(members[name])) for name, p in given.items() if not members[name].kw_only}
-    return {name: (p, FREE) for name, p in given.items()}
+    if not members:
+        return {name: (p, FREE) for name, p in given.items()}
+    return {name: (p, limits_of(members[name])) for name, p in given.items() if not members[name].kw_only}
 
 
 def settings(of: str, make: Callable[..., object], given: Mapping[str, object]) -> Json:
@@ -402,7 +394,10 @@ def parse(text: str, name: str) -> tuple[Json, Source]:
     except DllmError:
         raise
     except ERRORS as error:
-        raise malformed(error, name) from None
+        mark = getattr(error, "problem_mark", None)  # foreign
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        said = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None)  # foreign
+        raise DllmError(f"{name}{line}: not valid YAML: {said or first_line(error)}") from None
 
 
 def read(path: str | Path, what: str = "configuration", _seen: tuple[Path, ...] = ()) -> tuple[Json, Source]:
@@ -591,6 +586,11 @@ def schema(hint: Any, limits: Limits = FREE) -> Json:
     bounds = {"minimum": limits.low, "maximum": limits.high, "exclusiveMinimum": limits.above}
     kind = KINDS.get(hint.__name__) if isinstance(hint, type) else None
     return {"type": kind.json} | {key: bound for key, bound in bounds.items() if bound is not None} if kind else {}
+
+
+def ref(name: str) -> Json:
+    """The schema that stands under this name in the file's `$defs`."""
+    return {"$ref": f"#/$defs/{name}"}
 
 
 def many(one: Json) -> Json:

@@ -210,25 +210,22 @@ _TOP = [f.name for f in fields(Config) if f.name not in ("settings", "source")] 
 def schema() -> Json:
     """The JSON Schema of a file for `dllm eval`."""
     config, task, generate = map(spec.keys_of, (Config, TaskSpec, GenerateSpec))
-    sampler = {"$ref": "#/$defs/sampler"}
-    task["properties"]["sampler"] = sampler
-    point = {
-        "model": spec.schema(ModelSpec),
-        "sampler": sampler,
-        "cache": caches.schema(),
-        "generate": generate,
-        "speculate": spec.or_text(spec.keys_of(SpeculateSpec)),
-    }
-    flat = {f"generate.{key}": one for key, one in generate["properties"].items()}
+    drafting = spec.or_text(spec.keys_of(SpeculateSpec))
+    parts = (spec.schema(ModelSpec), spec.many(spec.ref("method")), caches.schema(), generate, drafting)
+    point = {axis: spec.ref(axis) for axis in _AXES}
+    for key in ("sampler", "generate"):
+        task["properties"][key] = {**point[key], "description": task["properties"][key]["description"]}
+    swept = {**point, **{f"generate.{key}": one for key, one in generate["properties"].items()}}
     sweep = {
         "type": "object",
-        "properties": {"label": {"type": "string"}, **{key: spec.many(one) for key, one in (point | flat).items()}},
+        "properties": {"label": {"type": "string"}, **{key: spec.many(one) for key, one in swept.items()}},
         "patternProperties": {r"^(model|sampler|cache|speculate)\.": {}},
         "additionalProperties": False,
     }
+    defs = {**dict(zip(_AXES, parts, strict=True)), "method": registry.schema(), "sweep": sweep}
     config["properties"] = {key: one for key, one in config["properties"].items() if key in _TOP}
-    config["properties"] |= {**point, "tasks": spec.many(spec.or_text(task)), "matrix": spec.many(sweep)}
-    return {**spec.document({**config, "required": ["tasks"]}), "$defs": {"sampler": registry.schema()}}
+    config["properties"] |= {**point, "tasks": spec.many(spec.ref("task")), "matrix": spec.many(spec.ref("sweep"))}
+    return {**spec.document({**config, "required": ["tasks"]}), "$defs": {**defs, "task": spec.or_text(task)}}
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -256,14 +253,11 @@ def override(data: Json, text: str) -> Json:
             axis.pop(name)
         else:
             values = axis[name] if isinstance(axis[name], list) else [axis[name]]
-            axis[name] = [spec.assign(with_name(v), path[1:], value, place) for v in values]
+            axis[name] = [spec.assign(v, path[1:], value, place) for v in values]
     if axes and not any(set(axis) - {"label"} for axis in axes):
         data.pop("matrix")
-    if path[0] in ("sampler", "model"):
-        if path[0] in data:
-            data[path[0]] = with_name(data[path[0]])
-        if whole:  # another name: the old one's parameters go with it
-            return {**data, path[0]: with_name(value)}
+    if whole and path[0] in ("sampler", "model"):  # another name: the old one's parameters go with it
+        return {**data, path[0]: with_name(value)}
     changed: Json = spec.assign(data, path, value, place)
     return changed
 
@@ -287,7 +281,7 @@ def _below_the_call(entry: Any, path: Keys, value: Any, place: str) -> Any:
     rest = {k: v for k, v in entry.items() if k != path[0]}
     if path[0] == "sampler":
         whole = len(path) == 1 or path[1:] == ("name",)
-        return rest if whole else {**rest, "sampler": spec.assign(with_name(own), path[1:], value, place)}
+        return rest if whole else {**rest, "sampler": spec.assign(own, path[1:], value, place)}
     said = path[1:2] if len(path) > 1 else value or ()
     return {**rest, "generate": {k: v for k, v in own.items() if k not in said} if isinstance(own, dict) else own}
 
@@ -337,7 +331,7 @@ def build(data: Mapping[str, object], source: Source) -> Config:
             raise source.error(("tasks", i), f"{label!r} is there twice; tell the two apart with `label:`")
     whole = {"name": "eval", **data, "tasks": (), "settings": ()}
     config = spec.build(Config, {k: v for k, v in whole.items() if k not in (*_AXES, "matrix", "extends")}, source)
-    settings = tuple(_settings(data, source))
+    settings = _settings(data, source)
     for i, figure in enumerate(config.expected):
         names = {"metric": FIGURES, "task": labels, "setting": [s.label for s in settings]}
         for key, known in names.items():
@@ -346,10 +340,10 @@ def build(data: Mapping[str, object], source: Source) -> Config:
     return replace(config, tasks=tasks, settings=settings, source=source)
 
 
-def _settings(data: Mapping[str, object], source: Source) -> Iterable[Setting]:
-    sweeps = data.get("matrix") or {}
+def _settings(data: Mapping[str, object], source: Source) -> tuple[Setting, ...]:
+    """The points of the sweep, those of equal labels once."""
     seen: dict[str, Setting] = {}
-    for sweep, where in _sweeps(sweeps, source):
+    for sweep, where in _sweeps(data.get("matrix") or {}, source):
         named = sweep.pop("label", None)
         axes = {k: v if isinstance(v, list) else [v] for k, v in sweep.items()}
         for axis, values in axes.items():
@@ -358,25 +352,33 @@ def _settings(data: Mapping[str, object], source: Source) -> Iterable[Setting]:
             if not values:
                 raise source.error((*where, axis), "the list is empty, so the sweep has no point")
         for picks in itertools.product(*(range(len(values)) for values in axes.values())):
-            point: Json = {k: v for k, v in data.items() if k in _AXES}
-            chosen = {axis: axes[axis][i] for axis, i in zip(axes, picks, strict=True)}
-            for axis, value in chosen.items():
-                path = spec.dotted(axis)
-                head = str(path[0])
-                new = with_name(value) if head in ("model", "sampler") and len(path) == 1 else value
-                old = with_name(point.get(head)) if head in ("model", "sampler") else point.get(head)
-                point[head] = spec.merge(old, new) if len(path) == 1 else spec.assign(old, path[1:], new, axis)
+            at = dict(zip(axes, picks, strict=True))
+            chosen = {axis: axes[axis][i] for axis, i in at.items()}
+            point = _point(data, chosen)
             varying = {axis: value for axis, value in chosen.items() if len(axes[axis]) > 1 or axis == "sampler"}
             label = _label(named, varying, point)
             here = source
-            for axis, i in zip(axes, picks, strict=True):
+            for axis, i in at.items():
                 here = here.placed(spec.dotted(axis), source.place((*where, axis, i)))
             setting = _setting(label, point, here)
-            if label in seen and replace(setting, label="") != replace(seen[label], label=""):
+            if seen.setdefault(label, setting) != setting:
                 raise source.error(where, f"two settings are called {label!r}; give each a `label:`")
-            if label not in seen:
-                seen[label] = setting
-                yield setting
+    return tuple(seen.values())
+
+
+def _point(data: Mapping[str, object], chosen: Json) -> Json:
+    """What the file says of the axes, with what one point of the sweep says instead."""
+    point: Json = {k: v for k, v in data.items() if k in _AXES}
+    for axis, new in chosen.items():
+        head, *rest = spec.dotted(axis)
+        old = point.get(str(head))
+        if rest:
+            point[str(head)] = spec.assign(old, tuple(rest), new, axis)
+        elif head in ("model", "sampler"):
+            point[str(head)] = spec.merge(with_name(old), with_name(new))
+        else:
+            point[str(head)] = spec.merge(old, new)
+    return point
 
 
 def _sweeps(sweeps: object, source: Source) -> Iterable[tuple[Json, Keys]]:
@@ -391,13 +393,10 @@ def _sweeps(sweeps: object, source: Source) -> Iterable[tuple[Json, Keys]]:
 
 
 def _label(named: object, varying: Json, point: Mapping[str, object]) -> str:
-    parts = [str(named)] if named else [describe(point.get("sampler") or "default")]
-    for axis, value in varying.items():
-        if axis == "sampler" or (named and len(varying) == 1):
-            continue
-        shown = describe(value)
-        parts.append(f"{axis.removeprefix('generate.').removeprefix('sampler.')}={shown}")
-    return " · ".join(parts)
+    first = str(named or describe(point.get("sampler") or "default"))
+    shown = {} if named and len(varying) == 1 else {axis: v for axis, v in varying.items() if axis != "sampler"}
+    rest = [f"{axis.removeprefix('generate.').removeprefix('sampler.')}={describe(v)}" for axis, v in shown.items()]
+    return " · ".join([first, *rest])
 
 
 def describe(said: object) -> str:

@@ -292,8 +292,13 @@ def run(config: AlignConfig, resume: bool = False) -> NativeModel:
 
 
 def pair(config: AlignConfig) -> tuple[NativeModel, PreTrainedModel]:
-    """The drafter before alignment and its teacher. DllmError where they number their tokens differently."""
-    model = initial_drafter(config)
+    """The drafter before alignment (bidirectional, cut to size) and its teacher. DllmError where they number their
+    tokens differently."""
+    device = pick_device(config.device)
+    model = load(config.drafter, dtype=torch.float32, device=device)
+    model.sampler_settings = {}  # they are of the weights that are about to change
+    model = as_diffusion(model) if model.config.causal else model
+    model = (shrink(model, config.layers) if config.layers else model).to(device)
     arguments = {"dtype": config.dtype, "device": str(model.device), **config.verifier.given()}
     verifier = load_verifier(config.verifier.name, **arguments)
     size = len(verifier.get_input_embeddings().weight)  # type: ignore[arg-type]
@@ -304,15 +309,6 @@ def pair(config: AlignConfig) -> tuple[NativeModel, PreTrainedModel]:
             "aligned drafter learns the verifier's ids, so take one that has the verifier's tokenizer"
         )
     return model, verifier
-
-
-def initial_drafter(config: AlignConfig) -> NativeModel:
-    """The drafter before alignment: loaded, made bidirectional, cut to size."""
-    device = pick_device(config.device)
-    model = load(config.drafter, dtype=torch.float32, device=device)
-    model.sampler_settings = {}  # they are of the weights that are about to change
-    model = as_diffusion(model) if model.config.causal else model
-    return (shrink(model, config.layers) if config.layers else model).to(device)
 
 
 def task_prompts(model: NativeModel, config: AlignConfig, split: str = "train") -> list[list[int]]:

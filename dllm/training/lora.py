@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-from types import ModuleType
 
 from dllm.errors import DllmError
 from dllm.models.transformer import Transformer
 from dllm.training.config import LoraSpec
 
 
-def _peft() -> ModuleType:
+def add_lora(model: Transformer, spec: LoraSpec) -> None:
+    """Freeze the weights of `model` and add trainable adapters to the named layers."""
     try:
         import peft
     except ImportError as error:
         raise DllmError("LoRA needs peft: pip install 'dllm-toolkit[lora]'") from error
-    return peft
-
-
-def add_lora(model: Transformer, spec: LoraSpec) -> None:
-    """Freeze the weights of `model` and add trainable adapters to the named layers."""
-    peft = _peft()
     settings = peft.LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout,
                                target_modules=list(spec.targets))  # fmt: skip
     try:
