@@ -211,7 +211,9 @@ def schema() -> Json:
     """The JSON Schema of a file for `dllm eval`."""
     config, task, generate = map(spec.keys_of, (Config, TaskSpec, GenerateSpec))
     drafting = spec.or_text(spec.keys_of(SpeculateSpec))
-    parts = (spec.schema(ModelSpec), spec.many(spec.ref("method")), caches.schema(), generate, drafting)
+    sampler = registry.schema()
+    shared = {**sampler.pop("$defs"), "task": spec.or_text(task)}
+    parts = (spec.schema(ModelSpec), sampler, caches.schema(), generate, drafting)
     point = {axis: spec.ref(axis) for axis in _AXES}
     for key in ("sampler", "generate"):
         task["properties"][key] = {**point[key], "description": task["properties"][key]["description"]}
@@ -222,10 +224,10 @@ def schema() -> Json:
         "patternProperties": {r"^(model|sampler|cache|speculate)\.": {}},
         "additionalProperties": False,
     }
-    defs = {**dict(zip(_AXES, parts, strict=True)), "method": registry.schema(), "sweep": sweep}
+    shared |= {**dict(zip(_AXES, parts, strict=True)), "sweep": sweep}
     config["properties"] = {key: one for key, one in config["properties"].items() if key in _TOP}
     config["properties"] |= {**point, "tasks": spec.many(spec.ref("task")), "matrix": spec.many(spec.ref("sweep"))}
-    return {**spec.document({**config, "required": ["tasks"]}), "$defs": {**defs, "task": spec.or_text(task)}}
+    return {**spec.document({**config, "required": ["tasks"]}), "$defs": shared}
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -26,7 +26,7 @@ from dllm.errors import DllmError, unknown
 from dllm.samplers.base import Bundle, Method, merge
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.quota import Quota, confidence
-from dllm.spec import Json, Named, Plugins, named, names_of, render, split
+from dllm.spec import Json, Named, Plugins, many, named, names_of, ref, render, split
 
 BUILTIN = {
     "confidence": "quota:Confidence",
@@ -131,9 +131,10 @@ def check(spec: Spec) -> None:
 
 
 def schema() -> Json:
-    """The JSON Schema of a specification that is no list: a name, a composition of such, or a mapping."""
+    """The JSON Schema of a specification: a name, a mapping, or a list of these, which share one definition."""
     known = {name: method(name) for name in names()}
-    return names_of(known, {name: (TUNED, PUBLISHED, *cls.presets) for name, cls in known.items()})
+    one = names_of(known, {name: (TUNED, PUBLISHED, *cls.presets) for name, cls in known.items()})
+    return {**many(ref("method")), "$defs": {"method": one}}
 
 
 def published(spec: Spec) -> Spec:

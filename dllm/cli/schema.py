@@ -23,7 +23,7 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
     """Print the JSON Schema (2020-12) of a YAML file: keys, types, ranges and what they are for."""
     from dllm.eval import config, tuning
     from dllm.samplers import registry
-    from dllm.spec import document, keys_of, many, ref
+    from dllm.spec import document, keys_of
     from dllm.training.config import AlignConfig, TrainConfig
 
     found = {
@@ -31,6 +31,6 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
         Kind.TUNE: tuning.schema,
         Kind.TRAIN: lambda: document(keys_of(TrainConfig)),
         Kind.ALIGN: lambda: document(keys_of(AlignConfig)),
-        Kind.SAMPLERS: lambda: {**many(ref("method")), "$defs": {"method": registry.schema()}},
+        Kind.SAMPLERS: registry.schema,
     }
     typer.echo(json.dumps(found[kind](), indent=1))
