@@ -34,8 +34,8 @@ def train(
     if evaluate:
         from dllm.training.evaluate import evaluate_pair
 
-        given = {} if config is None else {"folders": [Path(config.output) / "model"]}
-        for row in evaluate_pair(problems, seed, **given):
+        folders = ("tiny", "tiny-ar") if config is None else (Path(config.output) / "model",)
+        for row in evaluate_pair(problems, seed, folders):
             typer.echo(str(row))
         return
     from dllm.training.trainer import Trainer

@@ -122,8 +122,8 @@ def _text(model: NativeModel, ids: list[int]) -> str:
     return str(model.tokenizer.decode(ids[:stop]))
 
 
-def evaluate_pair(n: int = 500, seed: int = 0, folders: Sequence[str | Path] = ("tiny", "tiny-ar")) -> list[Accuracy]:
-    """The dLLM on all tasks, its twin on those with an order of reading; each of `folders` is what `dllm.load`
+def evaluate_pair(n: int, seed: int, folders: Sequence[str | Path]) -> list[Accuracy]:
+    """A dLLM on all tasks, a causal twin on those with an order of reading; each of `folders` is what `dllm.load`
     takes.
     """
     results = []

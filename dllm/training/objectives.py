@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -78,7 +77,6 @@ class Diffusion:
         self.difficulty = state["difficulty"].clone()
 
 
-@dataclass(frozen=True)
 class Autoregressive:
     """Predict every token of the answer, its first EOS included, from those before it."""
 

@@ -136,12 +136,9 @@ class Trainer:
         raise DllmError(f"step {step + 1}: the {what} is not finite; {kept}. Lower optimizer.lr or look at the data")
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        parameters = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
-        if parameters.keys() != saved["weights"].keys():
+        if {n for n, p in self.backbone.named_parameters() if p.requires_grad} != saved["weights"].keys():
             raise DllmError(f"{self.path} holds other weights than this recipe trains")
-        with torch.no_grad():
-            for name, value in saved["weights"].items():
-                parameters[name].copy_(value)
+        self.backbone.load_state_dict(saved["weights"], strict=False)
         self.optimizers.load_state_dict(saved["optimizers"])
         self.objective.load_state_dict(saved["objective"])
         torch.set_rng_state(saved["random"])
