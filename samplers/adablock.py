@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Span, State
-from dllm.decoding.columns import spans
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View, Window, best
 from dllm.errors import DllmError
+from dllm.samplers import BlockMemory, Canvas, Context, Prediction, Span, State, View, Window, best, spans
 from dllm.samplers.base import OFF, Bundle, Method, param
-from dllm.samplers.blocks import BlockMemory
 from dllm.samplers.threshold import Threshold
 
 if TYPE_CHECKING:

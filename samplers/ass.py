@@ -8,11 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Span, State
-from dllm.decoding.columns import spans
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Schedule, View, Window, rank
 from dllm.errors import DllmError
+from dllm.samplers import Canvas, Context, Prediction, Schedule, Span, State, View, Window, rank, spans
 from dllm.samplers.base import Bundle, Method, param
 
 

@@ -8,11 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction, Rescored
-from dllm.decoding.slots import Adjust, Context, Needs, View, rank
-from dllm.samplers.base import Bundle, Method, Presets, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers import Adjust, Blocks, Bundle, Canvas, Context, Method, Needs, Presets, View, param, rank
 
 WARM_UP = 5  # steps that only fill the history, as released
 

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas
 from dllm.decoding.prediction import Prediction, Rescored
-from dllm.decoding.slots import Context, View
-from dllm.samplers.base import OFF, Bundle, Method, Presets, param
+from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Presets, View, param
 from dllm.samplers.threshold import Threshold
 
 FREE = 0  # an unused slot; token ids are stored plus one, so that new slots may be zeros

@@ -9,11 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, Span, State
-from dllm.decoding.columns import spans
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, Window, best
 from dllm.errors import DllmError
+from dllm.samplers import Canvas, Context, Decision, Needs, Prediction, Span, State, View, Window, best, spans
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.blocks import first_block
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm.decoding import noise
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
-from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Method, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers import Blocks, Bundle, Context, Method, Needs, Prediction, View, param, quota, rank
 
 SCORES = {"maskgit_plus": quota.confidence, "topk_margin": quota.margin, "entropy": quota.entropy}
 

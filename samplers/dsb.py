@@ -8,10 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Span, State
-from dllm.decoding.columns import spans
-from dllm.decoding.slots import Context, Window
-from dllm.samplers.base import OFF, Bundle, Method, param
+from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Span, State, Window, param, spans
 from dllm.samplers.threshold import Threshold
 
 

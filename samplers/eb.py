@@ -7,10 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View, rank
-from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Method, param
+from dllm.samplers import Bundle, Context, Method, Prediction, View, param, quota, rank
 
 PROXIES = {"entropy": quota.entropy, "confidence": quota.confidence, "margin": quota.margin}
 

@@ -7,10 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from dllm.decoding.canvas import Canvas, Decision
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Hold, Needs, View
-from dllm.samplers.base import OFF, Bundle, Method, Presets, param
+from dllm.samplers import OFF, Bundle, Canvas, Context, Decision, Hold, Method, Needs, Prediction, Presets, View, param
 from dllm.samplers.blocks import Blocks
 from dllm.samplers.threshold import Threshold
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import View
+from dllm.samplers import Prediction, View
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View
-from dllm.samplers.base import Bundle, Method, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers import Blocks, Bundle, Context, Method, Prediction, View, param
 from dllm.samplers.quota import Quota
 
 SMALLEST = 1e-30  # a factor of 0 still leaves a rank

@@ -8,12 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Decision
 from dllm.decoding.columns import indices
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Method, param
+from dllm.samplers import Bundle, Context, Decision, Method, Needs, Prediction, View, param
 
 
 @dataclass(frozen=True)

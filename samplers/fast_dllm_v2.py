@@ -11,11 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from dllm.decoding.canvas import Span, State
-from dllm.decoding.slots import Context, Needs
 from dllm.errors import DllmError
-from dllm.samplers.base import OFF, Bundle, Method, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers import OFF, Blocks, Bundle, Context, Method, Needs, Span, State, param
 from dllm.samplers.threshold import Threshold
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dllm.decoding.slots import Context
 from dllm.errors import DllmError
-from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Method, Presets, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers import Blocks, Bundle, Context, Method, Presets, param, quota
 
 
 @dataclass(frozen=True)

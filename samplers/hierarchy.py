@@ -8,10 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Decision
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View
-from dllm.samplers.base import OFF, Bundle, Method, Presets, param
+from dllm.samplers import OFF, Bundle, Context, Decision, Method, Needs, Prediction, Presets, View, param
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 
 

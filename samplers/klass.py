@@ -8,10 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Span, State
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View
-from dllm.samplers.base import OFF, Bundle, Method, Presets, param
+from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Prediction, Presets, Span, State, View, param
 from dllm.samplers.quota import Quota
 
 ROWS = 1  # distributions compared at once: their temporaries stay in a CPU's cache

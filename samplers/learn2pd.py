@@ -16,12 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
 from dllm.errors import DllmError
 from dllm.models.files import replaced
-from dllm.samplers import quota
-from dllm.samplers.base import Bundle, Method, param
+from dllm.samplers import Bundle, Context, Method, Needs, Prediction, View, param, quota, rank
 
 FORMAT = "dllm-filter-1"
 FEATURES = ("prob", "log1m", "negent")

@@ -8,9 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View
-from dllm.samplers.base import OFF, Bundle, Method, Presets, param
+from dllm.samplers import OFF, Bundle, Context, Method, Prediction, Presets, View, param
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Decision, Plan, Span, State
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Forward, Inputs, View, rank
+from dllm.samplers import Context, Decision, Forward, Inputs, Plan, Prediction, Span, State, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 

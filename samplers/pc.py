@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Method, Presets, param
+from dllm.samplers import Bundle, Context, Method, Prediction, Presets, View, param
 
 if TYPE_CHECKING:
     from dllm.models.tokenizer import Tokenizer

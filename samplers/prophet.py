@@ -14,12 +14,9 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Decision, Span, State
 from dllm.decoding.columns import indices, spans
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View
 from dllm.errors import DllmError
-from dllm.samplers.base import Bundle, Method, Presets, param
+from dllm.samplers import Bundle, Canvas, Context, Decision, Method, Prediction, Presets, Span, State, View, param
 
 Region: TypeAlias = Callable[[Canvas], Tensor]  # canvas -> (B, L) bool
 Where: TypeAlias = str | tuple[int, int] | Region

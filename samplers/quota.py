@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, Schedule, Score, View, rank
-from dllm.samplers.base import Bundle, Method
+from dllm.samplers import Bundle, Context, Method, Needs, Prediction, Schedule, Score, View, rank
 from dllm.samplers.blocks import BlockMemory, first_block
 
 

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.decoding.canvas import Canvas, Decision, State
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
+from dllm.samplers import Blocks, Canvas, Context, Decision, Needs, Prediction, State, View, rank
 from dllm.samplers.base import Assumed, Bundle, Method, param
-from dllm.samplers.blocks import Blocks
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 
 REFINE = "refine"

@@ -6,9 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Decision
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import View, rank
+from dllm.samplers import Decision, Prediction, View, rank
 
 
 def decoded(view: View) -> Tensor:

@@ -8,11 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Decision
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
-from dllm.samplers.base import Bundle, Method, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers import Blocks, Bundle, Context, Decision, Method, Needs, Prediction, View, param, rank
 from dllm.samplers.revoke import committed_here, decoded, remask
 
 ROUNDING = 32  # units in the last place by which forwards of two shapes may differ on one canvas: no change

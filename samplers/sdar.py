@@ -12,9 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Needs, View, rank
-from dllm.samplers.base import OFF, Bundle, Method, Presets, param
+from dllm.samplers import OFF, Bundle, Context, Method, Needs, Prediction, Presets, View, param, rank
 from dllm.samplers.blocks import BlockMemory, Blocks
 from dllm.samplers.eb import EB
 

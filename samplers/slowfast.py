@@ -8,10 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Canvas, Plan, Span, State
-from dllm.decoding.columns import spans
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Inputs, Needs, View, Window
+from dllm.samplers import Canvas, Context, Inputs, Needs, Plan, Prediction, Span, State, View, Window, spans
 from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold

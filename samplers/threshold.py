@@ -8,10 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, View, rank
-from dllm.samplers.base import OFF, Bundle, Method, Presets, param
-from dllm.samplers.blocks import Blocks
+from dllm.samplers import OFF, Blocks, Bundle, Context, Method, Prediction, Presets, View, param, rank
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Decision, Plan, Span, State
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context, Forward, Inputs, Needs, View, rank
 from dllm.errors import DllmError
+from dllm.samplers import Context, Decision, Forward, Inputs, Needs, Plan, Prediction, Span, State, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.revoke import committed_here, decoded, remask
 
