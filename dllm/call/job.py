@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -30,8 +30,7 @@ from dllm.lookahead.setting import Lookahead, Stats
 from dllm.lookahead.walk import LookaheadRunner
 from dllm.models.hub import load
 from dllm.models.model import Model
-from dllm.samplers import registry
-from dllm.samplers.base import Bundle
+from dllm.samplers import Bundle, registry
 from dllm.samplers.eos_last import EosLast
 
 MAX_NEW_TOKENS = 128
@@ -176,16 +175,10 @@ def defaults(model: Model) -> FamilyDefaults:
     return DEFAULTS.get(model.family, FamilyDefaults())
 
 
-class Layout(NamedTuple):
-    """The canvases of a call."""
-
-    canvas: Canvas  # of all requests, right-padded
-    windows: list[int]  # columns that each request generates
-    tails: list[int]  # columns behind them that only complete the last block of a block-causal model
-
-
-def lay_out(model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True) -> Layout:
-    """Prompts, then masks.
+def lay_out(
+    model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True
+) -> tuple[Canvas, list[int], list[int]]:
+    """Prompts, then masks: the canvas of all requests, right-padded, the columns that each generates, and its tail.
 
     A block-causal model is fed `whole` blocks, as far as its positions reach: masks beyond max_new_tokens fill the last
     one. They are decoded with early_stop=False only, and never part of an output: the tail. Errors: prompts that do not
@@ -206,7 +199,7 @@ def lay_out(model: Model, prompts: list[list[int]], args: Arguments, whole: bool
     masked = (ids == mask) & (torch.arange(width) < decoded[:, None])
     ids, masked, start, length = (x.to(model.device) for x in (ids, masked, start, length))
     canvas = Canvas(ids, masked, ~masked, start, length, mask)
-    return Layout(canvas, [len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)], tails)
+    return canvas, [len(r) - t - s for r, t, s in zip(rows, tails, starts, strict=True)], tails
 
 
 def _start(model: Model, prompt: list[int], index: int, infill: bool, new: int) -> int:

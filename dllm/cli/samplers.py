@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -39,34 +38,33 @@ def samplers(
     if write_docs is not None:
         _write(write_docs, model)
         return
+    console = Console(highlight=False, markup=False)
     entries = [catalog.describe(name)] if name else catalog.everything()
     if as_json:
         typer.echo(json.dumps(entries[0] if name else entries, indent=2, default=str))
     elif name:
-        _one(entries[0])
-        _own(name, model)
+        _one(entries[0], console)
+        _own(name, model, console)
     else:
         table = Table("sampler", "what it does", "source")
         for e in entries:
-            table.add_row(*map(escape, (e["name"], e["summary"], e["source"])))
-        console = Console()
+            table.add_row(e["name"], e["summary"], e["source"])
         console.print(table)
         console.print("compose with '+', set parameters after ':', e.g. adablock+credit:alpha=0.7+prophet")
         families = ", ".join(f"{family}: {d.sampler}" for family, d in DEFAULTS.items())
         console.print(f"default sampler: {FamilyDefaults().sampler}; by family: {families}")
 
 
-def _one(e: Entry) -> None:
+def _one(e: Entry, console: Console) -> None:
     from dllm.samplers import catalog
 
-    console = Console(highlight=False, markup=False)
     console.print(Text.assemble((e["name"], "bold"), f"  ({e['source']})\n"))
     for paragraph in e["text"].split("\n\n"):
         console.print(paragraph.replace("\n", " ") + "\n")
     if e["parameters"]:
         table = Table("parameter", "default", "range", "why")
         for p in e["parameters"]:
-            table.add_row(*(escape(str(p[key])) for key in ("name", "default", "range", "why")))
+            table.add_row(*(str(p[key]) for key in ("name", "default", "range", "why")))
         console.print(table)
     for preset, values in e["presets"].items():
         shown = ", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"
@@ -75,7 +73,7 @@ def _one(e: Entry) -> None:
         console.print(f"{key}: {value}")
 
 
-def _own(name: str, model: Checkpoint) -> None:
+def _own(name: str, model: Checkpoint, console: Console) -> None:
     """The settings that a model brings for a sampler and its compositions."""
     from dllm.models.hub import locate
     from dllm.models.settings import read_settings
@@ -85,9 +83,7 @@ def _own(name: str, model: Checkpoint) -> None:
             low, high = (100 * x for x in s.interval)
             figures = f"{100 * s.accuracy:.1f} % [{low:.1f}, {high:.1f}] at {s.tokens_per_forward:g} tokens a forward"
             against = f"{s.loss:+.1f} points lost against {s.baseline}, n = {s.n} ({s.task})"
-            Console(highlight=False, markup=False).print(
-                f"{model.name} brings for {key}: {s.spelled}: {figures}, {against}"
-            )
+            console.print(f"{model.name} brings for {key}: {s.spelled}: {figures}, {against}")
 
 
 PROMPT = "Tom has 12 apples. He buys 7 more. Then he gives 5 to Ann. How many apples does he have now?"
