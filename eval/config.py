@@ -324,9 +324,8 @@ def build(data: Mapping[str, object], source: Source) -> Config:
             raise source.error((key,), unknown("key", str(key), _TOP))
     if not data.get("tasks"):
         raise source.error(("tasks",) if "tasks" in data else (), "no tasks; give for example `tasks: [word_problems]`")
-    raw_tasks = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
-    raw_tasks = [_own_names(entry) for entry in raw_tasks]
-    tasks = tuple(spec.build(TaskSpec, t, source, ("tasks", i)) for i, t in enumerate(raw_tasks))
+    given = data["tasks"] if isinstance(data["tasks"], list) else [data["tasks"]]
+    tasks = tuple(spec.build(TaskSpec, _own_names(t), source, ("tasks", i)) for i, t in enumerate(given))
     labels = [task.title for task in tasks]
     for i, label in enumerate(labels):
         if label in labels[:i]:

@@ -516,7 +516,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     assert total is not None
     alone = []
     for part, batch in enumerate((first, second)):
-        run.optimizers.zero_grad()
+        run.backbone.zero_grad()
         run.objective(run.backbone, batch, generator(part)).value.backward()
         assert run.backbone.norm.weight.grad is not None
         alone.append(run.backbone.norm.weight.grad.clone())

@@ -24,22 +24,14 @@ class Optimizers:
 
     def step(self, step: int) -> bool:
         """Update at step `step` (from 0) and clear the gradients; False, without an update, where one is not finite."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        if not bool(norm.isfinite()):
-            self.zero_grad()
-            return False
-        rate = self.schedule.rate(step)
+        finite = bool(nn.utils.clip_grad_norm_(self.parameters, self.clip).isfinite())
         for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = part.defaults["lr"] * rate
-            part.step()
-        self.zero_grad()
-        return True
-
-    def zero_grad(self) -> None:
-        """Forget the gradients of the step."""
-        for part in self.parts:
+            if finite:
+                for group in part.param_groups:
+                    group["lr"] = part.defaults["lr"] * self.schedule.rate(step)
+                part.step()
             part.zero_grad(set_to_none=True)
+        return finite
 
     def state_dict(self) -> list[dict[str, object]]:
         """The state of each part, for a checkpoint."""
