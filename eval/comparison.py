@@ -42,12 +42,9 @@ def compare(first: str | Path, second: str | Path) -> str:
             if not shared:
                 continue
             _same_documents(task, one, two, shared)
-            figures = [
-                _accuracy(one, shared),
-                _accuracy(two, shared),
-                *pair(one, two, config_a.confidence, config_a.seed),
-            ]
-            lines.append([a if a == b else f"{a} → {b}", len(shared), *figures])
+            accuracies = [_accuracy(rows, shared) for rows in (one, two)]
+            paired = pair(one, two, config_a.confidence, config_a.seed)
+            lines.append([a if a == b else f"{a} → {b}", len(shared), *accuracies, *paired])
         if lines:
             parts.append(f"## {task}\n\n" + table(["setting", "n", "first %", "second %", *PAIR], lines))
     return "\n\n".join(part for part in parts if part) + "\n"

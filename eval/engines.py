@@ -1,4 +1,4 @@
-"""Where jobs run: this process, the ranks of `accelerate launch`, or a Ray cluster. Each yields finished batches.
+"""Where batches run: this process, the ranks of `accelerate launch`, or a Ray cluster. Each yields finished batches.
 
 Scheduling, retries and lost workers are Ray's business, ranks and barriers accelerate's; here is only the glue.
 """

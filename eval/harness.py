@@ -244,7 +244,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
     def _say(self, what: str, cases: Sequence[str]) -> None:
         if cases:
             self.remarks[what] = self.remarks.get(what, 0) + len(cases)
-            level = logging.WARNING if self.journal is None else logging.INFO  # a journal's rows say it again
+            level = logging.WARNING if self.journal is None else logging.INFO  # a journal's samples say it again
             log.log(level, "%d requests %s; the first: %s", len(cases), what, cases[0])
 
     def _asks(self, requests: Sequence[Instance]) -> list[Ask]:
@@ -306,7 +306,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         """Text and error of each; what a journal already holds is not decoded again."""
         if self.journal is None:
             return [_said(output) for output, _ in self._outcomes(batch)]
-        if not self.journal.holds(batch):  # the whole batch again, so that a resumed row is what it would have been
+        if not self.journal.holds(batch):  # the whole batch again, so that a resumed sample is what it would have been
             self.journal.add(batch, self._outcomes(batch))
         return self.journal.answers(batch)
 
@@ -474,8 +474,8 @@ class Journal:
         self.store.append([row for row in rows if row["key"] not in self.store.rows])
 
     def grade(self, samples: Sequence[Theirs], metric: str, task: str, line: str, said: Sample) -> list[Sample]:
-        """The rows of every rank for one of lm-eval's tasks with its verdicts, written again: the last of a key counts.
-        `line` is the task's label in the report."""
+        """The samples of every rank for one of lm-eval's tasks with its verdicts, written again: the last of a key
+        counts. `line` is the task's label in the report."""
         self.store.reload()
         mine: dict[str, list[Sample]] = {}
         for row in self.store.rows.values():
@@ -612,7 +612,7 @@ def _evaluate(
 
 def _collect(out: Found, found: Theirs, lm: DiffusionLM, journal: Journal, config: Config, said: Sample) -> None:
     """The cells of one task (or group of tasks) under one setting, with the counts of our samples; `said` goes into
-    their rows."""
+    each."""
     asked = journal.spec.name.removeprefix("lm-eval:")
     mine: list[Sample] = []
     for task in sorted(found["results"], key=lambda name: name not in found["samples"]):  # groups behind their tasks
@@ -621,7 +621,7 @@ def _collect(out: Found, found: Theirs, lm: DiffusionLM, journal: Journal, confi
             continue  # a group that only names its tasks
         chosen = _chosen(results, journal.spec.options.get("metric"))
         line = journal.spec.title if task == asked or len(found["results"]) == 1 else f"{journal.spec.title}:{task}"
-        filtered = [s for s in samples if s["filter"] == _filter(results, chosen, samples)]
+        filtered = [s for s in samples if s["filter"] == _filter(chosen, samples)]
         rows = journal.grade(filtered, chosen.split(",")[0], task, line, said) if samples else mine
         mine += rows if samples else []
         counts: Cell = metrics.summarize(rows, config.confidence, config.seed) if rows else {"errors": 0}
@@ -644,7 +644,7 @@ def _chosen(results: Theirs, metric: str | None) -> str:
     return fitting[0]
 
 
-def _filter(results: Theirs, chosen: str, samples: Sequence[Theirs]) -> str:
+def _filter(chosen: str, samples: Sequence[Theirs]) -> str:
     wanted = chosen.partition(",")[2]
     filters = [s["filter"] for s in samples]
     return wanted if wanted in filters else filters[0] if filters else ""

@@ -170,7 +170,7 @@ def _code(config: TaskFile) -> Decoding:
 
 
 def note(options: Mapping[str, object]) -> Sample:
-    """What the rows of a prepared task say of their verdicts: nothing, or that no program was confined."""
+    """What the samples of a prepared task say of their verdicts: nothing, or that no program was confined."""
     free = options.get("confirm_run_unsafe_code") and isinstance(confined.sandbox(), confined.Unconfined)
     return {"note": UNCONFINED_NOTE} if free else {}
 

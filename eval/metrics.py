@@ -1,6 +1,6 @@
-"""The numbers of a report from the rows of finished samples: accuracy, work, speed, comparisons.
+"""The numbers of a report from finished samples: accuracy, work, speed, comparisons.
 
-Work is counted per row and only to the first stop: an empty answer is 0 tokens. Ratios are of sums (aggregate),
+Work is counted per sample and only to the first stop: an empty answer is 0 tokens. Ratios are of sums (aggregate),
 with the mean of the per-sample ratios beside them where the two are often confused. Whatever a clock had a part in
 stands apart under `clock`.
 """
@@ -66,13 +66,13 @@ def _bootstrap(
 
 
 def ratio(rows: Sequence[Sample], top: Count, bottom: Count) -> float:
-    """Ratio of the sums of two counts over the rows; NaN where the lower sum is 0."""
+    """Ratio of the sums of two counts over the samples; NaN where the lower sum is 0."""
     total = sum(row[bottom] for row in rows)
     return sum(row[top] for row in rows) / total if total else math.nan
 
 
 def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -> Cell:
-    """One cell of the report (one task, one setting). Error rows count as wrong answers, and nowhere else."""
+    """One cell of the report (one task, one setting). Failed samples count as wrong answers, and nowhere else."""
     fine = [row for row in rows if not row.get("error")]
     correct = verdicts(rows)
     low, high = interval(correct, confidence, seed)

@@ -29,12 +29,8 @@ def report(results: Results, figures: bool = True) -> Path:
     """Write `report.md` and its figures into the run folder; the report's path."""
     config, folder = results.config, results.folder
     figures = figures and plots.possible()
-    parts = [
-        f"# {config.name}",
-        config.about.strip(),
-        _facts(results),
-        "".join(f"\n> {n}\n" for n in results.notices),
-    ]
+    notices = "".join(f"\n> {notice}\n" for notice in results.notices)
+    parts = [f"# {config.name}", config.about.strip(), _facts(results), notices]
     tasks = list(dict.fromkeys(cell["task"] for cell in results.cells))
     if len(tasks) > 1:
         parts.append(_overview(results, tasks))
@@ -195,7 +191,7 @@ PAIR = ("Δ accuracy, points", "only first right", "only this right", "McNemar p
 
 
 def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, seed: int) -> list[str]:
-    """The paired columns of two groups of rows by document."""
+    """The paired columns of two groups of samples by document."""
     shared = [doc for doc in a if doc in b]
     if not shared:
         return ["–"] * len(PAIR)

@@ -19,7 +19,7 @@ from dllm.eval.worker import arguments
 
 @dataclass(frozen=True)
 class Results:
-    """What a run found. `cells` has one entry per task and setting; `errors` counts the error rows."""
+    """What a run found. `cells` has one entry per task and setting; `errors` counts the samples that failed."""
 
     folder: Path
     config: Config
@@ -63,7 +63,7 @@ class Results:
 
 @dataclass
 class Found:
-    """What lm-eval's tasks gave: cells and rows of the report, and why some tasks were left out."""
+    """What lm-eval's tasks gave: cells of the report and samples, and why some tasks were left out."""
 
     cells: list[Cell] = field(default_factory=list)
     rows: list[Sample] = field(default_factory=list)
@@ -107,7 +107,7 @@ def areas(config: Config, cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
 
 
 def read(folder: str | Path) -> tuple[Stored, list[Sample], Config]:
-    """Results, rows and configuration of a finished run. Errors: no such run, or one that has not finished."""
+    """Results, samples and configuration of a finished run. Errors: no such run, or one that has not finished."""
     folder = Path(folder)
     path = folder / "samples.jsonl"
     if not (folder / "results.json").is_file():

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -63,8 +63,7 @@ def run(
     and short answers in place, to see that a configuration holds together. Errors: everything wrong with the
     configuration, before any decoding.
     """
-    folders = {name: str(path) for name, path in (("out", out), ("data", data)) if path is not None}
-    given = load(config, sets, limit=limit, seed=seed, **folders)
+    given = load(config, sets, limit=limit, seed=seed, out=out and str(out), data=data and str(data))
     if given.limit is not None and given.limit < 1:
         raise given.source.error(("limit",), f"{given.limit} leaves no document; the least is 1")
     if dry_run:
@@ -77,36 +76,33 @@ def run(
     folder = Path(given.out or Path("runs") / given.name)
     if dry_run and given.data:
         examples(given.data)
-    engine = engines.start(own, str(folder), tasks)
-    store: Store | None = None
-    try:
-        store = Store(folder, given, retry=retry_errors) if engine.lead else None
-        engine.wait()
-        store = store or Store(folder, given, lead=False)
-        weights, keys = _decode(own, engine, store, tasks, progress and engine.lead)
-        engine.wait()
-        store.reload()
-        env: Environment = {**environment(), "weights": weights, "engine": given.engine.kind}
-        rows = [row for key, row in store.rows.items() if key in keys]
-        results = results_of(own, rows, tasks, folder, env)
-        if foreign.tasks:
-            found: Found = _lm_eval().run_tasks(foreign, store, engine.worker, engine.lead)
-            cells, all_rows = (*results.cells, *found.cells), (*rows, *found.rows)
-            results, skipped = replace(results, cells=cells, rows=all_rows), skipped | found.skipped
-        if engine.lead and not results.cells:
-            raise _nothing(skipped)
-        results = replace(results, config=given, aup=areas(given, results.cells), lead=engine.lead)
-        results = replace(results, notices=(*([REHEARSED] if dry_run else []), *_notices(results, skipped)))
-        if engine.lead:
-            write(folder / "results.json", json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False) + "\n")
-            write_csv(folder / "results.csv", results.cells)
-            write_csv(folder / "samples.csv", results.rows)
-            report(results, figures=not dry_run)
-        return results
-    finally:
-        if store is not None:
-            store.close()
-        engine.close()
+    with closing(engines.start(own, str(folder), tasks)) as engine:
+        if not engine.lead:  # the lead claims the folder first
+            engine.wait()
+        with closing(Store(folder, given, lead=engine.lead, retry=retry_errors and engine.lead)) as store:
+            if engine.lead:
+                engine.wait()
+            weights, keys = _decode(own, engine, store, tasks, progress and engine.lead)
+            engine.wait()
+            store.reload()
+            env: Environment = {**environment(), "weights": weights, "engine": given.engine.kind}
+            rows = [row for key, row in store.rows.items() if key in keys]
+            results = results_of(own, rows, tasks, folder, env)
+            if foreign.tasks:
+                found: Found = _lm_eval().run_tasks(foreign, store, engine.worker, engine.lead)
+                cells, all_rows = (*results.cells, *found.cells), (*rows, *found.rows)
+                results, skipped = replace(results, cells=cells, rows=all_rows), skipped | found.skipped
+            if engine.lead and not results.cells:
+                raise _nothing(skipped)
+            results = replace(results, config=given, aup=areas(given, results.cells), lead=engine.lead)
+            results = replace(results, notices=(*([REHEARSED] if dry_run else []), *_notices(results, skipped)))
+            if engine.lead:
+                plain = json.dumps(_finite(results.plain()), indent=2, ensure_ascii=False)
+                write(folder / "results.json", plain + "\n")
+                write_csv(folder / "results.csv", results.cells)
+                write_csv(folder / "samples.csv", results.rows)
+                report(results, figures=not dry_run)
+            return results
 
 
 def _notices(results: Results, skipped: Mapping[str, str]) -> Iterator[str]:
@@ -231,8 +227,8 @@ def batches(config: Config, setting: int, sizes: Sequence[int]) -> Iterator[Batc
 def _decode(
     config: Config, engine: engines.Engine, store: Store, tasks: Sequence[Task], progress: bool
 ) -> tuple[dict[str, str], set[str]]:
-    """Run every batch that is not finished, model by model, and append its rows as they come. Marks of the weights, and
-    the keys of this configuration's samples."""
+    """Run every batch that is not finished, model by model, and append its samples as they come. Marks of the weights,
+    and the keys of this configuration's samples."""
     sizes = [len(task.documents) for task in tasks]
     weights: dict[str, str] = {}
     done = set(store.rows)

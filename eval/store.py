@@ -47,7 +47,7 @@ def sample_key(question: Sequence[object], setting: Setting, generate: Decoding,
 
 
 class Store:
-    """Reads and appends the samples of one folder. `retry` drops the rows of prompts that failed. Errors: samples that
+    """Reads and appends the samples of one folder. `retry` drops the samples that failed. Errors: samples that
     would mix with others, a run in progress, a full disk."""
 
     def __init__(self, folder: str | Path, config: Config, lead: bool = True, retry: bool = False):

@@ -168,7 +168,7 @@ class Worker:
         return out
 
     def run(self, batch: Batch) -> list[Sample]:
-        """Decode and grade one batch; a prompt the model fails on becomes an error row and the others go on."""
+        """Decode and grade one batch; a prompt the model fails on gives a sample with the error; the others go on."""
         setting, spec, task = self.config.settings[batch.setting], self.config.tasks[batch.task], self.tasks[batch.task]
         decoding = arguments(setting, spec, task.generate.given())
         documents = task.documents[batch.start : batch.stop]
@@ -204,7 +204,7 @@ class Worker:
         for _ in range(self.config.warmup):
             try:
                 self.generate(setting, list(prompts[:1]), decoding, self.config.seed)
-            except Exception:  # it will come again, and then be a row
+            except Exception:  # it will come again, and then be a sample
                 log.debug("warm-up of %s failed", setting.label, exc_info=True)
                 return
 
@@ -222,8 +222,7 @@ class Worker:
         """One prompt decoded by the verifier, drafted as the setting says."""
         verifier, drafter = self.verifier(spec.verifier), self._drafter(spec.drafter, model)
         given = {k: v for k, v in decoding.items() if k in VERIFIER_ARGUMENTS}
-        result = dllm.speculate(verifier, drafter, prompt, seed=seed, **given, **spec.options)
-        return Drafted(result)
+        return Drafted(dllm.speculate(verifier, drafter, prompt, seed=seed, **given, **spec.options))
 
     def _drafter(self, spec: ModelSpec, model: Model | None) -> Model | Drafter | str | None:
         """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""
@@ -278,7 +277,7 @@ def attempt(
 
 
 def failed(error: Exception) -> Sample:
-    """What a row says of a prompt that the model failed on."""
+    """What a sample says of a prompt that the model failed on."""
     message = " ".join(str(error).split())[:500]
     nothing: Sample = {"tokens": 0, "tokens_raw": 0, "nfe": 0, "nfe_equiv": None, "finish": "error"}
     verdict: Sample = {"text": "", "answer": None, "correct": 0.0}
@@ -340,9 +339,8 @@ def commit() -> str | None:
     tree = Path(dllm.__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(tree), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(tree), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != tree:

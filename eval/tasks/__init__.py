@@ -21,12 +21,10 @@ def load(spec: TaskSpec, limit: int | None = None) -> Task:
     limit = min((n for n in (limit, spec.limit) if n is not None), default=None)
     if limit is not None and limit < 1:
         raise DllmError(f"limit {limit} leaves no document; the least is 1")
-    if spec.name in embedded.NAMES:
-        task = embedded.load(spec, limit)
-    elif spec.name in files.NAMES:
-        task = files.load(spec, limit)
-    else:
+    if spec.name not in names():
         raise unknown("task", spec.name, names())
+    read = embedded.load if spec.name in embedded.NAMES else files.load
+    task = read(spec, limit)
     if task.runs_code and (reason := confined.refusal()):
         raise Unavailable(f"it runs generated programs: {reason}")
     return task

@@ -218,9 +218,8 @@ class Docker(Sandbox):
         if not (docker := shutil.which("docker")):
             return "docker not found"
         try:
-            found = subprocess.run(
-                [docker, "image", "inspect", self.image], capture_output=True, check=False, timeout=20
-            )
+            question = [docker, "image", "inspect", self.image]
+            found = subprocess.run(question, capture_output=True, check=False, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return "docker does not answer"
         if found.returncode == 0:

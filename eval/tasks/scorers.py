@@ -34,9 +34,8 @@ def extract(text: str, patterns: Sequence[str]) -> str | None:
         if pattern == "boxed":
             found = boxed(text)
         else:
-            matches = re.findall(
-                EXTRACTORS.get(pattern, pattern), text, re.MULTILINE if pattern == "line" else re.DOTALL
-            )
+            flags = re.MULTILINE if pattern == "line" else re.DOTALL
+            matches = re.findall(EXTRACTORS.get(pattern, pattern), text, flags)
             found = matches[0 if pattern in _FIRST else -1] if matches else None
         if isinstance(found, tuple):
             found = next((group for group in found if group), "")
@@ -120,10 +119,8 @@ def _math_verify() -> tuple[Callable[..., bool], Callable[..., list[object]]]:
 def python(document: Document, answer: str) -> Graded:
     """The target is a program that checks the answer's names; each runs confined, in a process of its own."""
     meta = document.meta
-    program = str(meta.get("prelude", "")) + answer
-    return judged(
-        program, document.target, answer, context=str(meta.get("context", "")), entries=meta.get("entries", ())
-    )
+    program, context = (str(meta.get(part, "")) for part in ("prelude", "context"))
+    return judged(program + answer, document.target, answer, context, meta.get("entries", ()))
 
 
 def judged(program: str, check: str, answer: str, context: str = "", entries: Sequence[str] = ()) -> Graded:
