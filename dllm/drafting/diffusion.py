@@ -82,9 +82,8 @@ class DiffusionDrafter(Drafter):
         self.vocabulary = self._vocabulary(need)
         specials = [self.model.mask_id, self.model.pad_id, self.model.bos_id, self.suffix]
         self.banned = self.vocabulary.banned(specials) - need.eos
-        self._bans = torch.zeros(need.vocab, dtype=torch.bool)
+        self._bans = torch.zeros(need.vocab, dtype=torch.bool, device=self.model.device)
         self._bans[sorted(self.banned)] = True
-        self._bans = self._bans.to(self.model.device)
         self.store, self.final = None, len(ids)
 
     def _vocabulary(self, need: Need) -> Vocabulary:
@@ -107,7 +106,7 @@ class DiffusionDrafter(Drafter):
         k = min(k, self.model.max_positions - self._extra(k) - 1)
         if k < 1:
             return EMPTY
-        logits = self._forward(context, k, same=self.vocabulary.kind == "ids") / self.temperature  # (k, V_d)
+        logits = self._forward(context, k) / self.temperature  # (k, V_d)
         if self.vocabulary.kind == "text":
             return self._bridged(ids, logits, k)
         return self.need.lattice(self.vocabulary.logits(logits), len(ids), self._bans)
@@ -124,7 +123,7 @@ class DiffusionDrafter(Drafter):
     def _extra(self, k: int) -> int:
         return self.lookahead + (self.suffix is not None) + (self.model.block_size or 0)
 
-    def _forward(self, context: list[int], k: int, same: bool) -> Tensor:
+    def _forward(self, context: list[int], k: int) -> Tensor:
         """Logits (k, V_d) of the k positions behind `context`."""
         self.forwards += 1
         room = self.model.max_positions - k - self._extra(k)
@@ -139,15 +138,11 @@ class DiffusionDrafter(Drafter):
         if block:
             end = -(-end // block) * block
         row = [*context, *[self.mask_id] * (end - n), *tail]
-        cached = (
-            same and not cut and (block is not None if self.prefix_cache == "auto" else self.prefix_cache == "approx")
-        )
+        reused = self.prefix_cache == "approx" or (self.prefix_cache == "auto" and block is not None)
+        cached = reused and not cut and self.vocabulary.kind == "ids"
         slots = torch.arange(n, n + k, device=self.model.device)
-        hidden, first = self._cached(row, n) if cached else self._full(row)
+        hidden, first = self._cached(row, n) if cached else (self.model.forward(slots.new_tensor([row])), 0)
         return self.model.logits(hidden[0, self.model.source(slots) - first])
-
-    def _full(self, row: list[int]) -> tuple[Tensor, int]:
-        return self.model.forward(torch.tensor([row], device=self.model.device)), 0
 
     def _cached(self, row: list[int], n: int) -> tuple[Tensor, int]:
         """Recompute from the first position that the store lacks; keep what is final (and, for blocks, finished)."""

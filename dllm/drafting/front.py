@@ -140,8 +140,7 @@ def speculate(
     stops = Stops.of(end, stop, v.tokenizer)
     requests = []
     for i, p in enumerate(ids):
-        own = logits_processor or []
-        own = separate(own) if len(ids) > 1 else own
+        own = separate(logits_processor or []) if len(ids) > 1 else logits_processor or []
         law = sampling(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *own])
         generator = None if seed is None else torch.Generator().manual_seed(seed + i)
         stopped = partial(_stopped, stops, len(p)) if stops.strings else None
@@ -201,8 +200,7 @@ def processing(processors: Sequence[Processors]) -> Processing:
             logits = p(dummy, logits)
         return logits
 
-    every = processors if isinstance(processors, LogitsProcessorList) else LogitsProcessorList(processors)
-    return Processing(every if every else None, warp if free else None)
+    return Processing(LogitsProcessorList(processors) or None, warp if free else None)
 
 
 # of transformers' own processors and criteria, those that remember what they have seen
@@ -224,18 +222,15 @@ def separate(things: Sequence[T]) -> list[T]:
     out = []
     for thing in things:
         own = type(thing).__module__.startswith("transformers.") and type(thing).__name__ not in STATEFUL
+        own = own and not any(map(callable, getattr(thing, "__dict__", {}).values()))  # foreign
         try:
-            out.append(thing if own and not _holds_function(thing) else copy.deepcopy(thing, memo))
+            out.append(thing if own else copy.deepcopy(thing, memo))
         except Exception as error:  # whatever an attribute raises that cannot be copied
             raise DllmError(
                 f"{type(thing).__name__} cannot be copied ({error}), and in a batch every row needs its own: "
                 "generate row by row"
             ) from error
     return out
-
-
-def _holds_function(thing: object) -> bool:
-    return any(callable(value) for value in getattr(thing, "__dict__", {}).values())  # foreign
 
 
 def _reclose(function: FunctionType, memo: dict[int, object]) -> FunctionType:
@@ -249,7 +244,7 @@ def _reclose(function: FunctionType, memo: dict[int, object]) -> FunctionType:
 
 def sampling(temperature: float, top_k: int | None, top_p: float | None, before: Sequence[Processors]) -> Processing:
     """temperature, top_k and top_p as transformers' own warpers, behind the processors `before`."""
-    processors = LogitsProcessorList(before)
+    processors = [*before]
     if temperature > 0:
         if temperature != 1:
             processors.append(TemperatureLogitsWarper(float(temperature)))
@@ -292,9 +287,8 @@ def encode(verifier: Verifier, prompt: object, chat: bool | None = None) -> tupl
         raise DllmError("speculate needs a prompt: a string, ids, chat messages, or a list of these")
     config = getattr(verifier.model, "generation_config", None)  # foreign
     pad, bos = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id"))  # foreign
-    ids, single = read(
-        prompt, partial(_encode_one, verifier, chat), Padding.of(verifier.tokenizer, pad, (*verifier.eos, bos))
-    )
+    padding = Padding.of(verifier.tokenizer, pad, (*verifier.eos, bos))
+    ids, single = read(prompt, partial(_encode_one, verifier, chat), padding)
     return ids, not single
 
 

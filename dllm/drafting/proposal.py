@@ -42,7 +42,8 @@ class Rows:
 
     def pick(self, nodes: Sequence[int]) -> Rows:
         """The laws of these nodes."""
-        return Rows(self.prob[nodes], None if self.index is None else self.index[nodes])
+        kept = list(nodes)  # a tuple would index several axes
+        return Rows(self.prob[kept], None if self.index is None else self.index[kept])
 
 
 def fit(rows: Tensor, vocab: int, fill: float = float("-inf")) -> Tensor:

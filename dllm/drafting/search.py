@@ -203,9 +203,8 @@ class EAL(PathSearch):
         """The path and its value U_0, in tokens."""
         layers: list[list[State]] = [[edges.root]]
         for i in range(edges.lat.k):
-            layers.append(
-                list(dict.fromkeys(s for state in layers[i] for t, _, s in edges.out(i, state) if t not in eos))
-            )
+            following = (s for state in layers[i] for t, _, s in edges.out(i, state) if t not in eos)
+            layers.append(list(dict.fromkeys(following)))
         value: dict[State, float] = {}  # of the states of the slot behind
 
         def accepted(edge: Edge) -> float:
@@ -302,9 +301,7 @@ class BestFirstTree(PathSearch):
         def children(depth: int, state: State) -> list[Edge]:
             return sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
 
-        tokens: list[int] = []
-        parents: list[int] = []
-        conf: list[float] = []
+        nodes: list[tuple[int, int, float]] = []  # token, parent, confidence
         # (-log probability, tie break, depth, parent node, parent state, rank, log probability of the parent)
         heap: list[tuple[float, int, int, int, State, int, float]] = []
         order = count()
@@ -315,17 +312,15 @@ class BestFirstTree(PathSearch):
                 heapq.heappush(heap, (-logp, next(order), depth, parent, state, rank, base))
 
         offer(0, -1, edges.root, 0, 0.0)
-        while heap and len(tokens) < self.budget:
+        while heap and len(nodes) < self.budget:
             minus, _, depth, parent, state, rank, base = heapq.heappop(heap)
             token, weight, following = children(depth, state)[rank]
-            node = len(tokens)
-            tokens.append(token)
-            parents.append(parent)
-            conf.append(math.exp(min(weight, 0.0)))
+            nodes.append((token, parent, math.exp(min(weight, 0.0))))
             offer(depth, parent, state, rank + 1, base)
             if token not in eos:
-                offer(depth + 1, node, following, 0, -minus)
-        return Proposal(tuple(tokens), tuple(parents), conf=tuple(conf))
+                offer(depth + 1, len(nodes) - 1, following, 0, -minus)
+        tokens, parents, conf = zip(*nodes, strict=True)
+        return Proposal(tokens, parents, conf=conf)
 
 
 @dataclass(frozen=True)
@@ -343,21 +338,15 @@ class SampleTree(PathSearch):
         prob, index = _rows(edges.lat.head(self.depth))
         width = min(self.width, int((prob[0] > 0).sum()))
         heads = torch.multinomial(prob[0], width, replacement=False, generator=generator).tolist()
-        tokens: list[int] = []
-        parents: list[int] = []
-        source: list[int] = []
-        conf: list[float] = []
+        nodes: list[tuple[int, int, int, float]] = []  # token, parent, slot, confidence
         for rank, head in enumerate(heads):
-            parent = -1
             for slot in range(len(prob)):
                 pick = head if slot == 0 else int(torch.multinomial(prob[slot], 1, generator=generator))
                 token = pick if index is None else int(index[slot, pick])
-                tokens.append(token)
-                parents.append(parent)
-                source.append(slot)
-                conf.append(edges.lat.confidence[slot] / (rank + 1 if slot == 0 else 1))
-                parent = len(tokens) - 1
-        return Proposal(tuple(tokens), tuple(parents), "sampled", Rows(prob, index).pick(source), tuple(conf))
+                conf = edges.lat.confidence[slot] / (rank + 1 if slot == 0 else 1)
+                nodes.append((token, len(nodes) - 1 if slot else -1, slot, conf))
+        tokens, parents, slots, confs = zip(*nodes, strict=True)
+        return Proposal(tokens, parents, "sampled", Rows(prob, index).pick(slots), confs)
 
 
 def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> Proposal:

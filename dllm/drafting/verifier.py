@@ -392,12 +392,10 @@ class Ragged(Session):
         if any(r is not None and not r.proposal.is_chain for r in rows):
             raise DllmError("trees are verified one row at a time: use a chain search for a batch, or call row by row")
         self.nodes = [0 if r is None else len(r.proposal) for r in rows]
-        self.fed = [0 if r is None else len(r.ids) + len(r.proposal) for r in rows]
+        texts = [[] if r is None else [*r.ids, *r.proposal.tokens] for r in rows]
+        self.fed = [len(text) for text in texts]
         width = max(self.fed)
-        ids = torch.zeros(self.batch, width, dtype=torch.long)
-        for b, r in enumerate(rows):
-            if r is not None:
-                ids[b, : self.fed[b]] = torch.tensor([*r.ids, *r.proposal.tokens])
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
         lengths = torch.tensor(self.lengths, device=device)[:, None]
         fed = torch.tensor(self.fed, device=device)[:, None]
         pos = lengths + torch.arange(width, device=device)  # (B, Q)
@@ -406,15 +404,15 @@ class Ragged(Session):
         real = torch.cat([slots < lengths, torch.arange(width, device=device) < fed], 1)
         gap = pos[:, :, None] - key_pos[:, None, :]
         see = (gap >= 0) & real[:, None, :]
-        own = torch.eye(width, dtype=torch.bool, device=device)
-        see[:, :, self.stored :] |= own  # a padding query sees itself: a softmax over nothing is NaN
+        # a padding query sees itself: a softmax over nothing is NaN
+        see[:, :, self.stored :] |= torch.eye(width, dtype=torch.bool, device=device)
         allowed = {
             kind: (see if kind == KINDS[0] else see & (gap < (self.verifier.window or 0)))[:, None]
             for kind in dict.fromkeys(self.verifier.kinds)
         }
         first = min(len(r.ids) - 1 for r in rows if r is not None)  # columns before it are text in every row
         logits = self.verifier.forward(
-            ids.to(device), width - first, past_key_values=self.store, attention_mask=self.verifier.masks(allowed),
+            ids, width - first, past_key_values=self.store, attention_mask=self.verifier.masks(allowed),
             position_ids=torch.minimum(pos, (lengths + fed - 1).clamp_min(0)),  # padding may not pass the last position
         )  # fmt: skip
         return [

@@ -70,16 +70,13 @@ class Vocabulary:
             if d < drafter_size and right.get(string, verifier_size) < verifier_size:
                 table[d] = right[string]
         shared = table >= 0
-        if kind == "auto" and bool(shared.any()):
+        known = int(shared.sum())
+        if kind == "auto" and known and known >= 0.5 * len(left):
             # padding rows and drafter-only specials are outside the comparison: they are banned in every mode
-            if bool((table[shared] == torch.arange(drafter_size)[shared]).all()) and int(shared.sum()) >= 0.9 * len(
-                left
-            ):
-                kind = "ids"
-            elif int(shared.sum()) >= 0.5 * len(left):
-                kind = "strings"
+            same = torch.equal(table[shared], torch.arange(drafter_size)[shared])
+            kind = "ids" if same and known >= 0.9 * len(left) else "strings"
         kind = "text" if kind == "auto" else kind
-        if kind == "strings" and not bool(shared.any()):
+        if kind == "strings" and not known:
             raise DllmError(
                 "drafter and verifier share no vocabulary: no token string exists on both sides; use 'text'"
             )

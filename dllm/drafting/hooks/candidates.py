@@ -75,14 +75,13 @@ class DraftCandidates(CandidateGenerator):
 
     def _follow(self, ids: list[int]) -> None:
         """Start a text, or learn what the round added."""
-        if not self.known or ids[: len(self.known)] != self.known:
-            with blamed(self.drafter):
+        fresh = ids
+        with blamed(self.drafter):
+            if not self.known or ids[: len(self.known)] != self.known:
                 self.drafter.reset(ids, self.need)
-            self.pending = 2
-            fresh = ids
-        else:
-            fresh = ids[len(self.known) :]
-            with blamed(self.drafter):
+                self.pending = 2
+            else:
+                fresh = ids[len(self.known) :]
                 self.drafter.observe(ids, fresh, {})
         if self.proxy is not None:
             self.proxy.update(fresh)
@@ -110,10 +109,8 @@ class DraftCandidates(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """What transformers accepted of the last draft."""
-        n = len(self.drafted)
-        judged = min(n, num_matches + 1)
-        observed = [(i, c, i < num_matches) for i, c in enumerate(self.drafted.conf[:judged])]
-        r = RoundStats(self.k, n, self.k, num_matches, num_matches + 1, "point", pending=self.pending)
+        observed = [(i, c, i < num_matches) for i, c in enumerate(self.drafted.conf[: num_matches + 1])]
+        r = RoundStats(self.k, len(self.drafted), self.k, num_matches, num_matches + 1, "point", pending=self.pending)
         r.observed, r.t_draft, r.t_verify = observed, self.t_draft, time.perf_counter() - self.sent
         self.controller.update(r)
         self.pending = 1

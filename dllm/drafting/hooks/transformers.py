@@ -193,7 +193,7 @@ def _requests(
     kwargs: Mapping[str, object],
     records: list[Recorded],
 ) -> list[Request]:
-    batch, mask, law = len(ids), _mask(ids, config, kwargs), processing(processors if processors is not None else [])
+    batch, mask, law = len(ids), _mask(ids, config, kwargs), processing(processors or [])
     limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [config.max_length]
     ends = frozenset(t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.reshape(-1).tolist())
     custom = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
@@ -267,8 +267,7 @@ def _stop(
 
     def stopped(text: list[int]) -> bool:
         whole = torch.tensor([[*shown, *text[real:]]], device=ids.device).expand(batch, -1)
-        seen = record.scores[: len(text) - real] if record else None
-        scores = None if seen is None else tuple(s.expand(batch, -1) for s in seen)
+        scores = tuple(s.expand(batch, -1) for s in record.scores[: len(text) - real]) if record else None
         answers = [torch.as_tensor(c(whole, scores)).reshape(-1) for c in own]  # all are asked: some count
         return any(bool(a[min(row, len(a) - 1)]) for a in answers)
 
