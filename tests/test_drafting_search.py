@@ -342,6 +342,14 @@ def test_only_point_and_sampled_exist():
         Proposal((1, 2), (-1, 1))
 
 
+def test_rows_are_picked_by_any_sequence_of_nodes():
+    rows = Rows(torch.eye(4), torch.arange(4).expand(4, -1))
+    drawn = chain([0, 1, 2, 3], rows=rows)
+    for nodes in ([0, 1], (0, 1), range(2)):
+        assert drawn.pick(nodes).rows.prob.tolist() == torch.eye(4)[:2].tolist()
+        assert rows.pick(nodes).index.shape == (2, 4)
+
+
 def test_within_cuts_depth_and_what_follows_an_end_token():
     p = Proposal((1, 9, 2, 3, 4), (-1, -1, 0, 1, 2), conf=(0.5,) * 5)
     assert p.within(9, frozenset([9])).tokens == (1, 9, 2, 4)
