@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Tokenizer
 from dllm.samplers import BlockMemory, Canvas, Context, Prediction, Span, State, View, Window, best, spans
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
-
-if TYPE_CHECKING:
-    from dllm.models.tokenizer import Tokenizer
 
 # The released delimiter sets: ids of the families' own vocabularies whose text holds a new line.
 PUBLISHED: dict[str, tuple[int, ...]] = {

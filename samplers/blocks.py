@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.columns import spans
-from dllm.decoding.slots import Hold, Window
-
-if TYPE_CHECKING:
-    from dllm.decoding.slots import Context
+from dllm.decoding.slots import Context, Hold, Window
 
 
 class BlockMemory(NamedTuple):

@@ -11,16 +11,14 @@ from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from dllm.decoding.slots import Context, Needs
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Tokenizer
 from dllm.samplers import registry
 from dllm.samplers.base import SINGLE, Bundle, Method
-
-if TYPE_CHECKING:
-    from dllm.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

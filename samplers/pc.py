@@ -7,16 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dllm.errors import DllmError
+from dllm.models.tokenizer import Tokenizer
 from dllm.samplers import Bundle, Context, Method, Prediction, Presets, View, param
-
-if TYPE_CHECKING:
-    from dllm.models.tokenizer import Tokenizer
 
 Frequencies = str | Path | Mapping[int, float] | Sequence[float] | Tensor | None
 

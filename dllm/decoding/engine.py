@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Sampler, View, best, widen
 from dllm.errors import DllmError
-
-if TYPE_CHECKING:
-    from dllm.models.model import Model
-    from dllm.models.transformer import KVStore
+from dllm.models.model import Model
+from dllm.models.transformer import KVStore
 
 
 class Tick(NamedTuple):

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from dllm.decoding.canvas import Plan
 
@@ -32,7 +31,6 @@ class Meter:
         self.calls += 1
         for r in requests:
             self.nfe[r] += 1
-        queries: Tensor
         if positions is None:
             queries = (plan.pos >= 0).sum(1).view(-1, len(requests)).sum(0)
         else:

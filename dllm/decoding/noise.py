@@ -37,11 +37,6 @@ def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int = TOKEN) -
     return (_shift(x, 11).double() + 0.5) * 2.0**-53
 
 
-def gumbel(seed: Tensor, step: Tensor, position: Tensor, stream: int = TOKEN) -> Tensor:
-    """Standard Gumbel draws, float64, of the broadcast shape of the keys."""
-    return -torch.log(-torch.log(uniform(seed, step, position, stream)))
-
-
 def gumbel_rows(seed: Tensor, step: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     """One Gumbel draw for each token of the vocabulary: keys (n,), result (n, V)."""
     token = torch.arange(vocabulary, device=seed.device)

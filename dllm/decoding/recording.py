@@ -14,7 +14,7 @@ from dllm.decoding.columns import indices, scatter
 from dllm.decoding.engine import Tick
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
-from dllm.decoding.trace import Trace, changes
+from dllm.decoding.trace import Trace
 
 
 class Confidence(NamedTuple):
@@ -46,9 +46,11 @@ class Confidences:
 
 def record(trace: Trace, tick: Tick, row: int) -> None:
     """Add one forward to a row's trace."""
-    pairs = changes(tick.before, tick.state.canvas, row)
-    sure = tick.state.columns[Confidence].table[row].tolist()
-    trace.commits.append(pairs)
-    trace.confidence.append([None if math.isnan(sure[col]) else round(sure[col], 6) for col, _ in pairs])
+    canvas, sure = tick.state.canvas, tick.state.columns[Confidence].table[row].tolist()
+    start, length = int(canvas.start[row]), int(canvas.length[row])
+    old, new = tick.before.ids[row].tolist(), canvas.ids[row].tolist()
+    changed = [col for col in range(start, length) if old[col] != new[col]]
+    trace.commits.append([[col, new[col]] for col in changed])
+    trace.confidence.append([None if math.isnan(sure[col]) else round(sure[col], 6) for col in changed])
     trace.windows.append([int(tick.window.lo[row]), int(tick.window.hi[row])])
-    trace.lengths.append(int(tick.state.canvas.length[row]))
+    trace.lengths.append(length)

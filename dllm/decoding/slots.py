@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from torch import Tensor
 from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas, Decision, Leaf, Leaves, Plan, Span, State
 from dllm.decoding.columns import scatter, spread
-
-if TYPE_CHECKING:
-    from dllm.decoding.prediction import Prediction
-    from dllm.models.tokenizer import Tokenizer
+from dllm.decoding.prediction import Prediction
+from dllm.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

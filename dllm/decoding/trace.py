@@ -6,12 +6,8 @@ import html
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dllm.errors import DllmError
-
-if TYPE_CHECKING:
-    from dllm.decoding.canvas import Canvas
 
 BLANK = "▁"  # a masked column
 
@@ -127,10 +123,3 @@ s.oninput=()=>{{o.value=s.value;document.querySelectorAll(".t").forEach(t=>
 t.classList.toggle("off",+t.dataset.k>=+s.value))}};
 </script></html>
 """
-
-
-def changes(before: Canvas, after: Canvas, row: int) -> list[list[int]]:
-    """The `[column, token]` pairs that differ between two canvases of equal length."""
-    start, length = int(after.start[row]), int(after.length[row])
-    old, new = before.ids[row, :length].tolist(), after.ids[row, :length].tolist()
-    return [[c, new[c]] for c in range(start, length) if old[c] != new[c]]

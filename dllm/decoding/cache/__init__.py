@@ -9,17 +9,6 @@ from dllm.decoding.columns import between, indices, marked
 from dllm.spec import param
 
 __all__ = [
-    "Cached",
-    "Canvas",
-    "Plan",
-    "Policy",
-    "Span",
-    "State",
-    "between",
-    "full_plan",
-    "gather_plan",
-    "indices",
-    "marked",
-    "param",
-    "span_plan",
-]
+    "Cached", "Canvas", "Plan", "Policy", "Span", "State", "between", "full_plan", "gather_plan", "indices", "marked",
+    "param", "span_plan",
+]  # fmt: skip

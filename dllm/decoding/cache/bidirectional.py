@@ -13,10 +13,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import Policy, gather_plan, span_plan
-from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
+from dllm.decoding.cache import Cached, Canvas, Plan, Policy, Span, State, gather_plan, param, span_plan
 from dllm.decoding.columns import indices, marked
-from dllm.spec import param
 
 
 @dataclass(frozen=True)

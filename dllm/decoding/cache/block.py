@@ -8,9 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache.policy import Policy, gather_plan, span_plan
-from dllm.decoding.canvas import Cached, Plan, Span, State
-from dllm.decoding.columns import between
+from dllm.decoding.cache import Cached, Plan, Policy, Span, State, between, gather_plan, span_plan
 
 
 @dataclass(frozen=True)
