@@ -160,13 +160,20 @@ def render(name: str, *words: str, **params: object) -> str:
 def show(value: object) -> str:
     """A value as YAML on one line; what has no such form (a function) by its name."""
     if isinstance(value, str):
-        plain = _WORD.fullmatch(value) and _parameter(value, "") == value
-        return value if plain else '"' + "".join(map(_escaped, value)) + '"'
+        return value if _WORD.fullmatch(value) and _is_text(value) else '"' + "".join(map(_escaped, value)) + '"'
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{show(key)}: {show(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(show, value))}]"
     return "null" if value is None else getattr(value, "__name__", repr(value))  # foreign
+
+
+def _is_text(word: str) -> bool:
+    """Whether YAML reads the word as itself. Of 2020-13-45 it says that there is no such day."""
+    try:
+        return bool(yaml.load(word, Loader) == word)
+    except ERRORS:
+        return False
 
 
 def _escaped(sign: str) -> str:

@@ -44,6 +44,11 @@ def test_a_value_as_text_reads_back_as_itself(said: Any) -> None:
     assert value(show(said)) == said
 
 
+@pytest.mark.parametrize("word", ["2020-13-45", "2020-12-24", "1e-3", "true", "null", "12:30:45"])
+def test_a_word_that_yaml_takes_for_another_kind_is_quoted(word: str) -> None:
+    assert named(render("name", key=word), "sampler").params == {"key": word}
+
+
 NUMBERS = [("1e-3", 0.001), ("1E-3", 0.001), ("0.001", 0.001), (".1e-2", 0.001), ("+1e-3", 0.001), ("1e+0", 1.0)]
 
 
