@@ -13,7 +13,6 @@ import hashlib
 import os
 import shutil
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,17 @@ TREE = ROOT / "build" / "editable"
 def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
     """setuptools' editable wheel, and the tree of links; where links cannot be made (Windows), without it."""
     name = build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
-    with suppress(OSError):
+    try:
         link()
-        add(Path(wheel_directory, name), "dllm_toolkit.pth", os.fsencode(f"{TREE}\n"))
+    except OSError:
+        return name
+    add(Path(wheel_directory, name), "dllm_toolkit.pth", os.fsencode(f"{TREE}\n"))
     return name
 
 
 def link() -> None:
-    """Folders are linked whole, so that new files appear without installing again."""
+    """Folders are linked whole, so that new files in them appear; a new file or folder of `dllm/` itself asks for
+    another install."""
     shutil.rmtree(TREE, ignore_errors=True)
     (TREE / "dllm").mkdir(parents=True)
     for child in [*(ROOT / "dllm").iterdir(), ROOT / "samplers", ROOT / "eval"]:

@@ -59,7 +59,7 @@ _HOMES = {
     "dllm.models.hub": "load load_verifier",
     "dllm.models.model": "Model",
 }
-_ROOMS = ("samplers", "eval", "training", "drafting", "models")
+_ROOMS = ("models", "decoding", "samplers", "lookahead", "call", "drafting", "training", "eval", "bench", "tasks")
 __all__ = [*" ".join(_HOMES.values()).split(), "DllmError", "__version__"]  # noqa: PLE0604
 
 
@@ -166,4 +166,4 @@ class _Former(MetaPathFinder, Loader):
         return compile(f"import runpy\nrunpy.run_module({place!r}, run_name='__main__', alter_sys=True)", name, "exec")
 
 
-sys.meta_path.insert(0, _Former())
+sys.meta_path[:] = [_Former(), *(f for f in sys.meta_path if type(f).__name__ != "_Former")]  # one, after a reload too

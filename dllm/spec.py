@@ -32,7 +32,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, Union,
 
 import yaml
 
-from dllm.errors import DllmError, first_line, unknown
+from dllm.errors import DllmError, first_line, nearest, unknown
 
 log = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -300,6 +300,8 @@ def settings(of: str, make: Callable[..., object], given: Mapping[str, object]) 
         parameter, limits = known[key]
         out[key] = number(parameter.annotation, value)
         if what := misfit(parameter.annotation, out[key], limits):
+            if near := nearest(str(value), (c for c in limits.choices if isinstance(c, str))):
+                what += f"; did you mean {near!r}?"
             raise DllmError(f"{of}: {key}={value!r} must be {what} (default {parameter.default!r})")
     return out
 

@@ -143,3 +143,8 @@ def test_bad_input_is_one_clear_line(spec, words):
     with pytest.raises(DllmError, match=words) as error:
         policy(spec)
     assert "\n" not in str(error.value)
+
+
+def test_a_sampler_that_brings_a_lookahead_is_compared_at_every_step():
+    (errors,) = cache_error(tiny(), PROMPTS[:1], cache="prefix", sampler="freedave", max_new_tokens=9, early_stop=False)
+    assert len(errors) == 9

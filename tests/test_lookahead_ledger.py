@@ -41,7 +41,7 @@ def query(history: History = HISTORY, **changes: Any) -> Query:
         {"visible": [[[True, False, True, True, False], [True, True, True, True, False]]]},  # to one of its queries
         {"history": History({0: np.array([1, 9, 3, 4, 5])})},
     ],
-    ids=str,
+    ids="+".join,
 )
 def test_queries_that_may_be_answered_differently_have_different_keys(changes: dict[str, Any]) -> None:
     assert query(**changes).key != query().key

@@ -66,7 +66,7 @@ NAMES = {  # what samplers, scripts and notebooks imported
     "dllm.models.bench": "main",
     "dllm.models.hub": "Model",
     "dllm.models.model": "fingerprint whole",
-    "dllm.noise": "gumbel uniform",
+    "dllm.noise": "uniform",
     "dllm.pace": "Pace",
     "dllm.plain": "Loader value",
     "dllm.prediction": "Law Prediction",
@@ -74,7 +74,7 @@ NAMES = {  # what samplers, scripts and notebooks imported
     "dllm.samplers.base": "best rank widen",
     "dllm.staleness": "StepError cache_error",
     "dllm.stopping": "Cut Stop Stops stop_strings",
-    "dllm.trace": "BLANK Trace changes",
+    "dllm.trace": "BLANK Trace",
     "dllm.training.tasks": "Example TASKS Task generate grade task",
     "dllm.training.config": "build",
 }
@@ -131,3 +131,10 @@ def test_a_former_program_runs() -> None:
     command = [sys.executable, "-m", "dllm.eval.bench_cache", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "usage: " in done.stdout and "python -m dllm.bench.cache" in done.stderr
+
+
+def test_the_package_can_be_loaded_again():
+    again = "import importlib, dllm; importlib.reload(importlib.reload(dllm))"
+    code = f"{again}; import dllm.engine, dllm.samplers.base; dllm.generate"
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -109,7 +109,7 @@ def at_least(lowest: int) -> Rule:
 
 COUNT, WHOLE = at_least(1), at_least(0)
 FLAG = Rule(bool, lambda _: True, "True or False")
-STEP = Rule(object, callable, "what takes a step, such as dllm.decoding.invariants.Checked()")
+STEP = Rule(object, callable, "what takes a step, such as Checked() of dllm.decoding.invariants")
 
 
 def ruled(default: T, rule: Rule) -> T:

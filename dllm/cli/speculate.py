@@ -29,7 +29,11 @@ def speculate(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     verifier: Annotated[str, typer.Option("--verifier", help="tiny-ar, a folder, or a Hugging Face id.")] = "tiny-ar",
     drafter: Annotated[
-        str, typer.Option("--drafter", help="tiny, a folder, a Hugging Face id, suffix, lookup, recycle, or none.")
+        str,
+        typer.Option(
+            "--drafter",
+            help="tiny, a folder, a Hugging Face id, suffix, lookup, recycle, one of another package, or none.",
+        ),
     ] = "tiny",
     verifier_arg: Annotated[
         list[str] | None,

@@ -99,7 +99,7 @@ def ask(drafter: Drafter, ids: Sequence[int], k: int, generator: torch.Generator
     if not isinstance(draft, Lattice | Proposal):
         raise DllmError(
             f"drafter {drafter.name!r} returned {type(draft).__name__}: `draft` returns a Lattice or a Proposal, and "
-            "dllm.drafting.proposal.EMPTY where it has nothing to say"
+            "dllm.drafting.EMPTY where it has nothing to say"
         )
     try:
         draft.check()

@@ -66,11 +66,11 @@ class Lookahead:
     relax: str | None = param(None, "the output is that of the plain call", choices=(None, "subset"))
 
     def __post_init__(self) -> None:
+        if self.rows != "auto" and (not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1):
+            raise DllmError(f"lookahead: rows={self.rows!r} must be 'auto' or an integer of at least 1")
         check(self, "lookahead")
         if self.costs is not None and not _costs(self.costs):
             raise DllmError(f"lookahead costs={self.costs!r} must be a table such as {{1: 1.0, 8: 1.3}}")
-        if self.rows != "auto" and (not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1):
-            raise DllmError(f"lookahead rows={self.rows!r} must be 'auto' or an integer of at least 1")
 
     @classmethod
     def parse(cls, spec: object) -> Lookahead:
