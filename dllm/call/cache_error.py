@@ -85,7 +85,6 @@ def cache_error(
     if arguments.get("lookahead") is not None:
         raise DllmError("cache_error compares each forward with a full one, and lookahead leaves forwards out: drop it")
     job = prepare(model, prompt, {"n": n, **arguments})
-    job.lookahead = None  # one that the sampler brings (FreeDave) changes no token
     errors: list[list[StepError]] = [[] for _ in job.prompts]
     for _ in job.ticks(Meter(len(errors), job.model.device), partial(Compared, errors=errors)):
         pass

@@ -54,11 +54,11 @@ class Job:
     lookahead: Lookahead | None = None
     report: dict[int, Stats] = field(default_factory=dict)  # of the lookahead, by request
 
-    def ticks(self, meter: Meter, runner: Callable[..., Runner] = Runner) -> Iterator[Tick]:
-        """Decode. Errors: out of memory, with a batch size that may fit."""
-        size = min(self.args.batch_size, self.queue.rows)
-        if self.lookahead is not None:
-            runner = partial(LookaheadRunner, setting=self.lookahead, report=self.report)
+    def ticks(self, meter: Meter, runner: Callable[..., Runner] | None = None) -> Iterator[Tick]:
+        """Decode, by `runner` where one is given. Errors: out of memory, with a batch size that may fit."""
+        size, ahead = min(self.args.batch_size, self.queue.rows), self.lookahead
+        if runner is None:
+            runner = Runner if ahead is None else partial(LookaheadRunner, setting=ahead, report=self.report)
         try:
             yield from decode(
                 self.model, self.sampler, self.policy, self.queue,
