@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from plugin_kit import installed
 from test_block_decoding import tiny as blocks
 from test_cache import PROMPTS, recomputed, run, story, tiny
 
@@ -21,22 +21,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "adding-a-cache.md"
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The page's package, installed beside dllm; yields the file of the policy."""
-    page = PAGE.read_text(encoding="utf-8")
-    code = re.search(r"```python\n(# prompt_cache.py.*?)```", page, re.DOTALL)
-    entry = re.search(r"^\[project.entry-points.\"(.*)\"\]\nprompt = \"(.*)\"$", page, re.MULTILINE)
-    assert code and entry
-    package, info = tmp_path / "my_package", tmp_path / "my_package-1.0.dist-info"
-    package.mkdir(), info.mkdir()
-    (package / "__init__.py").touch()
-    (package / "prompt_cache.py").write_text(code[1], encoding="utf-8")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text(f"[{entry[1]}]\nprompt = {entry[2]}\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    registry.OTHERS.refresh()
-    yield package / "prompt_cache.py"
-    registry.OTHERS.refresh()
-    for name in [n for n in sys.modules if n.startswith("my_package")]:
-        del sys.modules[name]
+    with installed("adding-a-cache.md", tmp_path, monkeypatch, registry.OTHERS.refresh) as file:
+        yield file
 
 
 def test_it_decodes_by_its_rule(outside):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from drafting_kit import VOCAB, Script, plain, tiny_verifier
+from plugin_kit import installed
 
 import dllm
 from dllm.drafting import Controller, Drafter, Need, PathSearch, RoundStats, as_drafter, chain, param
-from dllm.drafting.registry import PLUGINS, is_drafter_name
+from dllm.drafting.registry import OTHERS, is_drafter_name
 from dllm.errors import DllmError
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding-a-drafter.md").read_text(encoding="utf-8")
@@ -26,22 +26,8 @@ PROMPT = [3, 4, 5, 3, 4]
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The package of the page, installed beside dllm; yields its module."""
-    code = re.search(r"```python\n(# my_package/bigram.py.*?)```", PAGE, re.DOTALL)
-    entry = re.search(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    assert code and entry
-    package, info = tmp_path / "my_package", tmp_path / "my_package-1.0.dist-info"
-    package.mkdir(), info.mkdir()
-    (package / "__init__.py").touch()
-    (package / "bigram.py").write_text(code[1], encoding="utf-8")
-    points = entry[1].replace('[project.entry-points."dllm.drafters"]', "[dllm.drafters]").replace('"', "")
-    (info / "entry_points.txt").write_text(points, encoding="utf-8")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    PLUGINS.refresh()
-    yield package / "bigram.py"
-    PLUGINS.refresh()
-    for name in [n for n in sys.modules if n.startswith("my_package")]:
-        del sys.modules[name]
+    with installed("adding-a-drafter.md", tmp_path, monkeypatch, OTHERS.refresh) as file:
+        yield file
 
 
 @pytest.mark.parametrize("how", ["bigram", "bigram:smoothing=0.5", {"name": "bigram", "smoothing": 2}])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plugin_kit import installed
 from scripted import Scripted, peaks
 from typer.testing import CliRunner
 
@@ -36,22 +37,8 @@ def forget() -> None:
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package of docs/adding-a-sampler.md, installed beside dllm."""
-    page = (DOCS / "adding-a-sampler.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(# samplers/odd_even.py.*?)```", page, re.DOTALL)
-    entry = re.search(r"^odd_even = \"my_package\.(.*)\"$", page, re.MULTILINE)
-    assert code and entry
-    package, info = tmp_path / "my_package", tmp_path / "my_package-1.0.dist-info"
-    package.mkdir(), info.mkdir()
-    (package / "__init__.py").touch()
-    (package / "odd_even.py").write_text(code[1], encoding="utf-8")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text(f"[dllm.samplers]\nodd_even = my_package.{entry[1]}\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    forget()
-    yield
-    forget()
-    for name in [n for n in sys.modules if n.startswith("my_package")]:
-        del sys.modules[name]
+    with installed("adding-a-sampler.md", tmp_path, monkeypatch, forget):
+        yield
 
 
 def test_a_sampler_from_another_package(outside: None) -> None:

@@ -29,18 +29,23 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int = TOKEN) -> Tensor:
-    """Uniforms in the open interval (0, 1), float64, of the broadcast shape of the three int64 keys."""
+def _key(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor:
     x = _mix(seed * 4 + stream + _GOLDEN)
     x = _mix(x + step * _GOLDEN)
-    x = _mix(x + position * _GOLDEN)
-    return (_shift(x, 11).double() + 0.5) * 2.0**-53
+    return _mix(x + position * _GOLDEN)
+
+
+def _open_interval(key: Tensor) -> Tensor:
+    return (_shift(key, 11).double() + 0.5) * 2.0**-53
+
+
+def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int = TOKEN) -> Tensor:
+    """Uniforms in the open interval (0, 1), float64, of the broadcast shape of the three int64 keys."""
+    return _open_interval(_key(seed, step, position, stream))
 
 
 def gumbel_rows(seed: Tensor, step: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     """One Gumbel draw for each token of the vocabulary: keys (n,), result (n, V)."""
     token = torch.arange(vocabulary, device=seed.device)
-    x = _mix(seed * 4 + TOKEN + _GOLDEN)
-    x = _mix(x + step * _GOLDEN)
-    x = _mix(x + position * _GOLDEN)[:, None]
-    return -torch.log(-torch.log((_shift(_mix(x + token * _GOLDEN), 11).double() + 0.5) * 2.0**-53))
+    key = _key(seed, step, position, TOKEN)[:, None]
+    return -torch.log(-torch.log(_open_interval(_mix(key + token * _GOLDEN))))

@@ -24,7 +24,7 @@ from dllm.spec import Plugins
 
 # what a drafter is named without being a checkpoint; other packages add theirs by the entry point group
 DRAFTERS: dict[str, type[Drafter]] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
-PLUGINS = Plugins("dllm.drafters", "drafter", Drafter, "dllm.drafting.Drafter", DRAFTERS)
+OTHERS = Plugins("dllm.drafters", "drafter", Drafter, "dllm.drafting.Drafter", DRAFTERS)
 
 VerifierLike: TypeAlias = str | Path | Checkpoint | Verifier | CausalLM
 DrafterLike: TypeAlias = str | Mapping[str, object] | Checkpoint | Drafter | Model | CausalLM | None
@@ -41,7 +41,7 @@ def named(kind: str, what: object, table: Mapping[str, type[T]]) -> T:
 
 def drafter_names() -> list[str]:
     """Drafters that are no checkpoints: the built-in ones, then those of other packages."""
-    return [*DRAFTERS, *PLUGINS.points]
+    return [*DRAFTERS, *OTHERS.points]
 
 
 def is_drafter_name(text: str) -> bool:
@@ -75,9 +75,9 @@ def _by_name(what: str | Mapping[str, object]) -> Drafter:
     """One object a setting, of which every text takes a fork: measured costs belong to a drafter."""
     name, _, options = spec.named(what, "drafter")
     setting = spec.render(name, **options)
-    table = {name: PLUGINS.load(name)} if name in PLUGINS.points else DRAFTERS
+    table = {name: OTHERS.load(name)} if name in OTHERS.points else DRAFTERS
     if setting not in _MADE:
-        with PLUGINS.blamed(name):
+        with OTHERS.blamed(name):
             _MADE[setting] = named("drafter", what, table)
     return _MADE[setting]
 

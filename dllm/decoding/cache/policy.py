@@ -100,8 +100,8 @@ class Accounted(Window):
 class Policy(ABC):
     """What every cache policy is made of; a subclass gives `name` and `step`, and the rest where it differs.
 
-    Parameters are dataclass fields, each a `param(default, why)`. All methods are
-    pure: they never write into a tensor that they are given, and no row looks at another one.
+    Parameters are dataclass fields, each a `param(default, why)`. All methods are pure: they never write into a tensor
+    that they are given, and no row looks at another one.
     """
 
     name: ClassVar[str]
