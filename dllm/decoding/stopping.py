@@ -199,20 +199,34 @@ class Stop:
 
     def __call__(self, view: View, canvas: Canvas) -> Tensor:
         """(B,) bool: the rows that are finished with this canvas, the one after the step's decision."""
+        end = self.closed(view, canvas)
+        found = self.by_ids(canvas, end)
+        return found | self._strings(view, canvas, end) if self.stops.strings else found
+
+    def closed(self, view: View, canvas: Canvas) -> Tensor:
+        """(B,) the end of the closed prefix, with the canvas after the step's decision. It asks the device nothing."""
         end = canvas.first_masked()
         if self.revises:
             cols = torch.arange(canvas.ids.shape[1], device=end.device)
             left = ~((canvas.masked & view.window.inside(cols)).any(1) | view.held)
             end = torch.where(left, end, torch.minimum(end, view.window.lo))
-        found = _holds(canvas.ids, self.stops.eos_ids, canvas.start, end)
-        return found | self._strings(view, canvas, end) if self.stops.strings else found
+        return end
+
+    def by_ids(self, canvas: Canvas, closed: Tensor) -> Tensor:
+        """(B,) bool: rows with an end token in their closed prefix. It asks the device nothing."""
+        return _holds(canvas.ids, self.stops.eos_ids, canvas.start, closed)
+
+    def over(self, ids: list[int], seen: int) -> bool:
+        """Whether an answer holds a stop string, on the host. `ids`: the generated ids of the closed prefix, of which
+        the first `seen`, those of an earlier step, hold none."""
+        return len(ids) > seen and self.stops.ended(ids, seen)
 
     def _strings(self, view: View, canvas: Canvas, end: Tensor) -> Tensor:
         """What was closed before this step has been read already, unless the sampler may have revised it."""
         before = canvas.start if self.revises else view.canvas.first_masked()
         bounds = torch.stack([canvas.start, before, end], 1).tolist()
         hits = [
-            hi > seen and self.stops.ended(ids[lo:hi], max(0, seen - lo))
+            self.over(ids[lo:hi], max(0, seen - lo))
             for ids, (lo, seen, hi) in zip(canvas.ids.tolist(), bounds, strict=True)
         ]
         return torch.tensor(hits, device=end.device)
