@@ -175,6 +175,11 @@ def filled(model: NativeModel, ids: Tensor) -> tuple[KVStore, Tensor]:
     return store, model.forward(ids, positions(n, length), visible=everything(n, length), store=store)
 
 
+def stored(store: KVStore) -> list[Tensor]:
+    """What can be read: without the spare slot."""
+    return [t[:, :, : store.slots] for t in (*store.keys, *store.values)]
+
+
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
     assert a.shape == b.shape
     assert (a - b).abs().max() < tolerance
@@ -250,7 +255,7 @@ def test_rows_at_different_positions_with_padding_queries():
     for i, (lo, hi) in enumerate(windows):
         row = model.forward(fed[i : i + 1, lo:hi], positions(1)[:, lo:hi], visible=visible[i : i + 1], store=alone[i])
         close(out[i : i + 1, : hi - lo], row)
-        for together, single in zip((*store.keys, *store.values), (*alone[i].keys, *alone[i].values), strict=True):
+        for together, single in zip(stored(store), stored(alone[i]), strict=True):
             close(together[i : i + 1], single)
 
 
@@ -269,19 +274,19 @@ def test_borrowed_and_kept_tokens_are_told_apart():
     """fresh without keep acts for one forward and leaves the store as it was."""
     model, ids = tiny(), sample_ids()
     store, _ = filled(model, ids)
-    before = [t.clone() for t in (*store.keys, *store.values)]
+    untouched = KVStore(tuple(k.clone() for k in store.keys), tuple(v.clone() for v in store.values))
     pos, tokens = positions()[:, 8:16], sample_ids(seed=7)[:, 8:16]
     keep = torch.zeros(N, 8, dtype=torch.bool)
     borrowed = model.forward(tokens, pos, keep=keep, visible=everything(), store=store)
-    for old, new in zip(before, (*store.keys, *store.values), strict=True):
+    for old, new in zip(stored(untouched), stored(store), strict=True):
         assert torch.equal(old, new)
     keep[:, 2:5] = True
     mixed = model.forward(tokens, pos, keep=keep, visible=everything(), store=store)
     close(mixed, borrowed)
-    for old, new in zip(before, (*store.keys, *store.values), strict=True):
+    for old, new in zip(stored(untouched), stored(store), strict=True):
         changed = (old != new).any(-1).any(1)
         assert torch.equal(changed.nonzero()[:, 1].unique(), torch.tensor([10, 11, 12]))
-    whole = model.forward(tokens, pos, visible=everything(), store=KVStore(tuple(before[:3]), tuple(before[3:])))
+    whole = model.forward(tokens, pos, visible=everything(), store=untouched)
     close(whole, borrowed)
 
 
@@ -346,7 +351,7 @@ def test_lanes_in_any_order():
     for i in range(2):
         one = torch.tensor([int(lane[i])])
         model.forward(tokens[i : i + 1], positions(1)[:, 4:9], lane=one, visible=everything(1), store=expected)
-    for a, b in zip((*store.keys, *store.values), (*expected.keys, *expected.values), strict=True):
+    for a, b in zip(stored(store), stored(expected), strict=True):
         close(a, b)
 
 
@@ -417,7 +422,7 @@ def test_any_mixture_of_fresh_kept_private_and_padding_tokens(seed):
     out = model.forward(ids, pos, fresh=fresh, keep=keep, visible=visible, lane=lane, store=store)
     assert out.isfinite().all()
     close(out[pos >= 0], expected[pos >= 0])
-    for a, b in zip((*store.keys, *store.values), (*copy.keys, *copy.values), strict=True):
+    for a, b in zip(stored(store), stored(copy), strict=True):
         close(a, b)
 
 
@@ -431,8 +436,9 @@ def test_only_the_first_slots_are_read():
 
 def test_store_size_is_exact():
     model = tiny()
-    # layers, sides, kv heads, head dim, slots, lanes, bytes of a float64
-    assert model.new_store(2, 10).nbytes == 3 * 2 * 2 * 8 * 10 * 2 * 8
+    # layers, sides, kv heads, head dim, slots and the spare one, lanes, bytes of a float64
+    assert model.new_store(2, 10).nbytes == 3 * 2 * 2 * 8 * 11 * 2 * 8
+    assert model.new_store(2, 10).slots == 10
 
 
 def test_shift_picks_the_left_neighbour():

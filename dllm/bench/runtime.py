@@ -252,8 +252,8 @@ def generate(
         yield Figure(name, slow / fast, bound, True, f"{slow:.2f} and {fast:.2f} s a block")
     yield growth(model, repeats)
     c, store = model.config, model.new_store(1, length)
-    expected = c.n_layers * 2 * c.n_kv_heads * c.head_dim * length * model.dtype.itemsize
-    yield Figure("KV bytes / (layers x 2 x kv heads x head dim x length x bytes)", store.nbytes / expected, 1.0)
+    expected = c.n_layers * 2 * c.n_kv_heads * c.head_dim * (length + 1) * model.dtype.itemsize
+    yield Figure("KV bytes / (layers x 2 x kv heads x head dim x (length + 1) x bytes)", store.nbytes / expected, 1.0)
 
 
 def growth(

@@ -88,7 +88,7 @@ class LookaheadRunner(Runner):
         """What is known of the row in this lane; a new request begins with nothing but the lane's clock."""
         row = self.rows.get(lane)
         if row is None or row.request != request:
-            slots = self.store.keys[0].shape[2] if self.store is not None else 0
+            slots = self.store.slots if self.store is not None else 0
             lanes = self.s.inputs.lanes if self.s.inputs is not None else 1
             ledger = Ledger(range(lanes * lane, lanes * (lane + 1)), slots, steady=not self.policy.sparse)
             stats = self.report[request] = Stats(delta=self.delta)
@@ -182,8 +182,9 @@ class LookaheadRunner(Runner):
         """Hidden states of a plan, and the keys and values that it computed (none: no store)."""
         if self.store is None or not plan.stored:
             return self.hidden(plan), []
-        grids = {"fresh": plan.fresh, "keep": plan.keep, "visible": plan.visible, "lane": plan.lane}
-        return self.model.forward_kv(plan.ids, plan.pos, **grids, store=self.store)
+        return self.model.forward_kv(
+            plan.ids, plan.pos, fresh=plan.fresh, keep=plan.keep, visible=plan.visible, lane=plan.lane, store=self.store
+        )
 
     # -- the step -----------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ class ForeignModel(NativeModel):
     def forward(self, ids: Tensor, pos: Tensor | None = None, **plan: Unpack[ForwardOptions]) -> Tensor:
         """Logits (N, Q, V) of whole rows; `visible` (N, 1|Q, Q) and padding (pos = -1) are honoured, a store is not."""
         visible = plan.pop("visible", None)
+        plan.pop("known", None)
         if any(value is not None for value in plan.values()):
             raise DllmError(NO_CACHE)
         n, q = ids.shape

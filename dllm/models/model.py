@@ -13,7 +13,7 @@ from dllm.errors import DllmError
 from dllm.models.moe import wide
 from dllm.models.settings import SamplerSetting
 from dllm.models.tokenizer import NO_TOKENIZER, Message, Tokenizer, by_template
-from dllm.models.transformer import KVStore, WithKV
+from dllm.models.transformer import Known, KVStore, WithKV
 
 NO_CACHE = 'this model has no cache: use cache="none"'
 
@@ -26,6 +26,7 @@ class ForwardOptions(TypedDict, total=False):
     visible: Tensor | None
     lane: Tensor | None
     store: KVStore | None
+    known: Known | None
 
 
 class Decoded(NamedTuple):
@@ -110,6 +111,9 @@ class Model(Protocol):
         lane     (N,) the store's row for each row; None = 0..N-1. Rows may read one lane together: then one of them may
                  keep, at slots that the others replace for themselves.
         store    from `new_store`; None = a full forward. Errors: a model without a cache is given one.
+        known    what the host knows of these tensors: then nothing here waits for the device, `visible=None` with a
+                 store means all of its first `known.slots` slots, and `visible`, `fresh` and `keep` are left out where
+                 they say nothing. None: the device is asked.
         """
 
     def forward_kv(self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]) -> WithKV:

@@ -7,7 +7,6 @@ of its token; keys are stored rotated, which is right as long as a token does no
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +28,33 @@ class KVStore(NamedTuple):
     values: tuple[Tensor, ...]
 
     @property
+    def slots(self) -> int:
+        """Positions that can be stored; one spare slot behind them takes what is kept nowhere, and is never read."""
+        return self.keys[0].shape[2] - 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory."""
         return sum(t.nbytes for side in self for t in side)
+
+
+class Known(NamedTuple):
+    """What the host knows of a forward's tensors: with it the forward asks the device nothing."""
+
+    padded: bool = False  # some pos is -1
+    private: bool = False  # some token is neither fresh nor kept
+    lanes: slice | None = None  # the lanes as one run of rows of the store; None: those of `lane`
+    write: slice | None = None  # consecutive slots that the queries of every row fill for good; empty: nothing is kept;
+    # None: by `pos`, `fresh` and `keep`
+    slots: int = 0  # slots of the store that are read
+
+
+class Flags(NamedTuple):
+    """The optional tensors of a forward, see `dllm.models.model.Model.forward`; None where one says nothing."""
+
+    fresh: Tensor | None
+    keep: Tensor | None
+    visible: Tensor | None
 
 
 class RMSNorm(nn.Module):
@@ -49,11 +72,9 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.to(wide(x.dtype)), self.weight.shape, None, self.eps).to(x.dtype)
 
 
-@lru_cache(maxsize=32)
 def inverse_frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
     """Rotary frequencies (dim/2,) in float32, as every reference computes them; never part of a checkpoint."""
-    with torch.inference_mode(False):
-        return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
 
 
 class Rotation(NamedTuple):
@@ -70,21 +91,20 @@ class Rotation(NamedTuple):
 
 
 class Access(NamedTuple):
-    """How this forward's keys and values meet the stored ones; index pairs are (rows, columns) of the query grid."""
+    """How this forward's keys and values meet the stored ones."""
 
     store: KVStore
     slots: int  # the first `slots` of the store are read
-    lanes: slice | Tensor  # lanes read, one per row
-    rows: Tensor  # (N, Q) lane of every query
-    pos: Tensor  # (N, Q) slot of every query
-    kept: tuple[Tensor, Tensor] | slice | None  # written for good; a slice of slots when all rows agree; None: nothing
-    lent: tuple[Tensor, Tensor] | None  # replace the stored ones for this forward only
     private: bool  # one more key column for every query
+    lanes: slice | Tensor  # lanes read, one per row
+    rows: Tensor  # (N, 1) the same
+    kept: Tensor | slice  # slots that are written for good: (N, Q), the spare one for a token that does not stay
+    lent: tuple[Tensor, Tensor] | None  # rows (N, 1) and columns (N, Q) replaced in what is read, for this forward only
     new: list[KeysValues] | None = None  # where given, collects what each layer computes
 
     def to(self, device: torch.device) -> Access:
         """The indices on another device; the store stays where its layers are."""
-        return Access(self.store, self.slots, *_move(self[2:], device))
+        return Access(*self[:3], *_move(self[3:], device))
 
     def __call__(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New (N, Q, kv_heads, head_dim) -> all that can be seen (N, kv_heads, slots[+Q], head_dim)."""
@@ -93,15 +113,21 @@ class Access(NamedTuple):
         return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
 
     def _merge(self, stored: Tensor, new: Tensor) -> Tensor:
-        if isinstance(self.kept, slice):
-            stored[self.lanes, :, self.kept] = new.transpose(1, 2)
-        elif self.kept is not None:
-            stored[self.rows[self.kept], :, self.pos[self.kept]] = new[self.kept]
-        seen = stored[self.lanes, :, : self.slots]  # a view when `lanes` is a slice
-        if self.lent is not None:
-            seen = seen.clone() if isinstance(self.lanes, slice) else seen
-            seen[self.lent[0], :, self.pos[self.lent]] = new[self.lent]
-        return torch.cat([seen, new.transpose(1, 2)], 2) if self.private else seen
+        turned = new.transpose(1, 2)
+        if isinstance(self.kept, Tensor):
+            stored[self.rows, :, self.kept] = new
+        elif self.kept.start < self.kept.stop:
+            stored[self.lanes, :, self.kept] = turned
+        if self.lent is None:
+            seen = stored[self.lanes, :, : self.slots]  # a view when `lanes` is a slice
+            return torch.cat([seen, turned], 2) if self.private else seen
+        if self.private:
+            seen = torch.cat([stored[self.lanes, :, : self.slots], turned], 2)
+        else:  # one column more, for what is not lent
+            seen = stored[self.lanes, :, : self.slots + 1].clone(memory_format=torch.contiguous_format)
+        rows, columns = self.lent
+        seen[rows, :, columns] = new
+        return seen if self.private else seen[:, :, : self.slots]
 
 
 class Attention(nn.Module):
@@ -185,6 +211,7 @@ class Transformer(nn.Module):
         visible: Tensor | None = None,
         lane: Tensor | None = None,
         store: KVStore | None = None,
+        known: Known | None = None,
         kv: bool = False,
     ) -> Tensor | WithKV:
         """Hidden states (N, Q, D) after the final norm of tokens `ids` (N, Q) at positions `pos` (N, Q).
@@ -192,21 +219,24 @@ class Transformer(nn.Module):
         The keywords are those of `dllm.models.model.Model.forward`. kv: return the new keys and values of each layer as
         well (with a store).
         """
-        config, (n, q), new = self.config, ids.shape, list[KeysValues]() if kv else None
-        padded = pos is not None and bool((pos < 0).any())
-        given, pos = pos, torch.arange(q, device=ids.device)[None] if pos is None else pos  # (N|1, Q)
-        if store is None:
-            mask, access = self._mask(visible, pos, pos, padded), None
-        else:
+        (n, q), new = ids.shape, list[KeysValues]() if kv else None
+        flags = Flags(fresh, keep, visible)
+        if known is None:
+            known, flags = _asked(ids, pos, flags, lane, store)
+        causal = self.config.causal and store is None and flags.visible is None and pos is None
+        pos = torch.arange(q, device=ids.device)[None] if pos is None else pos  # (N|1, Q)
+        access, columns = None, pos
+        if store is not None:
             pos = pos.expand(n, q)
-            access = _access(store, pos, fresh, keep, lane, visible, padded)._replace(new=new)
-            columns = torch.arange(access.slots, device=ids.device).expand(n, -1)
-            columns = torch.cat([columns, pos], 1) if access.private else columns
-            mask = self._mask(visible, pos, columns, padded)
-        causal = config.causal and store is None and visible is None and given is None
+            access = _access(store, pos, flags, lane, known)._replace(new=new)
+            columns = torch.arange(known.slots, device=ids.device).expand(n, -1)
+            columns = torch.cat([columns, pos], 1) if known.private else columns
+        mask = None if causal else self._mask(flags.visible, pos, columns)
+        if known.padded and (mask is not None or access is None or access.private):
+            mask = _without_padding(mask, pos, columns)
         x = self.embed_tokens(ids)  # (N, Q, D)
         rotate = self._rotation(pos, x.dtype)
-        mask = None if mask is None or causal else mask[:, None]  # (N, 1, 1|Q, K)
+        mask = None if mask is None else mask[:, None]  # (N, 1, 1|Q, K)
         for i, layer in enumerate(self.layers):
             if self.spread:
                 x, rotate, mask, access = _move((x, rotate, mask, access), next(layer.parameters()).device)
@@ -227,9 +257,10 @@ class Transformer(nn.Module):
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """An empty store for `lanes` rows of at most `slots` positions, each layer's where it computes.
 
-        Allocated once a call, and zero, so never NaN. Where the heads are split over processes: for those of this one.
+        Allocated once a call, and zero, so never NaN; with the spare slot. Where the heads are split over processes:
+        for those of this one.
         """
-        shape, dtype = (lanes, self.config.n_kv_heads, slots, self.config.head_dim), self.norm.weight.dtype
+        shape, dtype = (lanes, self.config.n_kv_heads, slots + 1, self.config.head_dim), self.norm.weight.dtype
         places = [next(layer.parameters()).device for layer in self.layers]
         keys, values = (tuple(torch.zeros(shape, dtype=dtype, device=place) for place in places) for _ in range(2))
         return KVStore(keys, values)
@@ -241,66 +272,74 @@ class Transformer(nn.Module):
         kind = wide(dtype) if config.rope_full_precision else dtype
         return Rotation(angles.cos().to(kind), angles.sin().to(kind))
 
-    def _mask(self, visible: Tensor | None, pos: Tensor, columns: Tensor, padded: bool) -> Tensor | None:
+    def _mask(self, visible: Tensor | None, pos: Tensor, columns: Tensor) -> Tensor | None:
         """`visible` and the model's own rule: (N, 1|Q, K), or None when every token sees every key."""
         block = 1 if self.config.causal else self.config.block_size
-        mask = None if visible is None or bool(visible.all()) else visible
-        if block is not None:
-            rule = columns[:, None, :] // block <= pos[:, :, None] // block  # (N, Q, K)
-            mask = rule if mask is None else mask & rule
-        if padded:  # nobody sees padding, padding sees everything: a row without any key would be NaN
-            real = (columns >= 0)[:, None, :]
-            mask = (real if mask is None else mask & real) | (pos < 0)[:, :, None]
-        return mask
+        if block is None:
+            return visible
+        rule = columns[:, None, :] // block <= pos[:, :, None] // block  # (N, Q, K)
+        return rule if visible is None else visible & rule
 
 
-def _access(
-    store: KVStore,
-    pos: Tensor,
-    fresh: Tensor | None,
-    keep: Tensor | None,
-    lane: Tensor | None,
-    visible: Tensor | None,
-    padded: bool,
-) -> Access:
-    """Turn the per-token flags into index pairs, once a forward."""
-    n, q = pos.shape
-    slots = store.keys[0].shape[2]
-    real = pos >= 0 if padded else None
-    private = fresh is not None and not bool((fresh | (pos < 0)).all())
-    width = slots if visible is None else visible.shape[-1] - q * private
-    rows = torch.arange(n, device=pos.device) if lane is None else lane
-    reads: slice | Tensor = slice(0, n) if lane is None else _run(lane)
+def _without_padding(mask: Tensor | None, pos: Tensor, columns: Tensor) -> Tensor:
+    """Nobody sees padding, padding sees everything: a row without any key would be NaN. (N, Q, K)"""
+    real = (columns >= 0)[:, None, :]
+    return (real if mask is None else mask & real) | (pos < 0)[:, :, None]
+
+
+def _access(store: KVStore, pos: Tensor, flags: Flags, lane: Tensor | None, known: Known) -> Access:
+    """Turn the flags of the tokens into places in the store and in what is read of it, once a forward."""
+    (n, q), device = pos.shape, pos.device
+    lanes: slice | Tensor = slice(0, n) if lane is None else lane
+    lanes = lanes if known.lanes is None else known.lanes
+    rows = torch.arange(lanes.start, lanes.stop, device=device) if isinstance(lanes, slice) else lanes
+    take = pos >= 0 if flags.fresh is None else flags.fresh & (pos >= 0)
+    kept: slice | Tensor | None = known.write
+    if kept is None:
+        kept = torch.where(take if flags.keep is None else take & flags.keep, pos, store.slots)
     lent = None
-    if fresh is None and keep is None and real is None:
-        kept = _everything(pos, reads)
-    else:
-        take = torch.ones_like(pos, dtype=torch.bool) if fresh is None else fresh
-        take = take if real is None else take & real
-        stay = take if keep is None else keep & take
-        kept = _everything(pos, reads) if bool(stay.all()) else _pairs(stay)
-        lent = None if keep is None else _pairs(take & ~stay)
-    return Access(store, width, reads, rows[:, None].expand(n, q), pos, kept, lent, private)
+    if flags.keep is not None:  # a token that is not lent has a column of its own, or the one that nobody reads
+        own = torch.arange(q, device=device) if known.private else 0
+        columns = torch.where(take & ~flags.keep, pos, own + known.slots)
+        lent = torch.arange(n, device=device)[:, None], columns
+    return Access(store, known.slots, known.private, lanes, rows[:, None], kept, lent)
 
 
-def _run(lane: Tensor) -> slice | Tensor:
+def _asked(
+    ids: Tensor, pos: Tensor | None, flags: Flags, lane: Tensor | None, store: KVStore | None
+) -> tuple[Known, Flags]:
+    """What the device answers about the tensors, and the flags without those that say nothing."""
+    n, q = ids.shape
+    fresh, keep, visible = flags
+    padded = pos is not None and bool((pos < 0).any())
+    seen = None if visible is None or bool(visible.all()) else visible
+    if store is None:
+        return Known(padded), Flags(None, None, seen)
+    pos = torch.arange(q, device=ids.device)[None] if pos is None else pos
+    private = fresh is not None and not bool((fresh | (pos < 0)).all())
+    slots = store.slots if visible is None else visible.shape[-1] - q * private
+    lanes, write = slice(0, n) if lane is None else _run(lane), None
+    real = pos >= 0
+    take = real if fresh is None or not private else fresh & real
+    if keep is not None:
+        stay = take & keep
+        write = None if bool(stay.any()) else slice(0, 0)
+        keep = None if bool((take == stay).all()) else keep
+    if keep is None and write is None and lanes is not None and bool(take.all()):
+        write = _columns(pos)
+    return Known(padded, private, lanes, write, slots), Flags(fresh if private else None, keep, seen)
+
+
+def _run(lane: Tensor) -> slice | None:
     """Consecutive lanes as a slice, so that the store is viewed and not gathered."""
     first, *others = lane.tolist()
-    return slice(first, first + len(lane)) if others == list(range(first + 1, first + len(lane))) else lane
+    return slice(first, first + len(lane)) if others == list(range(first + 1, first + len(lane))) else None
 
 
-def _everything(pos: Tensor, reads: slice | Tensor) -> tuple[Tensor, Tensor] | slice | None:
-    """All queries are written: one slice when every row writes the same consecutive slots, else all index pairs."""
-    if isinstance(reads, slice):
-        first, q = int(pos[0, 0]), pos.shape[1]
-        if bool((pos == torch.arange(first, first + q, device=pos.device)).all()):
-            return slice(first, first + q)
-    return _pairs(torch.ones_like(pos, dtype=torch.bool))
-
-
-def _pairs(chosen: Tensor) -> tuple[Tensor, Tensor] | None:
-    rows, columns = chosen.nonzero(as_tuple=True)
-    return (rows, columns) if len(rows) else None
+def _columns(pos: Tensor) -> slice | None:
+    """The consecutive slots that all rows write, if they do."""
+    first, q = int(pos[0, 0]), pos.shape[1]
+    return slice(first, first + q) if bool((pos == torch.arange(first, first + q, device=pos.device)).all()) else None
 
 
 def _move(value: Any, device: torch.device) -> Any:
