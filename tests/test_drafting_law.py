@@ -19,7 +19,7 @@ from dllm.drafting.accept import draw, reject, walk_sample
 from dllm.drafting.control import Controller
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import build
-from dllm.drafting.loop import Request, SpecConfig, Speculation
+from dllm.drafting.loop import Request, SpecConfig, Speculation, judged
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.search import EAL, BestFirstTree, CPSSample, Sample, SampleTree
@@ -279,7 +279,7 @@ def by_the_loop(search, controller, g, drafter=None, eos=frozenset(), **kw):
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(p.tokens, p.parents, strict=True):
             paths.append((*paths[parent + 1], token))
-        row.settle(torch.stack([p_next([*row.ids[1:], *path]) for path in paths]).log())
+        row.settle(*judged([row], [torch.stack([p_next([*row.ids[1:], *path]) for path in paths]).log()]))
         row.finish_round()
     return row.ids[1:]
 

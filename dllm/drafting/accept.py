@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.drafting.proposal import Proposal
@@ -88,50 +89,113 @@ def reject(proposal: Proposal, prob: Target, generator: torch.Generator | None =
 def _normalise(x: Tensor, otherwise: Tensor) -> Tensor:
     """x / sum(x); a vanishing residual means p = q up to rounding, where the law before it is the right one."""
     total = x.sum()
-    return x / total if float(total) > 1e-12 else otherwise
+    return torch.where(total > 1e-12, x / total, otherwise)
 
 
 def draw(prob: Tensor, generator: torch.Generator | None = None) -> int:
     """One token from (V,) probabilities by the inverse CDF in float64; a zero entry is never drawn."""
-    cdf = prob.double().cumsum(0)
-    u = torch.rand((), generator=generator, dtype=torch.float64).to(cdf.device) * cdf[-1]
-    index = int(torch.searchsorted(cdf, u, right=True))
-    if index < len(cdf):
-        return index
-    return int((prob > 0).nonzero()[-1])  # u rounded up to the total
+    return int(_drawn(prob[None], torch.rand(1, generator=generator, dtype=torch.float64).to(prob.device)))
 
 
-def judge(
-    proposal: Proposal,
-    logits: Tensor,
-    prefix: Sequence[int],
-    processors: Processors | None,
-    do_sample: bool,
-    generator: torch.Generator | None = None,
-) -> Acceptance:
-    """Verify a proposal against raw logits (N + 1, V): row 0 after the root, row i + 1 after node i.
+def _drawn(prob: Tensor, u: Tensor) -> Tensor:
+    """The same of probabilities (n, V) and uniforms (n,): (n,)."""
+    cdf = prob.double().cumsum(-1)
+    index = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # u may be rounded up to the total
+    return torch.minimum(index, last)[:, 0]
 
-    `processors` is called as transformers calls it, on (1, L) ids and (1, V) float32 scores, with the prefix of the
-    node itself: drafted tokens that a processor forbids are rejected by construction.
+
+@dataclass(frozen=True)
+class Law:
+    """How the verifier takes a token from its logits.
+
+    sample      whether it is drawn, else it is the arg-max.
+    warp        of float32 scores (n, V), each row by itself: temperature, top-k, top-p.
+    processors  in place of `warp` where one of them looks at the text. They are called as transformers calls them, on
+                (1, L) ids and (1, V) scores with the prefix of the node itself: drafted tokens that a processor forbids
+                are rejected by construction. Some count their calls, so only nodes that the walk reaches are shown.
     """
-    if not do_sample and not processors:
-        best = logits.float().argmax(-1).tolist()
-        return _match(proposal, lambda node, _: int(best[node + 1]))
-    text = torch.tensor([*prefix], device=logits.device)
 
-    def scores(node: int, since: Sequence[int]) -> Tensor:
-        row = logits[node + 1].float()[None]
-        if processors:
+    sample: bool = False
+    warp: Callable[[Tensor], Tensor] | None = None
+    processors: Processors | None = None
+    generator: torch.Generator | None = None
+
+    def ask(self, proposal: Proposal, logits: Tensor) -> Tensor:
+        """What settles a proposal by its raw logits (N + 1, V), row 0 after the root, row i + 1 after node i: (n,)
+        int64 on their device, so that the host waits once. Empty where the walk itself asks, node after node: for
+        processors, and for siblings, of which each is tested on what the one before left over."""
+        if self.processors is not None or not (proposal.kind == "point" or proposal.is_chain):
+            return logits.new_zeros(0, dtype=torch.long)
+        scores = self._scores(logits)
+        if not self.sample:
+            return scores.argmax(-1)
+        prob, u = torch.softmax(scores, -1), sent(self._ahead(len(proposal) + 2), logits.device)
+        if proposal.kind == "sampled":
+            return _ratio(proposal, prob.double(), u)
+        return _drawn(prob, u[sent(torch.tensor([0, *proposal.depths]), logits.device)])
+
+    def judge(self, proposal: Proposal, logits: Tensor, answer: Sequence[int], prefix: Sequence[int]) -> Acceptance:
+        """What stays, by the answer to `ask`; where that is empty, by a walk behind the text `prefix`."""
+        if not answer:
+            return self._walked(proposal, logits, prefix)
+        if proposal.kind == "sampled":
+            n, token = answer
+            self._draws(n + 1 + (n < len(proposal)))
+            return Acceptance((*proposal.tokens[:n], token), tuple(range(n)))
+        kept = _match(proposal, lambda node, _: answer[node + 1])
+        if self.sample:
+            self._draws(len(kept.emitted))
+        return kept
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.float() if self.warp is None else self.warp(logits.float())
+
+    def _walked(self, proposal: Proposal, logits: Tensor, prefix: Sequence[int]) -> Acceptance:
+        text = torch.tensor([*prefix], device=logits.device)
+
+        def scores(node: int, since: Sequence[int]) -> Tensor:
+            rows = logits[node + 1 : node + 2]
+            if self.processors is None:
+                return self._scores(rows)[0]
             ids = torch.cat([text, text.new_tensor(list(since))]) if since else text
-            row = processors(ids[None], row.clone())
-        return row[0]
+            return self.processors(ids[None], rows.float().clone())[0]
 
-    if not do_sample:
-        return _match(proposal, lambda node, since: int(scores(node, since).argmax()))
+        def prob(node: int, since: Sequence[int]) -> Tensor:
+            return torch.softmax(scores(node, since), -1).cpu()  # the draws are made on the host, in float64
 
-    def prob(node: int, since: Sequence[int]) -> Tensor:
-        return torch.softmax(scores(node, since), -1).cpu()  # the draws are made on the host, in float64
+        if not self.sample:
+            return _match(proposal, lambda node, since: int(scores(node, since).argmax()))
+        return (reject if proposal.kind == "sampled" else walk_sample)(proposal, prob, self.generator)
 
-    if proposal.kind == "sampled":
-        return reject(proposal, prob, generator)
-    return walk_sample(proposal, prob, generator)
+    def _draws(self, n: int) -> Tensor:
+        """The next n uniforms."""
+        return torch.rand(n, generator=self.generator, dtype=torch.float64)
+
+    def _ahead(self, n: int) -> Tensor:
+        """The same, for a look: how many of them count shows later."""
+        generator = torch.default_generator if self.generator is None else self.generator
+        state = generator.get_state()
+        u = self._draws(n)
+        generator.set_state(state)
+        return u
+
+
+def _ratio(proposal: Proposal, p: Tensor, u: Tensor) -> Tensor:
+    """`reject` of a sampled chain by laws p (N + 1, V) and uniforms u (N + 2,), without a question: (2,) int64, the
+    number of accepted tokens and the one behind them."""
+    assert proposal.rows is not None
+    n = len(proposal)
+    q = F.pad(proposal.rows.laws(p.shape[-1]).to(p.device), (0, 0, 0, 1))  # (N + 1, V); no draft behind the last
+    tokens = sent(torch.tensor(proposal.tokens), p.device)[:, None]
+    passed = u[:n] * q[:n].gather(1, tokens)[:, 0] < p[:n].gather(1, tokens)[:, 0]
+    at = passed.long().cumprod(0).sum(0, keepdim=True)  # (1,)
+    left = p.index_select(0, at)
+    rest = _normalise((left - q.index_select(0, at)).clamp_min(0), left)
+    token = _drawn(torch.where(at < n, rest, left), u.gather(0, at + (at < n)))
+    return torch.cat([at, token])
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, without a wait."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

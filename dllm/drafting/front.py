@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from dllm.call.arguments import RULES
 from dllm.call.prompts import Ids, One, Padding, Prompt, Several, Text, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
-from dllm.drafting.accept import Processors
+from dllm.drafting.accept import Law, Processors
 from dllm.drafting.control import Controller, CostAware
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
@@ -178,7 +178,8 @@ def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConf
 
 @dataclass(frozen=True)
 class Processing:
-    """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft)."""
+    """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft);
+    `processors` is None where these are all."""
 
     processors: LogitsProcessorList | None
     warp: Callable[[Tensor], Tensor] | None
@@ -200,7 +201,7 @@ def processing(processors: Sequence[Processors]) -> Processing:
             logits = p(dummy, logits)
         return logits
 
-    return Processing(LogitsProcessorList(processors) or None, warp if free else None)
+    return Processing(LogitsProcessorList(processors) if len(free) < len(processors) else None, warp if free else None)
 
 
 # of transformers' own processors and criteria, those that remember what they have seen
@@ -338,7 +339,9 @@ def calibrate(
     session.commit([()])
 
     def verify(draft: Proposal) -> None:
-        session.verify([Pending(ids[-1:], draft)])
+        (logits,) = session.verify([Pending(ids[-1:], draft)])
+        assert logits is not None
+        Law().ask(draft, logits).tolist()  # until the device is done
         session.commit([()])
 
     if d is not None:

@@ -3,7 +3,8 @@
     while rows:
         proposals = [row.propose() for row in rows]      # drafter -> lattice -> path search -> controller's trim
         logits = session.verify(proposals)               # one forward of the verifier
-        row.settle(logits)                               # exact acceptance, cut at end tokens and stop strings
+        kept = judged(rows, logits)                      # exact acceptance; the one wait for the device
+        row.settle(kept)                                 # cut at end tokens and stop strings
         session.commit(accepted paths)                   # the cache forgets the rest
 
 The output is the verifier's own, whatever is drafted: token for token when greedy, in law when sampling.
@@ -16,14 +17,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import islice
 from operator import index
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dllm.call.arguments import RENAMED
-from dllm.drafting.accept import Acceptance, Processors, judge
+from dllm.drafting.accept import Acceptance, Law, Processors
 from dllm.drafting.control import CONTROLLERS, Controller, RoundStats
 from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
@@ -36,6 +38,7 @@ from dllm.errors import DllmError, unknown
 from dllm.spec import check, param
 
 log = logging.getLogger(__name__)
+SUCCESSORS = 8  # what a drafter learns from at every verified node
 
 
 class Streamer(Protocol):
@@ -237,7 +240,7 @@ class Request:
     max_length: int
     eos: frozenset[int] = frozenset()
     do_sample: bool = False
-    processors: Processors | None = None
+    processors: Processors | None = None  # where `warp` does not say it all, see `Law`
     warp: Callable[[Tensor], Tensor] | None = None
     stop: Callable[[list[int]], bool] | None = None  # (all ids) -> stop behind the last one?
     generator: torch.Generator | None = None
@@ -245,9 +248,21 @@ class Request:
     before: int = 0  # tokens of an earlier turn in the cache that `ids` lacks
 
     @property
+    def law(self) -> Law:
+        """How the verifier takes a token."""
+        return Law(self.do_sample, self.warp, self.processors, self.generator)
+
+    @property
     def shown(self) -> list[int]:
         """The ids that processors see before the output."""
         return self.ids if self.padded is None else self.padded
+
+
+class Verdict(NamedTuple):
+    """What a round settled."""
+
+    kept: Acceptance
+    successors: dict[int, list[int]]  # token -> the verifier's best at each of its nodes; empty where nobody learns
 
 
 @dataclass
@@ -280,6 +295,7 @@ class Speculation:
         pruning = (cfg.tau_mass, cfg.m_max)
         need = Need(verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer)
         self.sources = [d for d in (self.drafter, self.graft) if d is not None]
+        self.teaches = any(source.successors for source in self.sources)
         for source in self.sources:
             with blamed(source):
                 source.reset(self.ids, need)
@@ -431,13 +447,27 @@ class Speculation:
                     f"{source.name} drafted its special id {token} (mask or pad), which must not reach the verifier"
                 )
 
-    def settle(self, logits: Tensor) -> tuple[list[int], tuple[int, ...]]:
-        """Judge the proposal by the verifier's logits (1 + N, V) and append what is emitted, cut at an end token or a
-        stop string; returns it and the path to commit."""
-        r, q, emitted = self.stats, self.request, []
+    def ask(self, logits: Tensor) -> Tensor:
+        """What a round asks of the device, (n,) int64: what settles the proposal by the verifier's logits (1 + N, V),
+        and before it each node's best successors where somebody learns from them."""
+        answer = self.request.law.ask(self.proposal, logits)
+        if not self.teaches:
+            return answer
+        return torch.cat([logits.topk(min(SUCCESSORS, logits.shape[-1]), -1).indices.flatten(), answer])
+
+    def judge(self, logits: Tensor, answer: list[int]) -> Verdict:
+        """What stays of the proposal by the answer to `ask`."""
+        nodes, q, successors = [self.ids[-1], *self.proposal.tokens], self.request, {}
+        if self.teaches:
+            width = min(SUCCESSORS, logits.shape[-1])
+            successors = {t: answer[width * i : width * (i + 1)] for i, t in enumerate(nodes)}
+            answer = answer[width * len(nodes) :]
         prefix = [*q.shown, *self.ids[len(q.ids) :]] if q.processors else ()
-        kept = judge(self.proposal, logits, prefix, q.processors, q.do_sample, q.generator)
-        successors = self._successors(logits)
+        return Verdict(q.law.judge(self.proposal, logits, answer, prefix), successors)
+
+    def settle(self, verdict: Verdict) -> tuple[list[int], tuple[int, ...]]:
+        """Append what is emitted, cut at an end token or a stop string; returns it and the path to commit."""
+        r, q, kept, emitted = self.stats, self.request, verdict.kept, []
         self._observe(kept)
         for token in kept.emitted:
             emitted.append(token)
@@ -458,15 +488,8 @@ class Speculation:
                 break
         for source in self.sources:
             with blamed(source):
-                source.observe(self.ids, emitted, successors)
+                source.observe(self.ids, emitted, verdict.successors)
         return emitted, path
-
-    def _successors(self, logits: Tensor) -> dict[int, list[int]]:
-        """Token -> the verifier's best eight successors, at every verified node."""
-        if not any(source.successors for source in self.sources):
-            return {}
-        best = logits.topk(min(8, logits.shape[-1]), -1).indices.tolist()
-        return dict(zip([self.ids[-1], *self.proposal.tokens], best, strict=True))
 
     def _observe(self, kept: Acceptance) -> None:
         p = self.proposal
@@ -548,14 +571,14 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
             row.cached = 0
     pending = [None if row.done else Pending(row.ids[row.cached :], row.propose()) for row in rows]
     ready = time.perf_counter()
-    logits = session.verify(pending)
     live = [row for row in rows if not row.done]
+    verdicts = iter(judged(live, [logits for logits in session.verify(pending) if logits is not None]))
     verified = time.perf_counter()
-    settled = [([], None) if scores is None else row.settle(scores) for row, scores in zip(rows, logits, strict=True)]
-    judged = time.perf_counter()
+    settled = [([], None) if row.done else row.settle(next(verdicts)) for row in rows]
+    told = time.perf_counter()
     session.commit([path for _, path in settled])
     end = time.perf_counter()
-    verify, commit = verified - ready, end - judged
+    verify, commit = verified - ready, end - told
     other = end - start - verify - commit - sum(row.stats.t_draft + row.stats.t_search for row in live)
     width = max(len(p.ids) + len(p.proposal) for p in pending if p is not None)
     for row in live:
@@ -564,6 +587,16 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
         r.rows, r.width, r.leads = len(rows), width, row is live[0]
         row.finish_round()
     return [emitted for emitted, _ in settled]
+
+
+def judged(rows: Sequence[Speculation], logits: Sequence[Tensor]) -> list[Verdict]:
+    """What stays of each row's proposal. The host waits once for the device, and more where a law walks by itself."""
+    asked = [row.ask(scores) for row, scores in zip(rows, logits, strict=True)]
+    answers = iter(torch.cat(asked).tolist())
+    return [
+        row.judge(scores, list(islice(answers, len(question))))
+        for row, scores, question in zip(rows, logits, asked, strict=True)
+    ]
 
 
 def decode(

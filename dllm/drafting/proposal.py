@@ -35,10 +35,15 @@ class Rows:
 
     def dense(self, i: int, vocab: int) -> Tensor:
         """Row `i` over the verifier's vocabulary: (V,) float64."""
-        row = self.prob[i].double()
+        return self.pick([i]).laws(vocab)[0]
+
+    def laws(self, vocab: int) -> Tensor:
+        """All rows over the verifier's vocabulary: (N, V) float64."""
+        prob = self.prob.double()
         if self.index is None:
-            return fit(row, vocab, 0.0)
-        return row.new_zeros(vocab).index_add_(0, self.index[i].clamp_min(0), row * (self.index[i] >= 0))
+            return fit(prob, vocab, 0.0)
+        empty = prob.new_zeros(len(prob), vocab)
+        return empty.scatter_add_(1, self.index.clamp_min(0), prob * (self.index >= 0))
 
     def pick(self, nodes: Sequence[int]) -> Rows:
         """The laws of these nodes."""

