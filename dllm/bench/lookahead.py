@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 from tqdm import tqdm
 
 import dllm
 from dllm.bench.runtime import Figure, Timer
 from dllm.call.arguments import LookaheadSpec
+from dllm.call.prompts import One
 from dllm.eval.records import Decoding
 from dllm.models.arguments import Checkpoint
 from dllm.models.model import Model
@@ -67,28 +68,52 @@ def run(
     ]
 
 
+class Race(NamedTuple):
+    """What each setting took for all prompts."""
+
+    seconds: dict[Setting, float]
+    forwards: dict[Setting, int]
+    equal: int  # prompts whose answers are the same under all settings
+
+    def shares(self, taken: Mapping[Setting, float]) -> str:
+        """What the settings took, as shares of what the plain call did."""
+        return ", ".join(f"{taken[s] / taken[None]:.2f}" for s in taken if s is not None)
+
+
 def measured(model: Model, prompts: Sequence[str], repeats: int, call: Decoding, timer: Timer) -> Figure:
-    """One sampler under one cache. A first pass warms up and lets `auto` learn; answers that differ are counted."""
-    seconds: dict[Setting, list[list[float]]] = {s: [[] for _ in prompts] for s in SETTINGS}
-    forwards, equal = dict.fromkeys(SETTINGS, 0), 0
+    """One sampler under one cache; answers that differ are counted."""
+    found = race(model, prompts, repeats, call, SETTINGS, timer)
+    total = found.seconds
+    note = (
+        f"R = {', '.join(map(str, SETTINGS[1:]))}: {found.shares(found.forwards)} of {found.forwards[None]} forwards, "
+        f"{found.shares(total)} of {total[None]:.2f} s; {found.equal} of {len(prompts)} answers equal"
+    )
+    return Figure(
+        f"{call['sampler']}, {call['cache']}: seconds, auto / plain", total["auto"] / total[None], 1.05, note=note
+    )
+
+
+def race(
+    model: Model,
+    prompts: Sequence[One],
+    repeats: int,
+    call: Decoding,
+    settings: Sequence[Setting],
+    timer: Timer = time.perf_counter,
+) -> Race:
+    """Every prompt under every setting, in turns. A first pass warms up and lets `auto` learn."""
+    seconds: dict[Setting, list[list[float]]] = {s: [[] for _ in prompts] for s in settings}
+    forwards, equal = dict.fromkeys(settings, 0), 0
     for turn in range(repeats + 1):
         for i, prompt in enumerate(prompts):
             answers = {}
-            first = turn % len(SETTINGS)  # no setting always follows the same one
-            for setting in SETTINGS[first:] + SETTINGS[:first]:
+            first = turn % len(settings)  # no setting always follows the same one
+            for setting in (*settings[first:], *settings[:first]):
                 began = timer()
                 answers[setting] = dllm.generate(model, prompt, lookahead=setting, **call)
                 if turn:
                     seconds[setting][i].append(timer() - began)
             if turn == repeats:
                 equal += all(a.tokens == answers[None].tokens for a in answers.values())
-                forwards = {s: forwards[s] + a.nfe for s, a in answers.items()}
-    total = {s: sum(statistics.median(t) for t in times) for s, times in seconds.items()}
-    asked, spent = (", ".join(f"{x[s] / x[None]:.2f}" for s in SETTINGS[1:]) for x in (forwards, total))
-    note = (
-        f"R = {', '.join(map(str, SETTINGS[1:]))}: {asked} of {forwards[None]} forwards, "
-        f"{spent} of {total[None]:.2f} s; {equal} of {len(prompts)} answers equal"
-    )
-    return Figure(
-        f"{call['sampler']}, {call['cache']}: seconds, auto / plain", total["auto"] / total[None], 1.05, note=note
-    )
+                forwards = {s: forwards[s] + answers[s].nfe for s in settings}
+    return Race({s: sum(statistics.median(t) for t in times) for s, times in seconds.items()}, forwards, equal)

@@ -33,7 +33,7 @@ from dllm.decoding.slots import Context, Sampler
 from dllm.eval.records import Decoding
 from dllm.eval.worker import hardware
 from dllm.models.arguments import Checkpoint
-from dllm.models.config import ModelConfig
+from dllm.models.config import ModelConfig, MoEConfig
 from dllm.models.model import ForwardOptions
 from dllm.models.native import NativeModel
 from dllm.samplers import registry
@@ -52,15 +52,16 @@ class Figure:
     """One measured ratio. `bound` is what it should stay under (`at least` when `higher_is_better`)."""
 
     name: str
-    value: float
+    value: float | None  # None: not measured; the note says why
     bound: float | None = None
     higher_is_better: bool = False
     note: str = ""
+    failed: bool = False  # an error kept it from being measured
 
     @property
     def met(self) -> bool | None:
-        """Whether it is what was asked; None where nothing was."""
-        if self.bound is None:
+        """Whether it is what was asked; None where nothing was asked or measured."""
+        if self.bound is None or self.value is None:
             return None
         return self.value >= self.bound if self.higher_is_better else self.value <= self.bound
 
@@ -74,6 +75,18 @@ def machine() -> str:
 def as_json(figures: Iterable[Figure]) -> str:
     """What was measured, and on which machine."""
     return json.dumps({"machine": machine(), "rows": [{**asdict(f), "met": f.met} for f in figures]}, indent=2)
+
+
+def clock(device: torch.device) -> Timer:
+    """Seconds at which everything that was asked of a device is done."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def synchronized() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronized
 
 
 def seconds(work: Work, timer: Timer = time.perf_counter) -> float:
@@ -176,18 +189,41 @@ def step(repeats: int = REPEATS) -> list[Figure]:
 
 
 def random_model(
-    width: int = 512, layers: int = 8, vocabulary: int = 32_000, positions: int = 2048, block: int | None = None
+    width: int = 512,
+    layers: int = 8,
+    vocabulary: int = 32_000,
+    positions: int = 2048,
+    block: int | None = None,
+    *,
+    head_dim: int = 64,
+    mlp: int | None = None,
+    moe: MoEConfig | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> NativeModel:
-    """A random model of LLaDA's shape, or with blocks of SDAR's; cost does not depend on the weights."""
+    """A random model of LLaDA's shape, with blocks of SDAR's, as a mixture of LLaDA2's; made where it stays.
+
+    Cost does not depend on the weights. mlp: width of an MLP that is no mixture; None: three times that of the model.
+    """
     torch.manual_seed(0)
-    heads = width // 64
+    heads = width // head_dim
     family, architecture = ("sdar", "SDARForCausalLM") if block else ("llada", "LLaDAModelLM")
+    if moe is not None:
+        family, architecture = "llada2", "LLaDA2MoeModelLM"
     config = ModelConfig(
         family, architecture, vocab_size=vocabulary, embedding_rows=vocabulary, hidden_size=width, n_layers=layers,
-        n_heads=heads, n_kv_heads=max(heads // 4, 1) if block else heads, head_dim=64, intermediate_size=3 * width,
-        max_positions=positions, mask_id=vocabulary - 1, eos_ids=(vocabulary - 2,), block_size=block,
+        n_heads=heads, n_kv_heads=max(heads // 4, 1) if block else heads, head_dim=head_dim,
+        intermediate_size=mlp or 3 * width, rope_full_precision=not block, qk_norm=bool(block), max_positions=positions,
+        rotary_fraction=1.0 if moe is None else 0.5, mask_id=vocabulary - 1, eos_ids=(vocabulary - 2,),
+        block_size=block, moe=moe,
     )  # fmt: skip
-    return NativeModel(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return NativeModel(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Recorder(NativeModel):

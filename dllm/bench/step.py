@@ -59,20 +59,27 @@ class Tables(Model):
     max_positions = 5 * WINDOW
 
     def __init__(self, tables: list[Tensor]) -> None:
-        self.tables = tables  # each (rows, V); more rows than any step reads
+        self.tables = tables  # each (rows, V); read again from the top where a step reads more
         self.vocab_size = self.embedding_rows = tables[0].shape[1]
-        self.mask_id = self.vocab_size - 1
+        self.mask_id, self.eos_ids = self.vocab_size - 1, (self.vocab_size - 2,)
         self.step = self.rows = 0  # which table; head rows read so far
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tables."""
+        return self.tables[0].device
 
     def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:
         """Nothing, in the shape of hidden states."""
-        return torch.zeros(*ids.shape, 1)
+        return torch.zeros(*ids.shape, 1, device=ids.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As many rows of the step's table as are asked for, counted."""
         n = hidden.shape[0] * hidden.shape[1]
         self.rows += n
-        return self.tables[self.step][:n].view(*hidden.shape[:2], -1)
+        table = self.tables[self.step]
+        table = table.repeat(-(-n // len(table)), 1) if n > len(table) else table
+        return table[:n].view(*hidden.shape[:2], -1)
 
 
 class Lap:
@@ -116,9 +123,14 @@ def call(name: str, vocabulary: int = VOCABULARY) -> Context:
     return dataclasses.replace(frame, shift=1, block_size=WINDOW) if name in SHIFTED else frame
 
 
-def build(name: str, frame: Context) -> Sampler:
+def spec(name: str) -> dict[str, object]:
     """A sampler at its defaults, but for what it must be told."""
-    return registry.build({"name": name, **registry.method(name).example, **GIVEN.get(name, {})}, frame)
+    return {"name": name, **registry.method(name).example, **GIVEN.get(name, {})}
+
+
+def build(name: str, frame: Context) -> Sampler:
+    """A sampler that runs in this bench."""
+    return registry.build(spec(name), frame)
 
 
 def run(names: Iterable[str] | None = None, repeats: int = REPEATS, vocabulary: int = VOCABULARY) -> list[Figure]:
@@ -162,10 +174,10 @@ def _run(names: list[str], repeats: int, vocabulary: int) -> list[Figure]:
     return rows
 
 
-def tables(vocabulary: int = VOCABULARY) -> list[Tensor]:
+def tables(vocabulary: int = VOCABULARY, steps: int = STEPS) -> list[Tensor]:
     """A table for each step: random logits, three more columns sure of their token (so that a step commits several)."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(5 * WINDOW, vocabulary, generator=generator) for _ in range(STEPS)]
+    made = [torch.randn(5 * WINDOW, vocabulary, generator=generator) for _ in range(steps)]
     for k, logits in enumerate(made):
         logits[4 * k : 4 * k + 3, 100] += 30
     return made

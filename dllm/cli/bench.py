@@ -23,7 +23,7 @@ WITH_MODEL = ("generate", "lookahead", "samplers")
 @takes(loading)
 def bench(
     name: Annotated[
-        str, typer.Argument(help="step, generate, own-work, lookahead, drafting, samplers, ...; `all`: the short ones.")
+        str, typer.Argument(help="step, generate, own-work, lookahead, drafting, gpu, ...; `all`: the short ones.")
     ] = "step",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
@@ -34,9 +34,22 @@ def bench(
     validation: Annotated[int, typer.Option(min=2, help="samplers: problems on which settings are chosen.")] = 200,
     workers: Annotated[int, typer.Option(min=1, help="samplers: processes, one torch thread each.")] = 1,
     only: Annotated[
-        list[str] | None, typer.Option(help="These samplers, or settings of drafting; may be repeated.")
+        list[str] | None,
+        typer.Option(help="These samplers, settings of drafting, or parts of gpu; may be repeated."),
     ] = None,
     drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
+    small: Annotated[
+        bool, typer.Option("--small", help="gpu: tiny shapes that a CPU decodes in seconds; no figure is judged.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="gpu: the folder `llada` of a Fast-dLLM checkout, whose loop and network run beside ours. It needs "
+            "generate.py (generate, generate_with_prefix_cache, generate_with_dual_cache) and model/modeling_llada.py "
+            "(LLaDAModelLM). Its code is run, and what it imports must be installed."
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="gpu: what does not fit in is left out.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     **common: object,
 ) -> None:
@@ -47,7 +60,7 @@ def bench(
     import torch
     from tqdm import tqdm
 
-    from dllm.bench import cache, drafting, lookahead, runtime, samplers, step
+    from dllm.bench import cache, drafting, gpu, lookahead, runtime, samplers, step
 
     model, _ = located(common)
     short: dict[str, Callable[[], Iterable[Figure]]] = {
@@ -61,6 +74,7 @@ def bench(
         "lookahead": lambda: lookahead.run(only or None, repeats, model=model),
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
+        "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }
     if name not in (*benches, "samplers", "all"):
         raise unknown("bench", name, [*benches, "samplers", "all"])
@@ -69,6 +83,8 @@ def bench(
         raise DllmError(f"--model is for the benches {', '.join(WITH_MODEL)}, not for {name!r}{hint}")
     if drafter != "tiny" and name != "drafting":
         raise DllmError(f"--drafter belongs to the bench 'drafting', not to {name!r}")
+    if name != "gpu" and (small or against is not None):
+        raise DllmError(f"--small and --against belong to the bench 'gpu', not to {name!r}")
     torch.set_num_threads(threads)
     if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
         names, file = only or list(samplers.SETTINGS), out or "bench-samplers.jsonl"
@@ -81,6 +97,8 @@ def bench(
                 rows.append(row)
     finally:  # interrupted or not: what was measured is shown
         _show(rows, out, as_json)
+    if any(row.failed for row in rows):
+        raise typer.Exit(1)
 
 
 def _show(rows: list[Figure], out: Path | None, as_json: bool) -> None:
@@ -94,6 +112,6 @@ def _show(rows: list[Figure], out: Path | None, as_json: bool) -> None:
     table = Table("measured", "value", "asked", "met", "note", title=runtime.machine())
     for row in rows:
         asked = "" if row.bound is None else f"{'≥' if row.higher_is_better else '≤'} {row.bound:g}"
-        met = {True: "yes", False: "no", None: ""}[row.met]
-        table.add_row(row.name, f"{row.value:.2f}", asked, met, row.note)
+        met = "error" if row.failed else {True: "yes", False: "no", None: ""}[row.met]
+        table.add_row(row.name, "" if row.value is None else f"{row.value:.2f}", asked, met, row.note)
     Console().print(table)
