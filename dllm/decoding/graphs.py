@@ -100,7 +100,6 @@ class CudaRecorder:
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
         with _ONE, torch.cuda.device(self.device):
-            stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream), capture:  # the outer one is left even if the capture cannot end
                     before = torch.cuda.memory_reserved()
@@ -109,13 +108,13 @@ class CudaRecorder:
             except RuntimeError:
                 self._abandon()
                 raise
-            torch.cuda.current_stream().wait_stream(stream)
         return Capture(graph.replay, result)
 
     def _abandon(self) -> None:
         """Close what a capture that broke leaves open: the allocator would free no memory from then on."""
         with suppress(RuntimeError):  # it ended after all
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
@@ -136,8 +135,8 @@ class Counts:
 class Entry:
     """What is known of a key."""
 
-    uses: int = 0
-    asked: int = 0  # uses in which it asked the device
+    asked: int = 0  # uses in which it waited for the device
+    clean: bool = False  # its last use did not
     eager: bool = False  # for good
     capture: Capture | None = None
 
@@ -195,8 +194,7 @@ class Graphs:
         self._entries[self._layout, key] = entry
         if len(self._entries) > CAPTURES:
             self._entries.popitem(last=False)
-        entry.uses += 1
-        if entry.capture is None and not entry.eager and entry.uses > 1 + entry.asked:
+        if entry.clean and entry.capture is None and not entry.eager:
             self._capture(entry, work, name)
         if entry.capture is not None:
             entry.capture.replay()
@@ -213,9 +211,9 @@ class Graphs:
     def _watched(self, entry: Entry, work: Callable[[], T], name: str) -> T:
         """The first uses. One that asks has another try: it may have made what is kept from then on."""
         result, place = self.recorder.watch(work)
-        if place:
-            entry.asked += 1
-            entry.eager = entry.asked > 1
+        entry.clean = not place
+        entry.asked += bool(place)
+        entry.eager = entry.asked > 1
         if entry.eager:
             self._say(f"{name} runs without CUDA graphs: it waits for the device at {place}; use tensors there")
         return result
