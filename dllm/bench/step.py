@@ -24,7 +24,8 @@ from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
 from dllm.decoding.slots import Context, Sampler
 from dllm.errors import DllmError
-from dllm.models.model import Model
+from dllm.models.config import ModelConfig
+from dllm.models.native import NativeModel
 from dllm.samplers import registry
 from dllm.samplers.learn2pd import Filter
 
@@ -53,21 +54,20 @@ GIVEN: dict[str, dict[str, object]] = {
 SHIFTED = ("fast_dllm_v2",)  # for block-causal models with shifted logits
 
 
-class Tables(Model):
+class Tables(NativeModel):
     """Stands where the model stands. Its logits are ready: the table of the running step, read without a copy."""
 
-    max_positions = 5 * WINDOW
-
     def __init__(self, tables: list[Tensor]) -> None:
+        size, device = tables[0].shape[1], tables[0].device
+        config = ModelConfig(
+            "llada", "LLaDAModelLM", vocab_size=size, embedding_rows=size, hidden_size=1, n_layers=0, n_heads=1,
+            n_kv_heads=1, head_dim=1, intermediate_size=1, max_positions=5 * WINDOW, mask_id=size - 1,
+            eos_ids=(size - 2,),
+        )  # fmt: skip
+        super().__init__(config)
+        self.to(device)
         self.tables = tables  # each (rows, V); read again from the top where a step reads more
-        self.vocab_size = self.embedding_rows = tables[0].shape[1]
-        self.mask_id, self.eos_ids = self.vocab_size - 1, (self.vocab_size - 2,)
         self.step = self.rows = 0  # which table; head rows read so far
-
-    @property
-    def device(self) -> torch.device:
-        """Of the tables."""
-        return self.tables[0].device
 
     def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:
         """Nothing, in the shape of hidden states."""
