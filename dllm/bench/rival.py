@@ -115,14 +115,18 @@ def rival(folder: Path, model: NativeModel) -> Iterator[Rival]:
 def importable(folder: Path) -> Iterator[ModuleType]:
     """The folder's `generate`. Its imports are found, from the folder or relative to it, until the context ends."""
     known, path = set(sys.modules), list(sys.path)
+
+    def under(place: str) -> bool:
+        return Path(place).is_relative_to(folder)
+
     sys.path[:0] = [str(folder), str(folder.parent)]
     try:
         yield importlib.import_module(f"{folder.name}.generate")
     finally:
         sys.path[:] = path
-        for name in sys.modules.keys() - known:
-            if any(Path(place).is_relative_to(folder) for place in places(sys.modules[name])):
-                del sys.modules[name]
+        theirs = {n for n in sys.modules.keys() - known if any(map(under, places(sys.modules[n])))}
+        for name in theirs:  # when all are known: a package without an __init__ looks its path up in its parent
+            del sys.modules[name]
 
 
 def places(module: ModuleType) -> list[str]:
