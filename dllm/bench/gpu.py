@@ -360,19 +360,25 @@ def run(
     if against is not None:
         check(against)
     bench = Bench(SMALL if small else FULL, place, repeats, against)
-    parts, end = bench.parts(), time.monotonic() + 60 * minutes
+    parts = bench.parts()
     known = {part.name for part in parts}
     for name in only or ():
         if name not in known:
             raise unknown("part of bench gpu", name, known)
-    with tqdm([part for part in parts if not only or part.name in only], leave=False) as bar:
+    return within(bench, [part for part in parts if not only or part.name in only], minutes)
+
+
+def within(bench: Bench, parts: Sequence[Part], minutes: float) -> Iterator[Figure]:
+    """The rows of these parts, those of them skipped that would end too late."""
+    end = time.monotonic() + 60 * minutes
+    with tqdm(parts, leave=False) as bar:
         for part in bar:
             bar.set_description(part.name)
-            left, needs = end - time.monotonic(), 0 if small else part.seconds
+            left, needs = end - time.monotonic(), part.seconds if bench.scale.bars else 0
             late = f"takes about {needs:g} s, and {max(left, 0):.0f} s of {minutes:g} minutes are left"
             for row in measured(part if left >= needs else part._replace(lacks=part.lacks or late)):
                 yield row if bench.scale.bars else replace(row, bound=None)
-            if place.type == "cuda":  # the next part has the memory of the last one's model
+            if bench.device.type == "cuda":  # the next part has the memory of the last one's model
                 gc.collect()
                 torch.cuda.empty_cache()
 

@@ -96,7 +96,8 @@ def bench(
             for row in tqdm(benches[key](), desc=key, unit="row", leave=False):
                 rows.append(row)
     finally:  # interrupted or not: what was measured is shown
-        _show(rows, out, as_json)
+        if rows:
+            _show(rows, out, as_json)
     if any(row.failed for row in rows):
         raise typer.Exit(1)
 
