@@ -43,8 +43,9 @@ def test_shipped_weights_solve_their_tasks(name: str, task: str, dllm_tiny: Nati
 def test_the_bound_can_fail(dllm_tiny: NativeModel) -> None:
     """One matrix with flipped signs, and the same check is far below its bound."""
     broken = load("tiny", device="cpu")
+    fused = broken.transformer.layers[0].self_attn.qkv_proj
     with torch.no_grad():
-        broken.transformer.layers[0].self_attn.v_proj.weight.neg_()
+        fused.apart(fused.weight)["v_proj"].neg_()
     (result,) = evaluate(broken, ["sudoku"], 20, seed=0)
     assert result.value < BOUNDS["tiny", "sudoku"]
 

@@ -126,6 +126,10 @@ def test_llada_equals_llama_with_renamed_weights(tmp_path):
     for name, value in native.state_dict().items():
         old = next(o for o in names if name.startswith(o))
         state[names[old] + name[len(old) :]] = value
+    for layer in (f"layers.{i}" for i in range(config.n_layers)):
+        for fused, parts in (("self_attn.{}qkv_proj", "qkv"), ("mlp.{}gate_up_proj", ("gate", "up"))):
+            rows = [state.pop(f"{layer}.{fused.partition('{')[0]}{part}_proj.weight") for part in parts]
+            state[f"{layer}.{fused.format('')}.weight"] = torch.cat(rows)
     model.transformer.load_state_dict(state)
     again = load(model.save(tmp_path / "llada"), device="cpu")
     assert again.config.architecture == "LLaDAModelLM" and again.eos_ids == (60,) and again.mask_id == 59
@@ -363,7 +367,8 @@ def slowly(model: NativeModel, ids, pos, fresh, keep, visible, lane, store: KVSt
     slots = visible.shape[-1] - ids.shape[1] * bool((~fresh & (pos >= 0)).any())
     for i, layer in enumerate(net.layers):
         attention, h = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (attention._heads(p(h)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        projected = attention.qkv_proj(h).unflatten(-1, (-1, config.head_dim))
+        q, k, v = projected.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], 2)
         q, k = rotate(q), rotate(k)
         out = torch.zeros(*ids.shape, config.n_heads, config.head_dim, dtype=torch.float64)
         for n in range(len(ids)):

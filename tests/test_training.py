@@ -579,7 +579,7 @@ def test_lora_trains_adapters_only_resumes_and_merges(tmp_path: Path, monkeypatc
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
     assert torch.equal(weights(whole)["embed_tokens.weight"], base["embed_tokens.weight"])
-    assert not torch.equal(weights(whole)["layers.0.mlp.up_proj.weight"], base["layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(weights(whole)["layers.0.mlp.gate_up_proj.weight"], base["layers.0.mlp.gate_up_proj.weight"])
     with pytest.raises(DllmError, match=r"lora\.targets"):
         Trainer(recipe(tmp_path / "c", **{**changes, "lora": {"rank": 2, "targets": ["nothing_so_named"]}}))
 

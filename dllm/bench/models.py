@@ -96,10 +96,8 @@ def moe_speed(
 def _expert(mlp: MoE, index: int) -> MLP:
     """One expert as the module that the reference codes have."""
     expert = MLP(mlp.gate_up_proj.shape[1], mlp.moe.intermediate_size)
-    gate, up = mlp.gate_up_proj[index].detach().T.chunk(2)
-    expert.load_state_dict(
-        {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": mlp.down_proj[index].detach().T}
-    )
+    weights = {"gate_up_proj": mlp.gate_up_proj, "down_proj": mlp.down_proj}
+    expert.load_state_dict({f"{name}.weight": stacked[index].detach().T for name, stacked in weights.items()})
     return expert
 
 

@@ -138,10 +138,7 @@ def twin(network: Network, model: NativeModel) -> nn.Module:
     """The folder's network around the weights of `model`, none of them copied. Errors: other names or shapes."""
     family = FAMILIES[model.family]
     parameters = dict(model.transformer.named_parameters())
-    weights = {
-        name: torch.cat([part(parameters, p) for p in pieces]) if len(pieces) > 1 else part(parameters, pieces[0])
-        for name, pieces in family.layout(model.config).items()
-    }
+    weights = {name: part(parameters, piece) for name, piece in family.layout(model.config).items()}
     before = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, split
+from torch import Tensor
 
 from dllm.errors import DllmError, first_line
 from dllm.models.checkpoint import opened, part
@@ -59,12 +59,11 @@ def merge_adapter(model: Transformer, family: Family, config: ModelConfig, folde
         if official not in table:
             raise DllmError(f"the adapter {folder} changes {official}, which this model does not have")
         update = _scale(settings, stem, len(value)) * _product(tensors, name, folder) if low_rank else value
-        targets = [part(parameters, piece) for piece in table[official]]
-        expected = (sum(len(t) for t in targets), *targets[0].shape[1:])
-        if tuple(update.shape) != expected:
-            raise DllmError(f"the adapter's {official} has shape {tuple(update.shape)}, the model's {expected}")
-        for target, rows in zip(targets, split(update, [len(t) for t in targets]), strict=True):
-            target.copy_(target.cpu().double() + rows if low_rank else rows)
+        target = part(parameters, table[official])
+        if update.shape != target.shape:
+            shape, expected = tuple(update.shape), tuple(target.shape)
+            raise DllmError(f"the adapter's {official} has shape {shape}, the model's {expected}")
+        target.copy_(target.cpu().double() + update if low_rank else update)
 
 
 def _product(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:

@@ -57,18 +57,17 @@ def load_weights(
     filled: dict[str, Tensor] = {}
     broken: list[str] = []
     for name, tensor in _stream(where):
-        pieces = table.get(name)
-        if pieces is None:  # a tied head that was stored as well: checked below
+        piece = table.get(name)
+        if piece is None:  # a tied head that was stored as well: checked below
             continue
-        _check_shape(name, tensor, pieces, parameters)
+        _check_shape(name, tensor, part(parameters, piece))
         if not _finite(tensor):
             broken.append(name)
-        for piece in pieces:
-            if piece.parameter not in filled:
-                kind = _dtype(piece.parameter, dtype or tensor.dtype)
-                shape = parameters[piece.parameter].shape
-                filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
-            part(filled, piece).copy_(tensor if piece.rows is None else tensor[piece.rows])
+        if piece.parameter not in filled:
+            kind = _dtype(piece.parameter, dtype or tensor.dtype)
+            shape = parameters[piece.parameter].shape
+            filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
+        part(filled, piece).copy_(tensor)
     if broken:
         raise DllmError(f"NaN or infinite values in {_some(broken)} of {folder}")
     for name, value in filled.items():
@@ -91,28 +90,26 @@ def save_weights(model: Transformer, family: Family, folder: Path, shard_bytes: 
     parameters, table = dict(model.named_parameters()), family.layout(model.config)
     shards = split_state_dict_into_shards_factory(
         table,
-        get_storage_size=lambda pieces: sum(part(parameters, p).nbytes for p in pieces),
+        get_storage_size=lambda piece: part(parameters, piece).nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
     for file, names in shards.filename_to_tensors.items():
-        tensors = {name: _assemble(parameters, table[name]) for name in names}
+        tensors = {name: _copied(part(parameters, table[name])) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 
 
 def part(parameters: Mapping[str, Tensor], piece: Piece) -> Tensor:
-    """The view of a parameter that an official tensor, or some rows of it, holds."""
+    """The view of a parameter that an official tensor holds."""
     value = parameters[piece.parameter].detach()
     value = value[piece.part] if piece.part else value
     return value.T if piece.turned else value
 
 
-def _assemble(parameters: dict[str, nn.Parameter], pieces: tuple[Piece, ...]) -> Tensor:
-    parts = [part(parameters, p) for p in pieces]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.cpu().clone(memory_format=torch.contiguous_format)
+def _copied(value: Tensor) -> Tensor:
+    return value.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _stored(folder: Path) -> dict[str, Path]:
@@ -179,11 +176,10 @@ def _stream(where: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
                     bar.update()
 
 
-def _check_shape(name: str, tensor: Tensor, pieces: tuple[Piece, ...], parameters: dict[str, nn.Parameter]) -> None:
-    shapes = [part(parameters, p).shape for p in pieces]
-    expected = (sum(s[0] for s in shapes), *shapes[0][1:])
-    if tuple(tensor.shape) != expected:
-        raise DllmError(f"{name} has shape {tuple(tensor.shape)}, the configuration asks for {expected}")
+def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        shape, asked = tuple(tensor.shape), tuple(expected.shape)
+        raise DllmError(f"{name} has shape {shape}, the configuration asks for {asked}")
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -201,7 +197,7 @@ def _tied_head(family: Family, config: ModelConfig) -> str | None:
     """The name under which some writers store the head of a tied model a second time."""
     if not config.tied:
         return None
-    return next(n for n, p in family.layout(replace(config, tied=False)).items() if p[0].parameter == "lm_head.weight")
+    return next(n for n, p in family.layout(replace(config, tied=False)).items() if p.parameter == "lm_head.weight")
 
 
 def _check_tied_head(name: str, file: Path, model: Transformer) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from dllm.models.config import ModelConfig
 
 
 class Piece(NamedTuple):
-    """Part of a backbone parameter that an official tensor holds."""
+    """What an official tensor holds of a parameter of the backbone."""
 
     parameter: str
     part: tuple[int | slice, ...] = ()  # of the parameter; () = all of it
-    rows: slice | None = None  # which rows of the official tensor; None = all of them
     turned: bool = False  # the parameter holds the transpose
 
 
-Layout = dict[str, tuple[Piece, ...]]  # official name -> its pieces
+Layout = dict[str, Piece]  # by official name
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,18 @@ class Names:
 
 def layout(config: ModelConfig, names: Names) -> Layout:
     """Every official tensor of a checkpoint with the parts of the backbone that it fills."""
-    table: Layout = {f"{names.embed}.weight": (Piece("embed_tokens.weight"),)}
+    table: Layout = {f"{names.embed}.weight": Piece("embed_tokens.weight")}
     for i in range(config.n_layers):
         official, own = names.layer.format(i), f"layers.{i}"
-        parts = {**_attention(config, names), **(_moe(config, names) if config.is_moe_layer(i) else _mlp(names))}
-        for name, pieces in parts.items():
-            table[f"{official}.{name}"] = tuple(p._replace(parameter=f"{own}.{p.parameter}") for p in pieces)
-    table[f"{names.norm}.weight"] = (Piece("norm.weight"),)
+        parts = {
+            **_attention(config, names),
+            **(_moe(config, names) if config.is_moe_layer(i) else _dense(config, names)),
+        }
+        for name, piece in parts.items():
+            table[f"{official}.{name}"] = piece._replace(parameter=f"{own}.{piece.parameter}")
+    table[f"{names.norm}.weight"] = Piece("norm.weight")
     if not config.tied:
-        table[f"{names.head}.weight"] = (Piece("lm_head.weight"),)
+        table[f"{names.head}.weight"] = Piece("lm_head.weight")
     return table
 
 
@@ -67,44 +70,51 @@ def _attention(config: ModelConfig, names: Names) -> Layout:
         norms |= {names.q_norm: "self_attn.q_norm", names.k_norm: "self_attn.k_norm"}
     table = _weights({**norms, names.o: "self_attn.o_proj"})
     for kind in ["weight", "bias"] if config.qkv_bias else ["weight"]:
+        own = f"self_attn.qkv_proj.{kind}"
         if names.qkv is not None:
-            table[f"{names.qkv}.{kind}"] = tuple(_fused(config, kind))
+            table[f"{names.qkv}.{kind}"] = Piece(own)
         else:
-            for part, name in zip("qkv", (names.q, names.k, names.v), strict=True):
-                table[f"{name}.{kind}"] = (Piece(f"self_attn.{part}_proj.{kind}"),)
+            heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+            table |= _side_by_side(own, [h * config.head_dim for h in heads], [names.q, names.k, names.v], kind)
     return table
 
 
 def _weights(whole: Mapping[str, str]) -> Layout:
     """Official modules whose weights are those of the backbone as they are, with its names."""
-    return {f"{official}.weight": (Piece(f"{own}.weight"),) for official, own in whole.items()}
+    return {f"{official}.weight": Piece(f"{own}.weight") for official, own in whole.items()}
 
 
-def _fused(config: ModelConfig, kind: str) -> Iterator[Piece]:
-    start = 0
-    for part, heads in zip("qkv", (config.n_heads, config.n_kv_heads, config.n_kv_heads), strict=True):
-        end = start + heads * config.head_dim
-        yield Piece(f"self_attn.{part}_proj.{kind}", rows=slice(start, end))
-        start = end
+def _side_by_side(own: str, widths: list[int], modules: list[str], kind: str) -> Layout:
+    """Official tensors that are consecutive rows of one parameter."""
+    ends = list(accumulate(widths))
+    return {
+        f"{module}.{kind}": Piece(own, (slice(end - width, end),))
+        for module, width, end in zip(modules, widths, ends, strict=True)
+    }
 
 
-def _mlp(names: Names) -> Layout:
-    return _weights({names.gate: "mlp.gate_proj", names.up: "mlp.up_proj", names.down: "mlp.down_proj"})
+def _dense(config: ModelConfig, names: Names) -> Layout:
+    return _mlp(config.intermediate_size, names.gate, names.up, names.down)
+
+
+def _mlp(width: int, gate: str, up: str, down: str, *, own: str = "mlp") -> Layout:
+    fused = _side_by_side(f"{own}.gate_up_proj.weight", [width, width], [gate, up], "weight")
+    return {**fused, **_weights({down: f"{own}.down_proj"})}
 
 
 def _moe(config: ModelConfig, names: Names) -> Layout:
     assert config.moe is not None
     width = config.moe.intermediate_size
-    table: Layout = {f"{names.router}.weight": (Piece("mlp.gate.weight"),)}
+    table: Layout = {f"{names.router}.weight": Piece("mlp.gate.weight")}
     if config.moe.expert_bias:
-        table[names.router_bias] = (Piece("mlp.gate.expert_bias"),)
+        table[names.router_bias] = Piece("mlp.gate.expert_bias")
     for e in range(config.moe.n_experts):
         expert = names.expert.format(e)
         gate, up = (slice(None), slice(0, width)), (slice(None), slice(width, 2 * width))
-        table[f"{expert}.gate_proj.weight"] = (Piece("mlp.gate_up_proj", (e, *gate), turned=True),)
-        table[f"{expert}.up_proj.weight"] = (Piece("mlp.gate_up_proj", (e, *up), turned=True),)
-        table[f"{expert}.down_proj.weight"] = (Piece("mlp.down_proj", (e,), turned=True),)
+        table[f"{expert}.gate_proj.weight"] = Piece("mlp.gate_up_proj", (e, *gate), turned=True)
+        table[f"{expert}.up_proj.weight"] = Piece("mlp.gate_up_proj", (e, *up), turned=True)
+        table[f"{expert}.down_proj.weight"] = Piece("mlp.down_proj", (e,), turned=True)
     if config.moe.shared_size:
-        parts = ("gate_proj", "up_proj", "down_proj")
-        table |= _weights({f"{names.shared}.{part}": f"mlp.shared_experts.{part}" for part in parts})
+        parts = (f"{names.shared}.{part}_proj" for part in ("gate", "up", "down"))
+        table |= _mlp(config.moe.shared_size, *parts, own="mlp.shared_experts")
     return table

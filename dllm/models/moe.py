@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm.models.config import MoEConfig
+from dllm.models.fused import Fused
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -64,13 +65,13 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.gate_up_proj = Fused(hidden_size, {"gate_proj": width, "up_proj": width})
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        x = self.down_proj(F.silu(gate) * up)
         return x
 
 

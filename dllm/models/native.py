@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Self, Unpack
 
@@ -18,6 +19,7 @@ from dllm.models.config import Json, ModelConfig, is_id
 from dllm.models.families import FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
 from dllm.models.files import optional_json, replaced_checkpoint, write_json
+from dllm.models.fused import singles
 from dllm.models.model import ForwardOptions, Model, shut
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.tokenizer import Message, Tokenizer
@@ -172,10 +174,12 @@ def _without_absent_code(path: Path, folder: Path) -> None:
 def fingerprint(network: nn.Module, head: str = "") -> str:
     """Sixteen hex digits of a network's parameters (up to 4096 values of each) and of the text `head`."""
     digest = hashlib.sha256(head.encode())
-    for name, value in sorted(network.named_parameters()):
-        flat = whole(value.detach()).flatten()
+    for name, value, fused, part in sorted(singles(network), key=itemgetter(0)):
+        alone = whole(value.detach())
+        alone = alone if fused is None else fused.apart(alone)[part]
+        flat, shape = alone.flatten(), tuple(value.shape if fused is None else alone.shape)
         sample = flat[:: max(1, len(flat) // 4096)]
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(f"{name}{shape}{value.dtype}".encode())
         digest.update(sample.cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from dllm.errors import DllmError
 from dllm.models.checkpoint import Place, assign, build
 from dllm.models.config import ModelConfig
+from dllm.models.fused import Fused
 from dllm.models.moe import MoE
-from dllm.models.transformer import Transformer
+from dllm.models.transformer import Attention, Transformer
 
 
 def device_plan(config: ModelConfig, device_map: str | Mapping[str, object], dtype: torch.dtype | None) -> Place:
@@ -77,8 +78,14 @@ def split_over_processes(model: Transformer) -> None:
     if bad := [f"{name}={width}" for name, width in widths.items() if width % ways]:
         raise DllmError(f"{ways} processes cannot share {', '.join(bad)} evenly")
     mesh = init_device_mesh(next(model.parameters()).device.type, (ways,))
-    mlp = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
-    attention = {f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
+    mlp = {"gate_up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+    attention = {"self_attn.qkv_proj": ColwiseParallel(), "self_attn.o_proj": RowwiseParallel()}
+    heads = [config.n_heads // ways, config.n_kv_heads // ways]
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.heads = heads
+        elif isinstance(module, Fused):
+            _by_process(module, ways)
     for layer in model.layers:
         prefix = "mlp.shared_experts" if isinstance(layer.mlp, MoE) else "mlp"
         dense = not isinstance(layer.mlp, MoE) or layer.mlp.shared_experts is not None
@@ -87,7 +94,17 @@ def split_over_processes(model: Transformer) -> None:
             _split_experts(layer.mlp, ways, rank)
     if model.lm_head is not None:
         parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
-    model.config = replace(config, n_heads=config.n_heads // ways, n_kv_heads=config.n_kv_heads // ways)
+    model.config = replace(config, n_heads=heads[0], n_kv_heads=heads[1])
+
+
+def _by_process(fused: Fused, ways: int) -> None:
+    """Order the rows so that those of every process are consecutive and hold its share of each part."""
+    for name, value in list(fused.named_parameters()):
+        shares = [part.chunk(ways) for part in fused.apart(value.detach()).values()]
+        assign(
+            fused, name, torch.cat([share for shares_of_one in zip(*shares, strict=True) for share in shares_of_one])
+        )
+    fused.parts = {part: width // ways for part, width in fused.parts.items()}
 
 
 def _split_experts(mlp: MoE, ways: int, rank: int) -> None:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from dllm.models.config import ModelConfig
+from dllm.models.fused import Fused
 from dllm.models.moe import MLP, MoE, wide
 
 KeysValues = tuple[Tensor, Tensor]  # what a layer computed for the queries, each (N, Q, n_kv_heads, head_dim)
@@ -32,6 +32,11 @@ class KVStore(NamedTuple):
         """Positions that can be stored; one spare slot behind them takes what is kept nowhere, and is never read."""
         return self.keys[0].shape[2] - 1
 
+    def layer(self, index: int, lanes: slice | None) -> KeysValues:
+        """Keys and values of one layer, of a run of lanes or of all."""
+        keys, values = self.keys[index], self.values[index]
+        return (keys, values) if lanes is None else (keys[lanes], values[lanes])
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
@@ -43,7 +48,7 @@ class Known(NamedTuple):
 
     padded: bool = False  # some pos is -1
     private: bool = False  # some token is neither fresh nor kept
-    lanes: slice | None = None  # the lanes as one run of rows of the store; None: those of `lane`
+    lanes: slice | None = None  # the lanes as one run of rows of the store; None: those of `lane`, or all from 0
     write: slice | None = None  # consecutive slots that the queries of every row fill for good; empty: nothing is kept;
     # None: by `pos`, `fresh` and `keep`
     slots: int = 0  # slots of the store that are read
@@ -78,56 +83,50 @@ def inverse_frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the angles, (N|1, Q, 1, rotary/2); the first `rotary` dimensions turn, halves paired."""
+    """Tables (N|1, Q, 1, head_dim) of cos and signed sin; the first `turned` dimensions turn, halves paired."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor  # 1 behind the turned dimensions
+    sin: Tensor  # negative in the first half, 0 behind the turned dimensions
+    turned: int
 
     def __call__(self, x: Tensor) -> Tensor:  # (N, Q, heads, head_dim)
-        half = self.cos.shape[-1]
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat([t.to(x.dtype) for t in turned] + [rest] * bool(rest.shape[-1]), -1)
+        half = self.turned // 2
+        swapped = torch.cat([x[..., half : self.turned], x[..., :half], x[..., self.turned :]], -1)
+        return (x * self.cos + swapped * self.sin).to(x.dtype)
 
 
 class Access(NamedTuple):
-    """How this forward's keys and values meet the stored ones."""
+    """How this forward's keys and values meet those that a layer has stored."""
 
-    store: KVStore
-    slots: int  # the first `slots` of the store are read
+    slots: int  # the first `slots` are read
     private: bool  # one more key column for every query
-    lanes: slice | Tensor  # lanes read, one per row
+    lane: Tensor | None  # (N,) the stored row of each row; None: they are the same
     rows: Tensor  # (N, 1) the same
     kept: Tensor | slice  # slots that are written for good: (N, Q), the spare one for a token that does not stay
     lent: tuple[Tensor, Tensor] | None  # rows (N, 1) and columns (N, Q) replaced in what is read, for this forward only
-    new: list[KeysValues] | None = None  # where given, collects what each layer computes
 
-    def to(self, device: torch.device) -> Access:
-        """The indices on another device; the store stays where its layers are."""
-        return Access(*self[:3], *_move(self[3:], device))
-
-    def __call__(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New (N, Q, kv_heads, head_dim) -> all that can be seen (N, kv_heads, slots[+Q], head_dim)."""
-        if self.new is not None:
-            self.new.append((keys, values))
-        return self._merge(self.store.keys[layer], keys), self._merge(self.store.values[layer], values)
-
-    def _merge(self, stored: Tensor, new: Tensor) -> Tensor:
+    def __call__(self, stored: Tensor, new: Tensor) -> Tensor:
+        """Write new (N, Q, kv_heads, head_dim) into stored; all that can be seen (N, kv_heads, slots[+Q], head_dim)."""
         turned = new.transpose(1, 2)
         if isinstance(self.kept, Tensor):
             stored[self.rows, :, self.kept] = new
         elif self.kept.start < self.kept.stop:
-            stored[self.lanes, :, self.kept] = turned
+            stored[self._lanes, :, self.kept] = turned
         if self.lent is None:
-            seen = stored[self.lanes, :, : self.slots]  # a view when `lanes` is a slice
+            seen = stored[self._lanes, :, : self.slots]  # a view where the rows are the same
             return torch.cat([seen, turned], 2) if self.private else seen
         if self.private:
-            seen = torch.cat([stored[self.lanes, :, : self.slots], turned], 2)
+            seen = torch.cat([stored[self._lanes, :, : self.slots], turned], 2)
         else:  # one column more, for what is not lent
-            seen = stored[self.lanes, :, : self.slots + 1].clone(memory_format=torch.contiguous_format)
+            seen = stored[self._lanes, :, : self.slots + 1]
+            seen = seen.clone(memory_format=torch.contiguous_format) if self.lane is None else seen
         rows, columns = self.lent
         seen[rows, :, columns] = new
         return seen if self.private else seen[:, :, : self.slots]
+
+    @property
+    def _lanes(self) -> Tensor | slice:
+        return slice(None) if self.lane is None else self.lane
 
 
 class Attention(nn.Module):
@@ -137,33 +136,42 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.clip = config.head_dim, config.clip_qkv
         self.gqa = config.n_heads != config.n_kv_heads
+        self.heads = [config.n_heads, config.n_kv_heads]
         inner, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv, bias=config.qkv_bias)
+        self.qkv_proj = Fused(config.hidden_size, {"q_proj": inner, "k_proj": kv, "v_proj": kv}, config.qkv_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, rotate: Rotation, mask: Tensor | None, causal: bool, access: Access | None, layer: int
-    ) -> Tensor:
-        """(N, Q, D) -> (N, Q, D). mask: bool (N, 1, 1|Q, K); access: where keys and values of `layer` are stored."""
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, Q, h, d)
+        self,
+        x: Tensor,
+        rotate: Rotation,
+        mask: Tensor | None,
+        causal: bool,
+        stored: KeysValues | None,
+        access: Access | None,
+    ) -> tuple[Tensor, KeysValues]:
+        """(N, Q, D) -> (N, Q, D), and the keys and values of the queries, (N, Q, kv_heads, head_dim) each.
+
+        mask: bool (N, 1, 1|Q, K). stored: of this layer, (lanes, kv_heads, slots, head_dim) each, see `Access`.
+        """
+        qkv = self.qkv_proj(x) if self.clip is None else self.qkv_proj(x).clamp(-self.clip, self.clip)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))  # (N, Q, heads + 2 kv_heads, head_dim)
+        turning, v = torch.split(heads, [sum(self.heads), self.heads[1]], 2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q), rotate(k)
-        keys, values = (k.transpose(1, 2), v.transpose(1, 2)) if access is None else access(layer, k, v)
+            q, k = torch.split(turning, self.heads, 2)
+            q, k = rotate(self.q_norm(q)), rotate(self.k_norm(k))
+        else:
+            q, k = torch.split(rotate(turning), self.heads, 2)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if stored is not None and access is not None:
+            keys, values = access(stored[0], k), access(stored[1], v)
         out: Tensor = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.gqa
         )
-        out = self.o_proj(rearrange(out, "n h q d -> n q (h d)"))
-        return out
-
-    def _heads(self, x: Tensor) -> Tensor:
-        x = x if self.clip is None else x.clamp(-self.clip, self.clip)
-        heads: Tensor = rearrange(x, "n q (h d) -> n q h d", d=self.head_dim)
-        return heads
+        out = self.o_proj(out.transpose(1, 2).flatten(2))
+        return out, (k, v)
 
 
 class Layer(nn.Module):
@@ -178,12 +186,19 @@ class Layer(nn.Module):
         self.mlp = MLP(hidden, config.intermediate_size) if moe is None else MoE(hidden, moe)
 
     def forward(
-        self, x: Tensor, rotate: Rotation, mask: Tensor | None, causal: bool, access: Access | None, layer: int
-    ) -> Tensor:
-        """(N, Q, D) -> (N, Q, D); arguments as those of `Attention.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), rotate, mask, causal, access, layer)
+        self,
+        x: Tensor,
+        rotate: Rotation,
+        mask: Tensor | None,
+        causal: bool,
+        stored: KeysValues | None,
+        access: Access | None,
+    ) -> tuple[Tensor, KeysValues]:
+        """(N, Q, D) -> (N, Q, D); arguments and further results as those of `Attention.forward`."""
+        attended, new = self.self_attn(self.input_layernorm(x), rotate, mask, causal, stored, access)
+        x = x + attended
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        return x, new
 
 
 class Transformer(nn.Module):
@@ -219,16 +234,17 @@ class Transformer(nn.Module):
         The keywords are those of `dllm.models.model.Model.forward`. kv: return the new keys and values of each layer as
         well (with a store).
         """
-        (n, q), new = ids.shape, list[KeysValues]() if kv else None
+        n, q = ids.shape
         flags = Flags(fresh, keep, visible)
         if known is None:
             known, flags = _asked(ids, pos, flags, lane, store)
         causal = self.config.causal and store is None and flags.visible is None and pos is None
         pos = torch.arange(q, device=ids.device)[None] if pos is None else pos  # (N|1, Q)
-        access, columns = None, pos
+        lanes, access, columns = None, None, pos
         if store is not None:
             pos = pos.expand(n, q)
-            access = _access(store, pos, flags, lane, known)._replace(new=new)
+            lanes = slice(0, n) if known.lanes is None and lane is None else known.lanes
+            access = _access(store, pos, flags, lane, lanes, known)
             columns = torch.arange(known.slots, device=ids.device).expand(n, -1)
             columns = torch.cat([columns, pos], 1) if known.private else columns
         mask = None if causal else self._mask(flags.visible, pos, columns)
@@ -237,12 +253,15 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)  # (N, Q, D)
         rotate = self._rotation(pos, x.dtype)
         mask = None if mask is None else mask[:, None]  # (N, 1, 1|Q, K)
+        made = []
         for i, layer in enumerate(self.layers):
             if self.spread:
                 x, rotate, mask, access = _move((x, rotate, mask, access), next(layer.parameters()).device)
-            x = layer(x, rotate, mask, causal, access, i)
+            stored = None if store is None else store.layer(i, lanes)
+            x, new = layer(x, rotate, mask, causal, stored, access)
+            made.append(new)
         hidden = self.norm(x.to(self.norm.weight.device) if self.spread else x)
-        return hidden if new is None else (hidden, new)
+        return (hidden, made) if kv else hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., D); padding rows of the vocabulary are not computed."""
@@ -267,10 +286,17 @@ class Transformer(nn.Module):
 
     def _rotation(self, pos: Tensor, dtype: torch.dtype) -> Rotation:
         config = self.config
-        frequencies = inverse_frequencies(config.rope_theta, int(config.head_dim * config.rotary_fraction), pos.device)
-        angles = (pos[..., None].float() * frequencies)[:, :, None]  # (N, Q, 1, rotary/2)
-        kind = wide(dtype) if config.rope_full_precision else dtype
-        return Rotation(angles.cos().to(kind), angles.sin().to(kind))
+        turned = int(config.head_dim * config.rotary_fraction)
+        frequencies = inverse_frequencies(config.rope_theta, turned, pos.device)
+        angles = (pos[..., None].float() * frequencies)[:, :, None]  # (N, Q, 1, turned/2)
+        kind, rest = wide(dtype) if config.rope_full_precision else dtype, config.head_dim - turned
+        cos, sin = angles.cos().to(kind), angles.sin().to(kind)
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return (
+            Rotation(F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest)), turned)
+            if rest
+            else Rotation(cos, sin, turned)
+        )
 
     def _mask(self, visible: Tensor | None, pos: Tensor, columns: Tensor) -> Tensor | None:
         """`visible` and the model's own rule: (N, 1|Q, K), or None when every token sees every key."""
@@ -287,12 +313,13 @@ def _without_padding(mask: Tensor | None, pos: Tensor, columns: Tensor) -> Tenso
     return (real if mask is None else mask & real) | (pos < 0)[:, :, None]
 
 
-def _access(store: KVStore, pos: Tensor, flags: Flags, lane: Tensor | None, known: Known) -> Access:
+def _access(
+    store: KVStore, pos: Tensor, flags: Flags, lane: Tensor | None, lanes: slice | None, known: Known
+) -> Access:
     """Turn the flags of the tokens into places in the store and in what is read of it, once a forward."""
     (n, q), device = pos.shape, pos.device
-    lanes: slice | Tensor = slice(0, n) if lane is None else lane
-    lanes = lanes if known.lanes is None else known.lanes
-    rows = torch.arange(lanes.start, lanes.stop, device=device) if isinstance(lanes, slice) else lanes
+    row = torch.arange(n, device=device)
+    lane = lane if lanes is None else None
     take = pos >= 0 if flags.fresh is None else flags.fresh & (pos >= 0)
     kept: slice | Tensor | None = known.write
     if kept is None:
@@ -301,8 +328,8 @@ def _access(store: KVStore, pos: Tensor, flags: Flags, lane: Tensor | None, know
     if flags.keep is not None:  # a token that is not lent has a column of its own, or the one that nobody reads
         own = torch.arange(q, device=device) if known.private else 0
         columns = torch.where(take & ~flags.keep, pos, own + known.slots)
-        lent = torch.arange(n, device=device)[:, None], columns
-    return Access(store, known.slots, known.private, lanes, rows[:, None], kept, lent)
+        lent = row[:, None], columns
+    return Access(known.slots, known.private, lane, (row if lane is None else lane)[:, None], kept, lent)
 
 
 def _asked(
@@ -344,8 +371,9 @@ def _columns(pos: Tensor) -> slice | None:
 
 def _move(value: Any, device: torch.device) -> Any:
     """Tensors inside nested tuples on `device`."""
-    if isinstance(value, (Tensor, Access)):
+    if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, Rotation):
-        return Rotation(*_move(tuple(value), device))
-    return tuple(_move(v, device) for v in value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        moved = [_move(v, device) for v in value]
+        return type(value)(*moved) if isinstance(value, (Access, Rotation)) else tuple(moved)
+    return value

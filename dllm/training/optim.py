@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from dllm.models.fused import Fused
 from dllm.training.config import OptimizerSpec, ScheduleSpec
 
 
@@ -51,7 +53,8 @@ def build_optimizers(module: nn.Module, spec: OptimizerSpec, schedule: ScheduleS
     rest = [p for _, p in named if id(p) not in inside]
     parts: list[torch.optim.Optimizer] = []
     if matrices and spec.name == "muon":
-        parts.append(Muon(matrices, spec.lr, spec.momentum, spec.weight_decay))
+        fused = {m.weight: m for m in module.modules() if isinstance(m, Fused)}
+        parts.append(Muon(matrices, spec.lr, spec.momentum, spec.weight_decay, fused))
     elif matrices:
         parts.append(_adamw(matrices, spec.lr, spec, spec.weight_decay))
     if rest:
@@ -69,33 +72,43 @@ class Muon(torch.optim.Optimizer):
 
     The update has the root mean square of AdamW's, so that one learning rate serves every shape. The rule is that of
     `torch.optim.Muon`, which iterates in bfloat16 one matrix after another: on a CPU that took longer than forward and
-    backward together. Here matrices of one shape are a batch, in their own precision.
+    backward together. Here matrices of one shape are a batch, in their own precision. `fused`: weights that hold
+    several matrices, each of which is one for itself.
     """
 
     def __init__(
-        self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        matrices: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        fused: Mapping[Tensor, Fused] = MappingProxyType({}),
     ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.fused = fused
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is taken
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # matrices and their updates
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for shape, matrices in shapes.items():
-                updates = []
-                for p in matrices:
-                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(buffer, momentum))
+                    for pair in self._apart(p, p.grad.lerp(buffer, momentum)):
+                        shapes[pair[0].shape].append(pair)
+            for shape, pairs in shapes.items():
                 size = lr * 0.2 * math.sqrt(max(shape))
-                for p, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
-                    p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-size)
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                for (matrix, _), update in zip(pairs, updates, strict=True):
+                    matrix.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-size)
+
+    def _apart(self, p: Tensor, update: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        if p not in self.fused:
+            return [(p, update)]
+        return zip(*(self.fused[p].apart(x).values() for x in (p, update)), strict=True)
 
 
 def orthogonal(x: Tensor) -> Tensor:
