@@ -9,7 +9,7 @@ import dllm
 
 dllm.of_one_tree()  # before anything of another copy loads
 
-from dllm.decoding.canvas import Canvas, Decision, Leaf, Leaves, Plan, Span, State
+from dllm.decoding.canvas import Canvas, Decision, Fed, Leaf, Leaves, Plan, Span, State
 from dllm.decoding.columns import spans
 from dllm.decoding.noise import ORDER, REMASK, TRANSFER, uniform
 from dllm.decoding.prediction import Law, Prediction
@@ -21,7 +21,7 @@ from dllm.samplers.blocks import BlockMemory, Blocks
 
 __all__ = [
     "OFF", "ORDER", "REMASK", "TRANSFER", "Adjust", "Amend", "Assumed", "BlockMemory", "Blocks", "Bundle", "Canvas",
-    "Context", "Decision", "Forward", "Hold", "Inputs", "Law", "Leaf", "Leaves", "Method", "Needs", "Plan",
+    "Context", "Decision", "Fed", "Forward", "Hold", "Inputs", "Law", "Leaf", "Leaves", "Method", "Needs", "Plan",
     "Prediction", "Presets", "Schedule", "Score", "Select", "Span", "State", "View", "Window", "best", "param", "rank",
     "spans", "uniform",
 ]

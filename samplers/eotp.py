@@ -60,7 +60,7 @@ class EoTP(Method):
 def predicted(view: View, pred: Prediction, d: Decision, eos: Tensor) -> Tensor:
     """(B,) the masked column that predicts end-of-text most confidently, leftmost on ties; L where none does."""
     masked, width = view.canvas.masked, view.canvas.ids.shape[1]
-    cols = indices(masked)
+    cols = indices(masked, max(int(masked.sum(1).max()), 1))
     wide = pred.at(cols)
     if wide is None:  # a cached window: only its own columns
         wide, cols = pred, torch.where(view.masked, view.cols, -1)

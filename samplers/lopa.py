@@ -51,7 +51,9 @@ class Branches(Inputs):
             own = own if plan.keep is None else own & plan.keep
             keep = torch.cat([own, torch.zeros_like(own).repeat(copies - 1, 1)])
         ids, pos = torch.cat([plan.ids, *filled]), torch.cat([plan.pos, *places])
-        return plan.times(copies)._replace(ids=ids, pos=pos, keep=keep)
+        many = plan.times(copies)
+        known = many.known and many.known._replace(padded=True, write=None)
+        return many._replace(ids=ids, pos=pos, keep=keep, known=known)
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, Winner]:
         """The winner's logits. The first read of a forward, the step's own columns, decides the winner."""

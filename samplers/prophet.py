@@ -114,7 +114,7 @@ class Exit:
         """(B, R) columns of the region, wherever the window is."""
         canvas = state.canvas
         if callable(self.region):
-            return indices(self.region(canvas))
+            return indices(self.region(canvas), canvas.ids.shape[1])
         lo, hi = self.bounds(canvas)
         short = self.region in ("suffix", "span", "last_k")
         return spans(lo, hi, self.length if short else int((hi - lo).max()))

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.samplers import Canvas, Context, Inputs, Needs, Plan, Prediction, Span, State, View, Window, spans
+from dllm.samplers import Canvas, Context, Fed, Inputs, Needs, Prediction, Span, State, View, Window, spans
 from dllm.samplers.base import OFF, Bundle, Method, Presets, param
 from dllm.samplers.blocks import first_block
 from dllm.samplers.threshold import Threshold
@@ -90,17 +90,12 @@ class Cycles(Window):
 class Truncation(Inputs):
     """From its second step on, a fast phase feeds nothing behind its region, nor behind what the step reads."""
 
-    def expand(self, plan: Plan, state: State, window: Span) -> Plan:
-        """The plan without the columns behind the region."""
-        cycle = state.memory[Cycle]
-        cut = (cycle.end > 0) & (cycle.steps > 0)
-        if not bool(cut.any()):
-            return plan
+    def cover(self, fed: Fed, state: State, window: Span) -> Fed:
+        """What is fed without the columns behind the region."""
+        cycle, columns = state.memory[Cycle], torch.arange(fed.cols.shape[1], device=fed.cols.device)
         end = torch.maximum(cycle.end, window.reads.amax(1) + 1)
-        end = torch.where(cut, end, state.canvas.length)
-        width = min(int(end.max()), plan.pos.shape[1])
-        ids, pos = plan.ids[:, :width], plan.pos[:, :width]
-        return plan._replace(ids=ids, pos=torch.where(pos < end[:, None], pos, -1), refresh=False)
+        end = torch.where((cycle.end > 0) & (cycle.steps > 0), end, state.canvas.length)
+        return fed._replace(cols=fed.cols & (columns < end[:, None]), dense=False)
 
 
 @dataclass(frozen=True)

@@ -34,20 +34,21 @@ class Shadow(Inputs):
 
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         """The plan with a masked copy of the window's columns behind it."""
-        shadow = columns(window)  # (B, E)
-        if not bool((shadow >= 0).any()):  # no row has a window in this step
-            return plan
+        shadow, known = columns(window), plan.known  # (B, E)
+        assert known is not None
         n, q = plan.pos.shape
         pos = torch.cat([plan.pos, shadow], 1)
         real = torch.arange(pos.shape[1], device=pos.device) < q  # (Q + E,)
         if plan.stored:
-            given = plan.visible
-            assert given is not None
-            if plan.fresh is not None:  # other private queries: nobody sees them either
-                given = given[..., :-q]
-            slots = torch.arange(given.shape[-1], device=pos.device)
-            seen = given.expand(-1, q, -1)  # (B, Q, S)
-            alone = given[:, -1:] & (slots != shadow[..., None])  # (B, E, S)
+            slots = torch.arange(known.slots, device=pos.device)
+            # of other private queries nobody sees anything either
+            given = (
+                torch.ones_like(slots, dtype=torch.bool)[None, None]
+                if plan.visible is None
+                else plan.visible[..., : known.slots]
+            )
+            seen = given.expand(n, q, -1)  # (B, Q, S)
+            alone = given.expand(n, -1, -1)[:, -1:] & (slots != shadow[..., None])  # (B, E, S)
         else:
             seen = torch.ones(n, q, q, dtype=torch.bool, device=pos.device)
             alone = plan.pos[:, None] != shadow[..., None]  # (B, E, Q)
@@ -64,6 +65,7 @@ class Shadow(Inputs):
             fresh=fresh,
             keep=None if plan.keep is None else F.pad(plan.keep, (0, shadow.shape[1])),
             visible=torch.cat([visible, own.expand(n, -1, -1)], 2),
+            known=known._replace(padded=True, private=plan.stored, write=None),
         )
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, LeaveOneOut]:

@@ -17,8 +17,8 @@ from test_samplers_rivals import job
 from torch import Tensor
 
 import dllm
-from dllm.decoding.engine import step
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.step import step
 from dllm.samplers import registry
 from dllm.samplers.learn2pd import Filter
 

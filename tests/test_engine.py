@@ -11,14 +11,13 @@ from golden_cases import model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import Scripted, peaks
-from torch import Tensor
 
 import dllm
 from dllm.call.job import prepare
 from dllm.decoding import engine
-from dllm.decoding.canvas import Canvas, Decision, State
-from dllm.decoding.engine import Runner, Stepped
+from dllm.decoding.canvas import Canvas, Decision
 from dllm.decoding.meter import Meter
+from dllm.decoding.runner import Batch, Runner, Stepped
 from dllm.errors import DllmError
 
 CACHES = ["none", "prefix", "dual", "dual:left=3,right=2"]
@@ -195,15 +194,15 @@ class Uneven(Runner):
     def clock(self, lane: int) -> int:
         return self.steps[lane]
 
-    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Stepped]:
-        lanes = lane.tolist()
-        for own, request in zip(lanes, requests, strict=True):
+    def tick(self, batch: Batch) -> list[Stepped]:
+        lanes = [i for i, r in enumerate(batch.request) if r is not None]
+        for own in lanes:
             others = [self.steps[other] for other in lanes if other != own]
+            request = batch.request[own]
+            assert request is not None
             self.entries.setdefault(request, (self.steps[own], others))
-        first = torch.tensor([lanes.index(min(lanes))])
-        [part] = super().tick(state.take(first), lane[first], [requests[int(first)]])
         self.steps[min(lanes)] += 1
-        return [part._replace(rows=first)]
+        return [self.turn(batch.part([min(lanes)]))]
 
 
 def test_a_row_enters_when_its_lane_is_due() -> None:
@@ -217,7 +216,7 @@ def test_a_row_enters_when_its_lane_is_due() -> None:
 
     j = prepare(Scripted(peaks([(1, 0.5)] * 3, 4)), [[0]] * 5, {"sampler": "confidence", "max_new_tokens": 3})
     call: dict[str, Any] = {"batch_size": 2, "options": j.options, "meter": Meter(5), "runner": runner}
-    done = [t.request for t in engine.decode(j.model, j.sampler, j.policy, j.queue, **call) if bool(t.state.done[0])]
+    done = [t.request for t in engine.decode(j.model, j.sampler, j.policy, j.queue, **call) if t.facts[0].done]
     assert sorted(r for [r] in done) == list(range(5))
     entries = made[0].entries
     assert sorted(entries) == list(range(5))

@@ -25,7 +25,7 @@ def query(history: History = HISTORY, **changes: Any) -> Query:
         "visible": [[[True, True, True, True, False]] * 2], "lane": [0], **changes,
     }  # fmt: skip
     tensors = {k: None if v is None else torch.tensor(v) for k, v in table.items()}
-    plan = Plan(**tensors, refresh=False, stored=True)
+    plan = Plan(**tensors, known=None, refresh=False, stored=True)
     return history.name(queries(plan, 1)[0])
 
 
@@ -91,7 +91,7 @@ def asks(book: Ledger, column: int, keeps: bool = True) -> Query:
         "ids": [[7]], "pos": [[column]], "fresh": [[True]], "keep": [[keeps]],
         "visible": [[[True, True, True, True, False]]], "lane": [0],
     }  # fmt: skip
-    plan = Plan(**{k: torch.tensor(v) for k, v in table.items()}, refresh=False, stored=True)
+    plan = Plan(**{k: torch.tensor(v) for k, v in table.items()}, known=None, refresh=False, stored=True)
     return book.plain.name(queries(plan, 1)[0])
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import dllm
 from dllm.call.job import Job, prepare
-from dllm.decoding.engine import step
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
+from dllm.decoding.step import step
 from dllm.errors import DllmError
 from dllm.samplers.ccd import CCD, Looked
 from dllm.samplers.credit import Credit, Listed

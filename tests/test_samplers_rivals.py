@@ -15,11 +15,12 @@ from torch import Tensor
 
 import dllm
 from dllm.call.job import Job, prepare
+from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Span
-from dllm.decoding.engine import step
 from dllm.decoding.invariants import Checked
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import View
+from dllm.decoding.step import opened, step
 from dllm.errors import DllmError
 from dllm.models.hub import load
 from dllm.samplers import klass, pc, registry
@@ -246,8 +247,8 @@ def test_wino_caps_a_draft() -> None:
 def test_wino_shadow_sees_everything_but_its_own_column(random_model: Any) -> None:
     mask, prompt = random_model.mask_id, [3, 14, 15, 92]
     j = prepare(random_model, [*prompt, mask, 7, mask, mask], {"sampler": "wino", "infill": True, "block_length": 4})
-    state, window = j.sampler.window.open(j.queue)
-    [(_, plan)] = j.policy.plan(state, window, torch.zeros(1, dtype=torch.long))
+    state, window = opened(j.sampler, j.policy, j.queue)
+    plan, window = planned(state, window.feeds(False)), window.cut(4)
     fed = j.sampler.inputs.expand(plan, state, window)
     hidden = random_model.forward(fed.ids, fed.pos, visible=fed.visible)
     plain = random_model.forward(plan.ids, plan.pos)

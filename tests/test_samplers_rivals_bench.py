@@ -52,7 +52,7 @@ def test_best_two_logits(size: int) -> None:
     assert torch.equal(torch.stack([first, second], 1), rows.topk(2).values)
 
 
-def test_columns_that_no_row_reads_are_not_fed_to_the_head() -> None:
+def test_a_window_that_reads_more_has_its_columns_in_front() -> None:
     window = Span(*(torch.zeros(2, dtype=torch.long),) * 2, torch.tensor([[3, 4], [5, -1]]), torch.zeros(2))
-    wider = widen(window, torch.tensor([[3, 7, 4], [5, -1, 6]]))
-    assert wider.reads.tolist() == [[3, 4, 7, -1], [5, -1, -1, 6]]
+    wider = widen(window, torch.tensor([[3, 7, 4], [5, -1, 6]]), 8)
+    assert wider.reads.tolist() == [[3, 4, 7, *[-1] * 5], [5, 6, *[-1] * 6]]

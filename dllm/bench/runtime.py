@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 import dllm
 from dllm.call.job import prepare
 from dllm.decoding.canvas import Canvas, State
-from dllm.decoding.engine import step as engine_step
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Context, Sampler
+from dllm.decoding.step import step as engine_step
 from dllm.eval.records import Decoding
 from dllm.eval.worker import hardware
 from dllm.models.arguments import Checkpoint

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dllm.bench.runtime import REPEATS, VOCABULARY, WINDOW, Figure, context, scene
 from dllm.decoding.cache.policy import NoCache
-from dllm.decoding.canvas import State
-from dllm.decoding.engine import Options, Runner
+from dllm.decoding.engine import Waiting
+from dllm.decoding.facts import fetch
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
+from dllm.decoding.runner import Batch, Options, Runner
 from dllm.decoding.slots import Context, Sampler
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
@@ -91,22 +92,22 @@ class Lap:
         sampler = build(name, frame)
         policy, law = NoCache(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
         self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)
-        self.lane = torch.zeros(1, dtype=torch.long)
-        state, self.states = scene(sampler, mask=model.vocab_size - 1), list[State]()
+        queue = scene(sampler, mask=model.vocab_size - 1)
+        batch, self.states = Waiting.of(sampler, policy, queue).first(1), list[Batch]()
         for k in range(STEPS):
-            self.states.append(state)
-            state = self.tick(k)
-            if bool(state.done.any()):
+            self.states.append(batch)
+            batch = self.tick(k)
+            if batch.facts[0].done:
                 break
         model.rows = 0
         self.time()
         self.rows = model.rows
 
-    def tick(self, k: int) -> State:
-        """The state behind step `k`."""
+    def tick(self, k: int) -> Batch:
+        """The row behind step `k`."""
         self.model.step = k
-        [part] = self.run.tick(self.states[k], self.lane, [0])
-        return part.state
+        [part] = self.run.tick(self.states[k])
+        return Batch(part.state, part.window, part.flags, fetch(part.flags), [0])
 
     @torch.inference_mode()
     def time(self) -> float:

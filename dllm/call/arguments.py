@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 from dllm.decoding.cache.policy import Policy
-from dllm.decoding.engine import Step
+from dllm.decoding.runner import Step
 from dllm.decoding.stopping import stop_strings
 from dllm.errors import DllmError, nearest, unknown
 from dllm.lookahead.setting import Lookahead

@@ -11,9 +11,10 @@ from torch import Tensor
 from dllm.call.arguments import DecodingArguments
 from dllm.call.job import ModelLike, prepare
 from dllm.call.prompts import One, Prompt, Several
-from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.engine import Answer, Runner
+from dllm.decoding.cache.policy import planned
+from dllm.decoding.canvas import Plan
 from dllm.decoding.meter import Meter
+from dllm.decoding.runner import Answer, Part, Runner
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
 
@@ -33,32 +34,31 @@ class Compared(Runner):
 
     def __init__(self, *parts: Any, errors: list[list[StepError]]) -> None:
         super().__init__(*parts)
-        self.errors, self.uncounted = errors, Meter(len(errors), self.model.device)
+        self.errors, self.uncounted = errors, Meter(len(errors))
 
-    def forward(self, state: State, window: Span, plan: Plan, requests: list[int]) -> Answer:
+    def forward(self, part: Part, plan: Plan) -> Answer:
         """The policy's answer; the full one is compared and not counted."""
-        answer = super().forward(state, window, plan, requests)
-        if not plan.stored:
-            return answer
-        whole = self.policy.whole(state, window)
-        counted, self.meter = self.meter, self.uncounted
-        exact = super().forward(state, window, whole, requests)
-        self.meter = counted
-        self._note(state, window, answer, exact, requests)
+        answer = super().forward(part, plan)
+        if plan.stored:
+            whole = planned(part.state, self.policy.whole(part.state, part.window))
+            counted, self.meter = self.meter, self.uncounted
+            exact = super().forward(part, whole)
+            self.meter = counted
+            self._note(part, answer, exact)
         return answer
 
-    def _note(self, state: State, window: Span, answer: Answer, exact: Answer, requests: list[int]) -> None:
+    def _note(self, part: Part, answer: Answer, exact: Answer) -> None:
+        window = part.window.cut(max(f.reads for f in part.facts))
         ours, theirs = answer.read(window.reads), exact.read(window.reads)
-        assert ours is not None and theirs is not None
-        live = View(state, window).live
+        live = View(part.state, window).live
         apart = (ours.logits - theirs.logits).abs()
         apart = torch.where(torch.isfinite(theirs.logits), apart, 0.0)  # (B, W, V)
         flips = ours.argmax != theirs.argmax
-        for row, request in enumerate(requests):
+        for row, request in enumerate(part.request):
             here: Tensor = apart[row][live[row]]
             if len(here):
                 values = here.max().item(), here.mean().item(), int(flips[row][live[row]].sum()), len(here)
-                self.errors[request].append(StepError(int(state.step[row]), *values))
+                self.errors[request].append(StepError(int(part.state.step[row]), *values))
 
 
 @overload
@@ -86,6 +86,6 @@ def cache_error(
         raise DllmError("cache_error compares each forward with a full one, and lookahead leaves forwards out: drop it")
     job = prepare(model, prompt, {"n": n, **arguments})
     errors: list[list[StepError]] = [[] for _ in job.prompts]
-    for _ in job.ticks(Meter(len(errors), job.model.device), partial(Compared, errors=errors)):
+    for _ in job.ticks(Meter(len(errors)), partial(Compared, errors=errors)):
         pass
     return errors[0] if job.single else errors

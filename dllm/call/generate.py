@@ -11,7 +11,8 @@ from dllm.call.arguments import Arguments, DecodingArguments
 from dllm.call.job import MAX_NEW_TOKENS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
-from dllm.decoding.engine import Tick
+from dllm.decoding.canvas import Canvas
+from dllm.decoding.columns import index
 from dllm.decoding.meter import Meter
 from dllm.decoding.recording import record
 from dllm.decoding.trace import BLANK
@@ -89,39 +90,45 @@ def _events(
 
 
 def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
-    meter, traces = Meter(len(job.prompts), job.model.device), job.new_traces()
+    meter, traces, start = Meter(len(job.prompts)), job.new_traces(), job.queue.canvas.cpu()
     sent = [""] * len(job.prompts)
-    if not int(job.queue.canvas.masked.sum()):  # max_new_tokens=0: the prompts come back as they are
+    if not start.masked.any():  # max_new_tokens=0: the prompts come back as they are
         for request in range(len(sent)):
-            output = job.output(request, job.queue, request, meter)
+            output = job.output(request, start, request, meter)
             yield Event(request, output.text, None, 0, output)
         return
+    before = start.ids.tolist() if traces else []
     for tick in job.ticks(meter):
         meter.tick(tick.request)
-        done = tick.state.done.tolist()
-        for row, request in enumerate(tick.request):
-            trace = traces.get(request)
-            if trace is not None:
-                record(trace, tick, row)
-            if done[row]:
+        done = [row for row, f in enumerate(tick.facts) if f.done]
+        rows = list(range(len(tick.facts))) if live else done
+        for row, request in enumerate(tick.request if traces else []):
+            record(traces[request], tick, row, before[request])
+        if not rows:
+            continue
+        canvas = tick.state.canvas.take(index(rows, job.model.device)).cpu()
+        for at, row in enumerate(rows):
+            request = tick.request[row]
+            if row in done:
                 meter.finish([request])
-                output = job.output(request, tick.state, row, meter, trace)
+                output = job.output(request, canvas, at, meter, traces.get(request))
                 yield Event(request, output.text[len(sent[request]) :], "" if drafts else None, output.nfe, output)
-            elif live:
-                final, draft = _progress(job, tick, row, drafts)
-                if len(final) > len(sent[request]) or drafts:
-                    yield Event(request, final[len(sent[request]) :], draft, meter.nfe[request], None)
-                    sent[request] = max(final, sent[request], key=len)
+                continue
+            low = int(tick.window.lo[row]) if job.sampler.needs.revises else None
+            final, draft = _progress(job, request, canvas, at, low, drafts)
+            if len(final) > len(sent[request]) or drafts:
+                yield Event(request, final[len(sent[request]) :], draft, meter.nfe[request], None)
+                sent[request] = max(final, sent[request], key=len)
 
 
-def _progress(job: Job, tick: Tick, row: int, drafts: bool) -> tuple[str, str | None]:
-    """The final text of a row, and what is written behind it."""
-    canvas = tick.state.canvas
-    request = tick.request[row]
+def _progress(
+    job: Job, request: int, canvas: Canvas, row: int, low: int | None, drafts: bool
+) -> tuple[str, str | None]:
+    """The final text of a row, and what is written behind it; from `low` on a sampler may revise what it wrote."""
     begin, length = job.begin(request), int(canvas.length[row]) - job.tails[request]
     end = int(canvas.first_masked()[row])
-    if job.sampler.needs.revises:
-        end = min(end, max(begin, int(tick.window.lo[row])))
+    if low is not None:
+        end = min(end, max(begin, low))
     ids = canvas.ids[row, :length].tolist()
     closed = ids[begin:end]
     final = job.stops.settled(closed)

@@ -17,12 +17,14 @@ from dllm.call.prompts import check_ids, listed_ids, prompt_ids
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State
-from dllm.decoding.engine import Options, Runner, Tick, decode, step
+from dllm.decoding.engine import Tick, decode
 from dllm.decoding.guidance import Guidance
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
 from dllm.decoding.recording import Confidences
+from dllm.decoding.runner import Options, Runner
 from dllm.decoding.slots import Context, Needs, Sampler
+from dllm.decoding.step import step
 from dllm.decoding.stopping import Stop, Stops
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
@@ -70,10 +72,9 @@ class Job:
             hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
             raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
 
-    def output(self, request: int, state: State, row: int, meter: Meter, trace: Trace | None = None) -> Output:
-        """What a request returns that stands in a row of `state`; its trace is sealed."""
-        canvas, ahead = state.canvas, self.lookahead
-        length = int(canvas.length[row])
+    def output(self, request: int, canvas: Canvas, row: int, meter: Meter, trace: Trace | None = None) -> Output:
+        """What a request returns that stands in a row of this canvas on the host; its trace is sealed."""
+        ahead, length = self.lookahead, int(canvas.length[row])
         ids, begin = canvas.ids[row, : length - self.tails[request]].tolist(), self.begin(request)
         written = ids[begin : next((i for i, t in enumerate(ids[begin:], begin) if t == canvas.mask_id), None)]
         text, tokens, through, stopped = self.stops.cut(written)
@@ -99,7 +100,7 @@ class Job:
             decoded=int((~canvas.frozen[row] & ~canvas.masked[row])[:length].sum()),
             sampler=self.sampler.spec,
             cache=self.policy.name,
-            seed=int(state.seed[row]),
+            seed=self.args.seed + request,
             trace=trace,
             lossless=None if ahead is None else ahead.lossless,
             stats=self.report[request].report(ahead) if ahead and request in self.report else {},
@@ -271,7 +272,8 @@ def _sampler(model: Model, args: Arguments, context: Context, stops: Stops) -> S
     tuned = {name: s.parameters for name, s in model.sampler_settings.items()}
     sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust), tuned)
     if args.early_stop and not args.infill:
-        sampler = sampler._replace(stop=Stop(stops, sampler.needs.revises))
+        stop = Stop(stops, sampler.needs.revises)
+        sampler = sampler._replace(stop=stop, starts=(*sampler.starts, (stop.memory, None)))
     return sampler
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.columns import Edit, splice
+from dllm.models.transformer import Known
 
 
 class Decision(NamedTuple):
@@ -23,7 +24,7 @@ class Decision(NamedTuple):
     write: Tensor  # (B, L) bool: these columns get `token`
     token: Tensor  # (B, L): a commit, an edit, or the mask id for a re-masking
     done: Tensor  # (B,) bool: the row is finished after this step
-    fill: Tensor | None = None  # (B,) bool: every mask that is left gets its prediction, then the row is finished
+    fill: Tensor | None = None  # (B,) bool: the engine gives every mask that is left its prediction and ends the row
     edits: tuple[Edit, ...] = ()  # of the length, on old columns
 
     @property
@@ -67,6 +68,24 @@ class Canvas(NamedTuple):
         outside = torch.arange(self.ids.shape[1], device=self.ids.device) >= length[:, None]
         ids = self.ids.masked_fill(outside, 0)
         return self._replace(ids=ids, masked=self.masked & ~outside, frozen=self.frozen | outside, length=length)
+
+    def take(self, rows: Tensor) -> Canvas:
+        """Some rows, by index."""
+        return _map(lambda x: x[rows], self)
+
+    def cpu(self) -> Canvas:
+        """The same on the host, in one copy."""
+        if self.ids.device.type == "cpu":
+            return self
+        ends = torch.stack([self.start, self.length], 1)
+        table = torch.cat([self.ids, self.masked.long(), self.frozen.long(), ends], 1).cpu()
+        ids, masked, frozen = table[:, :-2].chunk(3, 1)
+        start, length = table[:, -2:].unbind(1)
+        return self._replace(ids=ids, masked=masked.bool(), frozen=frozen.bool(), start=start, length=length)
+
+    def showing(self, masked: Tensor) -> Canvas:
+        """The same tokens where these columns (B, L) count as open."""
+        return self._replace(masked=masked)
 
     def first_masked(self) -> Tensor:
         """(B,) the leftmost masked column, L where none is left."""
@@ -127,7 +146,9 @@ class State(NamedTuple):
     asked: Tensor  # (B,) columns of the generation window that the call gave the row; edits leave it as it is
     cached: Cached
     done: Tensor  # (B,) bool
-    closing: Tensor  # (B,) bool: an exit asked for a full forward that fills what is left
+    closing: (
+        Tensor  # (B,) bool: what is left is to be filled: by the last forward where it covered that, else by a full one
+    )
     memory: Leaves  # per-row leaves of the slots, (B, ...)
     columns: Leaves  # per-column leaves of the slots, (B, L, ...); they follow length edits
 
@@ -191,15 +212,28 @@ def _map(f: Callable[..., Tensor], first: T, *rest: T) -> T:
     return cast("T", made)
 
 
+class Fed(NamedTuple):
+    """What one forward feeds of each row: tables over the columns of its canvas."""
+
+    cols: Tensor  # (B, L) bool: these positions are computed
+    keep: Tensor | None = None  # (B, L) bool: whose keys and values stay in the store; None: all
+    limit: Tensor | None = None  # (B,) queries see the stored columns below; None: all of the row
+    aside: Tensor | None = None  # (B, L) bool: only looked at, private to the forward; None: nothing
+    dense: bool = False  # every column of every row
+
+
 class Span(NamedTuple):
-    """Which columns a step may commit, and which it must read."""
+    """Which columns a step may commit, which it must read, and which its forward feeds."""
 
     lo: Tensor  # (B,)
     hi: Tensor  # (B,) exclusive
-    reads: Tensor  # (B, W) columns, -1 for padding
+    reads: Tensor  # (B, W) columns, the used ones first, then -1; once open W = L until the engine cuts it
     epoch: Tensor  # (B,) a new value asks the cache for a refresh
     aside: Tensor | None = None  # (B, W) bool: reads that must leave the cache as it is (None: nothing)
-    cached: Cached | None = None  # what the step leaves in the store; None: the sampler runs without a cache policy
+    cached: Cached | None = None  # what the step leaves in the store; None: not open yet
+    stale: Tensor | None = None  # (B,) bool: rows that refresh in this step
+    refresh: Fed | None = None  # the forward of these rows
+    step: Fed | None = None  # the forward of the others
 
     def inside(self, cols: Tensor) -> Tensor:
         """(B, W) bool: which of the columns (B, W), or (W,) for all rows, may be committed."""
@@ -207,35 +241,53 @@ class Span(NamedTuple):
 
     @property
     def holds(self) -> Cached:
-        """What the step leaves in the store. A sampler without a cache policy says nothing of that, and nobody asks."""
+        """What the step leaves in the store, once the window is open."""
         assert self.cached is not None
         return self.cached
+
+    def feeds(self, refresh: bool) -> Fed:
+        """The forward of the rows that refresh, or of the others, once the window is open."""
+        fed = self.refresh if refresh else self.step
+        assert fed is not None
+        return fed
 
     def sources(self, shift: int) -> Tensor:
         """(B, W) positions whose hidden states predict the columns that the step reads, -1 for padding."""
         return torch.where(self.reads < 0, -1, (self.reads - shift).clamp(min=0))
 
+    def cut(self, width: int) -> Span:
+        """The same with the first `width` reads."""
+        aside = None if self.aside is None else self.aside[:, :width]
+        return self._replace(reads=self.reads[:, :width], aside=aside)
+
     def take(self, rows: Tensor) -> Span:
         """The spans of some rows, by index."""
         return _map(lambda x: x[rows], self)
 
+    def put(self, rows: Tensor, other: Span) -> Span:
+        """These spans with those at `rows` replaced."""
+        return _map(lambda x, y: x.index_copy(0, rows, y), self, other)
+
 
 class Plan(NamedTuple):
-    """One batched forward: N rows of Q queries. See `Transformer.forward` for what each field means."""
+    """One batched forward: N rows of Q queries. See `Model.forward` for what each field means."""
 
     ids: Tensor  # (N, Q)
     pos: Tensor  # (N, Q), -1 for padding
     fresh: Tensor | None  # (N, Q) bool
     keep: Tensor | None  # (N, Q) bool
     visible: Tensor | None  # (N, 1 | Q, S [+ Q]) bool
-    lane: Tensor | None  # (N,) None: rows are lanes
+    lane: Tensor | None  # (N,) None: there is no store
+    known: Known | None  # what the host knows of all that; None: the model asks the device
     refresh: bool  # a full forward that installs a new epoch
     stored: bool  # reads or writes the store
 
     def take(self, rows: Tensor) -> Plan:
-        """Some of the N rows, by index."""
-        return _map(lambda x: x[rows], self)
+        """Some of the N rows, by index: the model asks where they are."""
+        return _map(lambda x: x[rows], self._replace(known=None))
 
     def times(self, n: int) -> Plan:
         """The plan of `n` copies of all its rows, one copy after the other."""
-        return self.take(torch.arange(len(self.pos), device=self.pos.device).repeat(n))
+        copies = self.take(torch.arange(len(self.pos), device=self.pos.device).repeat(n))
+        known = self.known and self.known._replace(lanes=None)
+        return copies._replace(known=known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -14,15 +16,34 @@ def spans(lo: Tensor, hi: Tensor, width: int) -> Tensor:
     return torch.where(cols < hi[:, None], cols, -1)
 
 
-def between(lo: Tensor, hi: Tensor) -> Tensor:
-    """(B, W) the columns [lo, hi) of each row, padded with -1 to the widest row."""
-    return spans(lo, hi, max(int((hi - lo).max()), 1))
+def index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """A few numbers of the host on the device, without a wait."""
+    numbers = torch.tensor(rows, dtype=torch.long)
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
-def indices(chosen: Tensor) -> Tensor:
-    """(B, W) the columns where `chosen` (B, L) holds, in order, padded with -1 to the row that has most."""
-    order = (~chosen).int().argsort(dim=1, stable=True)[:, : max(int(chosen.sum(1).max()), 1)]
-    return torch.where(chosen.gather(1, order), order, -1)
+@lru_cache(maxsize=256)
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers that stay the same, on the device once; nobody writes into them."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
+
+
+def indices(chosen: Tensor, width: int) -> Tensor:
+    """(B, width) the first columns where `chosen` (B, L) holds, in order, -1 behind them."""
+    size = chosen.shape[1]
+    place = torch.where(chosen, chosen.cumsum(1) - 1, width).clamp(max=width)  # the last one takes what has no place
+    cols = torch.arange(size, device=chosen.device).expand_as(chosen)
+    return torch.full((len(chosen), width + 1), -1, device=chosen.device).scatter_(1, place, cols)[:, :width]
+
+
+def packed(cols: Tensor, width: int, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Columns (B, W) with those in use in front, in order, then -1, as (B, width); tables (B, W) bool go with them."""
+    used = cols >= 0
+    place = torch.where(used, used.cumsum(1) - 1, width).clamp(max=width)
+    blank = torch.full((len(cols), width + 1), -1, device=cols.device)
+    first = blank.scatter(1, place, cols)[:, :width]
+    return first, *(torch.zeros_like(blank, dtype=t.dtype).scatter_(1, place, t)[:, :width] for t in tables)
 
 
 def marked(cols: Tensor, width: int) -> Tensor:

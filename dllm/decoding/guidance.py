@@ -25,8 +25,12 @@ class Guidance(Inputs):
         given = state.canvas.frozen.gather(1, plan.pos.clamp(min=0)) & (plan.pos >= 0)
         blank = torch.where(given, self.mask_id, plan.ids)
         lane = None if plan.lane is None else torch.cat([2 * plan.lane, 2 * plan.lane + 1])
-        twice = plan.times(2)
-        return twice._replace(ids=torch.cat([plan.ids, blank]), pos=twice.pos, lane=lane)
+        twice, known = plan.times(2), plan.known
+        if known is not None and known.lanes is not None and len(plan.pos) == 1:
+            known = known._replace(lanes=slice(2 * known.lanes.start, 2 * known.lanes.stop))
+        else:
+            known = twice.known
+        return twice._replace(ids=torch.cat([plan.ids, blank]), pos=twice.pos, lane=lane, known=known)
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, object]:
         """The guided logits (B, W, V), from the conditional and the unconditional half."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Span, State
-from dllm.decoding.engine import step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View
+from dllm.decoding.step import step
 
 
 class Broken(AssertionError):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.decoding.canvas import Canvas, Decision, Leaf, Leaves, Plan, Span, State
-from dllm.decoding.columns import scatter, spread
+from dllm.decoding.canvas import Canvas, Decision, Fed, Leaf, Leaves, Plan, Span, State
+from dllm.decoding.columns import marked, packed, scatter, spread
 from dllm.decoding.prediction import Prediction
 from dllm.models.tokenizer import Tokenizer
 
@@ -77,6 +77,18 @@ class Hold(NamedTuple):
     rounds: Tensor  # (B,) forwards on it since its last mask was written
 
 
+class Closed(NamedTuple):
+    """Per-row leaves of a call with stop strings: the end of the prefix that can change no more."""
+
+    end: Tensor  # (B,)
+
+
+class Confidence(NamedTuple):
+    """Per-column leaves: the model's probability of the token that stands there, NaN where none is known."""
+
+    table: Tensor  # (B, L)
+
+
 Start: TypeAlias = Callable[[Canvas], Leaf | None]  # the first leaves of rows with this canvas
 Reads: TypeAlias = Callable[[State, Span], Tensor]  # (B, R) columns to read beside the window's, -1 for padding
 
@@ -117,10 +129,14 @@ class Inputs(Protocol):
 
     lanes: ClassVar[int] = 1  # of the store, a row
 
+    def cover(self, fed: Fed, state: State, window: Span) -> Fed:
+        """What a forward feeds, before it is planned: `fed`, or some of its columns with all that the step reads."""
+        return fed
+
     def expand(self, plan: Plan, state: State, window: Span) -> Plan:
         """The plan that is fed: `plan` with more queries behind its own, which nobody else reads, or with copies of all
         its rows, one after the other. Row i of copy c is row c B + i."""
-        ...
+        return plan
 
     def reduce(self, logits: Tensor, cols: Tensor, forward: Forward) -> tuple[Tensor, object]:
         """Logits (B, W, V) at `cols` (B, W) from those of all copies (copies B, W, V); and what the slots of this step
@@ -168,6 +184,16 @@ class Schedule(ABC):
         return None
 
 
+class Ending(Protocol):
+    """What ends a row before its canvas is full."""
+
+    def __call__(self, view: View, canvas: Canvas, /) -> Tensor:
+        """(B,) bool: rows that end with the canvas after the decision."""
+
+    def over(self, ids: list[int], seen: int, /) -> bool:
+        """Whether the host ends a row: `ids` are closed, `seen` of them were before; asked where `Closed` grows."""
+
+
 class Sampler(NamedTuple):
     """Merged bundles: exactly what `step` runs."""
 
@@ -183,7 +209,7 @@ class Sampler(NamedTuple):
     reads: tuple[Reads, ...]
     schedule: Schedule | None = None  # `select`, where its number of steps is known in advance
     lookahead: object = None  # that of a call which names none, as `Lookahead.parse` takes it
-    stop: Callable[[View, Canvas], Tensor] | None = None  # (B,) rows that end with the canvas after the decision
+    stop: Ending | None = None
     spec: str = ""  # name and parameters as a specification
 
     def start(self, canvas: Canvas) -> tuple[Leaves, Leaves]:
@@ -193,14 +219,14 @@ class Sampler(NamedTuple):
         return memory, columns
 
 
-def widen(window: Span, extra: Tensor) -> Span:
-    """The window that also reads `extra` (B, R) columns; those that it reads already are dropped."""
-    seen = (extra[:, :, None] == window.reads[:, None]).any(-1)
-    extra = torch.where(seen, -1, extra)
-    new = extra[:, (extra >= 0).any(0)]  # a column that no row reads would cost a row of the head
+def widen(window: Span, extra: Tensor, width: int) -> Span:
+    """The window that also reads `extra` (B, R) columns, in a table of `width`; what it reads already is dropped."""
+    seen = marked(window.reads, width).gather(1, extra.clamp(min=0))
+    reads = torch.cat([window.reads, torch.where(seen, -1, extra)], 1)
     aside = torch.zeros_like(window.reads, dtype=torch.bool) if window.aside is None else window.aside
-    aside = torch.cat([aside, torch.ones_like(new, dtype=torch.bool)], 1)
-    return window._replace(reads=torch.cat([window.reads, new], 1), aside=aside)
+    aside = torch.cat([aside, torch.ones_like(extra, dtype=torch.bool)], 1)
+    reads, aside = packed(reads, width, aside)
+    return window._replace(reads=reads, aside=aside)
 
 
 class View:

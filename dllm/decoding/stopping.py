@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas
-from dllm.decoding.slots import View
+from dllm.decoding.slots import Closed, View
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 
@@ -198,10 +198,18 @@ class Stop:
     revises: bool
 
     def __call__(self, view: View, canvas: Canvas) -> Tensor:
-        """(B,) bool: the rows that are finished with this canvas, the one after the step's decision."""
+        """(B,) bool: rows with an end token in the closed prefix of this canvas, the one after the step's decision.
+
+        Stop strings are the host's: it gets the end of that prefix, and asks `over`.
+        """
         end = self.closed(view, canvas)
-        found = self.by_ids(canvas, end)
-        return found | self._strings(view, canvas, end) if self.stops.strings else found
+        if self.stops.strings:
+            view.memory[Closed] = Closed(end)
+        return self.by_ids(canvas, end)
+
+    def memory(self, canvas: Canvas) -> Closed | None:
+        """Nothing is closed yet; None where nobody asks."""
+        return Closed(canvas.start) if self.stops.strings else None
 
     def closed(self, view: View, canvas: Canvas) -> Tensor:
         """(B,) the end of the closed prefix, with the canvas after the step's decision. It asks the device nothing."""
@@ -218,18 +226,8 @@ class Stop:
 
     def over(self, ids: list[int], seen: int) -> bool:
         """Whether an answer holds a stop string, on the host. `ids`: the generated ids of the closed prefix, of which
-        the first `seen`, those of an earlier step, hold none."""
-        return len(ids) > seen and self.stops.ended(ids, seen)
-
-    def _strings(self, view: View, canvas: Canvas, end: Tensor) -> Tensor:
-        """What was closed before this step has been read already, unless the sampler may have revised it."""
-        before = canvas.start if self.revises else view.canvas.first_masked()
-        bounds = torch.stack([canvas.start, before, end], 1).tolist()
-        hits = [
-            self.over(ids[lo:hi], max(0, seen - lo))
-            for ids, (lo, seen, hi) in zip(canvas.ids.tolist(), bounds, strict=True)
-        ]
-        return torch.tensor(hits, device=end.device)
+        the first `seen` were closed before this step: they hold none, unless the sampler may have revised them."""
+        return len(ids) > seen and self.stops.ended(ids, 0 if self.revises else seen)
 
 
 def _holds(ids: Tensor, wanted: Iterable[int], start: Tensor, end: Tensor) -> Tensor:

@@ -80,6 +80,9 @@ def queries(plan: Plan, rows: int) -> list[Query]:
     fresh, keep, visible = (None if x is None else x.cpu().numpy() for x in (plan.fresh, plan.keep, plan.visible))
     ids, pos = plan.ids.cpu().numpy(), plan.pos.cpu().numpy()
     total, width = pos.shape
+    if plan.stored and visible is None:
+        assert plan.known is not None
+        visible = np.ones((total, 1, plan.known.slots), bool)
     lanes = [0] * total if plan.lane is None else plan.lane.tolist()
     private = fresh is not None and not (fresh | (pos < 0)).all()
 
@@ -204,7 +207,7 @@ def _along_batch(rows: list[list[Branch]], device: torch.device) -> Packed:
     tensors = [None if x is None else torch.from_numpy(x).to(device) for x in (ids, pos, visible)]
     left = iter(lines)
     places = [[Place(next(left), 0) for _ in branches] for branches in rows]
-    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, False, False]), places)
+    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, None, False, False]), places)
 
 
 def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
@@ -233,7 +236,7 @@ def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
     if (keep | (pos < 0)).all():  # nothing private: no columns for it
         visible = visible[:, :, :slots]
     tensors = [torch.from_numpy(x).to(device) for x in (ids, pos, keep, keep, visible, lane)]
-    return Packed(Plan._make([*tensors, False, True]), places)
+    return Packed(Plan._make([*tensors, None, False, True]), places)
 
 
 def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:

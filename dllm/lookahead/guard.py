@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Span, State
-from dllm.decoding.engine import step
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler
+from dllm.decoding.step import step
 from dllm.models.model import Model
 
 _DELTAS: weakref.WeakKeyDictionary[Model, float] = weakref.WeakKeyDictionary()
@@ -41,11 +41,12 @@ def alike(a: State, b: State) -> Tensor:
 def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: State, delta: float) -> list[int]:
     """Rows whose decision, from `state` to `after`, a change of the logits by `delta` could turn over.
 
-    The worst case of a rule that is monotone in each confidence: what was chosen gets less sure, the rest more.
+    A row that leaves by an exit always is: its fill takes many tokens at once. Else the worst case of a rule that is
+    monotone in each confidence: what was chosen gets less sure, the rest more.
     """
     at = window.reads.clamp(min=0)
     chosen = state.canvas.masked.gather(1, at) & ~after.canvas.masked.gather(1, at)
-    same = torch.ones_like(after.done)
+    same = ~after.closing
     for sign in (1.0,) if pred.law.greedy else (1.0, -1.0):
         change = torch.where(chosen, -2.0, 2.0)[..., None].to(pred.logits.dtype) * delta * sign
         logits = pred.logits.scatter_add(-1, pred.argmax[..., None], change)

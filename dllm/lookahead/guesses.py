@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -9,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.cache.policy import Policy
+from dllm.decoding.cache.policy import Policy, planned
 from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.engine import Answer, Runner, expanded, opened, step
+from dllm.decoding.columns import index
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.runner import Answer, Runner
 from dllm.decoding.slots import Sampler, View, rank
+from dllm.decoding.step import expanded, feeding, opened, step
 from dllm.lookahead.branches import Branch, Query, queries
 from dllm.lookahead.ledger import History
 from dllm.lookahead.memo import Group, Source
@@ -59,10 +62,11 @@ class Guesses:
                 continue
             sources = [group.rows[i].recent[-1 - age] for i in rows]
             if age == 0:
-                at = torch.tensor(rows, device=group.lane.device)
-                state, win, histories = group.state.take(at), group.window.take(at), [self.roots[i] for i in rows]
+                own = group.part.take(rows)
+                window = feeding(self.run.s, self.policy, own.state, own.window)
+                state, win, histories = own.state, own._replace(window=window).reading, [self.roots[i] for i in rows]
             else:
-                state, win = opened(self.run.s, _gather(sources))
+                state, win = self.opened(_gather(sources))
                 histories = [group.rows[i].recent[-age].history for i in rows]
             chains = [Chain(row, history) for row, history in zip(rows, histories, strict=True)]
             draw = self.roll if self.setting.drafter == "roll" else self.ladder
@@ -71,20 +75,20 @@ class Guesses:
 
     def roll(self, chains: list[Chain], state: State, win: Span, stale: StalePredictions, limit: int) -> None:
         """Repeat the sampler's step on the stale predictions, row by row until its horizon."""
-        index = list(range(len(chains)))  # of the chains that are still followed: the rows of `state`
+        alive = list(range(len(chains)))  # of the chains that are still followed: the rows of `state`
         for depth in range(1, 2 * limit + 1):
-            covered = stale.read(index, state, win)
+            covered = stale.read(alive, state, win)
             if covered is None:
                 return
-            index, state, win, pred = covered
-            after = self.follow(self.run.s, index, state, win, pred)
+            alive, state, win, pred = covered
+            after = self.follow(self.run.s, alive, state, win, pred)
             if after is None:
                 return
-            index, state, win = after
-            kept = self.place([chains[i] for i in index], state, win, depth, limit)
+            alive, state, win = after
+            kept = self.place([chains[i] for i in alive], state, win, depth, limit)
             if not kept:
                 return
-            index = [index[i] for i in kept]
+            alive = [alive[i] for i in kept]
             state, win = _take(kept, state, win)
 
     def ladder(self, chains: list[Chain], state: State, win: Span, stale: StalePredictions, limit: int) -> None:
@@ -92,38 +96,42 @@ class Guesses:
         covered = stale.read(list(range(len(chains))), state, win)
         if covered is None:
             return
-        index, state, win, pred = covered
+        alive, state, win, pred = covered
         for count in range(1, limit + 1):
 
             def surest(view: View, soft: Prediction, score: Tensor, count: int = count) -> Tensor:
                 return rank(score, view.live) < count
 
-            after = self.follow(self.run.s._replace(select=surest, amend=()), index, state, win, pred)
+            after = self.follow(self.run.s._replace(select=surest, amend=()), alive, state, win, pred)
             if after is None:
                 return
             some, guess, guess_win = after
             self.place([replace(chains[i]) for i in some], guess, guess_win, count, limit)
 
     def follow(
-        self, s: Sampler, index: list[int], state: State, win: Span, pred: Prediction
+        self, s: Sampler, alive: list[int], state: State, win: Span, pred: Prediction
     ) -> tuple[list[int], State, Span] | None:
         """The step on a stale prediction, with the windows of those chains open that go on; None where none does."""
         after = step(s, state, win, pred)
         kept = [i for i, over in enumerate((after.done | after.closing).tolist()) if not over]
         if not kept:
             return None
-        going = after if len(kept) == after.rows else after.take(torch.tensor(kept, device=after.step.device))
-        return [index[i] for i in kept], *opened(s, going)
+        going = after if len(kept) == after.rows else after.take(index(kept, after.step.device))
+        return [alive[i] for i in kept], *self.opened(going)
+
+    def opened(self, state: State) -> tuple[State, Span]:
+        """The states with their windows open, cut to what some row reads."""
+        state, win = opened(self.run.s, self.policy, state)
+        used = (win.reads >= 0).any(0).nonzero()
+        return state, win.cut(int(used[-1]) + 1 if len(used) else 1)
 
     def place(self, chains: list[Chain], state: State, win: Span, depth: int, limit: int) -> list[int]:
         """Add the query of each state to its row's guesses; which states may be followed further."""
         group, going, beyond = self.group, [], None
-        rows = torch.tensor([c.row for c in chains], device=win.lo.device)
+        rows = index([c.row for c in chains], win.lo.device)
         if not self.setting.cross_blocks:
-            beyond = (win.lo >= group.window.hi[rows]).tolist()
-        for part, plan in self.policy.plan(state, win, group.lane[rows]):
-            at = list(range(len(chains))) if part is None else part.tolist()
-            own, own_win = (state, win) if part is None else (state.take(part), win.take(part))
+            beyond = (win.lo >= group.part.window.hi[rows]).tolist()
+        for at, own, own_win, plan in self.plans(state, win, rows):
             for i, query in zip(at, queries(expanded(self.run.s, own, own_win, plan), len(at)), strict=True):
                 chain = chains[i]
                 full = len(self.found[chain.row]) >= limit
@@ -136,6 +144,19 @@ class Guesses:
                     chain.history, chain.parent = chain.history.after(query, number), parent
                     going.append(i)
         return sorted(going)
+
+    def plans(self, state: State, win: Span, rows: Tensor) -> Iterator[tuple[list[int], State, Span, Plan]]:
+        """The forwards of these states, each with the places of those that it serves."""
+        lane, stale = None, win.stale
+        assert stale is not None
+        if self.policy.stored:
+            lane = self.group.part.lane[rows]
+        for flag in (True, False):
+            at = [i for i, s in enumerate(stale.tolist()) if s is flag]
+            if at:
+                own, own_win = _take(at, state, win)
+                lanes = None if lane is None else lane[index(at, lane.device)]
+                yield at, own, own_win, planned(own, own_win.feeds(flag), lanes)
 
     def add(self, chain: Chain, query: Query, depth: int, ids: Tensor) -> int | None:
         """The branch of this query, new or known; None where its keys and values cannot be had in this forward."""
@@ -171,13 +192,13 @@ class Guesses:
 
 
 def _take(rows: list[int], state: State, win: Span) -> tuple[State, Span]:
-    at = torch.tensor(rows, device=state.step.device)
+    at = index(rows, state.step.device)
     return (state, win) if len(rows) == state.rows else (state.take(at), win.take(at))
 
 
 def _gather(sources: list[Source]) -> State:
     """The states of several sources as one batch."""
-    return reduce(State.cat, [s.state.take(torch.tensor([s.row], device=s.state.step.device)) for s in sources])
+    return reduce(State.cat, [s.state.take(index([s.row], s.state.step.device)) for s in sources])
 
 
 class StalePredictions:
@@ -198,28 +219,27 @@ class StalePredictions:
         self.hidden = stack([s.hidden for s in sources], 0)
         self.last: tuple[list[int], Prediction] | None = None
 
-    def read(self, index: list[int], state: State, win: Span) -> tuple[list[int], State, Span, Prediction] | None:
-        """Predictions at what the windows read, for the rows (of `index`) whose forward covered that; None: no row."""
+    def read(self, alive: list[int], state: State, win: Span) -> tuple[list[int], State, Span, Prediction] | None:
+        """Predictions at what the windows read, for the rows (of `alive`) whose forward covered that; None: no row."""
         last = self.last if self.run.options.law.greedy else None
-        if last is not None and last[0] == index and torch.equal(last[1].cols, win.reads):
-            return index, state, win, last[1]
-        answer = self._answer(index, state, win)
+        if last is not None and last[0] == alive and torch.equal(last[1].cols, win.reads):
+            return alive, state, win, last[1]
+        answer = self._answer(alive, state, win)
         kept = [i for i, ok in enumerate(answer.covered(win.reads).tolist()) if ok]
         if not kept:
             return None
-        if len(kept) < len(index):
-            index = [index[i] for i in kept]
+        if len(kept) < len(alive):
+            alive = [alive[i] for i in kept]
             state, win = _take(kept, state, win)
-            answer = self._answer(index, state, win)
+            answer = self._answer(alive, state, win)
         pred = answer.read(win.reads)
-        assert pred is not None
-        self.last = (index, pred)
-        return index, state, win, pred
+        self.last = (alive, pred)
+        return alive, state, win, pred
 
-    def _answer(self, index: list[int], state: State, win: Span) -> Answer:
-        at = torch.tensor(index, device=self.pos.device)
+    def _answer(self, alive: list[int], state: State, win: Span) -> Answer:
+        at = index(alive, self.pos.device)
         ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
-        plan = Plan(ids, pos, None, None, None, None, False, False)
+        plan = Plan(ids, pos, None, None, None, None, None, False, False)
         return self.run.answer(state, win, plan, hidden, self.planned)
 
 

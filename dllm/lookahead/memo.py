@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.engine import Stepped
+from dllm.decoding.canvas import Plan, State
+from dllm.decoding.columns import index
+from dllm.decoding.runner import Part
 from dllm.lookahead.branches import Evaluated, Query
 from dllm.lookahead.ledger import History, Ledger
 from dllm.lookahead.setting import Stats
@@ -69,14 +70,10 @@ class RowMemo:
 class Group(NamedTuple):
     """Rows of a tick whose plans have the same shape class."""
 
-    places: list[int]  # of the rows in the tick
-    whole: bool  # these are all rows of the tick
+    part: Part
     rows: list[RowMemo]
-    state: State  # opened
-    window: Span
     planned: int  # queries of the plan; inputs may add others behind them
     fed: Plan  # what the inputs slot made of the plan
-    lane: Tensor
     queries: list[Query]  # none where nobody looks ahead
 
     @property
@@ -88,16 +85,11 @@ class Group(NamedTuple):
         """What row i asks, where anybody looks ahead."""
         return self.queries[i] if self.queries else None
 
-    def stepped(self, after: State) -> Stepped:
-        """What the loop is told of these rows."""
-        return Stepped(None if self.whole else self.lane.new_tensor(self.places), after, self.window)
-
     def take(self, some: list[int]) -> Group:
         """Some of the rows."""
         if len(some) == len(self.rows):
             return self
-        at = self.lane.new_tensor(some)
-        fed = self.fed.take(torch.cat([at + copy * len(self.rows) for copy in range(self.copies)]))
-        state, window, lane = self.state.take(at), self.window.take(at), self.lane[at]
+        at, count = index(some, self.fed.pos.device), len(self.rows)
+        fed = self.fed.take(torch.cat([at + copy * count for copy in range(self.copies)]))
         rows, asked = [self.rows[i] for i in some], [self.queries[i] for i in some]
-        return Group([self.places[i] for i in some], False, rows, state, window, self.planned, fed, lane, asked)
+        return Group(self.part.take(some), rows, self.planned, fed, asked)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 
 from dllm.decoding.canvas import State
+from dllm.decoding.columns import index
 from dllm.lookahead.memo import Group, RowMemo
 
 
 def subset(group: Group, after: State) -> State:
     """relax="subset": each step cut down to the largest guess inside it, where there is one."""
-    before, canvas = group.state.canvas, after.canvas
+    before, canvas = group.part.state.canvas, after.canvas
     for i, row in enumerate(group.rows):
         new = before.masked[i] & ~canvas.masked[i]
         guesses = [a.branch.ids for a in row.answers.values() if not a.old]
@@ -22,7 +23,7 @@ def subset(group: Group, after: State) -> State:
         if torch.equal(ids, canvas.ids[i]) or torch.equal(ids, before.ids[i]):
             continue
         row.stats.cuts += 1
-        at = torch.tensor([i], device=group.lane.device)
+        at = index([i], canvas.ids.device)
         own, no = after.take(at), torch.zeros_like(at, dtype=torch.bool)
         less = own.canvas.write((new & (ids == canvas.mask_id))[None], ids[None])
         after = after.put(at, own._replace(canvas=less, done=no, closing=no))

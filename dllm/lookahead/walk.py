@@ -15,12 +15,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Plan, State
-from dllm.decoding.engine import Runner, Stepped, expanded, opened
+from dllm.decoding.columns import index
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.runner import Batch, Part, Runner, Stepped
+from dllm.decoding.step import expanded, feeding
 from dllm.lookahead.branches import Branch, Evaluated, laid, pack, queries
 from dllm.lookahead.guard import alike, doubtful, measured_delta
 from dllm.lookahead.guesses import Guesses
@@ -40,7 +42,6 @@ class LookaheadRunner(Runner):
     report: dict[int, Stats]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         setting = self.setting
         self.far = self.policy  # of forwards with guesses; `policy` is the plain call's
         if setting.ahead and setting.cross_blocks and self.policy.exact and self.policy.block_size:
@@ -57,25 +58,26 @@ class LookaheadRunner(Runner):
         """Steps that a lane has taken."""
         return self.rows[lane].clock if lane in self.rows else 0
 
-    def tick(self, state: State, lane: Tensor, requests: list[int]) -> list[Stepped]:
+    def tick(self, batch: Batch) -> list[Stepped]:
         """Step every row whose answer is known; when none is, one forward for the rows that are furthest behind.
 
         All rows of their shape class ride along. So each forward serves a tick of the plain call, and there are never
         more of them than there.
         """
         began = time.perf_counter()
-        rows = [self.row(l, r) for l, r in zip(lane.tolist(), requests, strict=True)]
+        part = batch.part([i for i, r in enumerate(batch.request) if r is not None])
+        rows = [self.row(l, r) for l, r in zip(part.rows, part.request, strict=True)]
         ready = [i for i, row in enumerate(rows) if not row.waiting]
         groups = None
         if any(rows[i].answers for i in ready):
-            groups = self.ask(state, lane, rows, ready, ahead=True)
+            groups = self.ask(part, rows, ready, ahead=True)
             if steps := [step for group in groups for step in self.hits(group)]:
                 self.pace.note_hit(time.perf_counter() - began)
                 return steps
         auto, most = self.setting.rows == "auto", self.setting.max_rows
         limit = self.pace.choose(len(rows), most) if auto else int(self.setting.rows)
         if groups is None or len(ready) < len(rows) or limit == 1:
-            groups = self.ask(state, lane, rows, list(range(len(rows))), ahead=limit > 1)
+            groups = self.ask(part, rows, list(range(len(rows))), ahead=limit > 1)
         last = min(row.clock for row in rows)
         due = [group for group in groups if any(row.clock == last for row in group.rows)]
         steps = [self.miss(group, limit) for group in due]
@@ -95,25 +97,25 @@ class LookaheadRunner(Runner):
             row = self.rows[lane] = RowMemo(request, row.clock if row else 0, ledger, stats)
         return row
 
-    def ask(self, state: State, lane: Tensor, rows: list[RowMemo], which: list[int], *, ahead: bool) -> list[Group]:
-        """Open the windows of these rows and plan their forwards, with the names of their queries to look `ahead`."""
-        if len(which) < len(rows):
-            index = torch.tensor(which, device=lane.device)
-            state, lane = state.take(index), lane[index]
-        state, win = opened(self.s, state)
+    def ask(self, part: Part, rows: list[RowMemo], which: list[int], *, ahead: bool) -> list[Group]:
+        """Plan the forwards of these rows, with the names of their queries to look `ahead`."""
         out = []
-        for part, plan in (self.far if ahead else self.policy).plan(state, win, lane):
-            own, own_win, own_lane, mine = state, win, lane, which
-            if part is not None:
-                own, own_win, own_lane = state.take(part), win.take(part), lane[part]
-                mine = [which[i] for i in part.tolist()]
-            fed, group = expanded(self.s, own, own_win, plan), [rows[i] for i in mine]
-            asked = queries(fed, len(mine)) if ahead else []
-            for query, row in zip(asked, group, strict=False):
-                row.ledger.plain.name(query)
-            whole, planned = len(mine) == len(rows), plan.pos.shape[1]
-            out.append(Group(mine, whole, group, own, own_win, planned, fed, own_lane, asked))
+        for stale in (1, 0):
+            some = [i for i in which if part.facts[i].stale == stale]
+            if some:
+                own = part.take(some)
+                plan = self.ahead(own) if ahead and self.far is not self.policy else self.planned(own)
+                fed, group = expanded(self.s, own.state, own.reading, plan), [rows[i] for i in some]
+                asked = queries(fed, len(some)) if ahead else []
+                for query, row in zip(asked, group, strict=False):
+                    row.ledger.plain.name(query)
+                out.append(Group(own, group, plan.pos.shape[1], fed, asked))
         return out
+
+    def ahead(self, part: Part) -> Plan:
+        """The forward of rows that all refresh, or all do not, and of what guesses may need behind them."""
+        window = feeding(self.s, self.far, part.state, part.window)
+        return planned(part.state, window.feeds(bool(part.facts[0].stale)), self.lane(part))
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -128,7 +130,8 @@ class LookaheadRunner(Runner):
         for i, answer in answers.items():
             group.rows[i].hit(answer)
         some = group.take(list(answers))
-        return [self.finish(some, laid(some.queries, list(answers.values()), some.copies), hit=True, alone=False)]
+        hidden = laid(some.queries, list(answers.values()), some.copies)
+        return [self.finish(some, hidden, 0, hit=True, alone=False)]
 
     def miss(self, group: Group, limit: int) -> Stepped:
         """One forward for these rows, with guesses beside them: at most `limit` rows of each sequence."""
@@ -137,11 +140,12 @@ class LookaheadRunner(Runner):
         guesses: list[list[Branch]] = [[] for _ in group.rows]
         if limit > 1 and not any(q.opening for q in group.queries):
             guesses = Guesses(self, self.far, self.setting, group).draw(limit - 1)
-        hidden, evaluated = self.evaluate(group, guesses)
+        hidden, evaluated, fed = self.evaluate(group, guesses)
         for row, fresh in zip(group.rows, evaluated, strict=True):
             row.learn(fresh)
         plain = self.policy is self.far or not group.queries
-        return self.finish(group, hidden, hit=False, alone=len(group.rows) == 1 and plain and not any(guesses))
+        alone = len(group.rows) == 1 and plain and not any(guesses)
+        return self.finish(group, hidden, fed, hit=False, alone=alone)
 
     def close_round(self, row: RowMemo, group: Group, i: int) -> None:
         """Before a forward: learn from the last round, bring the store up to date, forget what cannot come up again."""
@@ -157,26 +161,29 @@ class LookaheadRunner(Runner):
                 answer.kv.write(self.store, answer.branch.query)
             else:
                 packed = pack([[answer.branch._replace(parent=-1)]], self.model.device)
-                self.meter.forward([row.request], packed.plan)
+                self.meter.forward([row.request])
+                self.meter.computed([row.request], [answer.branch.query.size])
                 self.hidden(packed.plan)
                 row.stats.reruns += 1
 
-    def evaluate(self, group: Group, guesses: list[list[Branch]]) -> tuple[Tensor, list[list[Evaluated]]]:
-        """Run the true queries and the guesses: hidden states of the former as planned, and answers to the latter."""
-        requests = [row.request for row in group.rows]
+    def evaluate(self, group: Group, guesses: list[list[Branch]]) -> tuple[Tensor, list[list[Evaluated]], int | None]:
+        """Run the true queries and the guesses: hidden states of the former as planned, answers to the latter, and the
+        positions that the plan does not count itself (None: it counts them)."""
+        self.meter.forward(group.part.request)
+        answers, fed = list[list[Evaluated]](), None
         if not any(guesses):
-            self.meter.forward(requests, group.fed)
-            hidden, answers = self.hidden(group.fed), list[list[Evaluated]]()
+            hidden = self.hidden(group.fed)
         else:
-            true = [Branch(q, -1, 0, ids) for q, ids in zip(group.queries, group.state.canvas.ids, strict=True)]
+            ids = group.part.state.canvas.ids
+            true = [Branch(q, -1, 0, own) for q, own in zip(group.queries, ids, strict=True)]
             branches = [[branch, *others] for branch, others in zip(true, guesses, strict=True)]
-            packed = pack(branches, self.model.device)
-            self.meter.forward(requests, packed.plan, [sum(b.query.size for b in bs) for bs in branches])
+            packed, fed = pack(branches, self.model.device), 0
+            self.meter.computed(group.part.request, [sum(b.query.size for b in bs) for bs in branches])
             answers = packed.split(branches, *self.run(packed.plan))
             hidden = laid(group.queries, [first for first, *_ in answers], group.copies)
         for i, row in enumerate(group.rows):
             row.ledger.wrote(group.query(i))
-        return hidden, [others for _, *others in answers] or [[] for _ in requests]
+        return hidden, [others for _, *others in answers] or [[] for _ in group.rows], fed
 
     def run(self, plan: Plan) -> tuple[Tensor, list[KeysValues]]:
         """Hidden states of a plan, and the keys and values that it computed (none: no store)."""
@@ -188,25 +195,27 @@ class LookaheadRunner(Runner):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def finish(self, group: Group, hidden: Tensor, *, hit: bool, alone: bool) -> Stepped:
+    def finish(self, group: Group, hidden: Tensor, fed: int | None, *, hit: bool, alone: bool) -> Stepped:
         """Take the step, check it if the mode asks for that, and remember its prediction to draft from.
 
-        alone: the hidden states are those of the plain call of a single row.
+        fed: positions computed for each row, None: those of the plan. alone: the hidden states are those of the plain
+        call of a single row.
         """
-        state, window = group.state, group.window
-        pred = self.predict(self.answer(state, window, group.fed, hidden, group.planned))
-        after = self.options.step(self.s, state, window, pred)
+        part, window = group.part, group.part.reading
+        answer = self.answer(part.state, window, group.fed, hidden, group.planned)
+        pred = answer.read(window.reads)
+        after = self.options.step(self.s, part.state, window, pred)
         for i in self.doubts(group, pred, after, hit=hit, alone=alone):
             after = self.confirm(group, i, after)
         if self.setting.relax is not None:
             after = subset(group, after)
         self.remember(group, hidden, after, hit=hit)
-        return group.stepped(after)
+        return self.stepped(part, answer, pred, after, fed)
 
     def doubts(self, group: Group, pred: Prediction, after: State, *, hit: bool, alone: bool) -> list[int]:
         """The rows whose step is taken again: what the mode holds for unsure, or wants to audit."""
         if self.setting.mode == "guarded" and not alone:
-            return doubtful(self.s, group.state, group.window, pred, after, self.delta)
+            return doubtful(self.s, group.part.state, group.part.reading, pred, after, self.delta)
         if self.setting.mode == "fast" and hit:
             return [i for i, row in enumerate(group.rows) if row.stats.hits % self.setting.audit == 0]
         return []
@@ -216,15 +225,15 @@ class LookaheadRunner(Runner):
         row, query = group.rows[i], group.query(i)
         if query is not None:
             self.pay(row, row.ledger.due_again(query))
-        at = torch.tensor([i], device=group.lane.device)
-        ((_, again, _),) = self.stepped(group.state.take(at), group.window.take(at), group.lane[at], [row.request])
+        again = self.turn(group.part.take([i]))
+        self.meter.computed([row.request], again.answer.fed.tolist())
         if query is not None:
             row.ledger.wrote(query)
-        fast = self.setting.mode == "fast"
+        at, fast = index([i], self.model.device), self.setting.mode == "fast"
         row.stats.audits += fast
         row.stats.reruns += not fast
-        row.stats.divergences += not bool(alike(after.take(at), again))
-        return after if fast else after.put(at, again)
+        row.stats.divergences += not bool(alike(after.take(at), again.after))
+        return after if fast else after.put(at, again.after)
 
     def remember(self, group: Group, hidden: Tensor, after: State, *, hit: bool) -> None:
         """Keep the prediction of each row, to draft from it."""
@@ -237,4 +246,4 @@ class LookaheadRunner(Runner):
             fresh = not hit and not row.recent
             row.recent = [*row.recent, source] if hit else [source]
             if self.setting.restart:
-                restart(row, int(group.window.lo[i]), fresh)
+                restart(row, int(group.part.window.lo[i]), fresh)

@@ -3,12 +3,9 @@
 The author of a policy imports from here what docs/adding-a-cache.md explains.
 """
 
-from dllm.decoding.cache.policy import Policy, full_plan, gather_plan, span_plan
-from dllm.decoding.canvas import Cached, Canvas, Plan, Span, State
-from dllm.decoding.columns import between, indices, marked
+from dllm.decoding.cache.policy import Policy, everything, stretch
+from dllm.decoding.canvas import Cached, Canvas, Fed, Span, State
+from dllm.decoding.columns import marked
 from dllm.spec import param
 
-__all__ = [
-    "Cached", "Canvas", "Plan", "Policy", "Span", "State", "between", "full_plan", "gather_plan", "indices", "marked",
-    "param", "span_plan",
-]  # fmt: skip
+__all__ = ["Cached", "Canvas", "Fed", "Policy", "Span", "State", "everything", "marked", "param", "stretch"]

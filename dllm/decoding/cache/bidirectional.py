@@ -13,8 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache import Cached, Canvas, Plan, Policy, Span, State, gather_plan, param, span_plan
-from dllm.decoding.columns import indices, marked
+from dllm.decoding.cache import Cached, Canvas, Fed, Policy, Span, State, marked, param, stretch
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,9 @@ class Prefix(Policy):
     name: ClassVar[str] = "prefix"
     blockwise: ClassVar[bool | None] = False
 
-    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def step(self, state: State, window: Span) -> Fed:
         """From the block's first column to the end of the row."""
-        lo = window.lo - self.shift
-        return span_plan(state, window, lane, lo, state.canvas.length, self.shift)
+        return stretch(state, window.lo - self.shift, state.canvas.length)
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,9 @@ class Dual(Policy):
     left: int = param(0, "columns recomputed left of the window; a shifted model adds one", low=0)
     right: int = param(0, "columns recomputed right of the window", low=0)
 
-    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def step(self, state: State, window: Span) -> Fed:
         """The window and its margins."""
-        lo, hi = window.lo - max(self.left, self.shift), window.hi + self.right
-        return span_plan(state, window, lane, lo, hi, self.shift)
+        return stretch(state, window.lo - max(self.left, self.shift), window.hi + self.right)
 
 
 class Opened(NamedTuple):
@@ -86,7 +83,7 @@ class Interval(Dated, Dual):
         return state.cached._replace(epoch=last)
 
 
-class Fed(NamedTuple):
+class Masks(NamedTuple):
     """Per-column leaves of `delayed`, (B, L) bool."""
 
     masked: Tensor  # masks that the previous forward saw
@@ -112,11 +109,9 @@ class Scattered(Policy):
     def redo(self, state: State) -> Tensor:
         """(B, L) bool: the columns that this step recomputes, whatever it reads."""
 
-    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
-        """The columns of `redo`, and whatever else the step reads."""
-        redo = self.redo(state)
-        redo = redo | marked(window.sources(self.shift), redo.shape[1])
-        return gather_plan(state, indices(redo), lane)
+    def step(self, state: State, window: Span) -> Fed:
+        """The columns of `redo`."""
+        return Fed(self.redo(state))
 
 
 @dataclass(frozen=True)
@@ -130,17 +125,17 @@ class DKVCache(Dated, Scattered):
     name: ClassVar[str] = "delayed"
     every: int = param(8, "bounds how stale a token may get; the paper tries 2 to 16", low=1)
 
-    def columns(self, canvas: Canvas) -> Fed:
+    def columns(self, canvas: Canvas) -> Masks:
         """All masks are recomputed."""
-        return Fed(canvas.masked, canvas.masked)
+        return Masks(canvas.masked, canvas.masked)
 
     def redo(self, state: State) -> Tensor:
         """The masks that the previous forward saw."""
-        return state.columns[Fed].redo
+        return state.columns[Masks].redo
 
     def note(self, state: State, window: Span) -> State:
         """What this forward feeds as masks, the next one recomputes."""
-        fed = Fed(masked=state.canvas.masked, redo=state.columns[Fed].masked)
+        fed = Masks(masked=state.canvas.masked, redo=state.columns[Masks].masked)
         return super().note(state._replace(columns=state.columns.plus(fed)), window)
 
     def holds(self, state: State, window: Span) -> Cached:

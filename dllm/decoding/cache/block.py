@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.cache import Cached, Plan, Policy, Span, State, between, gather_plan, span_plan
+from dllm.decoding.cache import Cached, Fed, Policy, Span, State, stretch
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class Block(Policy):
         """Rows whose frontier moved: a finished block is to be committed."""
         return state.cached.frontier != window.holds.frontier
 
-    def span(self, state: State, window: Span) -> Tensor:
-        """(B, Q) from the first column that is not in the store, or is read, to the end of the block."""
+    def span(self, state: State, window: Span) -> Fed:
+        """From the first column that is not in the store, or is read, to the end of the block."""
         frontier, source = window.holds.frontier, window.sources(self.shift)
         first = torch.where(source < 0, state.canvas.ids.shape[1], source).amin(1)
         lo = torch.minimum(torch.minimum(state.cached.frontier.clamp(min=0), frontier), first)
-        return between(lo, self.ahead_of(torch.maximum(self.block_end(state, window), frontier), state))
+        end = self.ahead_of(torch.maximum(self.block_end(state, window), frontier), state)
+        return stretch(state, lo, end)._replace(limit=torch.minimum(end, state.canvas.length))
 
-    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def refresh(self, state: State, window: Span) -> Fed:
         """The open block and what is not in the store yet; of these keys and values only the clean ones stay."""
-        pos = self.span(state, window)
-        clean = (pos >= 0) & (pos < window.holds.frontier[:, None])
-        return gather_plan(state, pos, lane, limit=pos.amax(1) + 1, keep=clean)
+        columns = torch.arange(state.canvas.ids.shape[1], device=state.step.device)
+        return self.span(state, window)._replace(keep=columns < window.holds.frontier[:, None])
 
-    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def step(self, state: State, window: Span) -> Fed:
         """The same: the open block, whose keys and values do not stay."""
-        return self.refresh(state, window, lane)
+        return self.refresh(state, window)
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,10 @@ class BlockDual(Block):
         headless = state.canvas.masked.gather(1, first)[:, 0] & bool(self.shift)
         return super().stale(state, window) | (state.cached.end != window.holds.end) | headless
 
-    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def refresh(self, state: State, window: Span) -> Fed:
         """The open block and what is not in the store yet; all of it stays."""
-        pos = self.span(state, window)
-        return gather_plan(state, pos, lane, limit=pos.amax(1) + 1)
+        return self.span(state, window)
 
-    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def step(self, state: State, window: Span) -> Fed:
         """The window."""
-        return span_plan(state, window, lane, window.lo, window.hi, self.shift)
+        return stretch(state, window.lo, window.hi)

@@ -22,78 +22,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Cached, Canvas, Leaf, Plan, Span, State
-from dllm.decoding.columns import between
-from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Sampler, View, Window
+from dllm.decoding.canvas import Cached, Canvas, Fed, Leaf, Plan, Span, State
+from dllm.decoding.columns import indices, marked
+from dllm.decoding.facts import Shape
+from dllm.decoding.slots import Sampler
 from dllm.errors import DllmError
 from dllm.models.model import Model
+from dllm.models.transformer import Known
 from dllm.spec import check
 
-Rows = Tensor | None  # (N,) indices of rows; None: all of them
 
+def plan(state: State, fed: Fed, shape: Shape, lane: Tensor | None, lanes: slice | None) -> Plan:
+    """The plan that feeds the canvases of N rows.
 
-def gather_plan(
-    state: State, pos: Tensor, lane: Tensor | None, limit: Tensor | None = None, keep: Tensor | None = None
-) -> Plan:
-    """The plan that feeds the canvas at `pos` (N, Q), -1 for padding.
-
-    `lane` (N,) says where each row's keys and values are, None: without a store. With one, queries see the columns
-    below `limit` (N,), None: all of their row, and what they compute stays where `keep` (N, Q) holds, None: everywhere.
+    `lane` (N,) says where each row's keys and values are, None: without a store; `lanes` is the same as one run.
     """
-    ids = state.canvas.ids.gather(1, pos.clamp(min=0))
+    canvas, width = state.canvas, shape.queries
+    pos = indices(fed.cols, width)
+    at = pos.clamp(min=0)
+    fresh, keep = (None if t is None else t.gather(1, at) for t in (fed.aside, fed.keep))
+    fresh = None if fresh is None else ~fresh
     visible = None
-    if lane is not None:
-        limit = state.canvas.length if limit is None else limit
-        visible = (torch.arange(int(limit.max()), device=pos.device) < limit[:, None])[:, None]  # (N, 1, S)
-    return Plan(ids, pos, fresh=None, keep=keep, visible=visible, lane=lane, refresh=False, stored=lane is not None)
+    if lane is not None and (shape.ragged or fresh is not None):
+        limit = canvas.length if fed.limit is None else fed.limit
+        visible = (torch.arange(shape.slots, device=pos.device) < limit[:, None])[:, None]  # (N, 1, S)
+        visible = visible if fresh is None else F.pad(visible, (0, width))  # nobody sees what is private
+    write = None if shape.write is None else slice(*shape.write)
+    known = Known(shape.padded, fresh is not None, lanes, write, shape.slots)
+    ids = canvas.ids.gather(1, at)
+    return Plan(ids, pos, fresh, keep, visible, lane, known, refresh=fed.dense, stored=lane is not None)
 
 
-def full_plan(state: State, lane: Tensor | None = None) -> Plan:
-    """Every column of every row; with a store it opens a new epoch."""
-    pos = between(torch.zeros_like(state.step), state.canvas.length)
-    return gather_plan(state, pos, lane)._replace(refresh=True)
+def planned(state: State, fed: Fed, lane: Tensor | None = None) -> Plan:
+    """The same where the host knows nothing: it asks how many columns are fed."""
+    limit = state.canvas.length if fed.limit is None else fed.limit
+    queries, slots = torch.stack([fed.cols.sum(1).amax(), limit.amax()]).tolist()
+    return plan(state, fed, Shape(max(queries, 1), slots, 1), lane, None)
 
 
-def span_plan(state: State, window: Span, lane: Tensor, lo: Tensor, hi: Tensor, shift: int) -> Plan:
-    """The columns [lo, hi), each (B,), against the stored rest of the row, and whatever else the step reads."""
-    lo, hi = lo.clamp(min=0), torch.minimum(hi, state.canvas.length)
-    pos, source = between(lo, hi), window.sources(shift)
-    outside = (source >= 0) & ((source < lo[:, None]) | (source >= hi[:, None]))
-    if not bool(outside.any()):
-        return gather_plan(state, pos, lane)
-    more = torch.where(outside, source, -1)[:, outside.any(0)]
-    plan = gather_plan(state, torch.cat([pos, more], 1), lane)
-    if window.aside is None or plan.visible is None:
-        return plan
-    # a region that is only looked at (Prophet) is private to the forward: reading it changes nothing
-    aside = (window.aside & outside)[:, outside.any(0)]
-    if not bool(aside.any()):
-        return plan
-    fresh = torch.cat([torch.ones_like(pos, dtype=torch.bool), ~aside], 1)
-    return plan._replace(fresh=fresh, visible=F.pad(plan.visible, (0, fresh.shape[1])))
+def everything(state: State) -> Fed:
+    """All columns of every row."""
+    columns = torch.arange(state.canvas.ids.shape[1], device=state.step.device)
+    return Fed(columns < state.canvas.length[:, None], dense=True)
 
 
-@dataclass(frozen=True)
-class Accounted(Window):
-    """The window slot of a sampler under a policy: the sampler's own window, followed by the policy's account."""
-
-    inner: Window
-    policy: Policy
-    only_masked: bool  # the step reads masked columns only
-
-    def open(self, state: State) -> tuple[State, Span]:
-        """The window's state and span, with what the policy notes and what the step leaves in the store."""
-        state, window = self.inner.open(state)
-        if self.only_masked:
-            read = (window.reads >= 0) & state.canvas.masked.gather(1, window.reads.clamp(min=0))
-            window = window._replace(reads=torch.where(read, window.reads, -1))
-        state = self.policy.note(state, window)
-        return state, window._replace(cached=self.policy.holds(state, window))
-
-    def narrow(self, view: View, pred: Prediction) -> None:
-        """As the sampler's own window."""
-        self.inner.narrow(view, pred)
+def stretch(state: State, lo: Tensor, hi: Tensor) -> Fed:
+    """The columns [lo, hi) of each row, (B,) each, as far as it goes."""
+    columns = torch.arange(state.canvas.ids.shape[1], device=lo.device)
+    hi = torch.minimum(hi, state.canvas.length)
+    return Fed((columns >= lo[:, None]) & (columns < hi[:, None]))
 
 
 @dataclass(frozen=True)
@@ -128,10 +105,8 @@ class Policy(ABC):
         return dataclasses.replace(self, block_size=model.block_size, shift=model.shift)
 
     def attach(self, sampler: Sampler) -> Sampler:
-        """The sampler with this policy's account behind its window."""
-        only_masked = self.sparse and not sampler.needs.committed
-        starts = (*sampler.starts, (self.memory, self.columns))
-        return sampler._replace(window=Accounted(sampler.window, self, only_masked), starts=starts)
+        """The sampler with the first leaves of this policy's account."""
+        return sampler._replace(starts=(*sampler.starts, (self.memory, self.columns)))
 
     # -- the account: leaves of the decoding state ------------------------------------------------------------------
 
@@ -153,39 +128,40 @@ class Policy(ABC):
 
     # -- the forwards -----------------------------------------------------------------------------------------------
 
-    def plan(self, state: State, window: Span, lane: Tensor) -> list[tuple[Rows, Plan]]:
-        """The forwards of this tick, each with the rows it serves. Refreshing and stepping rows differ in shape."""
-        if not self.stored:
-            return [(None, self.step(state, window, lane))]
-        stale = self.stale(state, window).tolist()
-        plans: list[tuple[Rows, Plan]] = []
-        for flag, forward in ((True, self.refresh), (False, self.step)):
-            at = [i for i, s in enumerate(stale) if s is flag]
-            if len(at) == len(stale):
-                return [(None, forward(state, window, lane))]
-            if at:
-                rows = torch.tensor(at, device=lane.device)
-                plans.append((rows, forward(state.take(rows), window.take(rows), lane[rows])))
-        return plans
-
     def stale(self, state: State, window: Span) -> Tensor:
         """(B,) bool: rows that need a refresh in this step. Default: those of a new epoch."""
         return state.cached.epoch != window.holds.epoch
 
-    def refresh(self, state: State, window: Span, lane: Tensor) -> Plan:
-        """The forward of the stale rows (N); `lane` (N,) holds each one's keys and values. Default: a full one."""
-        return full_plan(state, lane)
+    def refresh(self, state: State, window: Span) -> Fed:
+        """What the forward of a stale row feeds. Default: everything."""
+        return everything(state)
 
     @abstractmethod
-    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
-        """The forward of the other rows (N): it covers at least `window.sources(shift)`, what the step reads."""
+    def step(self, state: State, window: Span) -> Fed:
+        """What the forward of another row feeds; what the step reads comes with it."""
 
-    def whole(self, state: State, window: Span) -> Plan:
-        """A forward without a store of all that counts: a block-causal model sees nothing behind its block."""
+    def feed(self, state: State, window: Span) -> Span:
+        """The opened window with both forwards."""
+        refresh, step = self.refresh(state, window), self._reading(self.step(state, window), window)
+        return window._replace(stale=self.stale(state, window), refresh=refresh, step=step)
+
+    def _reading(self, fed: Fed, window: Span) -> Fed:
+        """The same with the sources of all columns that the step reads.
+
+        A region that is only looked at (Prophet) is private to the forward: reading it changes nothing.
+        """
+        width, source = fed.cols.shape[1], window.sources(self.shift)
+        if window.aside is None or not self.stored:
+            return fed._replace(cols=fed.cols | marked(source, width))
+        cols = fed.cols | marked(torch.where(window.aside, -1, source), width)
+        aside = marked(source, width) & ~cols
+        return fed._replace(cols=cols | aside, aside=aside)
+
+    def whole(self, state: State, window: Span) -> Fed:
+        """All that counts for a forward without a store: a block-causal model sees nothing behind its block."""
         if self.block_size is None:
-            return full_plan(state)
-        end = self.ahead_of(self.block_end(state, window), state)
-        return gather_plan(state, between(torch.zeros_like(end), end), lane=None)
+            return everything(state)
+        return stretch(state, torch.zeros_like(state.step), self.ahead_of(self.block_end(state, window), state))
 
     # -- blocks of a block-causal model -----------------------------------------------------------------------------
 
@@ -208,10 +184,10 @@ class NoCache(Policy):
     exact: ClassVar[bool] = True
     stored: ClassVar[bool] = False
 
-    def attach(self, sampler: Sampler) -> Sampler:
-        """The sampler as it is: nothing is kept."""
-        return sampler
+    def stale(self, state: State, window: Span) -> Tensor:
+        """Never."""
+        return torch.zeros_like(state.done)
 
-    def step(self, state: State, window: Span, lane: Tensor) -> Plan:
+    def step(self, state: State, window: Span) -> Fed:
         """Everything."""
         return self.whole(state, window)

@@ -1,0 +1,89 @@
+"""What the host knows of a batch: one small table of numbers comes over with the one wait of a tick.
+
+A tick ends by opening the next window, so the table says how large the next forward is: `Shape` has its sizes, and
+nobody asks the device for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from dllm.decoding.canvas import Fed, Span, State
+from dllm.decoding.slots import Closed
+
+
+class Facts(NamedTuple):
+    """A row after a tick, its next window open; the truth values are 0 or 1."""
+
+    done: int
+    closing: int  # an exit asks that what is left is filled
+    covered: int  # and the last forward computed all that this takes
+    finite: int  # whether the logits of the last forward had a softmax
+    step: int
+    start: int  # first generated column
+    length: int  # columns
+    masks: int  # columns that are open
+    closed: int  # end of the prefix that can change no more, where the call has stop strings
+    fed: int  # positions that the last forward computed, all copies of the row together
+    stale: int  # the next step refreshes
+    size: int  # columns that the next forward feeds
+    first: int  # of them
+    last: int
+    limit: int  # stored columns that the next forward may see
+    reads: int  # columns that the next step reads
+
+
+def flags(state: State, window: Span, covered: Tensor, finite: Tensor, fed: Tensor) -> Tensor:
+    """The `Facts` of rows with an open window, (B, F). Of the last forward: covered (B,), finite (), fed (B,)."""
+    canvas, (refresh, step), stale = state.canvas, (window.feeds(True), window.feeds(False)), window.stale
+    assert stale is not None
+    cols = torch.where(stale[:, None], refresh.cols, step.cols)
+    first, second = (canvas.length if f.limit is None else f.limit for f in (refresh, step))
+    closed = state.memory.get(Closed)
+    columns = torch.arange(1, cols.shape[1] + 1, device=cols.device)
+    last = torch.where(cols, columns, 0).amax(1) - 1
+    reads = torch.where(window.reads >= 0, columns[: window.reads.shape[1]], 0).amax(1)
+    known: dict[str, Tensor] = dict(
+        done=state.done, closing=state.closing, covered=covered, finite=finite.expand_as(covered), step=state.step,
+        start=canvas.start, length=canvas.length, masks=canvas.masked.sum(1),
+        closed=canvas.start if closed is None else closed.end, fed=fed, stale=stale, size=cols.sum(1),
+        first=cols.int().argmax(1), last=last, limit=torch.where(stale, first, second), reads=reads,
+    )  # fmt: skip
+    return torch.stack([known[name] for name in Facts._fields], 1)
+
+
+def fetch(table: Tensor) -> list[Facts]:
+    """The facts of each row: the one wait of a tick."""
+    return [Facts._make(row) for row in table.tolist()]
+
+
+class Shape(NamedTuple):
+    """The sizes of one forward, for all of its rows; equal shapes make equal kernels."""
+
+    queries: int  # Q
+    slots: int  # S: stored columns that are read
+    reads: int  # W
+    padded: bool = True  # some row feeds fewer than Q columns
+    ragged: bool = True  # some row may see fewer than S stored columns
+    write: tuple[int, int] | None = None  # all rows feed, and keep, exactly these columns; None: it takes an index
+
+    @classmethod
+    def of(cls, rows: Sequence[Facts], fed: Fed) -> Self:
+        """The narrowest forward of these rows."""
+        queries, slots = max(1, *(r.size for r in rows)), max(r.limit for r in rows)
+        first, write = rows[0].first, None
+        plain = fed.keep is None and fed.aside is None
+        if plain and all(r.size == queries and r.first == first and r.last == first + queries - 1 for r in rows):
+            write = first, first + queries
+        return cls(
+            queries=queries,
+            slots=slots,
+            reads=max(1, *(r.reads for r in rows)),
+            padded=any(r.size != queries for r in rows),
+            ragged=any(r.limit != slots for r in rows),
+            write=write,
+        )

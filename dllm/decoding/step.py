@@ -1,0 +1,87 @@
+"""The two halves of a step around its forward, pure functions of the state: `opened` before it, `step` after it.
+
+    opened -> plan -> model.forward -> Prediction -> step -> opened -> ...
+
+Nothing here asks the device for a value, so both can be captured as parts of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dllm.decoding.cache.policy import Policy
+from dllm.decoding.canvas import Decision, Plan, Span, State, splice_columns
+from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Sampler, View, best, widen
+
+
+def opened(s: Sampler, policy: Policy, state: State) -> tuple[State, Span]:
+    """The state with its window open: what the step will commit, read and feed, and what it leaves in the store.
+
+    A row that is done opens one, too, which nobody looks at: it is shown as if its last column were open.
+    """
+    width, length = state.canvas.ids.shape[1], state.canvas.length
+    shown = state.done[:, None] & (torch.arange(width, device=length.device) == length[:, None] - 1)
+    canvas = state.canvas
+    state, win = s.window.open(state._replace(canvas=canvas.showing(canvas.masked | shown)))
+    state = state._replace(canvas=state.canvas.showing(state.canvas.masked & ~shown))
+    if policy.sparse and not s.needs.committed:  # committed columns are computed only for those who read them
+        read = (win.reads >= 0) & state.canvas.masked.gather(1, win.reads.clamp(min=0))
+        win = win._replace(reads=torch.where(read, win.reads, -1))
+    state = policy.note(state, win)
+    win = win._replace(cached=policy.holds(state, win))
+    for extra in s.reads:
+        win = widen(win, extra(state, win), width)
+    if win.reads.shape[1] < width:
+        win = win._replace(reads=F.pad(win.reads, (0, width - win.reads.shape[1]), value=-1))
+    return state, feeding(s, policy, state, win)
+
+
+def feeding(s: Sampler, policy: Policy, state: State, window: Span) -> Span:
+    """The window with the forwards of this policy."""
+    window = policy.feed(state, window)
+    if s.inputs is None:
+        return window
+    refresh, after = (s.inputs.cover(window.feeds(f), state, window) for f in (True, False))
+    return window._replace(refresh=refresh, step=after)
+
+
+def expanded(s: Sampler, state: State, window: Span, plan: Plan) -> Plan:
+    """The plan that is fed: the canvas, or what the inputs slot makes of it."""
+    return plan if s.inputs is None else s.inputs.expand(plan, state, window)
+
+
+def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
+    """The whole step but the forward. Pure: equal arguments give equal states."""
+    view = View(state, window, s.schedule)
+    s.window.narrow(view, pred)
+    soft = pred
+    for adjust in s.adjust:  # for selection only
+        soft = adjust(view, soft)
+    score = s.score(view, soft)
+    chosen = s.select(view, soft, score) & view.live
+    if not s.needs.may_idle:  # progress: the best candidate where nothing was chosen
+        chosen = chosen | (best(score, view.live) & ~chosen.any(1, keepdim=True))
+    d = view.commit(chosen, soft.token)
+    for amend in s.amend:  # raw predictions
+        d = amend(view, pred, d)
+    return advance(s, view, d)
+
+
+def advance(s: Sampler, view: View, d: Decision) -> State:
+    """The state after a decision. A fill is left to the engine, which knows what the forward covered."""
+    state, canvas = view.state, view.canvas.apply(d)
+    open_ = canvas.masked.any(1)
+    done = d.done if s.stop is None else d.done | s.stop(view, canvas)
+    held, closing = view.held, state.closing
+    if d.fill is not None:
+        held, closing = held & ~d.fill, d.fill & open_
+    cached, columns = view.window.cached or state.cached, view.columns
+    if d.edits:
+        edited = torch.zeros_like(state.done)
+        edited[[row for row, *_ in d.edits]] = True
+        cached = cached.forget(edited)
+        columns = splice_columns(columns, d)
+    done = done | ~(open_ | held)
+    return State(canvas, state.step + 1, state.seed, state.asked, cached, done, closing, view.memory, columns)
