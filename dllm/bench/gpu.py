@@ -140,7 +140,7 @@ class Bench:
 
     def laps(self, job: Job) -> list[float]:
         """Seconds of each tick of a decode but the first, in which the loop starts; of that one where it is alone."""
-        ticks = islice(job.ticks(Meter(1, self.device)), self.scale.ticks)
+        ticks = islice(job.ticks(Meter(1)), self.scale.ticks)
         times = [self.timer(), *(self.timer() for _ in ticks)]
         first, *others = [b - a for a, b in pairwise(times)]
         return others or [first]
@@ -167,7 +167,7 @@ class Bench:
         """What a step asks of the card, in the middle of a block of one token a step."""
         skipped, steps = self.scale.length // 4, self.scale.length // 2
         job = prepare(self.dense, self.prompts(1)[0], {**self.scale.call, "steps": self.scale.new})
-        ticks = job.ticks(Meter(1, self.device))
+        ticks = job.ticks(Meter(1))
         advance(ticks, skipped)
         plain = seconds(partial(advance, ticks, steps), self.timer) / steps
         advance(ticks, self.scale.length - steps)  # as far into the next block

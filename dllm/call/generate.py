@@ -12,7 +12,7 @@ from dllm.call.job import MAX_NEW_TOKENS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
 from dllm.decoding.canvas import Canvas
-from dllm.decoding.columns import index
+from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter
 from dllm.decoding.recording import record
 from dllm.decoding.trace import BLANK

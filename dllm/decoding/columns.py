@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -14,12 +13,6 @@ def spans(lo: Tensor, hi: Tensor, width: int) -> Tensor:
     """(B, width) columns lo, lo+1, ... of each row, -1 from hi on."""
     cols = lo[:, None] + torch.arange(width, device=lo.device)
     return torch.where(cols < hi[:, None], cols, -1)
-
-
-def index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """A few numbers of the host on the device, without a wait."""
-    numbers = torch.tensor(rows, dtype=torch.long)
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)

@@ -15,8 +15,8 @@ import torch
 
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Span, State
-from dllm.decoding.columns import index
 from dllm.decoding.facts import Facts, fetch, flags
+from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter
 from dllm.decoding.runner import Batch, Options, Runner, Stepped
 from dllm.decoding.slots import Sampler

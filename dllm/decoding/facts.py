@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from dllm.decoding import graphs
 from dllm.decoding.canvas import Fed, Span, State
 from dllm.decoding.slots import Closed
 
@@ -58,7 +59,7 @@ def flags(state: State, window: Span, covered: Tensor, finite: Tensor, fed: Tens
 
 def fetch(table: Tensor) -> list[Facts]:
     """The facts of each row: the one wait of a tick."""
-    return [Facts._make(row) for row in table.tolist()]
+    return [Facts._make(row) for row in graphs.fetch(table)]
 
 
 class Shape(NamedTuple):

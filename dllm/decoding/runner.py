@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, everything, plan
 from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.columns import constant, index, indices, scatter
+from dllm.decoding.columns import constant, indices, scatter
 from dllm.decoding.facts import Facts, Shape, flags
+from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Confidence, Sampler

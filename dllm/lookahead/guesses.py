@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, planned
 from dllm.decoding.canvas import Plan, Span, State
-from dllm.decoding.columns import index
+from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Runner
 from dllm.decoding.slots import Sampler, View, rank

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Plan, State
-from dllm.decoding.columns import index
+from dllm.decoding.graphs import index
 from dllm.decoding.runner import Part
 from dllm.lookahead.branches import Evaluated, Query
 from dllm.lookahead.ledger import History, Ledger

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from dllm.decoding.canvas import State
-from dllm.decoding.columns import index
+from dllm.decoding.graphs import index
 from dllm.lookahead.memo import Group, RowMemo
 
 

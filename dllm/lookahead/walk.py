@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Plan, State
-from dllm.decoding.columns import index
+from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Batch, Part, Runner, Stepped
 from dllm.decoding.step import expanded, feeding
