@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dllm.errors import DllmError
 from dllm.models.checkpoint import build
 from dllm.models.config import ModelConfig, MoEConfig
 from dllm.models.foreign import ForeignModel
 from dllm.models.hub import load
-from dllm.models.moe import MoE, route
+from dllm.models.moe import OPAQUE, MoE, blocked, grouped, route
 from dllm.models.native import NativeModel
 from dllm.models.parallel import device_plan
 from dllm.models.transformer import Transformer
@@ -277,6 +278,34 @@ def test_mixture_equals_the_naive_loop(kind, dtype):
         trained = mlp(x)  # with gradients another product is used
         with torch.no_grad():
             assert (trained - naive(mlp, x)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64])
+def test_blocks_that_no_routing_changes_equal_sorted_segments(tokens):
+    """What an accelerator without a kernel for segments computes, whatever the routing: even, random, one for all."""
+    torch.manual_seed(0)
+    gate_up, down, x = torch.randn(6, 8, 10).double(), torch.randn(6, 5, 8).double(), torch.randn(tokens, 8).double()
+    random = torch.rand(tokens, 6).topk(2, -1).indices
+    for experts in (random, torch.arange(2 * tokens).view(tokens, 2) % 6, torch.tensor([[5, 2]]).expand(tokens, -1)):
+        assert (blocked(x, experts, gate_up, down) - grouped(x, experts, gate_up, down)).abs().max() < 1e-12
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # asks nothing
+            fakes = [mode.from_tensor(t) for t in (x, experts, gate_up, down)]
+            assert blocked(*fakes).shape == OPAQUE(*fakes).shape == (tokens, 2, 8)
+
+
+def test_gradients_of_a_mixture_reach_the_experts_that_were_used():
+    torch.manual_seed(0)
+    mlp = MoE(8, MoEConfig(6, 2, 5)).double()
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    experts = route(x @ mlp.gate.weight.T, None, mlp.moe)[0]
+    wanted = [x, mlp.gate.weight, mlp.gate_up_proj, mlp.down_proj]
+    ours, theirs = (torch.autograd.grad(out.square().sum(), wanted) for out in (mlp(x), naive(mlp, x)))
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own - other).abs().max() < 1e-10
+    idle = sorted({*range(6)} - {*experts.flatten().tolist()})
+    assert idle and not ours[-1][idle].any()
 
 
 def test_groups_limit_the_choice_and_the_bias_does_not_weigh():

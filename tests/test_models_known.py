@@ -11,6 +11,7 @@ from scripted import tiny
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from dllm.models.config import MoEConfig
 from dllm.models.model import ForwardOptions
 from dllm.models.native import NativeModel
 from dllm.models.transformer import Known, KVStore
@@ -20,6 +21,7 @@ SWITCHES = {
     "full": {},
     "block": {"block_size": 4},
     "causal": {"causal": True},
+    "mixture": {"moe": MoEConfig(8, 2, 5)},  # rows that the grouped product does not take
     "norms": {"qk_norm": True, "rotary_fraction": 0.5},
 }
 

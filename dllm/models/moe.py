@@ -1,8 +1,9 @@
 """The MLP of a layer: one, or a mixture whose experts are stacked: tokens are sorted by expert, one grouped product per
-projection."""
+projection. On an accelerator no count of tokens comes to the host."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -39,16 +40,82 @@ def route(scores: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
     return experts, chosen * moe.scale
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def by_experts(x: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Every token x (T, H) through each of its `experts` (T, k) -> (T, k, H).
+
+    gate_up (E, H, 2 * width), down (E, width, H). Nothing is added up here, so nothing depends on an order.
+    """
+    way = grouped if x.device.type == "cpu" or _on_device(x, gate_up) else blocked
+    return way(x, experts, gate_up, down)
+
+
+def _on_device(x: Tensor, weight: Tensor) -> bool:
+    """Whether `F.grouped_mm` reads its offsets on this accelerator; elsewhere it waits for them."""
+    kernel = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return kernel and x.dtype == torch.bfloat16 and _aligned(weight)
+
+
+def _aligned(weight: Tensor) -> bool:
+    """Whether rows are a multiple of 16 bytes apart, as `F.grouped_mm` asks."""
+    return not any(width * weight.itemsize % 16 for width in weight.shape[1:])
+
+
+def _sorted(experts: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts (R,) of all choices in ascending order, the choices in that order, and where each expert ends (n,)."""
+    named, order = experts.flatten().sort(stable=True)
+    ends = torch.searchsorted(named, torch.arange(n, device=named.device), right=True, out_int32=True)
+    return named, order, ends
+
+
+def grouped(x: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`by_experts` by products of segments of sorted rows."""
+    _, order, ends = _sorted(experts, len(gate_up))
+    gate, up = _segments(x[order // experts.shape[1]], gate_up, ends).chunk(2, -1)
+    y = _segments(F.silu(gate) * up, down, ends)  # (T*k, H)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return y[back].view(*experts.shape, -1)
+
+
+def _segments(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows x (R, H), sorted by expert, times their expert's weight (E, H, O) -> (R, O); `ends` (E,) closes segments."""
     taped = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    aligned = not any(width * x.itemsize % 16 for width in weight.shape[1:])  # rows of the kernel are 16 bytes apart
-    compiled = torch.compiler.is_compiling() and x.dtype != torch.bfloat16  # inductor has no other
-    if x.dtype != torch.float64 and aligned and not taped and not compiled:
-        return F.grouped_mm(x, weight, offs=ends.int())
-    bounds = [0, *ends.tolist()]
-    used = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
-    return torch.cat([x[a:b] @ weight[e] for e, a, b in used])
+    if x.dtype != torch.float64 and _aligned(weight) and not taped:
+        return F.grouped_mm(x, weight, offs=ends)
+    bounds, weights = [0, *ends.tolist()], weight.unbind()
+    return torch.cat([x[a:b] @ w for w, (a, b) in zip(weights, pairwise(bounds), strict=True) if b > a])
+
+
+def blocked(x: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`by_experts` in shapes that no routing changes: blocks of equal height, each filled with rows of one expert.
+
+    A block is as high as an expert's even share of the rows, so that at most twice the rows are computed.
+    """
+    n, rows = len(gate_up), experts.numel()
+    height = -(-rows // n)
+    count = min(rows, (rows + n * (height - 1)) // height)  # blocks that any routing can fill, the last one in part
+    named, order, ends = _sorted(experts, n)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    last = ((counts + height - 1) // height).cumsum(0)  # block behind those of each expert
+    first = F.pad(last[:-1], (1, 0))
+    place = (first * height - (ends - counts))[named] + torch.arange(rows, device=x.device)  # row of each sorted choice
+    source = torch.zeros(count * height, dtype=order.dtype, device=x.device)
+    source = source.scatter_(0, place, order // experts.shape[1])  # the token of each row; any one where none is
+    owner = torch.searchsorted(last, torch.arange(count, device=x.device), right=True).clamp(max=n - 1)
+    gate, up = torch.bmm(x[source].view(count, height, -1), gate_up[owner]).chunk(2, -1)
+    y = torch.bmm(F.silu(gate) * up, down[owner]).flatten(0, 1)
+    back = torch.empty_like(place).scatter_(0, order, place)
+    return y[back].view(*experts.shape, -1)
+
+
+def _shape(x: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty(*experts.shape, x.shape[-1])
+
+
+# for torch.compile and fake tensors: one operation, whose result has the shape that they ask for
+torch.library.define("dllm::by_experts", "(Tensor x, Tensor experts, Tensor gate_up, Tensor down) -> Tensor")
+torch.library.impl("dllm::by_experts", "CompositeExplicitAutograd", by_experts)
+torch.library.register_fake("dllm::by_experts", _shape)
+OPAQUE: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = torch.ops.dllm.by_experts.default
 
 
 class Router(nn.Module):
@@ -95,11 +162,8 @@ class MoE(nn.Module):
         flat = x.flatten(0, -2)  # (T, H)
         scores = F.linear(flat.to(wide(x.dtype)), self.gate.weight.to(wide(x.dtype)))
         experts, weights = route(scores, self.gate.expert_bias, self.moe)  # (T, k)
-        order = experts.flatten().argsort(stable=True)  # (T*k,) rows of the flattened choice, sorted by expert
-        ends = experts.flatten().bincount(minlength=self.moe.n_experts).cumsum(0)  # (E,)
-        gate, up = grouped_linear(flat[order // self.moe.top_k], self.gate_up_proj, ends).chunk(2, -1)
-        y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (T*k, H)
-        y = y[order.argsort()].view(-1, self.moe.top_k, y.shape[-1])  # back to (T, k, H): no atomics, so reproducible
+        real = type(x) is Tensor and not torch.compiler.is_compiling()
+        y = (by_experts if real else OPAQUE)(flat, experts, self.gate_up_proj, self.down_proj)  # (T, k, H)
         out = (weights[:, None].to(y.dtype) @ y).view_as(x)
         if self.group is not None:
             dist.all_reduce(out, group=self.group)
