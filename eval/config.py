@@ -26,6 +26,7 @@ from dllm.spec import NOWHERE, Json, Keys, Source, param, with_name
 # --------------------------------------------------------------------------------------------------------------- schema
 
 WHERE = ("cache_dir", "local_files_only")  # of a model: where its files lie, not what they are
+HOW = ("graphs",)  # of decoding: how it runs, not what it gives
 
 
 class ModelSpec(Checkpoint):
@@ -59,6 +60,7 @@ class GenerateSpec:
     chat: bool | None = param(None, "whether text goes through the chat template; null: where there is one")
     gumbel: bool | None = param(None, "draw by Gumbel noise instead of the inverse CDF")
     max_nfe: int | None = param(None, "forwards a row may take", low=1)
+    graphs: bool | None = param(None, "decode by CUDA graphs; null: where they can be")
 
     def given(self) -> Json:
         """The arguments that are not left to the family, as `dllm.generate` takes them."""
@@ -185,14 +187,14 @@ class Config:
     def identity(self) -> Json:
         """What results depend on: `plain()` without where it runs and what it is compared with."""
         ignored = ("engine", "expected", "unknown", "about", "out", "name", "confidence")
-        return {k: v for k, v in self.plain().items() if k not in ignored}
+        return {k: _prune(v, *HOW) for k, v in self.plain().items() if k not in ignored}
 
     def cells(self) -> dict[tuple[str, str], Json]:
         """What the samples of each task and setting, by their labels, depend on. How many documents are asked, and
         what else the file holds, is not in it."""
         whole = {"seed": self.seed, "batch_size": self.batch_size}
-        tasks = {t.title: _prune(spec.plain(t), "label", "limit") for t in self.tasks}
-        settings = {s.label: _prune(spec.plain(s), "label", *WHERE) for s in self.settings}
+        tasks = {t.title: _prune(spec.plain(t), "label", "limit", *HOW) for t in self.tasks}
+        settings = {s.label: _prune(spec.plain(s), "label", *WHERE, *HOW) for s in self.settings}
         return {(t, s): {**whole, "task": tasks[t], "setting": settings[s]} for t in tasks for s in settings}
 
 

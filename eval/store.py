@@ -24,7 +24,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dllm.errors import DllmError, first_line
-from dllm.eval.config import Config, Setting, load
+from dllm.eval.config import HOW, Config, Setting, load
 from dllm.eval.records import Decoding, Environment, Sample
 from dllm.models.files import replaced
 from dllm.spec import flat
@@ -42,7 +42,8 @@ def sample_key(question: Sequence[object], setting: Setting, generate: Decoding,
     """The identity of a sample: a hash of the question (task, version, document, prompt, target), of what else decides
     an output, and of the weights. The setting's name is in it: two names for one thing stay two lines of the report."""
     drafting = (s := setting.speculate) and [s.verifier.title, s.drafter.title, s.options]
-    decoding = {"setting": setting.label, "seed": seed, "generate": generate, "speculate": drafting}
+    given = {name: value for name, value in generate.items() if name not in HOW}
+    decoding = {"setting": setting.label, "seed": seed, "generate": given, "speculate": drafting}
     return _mark([*question, decoding, weights], 24)
 
 

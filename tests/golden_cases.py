@@ -17,8 +17,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @cache
-def model(checkpoint: str, dtype: str = "float64", **settled: Any) -> Any:
-    return load(GOLDEN / "checkpoints" / checkpoint, dtype=dtype, device="cpu", **settled)
+def model(checkpoint: str, dtype: str = "float64", device: str = "cpu", **settled: Any) -> Any:
+    return load(GOLDEN / "checkpoints" / checkpoint, dtype=dtype, device=device, **settled)
 
 
 def cases(*methods: str) -> list[tuple[str, str]]:
@@ -275,13 +275,15 @@ def prompt(case: dict[str, Any]) -> list[int]:
     return ids + answer
 
 
-def decode(checkpoint: str, method: str, group: list[dict[str, Any]], batch_size: int = 1) -> list[Any]:
+def decode(
+    checkpoint: str, method: str, group: list[dict[str, Any]], batch_size: int = 1, device: str = "cpu", **more: Any
+) -> list[Any]:
     """Our decodes of cases that share their parameters, in one call."""
-    arguments = ARGUMENTS[method](group[0]["params"])
+    arguments = {**ARGUMENTS[method](group[0]["params"]), **more}
     prompts = [prompt(case) for case in group]
-    settled = {}
+    settled: dict[str, Any] = {"device": device}
     if method in BLOCKWISE:  # what the codes take as arguments is a property of the model here
-        settled = {"block_size": arguments["block_length"], "mask_id": group[0]["params"]["mask_id"]}
+        settled |= {"block_size": arguments["block_length"], "mask_id": group[0]["params"]["mask_id"]}
         arguments["max_new_tokens"] = max(new_tokens(method, case) for case in group)
     return dllm.generate(model(checkpoint, **settled), prompts, **arguments, batch_size=batch_size, trace=True)
 

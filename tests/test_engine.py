@@ -202,7 +202,7 @@ class Uneven(Runner):
             assert request is not None
             self.entries.setdefault(request, (self.steps[own], others))
         self.steps[min(lanes)] += 1
-        return [self.turn(batch.part([min(lanes)]))]
+        return [batch.took(self.turn(batch.part([min(lanes)])))]
 
 
 def test_a_row_enters_when_its_lane_is_due() -> None:

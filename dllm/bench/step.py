@@ -91,7 +91,7 @@ class Lap:
         frame = call(name, model.vocab_size)
         sampler = build(name, frame)
         policy, law = NoCache(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
-        self.run = Runner(model, sampler, policy, Options(law), Meter(1), None)
+        self.run = Runner(model, sampler, policy, Options(law), Meter(1))
         queue = scene(sampler, mask=model.vocab_size - 1)
         batch, self.states = Waiting.of(sampler, policy, queue).first(1), list[Batch]()
         for k in range(STEPS):
@@ -106,8 +106,10 @@ class Lap:
     def tick(self, k: int) -> Batch:
         """The row behind step `k`."""
         self.model.step = k
-        [part] = self.run.tick(self.states[k])
-        return Batch(part.state, part.window, part.flags, fetch(part.flags), [0])
+        batch = dataclasses.replace(self.states[k])
+        self.run.tick(batch)
+        batch.facts = fetch(batch.flags)
+        return batch
 
     @torch.inference_mode()
     def time(self) -> float:

@@ -145,6 +145,7 @@ class DecodingArguments(TypedDict, total=False):
     infill: bool
     trace: bool
     compile: bool
+    graphs: bool | None
     max_nfe: int | None
     check: Step | None
 
@@ -181,6 +182,7 @@ class Arguments:
     infill: bool = ruled(False, FLAG)  # fill the mask tokens inside the prompt
     trace: bool = ruled(False, FLAG)  # record what each forward committed
     compile: bool = ruled(False, FLAG)  # torch.compile of the backbone
+    graphs: bool | None = ruled(None, FLAG)  # whether ticks become CUDA graphs; None: where they can
     max_nfe: int | None = ruled(None, COUNT)  # forwards a row may take; None: 4 a column, and 64
     check: Step | None = field(default=None, metadata={"rule": STEP})  # checks every step (docs/testing.md)
 

@@ -12,9 +12,8 @@ from dllm.call.arguments import DecodingArguments
 from dllm.call.job import ModelLike, prepare
 from dllm.call.prompts import One, Prompt, Several
 from dllm.decoding.cache.policy import planned
-from dllm.decoding.canvas import Plan
 from dllm.decoding.meter import Meter
-from dllm.decoding.runner import Answer, Part, Runner
+from dllm.decoding.runner import Answer, Part, Runner, Turn
 from dllm.decoding.slots import View
 from dllm.errors import DllmError
 
@@ -34,21 +33,18 @@ class Compared(Runner):
 
     def __init__(self, *parts: Any, errors: list[list[StepError]]) -> None:
         super().__init__(*parts)
-        self.errors, self.uncounted = errors, Meter(len(errors))
+        self.errors = errors
 
-    def forward(self, part: Part, plan: Plan) -> Answer:
-        """The policy's answer; the full one is compared and not counted."""
-        answer = super().forward(part, plan)
-        if plan.stored:
+    def turn(self, part: Part) -> Turn:
+        """The policy's step; the full forward is compared and not counted."""
+        turn = super().turn(part)
+        if turn.answer.plan.stored:
             whole = planned(part.state, self.policy.whole(part.state, part.window))
-            counted, self.meter = self.meter, self.uncounted
-            exact = super().forward(part, whole)
-            self.meter = counted
-            self._note(part, answer, exact)
-        return answer
+            self._note(part, turn.answer, self.forward(part.state, part.reading, whole))
+        return turn
 
     def _note(self, part: Part, answer: Answer, exact: Answer) -> None:
-        window = part.window.cut(max(f.reads for f in part.facts))
+        window = part.reading
         ours, theirs = answer.read(window.reads), exact.read(window.reads)
         live = View(part.state, window).live
         apart = (ours.logits - theirs.logits).abs()

@@ -12,7 +12,7 @@ from dllm.call.job import MAX_NEW_TOKENS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
 from dllm.decoding.canvas import Canvas
-from dllm.decoding.graphs import index
+from dllm.decoding.graphs import usable
 from dllm.decoding.meter import Meter
 from dllm.decoding.recording import record
 from dllm.decoding.trace import BLANK
@@ -106,7 +106,7 @@ def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
             record(traces[request], tick, row, before[request])
         if not rows:
             continue
-        canvas = tick.state.canvas.take(index(rows, job.model.device)).cpu()
+        canvas = tick.canvas(rows)
         for at, row in enumerate(rows):
             request = tick.request[row]
             if row in done:
@@ -114,7 +114,7 @@ def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
                 output = job.output(request, canvas, at, meter, traces.get(request))
                 yield Event(request, output.text[len(sent[request]) :], "" if drafts else None, output.nfe, output)
                 continue
-            low = int(tick.window.lo[row]) if job.sampler.needs.revises else None
+            low = tick.before[row].lo if job.sampler.needs.revises else None
             final, draft = _progress(job, request, canvas, at, low, drafts)
             if len(final) > len(sent[request]) or drafts:
                 yield Event(request, final[len(sent[request]) :], draft, meter.nfe[request], None)
@@ -142,7 +142,7 @@ def _progress(
 
 # -- a model that decodes itself (`Model.own_decoder`): one prompt at a time, by no sampler of ours --------------------
 
-_TAKEN = {"sampler", "max_new_tokens", "seed", "n", "chat", "batch_size"}
+_TAKEN = {"sampler", "max_new_tokens", "seed", "n", "chat", "batch_size", "graphs"}
 
 
 def _own(model: Model, decoder: OwnDecoder, prompt: object, given: Mapping[str, Any]) -> tuple[list[Output], bool]:
@@ -151,6 +151,7 @@ def _own(model: Model, decoder: OwnDecoder, prompt: object, given: Mapping[str, 
     for name, value in args.given().items():
         if name not in _TAKEN:
             raise DllmError(f"{name}={value!r} does not apply to DiffusionGemma, which decodes itself; leave it out")
+    usable(model, args.graphs)  # refuses them
     options = decoder.options(args.sampler)
     prompts, single = prompt_ids(model, prompt, args.chat, args.n)
     new = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,9 @@ from dllm.call.prompts import check_ids, listed_ids, prompt_ids
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State
+from dllm.decoding.captured import CapturedRunner
 from dllm.decoding.engine import Tick, decode
+from dllm.decoding.graphs import Counts, lent, usable
 from dllm.decoding.guidance import Guidance
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
@@ -32,10 +36,12 @@ from dllm.lookahead.setting import Lookahead, Stats
 from dllm.lookahead.walk import LookaheadRunner
 from dllm.models.hub import load
 from dllm.models.model import Model
+from dllm.models.native import NativeModel
 from dllm.samplers import Bundle, registry
 from dllm.samplers.eos_last import EosLast
 
 MAX_NEW_TOKENS = 128
+COLUMNS = 64  # captures are shared by canvases whose width has the same multiple of it
 ModelLike: TypeAlias = Model | str | Path | None  # a loaded one, a folder, a hub id; None: the embedded one
 
 
@@ -55,22 +61,35 @@ class Job:
     tails: list[int]  # columns of each canvas that only complete its last block
     lookahead: Lookahead | None = None
     report: dict[int, Stats] = field(default_factory=dict)  # of the lookahead, by request
+    captured: NativeModel | None = None  # the model, where ticks become graphs
+    counts: Counts | None = None  # of the captures
 
     def ticks(self, meter: Meter, runner: Callable[..., Runner] | None = None) -> Iterator[Tick]:
         """Decode, by `runner` where one is given. Errors: out of memory, with a batch size that may fit."""
-        size, ahead = min(self.args.batch_size, self.queue.rows), self.lookahead
-        if runner is None:
-            runner = Runner if ahead is None else partial(LookaheadRunner, setting=ahead, report=self.report)
+        size = min(self.args.batch_size, self.queue.rows)
         try:
-            yield from decode(
-                self.model, self.sampler, self.policy, self.queue,
-                batch_size=size, options=self.options, meter=meter, runner=runner,
-            )  # fmt: skip
+            with nullcontext(runner) if runner is not None else self._runner() as made:
+                yield from decode(
+                    self.model, self.sampler, self.policy, self.queue,
+                    batch_size=size, options=self.options, meter=meter, runner=made,
+                )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
             raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
+
+    @contextmanager
+    def _runner(self) -> Iterator[Callable[..., Runner]]:
+        """What decodes this call."""
+        if self.lookahead is not None:
+            yield partial(LookaheadRunner, setting=self.lookahead, report=self.report)
+        elif self.captured is not None:
+            with lent(self.captured) as graphs:
+                self.counts = graphs.counts
+                yield partial(CapturedRunner, graphs=graphs)
+        else:
+            yield Runner
 
     def output(self, request: int, canvas: Canvas, row: int, meter: Meter, trace: Trace | None = None) -> Output:
         """What a request returns that stands in a row of this canvas on the host; its trace is sealed."""
@@ -103,8 +122,13 @@ class Job:
             seed=self.args.seed + request,
             trace=trace,
             lossless=None if ahead is None else ahead.lossless,
-            stats=self.report[request].report(ahead) if ahead and request in self.report else {},
+            stats=self._stats(request),
         )
+
+    def _stats(self, request: int) -> dict[str, object]:
+        ahead = self.lookahead
+        found = self.report[request].report(ahead) if ahead and request in self.report else {}
+        return found if self.counts is None else {**found, "graphs": dataclasses.asdict(self.counts)}
 
     def begin(self, request: int) -> int:
         """The first column of a request's text: behind the prompt; an infilled text is returned whole."""
@@ -137,15 +161,16 @@ class Job:
 def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     """Check a call and lay out its canvases. Errors: every mistake that shows before the first forward."""
     args, model = Arguments.parse(given), resolve_model(model)
+    captured, grain = (model, COLUMNS) if usable(model, args.graphs) else (None, 1)
     prompts, single = prompt_ids(model, prompt, args.chat, args.n)
-    canvas, windows, tails = lay_out(model, prompts, args)
+    canvas, windows, tails = lay_out(model, prompts, args, grain)
     if args.compile:
         model.compile()
     context = _context(model, args, windows)
     stops = _stops(model, args, context.eos_ids)
     sampler = _sampler(model, args, context, stops)
     if sampler.needs.edits_length:  # what it inserts would move the tail
-        canvas, _, tails = lay_out(model, prompts, args, whole=False)
+        canvas, _, tails = lay_out(model, prompts, args, grain, whole=False)
     policy = _policy(model, args, sampler.needs, sampler.name)
     sampler = policy.attach(sampler)
     if args.trace:
@@ -156,7 +181,9 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
-    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead)
+    if ahead is not None or args.check is not None or sampler.needs.edits_length:
+        captured = None  # these ask the device
+    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, {}, captured)
 
 
 def resolve_model(model: object) -> Model:
@@ -177,9 +204,10 @@ def defaults(model: Model) -> FamilyDefaults:
 
 
 def lay_out(
-    model: Model, prompts: list[list[int]], args: Arguments, whole: bool = True
+    model: Model, prompts: list[list[int]], args: Arguments, grain: int = 1, whole: bool = True
 ) -> tuple[Canvas, list[int], list[int]]:
-    """Prompts, then masks: the canvas of all requests, right-padded, the columns that each generates, and its tail.
+    """Prompts, then masks: the canvas of all requests, right-padded to a multiple of `grain`, the columns that each
+    generates, and its tail.
 
     A block-causal model is fed `whole` blocks, as far as its positions reach: masks beyond max_new_tokens fill the last
     one. They are decoded with early_stop=False only, and never part of an output: the tail. Errors: prompts that do not
@@ -193,7 +221,7 @@ def lay_out(
     block = model.block_size if whole and not args.infill and model.block_size else 1
     tails = [min(-len(r) % block, model.max_positions - len(r)) for r in rows]
     rows = [r + [mask] * extra for r, extra in zip(rows, tails, strict=True)]
-    width = max(map(len, rows))
+    width = -(-max(map(len, rows)) // grain) * grain
     length, start = torch.tensor([len(r) for r in rows]), torch.tensor(starts)
     decoded = length - torch.tensor(tails) if args.early_stop else length
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])

@@ -67,6 +67,9 @@ def decoding(
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Request i uses seed + i.")] = 0,
+    graphs: Annotated[
+        bool | None, typer.Option("--graphs/--no-graphs", help="Decode by CUDA graphs (default: where they can be).")
+    ] = None,
 ) -> None:
     """A model, and the arguments of `dllm.generate` that decide how it answers."""
 

@@ -71,7 +71,7 @@ class Canvas(NamedTuple):
 
     def take(self, rows: Tensor) -> Canvas:
         """Some rows, by index."""
-        return _map(lambda x: x[rows], self)
+        return mapped(lambda x: x[rows], self)
 
     def cpu(self) -> Canvas:
         """The same on the host, in one copy."""
@@ -95,7 +95,7 @@ class Canvas(NamedTuple):
 
 def splice_columns(columns: Leaves, d: Decision) -> Leaves:
     """Carry the per-column leaves through the length edits of a decision; inserted columns are zero."""
-    return _map(lambda leaf: reduce(splice, d.ordered, leaf), columns)
+    return mapped(lambda leaf: reduce(splice, d.ordered, leaf), columns)
 
 
 class Cached(NamedTuple):
@@ -166,7 +166,7 @@ class State(NamedTuple):
 
     def take(self, rows: Tensor) -> State:
         """Some rows, by index."""
-        return _map(lambda x: x[rows], self)
+        return mapped(lambda x: x[rows], self)
 
     def put(self, rows: Tensor, other: State) -> State:
         """These rows with those at `rows` replaced."""
@@ -175,11 +175,11 @@ class State(NamedTuple):
             x, y = _match(x, y)
             return x.index_copy(0, rows, y)
 
-        return _map(write, self, other)
+        return mapped(write, self, other)
 
     def cat(self, other: State) -> State:
         """These rows, then the other ones."""
-        return _map(lambda x, y: torch.cat(_match(x, y)), self, other)
+        return mapped(lambda x, y: torch.cat(_match(x, y)), self, other)
 
 
 def _match(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,17 +198,17 @@ def _padded(x: Tensor, sizes: list[int]) -> Tensor:
     return F.pad(x, [n for a, b in zip(x.shape[:0:-1], sizes[::-1], strict=True) for n in (0, b - a)])
 
 
-def _map(f: Callable[..., Tensor], first: T, *rest: T) -> T:
-    """Apply `f` to the tensors of like-shaped nests of NamedTuples and leaves."""
+def mapped(f: Callable[..., Tensor], first: T, *rest: T) -> T:
+    """`f` of the tensors of like-shaped nests of NamedTuples and leaves, in their shape."""
     made: object = first
     if isinstance(first, Tensor):
         made = f(first, *rest)
     elif isinstance(first, Leaves):
         others = cast("tuple[Leaves, ...]", rest)
-        made = Leaves({kind: _map(f, leaf, *(o[kind] for o in others)) for kind, leaf in first.items()})
+        made = Leaves({kind: mapped(f, leaf, *(o[kind] for o in others)) for kind, leaf in first.items()})
     elif isinstance(first, tuple):
         fields = zip(first, *cast("tuple[tuple[object, ...], ...]", rest), strict=True)
-        made = type(first)(*(_map(f, *leaves) for leaves in fields))
+        made = type(first)(*(mapped(f, *leaves) for leaves in fields))
     return cast("T", made)
 
 
@@ -262,11 +262,11 @@ class Span(NamedTuple):
 
     def take(self, rows: Tensor) -> Span:
         """The spans of some rows, by index."""
-        return _map(lambda x: x[rows], self)
+        return mapped(lambda x: x[rows], self)
 
     def put(self, rows: Tensor, other: Span) -> Span:
         """These spans with those at `rows` replaced."""
-        return _map(lambda x, y: x.index_copy(0, rows, y), self, other)
+        return mapped(lambda x, y: x.index_copy(0, rows, y), self, other)
 
 
 class Plan(NamedTuple):
@@ -284,7 +284,7 @@ class Plan(NamedTuple):
 
     def take(self, rows: Tensor) -> Plan:
         """Some of the N rows, by index: the model asks where they are."""
-        return _map(lambda x: x[rows], self._replace(known=None))
+        return mapped(lambda x: x[rows], self._replace(known=None))
 
     def times(self, n: int) -> Plan:
         """The plan of `n` copies of all its rows, one copy after the other."""

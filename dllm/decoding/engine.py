@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from dllm.decoding.cache.policy import Policy
-from dllm.decoding.canvas import Span, State
+from dllm.decoding.canvas import Canvas, State
 from dllm.decoding.facts import Facts, fetch, flags
 from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter
-from dllm.decoding.runner import Batch, Options, Runner, Stepped
+from dllm.decoding.runner import Batch, Options, Part, Runner, Stepped
 from dllm.decoding.slots import Sampler
 from dllm.decoding.step import opened
 from dllm.errors import DllmError
@@ -26,12 +26,18 @@ from dllm.models.model import Model
 
 
 class Tick(NamedTuple):
-    """What the loop shows to its observers: the rows that stepped and their new state."""
+    """What the loop shows to its observers: the rows that stepped and their new state. Copy what you keep of that."""
 
-    request: list[int]  # request index of each row
-    facts: list[Facts]
-    state: State
-    window: Span  # of the step
+    rows: list[int]  # of the batch
+    request: list[int]  # index of the request of each
+    before: list[Facts]  # what the host knew of each: the window of the step
+    facts: list[Facts]  # what it knows now
+    state: State  # of the batch
+
+    def canvas(self, some: list[int]) -> Canvas:
+        """The canvases of some of these rows on the host, in one copy."""
+        rows = [self.rows[i] for i in some]
+        return self.state.canvas.take(index(rows, self.state.step.device)).cpu()
 
 
 @torch.inference_mode()  # as a decorator it is left at every yield
@@ -50,29 +56,27 @@ def decode(
 
     Yields the rows that stepped. Errors: NaN logits in mid-decode.
     """
-    size, lanes = min(batch_size, queue.rows), s.inputs.lanes if s.inputs is not None else 1
-    store = model.new_store(size * lanes, int(queue.canvas.ids.shape[1])) if policy.stored else None
-    run = runner(model, s, policy, options, meter, store)
+    run = runner(model, s, policy, options, meter)
     caps = [options.max_nfe or 4 * w + 64 for w in (queue.canvas.length - queue.canvas.start).tolist()]
     waiting = Waiting.of(s, policy, queue)
-    batch = waiting.first(size)
+    batch = waiting.first(min(batch_size, queue.rows))
+    run.begin(batch)
     free = list[int]()
-    while busy := [i for i, r in enumerate(batch.request) if r is not None]:
+    while busy := batch.busy:
         ending = [i for i in busy if batch.facts[i].closing or batch.request[i] in meter.capped]
-        parts = [run.close(batch.part(ending))] if ending else run.tick(batch)
-        for p in parts:
-            batch.put(p.part.rows, p.state, p.window, p.flags)
+        parts = [batch.took(run.close(batch.part(ending)))] if ending else run.tick(batch)
         batch.facts = fetch(batch.flags)  # the wait of the tick
         if not all(batch.facts[i].finite for i in busy):
             raise DllmError(
                 "the model returned NaN or infinite logits: load it in float32 or bfloat16, or check the checkpoint"
             )
         for p in parts:
-            state = ended(s, batch, settled(batch, p))
+            settled(batch, p)
+            ended(s, batch, p.part)
             facts = [batch.facts[i] for i in p.part.rows]
             meter.computed(p.part.request, [f.fed for f in facts])
             meter.finish(r for r, f in zip(p.part.request, facts, strict=True) if f.done)
-            yield Tick(p.part.request, facts, state, p.part.window)
+            yield Tick(p.part.rows, p.part.request, p.part.facts, facts, batch.state)
         for i in busy:
             request, f = batch.request[i], batch.facts[i]
             assert request is not None
@@ -88,43 +92,41 @@ def decode(
         free = [i for i in free if i not in entered]
 
 
-def settled(batch: Batch, p: Stepped) -> Stepped:
-    """The state of rows that stepped; those that an exit ends are filled from the same forward, if it covered that."""
+def settled(batch: Batch, p: Stepped) -> None:
+    """Rows that an exit ends are filled from the forward that they just had, if it covered all that this takes."""
     rows = [j for j, i in enumerate(p.part.rows) if batch.facts[i].closing and batch.facts[i].covered]
     if not rows:
-        return p
-    which = torch.zeros_like(p.state.done).index_fill(0, index(rows, p.flags.device), True)
-    state, _ = p.answer.filled(p.state, which, max(batch.facts[p.part.rows[j]].masks for j in rows))
-    return finished(batch, p._replace(state=state), rows)
+        return
+    now = batch.part(p.part.rows)
+    which = torch.zeros_like(now.state.done).index_fill(0, index(rows, now.at.device), True)
+    state, _ = p.fill(now.state, which, max(now.facts[j].masks for j in rows))
+    finished(batch, now._replace(state=state), rows)
 
 
-def ended(s: Sampler, batch: Batch, p: Stepped) -> State:
-    """The state of rows that stepped; a stop string in what became final ends its row."""
+def ended(s: Sampler, batch: Batch, part: Part) -> None:
+    """Rows end where a stop string stands in what became final. `part`: as they were before the step."""
     if s.stop is None:
-        return p.state
-    old, new = p.part.facts, [batch.facts[i] for i in p.part.rows]
-    grown = [j for j, (was, f) in enumerate(zip(old, new, strict=True)) if f.closed > was.closed and not f.done]
+        return
+    new = [batch.facts[i] for i in part.rows]
+    grown = [j for j, (was, f) in enumerate(zip(part.facts, new, strict=True)) if f.closed > was.closed and not f.done]
     if not grown:
-        return p.state
-    ids = p.state.canvas.ids[index(grown, p.flags.device)].tolist()
+        return
+    now = batch.part([part.rows[j] for j in grown])
     rows = [
-        j
-        for j, row in zip(grown, ids, strict=True)
-        if s.stop.over(row[new[j].start : new[j].closed], old[j].closed - new[j].start)
+        k
+        for k, (j, ids) in enumerate(zip(grown, now.state.canvas.ids.tolist(), strict=True))
+        if s.stop.over(ids[new[j].start : new[j].closed], part.facts[j].closed - new[j].start)
     ]
-    if not rows:
-        return p.state
-    over = p.state.done.index_fill(0, index(rows, p.flags.device), True)
-    return finished(batch, p._replace(state=p.state._replace(done=over)), rows).state
+    if rows:
+        over = now.state.done.index_fill(0, index(rows, now.at.device), True)
+        finished(batch, now._replace(state=now.state._replace(done=over)), rows)
 
 
-def finished(batch: Batch, p: Stepped, rows: list[int]) -> Stepped:
-    """Rows (by their places in the part) whose end the host found out after the tick's wait."""
-    batch.put(p.part.rows, p.state, p.window, p.flags)
-    for j in rows:
-        i = p.part.rows[j]
+def finished(batch: Batch, now: Part, rows: list[int]) -> None:
+    """Put back rows of which some, by their places, ended by what the host found out after the tick's wait."""
+    batch.put(now.rows, now.state, now.window, batch.flags[now.at])
+    for i in (now.rows[j] for j in rows):
         batch.facts[i] = batch.facts[i]._replace(done=1, closing=0)
-    return p
 
 
 class Waiting:

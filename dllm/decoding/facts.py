@@ -30,6 +30,8 @@ class Facts(NamedTuple):
     masks: int  # columns that are open
     closed: int  # end of the prefix that can change no more, where the call has stop strings
     fed: int  # positions that the last forward computed, all copies of the row together
+    lo: int  # first column of the next window
+    hi: int  # its end, exclusive
     stale: int  # the next step refreshes
     size: int  # columns that the next forward feeds
     first: int  # of them
@@ -51,8 +53,8 @@ def flags(state: State, window: Span, covered: Tensor, finite: Tensor, fed: Tens
     known: dict[str, Tensor] = dict(
         done=state.done, closing=state.closing, covered=covered, finite=finite.expand_as(covered), step=state.step,
         start=canvas.start, length=canvas.length, masks=canvas.masked.sum(1),
-        closed=canvas.start if closed is None else closed.end, fed=fed, stale=stale, size=cols.sum(1),
-        first=cols.int().argmax(1), last=last, limit=torch.where(stale, first, second), reads=reads,
+        closed=canvas.start if closed is None else closed.end, fed=fed, lo=window.lo, hi=window.hi, stale=stale,
+        size=cols.sum(1), first=cols.int().argmax(1), last=last, limit=torch.where(stale, first, second), reads=reads,
     )  # fmt: skip
     return torch.stack([known[name] for name in Facts._fields], 1)
 
@@ -88,3 +90,14 @@ class Shape(NamedTuple):
             ragged=any(r.limit != slots for r in rows),
             write=write,
         )
+
+    def static(self, columns: int) -> Self:
+        """A shape that many forwards have, for captured work: sizes rounded up, for rows of so many columns."""
+        queries, reads = (min(_rounded(n), columns) for n in (self.queries, self.reads))
+        return self._replace(queries=queries, slots=columns, reads=reads, padded=True, ragged=True, write=None)
+
+
+def _rounded(n: int) -> int:
+    """The next multiple of 8, or of an eighth of the power of two above: at most a quarter is padding."""
+    step = max(8, 1 << max((n - 1).bit_length() - 3, 0))
+    return -(-n // step) * step

@@ -37,9 +37,9 @@ from dllm.models.native import NativeModel
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LAYOUTS = 4  # whose static tensors are kept: a store is the largest thing beside the weights
+LAYOUTS = 8  # whose static tensors are kept
 CAPTURES = 64  # a graph of a thousand kernels takes a few MB of the driver beside the pool
-SHARE = 4  # captures may take a quarter of the device's memory; the next call begins anew beyond that
+SHARE = 4  # a quarter of the device's memory at most for static tensors beside those in use, and for the pool
 
 
 class Capture(NamedTuple):
@@ -53,7 +53,11 @@ class Recorder(Protocol):
     """How one kind of device captures. What its captures make lies in one pool."""
 
     bytes: int  # of the pool
-    limit: int  # of these
+    limit: int  # of bytes, and of static tensors
+
+    def allocated(self) -> int:
+        """Bytes of the tensors that lie on the device."""
+        ...
 
     def watch(self, work: Callable[[], T]) -> tuple[T, str]:
         """Do the work; also where it asked the device or waited for it, "" if it did not."""
@@ -78,6 +82,10 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         # torch takes a pool for dead when its last capture goes: this one stays
         self._anchor = self.record(lambda: torch.zeros(1, device=device))
+
+    def allocated(self) -> int:
+        """See `Recorder`."""
+        return torch.cuda.memory_allocated(self.device)
 
     def watch(self, work: Callable[[], T]) -> tuple[T, str]:
         """See `Recorder`. The mode warns, as an error in the middle would leave work in place half done."""
@@ -155,7 +163,7 @@ class Graphs:
 
     def clear(self) -> None:
         """Forget all captures and static tensors, and begin with a new pool."""
-        self._static: OrderedDict[Hashable, object] = OrderedDict()  # by layout, the last used one at the end
+        self._static: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()  # by layout, with bytes; last used last
         self._entries: OrderedDict[tuple[Hashable, Hashable], Entry] = OrderedDict()  # by layout and key, likewise
         self._recorder: Recorder | None = None
 
@@ -171,22 +179,28 @@ class Graphs:
 
         They keep the values of the last call, and must not hold the model: it could not be freed.
         """
-        static = self._static.pop(layout) if layout in self._static else self._made(make)
-        self._layout, self._static[layout] = layout, static
-        if len(self._static) > LAYOUTS:
+        found = self._static.pop(layout) if layout in self._static else self._made(make)
+        while (self._static and len(self._static) >= LAYOUTS) or self._others > self.recorder.limit:
             oldest, _ = self._static.popitem(last=False)
             for full in [full for full in self._entries if full[0] == oldest]:
                 del self._entries[full]
-        return cast(T, static)
+        self._layout, self._static[layout] = layout, found
+        return cast(T, found[0])
 
-    def _made(self, make: Callable[[], T]) -> T:
+    @property
+    def _others(self) -> int:
+        return sum(size for _, size in self._static.values())
+
+    def _made(self, make: Callable[[], T]) -> tuple[T, int]:
+        """Static tensors and their bytes; others make room where memory is short."""
         try:
-            return make()
+            before = self.recorder.allocated()
+            return make(), self.recorder.allocated() - before
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or not self._static:
                 raise
         self.clear()
-        return make()
+        return self._made(make)
 
     def run(self, key: Hashable, work: Callable[[], T], name: str = "this step") -> T:
         """What `work` returns. The tensors hold until the next `run`; `name` says in the log whose work it is."""
@@ -215,7 +229,7 @@ class Graphs:
         entry.asked += bool(place)
         entry.eager = entry.asked > 1
         if entry.eager:
-            self._say(f"{name} runs without CUDA graphs: it waits for the device at {place}; use tensors there")
+            self.say(f"{name} runs without CUDA graphs: it waits for the device at {place}; use tensors there")
         return result
 
     def _capture(self, entry: Entry, work: Callable[[], object], name: str) -> None:
@@ -229,7 +243,7 @@ class Graphs:
             entry.eager = True
             short = any(out_of_memory(e) for e in (error, error.__context__) if isinstance(e, Exception))
             why = "memory ran out while capturing; a smaller batch_size leaves room" if short else first_line(error)
-            self._say(f"{name} runs without CUDA graphs: {why}")
+            self.say(f"{name} runs without CUDA graphs: {why}")
             if short:
                 self._shed()
         self.counts.seconds += perf_counter() - began
@@ -241,7 +255,7 @@ class Graphs:
         self._static = OrderedDict((k, v) for k, v in self._static.items() if k == self._layout)
         self._recorder = None
 
-    def _say(self, what: str) -> None:
+    def say(self, what: str) -> None:
         """Log a line once."""
         if what not in self._said:
             self._said.add(what)

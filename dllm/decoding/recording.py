@@ -33,11 +33,12 @@ class Confidences:
 
 def record(trace: Trace, tick: Tick, row: int, before: list[int]) -> None:
     """Add one forward to a row's trace; `before` are the ids of its canvas until then."""
-    canvas, sure = tick.state.canvas, tick.state.columns[Confidence].table[row].tolist()
-    start, length, new = tick.facts[row].start, tick.facts[row].length, canvas.ids[row].tolist()
+    at, f = tick.rows[row], tick.facts[row]
+    start, length, new = f.start, f.length, tick.state.canvas.ids[at].tolist()
+    sure = tick.state.columns[Confidence].table[at].tolist()
     changed = [col for col in range(start, length) if before[col] != new[col]]
     trace.commits.append([[col, new[col]] for col in changed])
     trace.confidence.append([None if math.isnan(sure[col]) else round(sure[col], 6) for col in changed])
-    trace.windows.append([int(tick.window.lo[row]), int(tick.window.hi[row])])
+    trace.windows.append([tick.before[row].lo, tick.before[row].hi])
     trace.lengths.append(length)
     before[:] = new

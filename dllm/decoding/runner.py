@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, everything, plan
-from dllm.decoding.canvas import Plan, Span, State
+from dllm.decoding.canvas import Fed, Plan, Span, State
 from dllm.decoding.columns import constant, indices, scatter
 from dllm.decoding.facts import Facts, Shape, flags
 from dllm.decoding.graphs import index
@@ -25,6 +25,7 @@ from dllm.decoding.step import expanded, opened, step
 from dllm.models.model import Model
 from dllm.models.transformer import KVStore
 
+Fill = Callable[[State, Tensor, int], tuple[State, Prediction]]
 Step = Callable[[Sampler, State, Span, Prediction], State]  # `step`, or what checks it (`invariants.Checked`)
 
 
@@ -45,7 +46,8 @@ class Part(NamedTuple):
     """Some rows of a batch, with open windows. Row i of a batch has lane i of the store."""
 
     rows: list[int]  # in the batch
-    whole: bool  # these are all of them
+    at: Tensor  # (N,) the same on the device
+    lanes: slice | None  # and as one run, where they are one
     state: State
     window: Span
     facts: list[Facts]
@@ -55,26 +57,31 @@ class Part(NamedTuple):
         """Some of the rows, by their places among these."""
         if len(some) == len(self.rows):
             return self
-        at = index(some, self.state.step.device)
-        rows, request = [self.rows[i] for i in some], [self.request[i] for i in some]
-        facts = [self.facts[i] for i in some]
-        return Part(rows, False, self.state.take(at), self.window.take(at), facts, request)
+        rows, facts = [self.rows[i] for i in some], [self.facts[i] for i in some]
+        at, own = index(some, self.at.device), index(rows, self.at.device)
+        request = [self.request[i] for i in some]
+        return Part(rows, own, run_of(rows), self.state.take(at), self.window.take(at), facts, request)
+
+    @property
+    def stale(self) -> bool:
+        """Whether these rows, which are alike in that, refresh."""
+        return bool(self.facts[0].stale)
+
+    @property
+    def fed(self) -> Fed:
+        """What their forward feeds."""
+        return self.window.feeds(self.stale)
 
     @property
     def reading(self) -> Span:
         """The window, its reads cut to what some row reads."""
         return self.window.cut(max(1, *(f.reads for f in self.facts)))
 
-    @property
-    def lane(self) -> Tensor:
-        """(N,) lanes of the rows."""
-        return index(self.rows, self.state.step.device)
 
-    @property
-    def lanes(self) -> slice | None:
-        """The lanes as one run, where they are one."""
-        first = self.rows[0]
-        return slice(first, first + len(self.rows)) if self.rows[-1] - first == len(self.rows) - 1 else None
+def run_of(rows: Sequence[int]) -> slice | None:
+    """Ascending rows as a slice, where they are consecutive."""
+    first, last = rows[0], rows[-1]
+    return slice(first, last + 1) if list(rows) == list(range(first, last + 1)) else None
 
 
 @dataclass
@@ -87,14 +94,18 @@ class Batch:
     facts: list[Facts]
     request: list[int | None]  # of each row; None: nobody's
 
+    @property
+    def busy(self) -> list[int]:
+        """The rows that decode a request."""
+        return [i for i, r in enumerate(self.request) if r is not None]
+
     def part(self, rows: list[int]) -> Part:
         """Some of the rows."""
         request = [r for r in (self.request[i] for i in rows) if r is not None]
-        facts = [self.facts[i] for i in rows]
+        facts, at = [self.facts[i] for i in rows], index(rows, self.flags.device)
         if len(rows) == len(self.request):
-            return Part(rows, True, self.state, self.window, facts, request)
-        at = index(rows, self.flags.device)
-        return Part(rows, False, self.state.take(at), self.window.take(at), facts, request)
+            return Part(rows, at, run_of(rows), self.state, self.window, facts, request)
+        return Part(rows, at, run_of(rows), self.state.take(at), self.window.take(at), facts, request)
 
     def put(self, rows: list[int], state: State, window: Span, flags: Tensor) -> None:
         """Replace some rows, on the device."""
@@ -105,9 +116,14 @@ class Batch:
             self.state, self.window = self.state.put(at, state), self.window.put(at, window)
             self.flags = self.flags.index_copy(0, at, flags)
 
+    def took(self, turn: Turn) -> Stepped:
+        """Carry out the step that some rows took."""
+        self.put(turn.part.rows, turn.state, turn.window, turn.flags)
+        return Stepped(turn.part, turn.answer.filled)
 
-class Stepped(NamedTuple):
-    """Rows that took one step together."""
+
+class Turn(NamedTuple):
+    """What one step makes of some rows."""
 
     part: Part  # as they were
     after: State  # after the step
@@ -115,6 +131,13 @@ class Stepped(NamedTuple):
     window: Span  # the next one
     flags: Tensor  # (N, F)
     answer: Answer
+
+
+class Stepped(NamedTuple):
+    """Rows of a batch that have taken a step together."""
+
+    part: Part  # as they were
+    fill: Fill  # `Answer.filled` of their forward
 
 
 @dataclass(eq=False)
@@ -211,39 +234,48 @@ class Runner:
     policy: Policy
     options: Options
     meter: Meter
-    store: KVStore | None
+    store: KVStore | None = field(default=None, init=False)
+
+    def begin(self, batch: Batch) -> None:
+        """Make room for the keys and values of this batch."""
+        if self.policy.stored:
+            lanes = self.s.inputs.lanes if self.s.inputs is not None else 1
+            self.store = self.model.new_store(len(batch.request) * lanes, batch.state.canvas.ids.shape[1])
 
     def tick(self, batch: Batch) -> list[Stepped]:
         """One step of every row. Refreshing and stepping rows differ in shape: at most two forwards."""
-        busy = [i for i, r in enumerate(batch.request) if r is not None]
+        busy = batch.busy
         parts = ([i for i in busy if batch.facts[i].stale == stale] for stale in (1, 0))
-        return [self.turn(batch.part(rows)) for rows in parts if rows]
+        return [batch.took(self.turn(batch.part(rows))) for rows in parts if rows]
 
     def clock(self, lane: int) -> int:
         """Steps that a lane has taken; lanes of the plain runner never drift apart."""
         return 0
 
-    def turn(self, part: Part) -> Stepped:
+    def turn(self, part: Part) -> Turn:
         """One step of rows that all refresh, or all do not."""
-        answer, window = self.forward(part, self.planned(part)), part.reading
+        self.meter.forward(part.request)
+        return self.work(part, Shape.of(part.facts, part.fed))
+
+    def work(self, part: Part, shape: Shape) -> Turn:
+        """The same in these sizes: plan, forward, step, next window. It asks the device nothing: it can be captured."""
+        window = part.window.cut(shape.reads)
+        answer = self.forward(part.state, window, self.planned(part, shape))
         pred = answer.read(window.reads)
         return self.stepped(part, answer, pred, self.options.step(self.s, part.state, window, pred))
 
-    def planned(self, part: Part) -> Plan:
+    def planned(self, part: Part, shape: Shape) -> Plan:
         """The forward of such rows, in their lanes of the store where there is one."""
-        fed = part.window.feeds(bool(part.facts[0].stale))
-        return plan(part.state, fed, Shape.of(part.facts, fed), self.lane(part), part.lanes)
+        return plan(part.state, part.fed, shape, self.lane(part), part.lanes)
 
     def lane(self, part: Part) -> Tensor | None:
         """(N,) the lanes of a part; None where there is no store."""
-        return part.lane if self.policy.stored else None
+        return part.at if self.policy.stored else None
 
-    def forward(self, part: Part, plan: Plan) -> Answer:
-        """Run a plan of these rows, and count it."""
-        window = part.reading
-        fed = expanded(self.s, part.state, window, plan)
-        self.meter.forward(part.request)
-        return self.answer(part.state, window, fed, self.hidden(fed), plan.pos.shape[1])
+    def forward(self, state: State, window: Span, plan: Plan) -> Answer:
+        """Run a plan of these rows."""
+        fed = expanded(self.s, state, window, plan)
+        return self.answer(state, window, fed, self.hidden(fed), plan.pos.shape[1])
 
     def answer(self, state: State, window: Span, fed: Plan, hidden: Tensor, queries: int) -> Answer:
         """What hidden states say of these rows, for columns that are asked later."""
@@ -257,12 +289,12 @@ class Runner:
             known=fed.known,
         )  # fmt: skip
 
-    def stepped(self, part: Part, answer: Answer, pred: Prediction, after: State, fed: int | None = None) -> Stepped:
+    def stepped(self, part: Part, answer: Answer, pred: Prediction, after: State, fed: int | None = None) -> Turn:
         """Rows that took a step, with their next window; fed: positions computed for each, None: by the answer."""
-        cols = part.window.feeds(bool(part.facts[0].stale)).cols
+        cols = part.fed.cols
         covered = ~(after.canvas.masked & ~cols.gather(1, self._source(cols))).any(1)
         count = answer.fed if fed is None else torch.full_like(after.step, fed)
-        return Stepped(part, after, *self.open(after, pred, covered, count), answer)
+        return Turn(part, after, *self.open(after, pred, covered, count), answer)
 
     def open(self, after: State, pred: Prediction, covered: Tensor, fed: Tensor) -> tuple[State, Span, Tensor]:
         """The state with its next window open, that, and what the host must know of both."""
@@ -273,15 +305,15 @@ class Runner:
         """(B, L) the position that predicts each column."""
         return self.model.source(torch.arange(cols.shape[1], device=cols.device)).expand_as(cols)
 
-    def close(self, part: Part) -> Stepped:
+    def close(self, part: Part) -> Turn:
         """One full forward that fills whatever is still masked in these rows."""
+        self.meter.forward(part.request)
         state, longest = part.state, max(f.length for f in part.facts)
         shape = Shape(longest, 0, longest, padded=any(f.length < longest for f in part.facts))
-        part = part._replace(window=empty(state))  # `reading` leaves its one column
-        answer = self.forward(part, plan(state, everything(state), shape, None, None))
+        answer = self.forward(state, empty(state), plan(state, everything(state), shape, None, None))
         filled, pred = answer.filled(state, torch.ones_like(state.done), max(f.masks for f in part.facts))
         after = filled._replace(step=state.step + 1, columns=state.columns)  # no step: it notes nothing
-        return Stepped(part, after, *self.open(after, pred, torch.zeros_like(after.done), answer.fed), answer)
+        return Turn(part, after, *self.open(after, pred, torch.zeros_like(after.done), answer.fed), answer)
 
 
 def empty(state: State) -> Span:

@@ -21,9 +21,9 @@ def opened(s: Sampler, policy: Policy, state: State) -> tuple[State, Span]:
 
     A row that is done opens one, too, which nobody looks at: it is shown as if its last column were open.
     """
-    width, length = state.canvas.ids.shape[1], state.canvas.length
-    shown = state.done[:, None] & (torch.arange(width, device=length.device) == length[:, None] - 1)
-    canvas = state.canvas
+    canvas, width = state.canvas, state.canvas.ids.shape[1]
+    last = torch.arange(width, device=canvas.ids.device) == canvas.length[:, None] - 1
+    shown = last & state.done[:, None] & ~canvas.masked
     state, win = s.window.open(state._replace(canvas=canvas.showing(canvas.masked | shown)))
     state = state._replace(canvas=state.canvas.showing(state.canvas.masked & ~shown))
     if policy.sparse and not s.needs.committed:  # committed columns are computed only for those who read them

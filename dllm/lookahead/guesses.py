@@ -150,7 +150,7 @@ class Guesses:
         lane, stale = None, win.stale
         assert stale is not None
         if self.policy.stored:
-            lane = self.group.part.lane[rows]
+            lane = self.group.part.at[rows]
         for flag in (True, False):
             at = [i for i, s in enumerate(stale.tolist()) if s is flag]
             if at:

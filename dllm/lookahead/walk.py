@@ -19,9 +19,10 @@ from torch import Tensor
 
 from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Plan, State
+from dllm.decoding.facts import Shape
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.runner import Batch, Part, Runner, Stepped
+from dllm.decoding.runner import Batch, Part, Runner, Stepped, Turn
 from dllm.decoding.step import expanded, feeding
 from dllm.lookahead.branches import Branch, Evaluated, laid, pack, queries
 from dllm.lookahead.guard import alike, doubtful, measured_delta
@@ -65,7 +66,7 @@ class LookaheadRunner(Runner):
         more of them than there.
         """
         began = time.perf_counter()
-        part = batch.part([i for i, r in enumerate(batch.request) if r is not None])
+        part = batch.part(batch.busy)
         rows = [self.row(l, r) for l, r in zip(part.rows, part.request, strict=True)]
         ready = [i for i, row in enumerate(rows) if not row.waiting]
         groups = None
@@ -73,7 +74,7 @@ class LookaheadRunner(Runner):
             groups = self.ask(part, rows, ready, ahead=True)
             if steps := [step for group in groups for step in self.hits(group)]:
                 self.pace.note_hit(time.perf_counter() - began)
-                return steps
+                return [batch.took(step) for step in steps]
         auto, most = self.setting.rows == "auto", self.setting.max_rows
         limit = self.pace.choose(len(rows), most) if auto else int(self.setting.rows)
         if groups is None or len(ready) < len(rows) or limit == 1:
@@ -84,7 +85,7 @@ class LookaheadRunner(Runner):
         if auto and len(due) == 1 and not any(q.opening for q in due[0].queries):
             evaluated = sum(1 + row.guessed for row in due[0].rows)
             self.pace.note(evaluated, time.perf_counter() - began, len(due[0].rows))
-        return steps
+        return [batch.took(step) for step in steps]
 
     def row(self, lane: int, request: int) -> RowMemo:
         """What is known of the row in this lane; a new request begins with nothing but the lane's clock."""
@@ -104,7 +105,7 @@ class LookaheadRunner(Runner):
             some = [i for i in which if part.facts[i].stale == stale]
             if some:
                 own = part.take(some)
-                plan = self.ahead(own) if ahead and self.far is not self.policy else self.planned(own)
+                plan = self.ahead(own) if ahead and self.far is not self.policy else self.plain(own)
                 fed, group = expanded(self.s, own.state, own.reading, plan), [rows[i] for i in some]
                 asked = queries(fed, len(some)) if ahead else []
                 for query, row in zip(asked, group, strict=False):
@@ -112,14 +113,18 @@ class LookaheadRunner(Runner):
                 out.append(Group(own, group, plan.pos.shape[1], fed, asked))
         return out
 
+    def plain(self, part: Part) -> Plan:
+        """The forward of rows that all refresh, or all do not."""
+        return self.planned(part, Shape.of(part.facts, part.fed))
+
     def ahead(self, part: Part) -> Plan:
-        """The forward of rows that all refresh, or all do not, and of what guesses may need behind them."""
+        """The same, with what guesses may need behind them."""
         window = feeding(self.s, self.far, part.state, part.window)
-        return planned(part.state, window.feeds(bool(part.facts[0].stale)), self.lane(part))
+        return planned(part.state, window.feeds(part.stale), self.lane(part))
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
-    def hits(self, group: Group) -> list[Stepped]:
+    def hits(self, group: Group) -> list[Turn]:
         """Step the rows whose query is in the memo; the others wait."""
         found = [row.answers.get(q.key) for row, q in zip(group.rows, group.queries, strict=True)]
         answers = {i: answer for i, answer in enumerate(found) if answer is not None}
@@ -133,7 +138,7 @@ class LookaheadRunner(Runner):
         hidden = laid(some.queries, list(answers.values()), some.copies)
         return [self.finish(some, hidden, 0, hit=True, alone=False)]
 
-    def miss(self, group: Group, limit: int) -> Stepped:
+    def miss(self, group: Group, limit: int) -> Turn:
         """One forward for these rows, with guesses beside them: at most `limit` rows of each sequence."""
         for i, row in enumerate(group.rows):
             self.close_round(row, group, i)
@@ -195,7 +200,7 @@ class LookaheadRunner(Runner):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def finish(self, group: Group, hidden: Tensor, fed: int | None, *, hit: bool, alone: bool) -> Stepped:
+    def finish(self, group: Group, hidden: Tensor, fed: int | None, *, hit: bool, alone: bool) -> Turn:
         """Take the step, check it if the mode asks for that, and remember its prediction to draft from.
 
         fed: positions computed for each row, None: those of the plan. alone: the hidden states are those of the plain
@@ -246,4 +251,4 @@ class LookaheadRunner(Runner):
             fresh = not hit and not row.recent
             row.recent = [*row.recent, source] if hit else [source]
             if self.setting.restart:
-                restart(row, int(group.part.window.lo[i]), fresh)
+                restart(row, group.part.facts[i].lo, fresh)
