@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from replay import standing_in
 
+import dllm
 from dllm.bench import gpu, rival
 from dllm.bench.runtime import Figure
 from dllm.bench.shapes import SMALL, experts_read, weights
@@ -158,7 +160,16 @@ def test_time_of_a_forward_and_its_floor(bench: gpu.Bench) -> None:
     assert ratio == pytest.approx(5.0)  # half a second for four forwards
     assert note == "125.00 ms a forward, 4 forwards, 32 tokens/s"
     [(first, said)] = bench.first()
-    assert (first, said) == (0.0, "0.50 s, later 0.50 s")
+    assert (first, said) == (0.0, "0.50 s, later 0.50 s; no graphs")
+
+
+def test_what_is_measured_is_captured(bench: gpu.Bench) -> None:
+    with standing_in():
+        _, said = next(iter(bench.own_work("threshold")))
+        assert said.startswith("2 steps a decode") and not said.endswith(" 0 replays")
+        [(_, first)] = bench.first()
+        assert "'captures': 2, 'replays': 2, 'eager': 2" in first  # a refresh and a step of two blocks
+        assert not [out for out in dllm.generate(bench.dense, [[1]], max_new_tokens=4, **gpu.EAGER) if out.stats]
 
 
 def test_bandwidth_counts_reads_and_writes(bench: gpu.Bench) -> None:

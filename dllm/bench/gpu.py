@@ -46,7 +46,7 @@ from dllm.models.quantize import quantize
 from dllm.tasks import registry as tasks
 
 log = logging.getLogger(__name__)
-EAGER: Decoding = {}  # the same code without graphs
+EAGER: Decoding = {"graphs": False}
 NO_CARD = "needs a GPU"
 SEQUENTIAL = ("daedal", "eotp")  # they edit the length, and walk over the whole canvas for it
 CHILD = "import sys; from dllm.bench.gpu import first_call; first_call(sys.argv[1] == 'small', sys.argv[2] or None)"
@@ -154,9 +154,10 @@ class Bench:
 
     def first(self) -> Iterator[Found]:
         """The first call of a process against a later one."""
-        call = partial(dllm.generate, self.dense, self.prompts(1), **self.scale.call)
-        first, later = seconds(call, self.timer), seconds(call, self.timer)
-        yield first - later, f"{first:.2f} s, later {later:.2f} s"
+        began = self.timer()
+        [out] = dllm.generate(self.dense, self.prompts(1), **self.scale.call)
+        first, later = self.timer() - began, self.pace(self.dense).seconds
+        yield first - later, f"{first:.2f} s, later {later:.2f} s; {out.stats.get('graphs', 'no graphs')}"
 
     def decode(self, **changes: Any) -> Iterator[Found]:
         """A decode against its floor."""
@@ -221,9 +222,11 @@ class Bench:
             call = {"sampler": step.spec(name), "max_new_tokens": WINDOW, "block_length": WINDOW, "early_stop": False}
             prompt, times = list(range(WINDOW)), list[float]()
             for turn in range(self.repeats + 1):
-                laps = self.laps(prepare(model, prompt, {**call, **law, "cache": "none"}))
+                job = prepare(model, prompt, {**call, **law, "cache": "none"})
+                laps = self.laps(job)
                 times += laps if turn else []
-            yield 1e3 * statistics.median(times), f"{len(times) // self.repeats} steps a decode"
+            steps = f"{len(laps)} steps a decode, {job.counts.replays if job.counts else 0} replays"
+            yield 1e3 * statistics.median(times), steps
 
     def ahead(self) -> Iterator[Found]:
         """Lookahead at the full shape: what a tick costs, and `auto`."""
