@@ -181,8 +181,8 @@ class Arguments:
     chat: bool | None = ruled(None, FLAG)  # whether text goes through the chat template; None: where there is one
     infill: bool = ruled(False, FLAG)  # fill the mask tokens inside the prompt
     trace: bool = ruled(False, FLAG)  # record what each forward committed
-    compile: bool = ruled(False, FLAG)  # torch.compile of the backbone
     graphs: bool | None = ruled(None, FLAG)  # whether ticks become CUDA graphs; None: where they can
+    compile: bool = ruled(False, FLAG)  # torch.compile of a layer
     max_nfe: int | None = ruled(None, COUNT)  # forwards a row may take; None: 4 a column, and 64
     check: Step | None = field(default=None, metadata={"rule": STEP})  # checks every step (docs/testing.md)
 

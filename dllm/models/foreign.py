@@ -67,6 +67,11 @@ class ForeignModel(NativeModel):
         logits: Tensor = self.transformer(input_ids=ids, attention_mask=seen, **others).logits
         return logits
 
+    def compile(self) -> None:
+        """Compile the network with torch.compile, once; the first forwards pay for it."""
+        if self.transformer._compiled_call_impl is None:
+            self.transformer.compile(dynamic=True)
+
     forward_kv, logits = Model.forward_kv, Model.logits
 
     def new_store(self, lanes: int, slots: int) -> KVStore:

@@ -98,9 +98,9 @@ class NativeModel(Model):
         return self
 
     def compile(self) -> None:
-        """Compile the backbone with torch.compile, once; shapes stay dynamic. The first forwards pay for it."""
-        if self.transformer._compiled_call_impl is None:
-            self.transformer.compile(dynamic=True)
+        """Compile the layers with torch.compile, once; the first forward of a kind pays for it."""
+        if self.transformer.step is None:
+            self.transformer.compile_layers()
 
     def save(
         self, folder: str | Path, shard_bytes: int = 5 * 10**9, *, extra: Mapping[str, Json] | None = None

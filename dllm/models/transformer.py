@@ -7,16 +7,19 @@ of its token; keys are stored rotated, which is right as long as a token does no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.fused import Fused
 from dllm.models.moe import MLP, MoE, wide
 
+KINDS = 64  # of forwards that are compiled before torch gives up: each of the optional tensors is there or not
 KeysValues = tuple[Tensor, Tensor]  # what a layer computed for the queries, each (N, Q, n_kv_heads, head_dim)
 WithKV = tuple[Tensor, list[KeysValues]]  # hidden states, and those of every layer
 
@@ -102,7 +105,7 @@ class Access(NamedTuple):
     private: bool  # one more key column for every query
     lane: Tensor | None  # (N,) the stored row of each row; None: they are the same
     rows: Tensor  # (N, 1) the same
-    kept: Tensor | slice  # slots that are written for good: (N, Q), the spare one for a token that does not stay
+    kept: Tensor | slice | None  # slots written for good: (N, Q), the spare one for a token that does not stay
     lent: tuple[Tensor, Tensor] | None  # rows (N, 1) and columns (N, Q) replaced in what is read, for this forward only
 
     def __call__(self, stored: Tensor, new: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class Access(NamedTuple):
         turned = new.transpose(1, 2)
         if isinstance(self.kept, Tensor):
             stored[self.rows, :, self.kept] = new
-        elif self.kept.start < self.kept.stop:
+        elif self.kept is not None:
             stored[self._lanes, :, self.kept] = turned
         if self.lent is None:
             seen = stored[self._lanes, :, : self.slots]  # a view where the rows are the same
@@ -208,6 +211,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.spread = False  # layers on several devices
+        self.step: Callable[..., tuple[Tensor, KeysValues]] | None = None  # what `compile` made of a layer's forward
         self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -238,6 +242,9 @@ class Transformer(nn.Module):
         flags = Flags(fresh, keep, visible)
         if known is None:
             known, flags = _asked(ids, pos, flags, lane, store)
+        compiled = self.step is not None and not torch.is_grad_enabled()
+        if compiled and known.write != slice(0, 0):
+            known = known._replace(write=None)  # where it begins would be compiled in
         causal = self.config.causal and store is None and flags.visible is None and pos is None
         pos = torch.arange(q, device=ids.device)[None] if pos is None else pos  # (N|1, Q)
         lanes, access, columns = None, None, pos
@@ -253,15 +260,35 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)  # (N, Q, D)
         rotate = self._rotation(pos, x.dtype)
         mask = None if mask is None else mask[:, None]  # (N, 1, 1|Q, K)
-        made = []
+        made, run = [], self._compiled if compiled else Layer.__call__
         for i, layer in enumerate(self.layers):
             if self.spread:
                 x, rotate, mask, access = _move((x, rotate, mask, access), next(layer.parameters()).device)
             stored = None if store is None else store.layer(i, lanes)
-            x, new = layer(x, rotate, mask, causal, stored, access)
+            x, new = run(layer, x, rotate, mask, causal, stored, access)
             made.append(new)
         hidden = self.norm(x.to(self.norm.weight.device) if self.spread else x)
         return (hidden, made) if kv else hidden
+
+    def compile_layers(self, backend: str | Callable[..., object] = "inductor") -> None:
+        """Decode with one compiled function, which all layers share; lengths may vary. Training stays as it is.
+
+        Every kind of forward (with a store, with padding, ...) is compiled when it first comes up.
+        """
+        from torch._dynamo import config
+
+        config.recompile_limit = max(KINDS, config.recompile_limit)
+        self.step = torch.compile(Layer.forward, fullgraph=True, dynamic=True, backend=backend)
+
+    def _compiled(self, *arguments: object) -> tuple[Tensor, KeysValues]:
+        from torch._dynamo.exc import TorchDynamoException
+
+        assert self.step is not None
+        try:
+            return self.step(*arguments)
+        except TorchDynamoException as error:
+            said = " ".join(str(error).split("\n\n")[0].split())  # the first line only names the backend
+            raise DllmError(f"torch cannot compile this model here, leave compile= out: {said}") from error
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., D); padding rows of the vocabulary are not computed."""
@@ -324,6 +351,8 @@ def _access(
     kept: slice | Tensor | None = known.write
     if kept is None:
         kept = torch.where(take if flags.keep is None else take & flags.keep, pos, store.slots)
+    elif known.write == slice(0, 0):
+        kept = None
     lent = None
     if flags.keep is not None:  # a token that is not lent has a column of its own, or the one that nobody reads
         own = torch.arange(q, device=device) if known.private else 0
