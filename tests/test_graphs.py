@@ -320,6 +320,17 @@ def test_static_tensors_are_kept_by_layout_and_go_with_their_captures() -> None:
     assert not graph.captured("key")
 
 
+def test_static_tensors_beyond_their_share_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, sizes = Graphs(CPU), iter([0, 60, 60, 100, 100, 190])  # before and after each is made: 60, 40, 90
+    monkeypatch.setattr(type(graph.recorder), "allocated", lambda _: next(sizes))
+    monkeypatch.setattr(type(graph.recorder), "limit", 100)
+    first, second = (graph.at(layout, lambda: torch.zeros(1)) for layout in "ab")
+    graph.at("c", lambda: torch.zeros(1))  # 60 + 40 stay beside it
+    assert graph.at("a", lambda: torch.zeros(1)) is first  # and now 40 + 90 are beside this one
+    sizes = iter([0, 40])
+    assert graph.at("b", lambda: torch.zeros(1)) is not second
+
+
 def test_static_tensors_find_room_where_others_lie() -> None:
     graph = Graphs(CPU)
     x = graph.at("old", lambda: torch.zeros(1))

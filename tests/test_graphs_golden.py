@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import weakref
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import pytest
 import torch
 from golden_cases import ARGUMENTS, cases, decode, groups, mismatch, model
-from replay import standing_in
+from replay import StandIn, standing_in
+from scripted import tiny
+from typer.testing import CliRunner
 
 import dllm
+from dllm.cli import app
 from dllm.decoding.graphs import Graphs
+from dllm.errors import DllmError
+from dllm.samplers.threshold import Threshold
 
 PROMPTS = [[5, 9, 30, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
 CALL: dict[str, Any] = {"max_new_tokens": 12, "block_length": 5, "steps": 8, "early_stop": False}
@@ -57,13 +66,94 @@ def test_rows_alone_in_a_batch_and_without_graphs(arguments: dict[str, Any], cac
             assert out.trace.commits == plain[i].trace.commits
 
 
-def test_a_later_call_of_the_same_shapes_captures_nothing(device: str) -> None:
+@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.6", "eb", "localleap"])
+def test_later_calls_share_what_was_captured(sampler: str, device: str) -> None:
     m = model("tiny-llada-random", device=device)
-    first, second = (dllm.generate(m, PROMPTS[:2], sampler="confidence", graphs=True, **CALL)[0] for _ in range(2))
-    assert first.stats["graphs"]["captures"] > 0
-    assert second.stats["graphs"]["captures"] == 0
-    assert second.stats["graphs"]["replays"] == second.calls
-    assert second.sequences == first.sequences
+    call = {**CALL, "sampler": sampler, "early_stop": True, "graphs": True}
+    first, second = (dllm.generate(m, PROMPTS[:2], seed=seed, **call) for seed in range(2))
+    assert first[0].stats["graphs"]["captures"] > 0
+    counts = max((o.stats["graphs"] for o in second), key=lambda counts: counts["replays"])
+    assert counts["captures"] == counts["eager"] == 0
+    assert counts["replays"] == max(o.calls for o in second)
+    assert [o.sequences for o in second] == [o.sequences for o in first]
+    prompts = [[8, 9, 7], [5, 6]]
+    other, want = (dllm.generate(m, prompts, **{**call, "graphs": on}) for on in (True, False))
+    assert [o.sequences for o in other] == [o.sequences for o in want]
+
+
+def test_streams_at_once_and_streams_left(device: str) -> None:
+    m, call = model("tiny-llada-random", device=device), {**CALL, "sampler": "threshold:tau=0.6", "cache": "dual"}
+    want = [dllm.generate(m, prompt, graphs=False, **call).sequences for prompt in PROMPTS[:2]]
+    left = dllm.stream(m, PROMPTS[2], drafts=True, graphs=True, **call)
+    next(left)
+    for _ in range(2):
+        both = [dllm.stream(m, prompt, drafts=True, graphs=True, **call) for prompt in PROMPTS[:2]]
+        events = [e for pair in zip_longest(*both) for e in pair if e is not None]
+        assert sorted(e.output.sequences for e in events if e.output) == sorted(want)
+        left.close()  # its graphs come back in the middle of a decode
+
+
+def test_a_model_is_freed_with_what_was_captured(device: str) -> None:
+    m = tiny().to(device)
+    dllm.generate(m, [1, 2, 3], graphs=True, sampler="threshold", cache="dual", eos=[], **CALL)
+    dead = weakref.ref(m)
+    del m
+    gc.collect()
+    assert dead() is None
+
+
+def test_a_sampler_that_asks_the_device_decodes_and_is_named_once(
+    device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    m, call, select = model("tiny-llada-random", device=device), {**CALL, "sampler": "threshold"}, Threshold.select
+    want = dllm.generate(m, PROMPTS, graphs=False, **call)
+
+    def asks(self: Threshold, view: Any, soft: Any, score: Any) -> Any:
+        return select(self, view, soft, score) if view.live.any() else view.live
+
+    monkeypatch.setattr(Threshold, "select", asks)
+    with caplog.at_level(logging.WARNING):
+        out = dllm.generate(m, PROMPTS, graphs=True, **call)
+    assert [o.sequences for o in out] == [o.sequences for o in want]
+    assert out[0].stats["graphs"]["captures"] == 0
+    [line] = [r.message for r in caplog.records]
+    place = f"tests/test_graphs_golden.py:{asks.__code__.co_firstlineno + 1}"
+    assert (
+        line.startswith("sampler 'threshold' runs without CUDA graphs: it waits for the device at ") and place in line
+    )
+
+
+def test_memory_that_runs_out_while_capturing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(self: StandIn, work: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    m, call = model("tiny-llada-random"), {**CALL, "sampler": "threshold"}
+    want = dllm.generate(m, PROMPTS, graphs=False, **call)
+    monkeypatch.setattr(StandIn, "record", record)
+    with standing_in(), caplog.at_level(logging.WARNING):
+        out = dllm.generate(m, PROMPTS, graphs=True, **call)
+    assert [o.sequences for o in out] == [o.sequences for o in want]
+    assert {r.message for r in caplog.records} == {
+        "sampler 'threshold' runs without CUDA graphs: memory ran out while capturing; a smaller batch_size leaves room"
+    }
+
+
+def test_graphs_on_a_cpu_are_an_error_of_one_line() -> None:
+    line = "graphs=True: CUDA graphs need a CUDA device, and this model is on cpu; leave graphs= out"
+    with pytest.raises(DllmError) as error:
+        dllm.generate(model("tiny-llada-random"), [1], graphs=True)
+    assert str(error.value) == line
+    for option, code in (("--graphs", 1), ("--no-graphs", 0)):
+        done = CliRunner().invoke(app, ["generate", "2 + 2 =", "-n", "2", "--device", "cpu", option])
+        assert done.exit_code == code
+        assert (str(done.exception) == line) == bool(code)
+
+
+def test_how_a_call_runs_is_checked() -> None:
+    with pytest.raises(DllmError, match="graphs=1 must be True or False"):
+        dllm.generate(model("tiny-llada-random"), [1], graphs=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

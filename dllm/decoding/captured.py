@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,13 @@ class Unfit(RuntimeError):
     """A state that does not keep its shapes has no static tensors."""
 
 
+def _named(slot: object) -> Hashable:
+    """Slots by value: methods of equal samplers are equal."""
+    if type(slot) is tuple:
+        return tuple(map(_named, slot))
+    return (slot.__func__, slot.__self__) if isinstance(slot, MethodType) else slot
+
+
 def _fits(old: Tensor, new: Tensor) -> Tensor:
     if old.shape[1:] != new.shape[1:] or old.dtype != new.dtype:
         raise Unfit(f"a leaf of its state changes from {list(old.shape)} to {list(new.shape)}")
@@ -118,7 +126,7 @@ class CapturedRunner(Runner):
 
     def baked(self) -> tuple[Hashable, ...]:
         """What captured work depends on beside shapes; calls in which it is equal share their captures."""
-        slots = self.s._replace(starts=(), lookahead=None)
+        slots = _named(tuple(self.s._replace(starts=(), lookahead=None)))
         try:
             hash(slots)
         except TypeError:  # of a slot with a table: it equals itself alone

@@ -37,9 +37,9 @@ from dllm.models.native import NativeModel
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LAYOUTS = 8  # whose static tensors are kept
+LAYOUTS = 8  # whose static tensors are kept: calls of other widths, batch sizes or samplers
 CAPTURES = 64  # a graph of a thousand kernels takes a few MB of the driver beside the pool
-SHARE = 4  # a quarter of the device's memory at most for static tensors beside those in use, and for the pool
+SHARE = 8  # an eighth of the device's memory at most for static tensors beside those in use, and for the pool
 
 
 class Capture(NamedTuple):
