@@ -485,6 +485,15 @@ def test_a_model_that_moved_is_captured_anew() -> None:
         assert first is not second
 
 
+def test_a_model_that_was_compiled_since_is_captured_anew() -> None:
+    model = tiny()
+    with lent(model) as first:
+        pass
+    model.compile()
+    with lent(model) as second:
+        assert first is not second
+
+
 def test_captures_beyond_their_share_go_before_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = tiny(), torch.zeros(4)
     with lent(model) as graph:

@@ -288,8 +288,9 @@ def lent(model: NativeModel) -> Iterator[Graphs]:
 
 
 def _addresses(model: NativeModel) -> tuple[int, ...]:
-    """Where the weights lie: captures read them there. Quantized ones have no address of their own."""
-    return tuple(at for p in model.transformer.parameters() for at in (id(p), p.data_ptr()))
+    """Where the weights lie, and whether layers are compiled. Quantized weights have no address of their own."""
+    network = model.transformer
+    return network.step is None, *(at for p in network.parameters() for at in (id(p), p.data_ptr()))
 
 
 def usable(model: Model, asked: bool | None) -> TypeGuard[NativeModel]:
