@@ -42,6 +42,8 @@ class FreeDave(Method):
     def bundle(self, context: Context) -> Bundle:
         """The static schedule with a lookahead of its own. Errors: eager on a bidirectional model."""
         lookahead = {name: vars(self)[name] for name in ("rows", "retain", "multi_source", "cross_blocks")}
+        if not self.retain:  # the counts of the released code, on every device
+            lookahead["form"] = "memo"
         if self.eager:
             if not context.block_size:
                 raise DllmError(

@@ -372,7 +372,7 @@ def test_a_pace_belongs_to_one_setting() -> None:
 
     def paces(sampler: str, cache: str) -> int:
         job = prepare(net, [1], {"sampler": sampler, "cache": cache, "max_new_tokens": 4})
-        return id(Pace.of(net, job.sampler, job.policy, setting))
+        return id(Pace.of(net, job.sampler, job.policy, setting, "chain"))
 
     calls = [("threshold:tau=0.5", "dual"), ("threshold:tau=0.6", "dual"), ("threshold:tau=0.5", "dual:left=4")]
     assert len({paces(*call) for call in calls}) == 3

@@ -37,8 +37,8 @@ from dllm.bench.runtime import PROBLEM, WINDOW, Figure, clock, random_model, sec
 from dllm.bench.shapes import FULL, SMALL, Scale, Shape, experts_read, weights
 from dllm.bench.traced import traced
 from dllm.call.job import Job, prepare
-from dllm.decoding.engine import Tick
 from dllm.decoding.meter import Meter
+from dllm.decoding.runner import Tick
 from dllm.errors import DllmError, first_line, unknown
 from dllm.eval.records import Decoding
 from dllm.models.native import NativeModel

@@ -20,20 +20,20 @@ from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State
 from dllm.decoding.captured import CapturedRunner
-from dllm.decoding.engine import Tick, decode
+from dllm.decoding.engine import decode
 from dllm.decoding.graphs import Counts, lent, usable
 from dllm.decoding.guidance import Guidance
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
 from dllm.decoding.recording import Confidences
-from dllm.decoding.runner import Options, Runner
+from dllm.decoding.runner import Options, Runner, Tick
 from dllm.decoding.slots import Context, Needs, Sampler
 from dllm.decoding.step import step
 from dllm.decoding.stopping import Stop, Stops
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
+from dllm.lookahead import form
 from dllm.lookahead.setting import Lookahead, Stats
-from dllm.lookahead.walk import LookaheadRunner
 from dllm.models.hub import load
 from dllm.models.model import Model
 from dllm.models.native import NativeModel
@@ -83,7 +83,9 @@ class Job:
     def _runner(self) -> Iterator[Callable[..., Runner]]:
         """What decodes this call."""
         if self.lookahead is not None:
-            yield partial(LookaheadRunner, setting=self.lookahead, report=self.report)
+            known, checked = (self.model, self.sampler, self.policy), self.args.check is not None
+            kind = form.runner(self.lookahead, *known, checked=checked)
+            yield partial(kind, setting=self.lookahead, report=self.report)
         elif self.captured is not None:
             with lent(self.captured) as graphs:
                 self.counts = graphs.counts

@@ -6,7 +6,7 @@ columns. `Canvas` is the only writer of tokens: `write` replaces some, `apply` c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -180,6 +180,21 @@ class State(NamedTuple):
     def cat(self, other: State) -> State:
         """These rows, then the other ones."""
         return mapped(lambda x, y: torch.cat(_match(x, y)), self, other)
+
+
+def joined(nests: Sequence[T]) -> T:
+    """The rows of several like-shaped nests of tensors, one nest after the other."""
+    return mapped(lambda *x: torch.cat(x), *nests)
+
+
+def sliced(nest: T, rows: slice) -> T:
+    """A run of rows of a nest of tensors, as views."""
+    return mapped(lambda x: x[rows], nest)
+
+
+def chosen(rows: Tensor, a: T, b: T) -> T:
+    """The rows of `a` where `rows` (B,) bool holds, those of `b` elsewhere."""
+    return mapped(lambda x, y: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, y), a, b)
 
 
 def _match(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

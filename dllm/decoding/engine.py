@@ -9,35 +9,19 @@ waited for once a tick: a small table says what the host must know to go on (`fa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
 from dllm.decoding.cache.policy import Policy
-from dllm.decoding.canvas import Canvas, State
-from dllm.decoding.facts import Facts, fetch, flags
+from dllm.decoding.canvas import State
+from dllm.decoding.facts import fetch, flags
 from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter
-from dllm.decoding.runner import Batch, Options, Part, Runner, Stepped
+from dllm.decoding.runner import Batch, Options, Part, Runner, Stepped, Tick
 from dllm.decoding.slots import Sampler
 from dllm.decoding.step import opened
 from dllm.errors import DllmError
 from dllm.models.model import Model
-
-
-class Tick(NamedTuple):
-    """What the loop shows to its observers: the rows that stepped and their new state. Copy what you keep of that."""
-
-    rows: list[int]  # of the batch
-    request: list[int]  # index of the request of each
-    before: list[Facts]  # what the host knew of each: the window of the step
-    facts: list[Facts]  # what it knows now
-    state: State  # of the batch
-
-    def canvas(self, some: list[int]) -> Canvas:
-        """The canvases of some of these rows on the host, in one copy."""
-        rows = [self.rows[i] for i in some]
-        return self.state.canvas.take(index(rows, self.state.step.device)).cpu()
 
 
 @torch.inference_mode()  # as a decorator it is left at every yield
@@ -57,8 +41,8 @@ def decode(
     Yields the rows that stepped. Errors: NaN logits in mid-decode.
     """
     run = runner(model, s, policy, options, meter)
-    caps = [options.max_nfe or 4 * w + 64 for w in (queue.canvas.length - queue.canvas.start).tolist()]
     waiting = Waiting.of(s, policy, queue)
+    caps = [options.cap(f) for f in waiting.all.facts]
     batch = waiting.first(min(batch_size, queue.rows))
     run.begin(batch)
     free = list[int]()
@@ -76,7 +60,7 @@ def decode(
             facts = [batch.facts[i] for i in p.part.rows]
             meter.computed(p.part.request, [f.fed for f in facts])
             meter.finish(r for r, f in zip(p.part.request, facts, strict=True) if f.done)
-            yield Tick(p.part.rows, p.part.request, p.part.facts, facts, batch.state)
+            yield from run.ticks(p.part, facts, batch.state)
         for i in busy:
             request, f = batch.request[i], batch.facts[i]
             assert request is not None

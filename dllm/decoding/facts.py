@@ -38,10 +38,14 @@ class Facts(NamedTuple):
     last: int
     limit: int  # stored columns that the next forward may see
     reads: int  # columns that the next step reads
+    doubt: int  # a lookahead leaves the next step to a forward of this row alone
 
 
-def flags(state: State, window: Span, covered: Tensor, finite: Tensor, fed: Tensor) -> Tensor:
-    """The `Facts` of rows with an open window, (B, F). Of the last forward: covered (B,), finite (), fed (B,)."""
+def flags(
+    state: State, window: Span, covered: Tensor, finite: Tensor, fed: Tensor, doubt: Tensor | None = None
+) -> Tensor:
+    """The `Facts` of rows with an open window, (B, F). Of the last forward: covered (B,), finite (), fed (B,), doubt
+    (B,), None: there is none."""
     canvas, (refresh, step), stale = state.canvas, (window.feeds(True), window.feeds(False)), window.stale
     assert stale is not None
     cols = torch.where(stale[:, None], refresh.cols, step.cols)
@@ -55,6 +59,7 @@ def flags(state: State, window: Span, covered: Tensor, finite: Tensor, fed: Tens
         start=canvas.start, length=canvas.length, masks=canvas.masked.sum(1),
         closed=canvas.start if closed is None else closed.end, fed=fed, lo=window.lo, hi=window.hi, stale=stale,
         size=cols.sum(1), first=cols.int().argmax(1), last=last, limit=torch.where(stale, first, second), reads=reads,
+        doubt=torch.zeros_like(stale) if doubt is None else doubt,
     )  # fmt: skip
     return torch.stack([known[name] for name in Facts._fields], 1)
 

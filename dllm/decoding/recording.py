@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dllm.decoding.canvas import Canvas, Decision
-from dllm.decoding.engine import Tick
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.runner import Tick
 from dllm.decoding.slots import Confidence, View
 from dllm.decoding.trace import Trace
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, everything, plan
-from dllm.decoding.canvas import Fed, Plan, Span, State
+from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State
 from dllm.decoding.columns import constant, indices, scatter
 from dllm.decoding.facts import Facts, Shape, flags
 from dllm.decoding.graphs import index
@@ -40,6 +40,10 @@ class Options:
     max_nfe: int | None = None  # steps (a forward each) a row may take; None: 4 per column of its window, and 64
     blank: bool = False  # some row begins with nothing but masks, and the model tells columns by differences alone
     step: Step = field(default_factory=lambda: step)  # takes the true steps; a guess of the lookahead is none
+
+    def cap(self, facts: Facts) -> int:
+        """The steps that a row may take, the closing forward among them."""
+        return self.max_nfe or 4 * (facts.length - facts.start) + 64
 
 
 class Part(NamedTuple):
@@ -133,6 +137,21 @@ class Turn(NamedTuple):
     answer: Answer
 
 
+class Tick(NamedTuple):
+    """What the loop shows to its observers: the rows that stepped and their new state. Copy what you keep of that."""
+
+    rows: list[int]  # of the state
+    request: list[int]  # index of the request of each
+    before: list[Facts]  # what the host knew of each: the window of the step
+    facts: list[Facts]  # what it knows now
+    state: State
+
+    def canvas(self, some: list[int]) -> Canvas:
+        """The canvases of some of these rows on the host, in one copy."""
+        rows = [self.rows[i] for i in some]
+        return self.state.canvas.take(index(rows, self.state.step.device)).cpu()
+
+
 class Stepped(NamedTuple):
     """Rows of a batch that have taken a step together."""
 
@@ -160,6 +179,10 @@ class Answer:
 
     def read(self, cols: Tensor) -> Prediction:
         """The prediction at `cols` (B, W); of a column that was not covered it is meaningless."""
+        return self.prediction(self.logits(cols), cols)
+
+    def logits(self, cols: Tensor) -> Tensor:
+        """What it says of `cols` (B, W), folded and cut to what may be predicted: (B, W, V)."""
         row = self._query(self.model.source(cols)).clamp(min=0)
         hidden = self.hidden
         copies = hidden.shape[0] // row.shape[0]
@@ -178,13 +201,20 @@ class Answer:
             early = cols < (state.canvas.start + options.min_new_tokens)[:, None]
             for eos in options.eos_ids:
                 logits[..., eos].masked_fill_(early, -torch.inf)
-        law = options.law
+        return logits
+
+    def prediction(self, logits: Tensor, cols: Tensor) -> Prediction:
+        """The prediction that these logits (B, W, V) at `cols` (B, W) are."""
+        state, law = self.state, self.options.law
         return Prediction(logits, cols, law=law, seed=state.seed, step=state.step, more=self._more, extra=self.extra)
+
+    def knows(self, cols: Tensor) -> Tensor:
+        """(B, W) bool: of the columns (B, W), those that the forward covered."""
+        return (self._query(self.model.source(cols)) >= 0) & (cols >= 0)
 
     def covered(self, cols: Tensor) -> Tensor:
         """(B,) whether the forward covered all of a row's `cols` (B, W)."""
-        row = self._query(self.model.source(cols))
-        return ~((row < 0) & (cols >= 0)).any(1)
+        return (self.knows(cols) | (cols < 0)).all(1)
 
     def private(self) -> Tensor:
         """Logits (copies B, E, V) of the queries that `inputs` added."""
@@ -252,6 +282,11 @@ class Runner:
         """Steps that a lane has taken; lanes of the plain runner never drift apart."""
         return 0
 
+    def ticks(self, part: Part, facts: list[Facts], state: State) -> list[Tick]:
+        """What observers are shown of rows of a batch that have stepped: `part` before, `facts` and the batch's state
+        now."""
+        return [Tick(part.rows, part.request, part.facts, facts, state)]
+
     def turn(self, part: Part) -> Turn:
         """One step of rows that all refresh, or all do not."""
         self.meter.forward(part.request)
@@ -291,8 +326,7 @@ class Runner:
 
     def stepped(self, part: Part, answer: Answer, pred: Prediction, after: State, fed: int | None = None) -> Turn:
         """Rows that took a step, with their next window; fed: positions computed for each, None: by the answer."""
-        cols = part.fed.cols
-        covered = ~(after.canvas.masked & ~cols.gather(1, self._source(cols))).any(1)
+        covered = self.covers(part.fed.cols, after)
         count = answer.fed if fed is None else torch.full_like(after.step, fed)
         return Turn(part, after, *self.open(after, pred, covered, count), answer)
 
@@ -301,9 +335,10 @@ class Runner:
         state, window = opened(self.s, self.policy, after)
         return state, window, flags(state, window, covered, pred.finite, fed)
 
-    def _source(self, cols: Tensor) -> Tensor:
-        """(B, L) the position that predicts each column."""
-        return self.model.source(torch.arange(cols.shape[1], device=cols.device)).expand_as(cols)
+    def covers(self, cols: Tensor, after: State) -> Tensor:
+        """(B,) whether a forward of these columns (B, L) predicts every mask that is left."""
+        source = self.model.source(torch.arange(cols.shape[1], device=cols.device)).expand_as(cols)
+        return ~(after.canvas.masked & ~cols.gather(1, source)).any(1)
 
     def close(self, part: Part) -> Turn:
         """One full forward that fills whatever is still masked in these rows."""

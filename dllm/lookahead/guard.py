@@ -38,11 +38,11 @@ def alike(a: State, b: State) -> Tensor:
     return same & (a.canvas.length == b.canvas.length) & (a.done == b.done) & (a.closing == b.closing)
 
 
-def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: State, delta: float) -> list[int]:
-    """Rows whose decision, from `state` to `after`, a change of the logits by `delta` could turn over.
+def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: State, delta: float) -> Tensor:
+    """(B,) whether a change of the logits by `delta` could turn the decision over, from `state` to `after`.
 
-    A row that leaves by an exit always is: its fill takes many tokens at once. Else the worst case of a rule that is
-    monotone in each confidence: what was chosen gets less sure, the rest more.
+    That of a row that leaves by an exit always could: a fill takes many tokens. Of the others the worst case of a rule
+    that is monotone in each confidence: what was chosen gets less sure, the rest more.
     """
     at = window.reads.clamp(min=0)
     chosen = state.canvas.masked.gather(1, at) & ~after.canvas.masked.gather(1, at)
@@ -54,4 +54,4 @@ def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: St
             logits, pred.cols, law=pred.law, seed=pred.seed, step=pred.step, more=pred.more, extra=pred.extra
         )
         same &= alike(after, step(s, state, window, other))
-    return [i for i, ok in enumerate(same.tolist()) if not ok]
+    return ~same

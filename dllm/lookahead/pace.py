@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from dllm.decoding.slots import Sampler
 from dllm.lookahead.setting import Lookahead
 from dllm.models.model import Model
 
-Key = tuple[str, Policy, str]  # sampler with its parameters, cache, drafter
+Key = tuple[str, Policy, Lookahead, str]  # sampler with its parameters, cache, setting, form
 
 ROWS = (1, 2, 4, 8)  # what "auto" chooses from
 
@@ -39,11 +39,16 @@ class Pace:
         self.step = 0.0  # s: seconds of a step that needs no forward
 
     @classmethod
-    def of(cls, model: Model, sampler: Sampler, policy: Policy, setting: Lookahead) -> Pace:
+    def of(cls, model: Model, sampler: Sampler, policy: Policy, setting: Lookahead, form: str) -> Pace:
         """The account of these, kept for the life of the process; a new one where costs are recorded."""
         if setting.costs is not None:
             return cls(setting.costs)
-        return cls.known.setdefault(model, {}).setdefault((sampler.spec, policy, setting.drafter), cls())
+        return cls.known.setdefault(model, {}).setdefault((sampler.spec, policy, setting, form), cls())
+
+    @property
+    def seen(self) -> bool:
+        """Whether forwards were measured, or their costs recorded."""
+        return self.costs is not None or self.sums[0] > 0
 
     def learn(self, streak: int, guessed: int) -> None:
         """A round of `guessed` guesses, of which the first `streak` came true."""
@@ -83,16 +88,21 @@ class Pace:
         return max((t - slope * x) / one + slope * m, 1e-9)
 
     def choose(self, n: int, most: int | None) -> int:
-        """Rows a sequence for the next forward of n sequences."""
+        """Rows a sequence for the next forward of n sequences, at most `most` in all."""
+        best = self.best(n, most)
+        if best > 1:
+            return best
+        affordable = self.costs is None and self.spent + self.cost(n) <= self.PROBE * self.total
+        return 2 if affordable and (most is None or 2 * n <= most) else 1
+
+    def best(self, n: int, most: int | None) -> int:
+        """Rows a sequence with the most steps in a unit of time: one, unless others promise to gain something."""
         sizes = [r for r in ROWS if r == 1 or most is None or n * r <= most]
         speeds = self.speeds(n, sizes)
         best = max(sizes, key=lambda r: (round(speeds[r], 9), -r))
-        if best > 1 and speeds[best] >= self.MARGIN * speeds[1]:
-            return best
-        affordable = self.costs is None and self.spent + self.cost(n) <= self.PROBE * self.total
-        return 2 if affordable and len(sizes) > 1 else 1
+        return best if speeds[best] >= self.MARGIN * speeds[1] else 1
 
-    def speeds(self, n: int, sizes: list[int]) -> dict[int, float]:
+    def speeds(self, n: int, sizes: Sequence[int]) -> dict[int, float]:
         """Steps of each of n sequences in a unit of time, for these numbers of rows."""
         found, steps, alive = {}, 0.0, 1.0
         for rows in range(1, max(sizes) + 1):

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from dllm.decoding.cache.policy import Policy
 from dllm.decoding.slots import Sampler
 from dllm.errors import DllmError
 from dllm.models.model import Model
 from dllm.spec import KINDS, check, named, param, settings, value
 
 MODES = ("exact", "guarded", "fast")
+FORMS = ("memo", "chain")
 
 
 def _costs(table: object) -> bool:
@@ -46,6 +48,10 @@ class Lookahead:
     restart       a row that has moved on to another block begins there with a forward of its own and without guesses,
                   as FreeDave's released eager mode does.
     max_rows      query rows of a whole forward; None: `rows` for each sequence. The likeliest guesses get them.
+    form          memo     the host keeps answers by the names of their queries: the fewest forwards.
+                  chain    a round is one piece of work on the device: drafts from the last state, nothing is retained.
+                           drafter="ladder", restart and relax are the memo's, and samplers that edit the length.
+                  auto     chain on CUDA devices; elsewhere memo, and with rows="auto" what takes less time.
     relax         a rule that changes the output; `out.lossless` is False then, and the plain call's forwards no bound.
                   subset   a step whose outcome was not guessed is cut down to the largest guess inside it, whose answer
                            is there already: the threshold variant of FreeDave's released code.
@@ -63,6 +69,7 @@ class Lookahead:
     delta: float | None = param(None, "bound on logit differences; None: measured", low=0)
     audit: int = param(16, "every so many hits of mode fast are checked", low=1)
     costs: Mapping[int, float] | None = None  # recorded cost of a forward for 1, 2, ... rows; None: measured
+    form: str = param("auto", "what is faster on the device", choices=("auto", *FORMS))
     relax: str | None = param(None, "the output is that of the plain call", choices=(None, "subset"))
 
     def __post_init__(self) -> None:
@@ -82,6 +89,11 @@ class Lookahead:
             return cls.parse({"rows": value(rows), **given})
         return cls(**settings("lookahead", cls, spec if isinstance(spec, Mapping) else {"rows": spec}))
 
+    def far(self, policy: Policy) -> Policy:
+        """The cache policy of forwards with guesses."""
+        ahead = self.ahead and self.cross_blocks and policy.exact and policy.block_size
+        return replace(policy, ahead=self.ahead) if ahead else policy
+
     @property
     def lossless(self) -> bool:
         """Whether the output is that of the plain call, under the conditions of the mode."""
@@ -94,6 +106,9 @@ class Lookahead:
                 f"sampler {sampler.name!r} depends on more than its state (global randomness, a clock or the number of "
                 "forwards), so its steps cannot be verified ahead of time: use it without lookahead"
             )
+        why = self.needs_memo(sampler)
+        if self.form == "chain" and why:
+            raise DllmError(f"lookahead form 'chain' does not serve {why}: use form 'memo'")
         invariant = model.dtype == torch.float64 or model.batch_invariant
         if self.mode == "exact" and not invariant:
             raise DllmError(
@@ -102,6 +117,16 @@ class Lookahead:
                 "mode 'guarded'"
             )
         return replace(self, mode=self.mode or ("exact" if invariant else "guarded"))
+
+    def needs_memo(self, sampler: Sampler) -> str:
+        """What only the memo can serve of this; "" where there is nothing."""
+        cases = {
+            "drafter='ladder'": self.drafter == "ladder",
+            "restart=True": self.restart,
+            f"relax={self.relax!r}": self.relax is not None,
+            f"sampler {sampler.name!r}, which edits the length": sampler.needs.edits_length,
+        }
+        return next((what for what, holds in cases.items() if holds), "")
 
 
 @dataclass
@@ -119,6 +144,7 @@ class Stats:
     cuts: int = 0  # steps that a relaxation cut down
     depth: dict[int, int] = field(default_factory=dict)  # hits by how many steps ahead they were guessed
     delta: float = 0.0  # the bound that mode guarded relied on
+    form: str = "memo"
 
     def report(self, setting: Lookahead) -> dict[str, object]:
         """As an output shows it."""

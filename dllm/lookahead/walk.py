@@ -13,7 +13,7 @@ What "equal" rests on: a forward must give a row the same logits whatever runs b
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -44,11 +44,9 @@ class LookaheadRunner(Runner):
 
     def __post_init__(self) -> None:
         setting = self.setting
-        self.far = self.policy  # of forwards with guesses; `policy` is the plain call's
-        if setting.ahead and setting.cross_blocks and self.policy.exact and self.policy.block_size:
-            self.far = replace(self.policy, ahead=setting.ahead)
+        self.far = setting.far(self.policy)  # of forwards with guesses; `policy` is the plain call's
         self.rows: dict[int, RowMemo] = {}  # by lane
-        self.pace = Pace.of(self.model, self.s, self.far, setting)
+        self.pace = Pace.of(self.model, self.s, self.policy, setting, "memo")
         self.delta = 0.0
         if setting.mode == "guarded":
             self.delta = setting.delta if setting.delta is not None else measured_delta(self.model)
@@ -220,7 +218,8 @@ class LookaheadRunner(Runner):
     def doubts(self, group: Group, pred: Prediction, after: State, *, hit: bool, alone: bool) -> list[int]:
         """The rows whose step is taken again: what the mode holds for unsure, or wants to audit."""
         if self.setting.mode == "guarded" and not alone:
-            return doubtful(self.s, group.part.state, group.part.reading, pred, after, self.delta)
+            unsure = doubtful(self.s, group.part.state, group.part.reading, pred, after, self.delta)
+            return [i for i, yes in enumerate(unsure.tolist()) if yes]
         if self.setting.mode == "fast" and hit:
             return [i for i, row in enumerate(group.rows) if row.stats.hits % self.setting.audit == 0]
         return []
