@@ -62,6 +62,9 @@ def speculate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    graphs: Annotated[
+        bool | None, typer.Option("--graphs/--no-graphs", help="CUDA graphs; on where the pair allows it.")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly: speed-up and equality.")] = False,
 ) -> None:
     """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
@@ -75,7 +78,7 @@ def speculate(
     d = None if drafter == "none" else as_drafter(source)
 
     decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
-    decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
+    decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
     out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry)
     console = Console()
     assert v.tokenizer is not None  # it has read the prompt

@@ -28,11 +28,12 @@ from typing import NamedTuple, Protocol, TypeGuard, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm.errors import DllmError, first_line, out_of_memory
 from dllm.models.model import Model
 from dllm.models.native import NativeModel
+from dllm.models.transformer import Transformer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -267,14 +268,15 @@ class Idle(NamedTuple):
     weights: tuple[int, ...]
 
 
-IDLE: WeakKeyDictionary[Model, Idle] = WeakKeyDictionary()
+IDLE: WeakKeyDictionary[NativeModel | nn.Module, Idle] = WeakKeyDictionary()
 
 
 @contextmanager
-def lent(model: NativeModel) -> Iterator[Graphs]:
+def lent(model: NativeModel | nn.Module) -> Iterator[Graphs]:
     """The graphs of a model for one decode, which are freed with it; a decode that runs meanwhile gets its own."""
-    weights, idle = _addresses(model), IDLE.pop(model, None)
-    graphs = Graphs(model.device) if idle is None or idle.weights != weights else idle.graphs
+    network = model.transformer if isinstance(model, NativeModel) else model
+    weights, idle = _addresses(network), IDLE.pop(model, None)
+    graphs = Graphs(next(network.parameters()).device) if idle is None or idle.weights != weights else idle.graphs
     if graphs.recorder.bytes > graphs.recorder.limit:
         graphs.clear()
     graphs.counts = Counts(bytes=graphs.recorder.bytes)
@@ -287,29 +289,31 @@ def lent(model: NativeModel) -> Iterator[Graphs]:
         IDLE[model] = Idle(graphs, weights)
 
 
-def _addresses(model: NativeModel) -> tuple[int, ...]:
+def _addresses(network: nn.Module) -> tuple[int, ...]:
     """Where the weights lie, and whether layers are compiled. Quantized weights have no address of their own."""
-    network = model.transformer
-    return network.step is None, *(at for p in network.parameters() for at in (id(p), p.data_ptr()))
+    compiled = isinstance(network, Transformer) and network.step is None
+    return compiled, *(at for p in network.parameters() for at in (id(p), p.data_ptr()))
 
 
 def usable(model: Model, asked: bool | None) -> TypeGuard[NativeModel]:
     """Whether a call decodes by graphs: asked, or None and they help. Errors: asked for where there can be none."""
-    if asked is False:
-        return False
-    why = _obstacle(model)
-    if asked and why:
-        raise DllmError(f"graphs=True: {why}; leave graphs= out")
-    return not why
+    if isinstance(model, NativeModel):
+        return granted(asked, obstacle(model.transformer, model.device))
+    return granted(asked, "CUDA graphs capture this package's own backbone, not a model that brings its own code")
 
 
-def _obstacle(model: Model) -> str:
-    """Why a model cannot be captured; "" if it can."""
-    if not isinstance(model, NativeModel):
-        return "CUDA graphs capture this package's own backbone, not a model that brings its own code"
-    if model.device.type not in RECORDERS:
-        return f"CUDA graphs need a CUDA device, and this model is on {model.device}"
-    parameters = list(model.transformer.parameters())
+def granted(asked: bool | None, why_not: str) -> bool:
+    """Whether what was asked is done, where it can be. Errors: it was asked for and cannot, with the reason."""
+    if asked and why_not:
+        raise DllmError(f"graphs=True: {why_not}; leave graphs= out")
+    return asked is not False and not why_not
+
+
+def obstacle(network: nn.Module, device: torch.device) -> str:
+    """Why a network on this device cannot be captured; "" if it can."""
+    if device.type not in RECORDERS:
+        return f"CUDA graphs need a CUDA device, and this model is on {device}"
+    parameters = list(network.parameters())
     split = any(hasattr(type(p), "full_tensor") for p in parameters)  # foreign: over processes
     if split or len({p.device for p in parameters}) > 1:
         return "CUDA graphs need the whole model on one device"

@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dllm.drafting.proposal import Proposal
@@ -133,7 +135,7 @@ class Law:
         prob, u = torch.softmax(scores, -1), sent(self._ahead(len(proposal) + 2), logits.device)
         if proposal.kind == "sampled":
             return _ratio(proposal, prob.double(), u)
-        return _drawn(prob, u[sent(torch.tensor([0, *proposal.depths]), logits.device)])
+        return _drawn(prob, u[sent((0, *proposal.depths), logits.device)])
 
     def judge(self, proposal: Proposal, logits: Tensor, answer: Sequence[int], prefix: Sequence[int]) -> Acceptance:
         """What stays, by the answer to `ask`; where that is empty, by a walk behind the text `prefix`."""
@@ -187,7 +189,7 @@ def _ratio(proposal: Proposal, p: Tensor, u: Tensor) -> Tensor:
     assert proposal.rows is not None
     n = len(proposal)
     q = F.pad(proposal.rows.laws(p.shape[-1]).to(p.device), (0, 0, 0, 1))  # (N + 1, V); no draft behind the last
-    tokens = sent(torch.tensor(proposal.tokens), p.device)[:, None]
+    tokens = sent(proposal.tokens, p.device)[:, None]
     passed = u[:n] * q[:n].gather(1, tokens)[:, 0] < p[:n].gather(1, tokens)[:, 0]
     at = passed.long().cumprod(0).sum(0, keepdim=True)  # (1,)
     left = p.index_select(0, at)
@@ -196,6 +198,7 @@ def _ratio(proposal: Proposal, p: Tensor, u: Tensor) -> Tensor:
     return torch.cat([at, token])
 
 
-def sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """Numbers of the host on a device, without a wait."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+def sent(numbers: ArrayLike | Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host, or whole numbers as one of int64, on a device, without a wait."""
+    held = numbers if isinstance(numbers, Tensor) else torch.from_numpy(np.asarray(numbers, dtype=np.int64))
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)

@@ -48,6 +48,7 @@ class SpecOptions(TypedDict, total=False):
     corpus: Sequence[Sequence[int]]
     tau_mass: float
     m_max: int
+    graphs: bool | None
     graft: DrafterLike
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dllm.call.arguments import RENAMED
+from dllm.decoding.graphs import granted
 from dllm.drafting.accept import Acceptance, Law, Processors
 from dllm.drafting.control import CONTROLLERS, Controller, RoundStats
 from dllm.drafting.drafters import Drafter, Need, ask, blamed
@@ -62,6 +64,7 @@ class SpecConfig:
     carry    unused slots of a draft: "auto" (reused where the controller expects more from them than from a fresh
              draft), "always", "off". Exact in every case: the lattice is carried over, not the tokens.
     order    of the n-gram proxy over prompt and output; 0 = no proxy. `corpus`: id sequences to fit it on as well.
+    graphs   CUDA graphs: None = where verifier and drafter can be captured; True = asked of the verifier; False = off.
     graft    another drafter whose continuations are grafted into the tree (point trees only): retrieval, or a model;
              its forwards are counted with the drafter's.
     """
@@ -77,6 +80,7 @@ class SpecConfig:
     corpus: tuple[tuple[int, ...], ...] = ()
     tau_mass: float = param(0.8, "DiffuSpec's", above=0, high=1)
     m_max: int = param(15, "DiffuSpec's", low=1)
+    graphs: bool | None = None
     graft: DrafterLike = None
 
     def __post_init__(self) -> None:
@@ -555,12 +559,15 @@ def rounds(
                 f"{type(verifier.model).__name__} does not place keys by position_ids alone, so it cannot verify a "
                 "tree: use a chain (tree=0, no tree search)"
             )
-    session = session or verifier.open(len(rows))
-    for row in rows:
-        row.cached = session.past
-        row.controller.rows = len(rows)
-    while not all(row.done for row in rows):
-        yield _round(session, rows), rows
+    if session is not None:
+        granted(cfg.graphs, "the cache of transformers' own generate cannot be captured: call dllm.speculate")
+    with verifier.graphs(cfg.graphs) if session is None else nullcontext() as graphs:
+        session = session or verifier.open(len(rows), graphs=graphs)
+        for row in rows:
+            row.cached = session.past
+            row.controller.rows = len(rows)
+        while not all(row.done for row in rows):
+            yield _round(session, rows), rows
 
 
 def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:

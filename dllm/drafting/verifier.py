@@ -14,10 +14,11 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +26,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from dllm.decoding.graphs import Graphs, granted, lent, obstacle
 from dllm.drafting.control import Controller
+from dllm.drafting.places import Places
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+SLOTS = 1024  # to begin with: short texts share captures, and to read so many costs next to nothing
 KINDS = ("full_attention", "sliding_attention")
 # what a gather by slots rearranges completely; since transformers 5.23 layers that store nothing have a class
 STORED = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))  # foreign
@@ -191,9 +196,16 @@ class Verifier:
             )
 
     def open(
-        self, batch: int = 1, cache: Cache | None = None, prompts: Sequence[PaddedPrompt] | None = None
+        self,
+        batch: int = 1,
+        cache: Cache | None = None,
+        prompts: Sequence[PaddedPrompt] | None = None,
+        graphs: Graphs | None = None,
     ) -> Session:
-        """A session over an empty cache or (one row) that of an earlier turn; `prompts` where they are padded."""
+        """A session over an empty cache or (one row) that of an earlier turn; `prompts` where they are padded; `graphs`
+        where rounds of it may be captured."""
+        if graphs is not None:
+            return Placed(self, batch, graphs)
         if cache is not None:
             check_rollback(self.model, cache)
         if batch == 1:
@@ -202,7 +214,7 @@ class Verifier:
         if cache is not None and cache.get_seq_length() > 0:
             raise DllmError("a batch starts from an empty cache: generate row by row to continue from past_key_values")
         if self.can("batches"):
-            return Ragged(self, batch)
+            return Placed(self, batch, graphs)
         log.info("%s places keys by slot: its rows are verified one after the other", type(self.model).__name__)
         return Separate([self.open(1, None, prompts and prompts[i : i + 1]) for i in range(batch)])
 
@@ -215,6 +227,16 @@ class Verifier:
         with torch.inference_mode():
             logits: Tensor = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits[:, -keep:]
         return logits
+
+    def graphs(self, asked: bool | None) -> AbstractContextManager[Graphs | None]:
+        """Graphs for one decode, as asked, or where None is and they can be. Errors: asked for where they cannot."""
+        network = bare(self.model)
+        why = obstacle(network, self.device)
+        if not why and "flash" in str(getattr(self.config, "_attn_implementation", "")):  # foreign
+            why = "captured rounds bring their own mask, which flash attention takes none of: load with sdpa"
+        if not why and not self.can("batches"):
+            why = f"{type(self.model).__name__} does not place keys by position_ids alone"
+        return lent(network) if granted(asked, why) else nullcontext()
 
     def masks(self, allowed: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Boolean masks by layer kind -> what the model takes: additive floats, a dict only where the layers are mixed.
@@ -364,69 +386,116 @@ class Single(Session):
         self.cache.crop(0)
 
 
-class Ragged(Session):
-    """Several rows that accept different counts: right-padded rounds, then a gather that left-aligns every row again.
+class Placed(Session):
+    """Rows that accept different counts, each a chain or a tree. A finished row is fed padding that nobody reads.
 
-    Slots are storage, positions are explicit: a mask built from positions is right for full and sliding layers alike,
-    so every layer stores everything (a cache without window trimming). Chains only. A finished row is frozen: it is fed
-    padding that nobody reads and its cache does not grow.
+    Masks are built from slots and positions, right for full and sliding layers alike, so every layer stores everything.
+    A round of no more than drafts is padded to a bucket and captured where there are graphs: it then reads all slots.
     """
 
-    def __init__(self, verifier: Verifier, batch: int) -> None:
-        self.verifier, self.batch = verifier, batch
-        self.store = DynamicCache(config=verifier.config)
-        self.store.layers = [
-            DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer  # type: ignore[no-untyped-call]
-            for layer in self.store.layers
-        ]
+    def __init__(self, verifier: Verifier, batch: int, graphs: Graphs | None = None) -> None:
+        self.verifier, self.batch, self.graphs = verifier, batch, graphs
         self.lengths = [0] * batch  # tokens in the cache, per row
-        self.fed: list[int] = []
-        self.stored = 0
-        self.nodes: list[int] = []
+        self.fed: list[int] = []  # ids of this round, without the nodes
+        self.width, self.captured = 0, False  # this round
+        self.places = self._places(SLOTS)
+        with torch.inference_mode():
+            self.places.clear()
 
+    def _places(self, slots: int) -> Places:
+        make = partial(Places, self.verifier.config, self.batch, slots)
+        return make() if self.graphs is None else self.graphs.at(("verify", self.batch, slots), make)
+
+    def _run(self, key: tuple[object, ...], work: Callable[[], T]) -> T:
+        return self.graphs.run(key, work, "verifying") if self.graphs and self.captured else work()
+
+    @torch.inference_mode()
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
         """One forward of all rows, right-padded."""
-        device = self.verifier.device
-        if any(r is not None and not r.proposal.is_chain for r in rows):
-            raise DllmError("trees are verified one row at a time: use a chain search for a batch, or call row by row")
-        self.nodes = [0 if r is None else len(r.proposal) for r in rows]
-        texts = [[] if r is None else [*r.ids, *r.proposal.tokens] for r in rows]
-        self.fed = [len(text) for text in texts]
-        width = max(self.fed)
-        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-        lengths = torch.tensor(self.lengths, device=device)[:, None]
-        fed = torch.tensor(self.fed, device=device)[:, None]
-        pos = lengths + torch.arange(width, device=device)  # (B, Q)
-        slots = torch.arange(self.stored, device=device).expand(self.batch, -1)
-        key_pos = torch.cat([slots, pos], 1)  # (B, S + Q)
-        real = torch.cat([slots < lengths, torch.arange(width, device=device) < fed], 1)
-        gap = pos[:, :, None] - key_pos[:, None, :]
-        see = (gap >= 0) & real[:, None, :]
-        # a padding query sees itself: a softmax over nothing is NaN
-        see[:, :, self.stored :] |= torch.eye(width, dtype=torch.bool, device=device)
-        allowed = {
-            kind: (see if kind == KINDS[0] else see & (gap < (self.verifier.window or 0)))[:, None]
-            for kind in dict.fromkeys(self.verifier.kinds)
-        }
-        first = min(len(r.ids) - 1 for r in rows if r is not None)  # columns before it are text in every row
-        logits = self.verifier.forward(
-            ids, width - first, past_key_values=self.store, attention_mask=self.verifier.masks(allowed),
-            position_ids=torch.minimum(pos, (lengths + fed - 1).clamp_min(0)),  # padding may not pass the last position
-        )  # fmt: skip
-        return [
-            None if r is None else logits[b, len(r.ids) - 1 - first : self.fed[b] - first] for b, r in enumerate(rows)
-        ]
+        shown = [Pending((), EMPTY) if r is None else r for r in rows]
+        self.fed, sizes = [len(r.ids) for r in shown], [len(r.ids) + len(r.proposal) for r in shown]
+        captured = self.captured = self.graphs is not None and max(self.fed) == 1
+        width = self.width = _bucket(max(sizes)) if captured else max(sizes)
+        self._grow(width)
+        self.places.before = self.places.slots - width if captured else max(self.lengths)
+        table = self.places.tell("fed", self._table(shown), self.verifier.device)
+        trees = not all(r.proposal.is_chain for r in shown)
+        seen = self.places.tell("seen", self._seen(shown), self.verifier.device) if trees else None
+        causal = not (captured or trees or any(self.lengths))  # then the model's own mask is right
+        first = 0 if captured else min(len(r.ids) - 1 for r in shown if r.ids)  # before it are texts in every row
+        logits = self._run(("verify", width, trees), partial(self._forward, table, seen, causal, width - first))
+        return [None if r is None else logits[b, len(r.ids) - 1 - first : sizes[b] - first] for b, r in enumerate(rows)]
 
+    def _grow(self, width: int) -> None:
+        """Twice the slots, until those of this round are among them."""
+        slots = self.places.slots
+        while slots < max(self.lengths) + width:
+            slots *= 2
+        if slots > self.places.slots:
+            smaller, self.places = self.places, self._places(slots)
+            self.places.clear()
+            self.places.take(smaller)
+
+    def _table(self, rows: Sequence[Pending]) -> list[list[int]]:
+        """Per row its ids, their positions, and the length of the text in the cache."""
+        table = []
+        for r, past in zip(rows, self.lengths, strict=True):
+            n, root = len(r.ids), past + len(r.ids) - 1
+            ids, at = [*r.ids, *r.proposal.tokens], [*range(past, past + n), *(root + d for d in r.proposal.depths)]
+            rest = self.width - len(ids)
+            # padding may not pass the last position
+            table.append([*ids, *[0] * rest, *at, *[max(at, default=max(0, root))] * rest, past])
+        return table
+
+    def _seen(self, rows: Sequence[Pending]) -> Tensor:
+        """(B, Q Q) what each token of a round sees of the others: those before it, a node its ancestors only."""
+        seen = torch.ones(len(rows), self.width, self.width, dtype=torch.bool).tril()
+        for see, r in zip(seen, rows, strict=True):
+            nodes = slice(len(r.ids), len(r.ids) + len(r.proposal))
+            see[nodes, nodes] = ancestors(r.proposal)
+        return seen.flatten(1)
+
+    def _forward(self, table: Tensor, seen: Tensor | None, causal: bool, keep: int) -> Tensor:
+        """Logits (B, keep, V), straight-line code over static tensors."""
+        ids, pos, past = table[:, : self.width], table[:, self.width : -1], table[:, -1:]
+        self.places.where = past + torch.arange(self.width, device=past.device)
+        masks = {} if causal else {"attention_mask": self.verifier.masks(self._allowed(pos, past, seen))}
+        return self.verifier.forward(ids, keep, past_key_values=self.places.cache, position_ids=pos, **masks)
+
+    def _allowed(self, pos: Tensor, past: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
+        """Per kind of layer (B, 1, Q, S): the text, and of this round what is before a token or among its ancestors; a
+        window counts as if every path were the text."""
+        q, away = self.width, self.places.distance(past)  # (B, S)
+        own = torch.ones(1, q, q, dtype=torch.bool, device=past.device).tril() if seen is None else seen.view(-1, q, q)
+        new = away.clamp(0, q - 1)
+        see = own.expand(self.batch, -1, -1).gather(2, new[:, None].expand(-1, q, -1))
+        see = (away < 0)[:, None] | (see & (away < q)[:, None])
+        key_pos = torch.where(away < 0, away + past, pos.gather(1, new))
+        near = pos[:, :, None] - key_pos[:, None] < (self.verifier.window or 0)
+        kinds = dict.fromkeys(self.verifier.kinds)
+        return {kind: (see if kind == KINDS[0] else see & near)[:, None] for kind in kinds}
+
+    @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """A gather that left-aligns every row."""
-        kept = [0 if path is None else self.fed[b] - self.nodes[b] + len(path) for b, path in enumerate(paths)]
-        lengths = [a + n for a, n in zip(self.lengths, kept, strict=True)]
-        width, total = max(lengths), self.stored + max(self.fed)
-        index = torch.full((self.batch, width), total - 1)
-        for b in range(self.batch):
-            index[b, : lengths[b]] = torch.tensor([*range(self.lengths[b]), *range(self.stored, self.stored + kept[b])])
-        _rearranged(self.store, partial(_take, index))
-        self.lengths, self.stored = lengths, width
+        """The paths of trees are moved together; a chain's is there already."""
+        if any(list(path) != list(range(len(path))) for path in paths if path is not None):
+            self._move([path or () for path in paths])
+        kept = (0 if path is None else n + len(path) for n, path in zip(self.fed, paths, strict=True))
+        self.lengths = [a + n for a, n in zip(self.lengths, kept, strict=True)]
+
+    def _move(self, paths: Sequence[Sequence[int]]) -> None:
+        """Slots of the accepted nodes, then slots where they belong; each other one is moved onto itself."""
+        rows = []
+        for past, n, path in zip(self.lengths, self.fed, paths, strict=True):
+            places = list(range(past, past + self.width))
+            rows.append([*places[:n], *(places[n + i] for i in path), *places[n + len(path) :], *places])
+        moves = self.places.tell("moves", rows, self.verifier.device)
+        self._run(("commit", self.width), lambda: self.places.move(*moves.chunk(2, 1)))
+
+
+def _bucket(width: int) -> int:
+    """A width that rounds are padded to: few, so that each is captured soon."""
+    return 1 << (width - 1).bit_length() if width <= 16 else -(-width // 16) * 16
 
 
 class Separate(Session):
@@ -459,7 +528,7 @@ def rehearse(verifier: Verifier, what: str) -> bool:
     short = text[4:7]
     try:
         if what == "batches":
-            session: Session = Ragged(v, 2)
+            session: Session = Placed(v, 2)
             session.verify([Pending(text[:3], chain(wrong[:4])), Pending(short[:1], EMPTY)])
             session.commit([(), ()])
             pairs = [(text, Pending(text[3:], EMPTY)), (short, Pending(short[1:], chain(wrong[:1])))]
@@ -494,12 +563,6 @@ def _rearranged(cache: Cache, take: Callable[[Tensor], Tensor]) -> list[CacheLay
         if layer.keys is not None and layer.values is not None:
             layer.keys, layer.values = take(layer.keys), take(layer.values)
     return filled
-
-
-def _take(index: Tensor, x: Tensor) -> Tensor:
-    """Gather slots per row: x (B, H, S, D), index (B, W) -> (B, H, W, D)."""
-    where = index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, where)
 
 
 def ancestors(p: Proposal, device: torch.device | None = None) -> Tensor:
