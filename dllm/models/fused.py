@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -14,6 +15,12 @@ class Fused(nn.Linear):
     def __init__(self, inputs: int, parts: Mapping[str, int], bias: bool = False) -> None:
         super().__init__(inputs, sum(parts.values()), bias)
         self.parts = dict(parts)
+
+    def each(self, x: Tensor) -> list[Tensor]:
+        """The output of each map alone. On a CPU by a product for each, which is faster there where they are wide."""
+        if x.device.type == "cpu" and type(self.weight.data) is Tensor and self.bias is None:
+            return [F.linear(x, weight) for weight in torch.split(self.weight, list(self.parts.values()))]
+        return list(torch.split(self(x), list(self.parts.values()), -1))
 
     def apart(self, rows: Tensor) -> dict[str, Tensor]:
         """What belongs to each map in `rows` (outputs, ...) of the weight, the bias or their gradients.

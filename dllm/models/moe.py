@@ -137,7 +137,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        gate, up = self.gate_up_proj.each(x)
         x = self.down_proj(F.silu(gate) * up)
         return x
 

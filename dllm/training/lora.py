@@ -29,9 +29,13 @@ class Apart(nn.Module):
                     setattr(linear, name, nn.Parameter(value[part]))
             self.add_module(part, linear)
 
+    def each(self, x: Tensor) -> list[Tensor]:
+        """See `Fused.each`."""
+        return [linear(x) for linear in self.children()]
+
     def forward(self, x: Tensor) -> Tensor:
         """What `Fused` gives."""
-        return torch.cat([linear(x) for linear in self.children()], -1)
+        return torch.cat(self.each(x), -1)
 
     def fused(self) -> Fused:
         """The maps as one again, without adapters."""
