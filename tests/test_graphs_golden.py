@@ -123,6 +123,16 @@ def test_a_sampler_that_asks_the_device_decodes_and_is_named_once(
     )
 
 
+def test_a_sampler_that_edits_lengths_decodes_without_and_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    m, call = model("tiny-llada-random"), {**CALL, "sampler": "daedal", "early_stop": True}
+    plain = dllm.generate(m, PROMPTS, **call)
+    with standing_in():
+        outs = [dllm.generate(m, PROMPTS, graphs=True, **call) for _ in range(2)]
+    assert all([o.sequences for o in out] == [o.sequences for o in plain] for out in outs)
+    line = "sampler 'daedal' runs without CUDA graphs: it edits the length of the canvas"
+    assert [r.message for r in caplog.records].count(line) == 1
+
+
 def test_memory_that_runs_out_while_capturing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
