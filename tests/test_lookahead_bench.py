@@ -15,6 +15,6 @@ def test_rows() -> None:
     timed, flat = bench_lookahead.run(["confidence"], 1, model=trained, **call)
     assert (timed.name, timed.bound) == ("confidence, dual: seconds, auto / plain", 1.05)
     assert timed.value == 1.0  # every call took half a second
-    assert "of 12 forwards, 1.00, 1.00, 1.00, 1.00 of 0.50 s" in timed.note
+    assert "of 12 forwards, 1.00, 1.00, 1.00, 1.00, 1.00 of 0.50 s" in timed.note
     assert timed.note.endswith("1 of 1 answers equal")
     assert flat.met  # at least a quarter of the static schedule's forwards

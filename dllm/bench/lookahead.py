@@ -1,4 +1,5 @@
-"""`dllm bench lookahead`: forwards and seconds of samplers with 2, 4, 8 and `auto` rows beside the plain call.
+"""`dllm bench lookahead`: forwards and seconds of samplers with 2, 4 (in both forms), 8 and `auto` rows beside the plain
+call.
 
 The embedded model decodes test problems one by one, all settings in turn, so that each sees the same machine. The
 seconds of a setting are the sum over the problems of its median over the repeats.
@@ -27,8 +28,8 @@ SAMPLERS = (
     "learn2pd",
 )  # fmt: skip
 CACHES = ("none", "dual")
-Setting = int | str | None  # rows of a forward; None: the plain call, one row a forward
-SETTINGS: tuple[Setting, ...] = (None, 2, 4, 8, "auto")
+Setting = int | str | None  # a lookahead; None: the plain call, one row a forward
+SETTINGS: tuple[Setting, ...] = (None, 2, "4:form=memo", "4:form=chain", 8, "auto")
 # a recorded table in which rows cost nothing, as on a wide machine
 FREE: LookaheadSpec = {"rows": "auto", "costs": {1: 1.0, 8: 1.0}}
 PROBLEMS, NEW = 3, 64
