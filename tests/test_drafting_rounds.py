@@ -12,8 +12,11 @@ from transformers import GenerationConfig
 
 import dllm
 from dllm.decoding import graphs
+from dllm.drafting import lattice
 from dllm.drafting import verifier as module
 from dllm.drafting.accept import Law, reject, walk_sample
+from dllm.drafting.diffusion import DiffusionDrafter
+from dllm.drafting.drafters import Need
 from dllm.drafting.front import speculate
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.verifier import Verifier
@@ -98,7 +101,7 @@ def test_a_round_waits_once(drafter, kw):
 
 def asked(found: Counter[str]) -> int:
     """Without what the host sends, which is pinned there."""
-    return sum(n for what, n in found.items() if not what.startswith("lift_fresh at drafting/accept.py"))
+    return sum(n for what, n in found.items() if not what.startswith("lift_fresh at drafting/proposal.py"))
 
 
 def test_a_batch_waits_once_for_all_rows():
@@ -106,6 +109,23 @@ def test_a_batch_waits_once_for_all_rows():
     found = waits(lambda: out.extend(speculate(model, "suffix", [PROMPT, [3, 4], [9]], max_new_tokens=20)))
     reads = sum(n for what, n in found.items() if what.startswith("tolist at drafting/loop.py"))
     assert reads == max(o.n_verify for o in out)
+
+
+def test_a_draft_of_a_dllm_asks_nothing_before_its_read():
+    need, drafters = (
+        Need(664, frozenset([2]), m_max=4),
+        (DiffusionDrafter(dllm.load("tiny"), prefix_cache=p) for p in KEPT),
+    )
+    for drafter in drafters:
+        drafter.reset(PROMPT, need)
+        for _ in range(2):
+            logits = []
+            assert not asked(waits(lambda d=drafter, out=logits: out.append(d._forward(PROMPT, 5))))
+        full = logits[0].log_softmax(-1)
+        assert not asked(waits(lambda z=logits[0], p=full: lattice._pruned(z, p, 0.8, 4, need.eos)))
+
+
+KEPT = ("none", "approx")
 
 
 # -- what cannot be captured

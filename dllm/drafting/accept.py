@@ -15,13 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dllm.drafting.proposal import Proposal
+from dllm.drafting.proposal import Proposal, sent
 
 Target = Callable[[int, Sequence[int]], Tensor]  # (node, tokens since the root) -> the verifier's scores or law (V,)
 Processors = Callable[..., Tensor]  # (ids (1, L), scores (1, V)) -> scores (1, V), as transformers calls them
@@ -196,9 +194,3 @@ def _ratio(proposal: Proposal, p: Tensor, u: Tensor) -> Tensor:
     rest = _normalise((left - q.index_select(0, at)).clamp_min(0), left)
     token = _drawn(torch.where(at < n, rest, left), u.gather(0, at + (at < n)))
     return torch.cat([at, token])
-
-
-def sent(numbers: ArrayLike | Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host, or whole numbers as one of int64, on a device, without a wait."""
-    held = numbers if isinstance(numbers, Tensor) else torch.from_numpy(np.asarray(numbers, dtype=np.int64))
-    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)

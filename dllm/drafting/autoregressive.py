@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import DraftFailure
-from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain, fit
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain, fit, sent
 from dllm.drafting.verifier import CausalLM, check_rollback, embedding
 from dllm.errors import DllmError
 
@@ -67,7 +67,7 @@ class ARDrafter(Drafter):
         logits = fit(logits.float(), self.need.vocab)[None]
         if self.need.sampled and self.need.warp is not None:
             logits = self.need.warp(logits)
-        return torch.softmax(logits, -1)[0].cpu()
+        return torch.softmax(logits, -1)[0].cpu()  # the one wait for a token
 
     def _feed(self, ids: list[int]) -> Tensor:
         """Logits behind `ids`; the cache is first rolled back to the longest prefix that it shares with them."""
@@ -79,7 +79,7 @@ class ARDrafter(Drafter):
         device = embedding(self.model).device
         with torch.inference_mode():
             out = self.model(
-                input_ids=torch.tensor([ids[same:]], device=device),
+                input_ids=sent([ids[same:]], device),
                 position_ids=torch.arange(same, len(ids), device=device)[None],
                 past_key_values=self.cache,
                 use_cache=True,

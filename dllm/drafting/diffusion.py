@@ -16,12 +16,12 @@ from torch import Tensor
 from dllm.call.generate import generate
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import DraftFailure, Lattice
-from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.drafting.proposal import EMPTY, Proposal, chain, sent
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
 from dllm.models.model import Model
 from dllm.models.tokenizer import Tokenizer
-from dllm.models.transformer import KVStore
+from dllm.models.transformer import Known, KVStore
 from dllm.samplers.registry import Spec
 
 # of a model: what its ids are to a verifier's, by that one's size and tokenizer and by the choice of the caller
@@ -112,13 +112,13 @@ class DiffusionDrafter(Drafter):
         return self.need.lattice(self.vocabulary.logits(logits), len(ids), self._bans)
 
     def _bridged(self, ids: Sequence[int], logits: Tensor, k: int) -> Proposal:
-        prob = torch.softmax(logits.float(), -1).max(-1)
-        if not bool(torch.isfinite(prob.values).all()):
+        best, at = torch.stack([t.float() for t in torch.softmax(logits.float(), -1).max(-1)]).cpu()  # the one wait
+        if not bool(torch.isfinite(best).all()):
             raise DraftFailure("the drafter returned NaN or infinite logits")
-        draft = prob.indices.tolist()
+        draft = at.long().tolist()
         end = next((i for i, t in enumerate(draft) if t in self.model.eos_ids), k)
         tokens = self.vocabulary.chain(ids, draft[:end], k)
-        return chain(tokens, [float(prob.values[:end].mean())] * len(tokens))
+        return chain(tokens, [float(best[:end].mean())] * len(tokens))
 
     def _extra(self, k: int) -> int:
         return self.lookahead + (self.suffix is not None) + (self.model.block_size or 0)
@@ -141,7 +141,7 @@ class DiffusionDrafter(Drafter):
         reused = self.prefix_cache == "approx" or (self.prefix_cache == "auto" and block is not None)
         cached = reused and not cut and self.vocabulary.kind == "ids"
         slots = torch.arange(n, n + k, device=self.model.device)
-        hidden, first = self._cached(row, n) if cached else (self.model.forward(slots.new_tensor([row])), 0)
+        hidden, first = self._cached(row, n) if cached else (self.model.forward(sent([row], self.model.device)), 0)
         return self.model.logits(hidden[0, self.model.source(slots) - first])
 
     def _cached(self, row: list[int], n: int) -> tuple[Tensor, int]:
@@ -157,9 +157,8 @@ class DiffusionDrafter(Drafter):
         final = min(self.final, n)
         final = final // block * block if block else final
         pos = torch.arange(first, len(row), device=device)[None]
-        fed = torch.tensor([row[first:]], device=device)
-        visible = torch.ones(1, 1, len(row), dtype=torch.bool, device=device)
-        hidden = self.model.forward(fed, pos, keep=pos < final, visible=visible, store=self.store)
+        known = Known(lanes=slice(0, 1), slots=len(row))
+        hidden = self.model.forward(sent([row[first:]], device), pos, keep=pos < final, store=self.store, known=known)
         self.valid = max(self.valid, final)
         return hidden, first
 

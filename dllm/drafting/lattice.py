@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dllm.drafting.proposal import sent
 from dllm.errors import DllmError
 
 Column = list[tuple[int, float]]
@@ -26,8 +27,9 @@ class DraftFailure(RuntimeError):
 class Lattice:
     """k slots of up to M candidates.
 
-    tokens (k, M) int64, -1 padded; logp (k, M) float32, -inf padded, descending; argmax (k,) the raw argmax draft;
-    `start` the absolute position of slot 0; rows (k, V) the full log-probabilities when factorised sampling needs them.
+    tokens (k, M) int64, -1 padded; logp (k, M) float32, -inf padded, descending; argmax (k,) the raw argmax draft; all
+    on the host. `start` the absolute position of slot 0; rows (k, V) the full log-probabilities, where the model made
+    them, when factorised sampling needs them.
     """
 
     tokens: Tensor
@@ -99,31 +101,37 @@ def build(
     """
     if not 0 < tau_mass <= 1 or m_max < 1:
         raise DllmError(f"tau_mass must lie in (0, 1] and m_max be at least 1, got {tau_mass} and {m_max}")
-    logits = logits.float()
-    best = logits.amax(-1) if logits.numel() else logits.new_zeros(0)
-    if torch.isnan(logits).any() or (best == float("inf")).any():
+    full = torch.log_softmax(logits.float(), -1)  # (k, V)
+    table = _pruned(logits.float(), full, tau_mass, m_max, keep).cpu()  # the one wait for a draft
+    if bool(table[:, 0].any()):
         raise DraftFailure("the drafter returned NaN or infinite logits")
-    empty = (best == float("-inf")).nonzero()
-    if len(empty):
-        logits = logits[: int(empty[0])]
-    k, vocab = logits.shape
-    full = torch.log_softmax(logits, -1)  # (k, V)
+    table = table[: next((i for i, empty in enumerate(table[:, 1].tolist()) if empty), len(table))]
+    tokens, logp = table[:, 3:].chunk(2, 1)
+    width = max(1, int((tokens >= 0).sum(-1).max())) if len(table) else 1
+    rows = full[: len(table)] if with_rows else None
+    return Lattice(tokens[:, :width].long(), logp[:, :width], table[:, 2].long(), start, rows)
+
+
+def _pruned(logits: Tensor, full: Tensor, tau_mass: float, m_max: int, keep: Iterable[int]) -> Tensor:
+    """All that the host is told of logits and log-probabilities (k, V): (k, 3 + 2 M) float32, which holds ids up to
+    2^24. Per slot: unusable, without a candidate, arg-max, then M tokens and their log-probabilities."""
+    vocab, low = full.shape[1], float("-inf")
     logp, tokens = full.topk(min(m_max, vocab), -1)  # (k, M)
     mass = logp.exp().cumsum(-1)
-    kept = (mass - logp.exp() < tau_mass) & (logp > float("-inf"))
+    kept = (mass - logp.exp() < tau_mass) & (logp > low)
     kept[:, :1] = True
-    logp, tokens = logp.masked_fill(~kept, float("-inf")), tokens.masked_fill(~kept, -1)
+    logp, tokens = logp.masked_fill(~kept, low), tokens.masked_fill(~kept, -1)
     tokens, logp = _keep(tokens, logp, full, sorted({t for t in keep if 0 <= t < vocab}))
-    width = max(1, int((tokens >= 0).sum(-1).max())) if k else 1
-    argmax = full.argmax(-1) if k else tokens.new_zeros(0)
-    return Lattice(tokens[:, :width], logp[:, :width], argmax, start, full if with_rows else None)
+    best = logits.amax(-1, keepdim=True)
+    unusable = logits.isnan().any(-1, keepdim=True) | (best == -low)
+    return torch.cat([unusable, best == low, full.argmax(-1, keepdim=True), tokens, logp], 1)
 
 
 def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: list[int]) -> tuple[Tensor, Tensor]:
     """Append the ids of `keep` that pruning dropped; sorting moves the padding behind them."""
     if not keep or not len(tokens):
         return tokens, logp
-    ids = torch.tensor(keep, device=tokens.device).expand(len(tokens), -1)
+    ids = sent(keep, tokens.device).expand(len(tokens), -1)
     extra = full.gather(1, ids)
     present = (tokens[:, :, None] == ids[:, None, :]).any(1) | (extra == float("-inf"))
     tokens = torch.cat([tokens, ids.masked_fill(present, -1)], 1)

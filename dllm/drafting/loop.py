@@ -64,7 +64,7 @@ class SpecConfig:
     carry    unused slots of a draft: "auto" (reused where the controller expects more from them than from a fresh
              draft), "always", "off". Exact in every case: the lattice is carried over, not the tokens.
     order    of the n-gram proxy over prompt and output; 0 = no proxy. `corpus`: id sequences to fit it on as well.
-    graphs   CUDA graphs: None = where verifier and drafter can be captured; True = asked of the verifier; False = off.
+    graphs   CUDA graphs of the verifier's rounds: None = where they can be captured, True = asked for, False = off.
     graft    another drafter whose continuations are grafted into the tree (point trees only): retrieval, or a model;
              its forwards are counted with the drafter's.
     """

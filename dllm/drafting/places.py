@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from dllm.drafting.accept import sent
+from dllm.drafting.proposal import sent
 
 
 class Places:

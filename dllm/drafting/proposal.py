@@ -13,7 +13,9 @@ from functools import cached_property
 from operator import index
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dllm.errors import DllmError
@@ -57,6 +59,12 @@ def fit(rows: Tensor, vocab: int, fill: float = float("-inf")) -> Tensor:
     if rows.shape[-1] >= vocab:
         return rows[..., :vocab]
     return torch.nn.functional.pad(rows, (0, vocab - rows.shape[-1]), value=fill)
+
+
+def sent(numbers: ArrayLike | Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host, or whole numbers as one of int64, on a device, without a wait."""
+    held = numbers if isinstance(numbers, Tensor) else torch.from_numpy(np.asarray(numbers, dtype=np.int64))
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
 
 @dataclass(frozen=True)

@@ -242,16 +242,14 @@ class Sample(PathSearch):
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """A draw a slot."""
         prob, index = _rows(edges.lat)
-        pick = torch.multinomial(prob, 1, generator=generator)  # (k, 1)
+        pick = torch.multinomial(prob.cpu(), 1, generator=generator)  # (k, 1)
         drawn = pick if index is None else index.gather(1, pick)
         return chain(drawn[:, 0].tolist(), edges.lat.confidence, Rows(prob, index))
 
 
 def _rows(lat: Lattice) -> tuple[Tensor, Tensor | None]:
-    """Probabilities to draw from, (k, M), and their ids (None = the vocabulary), on the CPU."""
-    if lat.rows is not None:
-        return torch.softmax(lat.rows, -1).cpu(), None
-    return torch.softmax(lat.logp, -1).cpu(), lat.tokens.cpu()
+    """Probabilities to draw from, (k, M), where the model computed them, and their ids (None = the vocabulary)."""
+    return (torch.softmax(lat.logp, -1), lat.tokens) if lat.rows is None else (torch.softmax(lat.rows, -1), None)
 
 
 @dataclass(frozen=True)
@@ -336,6 +334,7 @@ class SampleTree(PathSearch):
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """The heads, each with its chain."""
         prob, index = _rows(edges.lat.head(self.depth))
+        prob = prob.cpu()
         width = min(self.width, int((prob[0] > 0).sum()))
         heads = torch.multinomial(prob[0], width, replacement=False, generator=generator).tolist()
         nodes: list[tuple[int, int, int, float]] = []  # token, parent, slot, confidence

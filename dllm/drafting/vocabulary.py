@@ -39,6 +39,11 @@ class Vocabulary:
         """The map backwards."""
         return {v: d for d, v in enumerate(self._map.tolist()) if v >= 0}
 
+    @cached_property
+    def _shared(self) -> tuple[Tensor, Tensor]:
+        """The drafter's ids that have a counterpart, and it; on the device of the last logits."""
+        return (self._map >= 0).nonzero()[:, 0], self._map[self._map >= 0]
+
     @classmethod
     def between(
         cls,
@@ -108,8 +113,8 @@ class Vocabulary:
         """Drafter logits (k, V_d) as verifier logits (k, V); ids without a counterpart vanish."""
         if self.kind == "strings":
             out = logits.new_full((len(logits), self.size), float("-inf"))
-            known = (self._map >= 0).to(logits.device)
-            return out.index_copy(1, self._map.to(logits.device)[known], logits[:, : len(known)][:, known])
+            source, target = self._shared = self._shared[0].to(logits.device), self._shared[1].to(logits.device)
+            return out.index_copy(1, target, logits.index_select(1, source))
         return fit(logits, self.size)
 
     def banned(self, ids: Iterable[int | None]) -> frozenset[int]:
