@@ -170,11 +170,21 @@ class Attention(nn.Module):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if stored is not None and access is not None:
             keys, values = access(stored[0], k), access(stored[1], v)
-        out: Tensor = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.gqa
-        )
+        out = self._attend(q.transpose(1, 2), keys, values, mask, causal)
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         return out, (k, v)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """(N, heads, Q, head_dim). The heads that share keys stand in line as queries: every kernel takes that, while
+        few take groups together with a mask."""
+        if causal or not self.gqa:
+            return F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.gqa
+            )
+        line, group = q.reshape(len(q), keys.shape[1], -1, q.shape[-1]), q.shape[1] // keys.shape[1]
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, group, 1)
+        return F.scaled_dot_product_attention(line, keys, values, attn_mask=mask).view(q.shape)
 
 
 class Layer(nn.Module):
