@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 from dllm.samplers import BlockMemory, Canvas, Context, Prediction, Span, State, View, Window, best, spans
@@ -44,7 +45,7 @@ class AdaptiveBlocks(Window):
     the surest delimiter predicted there, or after `length` columns. The opening forward commits too."""
 
     length: int
-    delimiters: Tensor  # (V,) bool
+    delimiters: Constant[Tensor]  # (V,) bool
     tau: float
     window: str
 
@@ -63,7 +64,7 @@ class AdaptiveBlocks(Window):
         hi = torch.minimum(torch.where(new, read, end), canvas.length)  # the canvas may have been cut
         opened = before._replace(lo=lo, step=torch.where(new, state.step, before.step))
         state = state._replace(memory=state.memory.plus(opened, AheadMemory(hi, torch.where(new, ahead, -1))))
-        return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, int((hi - lo).max())), epoch=lo)
+        return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, canvas.ids.shape[1]), epoch=lo)
 
     def _reach(self, canvas: Canvas, lo: Tensor) -> Tensor:
         """(B,) columns in which a delimiter is looked for."""
@@ -78,7 +79,7 @@ class AdaptiveBlocks(Window):
         sought = (view.cols >= window.lo[:, None]) & (view.cols < ahead[:, None])  # (B, W), nothing where not opening
         token = torch.where(view.masked, pred.token, view.gather(canvas.ids))
         conf = torch.where(view.masked, pred.confidence, 1.0)  # a delimiter that is written already is certain
-        ends = sought & self.delimiters.to(token.device)[token]
+        ends = sought & self.delimiters.on(token.device)[token]
         end = best(conf, ends) & (conf >= self.tau)
         found, last = end.any(1), torch.where(end, view.cols, -1).amax(1)
         fixed = torch.minimum(window.lo + self.length, canvas.length)
@@ -118,7 +119,7 @@ class AdaBlock(Method):
             tau = 0.5 if context.family == "dream" else 0.3
         table = torch.zeros(context.vocab_size, dtype=torch.bool)
         table[list(self._ids(context))] = True
-        window = AdaptiveBlocks(context.block_length, table, tau, self.window)
+        window = AdaptiveBlocks(context.block_length, Constant(table.to), tau, self.window)
         return Bundle(window=window, assumes={"select": Threshold(tau=self.tau).select}, memory=AheadMemory.start)
 
     def _ids(self, context: Context) -> tuple[int, ...]:

@@ -18,13 +18,14 @@ the other slots its progress as `view.schedule` (Prophet, EOSER).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 from typing import Any, ClassVar, TypeAlias, TypedDict, TypeVar
 
 from dllm import spec
+from dllm.decoding.canvas import Canvas, Leaf
 from dllm.decoding.slots import (
     Adjust,
     Amend,
@@ -62,6 +63,28 @@ class Assumed(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Sized:
+    """The first leaves of a slot that follows the columns of the window, whoever owns that.
+
+    `first(canvas, columns, steps)`: the window holds so many columns at most, and one is read as a mask in so many
+    steps at most; None: no bound is known, as the sampler takes tokens back, idles or edits the length.
+    """
+
+    first: Callable[[Canvas, int, int | None], Leaf]
+
+    def start(self, window: Window, needs: Needs) -> Start:
+        """The leaves in a sampler with this window and these needs."""
+        endless = needs.revises or needs.may_idle or needs.edits_length
+
+        def first(canvas: Canvas) -> Leaf:
+            # each step commits one of the fewer than 2 n columns that are ever in the window together with this one
+            columns = window.widest(canvas)
+            return self.first(canvas, columns, None if endless else 2 * columns - 1)
+
+        return first
+
+
+@dataclass(frozen=True)
 class Bundle:
     """The slots a named sampler owns, and those it assumes."""
 
@@ -73,8 +96,8 @@ class Bundle:
     amend: tuple[Amend, ...] = ()
     assumes: Assumed = field(default_factory=Assumed)
     needs: Needs = field(default_factory=Needs)
-    memory: Start | None = None  # the first per-row leaves: a NamedTuple of (B, ...) tensors
-    columns: Start | None = None  # the first per-column leaves: a NamedTuple of (B, L, ...) tensors
+    memory: Start | Sized | None = None  # the first per-row leaves: a NamedTuple of (B, ...) tensors
+    columns: Start | Sized | None = None  # the first per-column leaves: a NamedTuple of (B, L, ...) tensors
     reads: Reads | None = None  # extra columns to read
     lookahead: object = None  # the lookahead of a call that names none (FreeDave)
 
@@ -89,6 +112,11 @@ def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
     assert window is not None and score is not None and select is not None, "the defaults fill these"
     bundles = [b for _, b in parts] + [defaults]
     needs = reduce(or_, (b.needs for b in bundles))
+
+    def starts(b: Bundle) -> tuple[Start | None, Start | None]:
+        memory, columns = (f.start(window, needs) if isinstance(f, Sized) else f for f in (b.memory, b.columns))
+        return memory, columns
+
     if needs.caches == ():
         raise DllmError(f"{name}: no cache serves all of these samplers together")
     return Sampler(
@@ -100,7 +128,7 @@ def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
         adjust=tuple(f for b in bundles for f in b.adjust),
         amend=tuple(f for b in bundles for f in b.amend),
         needs=needs,
-        starts=((window.memory, window.columns), *((b.memory, b.columns) for b in bundles)),
+        starts=((window.memory, window.columns), *map(starts, bundles)),
         reads=tuple(b.reads for b in bundles if b.reads),
         schedule=select if isinstance(select, Schedule) else None,
         lookahead=next((b.lookahead for b in bundles if b.lookahead is not None), None),

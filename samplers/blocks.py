@@ -49,6 +49,10 @@ class Blocks(Window):
         """The blocks of a call."""
         return cls(context.block_length, lone_opening, context.block_size is not None, holds)
 
+    def widest(self, canvas: Canvas) -> int:
+        """A block."""
+        return min(self.length, canvas.ids.shape[1])
+
     def memory(self, canvas: Canvas) -> BlockMemory:
         """No block is open yet."""
         return BlockMemory.start(canvas)
@@ -66,7 +70,7 @@ class Blocks(Window):
         begin, end = lo, hi
         if self.lone_opening:
             begin, end = torch.where(new, lo, lo + 1), torch.where(new, lo + 1, hi)
-        reads = spans(begin, end, min(self.length, canvas.ids.shape[1]))
+        reads = spans(begin, end, self.widest(canvas))
         masks = (canvas.masked.gather(1, reads.clamp(min=0)) & (reads >= 0)).sum(1)
         step, masks = torch.where(new, state.step, before.step), torch.where(new, masks, before.masks)
         state = state._replace(memory=state.memory.plus(BlockMemory(lo, step, masks)))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction, Rescored
-from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Presets, View, param
+from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Presets, Sized, View, param
 from dllm.samplers.threshold import Threshold
 
 FREE = 0  # an unused slot; token ids are stored plus one, so that new slots may be zeros
 
 
 class Listed(NamedTuple):
-    """Per-column leaves: a list of tokens and their credits, (B, L, S); S grows as arg-maxes change."""
+    """Per-column leaves: a list of tokens and their credits, (B, L, S)."""
 
     token: Tensor  # id + 1; FREE: an unused slot
     value: Tensor
@@ -28,9 +28,14 @@ class Credit(Method):
     """Each step K <- beta K, then K[arg-max] += p^gamma; columns are chosen by softmax(z + alpha ln(1 + K)).
 
     Only tokens that were once the arg-max of their column have credit, so K is a short list for each column and the
-    fused softmax follows from the log-sum-exp by one correction a listed token: exact, no (W, V) table. The fused
-    prediction reaches the selection alone; exits and revisions see the raw one. A committed or re-masked column loses
-    its credit. At temperature > 0 the token is the model's draw, and credit only changes its confidence.
+    fused softmax follows from the log-sum-exp by one correction a listed token: exact, no (W, V) table. The list has a
+    place for each step that a column may stay masked, or for each step after which a credit is too small to change a
+    float64 (120 at the defaults and 126 464 tokens), whichever are fewer. With beta = 1, and in the variant without
+    tuning, a sampler that takes tokens back may keep a column masked for longer than 4 `max_new_tokens` + 64 steps:
+    then the least credit goes.
+
+    The fused prediction reaches the selection alone; exits and revisions see the raw one. A committed or re-masked
+    column loses its credit. At temperature > 0 the token is the model's draw, and credit only changes its confidence.
     """
 
     alpha: float = param(0.65, "the paper's final setting for all models: strength of the credit", low=0)
@@ -51,14 +56,30 @@ class Credit(Method):
 
     def bundle(self, context: Context) -> Bundle:
         """A link of the adjust chain; the selection is threshold's where nobody brings one."""
-        select = Threshold(tau=self.tau, tie=self.tie).select
-        return Bundle(adjust=(self.fuse,), columns=self.columns, assumes={"select": select})
+        longest = 4 * context.max_new_tokens + 64
 
-    @staticmethod
-    def columns(canvas: Canvas) -> Listed:
-        """No token has credit at first."""
-        slots = canvas.ids[..., None].expand(-1, -1, 2)
-        return Listed(torch.zeros_like(slots), torch.zeros_like(slots, dtype=torch.float64))
+        def first(canvas: Canvas, columns: int, steps: int | None) -> Listed:
+            """No token has credit at first."""
+            bounds = (steps, self.lasting(context.vocab_size))
+            slots = min((n for n in bounds if n is not None), default=longest)
+            token = canvas.ids.new_zeros((*canvas.ids.shape, slots))
+            return Listed(token, token.double())
+
+        select = Threshold(tau=self.tau, tie=self.tie).select
+        return Bundle(adjust=(self.fuse,), columns=Sized(first), assumes={"select": select})
+
+    def least(self, vocabulary: int) -> float:
+        """A credit below it changes nothing: neither 1 + K nor, some steps later, K + p^gamma, as an arg-max has p of
+        1 / vocabulary at least."""
+        return float(2.0**-56 * vocabulary ** -(1.0 if self.tuning_free else self.gamma))
+
+    def lasting(self, vocabulary: int) -> int | None:
+        """Steps after which a credit is below `least`; None where credit need not fade."""
+        if self.tuning_free or self.beta == 1:
+            return None
+        if not self.beta:
+            return 1
+        return 1 + math.ceil(math.log(self.least(vocabulary) * (1 - self.beta), self.beta))
 
     def fuse(self, view: View, pred: Prediction) -> Prediction:
         """The prediction with credit, for the selection; the step's arg-maxes earn theirs."""
@@ -91,21 +112,19 @@ class Credit(Method):
 
     def _update(self, view: View, pred: Prediction, beta: Tensor | float, gamma: float) -> tuple[Tensor, Tensor]:
         """Decay, then credit the arg-max of every candidate. Returns tokens and credits (B, W, S) after the step."""
-        listed = view.columns[Listed]
-        tokens, credit = map(view.gather, listed)
+        tokens, credit = map(view.gather, view.columns[Listed])
         live, top = view.live[..., None], pred.argmax[..., None] + 1
-        tokens = torch.where(live, tokens, FREE)
         credit = torch.where(live, credit * beta, 0.0)
-        if bool((live[..., 0] & ((tokens != top) & (tokens != FREE)).all(-1)).any()):  # no slot for a new token
-            tokens, credit = F.pad(tokens, (0, 2)), F.pad(credit, (0, 2))
-        same, free = tokens == top, tokens == FREE
-        first_free = free & (free.cumsum(-1) == 1)
-        hit = live & torch.where(same.any(-1, keepdim=True), same, first_free)
+        held = credit >= self.least(pred.logits.shape[-1])
+        tokens, credit = torch.where(held, tokens, FREE), torch.where(held, credit, 0.0)
+        same = tokens == top
+        slots = torch.arange(tokens.shape[-1], device=tokens.device)
+        place = slots == credit.argmin(-1, keepdim=True)  # a free one, the first
+        hit = live & torch.where(same.any(-1, keepdim=True), same, place)
         tokens = torch.where(hit, top, tokens)
-        credit = credit + torch.where(hit, (1 + pred.odds)[..., None] ** -gamma, 0.0)
-        more, read = tokens.shape[-1] - listed.token.shape[-1], view.cols >= 0
-        tables = (F.pad(table, (0, more)) for table in listed)
-        view.columns[Listed] = Listed(*map(view.scatter, tables, (tokens, credit), (read, read)))
+        credit = torch.where(hit & ~same, 0.0, credit) + torch.where(hit, (1 + pred.odds)[..., None] ** -gamma, 0.0)
+        read = view.cols >= 0
+        view.columns[Listed] = Listed(*map(view.scatter, view.columns[Listed], (tokens, credit), (read, read)))
         return tokens, credit
 
 

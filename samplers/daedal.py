@@ -94,7 +94,7 @@ class Growing(Window):
         full = canvas.length - canvas.start >= state.asked
         begin = torch.where(full & (hi > lo), lo, canvas.start)  # at the ceiling nobody asks for the tail
         end = torch.where(full & (hi > lo), hi, canvas.length)
-        return state, Span(lo=lo, hi=hi, reads=spans(begin, end, int((end - begin).max())), epoch=pos)
+        return state, Span(lo=lo, hi=hi, reads=spans(begin, end, canvas.ids.shape[1]), epoch=pos)
 
     def _begin(self, state: State) -> State:
         """Cut a row that has not stepped yet to its initial length; tokens that were given stay."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm.decoding import noise
+from dllm.decoding.constants import Constant
 from dllm.samplers import Blocks, Bundle, Context, Method, Needs, Prediction, View, param, quota, rank
 
 SCORES = {"maskgit_plus": quota.confidence, "topk_margin": quota.margin, "entropy": quota.entropy}
@@ -37,15 +38,15 @@ class Dream(Method):
 
     def bundle(self, context: Context) -> Bundle:
         """Owns the selection; the whole window and entropy where nobody brings others."""
-        budgets = torch.tensor(context.budgets)
+        budgets = Constant(torch.tensor(context.budgets).to)
         grids = [torch.linspace(1, self.eps, n + 1) for n in context.budgets]  # float32, as the reference
-        times = nn.utils.rnn.pad_sequence(grids, batch_first=True)  # (budgets, T + 1)
+        times = Constant(nn.utils.rnn.pad_sequence(grids, batch_first=True).to)  # (budgets, T + 1)
 
         def count(view: View) -> Tensor:
             """(B, 1) the share of the masks that this step transfers; 1 at the last step."""
             steps, device = context.budget(view.state), view.cols.device
             i = torch.minimum(view.state.step, steps - 1)
-            t = times.to(device)[torch.searchsorted(budgets.to(device), steps)]  # (B, T + 1)
+            t = times.on(device)[torch.searchsorted(budgets.on(device), steps)]  # (B, T + 1)
             now, then = (t.gather(1, (i + n)[:, None]) for n in (0, 1))
             return torch.where((i >= steps - 1)[:, None], 1.0, 1 - then / now)
 

@@ -27,6 +27,11 @@ class Sliding(Window):
     length: int
     most: int | None = None
 
+    def widest(self, canvas: Canvas) -> int:
+        """All columns, or `most` of them."""
+        width = canvas.ids.shape[1]
+        return width if self.most is None else min(self.most, width)
+
     def memory(self, canvas: Canvas) -> SlidingMemory:
         """The first epoch, from the first mask on."""
         return SlidingMemory(torch.zeros_like(canvas.start), written(canvas), canvas.first_masked())
@@ -45,7 +50,7 @@ class Sliding(Window):
         # columns that the last step left behind are read once more: a cache that recomputes only what is near the
         # window would keep the keys and values that they had as masks
         first = torch.minimum(lo, before.lo)
-        reads = spans(first, hi, int((hi - first).max()))
+        reads = spans(first, hi, canvas.ids.shape[1])
         state = state._replace(memory=state.memory.plus(SlidingMemory(epoch, refreshed, lo)))
         return state, Span(lo=lo, hi=hi, reads=reads, epoch=epoch)
 

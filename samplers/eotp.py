@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.columns import indices
+from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
 from dllm.samplers import Bundle, Context, Decision, Method, Needs, Prediction, View, param
 
@@ -36,17 +37,18 @@ class EoTP(Method):
             raise DllmError("eotp: a block-causal model sees nothing behind its block: there is nothing to cut")
         if not context.eos_ids:
             raise DllmError("eotp needs an end-of-text token: pass eos=")
-        eos = torch.tensor(context.eos_ids)
+        constant = Constant(torch.tensor(context.eos_ids).to)
 
         def amend(view: View, pred: Prediction, d: Decision) -> Decision:
             canvas, length = view.canvas, view.canvas.length
+            eos = constant.on(length.device)
             ids = torch.where(d.write & ~canvas.frozen, d.token, canvas.ids)
             cols = torch.arange(ids.shape[1], device=ids.device)
             body = (cols >= canvas.start[:, None]) & (cols < length[:, None])
-            ends = torch.isin(ids, eos.to(ids.device)) & body & ~canvas.frozen
+            ends = torch.isin(ids, eos) & body & ~canvas.frozen
             first = torch.where(ends, cols, ids.shape[1]).amin(1)
             if self.mode == "eager":
-                first = torch.where(ends.any(1), first, predicted(view, pred, d, eos.to(ids.device)))
+                first = torch.where(ends.any(1), first, predicted(view, pred, d, eos))
             cut = [
                 (row, at + 1, end - at - 1, ())
                 for row, (at, end) in enumerate(zip(first.tolist(), length.tolist(), strict=True))

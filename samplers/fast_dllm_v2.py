@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from dllm.errors import DllmError
-from dllm.samplers import OFF, Blocks, Bundle, Context, Method, Needs, Span, State, param
+from dllm.samplers import OFF, Blocks, Bundle, Context, Method, Needs, Span, State, param, spans
 from dllm.samplers.threshold import Threshold
 
 
@@ -29,9 +29,8 @@ class SubBlocks(Blocks):
         masked = state.canvas.masked.gather(1, first)[:, 0]
         head = masked & (window.lo % self.block == 0)
         hi = torch.where(head, window.lo + 1, window.hi)
-        lo = torch.where(masked, window.lo, window.lo + 1)[:, None]  # a known first column is not read again
-        reads = torch.where((window.reads >= lo) & (window.reads < hi[:, None]), window.reads, -1)
-        return state, window._replace(hi=hi, reads=reads)
+        begin = torch.where(masked, window.lo, window.lo + 1)  # a known first column is not read again
+        return state, window._replace(hi=hi, reads=spans(begin, hi, window.reads.shape[1]))
 
 
 @dataclass(frozen=True)

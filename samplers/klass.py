@@ -6,20 +6,19 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Prediction, Presets, Span, State, View, param
+from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Prediction, Presets, Sized, Span, State, View, param
 from dllm.samplers.quota import Quota
-
-ROWS = 1  # distributions compared at once: their temporaries stay in a CPU's cache
 
 
 class Before(NamedTuple):
-    """Per-row leaves: what the last step leaves; empty before the first."""
+    """Per-row leaves: what the last step leaves of the K columns that are followed at most."""
 
-    logits: Tensor  # (B, W, V)
-    lse: Tensor  # (B, W)
-    cols: Tensor  # (B, W) column + 1; 0: not followed
+    logits: Tensor  # (B, K, V)
+    lse: Tensor  # (B, K)
+    cols: Tensor  # (B, K) column + 1; 0: none
     length: Tensor  # (B,) where it changed, columns moved
 
 
@@ -70,9 +69,16 @@ class KLASS(Method):
             return torch.where(ready.any(1, keepdim=True), ready, quota(view, soft, score))
 
         whole = self.history == "generation"
+
+        def first(canvas: Canvas, columns: int, steps: int | None) -> Before:
+            """Nothing was seen."""
+            most = min(context.max_new_tokens, canvas.ids.shape[1]) if whole else columns
+            cols = canvas.ids.new_zeros((len(canvas.ids), most))
+            return Before(cols.float()[..., None].expand(-1, -1, context.vocab_size), cols.float(), cols, canvas.length)
+
         return Bundle(
             select=select,
-            memory=_memory,
+            memory=Sized(first),
             columns=lambda canvas: Calm(*[torch.zeros_like(canvas.ids)] * 2),
             reads=beyond if whole else None,
         )
@@ -81,46 +87,55 @@ class KLASS(Method):
         """(B, W) bool; moves the history on by this step."""
         history, real = view.columns[Calm], view.cols >= 0
         cols = torch.where(real if self.history == "generation" else view.inside, view.cols + 1, 0)  # what is followed
-        before, known = last(view, cols)
-        calm = known & (divergence(pred, *before) < self.epsilon) if before else known
+        before = view.memory[Before]
+        at, known = matched(view, cols, before)
+        calm = known & (divergence(pred, before.logits, before.lse, at) < self.epsilon)
         streak = torch.where(calm, view.gather(history.streak) + 1, 0)
         age = view.gather(history.age) + view.inside
         view.columns[Calm] = Calm(view.scatter(history.streak, streak, real), view.scatter(history.age, age, real))
-        view.memory[Before] = Before(pred.logits, pred.lse, cols, view.canvas.length)
+        view.memory[Before] = followed(pred, cols, before.cols.shape[1], view.canvas.length)
         return (streak >= self.n) & (age >= self.n)
-
-
-def _memory(canvas: Canvas) -> Before:
-    none = canvas.ids.new_zeros((len(canvas.ids), 0))
-    return Before(none.float()[..., None].expand(-1, -1, 0), none.float(), none, canvas.length)
 
 
 def beyond(state: State, window: Span) -> Tensor:
     """(B, R) every generated column outside the window, -1 padded."""
     canvas = state.canvas
-    cols = torch.arange(int(canvas.start.min()), int(canvas.length.max()), device=canvas.ids.device)
+    cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
     generated = (cols >= canvas.start[:, None]) & (cols < canvas.length[:, None])
     return torch.where(generated & ~window.inside(cols), cols, -1)
 
 
-def last(view: View, cols: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
-    """Logits (B, W, V) and their log-sum-exps (B, W) of the last step at these columns, and where they are known."""
-    logits, lse, at, length = view.memory[Before]
-    if not logits.shape[-1]:
-        return None, torch.zeros_like(view.masked)
-    cols = torch.where((view.canvas.length == length)[:, None], cols, 0)
-    if at.shape == cols.shape and torch.equal(at, cols):
-        return (logits, lse), cols > 0
-    same = (cols[:, :, None] == at[:, None]) & (cols > 0)[:, :, None]  # (B, W, W')
-    known, where = same.any(-1), same.int().argmax(-1)
-    return (logits.gather(1, where[..., None].expand(-1, -1, logits.shape[-1])), lse.gather(1, where)), known
+def matched(view: View, cols: Tensor, before: Before) -> tuple[Tensor, Tensor]:
+    """(B, W) where the last step left what it saw of these columns, and whether it did."""
+    cols = torch.where((view.canvas.length == before.length)[:, None], cols, 0)
+    same = (cols[:, :, None] == before.cols[:, None]) & (cols > 0)[:, :, None]  # (B, W, K)
+    return same.int().argmax(-1), same.any(-1)
 
 
-def divergence(pred: Prediction, logits: Tensor, lse: Tensor) -> Tensor:
-    """(B, W) KL(p || p') in nats of the raw laws; p' from the logits (B, W, V) and their log-sum-exps (B, W).
+def followed(pred: Prediction, cols: Tensor, most: int, length: Tensor) -> Before:
+    """What this step leaves: the K = `most` first columns of those that are followed, `cols` (B, W) plus one, else 0.
+
+    Without a copy where the step reads K columns.
+    """
+    logits, lse, more = pred.logits, pred.lse, most - cols.shape[1]
+    if more < 0:
+        at = (cols == 0).int().argsort(dim=1, stable=True)[:, :most]
+        cols, lse = cols.gather(1, at), lse.gather(1, at)
+        logits = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
+    elif more:
+        cols, lse, logits = F.pad(cols, (0, more)), F.pad(lse, (0, more)), F.pad(logits, (0, 0, 0, more))
+    return Before(logits, lse, cols, length)
+
+
+def divergence(pred: Prediction, logits: Tensor, lse: Tensor, at: Tensor) -> Tensor:
+    """(B, W) KL(p || p') in nats of the raw laws; p' from the logits (B, K, V) and their log-sum-exps (B, K), of which
+    `at` (B, W) names one a column.
 
     Equal to the sum of p (z - z') less the difference of the log-sum-exps: no logarithm of a probability.
     """
-    rows = zip(*(torch.split(x.flatten(0, 1), ROWS) for x in (pred.logits, logits)), strict=True)
-    moved = [torch.linalg.vecdot(z.softmax(-1), (z - w).nan_to_num_(nan=0.0)) for z, w in rows]
-    return torch.cat(moved).view(pred.cols.shape) - pred.lse + lse
+    rows = torch.arange(len(at), device=at.device)[:, None] * logits.shape[1] + at
+    table = logits.flatten(0, 1).to(pred.logits.dtype)
+    moved = [
+        torch.linalg.vecdot(z.softmax(-1), table[row].sub_(z).nan_to_num_(nan=0.0)) for z, row in pred.chunks(rows)
+    ]
+    return lse.gather(1, at) - pred.lse - torch.cat(moved).view(at.shape)

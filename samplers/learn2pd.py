@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar, TypeAlias
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
 from dllm.models.files import replaced
 from dllm.samplers import Bundle, Context, Method, Needs, Prediction, View, param, quota, rank
@@ -73,9 +74,13 @@ class Filter:
         `real` (B, W): columns of the block, for rows whose block is shorter than W.
         """
         w, x = self.weights, self.arrange(conf, masked, torch.ones_like(masked) if real is None else real)
-        hidden = F.relu(F.linear(x, w["linear1.weight"].to(x.device), w["linear1.bias"].to(x.device)))
-        out = F.linear(hidden, w["linear2.weight"].to(x.device), w["linear2.bias"].to(x.device))
+        hidden = F.relu(F.linear(x, w["linear1.weight"], w["linear1.bias"]))
+        out = F.linear(hidden, w["linear2.weight"], w["linear2.bias"])
         return out[:, : conf.shape[1]] if self.kind == "block" else out[..., 0]
+
+    def to(self, device: torch.device) -> Filter:
+        """The same filter with its weights there."""
+        return replace(self, weights={key: value.to(device) for key, value in self.weights.items()})
 
     def arrange(self, conf: Tensor, masked: Tensor, real: Tensor) -> Tensor:
         """The network's input: (B, block_length), or (B, W, inputs) for the shared kind."""
@@ -193,11 +198,7 @@ def block_view(view: View, values: Tensor, size: int, fill: float) -> tuple[Tens
 
 def accepted(filter_: Filter, tau: float, view: View, pred: Prediction) -> Tensor:
     """(B, W) bool: candidates whose filter probability exceeds tau."""
-    size = int((view.window.hi - view.window.lo).max())
-    if size <= 0:  # no row has a window in this step
-        return view.live
-    if filter_.kind == "block":
-        size = min(size, filter_.block_length)
+    size = filter_.block_length if filter_.kind == "block" else view.canvas.ids.shape[1]
     conf, at = block_view(view, feature_of(pred, filter_.feature), size, 0.0)
     masked, _ = block_view(view, view.masked.float(), size, 0.0)
     width = (view.window.hi - view.window.lo)[:, None]
@@ -234,9 +235,11 @@ class Learn2PD(Method):
             given = Filter.load(given)
         given.check(context)
         tau = given.tau if self.tau is None else self.tau
-        schedule = quota.Quota.of(context)
+        schedule, network = quota.Quota.of(context), Constant(given.to)
 
         def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
-            return accepted(given, tau, view, soft) | (rank(score, view.live) < schedule.count(view)[:, None])
+            return accepted(network.on(view.cols.device), tau, view, soft) | (
+                rank(score, view.live) < schedule.count(view)[:, None]
+            )
 
         return Bundle(select=select, needs=Needs(committed=given.revealed == "model"))

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 from dllm.samplers import Bundle, Context, Method, Prediction, Presets, View, param
@@ -39,10 +40,10 @@ class PC(Method):
 
     def bundle(self, context: Context) -> Bundle:
         """Owns the score. Errors: frequencies that cannot be read."""
-        background = table(self.frequencies, context.vocab_size)  # (V,) float64
+        background = Constant(table(self.frequencies, context.vocab_size).to)  # (V,) float64
 
         def score(view: View, soft: Prediction) -> Tensor:
-            surprise = -(background.to(soft.token.device)[soft.token] + 1e-9).log()
+            surprise = -(background.on(soft.token.device)[soft.token] + 1e-9).log()
             distance = (view.cols - view.window.lo[:, None]).clamp(min=0)
             return (-self.lam * distance).exp() * (soft.confidence * surprise).clamp(max=self.alpha)
 

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from dllm.decoding.columns import indices, spans
+from dllm.decoding.columns import spans
 from dllm.errors import DllmError
 from dllm.samplers import Bundle, Canvas, Context, Decision, Method, Prediction, Presets, Span, State, View, param
 
@@ -112,12 +112,11 @@ class Exit:
 
     def reads(self, state: State, window: Span) -> Tensor:
         """(B, R) columns of the region, wherever the window is."""
-        canvas = state.canvas
+        canvas, width = state.canvas, state.canvas.ids.shape[1]
         if callable(self.region):
-            return indices(self.region(canvas), canvas.ids.shape[1])
-        lo, hi = self.bounds(canvas)
+            return torch.where(self.region(canvas), torch.arange(width, device=canvas.ids.device), -1)
         short = self.region in ("suffix", "span", "last_k")
-        return spans(lo, hi, self.length if short else int((hi - lo).max()))
+        return spans(*self.bounds(canvas), self.length if short else width)
 
 
 def _region(method: str, region: Where, start: int, length: int, context: Context) -> tuple[str | Region, int, int]:

@@ -102,8 +102,6 @@ class Refine:
         looping, masking = self.phase(view)
         before = view.memory[Progress]
         view.memory[Progress] = before._replace(half=before.half + looping)
-        if not bool(masking.any()):
-            return d
         return remask(view, d, stored_probability(view, pred), decoded(view), masking * self.k)
 
 

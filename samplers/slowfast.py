@@ -43,6 +43,10 @@ class Cycles(Window):
     spread: float
     aligned: bool = False  # blocks count from column 0
 
+    def widest(self, canvas: Canvas) -> int:
+        """A block."""
+        return min(self.length, canvas.ids.shape[1])
+
     def memory(self, canvas: Canvas) -> Cycle:
         """No block is open yet."""
         zero = torch.zeros_like(canvas.start)
@@ -63,7 +67,7 @@ class Cycles(Window):
         fresh = (torch.where(new | full, 0, x) for x in (before.steps, before.last, before.total))
         state = state._replace(memory=state.memory.plus(Cycle(lo, start, end, *fresh)))
         hi = torch.minimum(torch.where(end > 0, end, hi), canvas.length)  # the canvas may have been cut
-        return state, Span(lo=start, hi=hi, reads=spans(start, hi, int((hi - start).max())), epoch=block)
+        return state, Span(lo=start, hi=hi, reads=spans(start, hi, self.widest(canvas)), epoch=block)
 
     def narrow(self, view: View, pred: Prediction) -> None:
         """After the forward of a slow step: estimate the end of the region, and perhaps settle it."""

@@ -140,7 +140,7 @@ class WINO(Method):
         last = view.memory[Accepted].n
         view.memory[Accepted] = Accepted(accepted)
         among = decoded(view) & (accepted > 1)[:, None]
-        if not self.tau_verify or not bool(among.any()):
+        if not self.tau_verify:
             return d
         token = view.gather(view.canvas.ids)
         assert isinstance(pred.extra, LeaveOneOut)

@@ -17,9 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm.decoding.canvas import Span, State
+from dllm.decoding.slots import Sampler
 from dllm.models.config import ModelConfig
 from dllm.models.model import Model
 from dllm.models.native import NativeModel
+
+
+def open_window(sampler: Sampler, state: State) -> tuple[State, Span]:
+    """The window of a step, with no more reads than its widest row has: so the engine hands it to the step."""
+    state, window = sampler.window.open(state)
+    return state, window._replace(reads=window.reads[:, : int((window.reads >= 0).sum(1).max())])
 
 
 class Scripted(Model):

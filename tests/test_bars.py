@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import Scripted
+from scripted import Scripted, open_window
 from test_samplers_rivals import job
 from torch import Tensor
 
@@ -196,8 +196,8 @@ def test_a_filter_takes_a_written_column_for_certain() -> None:
 def test_dsb_refreshes_after_exactly_a_block_of_commits(second: int, epoch: int) -> None:
     """Blocks of 4: two commits, then as many as reach the bar, one or two; four of them are a block."""
     j = job(8, "dsb:tau=0.5", block_length=4)
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     for sizes in ((1, 1, 4, 4, 4, 4, 4, 4), (1, 1, 1, second, 4, 4, 4, 4)):
         pred = Prediction(even(*sizes)[None, (window.reads[0] - 1).clamp(min=0)], window.reads)
-        state, window = j.sampler.window.open(step(j.sampler, state, window, pred))
+        state, window = open_window(j.sampler, step(j.sampler, state, window, pred))
     assert window.epoch.tolist() == [epoch]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,17 +15,63 @@ from dllm.decoding.prediction import Law, Prediction, draw, first_argmax, invers
 
 
 def sorted_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The rule by a full sort: a token stays while the mass before it is at most top_p."""
-    values, ids = probs.sort(descending=True, stable=True)
-    return torch.zeros_like(probs, dtype=torch.bool).scatter(1, ids, values.cumsum(-1) - values <= top_p)
+    """The rule by a full sort and whole numbers: a token stays while the mass before it is at most top_p."""
+    kept = torch.zeros_like(probs, dtype=torch.bool)
+    for row, marks in zip(probs.tolist(), kept, strict=True):
+        before = 0
+        for i in sorted(range(len(row)), key=lambda i: (-row[i], i)):
+            if before <= Fraction(top_p) * 2**62 and row[i] > 0:
+                marks[i] = True
+            before += math.ceil(Fraction(row[i]) * 2**62)
+    return kept
 
 
-@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 4.0, 12.0]), st.floats(0.01, 0.999))
-@settings(max_examples=40, deadline=None)
-def test_nucleus_equals_the_sorted_rule(seed: int, scale: float, top_p: float) -> None:
-    logits = torch.randn(3, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0.1, 1.0, 4.0, 12.0, 60.0]),
+    st.floats(0.01, 0.999),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=60, deadline=None)
+def test_nucleus_equals_the_sorted_rule(seed: int, scale: float, top_p: float, dtype: torch.dtype) -> None:
+    logits = torch.randn(3, 700, dtype=dtype, generator=torch.Generator().manual_seed(seed)) * scale
+    logits[1] = logits[1].round()  # many ties
     probs = logits.softmax(-1)
     assert torch.equal(nucleus(probs, top_p), sorted_nucleus(probs, top_p))
+
+
+def law(*masses: float, rest: float = 0.0, size: int = 600) -> torch.Tensor:
+    """Probabilities of the first tokens; all others have `rest`."""
+    return torch.cat([torch.tensor(masses, dtype=torch.float64), torch.full((size - len(masses),), rest).double()])[
+        None
+    ]
+
+
+LAWS = {
+    "uniform": law(rest=1 / 600),
+    "one token": law(1.0),
+    "one token, the last": law(1.0).flip(1),
+    "two halves": law(0.0, 0.5, 0.0, 0.5),
+    "many ties around one": law(0.25, 0.5, rest=0.25 / 598),
+    "denormals": law(0.3, 0.7, rest=1e-44),
+    "smallest floats": law(0.7, 0.3 - 1e-7, 1e-30, 1e-38, 1e-45),
+    "a neighbour each": law(*[0.001 * (1 + 2**-23 * i) for i in range(500)]),
+    "neighbours in float64": law(*[0.001 * (1 + 2**-52 * i) for i in range(500)]),
+    "less than one": law(0.1, 0.1),
+    "more than one": law(0.6, 0.6, 0.6),
+}
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.25, 0.3, 0.5, 0.7, 0.9, 0.95, 1 - 1e-9, 0.99999999999])
+@pytest.mark.parametrize("name", LAWS)
+def test_nucleus_of_hard_laws_equals_the_sorted_rule(name: str, top_p: float) -> None:
+    for probs in (LAWS[name], LAWS[name].float()):
+        assert torch.equal(nucleus(probs, top_p), sorted_nucleus(probs, top_p))
+
+
+def test_the_nucleus_is_the_same_alone_and_in_a_batch() -> None:
+    probs = (torch.randn(6, 5000) * 4).softmax(-1)
+    assert torch.equal(nucleus(probs, 0.9), torch.cat([nucleus(row[None], 0.9) for row in probs]))
 
 
 def test_the_nucleus_breaks_ties_by_lowest_id() -> None:

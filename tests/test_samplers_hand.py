@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import Scripted, peaks, probabilities
+from scripted import Scripted, open_window, peaks, probabilities
 from torch import Tensor
 
 import dllm
@@ -41,7 +41,7 @@ def job(model: Scripted, n: int, sampler: Any, **arguments: Any) -> Job:
 
 def opened(j: Job, logits: Tensor) -> tuple[View, Prediction]:
     """The view and the prediction of the first step, when the model answers `logits` (W, V) in the columns it reads."""
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     return View(state, window), Prediction(logits[None], window.reads)
 
 
@@ -129,7 +129,9 @@ def test_localleap_decoded_tokens_are_no_anchors() -> None:
 def credited(method: Credit, laws: list[list[float]]) -> list[tuple[list[float], list[float]]]:
     """(K, q) over the tokens after each step, one column that is never committed."""
     j = job(Scripted(probabilities(laws[:1])), 1, method)
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
+    places = torch.zeros(*state.canvas.ids.shape, 8, dtype=torch.long)  # a column alone is read once: no second place
+    state = state._replace(columns=state.columns.plus(Listed(places, places.double())))
     history = []
     for law in laws:
         view = View(state, window)
@@ -218,7 +220,7 @@ def test_credit_is_gone_in_the_next_block() -> None:
     j = job(Scripted(peaks([(1, 0.5)] * 4, 8)), 4, "credit", block_length=2)
     state = j.queue
     for _ in range(2):  # the first block takes two steps
-        state, window = j.sampler.window.open(state)
+        state, window = open_window(j.sampler, state)
         state = step(j.sampler, state, window, Prediction(peaks([(1, 0.5)] * 2, 9)[None], window.reads))
     assert state.columns[Listed].value[0, 1:3].max() > 0
     assert state.columns[Listed].value[0, 3:].max() == 0
@@ -228,7 +230,7 @@ def test_credit_of_a_column_that_was_written_starts_again() -> None:
     """Two steps as a candidate, one as a token, one as a candidate again: the credit is that of a first step."""
     method, logits = Credit(), torch.cat([probabilities([[0.6, 0.4]]), torch.full((1, 1), -torch.inf)], 1)
     j = job(Scripted(logits[:, :2]), 1, method)
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     fused = []
     for live in (True, True, False, True):
         view = View(state, window)
@@ -393,7 +395,7 @@ def first_block(delimiters: dict[int, float], decoded: int = 0, tau: float = 0.3
         ids = canvas.ids.clone()
         ids[0, 1 : 1 + decoded] = 1
         state = state._replace(canvas=canvas._replace(ids=ids, masked=ids == model.mask_id))
-    state, window = j.sampler.window.open(state)
+    state, window = open_window(j.sampler, state)
     view = View(state, window)
     j.sampler.window.narrow(view, Prediction(table[None, : window.reads.shape[1]], window.reads))
     return int(view.window.hi - view.window.lo)
@@ -440,7 +442,7 @@ def averaged(first: list[float], second: list[float]) -> float:
     """Entropy of the averaged prediction after two steps on one column."""
     method = CCD(mode="mean", depth=2)
     j = job(Scripted(probabilities([first])), 1, method)
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     [blend] = j.sampler.adjust
     for law in (first, second):
         view = View(state, window)
@@ -530,7 +532,7 @@ def test_eoser_demotes_the_end_early() -> None:
     table = peaks([(3, 0.9), (1, 0.5), (3, 0.6)], 8)
     j = job(Scripted(table, eos=3), 3, "eoser", steps=5)
     score = j.sampler.score
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     factors, ranked = [], []
     for n in range(5):
         view = View(state._replace(step=torch.tensor([n])), window)
@@ -544,7 +546,7 @@ def test_eoser_demotes_the_end_early() -> None:
 
 def test_eoser_follows_the_schedule_of_ass() -> None:
     j = job(Scripted(peaks([(1, 0.5)] * 8, 8), eos=3), 8, "eoser+ass")
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     views = (View(state._replace(step=torch.tensor([n])), window, j.sampler.schedule) for n in range(3))
     factors = [j.sampler.score.factor(view).item() for view in views]
     assert factors == pytest.approx([0.13375, 0.38125, 0.87625])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import GOLDEN
-from scripted import Scripted, peaks, probabilities
+from scripted import Scripted, open_window, peaks, probabilities
 from torch import Tensor
 
 import dllm
@@ -68,14 +68,14 @@ def job(n: int, sampler: Any, *, infill: list[int] | None = None, vocab: int = 8
 
 def first_step(j: Job, logits: Tensor) -> tuple[View, Prediction]:
     """The view and the prediction of the first step, when the model answers `logits` (W, V) in the columns it reads."""
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     return View(state, window), Prediction(logits[None], window.reads)
 
 
 def selected(sampler: Method, logits: Tensor, infill: list[int] | None = None) -> set[int]:
     """Generation-relative columns that one step from a fresh window commits."""
     j = job(len(logits), sampler, infill=infill)
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     lo = int(window.lo[0]) - 1
     logits = torch.cat([logits, torch.full((len(logits), 1), -torch.inf)], 1)  # the mask id
     after = step(j.sampler, state, window, Prediction(logits[None, lo : lo + window.reads.shape[1]], window.reads))
@@ -159,7 +159,7 @@ def test_dsb_refreshes_after_a_block_of_commits() -> None:
     table = torch.cat([confident(*[0.95, 0.2, 0.95, 0.95, 0.95, 0.1, 0.1, 0.1]), torch.full((8, 1), -torch.inf)], 1)
     state, epochs = j.queue, []
     for _ in range(3):
-        state, window = j.sampler.window.open(state)
+        state, window = open_window(j.sampler, state)
         epochs.append(int(window.epoch[0]))
         state = step(
             j.sampler, state, window, Prediction(table[None, (window.reads[0] - 1).clamp(min=0)], window.reads)
@@ -173,13 +173,13 @@ def test_dsb_refreshes_after_a_block_of_commits() -> None:
 def test_klass_divergence_is_new_against_old() -> None:
     old = probabilities([[0.9, 0.1], [0.9, 0.1]])
     new = Prediction(probabilities([[0.95, 0.05], [0.91, 0.09]])[None], torch.tensor([[0, 1]]))
-    found = klass.divergence(new, old[None], old.logsumexp(-1)[None])
+    found = klass.divergence(new, old[None], old.logsumexp(-1)[None], new.cols)
     assert torch.allclose(found, torch.tensor([[0.016707, 0.000573]], dtype=torch.float64), atol=1e-6)
 
 
 def test_klass_divergence_survives_forbidden_tokens() -> None:
-    law = torch.tensor([[[0.0, -torch.inf, 1.0]]])
-    assert klass.divergence(Prediction(law, torch.tensor([[0]])), law, law.logsumexp(-1)).abs().item() < 1e-6
+    law, at = torch.tensor([[[0.0, -torch.inf, 1.0]]]), torch.tensor([[0]])
+    assert klass.divergence(Prediction(law, at), law, law.logsumexp(-1), at).abs().item() < 1e-6
 
 
 @pytest.mark.parametrize(("epsilon", "second"), [(0.02, {0, 1}), (0.015, {1})])
@@ -265,7 +265,7 @@ def test_wino_shadow_sees_everything_but_its_own_column(random_model: Any) -> No
 def test_saber_bar_and_backtracking() -> None:
     method = registry.method("saber")()
     j = job(5, method, infill=[3, 3, 8, 8, 8])
-    state, window = j.sampler.window.open(j.queue)
+    state, window = open_window(j.sampler, j.queue)
     state.columns[Recorded].record[0, 1:3] = torch.tensor([0.9, 0.7], dtype=torch.float64)
     table = torch.cat([confident(0.9, 0.7, 0.85, 0.82, 0.5), torch.full((5, 1), -torch.inf)], 1)
     view = View(state, window)
@@ -616,7 +616,7 @@ def test_a_higher_bar_never_commits_more(sampler: str) -> None:
         chosen = []
         for tau in (0.3, 0.5, 0.7, 0.9):
             j = job(12, sampler.format(tau))
-            state, window = j.sampler.window.open(j.queue)
+            state, window = open_window(j.sampler, j.queue)
             if sampler.startswith("klass"):
                 lse = logits.logsumexp(-1)[None]
                 before = Before(logits[None], lse, window.reads + 1, state.canvas.length)

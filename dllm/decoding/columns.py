@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -13,13 +12,6 @@ def spans(lo: Tensor, hi: Tensor, width: int) -> Tensor:
     """(B, width) columns lo, lo+1, ... of each row, -1 from hi on."""
     cols = lo[:, None] + torch.arange(width, device=lo.device)
     return torch.where(cols < hi[:, None], cols, -1)
-
-
-@lru_cache(maxsize=256)
-def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers that stay the same, on the device once; nobody writes into them."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
 
 
 def indices(chosen: Tensor, width: int) -> Tensor:

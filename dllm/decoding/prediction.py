@@ -148,7 +148,7 @@ class Prediction:
         """Raw probability of a token with this logit at the same columns."""
         return (logit - self.lse).exp()
 
-    def _chunks(self, *tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def chunks(self, *tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The logits, and (B, W) tables beside them, flattened and cut so that temporaries stay small."""
         rows = max(1, CHUNK.get(self.logits.device.type, CHUNK_ELSEWHERE) // self.logits.shape[-1])
         return zip(
@@ -163,7 +163,7 @@ class Prediction:
     def _best(self) -> tuple[Tensor, ...]:
         """The arg-max, its probability, the peaks (B, W, S) that led to it, and the odds against it summed without
         cancellation."""
-        return self._joined(_best_of(z) for (z,) in self._chunks())
+        return self._joined(_best_of(z) for (z,) in self.chunks())
 
     @cached_property
     def _raw(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,7 @@ class Prediction:
 
     @cached_property
     def _raw_negative_entropy(self) -> Tensor:
-        (expected,) = self._joined(_expected_logit(z) for (z,) in self._chunks())
+        (expected,) = self._joined(_expected_logit(z) for (z,) in self.chunks())
         return expected - self.lse
 
     def rescored(self, confidence: Tensor, token: Tensor | None = None) -> Prediction:
@@ -197,7 +197,7 @@ class Prediction:
         """Token, and confidence, margin and negative entropy under the filtered law; all (B, W)."""
         shape = self.cols.shape
         keys = self.seed[:, None].expand(shape), self.step[:, None].expand(shape), self.cols
-        return self._joined(draw(z, self.law, *key) for z, *key in self._chunks(*keys))
+        return self._joined(draw(z, self.law, *key) for z, *key in self.chunks(*keys))
 
     def at(self, cols: Tensor) -> Prediction | None:
         """The same forward read at other columns (B, W'); None where the forward did not cover them."""
@@ -352,23 +352,41 @@ def support(probs: Tensor, law: Law) -> Tensor:
     return kept
 
 
+DIGIT = 15  # bits of a key that one pass tells apart
+SPARE = 64  # bins for what a pass need not tell apart; on a GPU all of it in one would have to queue
+UNIT = 2.0**62  # masses are whole numbers of its inverse, at least one: their sums do not depend on the order
+
+
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """(n, V) bool: the smallest set of most probable tokens whose mass exceeds top_p.
 
-    No sort of the vocabulary: masses are summed in bins of equal leading bits of the float32 probability (an order-
-    preserving key), and only the bin in which the mass crosses top_p is sorted.
+    No sort, and no shape that depends on the values: a radix selection. The bits of a probability are an order-
+    preserving key. Each pass sums masses by the next digit of it, among the tokens with the digits found so far, and
+    finds the digit in which the mass crosses top_p; the last one leaves the least likely token that stays.
     """
-    key = (probs.float().view(torch.int32) >> 16).long()  # (n, V), higher is likelier
-    mass = torch.zeros(len(probs), 0x3F81, dtype=torch.float64, device=probs.device).scatter_add_(
-        1, key, probs.double()
-    )
-    above = mass.flip(1).cumsum(1).flip(1) - mass  # (n, bins) mass of the likelier bins
-    edge = ((above <= top_p) & (mass > 0)).int().argmax(1, keepdim=True)  # the lowest bin that is reached
-    count = int((key == edge).sum(1).max())
-    values = torch.where(key == edge, probs, -1.0).topk(count, dim=-1).values  # (n, count)
-    before = above.gather(1, edge) + values.double().clamp(min=0).cumsum(1) - values
-    inside = (values > 0) & (before <= top_p)
-    last = values.gather(1, inside.sum(1, keepdim=True) - 1)  # the least likely token that stays
-    equal = probs == last  # of several, those of lowest id
-    room = (inside & (values == last)).sum(1, keepdim=True)
-    return (probs > last) | (equal & (equal.cumsum(-1) <= room))
+    kind, digits = (torch.int64, 5) if probs.dtype == torch.float64 else (torch.int32, 2)
+    key = probs.view(kind)  # (n, V), higher is likelier
+    mass = (probs * UNIT).ceil_().long()
+    room = torch.full_like(mass[:, :1], int(top_p * UNIT))  # what may still stand before a token
+    least = torch.zeros_like(key[:, :1])
+    for shift in range(DIGIT * (digits - 1), -1, -DIGIT):
+        at = (key >> shift) & ((1 << DIGIT) - 1)
+        if shift + DIGIT < DIGIT * digits:
+            alike = key >> (shift + DIGIT) == least >> (shift + DIGIT)
+            at = torch.where(alike, at, (at & (SPARE - 1)) | (1 << DIGIT))
+        bins = torch.zeros(len(key), (1 << DIGIT) + SPARE, dtype=torch.long, device=key.device)
+        digit, room = _crossed(bins.scatter_add_(1, at.long(), mass)[:, : 1 << DIGIT], room)
+        least = least | (digit << shift).to(kind)
+    least = least.clamp(min=1)  # a token without mass never stays
+    ties = room // (least.view(probs.dtype) * UNIT).ceil().long().clamp(min=1) + 1  # as many equals stay
+    equal = key == least
+    return (key > least) | (equal & (equal.cumsum(1) <= ties))
+
+
+def _crossed(bins: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin (n, 1) in which the mass of the higher ones and its own exceeds `room` (n, 1), the lowest where none
+    does; and what the higher ones leave of the room. bins (n, d) int64."""
+    mass = bins.flip(1).cumsum(1)
+    at = torch.searchsorted(mass, room, right=True).clamp_(max=mass.shape[1] - 1)
+    before = torch.where(at > 0, mass.gather(1, (at - 1).clamp(min=0)), 0)
+    return mass.shape[1] - 1 - at, room - before

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, everything, plan
 from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State
-from dllm.decoding.columns import constant, indices, scatter
+from dllm.decoding.columns import indices, scatter
+from dllm.decoding.constants import constant
 from dllm.decoding.facts import Facts, Shape, flags
 from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter

@@ -104,6 +104,10 @@ class Window(Protocol):
         """Change the window after the forward, by `view.narrow` (AdaBlock). By default it stays."""
         return None
 
+    def widest(self, canvas: Canvas) -> int:
+        """The most columns that it ever holds of such rows. Slots that follow its columns size their leaves by it."""
+        return canvas.ids.shape[1]
+
     def memory(self, canvas: Canvas) -> Leaf | None:
         """Its first per-row leaves (B, ...); None where it remembers nothing."""
         return None

@@ -125,7 +125,7 @@ class Follow(Method):
             if self.filter is None:
                 return agrees
             top = rank(score, view.live) < schedule.count(view)[:, None]
-            return accepted(self.filter, self.filter.tau, view, raw) | top
+            return accepted(self.filter.to(raw.cols.device), self.filter.tau, view, raw) | top
 
         return Bundle(
             select=select, adjust=(adjust,), needs=Needs(committed=True),

@@ -1,0 +1,36 @@
+"""What a slot goes by and no step changes: it is on the device once, for a copy from the host is a wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Constant(Generic[T]):
+    """Something that stays as it is, made once a device. Nobody writes into it.
+
+    delimiters = Constant(table.to)  # in `bundle`
+    delimiters.on(view.cols.device)  # in a step
+    """
+
+    def __init__(self, make: Callable[[torch.device], T]) -> None:
+        self._make, self._made = make, dict[torch.device, T]()
+
+    def on(self, device: torch.device) -> T:
+        """The thing on this device."""
+        if device not in self._made:
+            self._made[device] = self._make(device)
+        return self._made[device]
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers that stay the same, on the device once; nobody writes into them."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
