@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from dllm.decoding import constants
 from dllm.decoding.cache.policy import NoCache, Policy
 from dllm.decoding.canvas import Canvas, Leaves, State
-from dllm.decoding.facts import Facts
+from dllm.decoding.facts import Facts, Shape
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
 from dllm.decoding.runner import Options, Part, Runner
@@ -51,7 +51,7 @@ def questions(s: Sampler, context: Context, policy: Policy | None = None, option
     """
     policy = replace(policy or NoCache(), block_size=context.block_size, shift=context.shift)
     options = options or Options(Law(filtered=s.needs.filtered))
-    run, found = _Runner(_Blank(context), policy.attach(s), policy, options, Meter(ROWS), None), list[str]()
+    run, found = Runner(_Blank(context), policy.attach(s), policy, options, Meter(ROWS)), list[str]()
     with _mode(), _Copies(found):
         try:
             _run(run, context, found)
@@ -67,30 +67,13 @@ def _run(run: Runner, context: Context, found: list[str]) -> None:
     start, asked = (torch.full((ROWS,), n, dtype=torch.long, device=DEVICE) for n in (PROMPT, context.max_new_tokens))
     canvas = Canvas(ids, ids == 0, ids > 0, start, start + asked, context.mask_id)
     state, window = opened(run.s, run.policy, State.begin(canvas, start, asked, *run.s.start(canvas)))
+    rows, lane = list(range(ROWS)), torch.arange(ROWS, device=DEVICE)
+    nothing = Facts(*[0] * len(Facts._fields))
     for stale, reads in ((1, 1), (0, width)):
-        facts = Facts(*[0] * len(Facts._fields))._replace(
-            finite=1,
-            start=PROMPT,
-            length=width,
-            masks=1,
-            stale=stale,
-            size=width,
-            last=width - 1,
-            limit=width,
-            reads=reads,
-        )
-        part = Part(list(range(ROWS)), True, state, window, [facts] * ROWS, list(range(ROWS)))
-        before, after = state, run.turn(part)
+        part = Part(rows, lane, slice(0, ROWS), state, window, [nothing._replace(stale=stale)] * ROWS, rows)
+        before, after = state, run.work(part, Shape(width, width, reads))
         state, window = after.state, after.window
         found += [*_changed(before.memory, state.memory), *_changed(before.columns, state.columns)]
-
-
-class _Runner(Runner):
-    """Its lanes are on the device already."""
-
-    def lane(self, part: Part) -> Tensor | None:
-        """(N,) the lanes of a part; None where there is no store."""
-        return torch.arange(ROWS, device=DEVICE) if self.policy.stored else None
 
 
 class _Blank(Model):
