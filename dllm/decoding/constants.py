@@ -20,7 +20,8 @@ class Constant(Generic[T]):
     """
 
     def __init__(self, make: Callable[[torch.device], T]) -> None:
-        self._make, self._made = make, dict[torch.device, T]()
+        cpu = torch.device("cpu")
+        self._make, self._made = make, {cpu: make(cpu)}
 
     def on(self, device: torch.device) -> T:
         """The thing on this device."""
