@@ -14,7 +14,7 @@ import dllm
 from dllm.decoding import graphs
 from dllm.drafting import lattice
 from dllm.drafting import verifier as module
-from dllm.drafting.accept import Law, reject, walk_sample
+from dllm.drafting.accept import Judge, reject, walk_sample
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Need
 from dllm.drafting.front import speculate
@@ -205,7 +205,7 @@ def test_the_ratio_test_of_a_chain_is_that_of_the_walk():
     for seed in range(60):
         proposal, logits = drawn(seed % 5, seed)
         one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
-        law = Law(sample=True, generator=one)
+        law = Judge(sample=True, generator=one)
         kept = law.judge(proposal, logits, law.ask(proposal, logits).tolist(), ())
         assert kept == reject(proposal, lambda node, _, z=logits: torch.softmax(z[node + 1], -1), other)
         assert torch.equal(one.get_state(), other.get_state())
@@ -220,7 +220,7 @@ def test_a_point_tree_at_once_is_that_of_the_walk():
         logits = torch.full((6, VOCAB), -9.0)
         logits[:, 1:6] = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
         one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
-        law = Law(sample=True, warp=lambda z: z / 0.7, generator=one)
+        law = Judge(sample=True, warp=lambda z: z / 0.7, generator=one)
         kept = law.judge(tree, logits, law.ask(tree, logits).tolist(), ())
         assert kept == walk_sample(tree, lambda node, _, z=logits: torch.softmax(z[node + 1] / 0.7, -1), other)
         assert torch.equal(one.get_state(), other.get_state())
@@ -230,10 +230,10 @@ def test_a_point_tree_at_once_is_that_of_the_walk():
 
 def test_a_law_that_reads_the_text_and_siblings_are_walked():
     proposal, logits = drawn(3, 0)
-    assert not len(Law(processors=lambda ids, scores: scores).ask(proposal, logits))
+    assert not len(Judge(processors=lambda ids, scores: scores).ask(proposal, logits))
     siblings = Proposal(proposal.tokens, (-1, -1, 0), "sampled", proposal.rows)
-    assert not len(Law(sample=True).ask(siblings, logits))
-    assert len(Law(sample=True).ask(proposal, logits)) == 2
+    assert not len(Judge(sample=True).ask(siblings, logits))
+    assert len(Judge(sample=True).ask(proposal, logits)) == 2
 
 
 def test_golden_pair_is_the_same_by_graphs():

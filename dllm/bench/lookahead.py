@@ -1,5 +1,5 @@
-"""`dllm bench lookahead`: forwards and seconds of samplers with 2, 4 (in both forms), 8 and `auto` rows beside the plain
-call.
+"""`dllm bench lookahead`: forwards and seconds of samplers with 2, 4 (in both forms), 8 and `auto` rows beside the
+plain call.
 
 The embedded model decodes test problems one by one, all settings in turn, so that each sees the same machine. The
 seconds of a setting are the sum over the problems of its median over the repeats.

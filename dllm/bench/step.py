@@ -61,7 +61,7 @@ class Tables(NativeModel):
     def __init__(self, tables: list[Tensor]) -> None:
         size, device = tables[0].shape[1], tables[0].device
         config = ModelConfig(
-            "llada", "LLaDAModelLM", vocab_size=size, embedding_rows=size, hidden_size=1, n_layers=0, n_heads=1,
+            "llada", "LLaDAModelLM", vocab_size=size, embedding_rows=size, hidden_size=1, n_layers=1, n_heads=1,
             n_kv_heads=1, head_dim=1, intermediate_size=1, max_positions=5 * WINDOW, mask_id=size - 1,
             eos_ids=(size - 2,),
         )  # fmt: skip

@@ -106,7 +106,7 @@ def _drawn(prob: Tensor, u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Law:
+class Judge:
     """How the verifier takes a token from its logits.
 
     sample      whether it is drawn, else it is the arg-max.

@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from dllm.call.arguments import RULES
 from dllm.call.prompts import Ids, One, Padding, Prompt, Several, Text, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
-from dllm.drafting.accept import Law, Processors
+from dllm.drafting.accept import Judge, Processors
 from dllm.drafting.control import Controller, CostAware
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
@@ -342,7 +342,7 @@ def calibrate(
     def verify(draft: Proposal) -> None:
         (logits,) = session.verify([Pending(ids[-1:], draft)])
         assert logits is not None
-        Law().ask(draft, logits).tolist()  # until the device is done
+        Judge().ask(draft, logits).tolist()  # until the device is done
         session.commit([()])
 
     if d is not None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dllm.call.arguments import RENAMED
 from dllm.decoding.graphs import granted
-from dllm.drafting.accept import Acceptance, Law, Processors
+from dllm.drafting.accept import Acceptance, Judge, Processors
 from dllm.drafting.control import CONTROLLERS, Controller, RoundStats
 from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
@@ -244,7 +244,7 @@ class Request:
     max_length: int
     eos: frozenset[int] = frozenset()
     do_sample: bool = False
-    processors: Processors | None = None  # where `warp` does not say it all, see `Law`
+    processors: Processors | None = None  # where `warp` does not say it all, see `Judge`
     warp: Callable[[Tensor], Tensor] | None = None
     stop: Callable[[list[int]], bool] | None = None  # (all ids) -> stop behind the last one?
     generator: torch.Generator | None = None
@@ -252,9 +252,9 @@ class Request:
     before: int = 0  # tokens of an earlier turn in the cache that `ids` lacks
 
     @property
-    def law(self) -> Law:
+    def law(self) -> Judge:
         """How the verifier takes a token."""
-        return Law(self.do_sample, self.warp, self.processors, self.generator)
+        return Judge(self.do_sample, self.warp, self.processors, self.generator)
 
     @property
     def shown(self) -> list[int]:
@@ -262,7 +262,7 @@ class Request:
         return self.ids if self.padded is None else self.padded
 
 
-class Verdict(NamedTuple):
+class Settled(NamedTuple):
     """What a round settled."""
 
     kept: Acceptance
@@ -459,7 +459,7 @@ class Speculation:
             return answer
         return torch.cat([logits.topk(min(SUCCESSORS, logits.shape[-1]), -1).indices.flatten(), answer])
 
-    def judge(self, logits: Tensor, answer: list[int]) -> Verdict:
+    def judge(self, logits: Tensor, answer: list[int]) -> Settled:
         """What stays of the proposal by the answer to `ask`."""
         nodes, q, successors = [self.ids[-1], *self.proposal.tokens], self.request, {}
         if self.teaches:
@@ -467,9 +467,9 @@ class Speculation:
             successors = {t: answer[width * i : width * (i + 1)] for i, t in enumerate(nodes)}
             answer = answer[width * len(nodes) :]
         prefix = [*q.shown, *self.ids[len(q.ids) :]] if q.processors else ()
-        return Verdict(q.law.judge(self.proposal, logits, answer, prefix), successors)
+        return Settled(q.law.judge(self.proposal, logits, answer, prefix), successors)
 
-    def settle(self, verdict: Verdict) -> tuple[list[int], tuple[int, ...]]:
+    def settle(self, verdict: Settled) -> tuple[list[int], tuple[int, ...]]:
         """Append what is emitted, cut at an end token or a stop string; returns it and the path to commit."""
         r, q, kept, emitted = self.stats, self.request, verdict.kept, []
         self._observe(kept)
@@ -596,7 +596,7 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
     return [emitted for emitted, _ in settled]
 
 
-def judged(rows: Sequence[Speculation], logits: Sequence[Tensor]) -> list[Verdict]:
+def judged(rows: Sequence[Speculation], logits: Sequence[Tensor]) -> list[Settled]:
     """What stays of each row's proposal. The host waits once for the device, and more where a law walks by itself."""
     asked = [row.ask(scores) for row, scores in zip(rows, logits, strict=True)]
     answers = iter(torch.cat(asked).tolist())
