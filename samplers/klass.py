@@ -74,7 +74,8 @@ class KLASS(Method):
             """Nothing was seen."""
             most = min(context.max_new_tokens, canvas.ids.shape[1]) if whole else columns
             cols = canvas.ids.new_zeros((len(canvas.ids), most))
-            return Before(cols.float()[..., None].expand(-1, -1, context.vocab_size), cols.float(), cols, canvas.length)
+            none = cols.to(context.logits)
+            return Before(none[..., None].expand(-1, -1, context.vocab_size), none, cols, canvas.length)
 
         return Bundle(
             select=select,
@@ -134,7 +135,7 @@ def divergence(pred: Prediction, logits: Tensor, lse: Tensor, at: Tensor) -> Ten
     Equal to the sum of p (z - z') less the difference of the log-sum-exps: no logarithm of a probability.
     """
     rows = torch.arange(len(at), device=at.device)[:, None] * logits.shape[1] + at
-    table = logits.flatten(0, 1).to(pred.logits.dtype)
+    table = logits.flatten(0, 1)
     moved = [
         torch.linalg.vecdot(z.softmax(-1), table[row].sub_(z).nan_to_num_(nan=0.0)) for z, row in pred.chunks(rows)
     ]

@@ -37,6 +37,7 @@ from dllm.lookahead import form
 from dllm.lookahead.setting import Lookahead, Stats
 from dllm.models.hub import load
 from dllm.models.model import Model
+from dllm.models.moe import wide
 from dllm.models.native import NativeModel
 from dllm.samplers import Bundle, registry
 from dllm.samplers.eos_last import EosLast
@@ -296,6 +297,7 @@ def _context(model: Model, args: Arguments, windows: list[int]) -> Context:
         block_size=model.block_size,
         tokenizer=model.tokenizer,
         family=model.family,
+        logits=wide(model.dtype),
     )
 
 

@@ -32,6 +32,7 @@ class Context:
     block_size: int | None = None  # of a block-causal model: its blocks count from column 0
     tokenizer: Tokenizer | None = None
     family: str = ""
+    logits: torch.dtype = torch.float32  # of the predictions
 
     @property
     def max_new_tokens(self) -> int:
