@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import cases, groups, model, read
-from replay import waits
+from replay import standing_in, waits
 from test_lookahead import CALL, DREAM, PROMPTS, RANDOM, SDAR, SHOWING, agrees, decode, plain, usable
 from test_lookahead_golden import drafting_forwards
 from torch import Tensor
@@ -173,6 +173,42 @@ def test_a_round_asks_nothing(cache_: str, mode: Any, sampler: str, monkeypatch:
     dllm.generate(model(RANDOM), PROMPTS, sampler=sampler, cache=cache_, lookahead={**CHAIN, **mode}, **call)
     assert asked
     assert sum(asked, Counter()) == Counter()
+
+
+# -- rounds as graphs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "cache_", "extra"),
+    [
+        (RANDOM, "none", {}),
+        (RANDOM, "dual", {"temperature": 0.7}),
+        (RANDOM, "dual", {"cfg_scale": 1.0}),
+        (RANDOM, "delayed:every=3", {"sampler": "saber"}),
+        (RANDOM, "dllm_cache", {"sampler": "threshold:tau=0.4"}),
+        (RANDOM, "dual", {"lookahead": {**CHAIN, "mode": "guarded", "delta": 0.05}}),
+        (SDAR, "block", {"sampler": "threshold:tau=0.4"}),
+    ],
+)
+def test_a_round_that_is_replayed(checkpoint: str, cache_: str, extra: dict[str, Any]) -> None:
+    """Counts, too, but for sizes that are rounded up: these leave more room for drafts."""
+    call: dict[str, Any] = {**CALL, "cache": cache_, "lookahead": CHAIN, "batch_size": 2, **extra}
+    eager = dllm.generate(model(checkpoint), PROMPTS, graphs=False, **call)
+    base = dllm.generate(model(checkpoint), PROMPTS, graphs=False, **{**call, "lookahead": None})
+    with standing_in():
+        for _ in range(2):
+            outs = dllm.generate(model(checkpoint), PROMPTS, graphs=True, **call)
+    assert [o.sequences for o in outs] == [o.sequences for o in eager] == [o.sequences for o in base]
+    assert sum(o.nfe for o in outs) <= sum(o.nfe for o in eager)
+    assert all(o.stats["steps"] == e.stats["steps"] for o, e in zip(outs, eager, strict=True))
+    assert max(o.stats["graphs"]["replays"] for o in outs) > 0
+
+
+def test_inputs_with_queries_of_their_own_run_eagerly() -> None:
+    call: dict[str, Any] = {**CALL, "cache": "dual", "sampler": "wino:least=2", "lookahead": CHAIN}
+    with standing_in():
+        outs = dllm.generate(model(RANDOM), PROMPTS, graphs=True, **call)
+    assert [o.sequences for o in outs] == [o.sequences for o in dllm.generate(model(RANDOM), PROMPTS, **call)]
 
 
 # -- counts -----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ from dllm.decoding.stopping import Stop, Stops
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
 from dllm.lookahead import form
+from dllm.lookahead.captured import CapturedChainRunner
+from dllm.lookahead.chain import ChainRunner
 from dllm.lookahead.setting import Lookahead, Stats
 from dllm.models.hub import load
 from dllm.models.model import Model
@@ -86,16 +88,24 @@ class Job:
     @contextmanager
     def _runner(self) -> Iterator[Callable[..., Runner]]:
         """What decodes this call."""
-        if self.lookahead is not None:
-            known, checked = (self.model, self.sampler, self.policy), self.args.check is not None
-            kind = form.runner(self.lookahead, *known, checked=checked)
-            yield partial(kind, setting=self.lookahead, report=self.report)
-        elif self.captured is not None:
+        kind, ahead = self._kind(), self.lookahead
+        looking: dict[str, Any] = {} if ahead is None else {"setting": ahead, "report": self.report}
+        if self.captured is not None and issubclass(kind, CapturedRunner):
             with lent(self.captured) as graphs:
                 self.counts = graphs.counts
-                yield partial(CapturedRunner, graphs=graphs)
+                yield partial(kind, graphs=graphs, **looking)
         else:
-            yield Runner
+            yield partial(kind, **looking)
+
+    def _kind(self) -> type[Runner]:
+        """The runner's class."""
+        ahead, captured = self.lookahead, self.captured is not None
+        if ahead is None:
+            return CapturedRunner if captured else Runner
+        kind = form.runner(ahead, self.model, self.sampler, self.policy, checked=self.args.check is not None)
+        # a trace is shown steps that a replay keeps to itself, and an audit goes back to one
+        whole = captured and kind is ChainRunner and ahead.mode != "fast" and not self.args.trace
+        return CapturedChainRunner if whole else kind
 
     def output(self, request: int, canvas: Canvas, row: int, meter: Meter, trace: Trace | None = None) -> Output:
         """What a request returns that stands in a row of this canvas on the host; its trace is sealed."""
@@ -189,7 +199,7 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
     if captured is not None and sampler.needs.edits_length:
         _once(f"sampler {sampler.name!r} runs without CUDA graphs: it edits the length of the canvas")
-    if ahead is not None or args.check is not None or sampler.needs.edits_length:
+    if args.check is not None or sampler.needs.edits_length:
         captured = None  # these ask the device
     return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, {}, captured)
 

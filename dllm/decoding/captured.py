@@ -20,7 +20,7 @@ from dllm.decoding.canvas import Plan, Span, State, mapped
 from dllm.decoding.facts import Facts, Shape
 from dllm.decoding.graphs import Graphs, index
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped
+from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped, Turn
 from dllm.decoding.slots import Sampler
 from dllm.models.transformer import KVStore
 
@@ -39,6 +39,7 @@ class Key(NamedTuple):
     stale: int
     some: int | None  # rows in `Board.some`; None: all rows
     shape: Shape
+    levels: int = 1  # of a round of the lookahead
 
 
 class Kept(NamedTuple):
@@ -143,15 +144,21 @@ class CapturedRunner(Runner):
 
     def tick(self, batch: Batch) -> list[Stepped]:
         """One step of every row: a replay for those that refresh, and one for the others."""
-        if self.fits and batch.state is not self.board.rows.state:
-            overwrite(self.board.rows, Rows(batch.state, batch.window, batch.flags))
-            batch.state, batch.window, batch.flags = self.board.rows
+        self.load(batch)
         busy = batch.busy
         parts = ([i for i in busy if batch.facts[i].stale == stale] for stale in (1, 0))
         return [self.replay(batch, rows, busy) for rows in parts if rows]
 
-    def replay(self, batch: Batch, rows: list[int], busy: list[int]) -> Stepped:
-        """One step of rows that all refresh, or all do not."""
+    def load(self, batch: Batch) -> None:
+        """Have the batch live in the static tensors, where somebody has changed it."""
+        if self.fits and batch.state is not self.board.rows.state:
+            overwrite(self.board.rows, Rows(batch.state, batch.window, batch.flags))
+            batch.state, batch.window, batch.flags = self.board.rows
+
+    def replay(
+        self, batch: Batch, rows: list[int], busy: list[int], room: Shape | None = None, levels: int = 1
+    ) -> Stepped:
+        """One step of rows that all refresh, or all do not, or a round of `levels`. room: None: what they need."""
         if not self.fits:
             return batch.took(self.turn(batch.part(rows)))
         facts, size = [batch.facts[i] for i in rows], len(batch.request)
@@ -159,8 +166,8 @@ class CapturedRunner(Runner):
         whole = count == size and len(rows) == len(busy)
         if not whole:  # a row that stands twice is computed twice
             self.board.some[:count].copy_(index(rows + rows[:1] * (count - len(rows)), batch.flags.device))
-        shape = Shape.of(facts, self.board.rows.window.feeds(bool(facts[0].stale))).static(self.columns)
-        key = Key(facts[0].stale, None if whole else count, shape)
+        shape = room or Shape.of(facts, self.board.rows.window.feeds(bool(facts[0].stale)))
+        key = Key(facts[0].stale, None if whole else count, shape.static(self.columns), levels)
         try:
             self.graphs.run(key, partial(self.static, key, facts[:1]), f"sampler {self.s.name!r}")
         except Unfit as reason:
@@ -175,10 +182,14 @@ class CapturedRunner(Runner):
     def static(self, key: Key, facts: list[Facts]) -> None:
         """The work that is captured: the step of some rows of the board, or of all, in place."""
         part = self.board.part(key.some, facts)
-        turn = self.work(part, key.shape)
+        turn = self.made(part, key)
         if turn.after.closing is not part.state.closing:  # an exit may ask for a fill
             self._keep(key, turn.answer)
         self.board.write(key.some, Rows(turn.state, turn.window, turn.flags))
+
+    def made(self, part: Part, key: Key) -> Turn:
+        """What the work makes of these rows."""
+        return self.work(part, key.shape)
 
     def _keep(self, key: Key, answer: Answer) -> None:
         """The next replay may write over the answer, and the board has changed by then."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan, State, chosen
+from dllm.decoding.canvas import Plan, Span, State, chosen
 from dllm.decoding.facts import Facts, Shape, fetch, flags
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
@@ -87,27 +87,31 @@ class ChainRunner(Runner):
         self.began, self.played = time.perf_counter(), {}
         doubt = [i for i in batch.busy if batch.facts[i].doubt]
         steady = [i for i in batch.busy if i not in doubt]
-        behind, turns = min(map(self.clock, steady), default=0), list[Turn]()
-        for i in doubt:
-            turns.append(self.note(self.turn(batch.part([i])), Played(1, True, [], [])))
+        behind = min(map(self.clock, steady), default=0)
+        stepped = [self.play(batch, [i], alone=True) for i in doubt]
         for stale in (1, 0):
             rows = [i for i in steady if batch.facts[i].stale == stale]
             if any(self.clock(i) == behind for i in rows):
-                turns.append(self.advance(batch.part(rows)))
-        return [batch.took(turn) for turn in turns]
+                stepped.append(self.play(batch, rows))
+        return stepped
 
-    def advance(self, part: Part) -> Turn:
-        """A round of these rows, or a plain step where it would have but one level."""
-        levels = self.levels(part)
+    def play(self, batch: Batch, rows: list[int], alone: bool = False) -> Stepped:
+        """A round of these rows, or a plain step: `alone`, or where it would have but one level."""
+        part = batch.part(rows)
+        levels = 1 if alone else self.levels(part.facts, part.window)
         stale = self.recent(part) if levels > 1 else None
         if stale is None:
-            return self.note(self.turn(part), Played(1, False, [], []))
+            return batch.took(self.note(self.turn(part), Played(1, alone, [], [])))
         self.meter.forward(part.request)
-        shape, cross = self.shape(part, levels), self.setting.cross_blocks
-        play = Round(self, self.far, levels, shape, part.lanes, cross, self.delta)
-        out = play(part.state, part.window, self.lane(part), stale)
+        out = self.round(levels, self.shape(part.facts, part.window, levels), part.lanes)(
+            part.state, part.window, self.lane(part), stale
+        )
         turn = Turn(part, out.state, out.state, out.window, out.flags, out.answer)
-        return self.note(turn, Played(levels, False, out.walked.before, out.walked.after))
+        return batch.took(self.note(turn, Played(levels, False, out.walked.before, out.walked.after)))
+
+    def round(self, levels: int, shape: Shape, lanes: slice | None) -> Round:
+        """The rounds of this call."""
+        return Round(self, self.far, levels, shape, lanes, self.setting.cross_blocks, self.delta)
 
     def note(self, turn: Turn, played: Played) -> Turn:
         """Remember what these rows are to be drafted from, and how they came there."""
@@ -117,25 +121,25 @@ class ChainRunner(Runner):
             self.last[lane] = Last(request, turn.answer, place)
         return turn
 
-    def levels(self, part: Part) -> int:
+    def levels(self, facts: list[Facts], window: Span) -> int:
         """R of the next forward of these rows. A full one has no room for drafts, and nobody steps beyond his cap."""
-        if part.stale and part.window.feeds(True).dense:
+        if facts[0].stale and window.feeds(True).dense:
             return 1
-        setting, n = self.setting, len(part.rows)
-        room = min(self.options.cap(f) - 1 - f.step for f in part.facts)
+        setting, n = self.setting, len(facts)
+        room = min(self.options.cap(f) - 1 - f.step for f in facts)
         wide = room if setting.max_rows is None else min(room, max(setting.max_rows // n, 1))
         rows = self.pace.choose(n, setting.max_rows) if setting.rows == "auto" else int(setting.rows)
         return min(rows, wide)
 
-    def shape(self, part: Part, levels: int) -> Shape:
+    def shape(self, facts: list[Facts], window: Span, levels: int) -> Shape:
         """What one level has room for: that of the row itself, and of a block that it may have finished."""
-        facts, width = part.facts, part.state.canvas.ids.shape[1]
-        block, queries = self.policy.block_size or 0, max(1, *(f.size for f in facts))
+        own = window.feeds(False)
+        block, width, queries = self.policy.block_size or 0, own.cols.shape[1], max(1, *(f.size for f in facts))
         crossed, ahead = block * self.setting.cross_blocks, block * self.far.ahead
         room = min(queries + crossed + ahead, width)
         slots = min(max(f.limit for f in facts) + (levels - 1) * crossed + ahead, width)
         reads = min(max(1, crossed, *(f.reads for f in facts)), width)
-        padded = not part.window.feeds(False).dense or any(f.size != room for f in facts)
+        padded = not own.dense or any(f.size != room for f in facts)
         return Shape(room, slots, reads, padded=padded, ragged=True)
 
     def recent(self, part: Part) -> Answer | None:
@@ -153,9 +157,9 @@ class ChainRunner(Runner):
 
     def stepped(self, part: Part, answer: Answer, pred: Prediction, after: State, fed: int | None = None) -> Turn:
         """As the plain runner; in mode guarded a row stays where a forward of itself alone might lead elsewhere."""
-        if self.delta is None or len(part.rows) == 1:
+        if self.delta is None or after.rows == 1:
             return super().stepped(part, answer, pred, after, fed)
-        unsure = doubtful(self.s, part.state, part.reading, pred, after, self.delta)
+        unsure = doubtful(self.s, part.state, part.window.cut(pred.cols.shape[1]), pred, after, self.delta)
         covered = self.covers(part.fed.cols, after)
         state, window = opened(self.s, self.policy, after)
         state, window = chosen(unsure, part.state, state), chosen(unsure, part.window, window)
