@@ -1,6 +1,8 @@
 """A tick waits for the device once, and captured ticks decode what eager ones do: samplers under caches, in ragged
-batches where rows refresh at different ticks and take the place of others. That a tick asks nothing beside is shown on shapes
-without values (test_samplers_questions), golden decodes by graphs in test_graphs_golden.
+batches where rows refresh at different ticks and take the place of others.
+
+That a tick asks nothing beside is shown on shapes without values (test_samplers_questions), golden decodes by graphs in
+test_graphs_golden.
 """
 
 from __future__ import annotations
