@@ -65,14 +65,19 @@ class Ring(NamedTuple):
     law: Tensor  # (B, K, V)
 
 
+@dataclass(frozen=True)
 class Rule:
     """What both modes share: the base budget u, one for each row."""
 
-    memory = columns = None
-    adjust: tuple[Adjust, ...] = ()
+    m: CCD
+    context: Context
+    memory: ClassVar[None] = None
+    columns: ClassVar[None] = None
 
-    def __init__(self, method: CCD, context: Context) -> None:
-        self.m, self.context = method, context
+    @property
+    def adjust(self) -> tuple[Adjust, ...]:
+        """Links of the adjust chain."""
+        return ()
 
     def base(self, view: View) -> Tensor:
         """(B, 1) u."""
@@ -124,10 +129,16 @@ class Agree(Rule):
 class Mean(Rule):
     """Averages over a ring of the last `depth` - 1 steps; each holds the distributions of its `top` surest columns."""
 
-    def __init__(self, method: CCD, context: Context) -> None:
-        super().__init__(method, context)
-        self.top = max(method.top, context.max_new_tokens // context.steps if context.steps else 1)  # of any row
-        self.adjust = (self.blend,)
+    @property
+    def top(self) -> int:
+        """Columns that a step leaves in the ring: of the row with most."""
+        context = self.context
+        return max(self.m.top, context.max_new_tokens // context.steps if context.steps else 1)
+
+    @property
+    def adjust(self) -> tuple[Adjust, ...]:
+        """The average."""
+        return (self.blend,)
 
     def memory(self, canvas: Canvas) -> Ring:  # type: ignore[override]
         """An empty ring."""

@@ -66,7 +66,9 @@ def test_rows_alone_in_a_batch_and_without_graphs(arguments: dict[str, Any], cac
             assert out.trace.commits == plain[i].trace.commits
 
 
-@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.6", "eb", "localleap"])
+@pytest.mark.parametrize(
+    "sampler", ["confidence", "threshold:tau=0.6", "prophet", "klass", "ccd", "pc", "adablock:delimiters=[3]"]
+)
 def test_later_calls_share_what_was_captured(sampler: str, device: str) -> None:
     m = model("tiny-llada-random", device=device)
     call = {**CALL, "sampler": sampler, "early_stop": True, "graphs": True}

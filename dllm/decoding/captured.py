@@ -8,9 +8,9 @@ are done step along as long as that needs no other forward. Eager code is the or
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import NamedTuple
 
 import torch
@@ -82,11 +82,20 @@ class Unfit(RuntimeError):
     """A state that does not keep its shapes has no static tensors."""
 
 
-def _named(slot: object) -> Hashable:
-    """Slots by value: methods of equal samplers are equal."""
-    if type(slot) is tuple:
-        return tuple(map(_named, slot))
-    return (slot.__func__, slot.__self__) if isinstance(slot, MethodType) else slot
+def _named(part: object) -> Hashable:
+    """What a slot is, by value: equal functions over equal values are equal, and so are methods of equal samplers."""
+    if isinstance(part, MethodType):
+        return _named(part.__func__), _named(part.__self__)
+    if isinstance(part, FunctionType):
+        held = [cell.cell_contents for cell in part.__closure__ or ()]
+        return part.__code__, _named(held), _named(part.__defaults__), _named(part.__kwdefaults__)
+    if isinstance(part, tuple | list):
+        return type(part), *map(_named, part)
+    if isinstance(part, dict):
+        return tuple((key, _named(value)) for key, value in part.items())
+    if is_dataclass(part) and type(part).__eq__ is not object.__eq__:
+        return type(part), *(_named(vars(part)[f.name]) for f in fields(part))
+    return part
 
 
 def _fits(old: Tensor, new: Tensor) -> Tensor:
@@ -127,10 +136,10 @@ class CapturedRunner(Runner):
 
     def baked(self) -> tuple[Hashable, ...]:
         """What captured work depends on beside shapes; calls in which it is equal share their captures."""
-        slots = _named(tuple(self.s._replace(starts=(), lookahead=None)))
         try:
+            slots = _named(self.s._replace(starts=(), lookahead=None))
             hash(slots)
-        except TypeError:  # of a slot with a table: it equals itself alone
+        except (TypeError, RecursionError):  # of a slot that has no value: it equals itself alone
             return (object(),)
         return slots, self.policy, self.options
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+import hashlib
+from collections.abc import Callable, Hashable
+from functools import cached_property, lru_cache
 from typing import Generic, TypeVar
 
 import torch
@@ -28,6 +29,21 @@ class Constant(Generic[T]):
         if device not in self._made:
             self._made[device] = self._make(device)
         return self._made[device]
+
+    @cached_property
+    def value(self) -> Hashable:
+        """What it holds: equal tables are equal, and anything else equals itself alone."""
+        made = self._made[torch.device("cpu")]
+        if not isinstance(made, Tensor):
+            return id(self)
+        content = made.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return made.dtype, tuple(made.shape), hashlib.blake2b(content).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
 
 
 @lru_cache(maxsize=256)
