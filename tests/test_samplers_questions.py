@@ -72,7 +72,7 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", VARIANTS, ids=str)
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec if isinstance(spec, str) else None)
 def test_no_parameter_makes_it_ask(spec: Any) -> None:
     assert questions(registry.build(spec, BIDIRECTIONAL), BIDIRECTIONAL, caches.policy("none")) == []
 
