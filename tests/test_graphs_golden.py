@@ -8,7 +8,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ import dllm
 from dllm.cli import app
 from dllm.decoding.graphs import Graphs
 from dllm.errors import DllmError
+from dllm.samplers import Bundle, Context, Method, Prediction, View
 from dllm.samplers.threshold import Threshold
 
 PROMPTS = [[5, 9, 30, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
@@ -123,6 +124,34 @@ def test_a_sampler_that_asks_the_device_decodes_and_is_named_once(
     assert (
         line.startswith("sampler 'threshold' runs without CUDA graphs: it waits for the device at ") and place in line
     )
+
+
+class Steps(NamedTuple):
+    """One number more in every step: no static tensor has room for that."""
+
+    table: torch.Tensor
+
+
+class Grows(Method):
+    name = "grows"
+
+    def bundle(self, context: Context) -> Bundle:
+        def select(view: View, soft: Prediction, score: torch.Tensor) -> torch.Tensor:
+            old = view.memory[Steps].table
+            view.memory[Steps] = Steps(torch.cat([old, old[:, :1]], 1))
+            return score > soft.confidence * 0 - 1.5
+
+        return Bundle(select=select, memory=lambda canvas: Steps(canvas.ids[:, :1]))
+
+
+def test_a_shape_that_changes_in_mid_call(caplog: pytest.LogCaptureFixture) -> None:
+    m, call = model("tiny-llada-random"), {**CALL, "sampler": Grows(), "batch_size": 2, "cache": "dual"}
+    plain = dllm.generate(m, PROMPTS, **call)
+    with standing_in():
+        captured = dllm.generate(m, PROMPTS, graphs=True, **call)
+    assert [(o.sequences, o.nfe, o.positions) for o in captured] == [(o.sequences, o.nfe, o.positions) for o in plain]
+    said = "sampler 'grows' runs without CUDA graphs: a leaf of its state changes from [2, 1] to [2, 2]"
+    assert [r.message for r in caplog.records].count(said) == 1
 
 
 def test_a_sampler_that_edits_lengths_decodes_without_and_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
