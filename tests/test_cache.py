@@ -7,7 +7,9 @@ from scripted import tiny
 
 import dllm
 from dllm.call.cache_error import cache_error
+from dllm.call.job import prepare
 from dllm.decoding.cache.registry import POLICIES, policy
+from dllm.decoding.engine import Waiting
 from dllm.errors import DllmError
 
 MASK = 39
@@ -124,6 +126,14 @@ def test_dllm_cache_fills_its_share_with_what_was_computed_longest_ago(rho):
     seen, _ = recomputed(f"dllm_cache:prompt_every=20,response_every=20,rho={rho}")
     assert [len(columns) for columns in seen[1:5]] == [6] * 4
     assert [{c for c in columns if c >= 9} for columns in seen[1:4]] == [{9}, {10, 11}, {12, 13}]
+
+
+@pytest.mark.parametrize(("cache", "private"), [("dual", True), ("delayed", False), ("dllm_cache", False)])
+def test_scattered_columns_are_recomputed_with_those_that_are_looked_at(cache, private):
+    call = {"max_new_tokens": 13, "block_length": 5, "sampler": "threshold+sched", "cache": cache}
+    job = prepare(tiny(), PROMPTS, call)
+    window = Waiting.of(job.sampler, job.policy, job.queue).all.window
+    assert window.aside.any() and window.step.cols[0, 14] and (window.step.aside is not None) == private
 
 
 def test_caches_of_the_command_line():

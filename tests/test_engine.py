@@ -235,6 +235,7 @@ def test_an_exit_whose_last_forward_is_the_cap_is_no_cap() -> None:
         sampler="prophet:high=3,mid=3,low=3,region=[0, 2]",
     )  # fmt: skip
     assert (out.nfe, [len(pairs) for pairs in out.trace.commits]) == (4, [1, 1, 0, 10])
+    assert out.trace.windows == [[4, 8]] * 3 + [[0, 0]]  # a closing forward has none
     assert out.finish_reason == "length"
 
 

@@ -110,7 +110,6 @@ def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
         for at, row in enumerate(rows):
             request = tick.request[row]
             if row in done:
-                meter.finish([request])
                 output = job.output(request, canvas, at, meter, traces.get(request))
                 yield Event(request, output.text[len(sent[request]) :], "" if drafts else None, output.nfe, output)
                 continue

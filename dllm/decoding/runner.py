@@ -349,6 +349,7 @@ class Runner:
         answer = self.forward(state, empty(state), plan(state, everything(state), shape, None, None))
         filled, pred = answer.filled(state, torch.ones_like(state.done), max(f.masks for f in part.facts))
         after = filled._replace(step=state.step + 1, columns=state.columns)  # no step: it notes nothing
+        part = part._replace(facts=[f._replace(lo=0, hi=0) for f in part.facts])
         return Turn(part, after, *self.open(after, pred, torch.zeros_like(after.done), answer.fed), answer)
 
 

@@ -18,7 +18,7 @@ class Trace:
 
     `commits[k]` lists the `[column, token]` pairs that forward k wrote; a pair with the mask id is a re-masking.
     `confidence[k]` has the model's probability of each of these tokens, None where a closing forward filled it.
-    `windows[k]` is the half-open window of that forward, `lengths[k]` the canvas length after it.
+    `windows[k]` is the half-open window of that forward, [0, 0] of a closing one; `lengths[k]` the canvas length after.
     """
 
     prompt: list[int]

@@ -148,10 +148,11 @@ class Policy(ABC):
     def _reading(self, fed: Fed, window: Span) -> Fed:
         """The same with the sources of all columns that the step reads.
 
-        A region that is only looked at (Prophet) is private to the forward: reading it changes nothing.
+        A region that is only looked at (Prophet) is private to the forward: reading it changes nothing. Where a step
+        recomputes scattered columns anyway, it is recomputed with them.
         """
         width, source = fed.cols.shape[1], window.sources(self.shift)
-        if window.aside is None or not self.stored:
+        if window.aside is None or not self.stored or self.sparse:
             return fed._replace(cols=fed.cols | marked(source, width))
         cols = fed.cols | marked(torch.where(window.aside, -1, source), width)
         aside = marked(source, width) & ~cols
