@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import dllm
 from dllm.cli import app
+from dllm.decoding.constants import constant
 from dllm.decoding.graphs import Graphs
 from dllm.errors import DllmError
 from dllm.samplers import Bundle, Context, Method, Prediction, View
@@ -82,6 +83,27 @@ def test_later_calls_share_what_was_captured(sampler: str, device: str) -> None:
     prompts = [[8, 9, 7], [5, 6]]
     other, want = (dllm.generate(m, prompts, **{**call, "graphs": on}) for on in (True, False))
     assert [o.sequences for o in other] == [o.sequences for o in want]
+
+
+def test_ids_that_many_calls_suppress_stay_where_captures_read_them(device: str) -> None:
+    m, call = model("tiny-llada-random", device=device), {**CALL, "suppress_tokens": [3], "graphs": True}
+    want = [dllm.generate(m, PROMPTS[0], **call).sequences for _ in range(2)]
+    for n in range(300):
+        constant((n, n), m.device)
+    assert [dllm.generate(m, PROMPTS[0], **call).sequences] == want[1:]
+
+
+def test_a_selection_that_is_written_anew_is_captured_anew(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "def made():\n    return lambda self, view, soft, score: chosen(view, soft)\n"
+    m, call, found = model("tiny-llada-random", device=device), {**CALL, "sampler": "threshold", "graphs": True}, []
+    for chosen in (lambda view, soft: view.live, lambda view, soft: view.live & False):  # all at once, one by one
+        cell = {"chosen": chosen}
+        exec(text, cell)
+        monkeypatch.setattr(Threshold, "select", cell["made"]())
+        found += [
+            [dllm.generate(m, PROMPTS[0], **{**call, "graphs": on}).nfe for _ in range(3)] for on in (True, False)
+        ]
+    assert found[0] == found[1] and found[2] == found[3] and found[0] != found[2]
 
 
 def test_streams_at_once_and_streams_left(device: str) -> None:

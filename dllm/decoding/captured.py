@@ -83,12 +83,15 @@ class Unfit(RuntimeError):
 
 
 def _named(part: object) -> Hashable:
-    """What a slot is, by value: equal functions over equal values are equal, and so are methods of equal samplers."""
+    """What a slot is, by value: equal functions over equal values are equal, and so are methods of equal samplers.
+
+    Code that was compiled anew counts as other code: what it calls by name may have changed.
+    """
     if isinstance(part, MethodType):
         return _named(part.__func__), _named(part.__self__)
     if isinstance(part, FunctionType):
         held = [cell.cell_contents for cell in part.__closure__ or ()]
-        return part.__code__, _named(held), _named(part.__defaults__), _named(part.__kwdefaults__)
+        return id(part.__code__), part.__code__, _named(held), _named(part.__defaults__), _named(part.__kwdefaults__)
     if isinstance(part, tuple | list):
         return type(part), *map(_named, part)
     if isinstance(part, dict):
@@ -139,7 +142,7 @@ class CapturedRunner(Runner):
         try:
             slots = _named(self.s._replace(starts=(), lookahead=None))
             hash(slots)
-        except (TypeError, RecursionError):  # of a slot that has no value: it equals itself alone
+        except (TypeError, ValueError, RecursionError):  # of a slot that has no value: it equals itself alone
             return (object(),)
         return slots, self.policy, self.options
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Generic, TypeVar
 
 import torch
@@ -46,7 +46,7 @@ class Constant(Generic[T]):
         return hash(self.value)
 
 
-@lru_cache(maxsize=256)
+@cache  # none is ever dropped: captured work reads them where they lie
 def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Numbers that stay the same, on the device once; nobody writes into them."""
     with torch.inference_mode(False):
