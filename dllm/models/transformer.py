@@ -313,7 +313,7 @@ class Transformer(nn.Module):
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """An empty store for `lanes` rows of at most `slots` positions, each layer's where it computes.
 
-        Allocated once a call, and zero, so never NaN; with the spare slot. Where the heads are split over processes:
+        Zero at first, so never NaN; with the spare slot. Where the heads are split over processes:
         for those of this one.
         """
         shape, dtype = (lanes, self.config.n_kv_heads, slots + 1, self.config.head_dim), self.norm.weight.dtype
