@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 import dllm
 from dllm.call.job import _once
 from dllm.cli import app
+from dllm.decoding import graphs
 from dllm.decoding.constants import constant
 from dllm.decoding.graphs import Graphs
 from dllm.errors import DllmError
+from dllm.models.native import NativeModel
 from dllm.samplers import Bundle, Context, Method, Prediction, View
 from dllm.samplers.threshold import Threshold
 
@@ -203,6 +205,20 @@ def test_memory_that_runs_out_while_capturing(
     assert {r.message for r in caplog.records} == {
         "sampler 'threshold' runs without CUDA graphs: memory ran out while capturing; a smaller batch_size leaves room"
     }
+
+
+def test_a_call_that_runs_out_of_memory_frees_what_graphs_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    m = tiny()
+    with standing_in():
+        dllm.generate(m, [1, 2, 3], graphs=True, **CALL)
+        assert m in graphs.IDLE
+        monkeypatch.setattr(NativeModel, "forward", full)
+        with pytest.raises(DllmError, match="out of memory"):
+            dllm.generate(m, [1, 2, 3], graphs=False, **CALL)
+        assert m not in graphs.IDLE
 
 
 def test_graphs_on_a_cpu_are_an_error_of_one_line() -> None:

@@ -22,7 +22,7 @@ from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State
 from dllm.decoding.captured import CapturedRunner
 from dllm.decoding.engine import decode
-from dllm.decoding.graphs import Counts, lent, usable
+from dllm.decoding.graphs import Counts, forget, lent, usable
 from dllm.decoding.guidance import Guidance
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
@@ -82,6 +82,7 @@ class Job:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            forget(self.model)
             hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
             raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
 

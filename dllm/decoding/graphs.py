@@ -271,6 +271,12 @@ class Idle(NamedTuple):
 IDLE: WeakKeyDictionary[NativeModel | nn.Module, Idle] = WeakKeyDictionary()
 
 
+def forget(model: Model) -> None:
+    """Free what the last captured calls of a model left on the device."""
+    if isinstance(model, NativeModel):
+        IDLE.pop(model, None)
+
+
 @contextmanager
 def lent(model: NativeModel | nn.Module) -> Iterator[Graphs]:
     """The graphs of a model for one decode, which are freed with it; a decode that runs meanwhile gets its own."""
