@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 P = TypeVar("P")
 
 # What the verifier's own decoding takes; blocks, caches and samplers are the drafter's business.
-VERIFIER_ARGUMENTS = ("max_new_tokens", "temperature", "top_k", "top_p", "eos", "stop", "chat")
+VERIFIER_ARGUMENTS = ("max_new_tokens", "temperature", "top_k", "top_p", "eos", "stop", "chat", "graphs")
 
 
 PACKAGES = ("dllm-toolkit", "torch", "transformers", "numpy", "scipy", "lm-eval", "math-verify", "ray", "accelerate")
