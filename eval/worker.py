@@ -222,7 +222,7 @@ class Worker:
         """One prompt decoded by the verifier, drafted as the setting says."""
         verifier, drafter = self.verifier(spec.verifier), self._drafter(spec.drafter, model)
         given = {k: v for k, v in decoding.items() if k in VERIFIER_ARGUMENTS}
-        return Drafted(dllm.speculate(verifier, drafter, prompt, seed=seed, **given, **spec.options))
+        return Drafted(dllm.speculate(verifier, drafter, prompt, seed=seed, **{**given, **spec.options}))
 
     def _drafter(self, spec: ModelSpec, model: Model | None) -> Model | Drafter | str | None:
         """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""
