@@ -9,10 +9,9 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
-from dllm.samplers import BlockMemory, Canvas, Context, Prediction, Span, State, View, Window, best, spans
+from dllm.samplers import BlockMemory, Canvas, Constant, Context, Prediction, Span, State, View, Window, best, spans
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm.decoding import noise
-from dllm.decoding.constants import Constant
-from dllm.samplers import Blocks, Bundle, Context, Method, Needs, Prediction, View, param, quota, rank
+from dllm.samplers import Blocks, Bundle, Constant, Context, Method, Needs, Prediction, View, param, quota, rank
 
 SCORES = {"maskgit_plus": quota.confidence, "topk_margin": quota.margin, "entropy": quota.entropy}
 

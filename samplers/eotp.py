@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.columns import indices
-from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
-from dllm.samplers import Bundle, Context, Decision, Method, Needs, Prediction, View, param
+from dllm.samplers import Bundle, Constant, Context, Decision, Method, Needs, Prediction, View, param
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
 from dllm.models.files import replaced
-from dllm.samplers import Bundle, Context, Method, Needs, Prediction, View, param, quota, rank
+from dllm.samplers import Bundle, Constant, Context, Method, Needs, Prediction, View, param, quota, rank
 
 FORMAT = "dllm-filter-1"
 FEATURES = ("prob", "log1m", "negent")

@@ -12,10 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.decoding.constants import Constant
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
-from dllm.samplers import Bundle, Context, Method, Prediction, Presets, View, param
+from dllm.samplers import Bundle, Constant, Context, Method, Prediction, Presets, View, param
 
 Frequencies = str | Path | Mapping[int, float] | Sequence[float] | Tensor | None
 

@@ -18,7 +18,6 @@ from scripted import tiny
 from typer.testing import CliRunner
 
 import dllm
-from dllm.call.job import _once
 from dllm.cli import app
 from dllm.decoding import graphs
 from dllm.decoding.constants import constant
@@ -180,7 +179,6 @@ def test_a_shape_that_changes_in_mid_call(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_a_sampler_that_edits_lengths_decodes_without_and_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    _once.cache_clear()  # other tests may have been told
     m, call = model("tiny-llada-random"), {**CALL, "sampler": "daedal", "early_stop": True}
     plain = dllm.generate(m, PROMPTS, **call)
     with standing_in():

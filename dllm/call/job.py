@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,8 +42,6 @@ from dllm.models.moe import wide
 from dllm.models.native import NativeModel
 from dllm.samplers import Bundle, registry
 from dllm.samplers.eos_last import EosLast
-
-log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 128
 COLUMNS = 64  # captures are shared by canvases whose width has the same multiple of it
@@ -198,17 +195,9 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
-    if captured is not None and sampler.needs.edits_length:
-        _once(f"sampler {sampler.name!r} runs without CUDA graphs: it edits the length of the canvas")
-    if args.check is not None or sampler.needs.edits_length:
-        captured = None  # these ask the device
+    if args.check is not None:  # it asks the device
+        captured = None
     return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, {}, captured)
-
-
-@cache
-def _once(line: str) -> None:
-    """Log a line once in a process."""
-    log.warning(line)
 
 
 def resolve_model(model: object) -> Model:

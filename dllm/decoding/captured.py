@@ -132,6 +132,10 @@ class CapturedRunner(Runner):
 
     def begin(self, batch: Batch) -> None:
         """Take the static tensors of such a batch, of an earlier call where there was one."""
+        if self.s.needs.edits_length:
+            super().begin(batch)
+            self.eagerly("it edits the length of the canvas")
+            return
         rows, columns = batch.state.canvas.ids.shape
         self.board = self.graphs.at((rows, columns, *self.baked()), partial(self._board, batch))
         self.store, self.columns, self.fits = self.board.store, columns, True
@@ -157,9 +161,16 @@ class CapturedRunner(Runner):
     def tick(self, batch: Batch) -> list[Stepped]:
         """One step of every row: a replay for those that refresh, and one for the others."""
         self.load(batch)
-        busy = batch.busy
-        parts = ([i for i in busy if batch.facts[i].stale == stale] for stale in (1, 0))
-        return [self.replay(batch, rows, busy) for rows in parts if rows]
+        return super().tick(batch)
+
+    def play(self, batch: Batch, rows: list[int]) -> Stepped:
+        """See `Runner`."""
+        return self.replay(batch, rows)
+
+    def eagerly(self, reason: str) -> None:
+        """Leave graphs out of the rest of this call."""
+        self.fits = False
+        self.graphs.say(f"sampler {self.s.name!r} runs without CUDA graphs: {reason}")
 
     def load(self, batch: Batch) -> None:
         """Have the batch live in the static tensors, where somebody has changed it."""
@@ -167,15 +178,13 @@ class CapturedRunner(Runner):
             overwrite(self.board.rows, Rows(batch.state, batch.window, batch.flags))
             batch.state, batch.window, batch.flags = self.board.rows
 
-    def replay(
-        self, batch: Batch, rows: list[int], busy: list[int], room: Shape | None = None, levels: int = 1
-    ) -> Stepped:
+    def replay(self, batch: Batch, rows: list[int], room: Shape | None = None, levels: int = 1) -> Stepped:
         """One step of rows that all refresh, or all do not, or a round of `levels`. room: None: what they need."""
         if not self.fits:
             return batch.took(self.turn(batch.part(rows)))
         facts, size = [batch.facts[i] for i in rows], len(batch.request)
         count = min(1 << (len(rows) - 1).bit_length(), size)
-        whole = count == size and len(rows) == len(busy)
+        whole = count == size and len(rows) == len(batch.busy)
         if not whole:  # a row that stands twice is computed twice
             self.board.some[:count].copy_(index(rows + rows[:1] * (count - len(rows)), batch.flags.device))
         shape = room or Shape.of(facts, self.board.rows.window.feeds(bool(facts[0].stale)))
@@ -183,9 +192,8 @@ class CapturedRunner(Runner):
         try:
             self.graphs.run(key, partial(self.static, key, facts[:1]), f"sampler {self.s.name!r}")
         except Unfit as reason:
-            self.fits = False
-            self.graphs.say(f"sampler {self.s.name!r} runs without CUDA graphs: {reason}")
-            return self.replay(batch, rows, busy)
+            self.eagerly(str(reason))
+            return self.replay(batch, rows)
         request = [r for r in (batch.request[i] for i in rows) if r is not None]
         self.meter.forward(request)
         part = Part(rows, self.board.some, None, self.board.rows.state, self.board.rows.window, facts, request)

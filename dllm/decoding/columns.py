@@ -16,16 +16,14 @@ def spans(lo: Tensor, hi: Tensor, width: int) -> Tensor:
 
 def indices(chosen: Tensor, width: int) -> Tensor:
     """(B, width) the first columns where `chosen` (B, L) holds, in order, -1 behind them."""
-    size = chosen.shape[1]
-    place = torch.where(chosen, chosen.cumsum(1) - 1, width).clamp(max=width)  # the last one takes what has no place
-    cols = torch.arange(size, device=chosen.device).expand_as(chosen)
-    return torch.full((len(chosen), width + 1), -1, device=chosen.device).scatter_(1, place, cols)[:, :width]
+    cols = torch.arange(chosen.shape[1], device=chosen.device)
+    return packed(torch.where(chosen, cols, -1), width)[0]
 
 
 def packed(cols: Tensor, width: int, *tables: Tensor) -> tuple[Tensor, ...]:
     """Columns (B, W) with those in use in front, in order, then -1, as (B, width); tables (B, W) bool go with them."""
     used = cols >= 0
-    place = torch.where(used, used.cumsum(1) - 1, width).clamp(max=width)
+    place = torch.where(used, used.cumsum(1) - 1, width).clamp(max=width)  # the last one takes what has no place
     blank = torch.full((len(cols), width + 1), -1, device=cols.device)
     first = blank.scatter(1, place, cols)[:, :width]
     return first, *(torch.zeros_like(blank, dtype=t.dtype).scatter_(1, place, t)[:, :width] for t in tables)

@@ -69,6 +69,13 @@ def fetch(table: Tensor) -> list[Facts]:
     return [Facts._make(row) for row in graphs.fetch(table)]
 
 
+def kinds(rows: Sequence[int], facts: Sequence[Facts]) -> list[list[int]]:
+    """The rows that refresh, and those that do not: one forward serves rows of a kind. One that has no rows is left
+    out; `facts` are those that the rows are the indices of."""
+    parts = ([i for i in rows if facts[i].stale == stale] for stale in (1, 0))
+    return [part for part in parts if part]
+
+
 class Shape(NamedTuple):
     """The sizes of one forward, for all of its rows; equal shapes make equal kernels."""
 

@@ -17,7 +17,7 @@ from dllm.decoding.cache.policy import Policy, everything, plan
 from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State
 from dllm.decoding.columns import indices, scatter
 from dllm.decoding.constants import constant
-from dllm.decoding.facts import Facts, Shape, flags
+from dllm.decoding.facts import Facts, Shape, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
@@ -108,9 +108,9 @@ class Batch:
         """Some of the rows."""
         request = [r for r in (self.request[i] for i in rows) if r is not None]
         facts, at = [self.facts[i] for i in rows], index(rows, self.flags.device)
-        if len(rows) == len(self.request):
-            return Part(rows, at, run_of(rows), self.state, self.window, facts, request)
-        return Part(rows, at, run_of(rows), self.state.take(at), self.window.take(at), facts, request)
+        whole = len(rows) == len(self.request)
+        state, window = (self.state, self.window) if whole else (self.state.take(at), self.window.take(at))
+        return Part(rows, at, run_of(rows), state, window, facts, request)
 
     def put(self, rows: list[int], state: State, window: Span, flags: Tensor) -> None:
         """Replace some rows, on the device."""
@@ -275,9 +275,11 @@ class Runner:
 
     def tick(self, batch: Batch) -> list[Stepped]:
         """One step of every row. Refreshing and stepping rows differ in shape: at most two forwards."""
-        busy = batch.busy
-        parts = ([i for i in busy if batch.facts[i].stale == stale] for stale in (1, 0))
-        return [batch.took(self.turn(batch.part(rows))) for rows in parts if rows]
+        return [self.play(batch, rows) for rows in kinds(batch.busy, batch.facts)]
+
+    def play(self, batch: Batch, rows: list[int]) -> Stepped:
+        """The step of rows of one kind, carried out."""
+        return batch.took(self.turn(batch.part(rows)))
 
     def clock(self, lane: int) -> int:
         """Steps that a lane has taken; lanes of the plain runner never drift apart."""

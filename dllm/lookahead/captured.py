@@ -56,7 +56,7 @@ class CapturedChainRunner(ChainRunner, CapturedRunner):
         known = any(self.answered.get(i) == batch.request[i] for i in rows)
         levels = self.levels(facts, window) if known and not alone else 1
         room = self.shape(facts, window, levels) if levels > 1 else None
-        stepped = self.replay(batch, rows, batch.busy, room, levels)
+        stepped = self.replay(batch, rows, room, levels)
         self.answered |= zip(rows, stepped.part.request, strict=True)
         self.played[rows[0]] = Played(levels if self.fits else 1, alone, [], [])
         return stepped

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.canvas import Plan, Span, State, chosen
-from dllm.decoding.facts import Facts, Shape, fetch, flags
+from dllm.decoding.facts import Facts, Shape, fetch, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped, Tick, Turn
 from dllm.decoding.slots import Confidence
 from dllm.decoding.step import feeding, opened
-from dllm.lookahead.guard import alike, doubtful, measured_delta
+from dllm.lookahead.guard import alike, bound, doubtful
 from dllm.lookahead.pace import Pace
 from dllm.lookahead.round import Level, Round
 from dllm.lookahead.setting import Lookahead, Stats
@@ -68,9 +68,7 @@ class ChainRunner(Runner):
         setting = self.setting
         self.far = setting.far(self.policy)  # of the forwards of rounds; `policy` is the plain call's
         self.pace = Pace.of(self.model, self.s, self.policy, setting, "chain")
-        self.delta: float | None = None
-        if setting.mode == "guarded":
-            self.delta = measured_delta(self.model) if setting.delta is None else setting.delta
+        self.delta = bound(setting, self.model)
 
     # -- the tick -----------------------------------------------------------------------------------------------------
 
@@ -89,11 +87,8 @@ class ChainRunner(Runner):
         steady = [i for i in batch.busy if i not in doubt]
         behind = min(map(self.clock, steady), default=0)
         stepped = [self.play(batch, [i], alone=True) for i in doubt]
-        for stale in (1, 0):
-            rows = [i for i in steady if batch.facts[i].stale == stale]
-            if any(self.clock(i) == behind for i in rows):
-                stepped.append(self.play(batch, rows))
-        return stepped
+        due = [rows for rows in kinds(steady, batch.facts) if any(self.clock(i) == behind for i in rows)]
+        return stepped + [self.play(batch, rows) for rows in due]
 
     def play(self, batch: Batch, rows: list[int], alone: bool = False) -> Stepped:
         """A round of these rows, or a plain step: `alone`, or where it would have but one level."""

@@ -11,6 +11,7 @@ from dllm.decoding.canvas import Span, State
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler
 from dllm.decoding.step import step
+from dllm.lookahead.setting import Lookahead
 from dllm.models.model import Model
 
 _DELTAS: weakref.WeakKeyDictionary[Model, float] = weakref.WeakKeyDictionary()
@@ -30,6 +31,14 @@ def measured_delta(model: Model) -> float:
         floor = apart[finite].abs().max() * torch.finfo(apart.dtype).eps
         _DELTAS[model] = SAFETY * float(torch.maximum(gap, floor))
     return _DELTAS[model]
+
+
+def bound(setting: Lookahead, model: Model) -> float | None:
+    """How far logits may move without notice in mode `guarded`: what the caller says, else what is measured; None: in
+    another mode."""
+    if setting.mode != "guarded":
+        return None
+    return measured_delta(model) if setting.delta is None else setting.delta
 
 
 def alike(a: State, b: State) -> Tensor:

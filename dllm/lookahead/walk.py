@@ -19,13 +19,13 @@ from torch import Tensor
 
 from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Plan, State
-from dllm.decoding.facts import Shape
+from dllm.decoding.facts import Shape, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Batch, Part, Runner, Stepped, Turn
 from dllm.decoding.step import expanded, feeding
 from dllm.lookahead.branches import Branch, Evaluated, laid, pack, queries
-from dllm.lookahead.guard import alike, doubtful, measured_delta
+from dllm.lookahead.guard import alike, bound, doubtful
 from dllm.lookahead.guesses import Guesses
 from dllm.lookahead.ledger import Ledger
 from dllm.lookahead.memo import Group, RowMemo, Source
@@ -47,9 +47,7 @@ class LookaheadRunner(Runner):
         self.far = setting.far(self.policy)  # of forwards with guesses; `policy` is the plain call's
         self.rows: dict[int, RowMemo] = {}  # by lane
         self.pace = Pace.of(self.model, self.s, self.policy, setting, "memo")
-        self.delta = 0.0
-        if setting.mode == "guarded":
-            self.delta = setting.delta if setting.delta is not None else measured_delta(self.model)
+        self.delta = bound(setting, self.model) or 0.0
 
     # -- the tick -----------------------------------------------------------------------------------------------------
 
@@ -99,16 +97,14 @@ class LookaheadRunner(Runner):
     def ask(self, part: Part, rows: list[RowMemo], which: list[int], *, ahead: bool) -> list[Group]:
         """Plan the forwards of these rows, with the names of their queries to look `ahead`."""
         out = []
-        for stale in (1, 0):
-            some = [i for i in which if part.facts[i].stale == stale]
-            if some:
-                own = part.take(some)
-                plan = self.ahead(own) if ahead and self.far is not self.policy else self.plain(own)
-                fed, group = expanded(self.s, own.state, own.reading, plan), [rows[i] for i in some]
-                asked = queries(fed, len(some)) if ahead else []
-                for query, row in zip(asked, group, strict=False):
-                    row.ledger.plain.name(query)
-                out.append(Group(own, group, plan.pos.shape[1], fed, asked))
+        for some in kinds(which, part.facts):
+            own = part.take(some)
+            plan = self.ahead(own) if ahead and self.far is not self.policy else self.plain(own)
+            fed, group = expanded(self.s, own.state, own.reading, plan), [rows[i] for i in some]
+            asked = queries(fed, len(some)) if ahead else []
+            for query, row in zip(asked, group, strict=False):
+                row.ledger.plain.name(query)
+            out.append(Group(own, group, plan.pos.shape[1], fed, asked))
         return out
 
     def plain(self, part: Part) -> Plan:
