@@ -63,7 +63,7 @@ class AdaptiveBlocks(Window):
         hi = torch.minimum(torch.where(new, read, end), canvas.length)  # the canvas may have been cut
         opened = before._replace(lo=lo, step=torch.where(new, state.step, before.step))
         state = state._replace(memory=state.memory.plus(opened, AheadMemory(hi, torch.where(new, ahead, -1))))
-        return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, canvas.ids.shape[1]), epoch=lo)
+        return state, Span(lo=lo, hi=hi, end=hi, reads=spans(lo, hi, canvas.ids.shape[1]), epoch=lo)
 
     def _reach(self, canvas: Canvas, lo: Tensor) -> Tensor:
         """(B,) columns in which a delimiter is looked for."""

@@ -43,7 +43,7 @@ class Doubling(Window, Schedule):
         lo, hi = canvas.start + lo, canvas.start + torch.minimum(hi, size)
         lo = torch.minimum(lo, canvas.first_masked())  # nothing is left behind where tokens were given
         hi = torch.maximum(hi, torch.minimum(canvas.first_masked() + 1, canvas.length))
-        return state, Span(lo=lo, hi=hi, reads=spans(lo, hi, canvas.ids.shape[1]), epoch=lo)
+        return state, Span(lo=lo, hi=hi, end=hi, reads=spans(lo, hi, canvas.ids.shape[1]), epoch=lo)
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         """(B, W) bool: the 2^n best, everything at the last step."""

@@ -74,4 +74,4 @@ class Blocks(Window):
         masks = (canvas.masked.gather(1, reads.clamp(min=0)) & (reads >= 0)).sum(1)
         step, masks = torch.where(new, state.step, before.step), torch.where(new, masks, before.masks)
         state = state._replace(memory=state.memory.plus(BlockMemory(lo, step, masks)))
-        return state, Span(lo=begin, hi=end, reads=reads, epoch=block)
+        return state, Span(lo=begin, hi=end, end=hi, reads=reads, epoch=block)

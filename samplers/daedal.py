@@ -89,12 +89,12 @@ class Growing(Window):
         ahead = (canvas.first_masked() - pos).clamp(min=0) // length
         pos = torch.where(denoising, pos + length * ahead, pos)
         state = state._replace(memory=state.memory.plus(Stage(pos, denoising)))
-        lo, hi = pos, torch.minimum(pos + length, canvas.length)
-        hi = torch.where(denoising, hi, lo)
+        lo, block = pos, torch.minimum(pos + length, canvas.length)
+        hi = torch.where(denoising, block, lo)
         full = canvas.length - canvas.start >= state.asked
         begin = torch.where(full & (hi > lo), lo, canvas.start)  # at the ceiling nobody asks for the tail
         end = torch.where(full & (hi > lo), hi, canvas.length)
-        return state, Span(lo=lo, hi=hi, reads=spans(begin, end, canvas.ids.shape[1]), epoch=pos)
+        return state, Span(lo=lo, hi=hi, end=block, reads=spans(begin, end, canvas.ids.shape[1]), epoch=pos)
 
     def _begin(self, state: State) -> State:
         """Cut a row that has not stepped yet to its initial length; tokens that were given stay."""

@@ -52,7 +52,8 @@ class Sliding(Window):
         first = torch.minimum(lo, before.lo)
         reads = spans(first, hi, canvas.ids.shape[1])
         state = state._replace(memory=state.memory.plus(SlidingMemory(epoch, refreshed, lo)))
-        return state, Span(lo=lo, hi=hi, reads=reads, epoch=epoch)
+        end = torch.minimum(canvas.start + 2 * self.length + refreshed - 1, canvas.length)  # before a next epoch is due
+        return state, Span(lo=lo, hi=hi, end=end, reads=reads, epoch=epoch)
 
 
 def written(canvas: Canvas) -> Tensor:

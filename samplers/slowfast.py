@@ -66,8 +66,9 @@ class Cycles(Window):
         start, end = torch.where(full, end, start), torch.where(full, 0, end)
         fresh = (torch.where(new | full, 0, x) for x in (before.steps, before.last, before.total))
         state = state._replace(memory=state.memory.plus(Cycle(lo, start, end, *fresh)))
-        hi = torch.minimum(torch.where(end > 0, end, hi), canvas.length)  # the canvas may have been cut
-        return state, Span(lo=start, hi=hi, reads=spans(start, hi, self.widest(canvas)), epoch=block)
+        region = torch.minimum(torch.where(end > 0, end, hi), canvas.length)  # the canvas may have been cut
+        reads = spans(start, region, self.widest(canvas))
+        return state, Span(lo=start, hi=region, end=hi, reads=reads, epoch=block)
 
     def narrow(self, view: View, pred: Prediction) -> None:
         """After the forward of a slow step: estimate the end of the region, and perhaps settle it."""

@@ -129,4 +129,4 @@ def seen(logits: torch.Tensor) -> tuple[View, Prediction]:
     canvas = Canvas(ids, masked, ~masked, zero, zero + width, 6)
     state = State.begin(canvas, zero, canvas.length, Leaves(), Leaves())
     reads = torch.arange(width)[None]
-    return View(state, Span(zero, zero + width, reads, zero)), Prediction(logits, reads)
+    return View(state, Span(zero, zero + width, zero + width, reads, zero)), Prediction(logits, reads)

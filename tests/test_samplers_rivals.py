@@ -505,7 +505,7 @@ def test_lopa_follows_the_surest_branch() -> None:
     rows = [confident(0.5, 0.5, 0.5), confident(0.9, 0.62, 0.62), confident(0.58, 0.9, 0.58)]
     state, window = (
         job(3, "lopa").queue,
-        Span(torch.tensor([1]), torch.tensor([4]), torch.tensor([[1, 2, 3]]), torch.tensor([0])),
+        Span(torch.tensor([1]), *(torch.tensor([4]),) * 2, torch.tensor([[1, 2, 3]]), torch.tensor([0])),
     )
 
     def followed(branch: list[int], masked: list[bool] | None = None) -> int:

@@ -53,6 +53,6 @@ def test_best_two_logits(size: int) -> None:
 
 
 def test_a_window_that_reads_more_has_its_columns_in_front() -> None:
-    window = Span(*(torch.zeros(2, dtype=torch.long),) * 2, torch.tensor([[3, 4], [5, -1]]), torch.zeros(2))
+    window = Span(*(torch.zeros(2, dtype=torch.long),) * 3, torch.tensor([[3, 4], [5, -1]]), torch.zeros(2))
     wider = widen(window, torch.tensor([[3, 7, 4], [5, -1, 6]]), 8)
     assert wider.reads.tolist() == [[3, 4, 7, *[-1] * 5], [5, 6, *[-1] * 6]]

@@ -242,6 +242,7 @@ class Span(NamedTuple):
 
     lo: Tensor  # (B,)
     hi: Tensor  # (B,) exclusive
+    end: Tensor  # (B,) exclusive: no step of this epoch commits from here on; `hi` may lie before it
     reads: Tensor  # (B, W) columns, the used ones first, then -1; once open W = L until the engine cuts it
     epoch: Tensor  # (B,) a new value asks the cache for a refresh
     aside: Tensor | None = None  # (B, W) bool: reads that must leave the cache as it is (None: nothing)

@@ -358,4 +358,4 @@ class Runner:
 def empty(state: State) -> Span:
     """The window of a closing forward: nothing is committed through it."""
     zero = torch.zeros_like(state.step)
-    return Span(lo=zero, hi=zero, reads=zero[:, None] - 1, epoch=zero)
+    return Span(lo=zero, hi=zero, end=zero, reads=zero[:, None] - 1, epoch=zero)

@@ -260,7 +260,7 @@ class View:
 
     def narrow(self, lo: Tensor, hi: Tensor) -> None:
         """Shrink the window after the forward (AdaBlock)."""
-        self.window = self.window._replace(lo=lo, hi=hi)
+        self.window = self.window._replace(lo=lo, hi=hi, end=hi)
         self.live = self.inside & self.masked
 
     @property
