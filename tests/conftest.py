@@ -18,7 +18,7 @@ FAST = {
     "test_eval_config.py", "test_eval_metrics.py", "test_generate.py", "test_golden_decodes.py",
     "test_lookahead_rules.py", "test_models.py", "test_prediction.py", "test_prompts.py",
     "test_samplers_hand.py", "test_samplers_identities.py", "test_spec.py", "test_stopping.py",
-    "test_training_tasks.py",
+    "test_training_tasks.py", "test_stress_tasks.py",
 }  # fmt: skip
 RINGS = ("sweep", "ray", "smollm")
 LONG = "trained"  # golden decodes of the checkpoint with long answers: the suite has them

@@ -11,7 +11,7 @@ from dllm.models.native import NativeModel
 from dllm.tasks.base import Example
 from dllm.tasks.registry import TASKS
 from dllm.tasks.registry import generate as problems
-from dllm.training.evaluate import WINDOW, Accuracy, answers, evaluate
+from dllm.training.evaluate import Accuracy, answers, evaluate
 
 PROBLEMS = 100  # a task; fixed seed
 BOUNDS = {
@@ -62,7 +62,7 @@ def test_pair_is_under_25_megabytes_with_one_tokenizer(dllm_tiny: NativeModel, t
 def test_every_answer_fits_its_window(dllm_tiny: NativeModel) -> None:
     for name in TASKS:
         for example in problems(name, "test", 200, 1):
-            assert len(dllm_tiny.tokenizer(example.answer)["input_ids"]) < WINDOW[name]
+            assert len(dllm_tiny.tokenizer(example.answer)["input_ids"]) < TASKS[name].window
 
 
 @pytest.mark.parametrize("question", ["", " How many apples does Tom have now?"])
@@ -86,7 +86,7 @@ def test_twin_in_transformers_gives_the_same_answers(twin: NativeModel) -> None:
     verifier = load_verifier("tiny-ar", device="cpu")
     for example, text in zip(examples, answers(twin, "word_problems", examples), strict=True):
         ids = torch.tensor([twin.chat([{"role": "user", "content": example.prompt}])])
-        out = verifier.generate(ids, max_new_tokens=WINDOW["word_problems"], do_sample=False)
+        out = verifier.generate(ids, max_new_tokens=TASKS["word_problems"].window, do_sample=False)
         assert twin.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == text
 
 

@@ -1,4 +1,4 @@
-"""Tasks: the embedded three, files of every supported shape, and what their scorers accept."""
+"""Tasks: the generated ones, files of every supported shape, and what their scorers accept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dllm.eval.config import TaskSpec
 from dllm.eval.tasks import confined, load
 from dllm.eval.tasks.files import EXAMPLES
 from dllm.eval.tasks.scorers import extract
+from dllm.tasks.registry import TASKS
 
 
 def lines(path, *rows):
@@ -20,7 +21,7 @@ def lines(path, *rows):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["word_problems", "sudoku", "functions"])
+@pytest.mark.parametrize("name", TASKS)
 def test_embedded_tasks_grade_their_own_answers(name):
     if name == "functions" and confined.refusal():
         pytest.skip("programs cannot be confined here")

@@ -28,7 +28,6 @@ from dllm.models.arguments import Checkpoint
 from dllm.models.native import NativeModel
 from dllm.samplers.registry import published
 from dllm.tasks import registry as tasks
-from dllm.training.evaluate import WINDOW
 
 CHUNK = 64  # answers decoded together
 LOSS = 0.01  # accuracy that a setting may lose on the validation split
@@ -86,7 +85,8 @@ class Answers:
     """The answers of one model, and the file that holds them.
 
     model: loaded, a name, or a `Checkpoint` (a name with arguments of `dllm.load`).
-    about: what else the answers depend on, noted in the file. workers: processes; above 1 the model is given by name.
+    task_names: what may be asked. about: what else the answers depend on, noted in the file.
+    workers: processes; above 1 the model is given by name.
     Errors: a file with answers of another model or setting.
     """
 
@@ -95,6 +95,7 @@ class Answers:
         path: str | Path,
         model: NativeModel | str | Checkpoint = "tiny",
         *,
+        task_names: Sequence[str] = tasks.PAIR_TASKS,
         about: Mapping[str, object] | None = None,
         batch_size: int = CHUNK,
         cache: str | None = None,
@@ -105,7 +106,12 @@ class Answers:
             raise DllmError(f"workers={workers} load the model themselves: give its name or folder")
         self.path, self.batch_size, self.cache, self.workers = Path(path), batch_size, cache, workers
         self.source, self.model = model, _load(model) if isinstance(model, Checkpoint) else model
-        header = {"model": self.model.fingerprint(), "cache": cache or "default", "length": WINDOW, **(about or {})}
+        header = {
+            "model": self.model.fingerprint(),
+            "cache": cache or "default",
+            "length": {name: tasks.task(name).window for name in task_names},
+            **(about or {}),
+        }
         self.done = {answer.key: answer for answer in self._read(header)}
 
     def _read(self, header: dict[str, object]) -> list[Solved]:
@@ -196,7 +202,12 @@ def solve(model: NativeModel | Checkpoint, batch_size: int, cache: str | None, p
     chats = [[{"role": "user", "content": e.prompt}] for e in examples]
     began = time.perf_counter()
     outputs = dllm.generate(
-        model, chats, sampler=published(sampler), max_new_tokens=WINDOW[task], batch_size=batch_size, cache=cache
+        model,
+        chats,
+        sampler=published(sampler),
+        max_new_tokens=tasks.task(task).window,
+        batch_size=batch_size,
+        cache=cache,
     )
     each = (time.perf_counter() - began) / len(indices)
     return [

@@ -18,7 +18,7 @@ from dllm.eval.report import table
 from dllm.models.arguments import Checkpoint
 from dllm.models.native import NativeModel
 from dllm.samplers.learn2pd import EMBEDDED, Filter
-from dllm.training.evaluate import WINDOW
+from dllm.tasks.registry import PAIR_TASKS
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # of either rule; the filter's own comes on top
 Sweeps = tuple[list[str], list[str]]  # settings of the threshold, and of the filter
@@ -31,7 +31,7 @@ def run(
     out: str | Path = "filter-compare.jsonl",
     n: int = 1500,
     validation: int = 200,
-    task_names: Sequence[str] = tuple(WINDOW),
+    task_names: Sequence[str] = PAIR_TASKS,
     batch_size: int = CHUNK,
     workers: int = 1,
 ) -> str:

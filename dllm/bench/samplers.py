@@ -15,7 +15,7 @@ from dllm.eval.metrics import paired_difference, verdicts
 from dllm.eval.report import table
 from dllm.models.arguments import Checkpoint
 from dllm.models.native import NativeModel
-from dllm.training.evaluate import WINDOW
+from dllm.tasks import registry as tasks
 
 TASKS = ("word_problems", "sudoku")
 REFERENCE = "threshold"
@@ -171,7 +171,7 @@ def fastest(lines: Sequence[Line], composed: bool) -> Score | None:
 def report(lines: Sequence[Line], n: int, validation: int) -> str:
     """A table for each task."""
     task_names = list(dict.fromkeys(x.score.task for x in lines))
-    lengths = ", ".join(f"{WINDOW[task]} ({task})" for task in task_names)
+    lengths = ", ".join(f"{tasks.task(name).window} ({name})" for name in task_names)
     parts = [
         f"n = {n} test problems; settings chosen on {validation} validation problems. New tokens: {lengths}. Loss:\n"
         f"points of accuracy against `{REFERENCE}` at its defaults on the same problems, more is worse, with the 95 %\n"

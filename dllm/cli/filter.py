@@ -40,9 +40,9 @@ def collect(
 
 def embedded_prompts(n: int, seed: int) -> list[str]:
     """Training prompts of all embedded tasks in turn."""
-    from dllm.tasks.registry import TASKS
+    from dllm.tasks.registry import PAIR_TASKS, generate
 
-    each = [[e.prompt for e in t.generate("train", -(-n // len(TASKS)), seed)] for t in TASKS.values()]
+    each = [[e.prompt for e in generate(name, "train", -(-n // len(PAIR_TASKS)), seed)] for name in PAIR_TASKS]
     return [p for group in zip(*each, strict=True) for p in group][:n]
 
 
@@ -91,7 +91,7 @@ def compare(
 ) -> None:
     """Decode with the filter and with the plain threshold, and compare them at equal accuracy. Resumable."""
     from dllm.bench import filters as bench_filters
-    from dllm.training.evaluate import WINDOW
+    from dllm.tasks.registry import PAIR_TASKS
 
-    model, names = located(common)[0], task or list(WINDOW)
+    model, names = located(common)[0], task or list(PAIR_TASKS)
     typer.echo(bench_filters.run(filter, model, out=out, n=n, validation=validation, task_names=names, workers=workers))

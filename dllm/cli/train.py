@@ -32,10 +32,12 @@ def train(
 
     config = load_config(recipe, overrides or ()) if recipe is not None else None
     if evaluate:
+        from dllm.tasks.registry import PAIR_TASKS
         from dllm.training.evaluate import evaluate_pair
 
         folders = ("tiny", "tiny-ar") if config is None else (Path(config.output) / "model",)
-        for row in evaluate_pair(problems, seed, folders):
+        names = PAIR_TASKS if config is None else tuple(config.data.tasks) or PAIR_TASKS
+        for row in evaluate_pair(problems, seed, folders, names):
             typer.echo(str(row))
         return
     from dllm.training.trainer import Trainer

@@ -29,12 +29,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A named stream of problems and the rule that says whether an answer is right."""
+    """A named stream of problems and the rule that says whether an answer is right. `window`: tokens of the embedded
+    tokenizer in which every answer fits with its end.
+    """
 
     name: str
     draw: Callable[[random.Random], Example]
     grade: Callable[[Example, str], bool]
     split_of: Callable[[str], str]
+    window: int
 
     def stream(self, split: str, seed: int = 0) -> Iterator[Example]:
         """Endless examples of `split` (train, validation, test); the same for the same seed."""

@@ -1,21 +1,22 @@
-"""The tasks of the embedded pair, by name; they are its training data and its evaluation."""
+"""The tasks by name: those of the embedded pair, and the stress tests of parallel commits."""
 
 from __future__ import annotations
 
 from dllm.errors import unknown
 from dllm.tasks.base import Example, Task, hash_split
 from dllm.tasks.functions import draw_function, grade_function
+from dllm.tasks.stress import STRESS
 from dllm.tasks.sudoku import draw_sudoku, grade_sudoku, split_of_grids
 from dllm.tasks.word_problems import draw_word_problem, grade_word_problem
 
-TASKS: dict[str, Task] = {
-    t.name: t
-    for t in (
-        Task("word_problems", draw_word_problem, grade_word_problem, hash_split),
-        Task("sudoku", draw_sudoku, grade_sudoku, lambda key: split_of_grids()[key]),
-        Task("functions", draw_function, grade_function, hash_split),
-    )
-}
+_PAIR = (
+    Task("word_problems", draw_word_problem, grade_word_problem, hash_split, 48),
+    Task("sudoku", draw_sudoku, grade_sudoku, lambda key: split_of_grids()[key], 24),
+    Task("functions", draw_function, grade_function, hash_split, 32),
+)
+TASKS: dict[str, Task] = {t.name: t for t in (*_PAIR, *STRESS)}
+PAIR_TASKS = tuple(t.name for t in _PAIR)  # what the embedded pair was trained on
+STRESS_TASKS = tuple(t.name for t in STRESS)
 
 
 def task(name: str) -> Task:

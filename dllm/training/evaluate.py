@@ -15,9 +15,8 @@ from dllm.call.generate import generate as decode
 from dllm.models.hub import load
 from dllm.models.native import NativeModel
 from dllm.tasks.base import Example
-from dllm.tasks.registry import TASKS, task
+from dllm.tasks.registry import task
 
-WINDOW = {"word_problems": 48, "sudoku": 24, "functions": 32}  # tokens; every answer of the task fits
 TWIN_TASKS = ("word_problems", "functions")  # sudoku has no order of reading, which is all a causal model can do
 
 
@@ -56,7 +55,7 @@ def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def evaluate(
     model: NativeModel,
-    names: Sequence[str] = tuple(TASKS),
+    names: Sequence[str],
     n: int = 500,
     seed: int = 0,
     split: str = "test",
@@ -83,7 +82,7 @@ def answers(model: NativeModel, name: str, examples: Sequence[Example], batch_si
     for i in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", leave=False):
         rows = order[i : i + batch_size]
         some = [prompts[r] for r in rows]
-        found = _continue(model, some, WINDOW[name]) if model.config.causal else _unmask(model, some, WINDOW[name])
+        found = (_continue if model.config.causal else _unmask)(model, some, task(name).window)
         for row, text in zip(rows, found, strict=True):
             texts[row] = text
     return texts
@@ -122,13 +121,13 @@ def _text(model: NativeModel, ids: list[int]) -> str:
     return str(model.tokenizer.decode(ids[:stop]))
 
 
-def evaluate_pair(n: int, seed: int, folders: Sequence[str | Path]) -> list[Accuracy]:
-    """A dLLM on all tasks, a causal twin on those with an order of reading; each of `folders` is what `dllm.load`
-    takes.
+def evaluate_pair(n: int, seed: int, folders: Sequence[str | Path], names: Sequence[str]) -> list[Accuracy]:
+    """A dLLM on all the named tasks, a causal twin on those with an order of reading; each of `folders` is what
+    `dllm.load` takes.
     """
     results = []
     for folder in folders:
         model = load(folder)
-        names = TWIN_TASKS if model.config.causal else tuple(TASKS)
-        results += evaluate(model, names, n, seed, label=Path(folder).name)
+        mine = [name for name in names if name in TWIN_TASKS] if model.config.causal else names
+        results += evaluate(model, mine, n, seed, label=Path(folder).name)
     return results

@@ -1,4 +1,4 @@
-"""The tasks: three that come with the toolkit, any JSON lines of the user's, and the shapes of the usual benchmarks."""
+"""The tasks: those that the toolkit generates, any JSON lines of the user's, the shapes of the usual benchmarks."""
 
 from __future__ import annotations
 

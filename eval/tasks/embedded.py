@@ -1,4 +1,4 @@
-"""The embedded pair's own tasks: the test split of its generators, graded by them; functions are run, confined."""
+"""The tasks of `dllm.tasks`: the test split of their generators, graded by them; functions are run, confined."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dllm.eval.tasks.base import Document, Graded, Task, takes
 from dllm.eval.tasks.scorers import judged
 from dllm.tasks import registry as source
 
-NAMES = ("word_problems", "sudoku", "functions")
+NAMES = tuple(source.TASKS)
 DOCUMENTS = 100  # without `limit`: what two cores decode in half a minute
-# The longest answer of each generator fits, with room for the stop token.
+# Longer than the answers, as most calls are; the others take their window.
 LENGTH = {"word_problems": 96, "sudoku": 32, "functions": 64}
 
 # Both functions meet the same inputs; fresh copies, since a function may change the list that it is given.
@@ -29,7 +29,7 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
     documents = tuple(
         Document(f"{spec.split}-{spec.seed}-{i}", e.prompt, e.answer, {"example": e}) for i, e in enumerate(examples)
     )
-    code = spec.name == "functions"
+    code, length = spec.name == "functions", LENGTH.get(spec.name, source.task(spec.name).window)
 
     def score(document: Document, text: str) -> Graded:
         example = document.meta["example"]
@@ -38,4 +38,4 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
             return judged(text, check, text, entries=("f",))
         return Graded(float(source.grade(spec.name, example, text)), text)
 
-    return Task(spec.name, "1", documents, score, GenerateSpec(max_new_tokens=LENGTH[spec.name]), runs_code=code)
+    return Task(spec.name, "1", documents, score, GenerateSpec(max_new_tokens=length), runs_code=code)
