@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from dllm.bench.answers import Answers, Part, Solved
+from dllm.bench.answers import Answers, Part, Series, Solved
 
-Rule = Callable[[str, int], tuple[bool, int]]  # a setting and a problem -> whether it is solved, in how many forwards
+Rule = Callable[[Series, int], tuple[bool, int]]  # a problem of a series -> whether it is solved, in how many forwards
 FAKE = SimpleNamespace(fingerprint=lambda: "fake")  # a model that nobody asks
 
 
@@ -21,7 +21,11 @@ class Played(Answers):
         super().__init__(path, FAKE, batch_size=3)  # type: ignore[arg-type]
 
     def solve(self, part: Part) -> list[Solved]:
-        (task, split, sampler, _), indices = part
+        series, indices = part
+        task, split, sampler, *_ = series
         self.asked.append((sampler, len(indices)))
-        found = [(i, *self.rule(sampler, i)) for i in indices]
-        return [Solved(task, split, sampler, i, right, nfe, self.tokens, 0.5) for i, right, nfe in found]
+        found = [(i, *self.rule(series, i)) for i in indices]
+        frame = series.settled
+        return [
+            Solved(task, split, sampler, frame, i, right, nfe, 10 * nfe, self.tokens, 0.5) for i, right, nfe in found
+        ]

@@ -103,6 +103,8 @@ def test_watch_prints_plain_lines_without_a_terminal(dllm: Dllm) -> None:
         (["trace", "missing.json"], "cannot read the trace"),
         (["generate", "x", "-m", TRAINED, "-n", "1", "--trace", "no/folder/run.json", "--json"], "no/folder/run.json"),
         (["bench", "nothing"], "unknown bench"),
+        (["bench", "step", "--block-length", "8"], "--block-length belongs to the bench 'samplers', not to 'step'"),
+        (["bench", "samplers", "--new", "8", "--new", "9"], "run it for each"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(dllm: Dllm, args: list[str], message: str) -> None:

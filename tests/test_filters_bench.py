@@ -8,17 +8,17 @@ import pytest
 from bench_kit import FAKE, Played
 
 from dllm.bench import filters as bench_filters
-from dllm.bench.answers import Score
+from dllm.bench.answers import Score, Series
 from dllm.bench.filters import Duel
 from dllm.errors import DllmError
 from dllm.samplers.learn2pd import Filter
 from dllm.training import filters
 
 
-def rule(sampler: str, index: int) -> tuple[bool, int]:
+def rule(series: Series, index: int) -> tuple[bool, int]:
     """Below 0.8 either rule loses every answer; both take more forwards the higher tau is, the filter one fewer."""
-    tau = float(sampler.rpartition("=")[2])
-    return tau >= 0.8, round(20 * tau) - sampler.startswith("learn2pd")
+    tau = float(series.sampler.rpartition("=")[2])
+    return tau >= 0.8, round(20 * tau) - series.sampler.startswith("learn2pd")
 
 
 def made(folder: Path, tau: float) -> Path:

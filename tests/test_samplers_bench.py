@@ -9,13 +9,14 @@ import pytest
 from bench_kit import FAKE, Played
 
 from dllm.bench import samplers as bench_samplers
-from dllm.bench.answers import Answers, Series
+from dllm.bench.answers import Answers, Frame, Series, problems
 from dllm.bench.samplers import Line
 from dllm.errors import DllmError
 
 
-def halves(sampler: str, index: int) -> tuple[bool, int]:
+def halves(series: Series, index: int) -> tuple[bool, int]:
     """The first four problems are solved; `localleap` takes half the forwards of the others."""
+    sampler = series.sampler
     return index < 4, (5 if sampler.startswith("localleap") else 10) + 40 * sampler.endswith("tau=0.7")
 
 
@@ -53,7 +54,8 @@ def test_resumes_and_chooses(tmp_path: Path) -> None:
 
 
 def test_an_exit_is_compared_with_what_it_cuts_short(tmp_path: Path) -> None:
-    def losing(sampler: str, index: int) -> tuple[bool, int]:
+    def losing(series: Series, index: int) -> tuple[bool, int]:
+        sampler = series.sampler
         return index < 4 and sampler != "prophet", {"confidence": 20, "prophet": 1}.get(sampler, 10)
 
     lines = compared(Played(tmp_path / "answers.jsonl", losing), "prophet")
@@ -70,6 +72,27 @@ def test_the_report_has_a_row_a_line(tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in bench_samplers.report(lines, 8, 4).splitlines() if line.startswith("| ")]
     assert [row[1] for row in rows[2:]] == ["published: `threshold`", "published: `localleap`"]
     assert {len(row) for row in rows} == {9}
+
+
+def test_a_frame_has_answers_of_its_own(tmp_path: Path) -> None:
+    path, whole = tmp_path / "answers.jsonl", Frame("dual", 64, 64)
+    played = Played(path, lambda series, index: (True, 1 if series.frame == whole else 2))
+    for frame, forwards in ((Frame(), 2.0), (whole, 1.0)):
+        (line,) = bench_samplers.compare(played, ["threshold:tau=0.5"], ["sudoku"], 8, 4, frame)[1:]
+        assert line.score.nfe == forwards and line.score.positions == 10 * forwards
+    text = bench_samplers.report([line], 8, 4, whole)
+    assert "New tokens: 64 (sudoku); blocks\nof 64, cache: dual." in text
+    assert Played(path, halves).done == played.done  # written and read
+
+
+def test_a_frame_reaches_the_call(tmp_path: Path) -> None:
+    answers = Answers(tmp_path / "answers.jsonl", batch_size=2)
+    series = [Series("sudoku", "test", "confidence", 2, Frame("dual", new, 8)) for new in (24, 32)]
+    answers.want(series)
+    found = [(answers.score(one).nfe, answers.score(one).positions) for one in series]
+    prompts = [len(answers.model.chat([{"role": "user", "content": e.prompt}])) for e in problems("sudoku", "test", 2)]
+    mean = sum(prompts) / 2  # three blocks until the answer of 19 tokens and its EOS are there, a refresh each
+    assert found == [(24, 3 * (mean + new) + 21 * 8) for new in (24, 32)]
 
 
 def test_two_processes_give_the_same_answers(tmp_path: Path) -> None:

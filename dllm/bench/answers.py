@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,17 @@ CHUNK = 64  # answers decoded together
 LOSS = 0.01  # accuracy that a setting may lose on the validation split
 
 
+class Frame(NamedTuple):
+    """What a sampler decodes in; None: the window of the task, what the call has by default."""
+
+    cache: str | None = None
+    new: int | None = None  # columns of the window
+    block: int | None = None  # columns of a block
+
+
+Key = tuple[str, str, str, Frame, int]  # of an answer: task, split, sampler, frame, index of the problem
+
+
 @dataclass(frozen=True)
 class Solved:
     """One decoded problem."""
@@ -40,16 +52,18 @@ class Solved:
     task: str
     split: str
     sampler: str
+    frame: Frame
     index: int
     correct: bool
     nfe: int
+    positions: int
     tokens: int
     seconds: float  # its share of the batch it was decoded in
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> Key:
         """Which problem this is, of which series."""
-        return self.task, self.split, self.sampler, self.index
+        return self.task, self.split, self.sampler, self.frame, self.index
 
 
 class Series(NamedTuple):
@@ -59,6 +73,16 @@ class Series(NamedTuple):
     split: str
     sampler: str
     n: int
+    frame: Frame = Frame()
+
+    @property
+    def settled(self) -> Frame:
+        """The frame with its window."""
+        return self.frame._replace(new=self.frame.new or tasks.task(self.task).window)
+
+    def key(self, index: int) -> Key:
+        """Of the answer to one of its problems."""
+        return self.task, self.split, self.sampler, self.settled, index
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,7 @@ class Score:
     accuracy: float
     interval: tuple[float, float]  # 95 %, bootstrap
     nfe: float
+    positions: float  # an answer
     tokens_per_forward: float
     seconds: float  # an answer
 
@@ -85,7 +110,7 @@ class Answers:
     """The answers of one model, and the file that holds them.
 
     model: loaded, a name, or a `Checkpoint` (a name with arguments of `dllm.load`).
-    task_names: what may be asked. about: what else the answers depend on, noted in the file.
+    about: what else the answers depend on, noted in the file.
     workers: processes; above 1 the model is given by name.
     Errors: a file with answers of another model or setting.
     """
@@ -95,23 +120,16 @@ class Answers:
         path: str | Path,
         model: NativeModel | str | Checkpoint = "tiny",
         *,
-        task_names: Sequence[str] = tasks.PAIR_TASKS,
         about: Mapping[str, object] | None = None,
         batch_size: int = CHUNK,
-        cache: str | None = None,
         workers: int = 1,
     ) -> None:
         model = Checkpoint(model) if isinstance(model, str) else model
         if workers > 1 and not isinstance(model, Checkpoint):
             raise DllmError(f"workers={workers} load the model themselves: give its name or folder")
-        self.path, self.batch_size, self.cache, self.workers = Path(path), batch_size, cache, workers
+        self.path, self.batch_size, self.workers = Path(path), batch_size, workers
         self.source, self.model = model, _load(model) if isinstance(model, Checkpoint) else model
-        header = {
-            "model": self.model.fingerprint(),
-            "cache": cache or "default",
-            "length": {name: tasks.task(name).window for name in task_names},
-            **(about or {}),
-        }
+        header = {"model": self.model.fingerprint(), **(about or {})}
         self.done = {answer.key: answer for answer in self._read(header)}
 
     def _read(self, header: dict[str, object]) -> list[Solved]:
@@ -120,8 +138,8 @@ class Answers:
             append(self.path, [header])
         try:
             found, *rest = read_lines(self.path)
-            answers = [Solved(**row) for row in rest]
-        except (ValueError, TypeError, DllmError) as error:
+            answers = [Solved(**{**row, "frame": Frame(*row["frame"])}) for row in rest]
+        except (ValueError, TypeError, KeyError, DllmError) as error:
             raise DllmError(f"{self.path} is no file of answers ({first_line(error)}): choose another") from None
         if found != header:
             raise DllmError(f"{self.path} holds answers of another model or setting: choose another file for this run")
@@ -140,12 +158,13 @@ class Answers:
             for answers in batches:
                 append(self.path, map(asdict, answers))
                 self.done |= {answer.key: answer for answer in answers}
-                bar.set_description(f"{answers[0].task} {answers[0].split} {answers[0].sampler}")
+                one = answers[0]
+                bar.set_description(" ".join(map(str, filter(None, [one.task, one.split, one.sampler, *one.frame]))))
                 bar.update(len(answers))
 
     def _missing(self, series: Series) -> Iterator[Part]:
         """Batches of problems without an answer, short prompts first."""
-        missing = [i for i in range(series.n) if (*series[:3], i) not in self.done]
+        missing = [i for i in range(series.n) if series.key(i) not in self.done]
         if not missing:
             return
         prompts = problems(series.task, series.split, series.n)
@@ -160,57 +179,56 @@ class Answers:
             yield map(self.solve, parts)
             return
         with get_context("spawn").Pool(self.workers, torch.set_num_threads, (1,)) as pool:
-            yield pool.imap_unordered(partial(solve, self.source, self.batch_size, self.cache), parts)
+            yield pool.imap_unordered(partial(solve, self.source, self.batch_size), parts)
 
     def solve(self, part: Part) -> list[Solved]:
         """Decode and grade the problems of one part."""
-        return solve(self.model, self.batch_size, self.cache, part)
+        return solve(self.model, self.batch_size, part)
+
+    def of(self, series: Series) -> list[Solved]:
+        """The answers of a series."""
+        return [self.done[series.key(i)] for i in range(series.n)]
 
     def samples(self, series: Series) -> list[Sample]:
         """The answers of a series as evaluation counts them."""
-        answers = [self.done[*series[:3], i] for i in range(series.n)]
         return [
             {"correct": float(a.correct), "nfe": a.nfe, "tokens": a.tokens, "clock": {"seconds": a.seconds}}
-            for a in answers
+            for a in self.of(series)
         ]
 
     def score(self, series: Series) -> Score:
         """The figures of a series."""
-        rows = self.samples(series)
-        right, seconds = verdicts(rows), sum(row["clock"]["seconds"] for row in rows)
-        work = (sum(row["nfe"] for row in rows) / series.n, ratio(rows, "tokens", "nfe"), seconds / series.n)
-        return Score(series.task, series.sampler, sum(right) / series.n, interval(right), *work)
+        rows, answers = self.samples(series), self.of(series)
+        right = verdicts(rows)
+        nfe, positions = fmean(a.nfe for a in answers), fmean(a.positions for a in answers)
+        work = (nfe, positions, ratio(rows, "tokens", "nfe"), fmean(a.seconds for a in answers))
+        return Score(series.task, series.sampler, fmean(right), interval(right), *work)
 
-    def fastest(self, task: str, settings: Sequence[str], n: int, bar: float) -> str:
-        """The setting with the fewest forwards on validation among those at most `LOSS` below the bar; where none is,
-        the most accurate."""
-        scores = [self.score(Series(task, "validation", setting, n)) for setting in settings]
-        good = [score for score in scores if score.accuracy >= bar - LOSS - 1e-9]
-        best = min(good, key=lambda s: s.nfe) if good else max(scores, key=lambda s: s.accuracy)
-        return best.setting
+    def fastest(self, candidates: Sequence[Series], bar: float) -> Series:
+        """The fewest forwards among those at most `LOSS` below the bar; where none is, the most accurate."""
+        scores = [(self.score(series), series) for series in candidates]
+        good = [pair for pair in scores if pair[0].accuracy >= bar - LOSS - 1e-9]
+        return (min(good, key=lambda s: s[0].nfe) if good else max(scores, key=lambda s: s[0].accuracy))[1]
 
 
 _load = cache(dllm.load)
 problems = cache(tasks.generate)  # (task, split, n): the first n problems of a split
 
 
-def solve(model: NativeModel | Checkpoint, batch_size: int, cache: str | None, part: Part) -> list[Solved]:
+def solve(model: NativeModel | Checkpoint, batch_size: int, part: Part) -> list[Solved]:
     """Decode and grade the problems of one part; a process loads a checkpoint once."""
     model = _load(model) if isinstance(model, Checkpoint) else model
-    (task, split, sampler, n), indices = part
+    series, indices = part
+    (task, split, sampler, n, _), frame = series, series.settled
     examples = [problems(task, split, n)[i] for i in indices]
     chats = [[{"role": "user", "content": e.prompt}] for e in examples]
     began = time.perf_counter()
     outputs = dllm.generate(
-        model,
-        chats,
-        sampler=published(sampler),
-        max_new_tokens=tasks.task(task).window,
+        model, chats, sampler=published(sampler), max_new_tokens=frame.new, block_length=frame.block, cache=frame.cache,
         batch_size=batch_size,
-        cache=cache,
-    )
+    )  # fmt: skip
     each = (time.perf_counter() - began) / len(indices)
     return [
-        Solved(task, split, sampler, i, tasks.grade(task, e, o.text), o.nfe, len(o.tokens), each)
+        Solved(task, split, sampler, frame, i, tasks.grade(task, e, o.text), o.nfe, o.positions, len(o.tokens), each)
         for i, e, o in zip(indices, examples, outputs, strict=True)
     ]

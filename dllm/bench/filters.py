@@ -75,7 +75,8 @@ def compare(
     scores, duels = [answers.score(series) for series in swept], []
     for task in task_names:
         best = max(score.accuracy for score in scores if score.task == task)
-        plain, ours = (Series(task, "test", answers.fastest(task, rule, validation, best), n) for rule in sweeps)
+        tried = ([Series(task, "validation", setting, validation) for setting in rule] for rule in sweeps)
+        plain, ours = (answers.fastest(rule, best)._replace(split="test", n=n) for rule in tried)
         answers.want([plain, ours])
         duels.append(duel(answers, plain, ours))
     return duels, scores

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dllm.bench.answers import CHUNK, Answers, Score, Series
+from dllm.bench.answers import CHUNK, Answers, Frame, Score, Series
 from dllm.eval.metrics import paired_difference, verdicts
 from dllm.eval.report import table
 from dllm.models.arguments import Checkpoint
@@ -67,17 +67,18 @@ def run(
     validation: int = 200,
     names: Sequence[str] = tuple(SETTINGS),
     task_names: Sequence[str] = TASKS,
+    frame: Frame = Frame(),
     batch_size: int = CHUNK,
-    cache: str | None = None,
     workers: int = 1,
 ) -> str:
     """Decode what is still missing and return the report (markdown).
 
-    out: the answers so far. n, validation: problems of the test and the validation split. names: keys of `SETTINGS`,
-    or any sampler specification, which then runs as it is given. Errors: an `out` file of another model or setting.
+    out: the answers so far, of any frames. n, validation: problems of the test and the validation split. names: keys of
+    `SETTINGS`, or any sampler specification, which then runs as it is given. frame: window, blocks and cache of all.
+    Errors: an `out` file of another model.
     """
-    answers = Answers(out, model, batch_size=batch_size, cache=cache, workers=workers)
-    return report(compare(answers, names, task_names, n, validation), n, validation)
+    answers = Answers(out, model, batch_size=batch_size, workers=workers)
+    return report(compare(answers, names, task_names, n, validation, frame), n, validation, frame)
 
 
 @dataclass(frozen=True)
@@ -118,22 +119,33 @@ class Line:
     own: Comparison | None  # with what it cuts short
 
 
-def compare(answers: Answers, names: Sequence[str], task_names: Sequence[str], n: int, validation: int) -> list[Line]:
+def compare(
+    answers: Answers,
+    names: Sequence[str],
+    task_names: Sequence[str],
+    n: int,
+    validation: int,
+    frame: Frame = Frame(),
+) -> list[Line]:
     """Every named sampler, and those that they are compared with, at its published defaults and at the setting that
     validation chooses where it is another one."""
     names = list(dict.fromkeys([REFERENCE, *(BASE[name] for name in names if name in BASE), *names]))
-    pairs = [(task, name) for task in task_names for name in names]
     tried = {base_of(name) for name in names} | {name for name in names if len(settings_of(name)) > 1}
-    answers.want(
-        Series(task, "validation", s, validation) for task, name in pairs if name in tried for s in settings_of(name)
-    )
-    chosen = {(task, name): choose(answers, task, name, validation) for task, name in pairs}
-    answers.want(Series(task, "test", s, n) for task, name in pairs for s in (settings_of(name)[0], chosen[task, name]))
-    return [
-        line(answers, task, name, setting, n)
-        for task, name in pairs
-        for setting in dict.fromkeys((settings_of(name)[0], chosen[task, name]))
-    ]
+
+    def swept(task: str, name: str) -> list[Series]:
+        return [Series(task, "validation", setting, validation, frame) for setting in settings_of(name)]
+
+    answers.want(series for task in task_names for name in names if name in tried for series in swept(task, name))
+    shown: dict[tuple[str, str], list[Series]] = {}  # the published setting, and the chosen one where it is another
+    for task in task_names:
+        for name in names:
+            published, *_ = found = swept(task, name)
+            if len(found) > 1:
+                bar = answers.score(swept(task, base_of(name))[0]).accuracy
+                found = [published, answers.fastest(found, bar)]
+            shown[task, name] = [series._replace(split="test", n=n) for series in dict.fromkeys(found)]
+    answers.want(series for found in shown.values() for series in found)
+    return [line(answers, name, series) for (_, name), found in shown.items() for series in found]
 
 
 def settings_of(name: str) -> tuple[str, ...]:
@@ -146,20 +158,11 @@ def base_of(name: str) -> str:
     return BASE.get(name, REFERENCE)
 
 
-def choose(answers: Answers, task: str, name: str, n: int) -> str:
-    """The setting with the fewest forwards among those near enough to the base; where none is, the most accurate."""
-    settings = settings_of(name)
-    if len(settings) == 1:
-        return settings[0]
-    return answers.fastest(task, settings, n, answers.score(Series(task, "validation", base_of(name), n)).accuracy)
-
-
-def line(answers: Answers, task: str, name: str, setting: str, n: int) -> Line:
+def line(answers: Answers, name: str, series: Series) -> Line:
     """The figures of one setting on the test split."""
-    ours, reference = (Series(task, "test", s, n) for s in (setting, REFERENCE))
-    own = Comparison.of(answers, ours, Series(task, "test", BASE[name], n)) if name in BASE else None
-    published = setting == settings_of(name)[0]
-    return Line(name, published, answers.score(ours), Comparison.of(answers, ours, reference), own)
+    own = Comparison.of(answers, series, series._replace(sampler=BASE[name])) if name in BASE else None
+    against = Comparison.of(answers, series, series._replace(sampler=REFERENCE))
+    return Line(name, series.sampler == settings_of(name)[0], answers.score(series), against, own)
 
 
 def fastest(lines: Sequence[Line], composed: bool) -> Score | None:
@@ -168,15 +171,16 @@ def fastest(lines: Sequence[Line], composed: bool) -> Score | None:
     return max(within, key=lambda score: (score.tokens_per_forward, score.setting), default=None)
 
 
-def report(lines: Sequence[Line], n: int, validation: int) -> str:
+def report(lines: Sequence[Line], n: int, validation: int, frame: Frame = Frame()) -> str:
     """A table for each task."""
     task_names = list(dict.fromkeys(x.score.task for x in lines))
-    lengths = ", ".join(f"{tasks.task(name).window} ({name})" for name in task_names)
+    lengths = ", ".join(f"{frame.new or tasks.task(task).window} ({task})" for task in task_names)
     parts = [
-        f"n = {n} test problems; settings chosen on {validation} validation problems. New tokens: {lengths}. Loss:\n"
-        f"points of accuracy against `{REFERENCE}` at its defaults on the same problems, more is worse, with the 95 %\n"
-        f"interval of a paired bootstrap. Verdict: `loses` where all of it is above 0, `within {BOUND:g} points`\n"
-        "where its upper end is, `open` where neither. s: wall-clock of a batch divided by its answers."
+        f"n = {n} test problems; settings chosen on {validation} validation problems. New tokens: {lengths}; blocks\n"
+        f"of {frame.block or 'the default length'}, cache: {frame.cache or 'the default'}. Loss: points of accuracy\n"
+        f"against `{REFERENCE}` at its defaults on the same problems, more is worse, with the 95 % interval of a\n"
+        f"paired bootstrap. Verdict: `loses` where all of it is above 0, `within {BOUND:g} points` where its upper\n"
+        "end is, `open` where neither. s: wall-clock of a batch divided by its answers."
     ]
     head = ["sampler", "setting", "accuracy %", "loss", "verdict", "NFE", "tokens/forward", "forwards saved", "s"]
     for task in task_names:

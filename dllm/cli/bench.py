@@ -17,13 +17,22 @@ from dllm.models.arguments import Checkpoint
 if TYPE_CHECKING:
     from dllm.bench.runtime import Figure
 
-WITH_MODEL = ("generate", "lookahead", "samplers")
+LONG = ("samplers",)  # they go on where they were stopped, and print a report
+WITH_MODEL = ("generate", "lookahead", *LONG)
+OPTIONS = {  # those that only some benches have
+    "drafter": ("drafting",),
+    "small": ("gpu",),
+    "against": ("gpu",),
+    "task": LONG,
+    "new": LONG,
+    "block_length": ("samplers",),
+}
 
 
 @takes(loading)
 def bench(
     name: Annotated[
-        str, typer.Argument(help="step, generate, own-work, lookahead, drafting, gpu, ...; `all`: the short ones.")
+        str, typer.Argument(help="step, generate, own-work, lookahead, gpu, ...; `all`: the short ones.")
     ] = "step",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
@@ -33,13 +42,16 @@ def bench(
     ] = None,
     validation: Annotated[int, typer.Option(min=2, help="samplers: problems on which settings are chosen.")] = 200,
     workers: Annotated[int, typer.Option(min=1, help="samplers: processes, one torch thread each.")] = 1,
+    task: Annotated[list[str] | None, typer.Option(help="samplers: of these tasks; may be repeated.")] = None,
+    new: Annotated[list[int] | None, typer.Option(min=1, help="samplers: columns of the window.")] = None,
+    block_length: Annotated[int | None, typer.Option(min=1, help="samplers: columns of a block.")] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="These samplers, settings of drafting, or parts of gpu; may be repeated."),
     ] = None,
     drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
     small: Annotated[
-        bool, typer.Option("--small", help="gpu: tiny shapes that a CPU decodes in seconds; no figure is judged.")
+        bool, typer.Option("--small", help="gpu: tiny shapes, decoded in seconds; no figure is judged.")
     ] = False,
     against: Annotated[
         Path | None,
@@ -61,6 +73,7 @@ def bench(
     from tqdm import tqdm
 
     from dllm.bench import cache, drafting, gpu, lookahead, runtime, samplers, step
+    from dllm.bench.answers import Frame
 
     model, _ = located(common)
     short: dict[str, Callable[[], Iterable[Figure]]] = {
@@ -76,19 +89,28 @@ def bench(
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }
-    if name not in (*benches, "samplers", "all"):
-        raise unknown("bench", name, [*benches, "samplers", "all"])
+    if name not in (*benches, *LONG, "all"):
+        raise unknown("bench", name, [*benches, *LONG, "all"])
     if model != Checkpoint() and name not in WITH_MODEL:
         hint = "; what drafts is --drafter" if name.startswith("drafting") else ""
         raise DllmError(f"--model is for the benches {', '.join(WITH_MODEL)}, not for {name!r}{hint}")
-    if drafter != "tiny" and name != "drafting":
-        raise DllmError(f"--drafter belongs to the bench 'drafting', not to {name!r}")
-    if name != "gpu" and (small or against is not None):
-        raise DllmError(f"--small and --against belong to the bench 'gpu', not to {name!r}")
+    given = {
+        "drafter": drafter != "tiny", "small": small, "against": against, "task": task, "new": new,
+        "block_length": block_length,
+    }  # fmt: skip
+    for option, theirs in OPTIONS.items():
+        if given[option] and name not in theirs:
+            whose = " and ".join(map(repr, theirs))
+            raise DllmError(f"--{option.replace('_', '-')} belongs to the bench {whose}, not to {name!r}")
     torch.set_num_threads(threads)
-    if name == "samplers":  # hours: it goes on where it was stopped, and `all` leaves it out
-        names, file = only or list(samplers.SETTINGS), out or "bench-samplers.jsonl"
-        typer.echo(samplers.run(model, out=file, n=n or 1500, validation=validation, names=names, workers=workers))
+    file = out or f"bench-{name}.jsonl"
+    if name == "samplers":
+        if new and len(new) > 1:
+            raise DllmError(f"--new: the bench 'samplers' decodes in one window, not in {len(new)}; run it for each")
+        frame = Frame(new=new[0] if new else None, block=block_length)
+        size: dict[str, int] = {"n": n or 1500, "validation": validation, "workers": workers}
+        names, tasks = only or list(samplers.SETTINGS), task or samplers.TASKS
+        typer.echo(samplers.run(model, out=file, names=names, task_names=tasks, frame=frame, **size))
         return
     rows: list[Figure] = []
     try:
