@@ -160,7 +160,7 @@ class Config:
     limit: int | None = param(None, "the first documents of every task only", low=1)
     batch_size: int = param(8, "prompts decoded at a time", low=1)
     warmup: int = param(1, "batches decoded and thrown away before a setting's clock starts", low=0)
-    trace: int = param(0, "documents per task and setting whose commit order is kept", low=0)
+    trace: int = param(0, "documents per task and setting whose commit order is kept; AR-ness is theirs", low=0)
     confidence: float = param(0.95, "of the bootstrap intervals", above=0, high=0.9999)
     engine: EngineSpec = param(EngineSpec(), "where the work runs")
     confinement: str = param("auto", "of generated programs: namespaces, bubblewrap, docker, docker:IMAGE")

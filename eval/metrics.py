@@ -89,6 +89,7 @@ def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -
         "nfe_equiv": _mean([equiv for row in fine if (equiv := row.get("nfe_equiv")) is not None]),
         "tpf": ratio(fine, "tokens", "nfe"),
         "tpf_mean": _mean([row["tokens"] / row["nfe"] for row in fine if row["nfe"]]),
+        "arness": _mean([order for row in fine if (order := row.get("arness")) is not None]),
         "finish": dict(sorted(Counter(row["finish"] for row in fine).items())),
     }
     accepted = [count for row in fine for count in row.get("accepted") or ()]

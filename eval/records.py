@@ -44,6 +44,7 @@ class Sample(TypedDict, total=False):
     nfe_equiv: float | None
     finish: str
     sampler: str
+    arness: float | None  # of the answer's tokens, where the commit order was kept (`Trace.arness`)
     accepted: list[int]  # draft tokens that the verifier took, cycle by cycle
     draft_forwards: int
     error: str | None
@@ -75,6 +76,7 @@ class Cell(TypedDict, total=False):
     nfe_equiv: float
     tpf: float  # Σ tokens ÷ Σ NFE
     tpf_mean: float
+    arness: float  # mean over the samples whose commit order was kept; NaN: none was
     finish: dict[str, int]
     accepted_per_cycle: float
     draft_forwards: float

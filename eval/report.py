@@ -19,7 +19,8 @@ Made = tuple[str, Path | None]  # a figure: what it shows, and its file unless t
 COUNTING = (
     "Tokens are generated ids up to the first stop, so an empty answer is 0; `raw` counts every decoded position. "
     "NFE is a row's own number of forwards, NFE≡ the same work in full-length forwards (recomputed positions ÷ "
-    "length), TPF = Σ tokens ÷ Σ NFE. "
+    "length), TPF = Σ tokens ÷ Σ NFE. AR-ness: the share of an answer's commits that took the leftmost mask, those of "
+    "one forward from left to right (1: as left to right as it can be), over the answers whose commit order was kept. "
     "Tokens/s is Σ tokens ÷ Σ wall seconds of the batches; `per sample` is the mean of each "
     "sample's own speed, from the start of its call."
 )
@@ -117,11 +118,24 @@ def _numbers(cell: Cell, **digits: int) -> list[str]:
 
 
 def _table(cells: Sequence[Cell]) -> str:
-    head = ["setting", "n", "accuracy %", "interval", "NFE", "NFE≡", "TPF", "tokens/s", "per sample", "cut", "errors"]
+    head = [
+        "setting",
+        "n",
+        "accuracy %",
+        "interval",
+        "NFE",
+        "NFE≡",
+        "TPF",
+        "AR-ness",
+        "tokens/s",
+        "per sample",
+        "cut",
+        "errors",
+    ]
     lines = []
     for c in cells:
         interval = f"{number(c.get('low'), 1, 100)} … {number(c.get('high'), 1, 100)}"
-        work = _numbers(c, nfe=1, nfe_equiv=1, tpf=2, tokens_per_second=1, tokens_per_second_sample=1)
+        work = _numbers(c, nfe=1, nfe_equiv=1, tpf=2, arness=2, tokens_per_second=1, tokens_per_second_sample=1)
         sizes = [c.get("cut") or "–", c.get("errors", 0)]
         lines.append([c["setting"], c["n"], number(c["accuracy"], 1, 100), interval, *work, *sizes])
     return compact(head, lines)

@@ -188,8 +188,7 @@ class Worker:
             if isinstance(output, Exception):
                 rows.append({**row, **failed(output)})
             else:
-                rows.append({**row, **self._graded(task, doc, output)})
-                self._keep_trace(key, index, output)
+                rows.append({**row, **self._graded(task, doc, output), **self._order(key, index, output)})
         return rows
 
     # --------------------------------------------------------------------------------------------------------- decoding
@@ -244,12 +243,15 @@ class Worker:
             row["note"] = graded.note
         return {**row, **measure(output), "error": None}
 
-    def _keep_trace(self, key: str, index: int, output: Decoded) -> None:
-        if self.folder is None or index >= self.config.trace or isinstance(output, Drafted) or output.trace is None:
-            return
-        folder = self.folder / "trace"
-        folder.mkdir(parents=True, exist_ok=True)
-        output.trace.save(folder / f"{key}.json")
+    def _order(self, key: str, index: int, output: Decoded) -> Sample:
+        """Keep the commit order where the configuration asks for it; what it says of the answer."""
+        if index >= self.config.trace or isinstance(output, Drafted) or output.trace is None:
+            return {}
+        if self.folder is not None:
+            folder = self.folder / "trace"
+            folder.mkdir(parents=True, exist_ok=True)
+            output.trace.save(folder / f"{key}.json")
+        return {"arness": output.trace.arness(tokens=len(output.tokens))}
 
 
 def _network(drafter: object) -> str | None:

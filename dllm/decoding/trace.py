@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+import math
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,6 +42,40 @@ class Trace:
     def order(self) -> dict[int, int]:
         """Column -> the last forward that wrote it (0-based)."""
         return {col: k for k, pairs in enumerate(self.commits) for col, token in pairs if token != self.mask_id}
+
+    def arness(self, k: int = 1, tokens: int | None = None) -> float | None:
+        """Global AR-ness@k (arXiv 2506.20639): the share of commits that were among the k leftmost masks.
+
+        tokens: only the first so many generated columns count, by default all. Commits of one forward are taken from
+        left to right: a forward that fills the first masks is a stretch of left-to-right decoding. So a decode in one
+        forward has 1: read it beside the tokens a forward. A column that was re-masked counts at each commit. None:
+        nothing was committed.
+        """
+        masks, near, commits = sorted({col for col, _ in self._writes(tokens)}), 0, 0
+        for col, token in self._writes(tokens):
+            at = bisect_left(masks, col)
+            masked = at < len(masks) and masks[at] == col
+            if token == self.mask_id:
+                if not masked:
+                    masks.insert(at, col)
+            elif masked:
+                near, commits = near + (at < k), commits + 1
+                del masks[at]
+        return near / commits if commits else None
+
+    def local_arness(self, k: int = 1, tokens: int | None = None) -> float | None:
+        """Local AR-ness@k (arXiv 2506.20639): the share of commits that close k steps from a column to the next one.
+
+        A commit with fewer than k before it is left out. `tokens` and the order within a forward: as for `arness`.
+        """
+        written = [col for col, token in self._writes(tokens) if token != self.mask_id]
+        runs = [all(written[i - j] == written[i] - j for j in range(1, k + 1)) for i in range(k, len(written))]
+        return sum(runs) / len(runs) if runs else None
+
+    def _writes(self, tokens: int | None) -> Iterator[tuple[int, int]]:
+        """Column and token of every write to the first `tokens` generated columns, in the order of `arness`."""
+        end = math.inf if tokens is None else self._start + tokens
+        return ((col, token) for pairs in self.commits for col, token in sorted(pairs) if self._start <= col < end)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
