@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.prediction import Prediction, Rescored
-from dllm.samplers import Adjust, Blocks, Bundle, Canvas, Context, Method, Needs, Presets, View, param, rank
+from dllm.samplers import Adjust, Blocks, Bundle, Canvas, Context, Method, Needs, Presets, View, param, quota, rank
 
 WARM_UP = 5  # steps that only fill the history, as released
+UNSEEN = -1e9  # the score of a column without an average: below every other one, and still a candidate
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class CCD(Method):
     `agree` (as released): the best n columns of this step that were also among the n best left over by the step
     before, and kept their arg-max, commit together if they hold one of the u best. n grows from 1 by one a step to
     u (1 + expand). `mean` (the paper's form): a column's distribution is averaged over the last `depth` steps in which
-    it was among the `top` surest; columns whose averaged entropy is below `eps` commit with the average's arg-max.
-    With `seek=False` exactly u columns commit: coherence changes the order alone.
+    it was among the `top` surest, by entropy; columns whose averaged entropy is below `eps` commit with the average's
+    arg-max. A score that is named ranks the averages. With `seek=False` exactly u columns commit: coherence changes the
+    order alone.
     """
 
     mode: str = param("agree", "the form that was released and measured", choices=("agree", "mean"))
@@ -46,7 +49,7 @@ class CCD(Method):
             adjust=rule.adjust,
             memory=rule.memory,
             columns=rule.columns,
-            assumes={"window": Blocks(context.max_new_tokens), "score": rule.score},
+            assumes={"window": Blocks(context.max_new_tokens), "score": quota.entropy},
             needs=Needs(filtered=True),
         )
 
@@ -82,10 +85,6 @@ class Rule:
     def base(self, view: View) -> Tensor:
         """(B, 1) u."""
         return (view.state.asked // self.context.budget(view.state)).clamp(min=1)[:, None]
-
-    def score(self, view: View, soft: Prediction) -> Tensor:
-        """(B, W) negative entropy in nats."""
-        return soft.negative_entropy
 
 
 class Agree(Rule):
@@ -147,7 +146,7 @@ class Mean(Rule):
         return Ring(cols, torch.zeros(*cols.shape, self.context.vocab_size, device=cols.device))
 
     def blend(self, view: View, pred: Prediction) -> Prediction:
-        """Replace token, confidence and entropy of the `top` surest columns by those of their averages."""
+        """The prediction with averages in place of the laws of the `top` surest columns."""
         order = rank(pred.negative_entropy, view.live)
         at = order.argsort(dim=1, stable=True)[:, : self.top]  # (B, k) index into the columns of this step
         own = self.base(view).clamp(min=self.m.top)  # the row's own `top`
@@ -163,46 +162,41 @@ class Mean(Rule):
         if keep >= 0:  # a ring: the newest first
             newest = torch.cat([law, old[:, :keep]], 1).to(kept.dtype)
             view.memory[Ring] = Ring(torch.cat([cols, old_cols[:, :keep]], 1), newest)
-        best, token = mean.max(-1)
-        put = {
-            "token": (pred.token, token),
-            "confidence": (pred.confidence, best),
-            "negative_entropy": (torch.full_like(pred.confidence, -torch.inf), -torch.special.entr(mean).sum(-1)),
-            "contexts": (torch.zeros_like(pred.confidence), contexts),
-        }
-        return Blended(pred, **{name: _put(table, at, values, ok) for name, (table, values) in put.items()})
-
-    def score(self, view: View, soft: Prediction) -> Tensor:
-        """(B, W) negative entropy of the averages, in nats."""
-        return averages(soft).negative_entropy
+        return Blended(pred, at, ok, mean, contexts)
 
     def __call__(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         """(B, W) bool: the u best, and with `seek` every average that is sure."""
-        chosen = rank(score.clamp(min=-1e9), view.live) < self.base(view)
+        blend = averages(soft)
+        chosen = rank(score.masked_fill(blend.contexts == 0, UNSEEN), view.live) < self.base(view)
         if not self.m.seek:
             return chosen
-        blend = averages(soft)
-        return chosen | ((blend.contexts > 1) & (-blend.negative_entropy < self.m.eps))
-
-
-def _put(table: Tensor, at: Tensor, values: Tensor, ok: Tensor) -> Tensor:
-    """(B, W) table with (B, k) values at the columns `at` where `ok`."""
-    return table.scatter(1, at, torch.where(ok, values.to(table.dtype), table.gather(1, at)))
+        return chosen | ((blend.contexts > 1) & (-soft.negative_entropy < self.m.eps))
 
 
 class Blended(Rescored):
-    """A prediction with averaged distributions at some columns."""
+    """A prediction with averaged laws (B, k, V) at the columns `at` (B, k) where `ok`, of so many contexts each."""
 
-    def __init__(
-        self, raw: Prediction, token: Tensor, confidence: Tensor, negative_entropy: Tensor, contexts: Tensor
-    ) -> None:
-        super().__init__(raw, confidence, token)
-        self._negative_entropy, self.contexts = negative_entropy, contexts
+    def __init__(self, raw: Prediction, at: Tensor, ok: Tensor, mean: Tensor, contexts: Tensor) -> None:
+        self._at, self._ok, self._mean = at, ok, mean
+        best, token = mean.max(-1)
+        super().__init__(raw, self._put(raw.confidence, best), self._put(raw.token, token))
+        self.contexts = self._put(torch.zeros_like(raw.confidence), contexts)  # (B, W)
 
-    @property
+    def _put(self, table: Tensor, values: Tensor) -> Tensor:
+        """(B, W) the table with the values (B, k) of the averages."""
+        kept = torch.where(self._ok, values.to(table.dtype), table.gather(1, self._at))
+        return table.scatter(1, self._at, kept)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """(B, W) of the averages where there is one."""
+        first, second = self._mean.topk(2, dim=-1).values.unbind(-1)
+        return self._put(self.raw.margin, first - second)
+
+    @cached_property
     def negative_entropy(self) -> Tensor:
-        """(B, W) of the averages where there is one, lowest elsewhere."""
-        return self._negative_entropy
+        """(B, W) of the averages where there is one."""
+        return self._put(self.raw.negative_entropy, -torch.special.entr(self._mean).sum(-1))
 
 
 def averages(soft: Prediction) -> Blended:

@@ -67,7 +67,12 @@ BUILTIN = {
 TRANSLATED = {
     "low_confidence": "confidence",
     "topk_margin": "margin",
+    "margin_confidence": "margin",
+    "neg_entropy": "entropy",
     "confidence_threshold": "threshold",
+    "fast_dllm": "threshold",
+    "linear_position": "sdar:sequential",
+    "pc_sampler": "pc",
     "maskgit_plus": "dream:alg=maskgit_plus",
     "origin": "dream:alg=origin",
     "eb_sampler": "eb",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding import noise
-from dllm.samplers import Blocks, Canvas, Context, Decision, Needs, Prediction, State, View, rank
+from dllm.samplers import Blocks, Canvas, Context, Decision, Needs, Prediction, State, View, quota, rank
 from dllm.samplers.base import Assumed, Bundle, Method, param
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 
@@ -46,7 +46,7 @@ class ReMDM(Method):
     cost: ClassVar[str] = "one row, every column of the window, committed ones too; two forwards a loop"
 
     def bundle(self, context: Context) -> Bundle:
-        """Owns the selection and amends; the whole window where nobody brings one."""
+        """Owns the selection and amends, and the score where it draws; the whole window where nobody brings one."""
         needs = Needs(committed=True, revises=True, may_idle=True, stochastic=self.schedule != REFINE)
         assumes: Assumed = {"window": Blocks(context.max_new_tokens)}
         if self.schedule == REFINE:
@@ -55,7 +55,12 @@ class ReMDM(Method):
         eta = ETA.get(self.schedule, 1.0) if self.eta is None else self.eta
         chance = Posterior(self.schedule, eta, context.steps)
         return Bundle(
-            select=chance.select, amend=(chance.revoke,), assumes=assumes, needs=needs, columns=chance.columns
+            score=quota.confidence,  # draws rank nothing: a score that is named would have no say, and is refused
+            select=chance.select,
+            amend=(chance.revoke,),
+            assumes=assumes,
+            needs=needs,
+            columns=chance.columns,
         )
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.samplers import OFF, Bundle, Context, Method, Needs, Prediction, Presets, View, param, rank
+from dllm.samplers import OFF, Bundle, Context, Method, Needs, Prediction, Presets, View, param, quota, rank
 from dllm.samplers.blocks import BlockMemory, Blocks
 from dllm.samplers.eb import EB
 
@@ -21,7 +21,11 @@ RULES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entro
 
 @dataclass(frozen=True)
 class SDAR(Method):
-    """Block decoding: from left to right, by confidence, by confidence above tau, or by bounded entropy."""
+    """Block decoding: from left to right, by confidence, by confidence above tau, or by bounded entropy.
+
+    The share of a step are the best columns by score: confidence, entropy where that is bounded, or what a sampler
+    composed with it brings.
+    """
 
     rule: str = param("low_confidence_dynamic", "the released default", choices=RULES)
     tau: float = param(0.85, "the released threshold of the dynamic rule", low=0, high=OFF)
@@ -34,39 +38,37 @@ class SDAR(Method):
     presets: ClassVar[Presets] = {**{rule: {"rule": rule} for rule in RULES}, "llada2": {"tau": 0.95}}
 
     def bundle(self, context: Context) -> Bundle:
-        """Owns the selection; the call's blocks where nobody brings a window."""
+        """Owns the selection, and the score of the rule that goes from left to right; the call's blocks and the rule's
+        usual score where nobody brings others."""
         share = Share(self.steps, context.block_length, context.block_size is not None)
-        select = {
-            "sequential": self.sequential,
-            "low_confidence_static": self.static,
-            "low_confidence_dynamic": self.dynamic,
-            "entropy_bounded": self.bounded,
-        }[self.rule]
+        more = {"low_confidence_dynamic": self.sure, "entropy_bounded": EB(self.gamma).select}.get(self.rule, nothing)
+
+        def select(view: View, soft: Prediction, score: Tensor) -> Tensor:
+            n = torch.minimum(share(view), view.live.sum(1, keepdim=True))
+            further = view.live & more(view, soft, score)
+            return torch.where(further.sum(1, keepdim=True) >= n, further, rank(score, view.live) < n)
+
+        usual = quota.entropy if self.rule == "entropy_bounded" else quota.confidence
         return Bundle(
-            select=lambda view, soft, score: select(view, soft, share(view)),
-            assumes={"window": Blocks.of(context)},
+            score=leftmost if self.rule == "sequential" else None,
+            select=select,
+            assumes={"window": Blocks.of(context), "score": usual},
             needs=Needs(filtered=True, revises=self.whole_block),
         )
 
-    def sequential(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
-        """(B, W) bool: the leftmost n."""
-        return rank(-view.cols.double(), view.live) < n
+    def sure(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
+        """(B, W) bool: all above tau."""
+        return soft.confidence > self.tau
 
-    def static(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
-        """(B, W) bool: the n most confident."""
-        return rank(soft.log_confidence, view.live) < n
 
-    def dynamic(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
-        """(B, W) bool: all above tau, the n most confident where those are fewer."""
-        sure = view.live & (soft.confidence > self.tau)
-        enough = sure.sum(1, keepdim=True) >= torch.minimum(n, view.live.sum(1, keepdim=True))
-        return torch.where(enough, sure, self.static(view, soft, n))
+def nothing(view: View, soft: Prediction, score: Tensor) -> Tensor:
+    """(B, W) bool: no column."""
+    return torch.zeros_like(view.live)
 
-    def bounded(self, view: View, soft: Prediction, n: Tensor) -> Tensor:
-        """Lowest entropies first, while those before a column sum to gamma at most; the share at least."""
-        entropy = -soft.negative_entropy
-        order = rank(-entropy, view.live)
-        return EB(self.gamma).select(view, soft, -entropy) | (order < n)
+
+def leftmost(view: View, soft: Prediction) -> Tensor:
+    """(B, W) score: the first column first."""
+    return -view.cols.double()
 
 
 @dataclass(frozen=True)

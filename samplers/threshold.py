@@ -45,6 +45,7 @@ class Threshold(Method):
 class Factor(Method):
     """Commit the longest prefix of the confidences c_1 >= c_2 >= ... with (n + 1)(1 - c_n) < f, at least one.
 
+    With a score of another sampler the prefixes are those of its ranking, and c_n is the least of n confidences.
     Preset `compat` reproduces the released code: a first failure at the last rank is committed too.
     """
 
@@ -61,9 +62,12 @@ class Factor(Method):
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         """(B, W) bool: the longest prefix that the factor allows."""
-        conf, live = soft.confidence, view.live
-        order = rank(soft.log_confidence, live)  # 0-based: n = order + 1
-        passes = (order == 0) | ((order + 2) * (1 - conf) < self.f)
+        live = view.live
+        order = rank(score, live)  # 0-based: n = order + 1
+        ranked = soft.confidence.masked_fill(~live, 1).gather(1, order.argsort(dim=1, stable=True))
+        at = order.clamp(max=order.shape[1] - 1)
+        least = ranked.cummin(1).values.gather(1, at)  # (B, W) of a column and those before it
+        passes = (order == 0) | ((order + 2) * (1 - least) < self.f)
         worst = torch.where(live & ~passes, order, order.shape[1]).amin(1, keepdim=True)  # first failing rank
         chosen = order < worst
         if self.compat:

@@ -269,7 +269,7 @@ def _expected_logit(logits: Tensor) -> tuple[Tensor]:
 
 
 class Rescored(Prediction):
-    """A prediction whose confidences were replaced by an `adjust`; every other quantity is the raw one's."""
+    """A prediction whose confidences were replaced by an `adjust`; every other score is that of the one beneath it."""
 
     def __init__(self, raw: Prediction, confidence: Tensor, token: Tensor | None = None) -> None:
         super().__init__(
@@ -296,6 +296,16 @@ class Rescored(Prediction):
     def log_confidence(self) -> Tensor:
         """(B, W) its logarithm."""
         return self._confidence.log()
+
+    @property
+    def margin(self) -> Tensor:
+        """(B, W) as it was."""
+        return self._beneath.margin
+
+    @property
+    def negative_entropy(self) -> Tensor:
+        """(B, W) as it was."""
+        return self._beneath.negative_entropy
 
 
 def draw(
