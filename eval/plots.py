@@ -67,6 +67,31 @@ def accuracy_against_tpf(cells: Sequence[Cell], methods: Mapping[str, str], path
     return _save(figure, path)
 
 
+def panels(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, columns: int) -> Path:
+    """Accuracy in percent against tokens per forward: a panel for each title, in it a curve for each method, through
+    its points in their order."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(curves) // columns)
+    figure = Figure((3.4 * columns, 0.6 + 3.0 * rows), layout="constrained")
+    methods = list(dict.fromkeys(name for panel in curves.values() for name in panel))
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, (title, panel) in zip(grid.flat, curves.items(), strict=False):
+        for name, points in panel.items():
+            i = methods.index(name)
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+            axes.plot(*zip(*points, strict=True), ms=5, lw=1, alpha=0.8, label=name, **style)
+        axes.set(title=title, xlabel="tokens per forward")
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+        axes.set_ylim(-3, 103)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("accuracy, %")
+    known = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
 def commit_order(traces: Sequence[tuple[str, Trace]], path: Path, title: str, width: int | None = None) -> Path | None:
     """One line a setting, one column a position: the colour is the forward that wrote it, on a logarithmic scale, since
     one setting takes two forwards where another takes forty. Grey was never written.

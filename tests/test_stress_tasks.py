@@ -68,7 +68,7 @@ def test_hand_examples() -> None:
     (a, b), *rest = pairs.meta["choices"]
     others = [word for options in rest for word in options[0]]
     assert grade("pairs", pairs, " ".join([*b, *others]))
-    assert not grade("pairs", pairs, " ".join([a[0], b[1], *others])), "a name with the number of the other"
+    assert not grade("pairs", pairs, " ".join([a[0], b[1], *others])), "one of each couple"
     for kind in ("Copy", "Reverse"):
         example = next(e for e in task("copying").stream("test") if e.prompt.startswith(kind))
         line = example.prompt.split(": ")[1].split()

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import dllm
+from dllm.bench.planted import Planted
 from dllm.errors import DllmError, first_line
 from dllm.eval.metrics import interval, ratio, verdicts
 from dllm.eval.records import Sample
@@ -40,6 +41,7 @@ class Frame(NamedTuple):
     cache: str | None = None
     new: int | None = None  # columns of the window
     block: int | None = None  # columns of a block
+    steps: int | None = None  # of a quota; None: one a column
 
 
 Key = tuple[str, str, str, Frame, int]  # of an answer: task, split, sampler, frame, index of the problem
@@ -59,6 +61,7 @@ class Solved:
     positions: int
     tokens: int
     seconds: float  # its share of the batch it was decoded in
+    arness: float | None = None  # of its commits, where they were traced
 
     @property
     def key(self) -> Key:
@@ -110,7 +113,7 @@ class Answers:
     """The answers of one model, and the file that holds them.
 
     model: loaded, a name, or a `Checkpoint` (a name with arguments of `dllm.load`).
-    about: what else the answers depend on, noted in the file.
+    about: what else the answers depend on, noted in the file. trace: how near to left-to-right each was decoded, too.
     workers: processes; above 1 the model is given by name.
     Errors: a file with answers of another model or setting.
     """
@@ -118,16 +121,17 @@ class Answers:
     def __init__(
         self,
         path: str | Path,
-        model: NativeModel | str | Checkpoint = "tiny",
+        model: NativeModel | Planted | str | Checkpoint = "tiny",
         *,
         about: Mapping[str, object] | None = None,
         batch_size: int = CHUNK,
         workers: int = 1,
+        trace: bool = False,
     ) -> None:
         model = Checkpoint(model) if isinstance(model, str) else model
         if workers > 1 and not isinstance(model, Checkpoint):
             raise DllmError(f"workers={workers} load the model themselves: give its name or folder")
-        self.path, self.batch_size, self.workers = Path(path), batch_size, workers
+        self.path, self.batch_size, self.workers, self.trace = Path(path), batch_size, workers, trace
         self.source, self.model = model, _load(model) if isinstance(model, Checkpoint) else model
         header = {"model": self.model.fingerprint(), **(about or {})}
         self.done = {answer.key: answer for answer in self._read(header)}
@@ -179,11 +183,11 @@ class Answers:
             yield map(self.solve, parts)
             return
         with get_context("spawn").Pool(self.workers, torch.set_num_threads, (1,)) as pool:
-            yield pool.imap_unordered(partial(solve, self.source, self.batch_size), parts)
+            yield pool.imap_unordered(partial(solve, self.source, self.batch_size, self.trace), parts)
 
     def solve(self, part: Part) -> list[Solved]:
         """Decode and grade the problems of one part."""
-        return solve(self.model, self.batch_size, part)
+        return solve(self.model, self.batch_size, self.trace, part)
 
     def of(self, series: Series) -> list[Solved]:
         """The answers of a series."""
@@ -215,7 +219,7 @@ _load = cache(dllm.load)
 problems = cache(tasks.generate)  # (task, split, n): the first n problems of a split
 
 
-def solve(model: NativeModel | Checkpoint, batch_size: int, part: Part) -> list[Solved]:
+def solve(model: NativeModel | Planted | Checkpoint, batch_size: int, trace: bool, part: Part) -> list[Solved]:
     """Decode and grade the problems of one part; a process loads a checkpoint once."""
     model = _load(model) if isinstance(model, Checkpoint) else model
     series, indices = part
@@ -225,10 +229,11 @@ def solve(model: NativeModel | Checkpoint, batch_size: int, part: Part) -> list[
     began = time.perf_counter()
     outputs = dllm.generate(
         model, chats, sampler=published(sampler), max_new_tokens=frame.new, block_length=frame.block, cache=frame.cache,
-        batch_size=batch_size,
+        steps=frame.steps, batch_size=batch_size, trace=trace,
     )  # fmt: skip
     each = (time.perf_counter() - began) / len(indices)
-    return [
-        Solved(task, split, sampler, frame, i, tasks.grade(task, e, o.text), o.nfe, o.positions, len(o.tokens), each)
-        for i, e, o in zip(indices, examples, outputs, strict=True)
-    ]
+    found = []
+    for i, e, o in zip(indices, examples, outputs, strict=True):
+        right, order = tasks.grade(task, e, o.text), None if o.trace is None else o.trace.arness(tokens=len(o.tokens))
+        found.append(Solved(task, split, sampler, frame, i, right, o.nfe, o.positions, len(o.tokens), each, order))
+    return found

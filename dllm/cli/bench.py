@@ -17,14 +17,14 @@ from dllm.models.arguments import Checkpoint
 if TYPE_CHECKING:
     from dllm.bench.runtime import Figure
 
-LONG = ("samplers",)  # they go on where they were stopped, and print a report
+LONG = ("samplers", "stress")  # they go on where they were stopped, and print a report
 WITH_MODEL = ("generate", "lookahead", *LONG)
 OPTIONS = {  # those that only some benches have
     "drafter": ("drafting",),
     "small": ("gpu",),
     "against": ("gpu",),
     "task": LONG,
-    "new": LONG,
+    "new": ("samplers",),
     "block_length": ("samplers",),
 }
 
@@ -67,13 +67,14 @@ def bench(
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run.
 
-    --model and its arguments are for generate, lookahead and samplers; the other benches have models of their own.
+    --model and its arguments are for generate, lookahead, samplers and stress; other benches have models of their own.
     """
     import torch
     from tqdm import tqdm
 
-    from dllm.bench import cache, drafting, gpu, lookahead, runtime, samplers, step
+    from dllm.bench import cache, drafting, gpu, lookahead, runtime, samplers, step, stress
     from dllm.bench.answers import Frame
+    from dllm.tasks.registry import STRESS_TASKS
 
     model, _ = located(common)
     short: dict[str, Callable[[], Iterable[Figure]]] = {
@@ -111,6 +112,12 @@ def bench(
         size: dict[str, int] = {"n": n or 1500, "validation": validation, "workers": workers}
         names, tasks = only or list(samplers.SETTINGS), task or samplers.TASKS
         typer.echo(samplers.run(model, out=file, names=names, task_names=tasks, frame=frame, **size))
+        return
+    if name == "stress":
+        trained = None if model == Checkpoint() else model
+        known, kinds = only or [*stress.SETTINGS], task or [*STRESS_TASKS]
+        folder = out or "bench-stress"
+        typer.echo(stress.run(trained, out=folder, n=n or 200, names=known, task_names=kinds, workers=workers))
         return
     rows: list[Figure] = []
     try:

@@ -23,8 +23,8 @@ from dllm.tasks.word_problems import HE, SHE
 
 NAMES = (*HE[:16], *SHE[:16])
 LINE = (8, 14)  # names of a line, at least and at most
-QUEUE = (6, 10)  # of one that is put in another order
-PAIRS = (4, 7)  # choices, each of a name and its number
+QUEUE = (6, 8)  # of one that is put in another order
+PAIRS = (4, 7)  # choices, each between two couples
 Words = tuple[str, ...]
 
 
@@ -61,7 +61,7 @@ def replacements(example: Example) -> Iterator[Words]:
 
 
 def draw_waiting_line(rng: random.Random) -> Example:
-    """A line of 6 to 10 names, to be put in any order."""
+    """A line of 6 to 8 names, to be put in any order."""
     line = _line(rng, QUEUE)
     return _example("Shuffle", " ".join(line), rng.sample(line, len(line)), line=line)
 
@@ -72,10 +72,11 @@ def orders(example: Example) -> Iterator[Words]:
 
 
 def draw_pairs(rng: random.Random) -> Example:
-    """4 to 7 choices between two names, each with its number; the answer says a name and the number of that name."""
+    """4 to 7 choices between two couples of names; the answer says one couple of each."""
     n = rng.randint(*PAIRS)
-    told = list(zip(rng.sample(NAMES, 2 * n), map(str, rng.sample(range(1, 100), 2 * n)), strict=True))
-    choices = list(zip(told[::2], told[1::2], strict=True))
+    names = rng.sample(NAMES, 4 * n)
+    couples = list(zip(names[::2], names[1::2], strict=True))
+    choices = list(zip(couples[::2], couples[1::2], strict=True))
     given = ", ".join(" / ".join(" ".join(option) for option in choice) for choice in choices)
     answer = [word for choice in choices for word in rng.choice(choice)]
     return _example("Choose", given, answer, choices=choices)
