@@ -111,7 +111,7 @@ def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
     select = _settled("select", [(n, b.select, b.assumes.get("select")) for n, b in parts]) or defaults.select
     assert window is not None and score is not None and select is not None, "the defaults fill these"
     bundles = [b for _, b in parts] + [defaults]
-    needs = reduce(or_, (b.needs for b in bundles))
+    needs = _needs(parts, defaults)
 
     def starts(b: Bundle) -> tuple[Start | None, Start | None]:
         memory, columns = (f.start(window, needs) if isinstance(f, Sized) else f for f in (b.memory, b.columns))
@@ -133,6 +133,19 @@ def merge(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Sampler:
         schedule=select if isinstance(select, Schedule) else None,
         lookahead=next((b.lookahead for b in bundles if b.lookahead is not None), None),
     )
+
+
+def _needs(parts: list[tuple[str, Bundle]], defaults: Bundle) -> Needs:
+    """What all of them ask. Errors: two that read the attention of different layers."""
+    reading = [(name, b.needs.attention) for name, b in parts if b.needs.attention is not None]
+    for name, attention in reading[1:]:
+        first, other = reading[0]
+        if attention.layers != other.layers:
+            raise DllmError(
+                f"samplers {first!r} and {name!r} read the attention of different layers, {other} and {attention}; "
+                "give both the same"
+            )
+    return reduce(or_, (b.needs for _, b in parts), defaults.needs)
 
 
 def _settled(slot: str, parts: list[tuple[str, T | None, T | None]]) -> T | None:

@@ -161,6 +161,7 @@ def _range(meta: Mapping[str, Any]) -> str:
 
 def _needs(needs: Needs, reads: bool) -> list[str]:
     found = [text for key, text in NEEDS.items() if vars(needs)[key]]
+    found += [] if needs.attention is None else [f"attention weights of {needs.attention}"]
     return found + ["reads columns outside the window"] * reads
 
 

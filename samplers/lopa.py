@@ -62,6 +62,11 @@ class Branches(Inputs):
             won = Winner(surest(branches, cols, forward.state, forward.window))
         return branches[won.branch, torch.arange(len(cols), device=cols.device)], won
 
+    def answering(self, forward: Forward) -> Tensor:
+        """The winner."""
+        assert isinstance(forward.extra, Winner)
+        return forward.extra.branch
+
 
 def surest(branches: Tensor, cols: Tensor, state: State, window: Span) -> Tensor:
     """(B,) the copy with the highest mean confidence over the masks that it leaves in the window, lowest on ties.

@@ -32,6 +32,7 @@ from dllm.decoding.runner import Options, Part, Runner
 from dllm.decoding.slots import Context, Sampler
 from dllm.decoding.step import opened
 from dllm.models.model import Model
+from dllm.models.transformer import Outputs, Rows, Said, Weights
 
 DEVICE = torch.device("lazy", 0)  # torch makes fake tensors of it on every machine
 ROWS, PROMPT = 2, 3
@@ -50,6 +51,8 @@ def questions(s: Sampler, context: Context, policy: Policy | None = None, option
     policy: None: no cache; options: None: greedy.
     """
     policy = replace(policy or NoCache(), block_size=context.block_size, shift=context.shift)
+    if s.needs.attention is not None:
+        s = s._replace(needs=replace(s.needs, attention=s.needs.attention.of(_Blank.attention_layers)))
     options = options or Options(Law(filtered=s.needs.filtered))
     run, found = Runner(_Blank(context), policy.attach(s), policy, options, Meter(ROWS)), list[str]()
     with _mode(), _Copies(found):
@@ -80,6 +83,7 @@ class _Blank(Model):
     """A model of the fake device that computes nothing."""
 
     device = DEVICE
+    attention_layers = 4
 
     def __init__(self, context: Context) -> None:
         self.vocab_size = self.embedding_rows = context.vocab_size
@@ -89,6 +93,15 @@ class _Blank(Model):
     def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:
         """Nothing, in the shape of hidden states."""
         return torch.zeros(*ids.shape, 1, device=DEVICE)
+
+    def forward_with(
+        self, ids: Tensor, pos: Tensor | None = None, *, rows: Rows | None = None, kv: bool = False, **_: object
+    ) -> Outputs:
+        """Nothing, in the shape of attention weights."""
+        assert pos is not None and rows is not None
+        cols = torch.where(rows.at < 0, -1, pos.gather(1, rows.at.clamp(min=0)))
+        weights = Weights(cols, torch.zeros(*rows.at.shape, rows.width, device=DEVICE))
+        return Outputs(Said(self.forward(ids, pos), weights), [])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Nothing, in the shape of logits."""

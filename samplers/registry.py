@@ -61,6 +61,7 @@ BUILTIN = {
     "eoser": "eoser:EOSER",
     "ass": "ass:ASS",
     "daedal": "daedal:DAEDAL",
+    "clad": "clad:CLAD",
 }
 
 # what other codes call the same thing

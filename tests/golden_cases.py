@@ -219,6 +219,23 @@ ARGUMENTS |= {
 ARGUMENTS["llada_generate_cfg"] = ARGUMENTS["llada_generate"]
 
 
+# -- attention-reading schedulers ------------------------------------------------------------------------------------
+
+
+def _reading(p: dict[str, Any], sampler: dict[str, Any]) -> dict[str, Any]:
+    """Whole blocks without a cache; the codes for LLaDA and for Dream call the same things differently."""
+    p = {"gen_length": p.get("max_new_tokens"), **p}
+    layers = {"layers": p["attention_layers"]} if "attention_layers" in p else {}
+    return {**_blocks(p), "cache": "none", "sampler": {**layers, **sampler}}
+
+
+ARGUMENTS |= {
+    "clad": lambda p: _reading(
+        p, {"name": "clad", "preset": "dream_compat" if "alg" in p else "published", "tau": p["threshold"]}
+    ),
+}
+
+
 # -- block-causal models ---------------------------------------------------------------------------------------------
 # The codes decode whole blocks, so the number of new tokens depends on the prompt. Where they run a forward of its own
 # to prefill the prompt or to store a finished block, ours folds that work into the next block's first forward: our

@@ -38,6 +38,7 @@ SHOWING = {
     "wino": "wino:tau_draft=0.4,tau_verify=0.6,least=2",
     "klass": "klass:kappa=0.4,epsilon=0.5",
     "remdm": "remdm:loops=4",
+    "clad": "clad:tau=0.5,layers=1",
 }
 
 

@@ -214,7 +214,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
         return watch
 
-    for way in ("forward", "forward_kv"):
+    for way in ("forward", "forward_with"):
         monkeypatch.setattr(net, way, watched(getattr(net, way)))
     return seen
 

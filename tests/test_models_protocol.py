@@ -15,6 +15,7 @@ from dllm.bench.runtime import Recorder
 from dllm.bench.step import Tables
 from dllm.errors import DllmError
 from dllm.models.model import Model
+from dllm.models.transformer import Rows
 
 MEMBERS = {*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))}
 
@@ -42,7 +43,11 @@ def test_every_model_has_the_members(name):
         with pytest.raises(DllmError, match='use cache="none"'):
             model.new_store(1, 4)
         with pytest.raises(DllmError, match='use cache="none"'):
-            model.forward_kv(torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None])
+            model.forward_with(torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None], kv=True)
+    if not model.attention_layers:
+        rows = Rows(frozenset({0}), torch.zeros(1, 1, dtype=torch.long), 2)
+        with pytest.raises(DllmError, match="this model gives no attention weights"):
+            model.forward_with(torch.zeros(1, 2, dtype=torch.long), rows=rows)
 
 
 class Parrot(Model):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.columns import Edit, splice
-from dllm.models.transformer import Known
+from dllm.models.transformer import Known, Rows
 
 
 class Decision(NamedTuple):
@@ -297,6 +297,7 @@ class Plan(NamedTuple):
     known: Known | None  # what the host knows of all that; None: the model asks the device
     refresh: bool  # a full forward that installs a new epoch
     stored: bool  # reads or writes the store
+    rows: Rows | None = None  # whose attention weights are wanted, each of the N rows its own; None: nobody asks
 
     def take(self, rows: Tensor) -> Plan:
         """Some of the N rows, by index: the model asks where they are."""

@@ -22,7 +22,7 @@ from dllm.decoding.graphs import Graphs, index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped, Turn
 from dllm.decoding.slots import Sampler
-from dllm.models.transformer import KVStore
+from dllm.models.transformer import KVStore, Said
 
 
 class Rows(NamedTuple):
@@ -213,7 +213,7 @@ class CapturedRunner(Runner):
 
     def _keep(self, key: Key, answer: Answer) -> None:
         """The next replay may write over the answer, and the board has changed by then."""
-        new = Kept(answer.state, answer.plan.pos[:, : answer.queries], answer.hidden)
+        new = Kept(answer.state, answer.plan.pos[:, : answer.queries], answer.said.hidden)
         if key not in self.board.kept:
             self.board.kept[key] = mapped(torch.clone, new)
         mapped(lambda x, y: x.copy_(y), self.board.kept[key], new)
@@ -225,5 +225,5 @@ class CapturedRunner(Runner):
         pos, hidden = (x.view(-1, count, *x.shape[1:])[:, at].flatten(0, 1) for x in (kept.pos, kept.hidden))
         dense = window.feeds(bool(key.stale)).dense
         plan = Plan(pos, pos, None, None, None, None, None, refresh=dense, stored=False)
-        answer = self.answer(kept.state.take(at), window, plan, hidden, pos.shape[1])
+        answer = self.answer(kept.state.take(at), window, plan, Said(hidden), pos.shape[1])
         return answer.filled(state, rows, width)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding import noise
+from dllm.errors import DllmError
+from dllm.models.transformer import Weights
 
 # Logits handled at once where temporaries of their size are needed: what fits a CPU's cache, or keeps a GPU busy.
 CHUNK = {"cpu": 1 << 17}
@@ -60,6 +62,7 @@ class Prediction:
         step: Tensor | None = None,
         more: Callable[[Tensor], Prediction | None] | None = None,
         extra: object = None,
+        weights: Callable[[], Weights] | None = None,
     ) -> None:
         self.logits = logits  # (B, W, V), float32 at least
         self.cols = cols  # (B, W)
@@ -68,6 +71,7 @@ class Prediction:
         self.step = torch.zeros_like(cols[:, 0]) if step is None else step
         self.more = more or (lambda _: None)
         self.extra = extra  # what the inputs slot told of the forward (`Inputs.reduce`)
+        self._weights = weights
 
     # -- the token --------------------------------------------------------------------------------------------------
 
@@ -95,6 +99,32 @@ class Prediction:
     def finite(self) -> Tensor:
         """() bool: every column has a softmax. One NaN or +inf among its logits makes all of it NaN."""
         return ~self.odds.isnan().any()
+
+    def over(self, logits: Tensor) -> Prediction:
+        """The same forward with other logits (B, W, V)."""
+        return Prediction(
+            logits, self.cols, law=self.law, seed=self.seed, step=self.step, more=self.more, extra=self.extra,
+            weights=self._weights,
+        )  # fmt: skip
+
+    # -- attention ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Every row of attention weights that this forward computed. Errors: the sampler's needs do not ask for any."""
+        if self._weights is None:
+            raise DllmError("a sampler reads attention weights that its needs do not ask for: Needs(attention=...)")
+        return self._weights()
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """(B, W, L) of the query at each column of `cols`, over absolute columns; see `Weights`.
+
+        The query of a column stands at its own position, in models with shifted logits too. 0 where the query was not
+        fed, or its row not asked for. Columns fed beside the canvas count where they stand (WINO's shadow); where a row
+        is fed several times, the copy that answers is read: the conditional one of guidance, LoPA's winner.
+        """
+        return rows_at(self.weights, self.cols)
 
     # -- scores: all (B, W), higher means surer ---------------------------------------------------------------------
 
@@ -204,6 +234,13 @@ class Prediction:
         return self.more(cols)
 
 
+def rows_at(weights: Weights, cols: Tensor) -> Tensor:
+    """(B, W, L) the rows of attention weights at columns (B, W), 0 where there is none."""
+    same = (weights.cols[:, None] == cols[..., None]) & (cols >= 0)[..., None]  # (B, W, R)
+    at = same.int().argmax(2)[..., None].expand(-1, -1, weights.table.shape[2])
+    return weights.table.gather(1, at).masked_fill(~same.any(2)[..., None], 0.0)
+
+
 def _best_of(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arg-max, its probability, the peaks of the stretches and the odds against it; (n, V) -> (n,), peaks (n, S)."""
     peaks = stretch_peaks(logits)
@@ -273,8 +310,9 @@ class Rescored(Prediction):
 
     def __init__(self, raw: Prediction, confidence: Tensor, token: Tensor | None = None) -> None:
         super().__init__(
-            raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra
-        )
+            raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra,
+            weights=lambda: raw.weights,
+        )  # fmt: skip
         self._beneath, self._confidence, self._token = raw, confidence, raw.token if token is None else token
 
     @property

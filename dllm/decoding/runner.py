@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, everything, plan
-from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State
+from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State, mapped
 from dllm.decoding.columns import indices, scatter
 from dllm.decoding.constants import constant
 from dllm.decoding.facts import Facts, Shape, flags, kinds
@@ -23,8 +23,8 @@ from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Confidence, Sampler
 from dllm.decoding.step import expanded, opened, step
-from dllm.models.model import Model
-from dllm.models.transformer import KVStore
+from dllm.models.model import ForwardOptions, Model
+from dllm.models.transformer import KVStore, Said, Weights
 
 Fill = Callable[[State, Tensor, int], tuple[State, Prediction]]
 Step = Callable[[Sampler, State, Span, Prediction], State]  # `step`, or what checks it (`invariants.Checked`)
@@ -162,7 +162,7 @@ class Stepped(NamedTuple):
 
 @dataclass(eq=False)
 class Answer:
-    """Hidden states of one forward, read at any column that it covered.
+    """What one forward says, read at any column that it covered.
 
     `plan` is what was fed. Beside the planned forward it may hold more rows (copies of all rows, one after the other)
     and, behind the `queries` planned columns, more queries: those are private to `inputs`.
@@ -174,7 +174,7 @@ class Answer:
     state: State
     window: Span
     plan: Plan
-    hidden: Tensor  # (copies B, Q + private, D)
+    said: Said  # of (copies B) rows of Q + private queries
     queries: int
     extra: object = None  # what `inputs.reduce` told of it
 
@@ -185,7 +185,7 @@ class Answer:
     def logits(self, cols: Tensor) -> Tensor:
         """What it says of `cols` (B, W), folded and cut to what may be predicted: (B, W, V)."""
         row = self._query(self.model.source(cols)).clamp(min=0)
-        hidden = self.hidden
+        hidden = self.said.hidden
         copies = hidden.shape[0] // row.shape[0]
         at = row.repeat(copies, 1) if copies > 1 else row
         picked = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -207,7 +207,10 @@ class Answer:
     def prediction(self, logits: Tensor, cols: Tensor) -> Prediction:
         """The prediction that these logits (B, W, V) at `cols` (B, W) are."""
         state, law = self.state, self.options.law
-        return Prediction(logits, cols, law=law, seed=state.seed, step=state.step, more=self._more, extra=self.extra)
+        weights = None if self.said.weights is None else self._weights
+        return Prediction(
+            logits, cols, law=law, seed=state.seed, step=state.step, more=self._more, extra=self.extra, weights=weights
+        )
 
     def knows(self, cols: Tensor) -> Tensor:
         """(B, W) bool: of the columns (B, W), those that the forward covered."""
@@ -219,7 +222,7 @@ class Answer:
 
     def private(self) -> Tensor:
         """Logits (copies B, E, V) of the queries that `inputs` added."""
-        return self.model.logits(self.hidden[:, self.queries :])
+        return self.model.logits(self.said.hidden[:, self.queries :])
 
     @property
     def fed(self) -> Tensor:
@@ -237,6 +240,16 @@ class Answer:
             columns = columns.plus(Confidence(scatter(noted.table, cols, pred.confidence.to(noted.table.dtype))))
         done, closing = state.done | rows, state.closing & ~rows
         return state._replace(canvas=canvas, columns=columns, done=done, closing=closing), pred
+
+    def _weights(self) -> Weights:
+        """Attention weights of the B rows, from the copy that answers."""
+        weights = self.said.weights
+        assert weights is not None
+        rows, inputs = self.state.rows, self.s.inputs
+        if len(weights.cols) == rows or inputs is None:
+            return weights
+        at = inputs.answering(self) * rows + torch.arange(rows, device=weights.cols.device)
+        return mapped(lambda x: x[at], weights)
 
     def _more(self, cols: Tensor) -> Prediction | None:
         return self.read(cols) if bool(self.covered(cols).all()) else None
@@ -313,19 +326,21 @@ class Runner:
     def forward(self, state: State, window: Span, plan: Plan) -> Answer:
         """Run a plan of these rows."""
         fed = expanded(self.s, state, window, plan)
-        return self.answer(state, window, fed, self.hidden(fed), plan.pos.shape[1])
+        return self.answer(state, window, fed, self.said(fed), plan.pos.shape[1])
 
-    def answer(self, state: State, window: Span, fed: Plan, hidden: Tensor, queries: int) -> Answer:
-        """What hidden states say of these rows, for columns that are asked later."""
-        return Answer(self.model, self.s, self.options, state, window, fed, hidden, queries)
+    def answer(self, state: State, window: Span, fed: Plan, said: Said, queries: int) -> Answer:
+        """What a forward said of these rows, for columns that are asked later."""
+        return Answer(self.model, self.s, self.options, state, window, fed, said, queries)
 
-    def hidden(self, fed: Plan) -> Tensor:
-        """Hidden states (N, Q, D) of a plan."""
-        store = self.store if fed.stored else None
-        return self.model.forward(
-            fed.ids, fed.pos, fresh=fed.fresh, keep=fed.keep, visible=fed.visible, lane=fed.lane, store=store,
-            known=fed.known,
+    def said(self, fed: Plan) -> Said:
+        """Run a plan of N rows as it is."""
+        options = ForwardOptions(
+            fresh=fed.fresh, keep=fed.keep, visible=fed.visible, lane=fed.lane, known=fed.known,
+            store=self.store if fed.stored else None,
         )  # fmt: skip
+        if fed.rows is None:
+            return Said(self.model.forward(fed.ids, fed.pos, **options))
+        return self.model.forward_with(fed.ids, fed.pos, rows=fed.rows, **options).said
 
     def stepped(self, part: Part, answer: Answer, pred: Prediction, after: State, fed: int | None = None) -> Turn:
         """Rows that took a step, with their next window; fed: positions computed for each, None: by the answer."""

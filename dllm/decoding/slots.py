@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas, Decision, Fed, Leaf, Leaves, Plan, Span, State
 from dllm.decoding.columns import marked, packed, scatter, spread
 from dllm.decoding.prediction import Prediction
+from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 
 
@@ -49,6 +50,51 @@ class Context:
         return self.windows if self.steps is None else (self.steps,)
 
 
+Layers: TypeAlias = tuple[Literal["last"], int] | tuple[Literal["share"], float] | frozenset[int]
+
+
+class Attention(NamedTuple):
+    """Attention weights that a sampler reads, as `Prediction.attention`: the mean over some layers and all heads.
+
+    ("last", 4): the last four layers, or all where there are fewer; ("share", 0.3): the last three tenths of them,
+    rounded up; frozenset({22, 23}): these, from 0.
+    """
+
+    layers: Layers
+    rows: Literal["window", "all"] = "window"  # of the columns that the step reads, or of every column that it feeds
+
+    @classmethod
+    def last(cls, layers: int | Sequence[int], name: str, rows: Literal["window", "all"] = "window") -> Self:
+        """The last so many layers, or those of a list, as a parameter of sampler `name` says. Errors: neither."""
+        numbers = [layers] if isinstance(layers, int) else list(layers)
+        good = numbers and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers)
+        if not good or layers == 0:
+            raise DllmError(f"sampler {name!r}: layers={layers!r} is no number of last layers and no list of layers")
+        return cls(("last", layers) if isinstance(layers, int) else frozenset(numbers), rows)
+
+    def of(self, layers: int, name: str = "this sampler") -> Attention:
+        """The same with the layers named one by one, for a model that gives the weights of so many. Errors: it gives
+        none, or not those."""
+        if not layers:
+            raise DllmError(
+                f"sampler {name!r} reads attention weights, and this model gives none: it runs through another "
+                "backend, or its heads are split over processes; load it natively on one device"
+            )
+        if isinstance(self.layers, frozenset):
+            if absent := sorted(i for i in self.layers if not 0 <= i < layers):
+                raise DllmError(f"sampler {name!r} reads layer {absent[0]}; this model has layers 0 to {layers - 1}")
+            return self
+        kind, value = self.layers
+        count = min(int(value), layers) if kind == "last" else layers - int(layers * (1 - value))
+        return self._replace(layers=frozenset(range(layers - count, layers)))
+
+    def __str__(self) -> str:
+        if isinstance(self.layers, frozenset):
+            return f"layers {', '.join(map(str, sorted(self.layers)))}"
+        kind, value = self.layers
+        return f"the last {value} layers" if kind == "last" else f"the last {value:.0%} of the layers"
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a sampler asks of the engine and the caches; checked when the sampler is built."""
@@ -60,14 +106,18 @@ class Needs:
     stochastic: bool = False  # an answer depends on its seed even at temperature 0
     impure: bool = False  # a step depends on more than its state (global randomness, a clock): refused by lookahead
     filtered: bool = False  # confidences come from the law after temperature and filters
+    attention: Attention | None = None  # weights that it reads; None: nothing is computed
     caches: tuple[str, ...] | None = None  # the caches it works with; None for all
     caches_why: str = ""  # why no other cache serves it, as the end of a sentence
 
     def __or__(self, other: Needs) -> Needs:
+        """What both ask; who merges samplers has seen that they read the attention of the same layers."""
         mine, theirs = self.caches, other.caches
         caches = theirs if mine is None else mine if theirs is None else tuple(c for c in mine if c in theirs)
         why = ", and ".join(filter(None, (self.caches_why, other.caches_why)))
         either = {name: flag or vars(other)[name] for name, flag in vars(self).items()}
+        if other.attention is not None and other.attention.rows == "all":
+            either["attention"] = other.attention
         return Needs(**{**either, "caches": caches, "caches_why": why})
 
 
@@ -147,6 +197,10 @@ class Inputs(Protocol):
         """Logits (B, W, V) at `cols` (B, W) from those of all copies (copies B, W, V); and what the slots of this step
         shall know of the forward, as `Prediction.extra`."""
         return logits, None
+
+    def answering(self, forward: Forward) -> Tensor:
+        """(B,) the copy whose attention weights count, after `reduce`. By default the first."""
+        return torch.zeros_like(forward.state.step)
 
 
 class Score(Protocol):
@@ -272,6 +326,10 @@ class View:
     def gather(self, table: Tensor) -> Tensor:
         """A per-column table (B, L, ...) at the columns of this step: (B, W, ...)."""
         return table.gather(1, spread(self._at, table))
+
+    def pairs(self, weights: Tensor) -> Tensor:
+        """Of attention weights (B, W, L), those among the columns of this step: (B, W, W)."""
+        return weights.gather(2, self._at[:, None].expand(-1, weights.shape[1], -1))
 
     def scatter(self, table: Tensor, values: Tensor, where: Tensor) -> Tensor:
         """The per-column table (B, L, ...) with `values` (B, W, ...) at the columns where `where` (B, W) holds."""

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from dllm.decoding.cache.policy import Policy
-from dllm.decoding.canvas import Decision, Plan, Span, State, splice_columns
+from dllm.decoding.canvas import Decision, Fed, Plan, Span, State, splice_columns
+from dllm.decoding.columns import marked, scatter
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.slots import Sampler, View, best, widen
+from dllm.models.transformer import Rows
 
 
 def opened(s: Sampler, policy: Policy, state: State) -> tuple[State, Span]:
@@ -41,15 +43,34 @@ def opened(s: Sampler, policy: Policy, state: State) -> tuple[State, Span]:
 def feeding(s: Sampler, policy: Policy, state: State, window: Span) -> Span:
     """The window with the forwards of this policy."""
     window = policy.feed(state, window)
-    if s.inputs is None:
+    if s.inputs is None and (s.needs.attention is None or not policy.shift):
         return window
-    refresh, after = (s.inputs.cover(window.feeds(f), state, window) for f in (True, False))
-    return window._replace(refresh=refresh, step=after)
+
+    def fed(refresh: bool) -> Fed:
+        own = window.feeds(refresh)
+        if s.needs.attention is not None and policy.shift:  # the attention of a column is that of its own query
+            read = torch.where(window.inside(window.reads), window.reads, -1)
+            own = own._replace(cols=own.cols | marked(read, own.cols.shape[1]))
+        return own if s.inputs is None else s.inputs.cover(own, state, window)
+
+    return window._replace(refresh=fed(True), step=fed(False))
 
 
 def expanded(s: Sampler, state: State, window: Span, plan: Plan) -> Plan:
-    """The plan that is fed: the canvas, or what the inputs slot makes of it."""
-    return plan if s.inputs is None else s.inputs.expand(plan, state, window)
+    """The plan that is fed: the canvas, or what the inputs slot makes of it; and whose attention is wanted."""
+    fed = plan if s.inputs is None else s.inputs.expand(plan, state, window)
+    attention, width = s.needs.attention, state.canvas.ids.shape[1]
+    if attention is None:
+        return fed
+    pos = fed.pos[:, : plan.pos.shape[1]]  # what inputs add behind is read by nobody else
+    queries = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
+    at = torch.where(pos < 0, -1, queries)
+    if attention.rows == "window":
+        table = scatter(torch.full((len(pos), width), -1, device=pos.device), pos, queries)
+        reads = window.reads.repeat(len(pos) // len(window.reads), 1)
+        at = torch.where(reads < 0, -1, table.gather(1, reads.clamp(min=0)))
+    assert isinstance(attention.layers, frozenset), "prepare names the layers"
+    return fed._replace(rows=Rows(attention.layers, at, width))
 
 
 def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:

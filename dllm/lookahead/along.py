@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan
+from dllm.decoding.canvas import Plan, mapped
 from dllm.decoding.columns import scatter
-from dllm.models.transformer import KeysValues, Known, KVStore
+from dllm.models.transformer import KeysValues, Known, KVStore, Rows, Said
 
 
 class Along(NamedTuple):
@@ -28,6 +28,7 @@ class Along(NamedTuple):
     lane: Tensor  # (N,)
     seen: int  # S: slots that are read
     slots: int  # that there are
+    rows: Rows | None  # (N, R, r) whose attention weights are wanted, by place in their level
 
     @classmethod
     def of(cls, plan: Plan, levels: int, rows: int, slots: int) -> Along:
@@ -42,7 +43,7 @@ class Along(NamedTuple):
         keep = fresh if plan.keep is None else plan.keep & fresh
         seen = plan.visible.shape[-1] - (0 if plan.fresh is None else plan.pos.shape[1])
         ids, pos, fresh, keep, visible = (by_row(x) for x in (plan.ids, plan.pos, fresh, keep, plan.visible))
-        return cls(ids, pos, fresh, keep, visible, by_row(plan.lane)[:, 0], seen, slots)
+        return cls(ids, pos, fresh, keep, visible, by_row(plan.lane)[:, 0], seen, slots, mapped(by_row, plan.rows))
 
     @property
     def order(self) -> Tensor:
@@ -54,7 +55,20 @@ class Along(NamedTuple):
         nothing = torch.zeros_like(self.fresh).flatten(1)
         known = Known(padded=True, private=True, lanes=lanes, write=slice(0, 0), slots=self.seen)
         ids, pos = self.ids.flatten(1), self.pos.flatten(1)
-        return Plan(ids, pos, nothing, None, self.sees(), self.lane, known, refresh=False, stored=True)
+        rows = self.rows
+        if rows is not None:
+            at = torch.where(rows.at < 0, -1, rows.at + self.order * self.pos.shape[2])
+            rows = rows._replace(at=at.flatten(1))
+        return Plan(ids, pos, nothing, None, self.sees(), self.lane, known, refresh=False, stored=True, rows=rows)
+
+    def by_level(self, said: Said, rows: int) -> Said:
+        """What that forward says, (N, R Q, ...), as the plan of (copies R B, Q) would; rows: B."""
+        levels = self.pos.shape[1]
+
+        def apart(x: Tensor) -> Tensor:
+            return x.view(-1, rows, levels, x.shape[1] // levels, *x.shape[2:]).transpose(1, 2).flatten(0, 2)
+
+        return mapped(apart, said)
 
     def sees(self) -> Tensor:
         """(N, R Q, S + R Q) bool: the stored slots, and behind them the keys of this forward, that each query sees."""

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan
-from dllm.models.transformer import KeysValues, KVStore
+from dllm.decoding.canvas import Plan, mapped
+from dllm.models.transformer import KeysValues, KVStore, Outputs, Rows, Said, Weights
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -37,6 +38,7 @@ class Feed(NamedTuple):
     # the tokens that a token sees; with a store only of those that are not fresh; None: all
     peers: Bools | None  # (1 | q, q)
     lane: int  # of the store
+    rows: Ints | None  # (r,) the tokens whose attention weights are wanted; None: nobody asks
 
     @property
     def outside(self) -> Ints:
@@ -79,6 +81,7 @@ def queries(plan: Plan, rows: int) -> list[Query]:
     """Take a plan of `rows` rows apart (its copies lie one after the other). One host sync."""
     fresh, keep, visible = (None if x is None else x.cpu().numpy() for x in (plan.fresh, plan.keep, plan.visible))
     ids, pos = plan.ids.cpu().numpy(), plan.pos.cpu().numpy()
+    asked = None if plan.rows is None else plan.rows.at.cpu().numpy()
     total, width = pos.shape
     if plan.stored and visible is None:
         assert plan.known is not None
@@ -99,7 +102,8 @@ def queries(plan: Plan, rows: int) -> list[Query]:
                 sees = sees[:, : int(np.flatnonzero(sees.any(0))[-1]) + 1 if sees.any() else 0]
             else:
                 peers = table[:, real]
-        return Feed(real, ids[n, real], pos[n, real], new, stay, sees, peers, lanes[n])
+        rows = None if asked is None else np.searchsorted(real, asked[n, asked[n] >= 0])
+        return Feed(real, ids[n, real], pos[n, real], new, stay, sees, peers, lanes[n], rows)
 
     filled: Bools = np.any(pos >= 0, axis=1)  # others are padding
     copies = [[n for n in range(row, total, rows) if n == row or filled[n]] for row in range(rows)]
@@ -146,7 +150,7 @@ class Evaluated:
     """A branch with its answer."""
 
     branch: Branch
-    hidden: Tensor  # (copies, q, D)
+    said: Said  # of its (copies, q) tokens, and the r rows of attention weights that it wants
     kv: BranchKV | None = None
     old: bool = False  # evaluated before the last forward
 
@@ -156,6 +160,7 @@ class Place(NamedTuple):
 
     rows: Sequence[int]  # plan row of each copy
     at: int  # first column
+    first: int  # of its rows of attention weights
 
 
 class Packed(NamedTuple):
@@ -164,34 +169,48 @@ class Packed(NamedTuple):
     plan: Plan
     places: list[list[Place]]  # row -> branch
 
-    def split(self, rows: list[list[Branch]], hidden: Tensor, layers: list[KeysValues]) -> list[list[Evaluated]]:
-        """The answer of each branch, from the plan's hidden states and its new keys and values (none: no store)."""
+    def split(self, rows: list[list[Branch]], outputs: Outputs) -> list[list[Evaluated]]:
+        """The answer of each branch, from what the plan's forward gave."""
         return [
-            [_evaluated(branch, place, hidden, layers) for branch, place in zip(branches, places, strict=True)]
+            [_evaluated(branch, place, outputs) for branch, place in zip(branches, places, strict=True)]
             for branches, places in zip(rows, self.places, strict=True)
         ]
 
 
-def _evaluated(branch: Branch, place: Place, hidden: Tensor, layers: list[KeysValues]) -> Evaluated:
-    feeds, (rows, at) = branch.query.feeds, place
-    states = torch.stack([hidden[n, at : at + len(f.ids)] for n, f in zip(rows, feeds, strict=True)])
+def _evaluated(branch: Branch, place: Place, outputs: Outputs) -> Evaluated:
+    feeds, (rows, at, first), (said, layers) = branch.query.feeds, place, outputs
+    states = torch.stack([said.hidden[n, at : at + len(f.ids)] for n, f in zip(rows, feeds, strict=True)])
+    own = Said(states)
+    if said.weights is not None:
+        count = _wanted(feeds[0])  # of every copy
+        own = Said(states, mapped(lambda x: x[list(rows), first : first + count], said.weights))
     if not layers or branch.parent < 0 or not branch.query.keeps:  # the true query has written the store itself
-        return Evaluated(branch, states)
-    kept = [torch.from_numpy(np.flatnonzero(f.keep) + at).to(hidden.device) for f in feeds]
-    return Evaluated(branch, states, BranchKV(layers, rows, kept))
+        return Evaluated(branch, own)
+    kept = [torch.from_numpy(np.flatnonzero(f.keep) + at).to(states.device) for f in feeds]
+    return Evaluated(branch, own, BranchKV(layers, rows, kept))
 
 
-def pack(rows: list[list[Branch]], device: torch.device) -> Packed:
+def _wanted(f: Feed) -> int:
+    """Rows of attention weights that a copy wants."""
+    return 0 if f.rows is None else len(f.rows)
+
+
+def pack(rows: list[list[Branch]], device: torch.device, asked: Rows | None = None) -> Packed:
     """One plan for the branches of each row; the first branch of a row is its true query.
 
     With a store the branches of a row lie one after another in the sequence and read its stored slots together. The
     true query writes what the plan says; the others write nothing, and see the keys and values that their own ancestors
-    would have written. Without a store each branch is a row of the batch.
+    would have written. Without a store each branch is a row of the batch. asked: what one of the branches' plans asked
+    of the attention; None: nobody asks.
     """
-    return _along_sequence(rows, device) if rows[0][0].query.stored else _along_batch(rows, device)
+    packed, at = _along_sequence(rows, device) if rows[0][0].query.stored else _along_batch(rows, device)
+    if asked is None:
+        return packed
+    asked = asked._replace(at=torch.from_numpy(at).to(device))
+    return packed._replace(plan=packed.plan._replace(rows=asked))
 
 
-def _along_batch(rows: list[list[Branch]], device: torch.device) -> Packed:
+def _along_batch(rows: list[list[Branch]], device: torch.device) -> tuple[Packed, Ints]:
     flat = [b.query.feeds for branches in rows for b in branches]
     total = len(flat) * max(map(len, flat))
     lines = [range(i, total, len(flat))[: len(feeds)] for i, feeds in enumerate(flat)]  # of the copies of each branch
@@ -199,34 +218,42 @@ def _along_batch(rows: list[list[Branch]], device: torch.device) -> Packed:
     shape = total, max(len(f.ids) for _, f in fed)
     ids, pos = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     visible = np.zeros((*shape, shape[1]), bool) if any(f.peers is not None for _, f in fed) else None
+    asked = np.full((len(ids), max(_wanted(f) for _, f in fed)), -1)
     for i, f in fed:
         q = len(f.ids)
         ids[i, :q], pos[i, :q] = f.ids, f.pos
+        if f.rows is not None:
+            asked[i, : len(f.rows)] = f.rows
         if visible is not None:
             visible[i, :q, :q] = True if f.peers is None else f.peers
     tensors = [None if x is None else torch.from_numpy(x).to(device) for x in (ids, pos, visible)]
     left = iter(lines)
-    places = [[Place(next(left), 0) for _ in branches] for branches in rows]
-    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, None, False, False]), places)
+    places = [[Place(next(left), 0, 0) for _ in branches] for branches in rows]
+    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, None, False, False, None]), places), asked
 
 
-def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
+def _along_sequence(rows: list[list[Branch]], device: torch.device) -> tuple[Packed, Ints]:
     copies, n = max(len(b.query.feeds) for branches in rows for b in branches), len(rows)
     slots = max(f.sees.shape[1] for branches in rows for b in branches for f in b.query.feeds if f.sees is not None)
     sizes = [[len(b.query.feeds[0].ids) for b in branches] for branches in rows]
     shape = copies * n, max(map(sum, sizes))
     ids, pos = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     keep, visible = np.zeros(shape, bool), np.zeros((*shape, slots + shape[1]), bool)
+    wanted = [[max(map(_wanted, b.query.feeds)) for b in branches] for branches in rows]
+    asked = np.full((len(ids), max(map(sum, wanted))), -1)
     lane = np.array([branches[0].query.feeds[0].lane for branches in rows] * copies)
     places: list[list[Place]] = [[] for _ in rows]
     for r, (branches, own) in enumerate(zip(rows, sizes, strict=True)):
         # which column holds each slot after a branch, in each copy; -1: the store, which the last entry stands for
         holders = np.full((len(branches) + 1, copies, slots), -1)
-        for b, (branch, at, q) in enumerate(zip(branches, accumulate([0, *own]), own, strict=False)):
+        starts = zip(accumulate([0, *own]), accumulate([0, *wanted[r]]), strict=True)
+        for b, (branch, (at, first), q) in enumerate(zip(branches, starts, own, strict=False)):
             span, feeds = slice(at, at + q), branch.query.feeds
-            places[r].append(Place(range(r, len(ids), n)[: len(feeds)], at))
+            places[r].append(Place(range(r, len(ids), n)[: len(feeds)], at, first))
             for c, (i, f) in enumerate(zip(places[r][b].rows, feeds, strict=True)):
                 ids[i, span], pos[i, span], lane[i] = f.ids, f.pos, f.lane
+                if f.rows is not None:
+                    asked[i, first : first + len(f.rows)] = at + f.rows
                 keep[i, span] = f.keep & (b == 0)
                 private = ~keep[i, span] & (f.pos < slots)
                 holder, holders[b, c] = holders[branch.parent, c].copy(), holders[branch.parent, c]
@@ -236,7 +263,7 @@ def _along_sequence(rows: list[list[Branch]], device: torch.device) -> Packed:
     if (keep | (pos < 0)).all():  # nothing private: no columns for it
         visible = visible[:, :, :slots]
     tensors = [torch.from_numpy(x).to(device) for x in (ids, pos, keep, keep, visible, lane)]
-    return Packed(Plan._make([*tensors, None, False, True]), places)
+    return Packed(Plan._make([*tensors, None, False, True, None]), places), asked
 
 
 def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:
@@ -253,11 +280,26 @@ def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:
         visible[:, slots + at + alone] = np.broadcast_to(f.peers, (len(visible), len(f.ids)))[:, alone]
 
 
-def laid(queries: list[Query], answers: list[Evaluated], copies: int) -> Tensor:
-    """The answers to the queries of some rows, (copies B, Q, D) in the layout of what was fed."""
-    first = answers[0].hidden
-    out = first.new_zeros((copies, len(queries), queries[0].width, first.shape[-1]))
+def laid(queries: list[Query], answers: list[Evaluated], copies: int) -> Said:
+    """The answers to the queries of some rows, (copies B, Q, ...) in the layout of what was fed."""
+    first, weights = answers[0].said, None
+    hidden = first.hidden.new_zeros((copies, len(queries), queries[0].width, first.hidden.shape[-1]))
     for row, (query, answer) in enumerate(zip(queries, answers, strict=True)):
         for copy, f in enumerate(query.feeds):
-            out[copy, row, torch.from_numpy(f.real).to(out.device)] = answer.hidden[copy]
-    return out.flatten(0, 1)
+            hidden[copy, row, torch.from_numpy(f.real).to(hidden.device)] = answer.said.hidden[copy]
+    if first.weights is not None:
+        found = [a.said.weights for a in answers if a.said.weights is not None]
+        weights = stacked(found, copies)
+    return Said(hidden.flatten(0, 1), weights)
+
+
+def stacked(weights: Sequence[Weights], copies: int) -> Weights:
+    """Attention weights of several rows, (own copies, r, ...) each, as those of (copies B) rows with equally many."""
+    wide = max(w.cols.shape[1] for w in weights)
+
+    def all_of(tables: list[Tensor], value: int) -> Tensor:
+        tails = [(0, 0) * (t.dim() - 2) + (0, wide - t.shape[1], 0, copies - len(t)) for t in tables]
+        own = [F.pad(t, tail, value=value) for t, tail in zip(tables, tails, strict=True)]
+        return torch.stack(own, 1).flatten(0, 1)
+
+    return Weights(all_of([w.cols for w in weights], -1), all_of([w.table for w in weights], 0))

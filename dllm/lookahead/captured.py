@@ -9,17 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan
+from dllm.decoding.canvas import Plan, mapped
 from dllm.decoding.captured import Board, CapturedRunner, Key, Unfit
 from dllm.decoding.columns import marked, scatter
 from dllm.decoding.runner import Answer, Batch, Part, Stepped, Turn
 from dllm.lookahead.chain import ChainRunner, Played
+from dllm.models.transformer import Said, Weights
 
 
 class Heard(NamedTuple):
     """The last answer to every row, by position."""
 
-    hidden: Tensor  # (copies, B, L, D)
+    said: Said  # (copies, B, L, ...)
     known: Tensor  # (B, L) bool
 
 
@@ -77,22 +78,29 @@ class CapturedChainRunner(ChainRunner, CapturedRunner):
         heard = self.own.heard
         assert heard is not None, "a row is answered before its first round"
         columns = torch.arange(heard.known.shape[1], device=part.at.device)
-        pos, hidden = torch.where(heard.known[part.at], columns, -1), heard.hidden[:, part.at].flatten(0, 1)
+        pos, said = (
+            torch.where(heard.known[part.at], columns, -1),
+            mapped(lambda x: x[:, part.at].flatten(0, 1), heard.said),
+        )
         plan = Plan(pos, pos, None, None, None, None, None, refresh=False, stored=False)
-        return self.answer(part.state, part.window, plan, hidden, len(columns))
+        return self.answer(part.state, part.window, plan, said, len(columns))
 
     def hear(self, part: Part, answer: Answer) -> None:
         """Put an answer where the next round finds it. Errors: `Unfit`."""
-        if answer.hidden.shape[1] > answer.queries:
+        said, n, pos, width = answer.said, len(part.at), answer.plan.pos, part.state.canvas.ids.shape[1]
+        if said.hidden.shape[1] > answer.queries:
             raise Unfit("its inputs feed queries beside the canvas")
-        n, pos, width = len(part.at), answer.plan.pos, part.state.canvas.ids.shape[1]
-        new = scatter(answer.hidden.new_zeros(len(pos), width, answer.hidden.shape[-1]), pos, answer.hidden)
-        heard = Heard(new.view(-1, n, *new.shape[1:]), marked(pos[:n], width))
+        new = Said(scatter(said.hidden.new_zeros(len(pos), width, said.hidden.shape[-1]), pos, said.hidden))
+        if said.weights is not None:
+            cols, table = said.weights
+            rows = scatter(table.new_zeros(len(cols), width, width), cols, table)
+            new = Said(new.hidden, Weights(scatter(torch.full_like(rows[..., 0], -1).long(), cols, cols), rows))
+        heard = Heard(mapped(lambda x: x.view(-1, n, *x.shape[1:]), new), marked(pos[:n], width))
         if self.own.heard is None:
-            size, copies = len(self.own.everyone), len(heard.hidden)
-            blank = heard.hidden.new_zeros(copies, size, *new.shape[1:])
+            size, copies = len(self.own.everyone), len(heard.said.hidden)
+            blank = mapped(lambda x: x.new_zeros(copies, size, *x.shape[2:]), heard.said)
             self.own.heard = Heard(blank, heard.known.new_zeros(size, width))
-        self.own.heard.hidden.index_copy_(1, part.at, heard.hidden)
+        mapped(lambda old, x: old.index_copy_(1, part.at, x), self.own.heard.said, heard.said)
         self.own.heard.known.index_copy_(0, part.at, heard.known)
 
     @property

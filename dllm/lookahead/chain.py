@@ -10,23 +10,27 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.decoding.canvas import Plan, Span, State, chosen
+from dllm.decoding.canvas import Plan, Span, State, chosen, mapped
 from dllm.decoding.facts import Facts, Shape, fetch, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped, Tick, Turn
 from dllm.decoding.slots import Confidence
 from dllm.decoding.step import feeding, opened
+from dllm.lookahead.branches import stacked as rows_of
 from dllm.lookahead.guard import alike, bound, doubtful
 from dllm.lookahead.pace import Pace
 from dllm.lookahead.round import Level, Round
 from dllm.lookahead.setting import Lookahead, Stats
+from dllm.models.transformer import Said
+
+T = TypeVar("T")
 
 
 class Last(NamedTuple):
@@ -227,21 +231,24 @@ def stacked(found: Sequence[Last | None]) -> Answer:
     """Answers to several rows as one; what a row lacks it does not cover."""
     known = [l for l in found if l is not None]
     queries = max(_planned(l.answer) for l in known)
-    extra = max(l.answer.hidden.shape[1] - _planned(l.answer) for l in known)
-    copies = max(len(l.answer.hidden) // l.answer.state.rows for l in known)
+    extra = max(l.answer.said.hidden.shape[1] - _planned(l.answer) for l in known)
+    copies = max(len(l.answer.said.hidden) // l.answer.state.rows for l in known)
 
-    def own(l: Last | None, of: str) -> Tensor:  # (copies, Q + E, ...)
-        lacks = l is None
-        l = l or known[0]
-        answer, pos = l.answer, of == "pos"
-        table = answer.plan.pos if pos else answer.hidden
-        table = table.view(-1, answer.state.rows, *table.shape[1:])[:, l.place]
-        wide = _widened(table, _planned(answer), queries, extra, copies, -1 if pos else 0)
-        return torch.full_like(wide, -1) if lacks and pos else wide
+    def own(l: Last, table: T) -> T:  # (copies, ...)
+        return mapped(lambda x: x.view(-1, l.answer.state.rows, *x.shape[1:])[:, l.place], table)
 
-    pos, hidden = (torch.stack([own(l, of) for l in found], 1).flatten(0, 1) for of in ("pos", "hidden"))
+    def wide(l: Last | None, of: str) -> Tensor:  # (copies, Q + E, ...)
+        lacks, l, pos = l is None, l or known[0], of == "pos"
+        table = own(l, l.answer.plan.pos if pos else l.answer.said.hidden)
+        table = _widened(table, _planned(l.answer), queries, extra, copies, -1 if pos else 0)
+        return torch.full_like(table, -1) if lacks and pos else table
+
+    pos, hidden = (torch.stack([wide(l, of) for l in found], 1).flatten(0, 1) for of in ("pos", "hidden"))
+    read = [own(l, l.answer.said.weights) for l in (l or known[0] for l in found)]
+    weights = [w for w in read if w is not None]
+    said = Said(hidden, rows_of(weights, copies) if weights else None)
     fed = Plan(pos, pos, None, None, None, None, None, False, False)
-    return replace(known[0].answer, plan=fed, hidden=hidden, queries=queries)
+    return replace(known[0].answer, plan=fed, said=said, queries=queries)
 
 
 def _planned(answer: Answer) -> int:

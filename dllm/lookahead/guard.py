@@ -59,8 +59,5 @@ def doubtful(s: Sampler, state: State, window: Span, pred: Prediction, after: St
     for sign in (1.0,) if pred.law.greedy else (1.0, -1.0):
         change = torch.where(chosen, -2.0, 2.0)[..., None].to(pred.logits.dtype) * delta * sign
         logits = pred.logits.scatter_add(-1, pred.argmax[..., None], change)
-        other = Prediction(
-            logits, pred.cols, law=pred.law, seed=pred.seed, step=pred.step, more=pred.more, extra=pred.extra
-        )
-        same &= alike(after, step(s, state, window, other))
+        same &= alike(after, step(s, state, window, pred.over(logits)))
     return ~same

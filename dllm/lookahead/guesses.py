@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, planned
-from dllm.decoding.canvas import Plan, Span, State
+from dllm.decoding.canvas import Plan, Span, State, mapped
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Runner
 from dllm.decoding.slots import Sampler, View, rank
 from dllm.decoding.step import expanded, feeding, opened, step
-from dllm.lookahead.branches import Branch, Query, queries
+from dllm.lookahead.branches import Branch, Query, queries, stacked
 from dllm.lookahead.ledger import History
 from dllm.lookahead.memo import Group, Source
 from dllm.lookahead.setting import Lookahead
+from dllm.models.transformer import Said
 
 
 @dataclass
@@ -216,7 +217,9 @@ class StalePredictions:
 
         self.ids = stack([s.ids for s in sources], 0)
         self.pos = stack([s.pos for s in sources], -1)
-        self.hidden = stack([s.hidden for s in sources], 0)
+        self.hidden = stack([s.said.hidden for s in sources], 0)
+        weights = [s.said.weights for s in sources if s.said.weights is not None]
+        self.weights = stacked(weights, copies) if weights else None  # of (copies B) rows
         self.last: tuple[list[int], Prediction] | None = None
 
     def read(self, alive: list[int], state: State, win: Span) -> tuple[list[int], State, Span, Prediction] | None:
@@ -237,10 +240,11 @@ class StalePredictions:
         return alive, state, win, pred
 
     def _answer(self, alive: list[int], state: State, win: Span) -> Answer:
-        at = index(alive, self.pos.device)
+        at, count = index(alive, self.pos.device), self.pos.shape[1]
         ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
+        weights = mapped(lambda x: x.view(-1, count, *x.shape[1:])[:, at].flatten(0, 1), self.weights)
         plan = Plan(ids, pos, None, None, None, None, None, False, False)
-        return self.run.answer(state, win, plan, hidden, self.planned)
+        return self.run.answer(state, win, plan, Said(hidden, weights), self.planned)
 
 
 def _widen(x: Tensor, planned: int, width: int, extra: int, copies: int, value: int) -> Tensor:

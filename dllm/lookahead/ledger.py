@@ -40,6 +40,7 @@ class History:
             parts += [f.ids.tobytes(), f.pos.tobytes(), f.fresh.tobytes(), f.keep.tobytes()]
             for table in (f.sees, f.peers):
                 parts.append(b"" if table is None else np.packbits(table).tobytes() + bytes(str(table.shape), "ascii"))
+            parts.append(b"" if f.rows is None else f.rows.tobytes())
             if query.stored:
                 parts.append(self.authors[f.lane][query.outside[i]].tobytes())
         query.key = b"|".join(parts)

@@ -13,6 +13,7 @@ from dllm.decoding.runner import Part
 from dllm.lookahead.branches import Evaluated, Query
 from dllm.lookahead.ledger import History, Ledger
 from dllm.lookahead.setting import Stats
+from dllm.models.transformer import Said
 
 
 class Source(NamedTuple):
@@ -22,7 +23,7 @@ class Source(NamedTuple):
     row: int
     ids: Tensor  # (copies, Q + E) what was fed; the first `planned` queries are the plan's, the others private
     pos: Tensor  # (copies, Q + E)
-    hidden: Tensor  # (copies, Q + E, D)
+    said: Said  # of these (copies, Q + E)
     planned: int
     history: History  # of the store in the plain call, after the step
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.cache.policy import Policy, plan
-from dllm.decoding.canvas import Fed, Plan, Span, State, chosen, joined, sliced
+from dllm.decoding.canvas import Fed, Plan, Span, State, chosen, joined, mapped, sliced
 from dllm.decoding.columns import spans
 from dllm.decoding.facts import Shape, flags
 from dllm.decoding.prediction import Prediction
@@ -27,7 +27,7 @@ from dllm.decoding.runner import Answer, Runner
 from dllm.decoding.step import expanded, feeding, opened, step
 from dllm.lookahead.along import Along
 from dllm.lookahead.guard import doubtful
-from dllm.models.transformer import KeysValues
+from dllm.models.transformer import KeysValues, Said
 
 
 class Level(NamedTuple):
@@ -47,7 +47,7 @@ class Asked(NamedTuple):
     fed: Fed
     plan: Plan  # (copies R B, Q + E)
     queries: int  # Q; the E behind them are private to the inputs slot
-    hidden: Tensor  # (copies R B, Q + E, D)
+    said: Said  # of that plan
     along: Along | None  # how they lay in the forward; None: there is no store
     layers: list[KeysValues]  # each (copies B, R (Q + E), kv_heads, head_dim); none without a store
 
@@ -62,7 +62,7 @@ class Asked(NamedTuple):
             return own.flatten(0, 1)
 
         fed = Plan(at(self.plan.ids), at(self.plan.pos), None, None, None, None, None, self.plan.refresh, False)
-        return run.answer(state, window, fed, at(self.hidden), self.queries)
+        return run.answer(state, window, fed, mapped(at, self.said), self.queries)
 
 
 class Walked(NamedTuple):
@@ -120,7 +120,7 @@ class Round:
         if self.crosses and not (self.far.stored and first.window.feeds(True).dense):  # the next windows, too
             hi = first.window.hi
             cols = torch.cat([cols, spans(hi, first.state.canvas.length, self.shape.reads)], 1)
-        old = replace(stale, state=first.state, window=first.window, extra=None, hidden=self.private(stale))
+        old = replace(stale, state=first.state, window=first.window, extra=None, said=self.private(stale))
         logits, known = old.logits(cols), old.knows(cols)
         while len(levels) < self.levels:
             state, window, valid, _ = levels[-1]
@@ -136,10 +136,11 @@ class Round:
             levels.append(Level(state, window.cut(self.shape.reads), valid, came))
         return levels
 
-    def private(self, stale: Answer) -> Tensor:
-        """The hidden states of an answer, with as many private queries, if any, as this round has reads."""
-        hidden, more = stale.hidden, self.shape.reads + stale.queries - stale.hidden.shape[1]
-        return hidden if more == self.shape.reads else F.pad(hidden, (0, 0, 0, more))
+    def private(self, stale: Answer) -> Said:
+        """What an answer says, with as many private queries, if any, as this round has reads."""
+        hidden = stale.said.hidden
+        more = self.shape.reads + stale.queries - hidden.shape[1]
+        return stale.said if more == self.shape.reads else stale.said._replace(hidden=F.pad(hidden, (0, 0, 0, more)))
 
     def fits(self, state: State, window: Span) -> Tensor:
         """(B,) whether the forward of a round has room for what these rows feed and read; a full one it has not."""
@@ -174,17 +175,16 @@ class Round:
         planned = self.plan(state, fed, lane)
         asked = expanded(run.s, state, window, planned)
         if lane is None or run.store is None:
-            hidden, along, layers = run.hidden(asked), None, list[KeysValues]()
+            said, along, layers = run.said(asked), None, list[KeysValues]()
         else:
             along = Along.of(asked, len(levels), len(lane), run.store.slots)
             laid = along.plan(self.lanes if len(asked.pos) == len(planned.pos) else None)
-            hidden, layers = run.model.forward_kv(
-                laid.ids, laid.pos, fresh=laid.fresh, visible=laid.visible, lane=laid.lane, store=run.store,
-                known=laid.known,
+            said, layers = run.model.forward_with(
+                laid.ids, laid.pos, rows=laid.rows, kv=True, fresh=laid.fresh, visible=laid.visible, lane=laid.lane,
+                store=run.store, known=laid.known,
             )  # fmt: skip
-            hidden = hidden.view(-1, len(lane), len(levels), asked.pos.shape[1], hidden.shape[-1])
-            hidden = hidden.transpose(1, 2).flatten(0, 2)  # (copies R B, Q + E, D)
-        return Asked(state, window, fed, asked, planned.pos.shape[1], hidden, along, layers)
+            said = along.by_level(said, len(lane))
+        return Asked(state, window, fed, asked, planned.pos.shape[1], said, along, layers)
 
     def plan(self, state: State, fed: Fed, lane: Tensor | None) -> Plan:
         """The forward of one level of all rows, or of all levels."""
@@ -203,7 +203,7 @@ class Round:
     def at_once(self, levels: list[Level], asked: Asked) -> Walked:
         """All levels step together: a draft was right if the step before it came to just that."""
         s, run, rows, n = self.run.s, self.run, levels[0].state.rows, len(levels)
-        pred = run.answer(asked.state, asked.window, asked.plan, asked.hidden, asked.queries).read(asked.window.reads)
+        pred = run.answer(asked.state, asked.window, asked.plan, asked.said, asked.queries).read(asked.window.reads)
         after = step(s, asked.state, asked.window, pred)
         right = levels[0].valid[None]  # (R, B)
         if n > 1:
@@ -254,7 +254,7 @@ class Round:
         inputs slot folds their answers."""
         run, logits = self.run, None
         if run.s.inputs is None:
-            whole = run.answer(asked.state, asked.window, asked.plan, asked.hidden, asked.queries)
+            whole = run.answer(asked.state, asked.window, asked.plan, asked.said, asked.queries)
             logits = whole.logits(asked.window.reads)
 
         def read(r: int, state: State, window: Span) -> Prediction:

@@ -15,10 +15,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dllm.decoding.cache.policy import planned
-from dllm.decoding.canvas import Plan, State
+from dllm.decoding.canvas import Plan, State, mapped
 from dllm.decoding.facts import Shape, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
@@ -32,7 +30,7 @@ from dllm.lookahead.memo import Group, RowMemo, Source
 from dllm.lookahead.pace import Pace
 from dllm.lookahead.released import restart, subset
 from dllm.lookahead.setting import Lookahead, Stats
-from dllm.models.transformer import KeysValues
+from dllm.models.transformer import Outputs, Said
 
 
 @dataclass(eq=False)
@@ -129,8 +127,8 @@ class LookaheadRunner(Runner):
         for i, answer in answers.items():
             group.rows[i].hit(answer)
         some = group.take(list(answers))
-        hidden = laid(some.queries, list(answers.values()), some.copies)
-        return [self.finish(some, hidden, 0, hit=True, alone=False)]
+        said = laid(some.queries, list(answers.values()), some.copies)
+        return [self.finish(some, said, 0, hit=True, alone=False)]
 
     def miss(self, group: Group, limit: int) -> Turn:
         """One forward for these rows, with guesses beside them: at most `limit` rows of each sequence."""
@@ -139,12 +137,12 @@ class LookaheadRunner(Runner):
         guesses: list[list[Branch]] = [[] for _ in group.rows]
         if limit > 1 and not any(q.opening for q in group.queries):
             guesses = Guesses(self, self.far, self.setting, group).draw(limit - 1)
-        hidden, evaluated, fed = self.evaluate(group, guesses)
+        said, evaluated, fed = self.evaluate(group, guesses)
         for row, fresh in zip(group.rows, evaluated, strict=True):
             row.learn(fresh)
         plain = self.policy is self.far or not group.queries
         alone = len(group.rows) == 1 and plain and not any(guesses)
-        return self.finish(group, hidden, fed, hit=False, alone=alone)
+        return self.finish(group, said, fed, hit=False, alone=alone)
 
     def close_round(self, row: RowMemo, group: Group, i: int) -> None:
         """Before a forward: learn from the last round, bring the store up to date, forget what cannot come up again."""
@@ -162,53 +160,54 @@ class LookaheadRunner(Runner):
                 packed = pack([[answer.branch._replace(parent=-1)]], self.model.device)
                 self.meter.forward([row.request])
                 self.meter.computed([row.request], [answer.branch.query.size])
-                self.hidden(packed.plan)
+                self.said(packed.plan)
                 row.stats.reruns += 1
 
-    def evaluate(self, group: Group, guesses: list[list[Branch]]) -> tuple[Tensor, list[list[Evaluated]], int | None]:
-        """Run the true queries and the guesses: hidden states of the former as planned, answers to the latter, and the
+    def evaluate(self, group: Group, guesses: list[list[Branch]]) -> tuple[Said, list[list[Evaluated]], int | None]:
+        """Run the true queries and the guesses: what is said of the former as planned, answers to the latter, and the
         positions that the plan does not count itself (None: it counts them)."""
         self.meter.forward(group.part.request)
         answers, fed = list[list[Evaluated]](), None
         if not any(guesses):
-            hidden = self.hidden(group.fed)
+            said = self.said(group.fed)
         else:
             ids = group.part.state.canvas.ids
             true = [Branch(q, -1, 0, own) for q, own in zip(group.queries, ids, strict=True)]
             branches = [[branch, *others] for branch, others in zip(true, guesses, strict=True)]
-            packed, fed = pack(branches, self.model.device), 0
+            packed, fed = pack(branches, self.model.device, group.fed.rows), 0
             self.meter.computed(group.part.request, [sum(b.query.size for b in bs) for bs in branches])
-            answers = packed.split(branches, *self.run(packed.plan))
-            hidden = laid(group.queries, [first for first, *_ in answers], group.copies)
+            answers = packed.split(branches, self.run(packed.plan))
+            said = laid(group.queries, [first for first, *_ in answers], group.copies)
         for i, row in enumerate(group.rows):
             row.ledger.wrote(group.query(i))
-        return hidden, [others for _, *others in answers] or [[] for _ in group.rows], fed
+        return said, [others for _, *others in answers] or [[] for _ in group.rows], fed
 
-    def run(self, plan: Plan) -> tuple[Tensor, list[KeysValues]]:
-        """Hidden states of a plan, and the keys and values that it computed (none: no store)."""
+    def run(self, plan: Plan) -> Outputs:
+        """Run a plan, and have the keys and values that it computed (none: no store)."""
         if self.store is None or not plan.stored:
-            return self.hidden(plan), []
-        return self.model.forward_kv(
-            plan.ids, plan.pos, fresh=plan.fresh, keep=plan.keep, visible=plan.visible, lane=plan.lane, store=self.store
-        )
+            return Outputs(self.said(plan), [])
+        return self.model.forward_with(
+            plan.ids, plan.pos, rows=plan.rows, kv=True, fresh=plan.fresh, keep=plan.keep, visible=plan.visible,
+            lane=plan.lane, store=self.store,
+        )  # fmt: skip
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def finish(self, group: Group, hidden: Tensor, fed: int | None, *, hit: bool, alone: bool) -> Turn:
+    def finish(self, group: Group, said: Said, fed: int | None, *, hit: bool, alone: bool) -> Turn:
         """Take the step, check it if the mode asks for that, and remember its prediction to draft from.
 
-        fed: positions computed for each row, None: those of the plan. alone: the hidden states are those of the plain
-        call of a single row.
+        fed: positions computed for each row, None: those of the plan. alone: the forward was that of the plain call of
+        a single row.
         """
         part, window = group.part, group.part.reading
-        answer = self.answer(part.state, window, group.fed, hidden, group.planned)
+        answer = self.answer(part.state, window, group.fed, said, group.planned)
         pred = answer.read(window.reads)
         after = self.options.step(self.s, part.state, window, pred)
         for i in self.doubts(group, pred, after, hit=hit, alone=alone):
             after = self.confirm(group, i, after)
         if self.setting.relax is not None:
             after = subset(group, after)
-        self.remember(group, hidden, after, hit=hit)
+        self.remember(group, said, after, hit=hit)
         return self.stepped(part, answer, pred, after, fed)
 
     def doubts(self, group: Group, pred: Prediction, after: State, *, hit: bool, alone: bool) -> list[int]:
@@ -235,14 +234,16 @@ class LookaheadRunner(Runner):
         row.stats.divergences += not bool(alike(after.take(at), again.after))
         return after if fast else after.put(at, again.after)
 
-    def remember(self, group: Group, hidden: Tensor, after: State, *, hit: bool) -> None:
+    def remember(self, group: Group, said: Said, after: State, *, hit: bool) -> None:
         """Keep the prediction of each row, to draft from it."""
         count, planned = len(group.rows), min(group.planned, group.fed.pos.shape[1])  # inputs may cut the canvas
-        ids, pos, states = (x.view(-1, count, *x.shape[1:]) for x in (group.fed.ids, group.fed.pos, hidden))
+        ids, pos = (x.view(-1, count, x.shape[1]) for x in (group.fed.ids, group.fed.pos))
+        by_row = mapped(lambda x: x.view(-1, count, *x.shape[1:]), said)
         for i, row in enumerate(group.rows):
             row.clock += 1
             row.stats.steps += 1
-            source = Source(after, i, ids[:, i], pos[:, i], states[:, i], planned, row.ledger.plain)
+            own = mapped(lambda x, i=i: x[:, i], by_row)
+            source = Source(after, i, ids[:, i], pos[:, i], own, planned, row.ledger.plain)
             fresh = not hit and not row.recent
             row.recent = [*row.recent, source] if hit else [source]
             if self.setting.restart:

@@ -72,7 +72,7 @@ class ForeignModel(NativeModel):
         if self.transformer._compiled_call_impl is None:
             self.transformer.compile(dynamic=True)
 
-    forward_kv, logits = Model.forward_kv, Model.logits
+    forward_with, logits = Model.forward_with, Model.logits
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """Errors: always."""

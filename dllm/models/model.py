@@ -13,9 +13,10 @@ from dllm.errors import DllmError
 from dllm.models.moe import wide
 from dllm.models.settings import SamplerSetting
 from dllm.models.tokenizer import NO_TOKENIZER, Message, Tokenizer, by_template
-from dllm.models.transformer import Known, KVStore, WithKV
+from dllm.models.transformer import Known, KVStore, Outputs, Rows, Said
 
 NO_CACHE = 'this model has no cache: use cache="none"'
+NO_ATTENTION = "this model gives no attention weights"
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -65,6 +66,7 @@ class Model(Protocol):
     family            picks the defaults of a call.
     tokenizer         None: prompts are ids.
     supports_cache    whether `forward` takes a store.
+    attention_layers  how many layers can be asked for attention weights, see `forward_with`; 0: none.
     relative          whether positions enter as differences only: then a canvas of masks alone predicts the same in
                       every column, and columns tie.
     batch_invariant   whether the logits of a row are the same bits whatever shares its forward.
@@ -84,6 +86,7 @@ class Model(Protocol):
     family: str = ""
     tokenizer: Tokenizer | None = None
     supports_cache: bool = False
+    attention_layers: int = 0
     relative: bool = False
     batch_invariant: bool = False
     sampler_settings: Mapping[str, SamplerSetting] = MappingProxyType({})
@@ -116,9 +119,26 @@ class Model(Protocol):
                  they say nothing. None: the device is asked.
         """
 
-    def forward_kv(self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]) -> WithKV:
-        """As `forward` with a store; also the keys and values that each layer computed for the tokens."""
-        raise DllmError(NO_CACHE)
+    def forward_with(
+        self,
+        ids: Tensor,
+        pos: Tensor | None = None,
+        *,
+        rows: Rows | None = None,
+        kv: bool = False,
+        **options: Unpack[ForwardOptions],
+    ) -> Outputs:
+        """As `forward`, with more of what it computes. Errors: a model that cannot give that.
+
+        rows  the queries whose attention weights are wanted, and the layers that they are the mean of. They are those
+              of this very forward: its own queries against all keys that they see, stored ones among them.
+        kv    with a store: the keys and values that each layer computed for the tokens.
+        """
+        if kv:
+            raise DllmError(NO_CACHE)
+        if rows is not None:
+            raise DllmError(NO_ATTENTION)
+        return Outputs(Said(self.forward(ids, pos, **options)), [])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D) in at least float32, -inf at the mask; callers write into them.

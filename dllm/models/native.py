@@ -23,7 +23,7 @@ from dllm.models.fused import singles
 from dllm.models.model import ForwardOptions, Model, shut
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.tokenizer import Message, Tokenizer
-from dllm.models.transformer import KVStore, Transformer, WithKV
+from dllm.models.transformer import Flags, KVStore, Outputs, Rows, Transformer
 
 
 class NativeModel(Model):
@@ -46,6 +46,9 @@ class NativeModel(Model):
         self.pad_id, self.bos_id = config.pad_id, config.bos_id
         self.vocab_size, self.embedding_rows = config.vocab_size, config.embedding_rows
         self.max_positions = config.max_positions
+        ours = isinstance(self.transformer, Transformer)
+        whole = ours and self.transformer.config.n_heads == config.n_heads  # the heads are not split over processes
+        self.attention_layers = config.n_layers if whole else 0
         self.sampler_settings: dict[str, SamplerSetting] = {}
 
     def __repr__(self) -> str:
@@ -69,10 +72,19 @@ class NativeModel(Model):
         return hidden
 
     @torch.no_grad()
-    def forward_kv(self, ids: Tensor, pos: Tensor, **options: Unpack[ForwardOptions]) -> WithKV:
-        """See `Model.forward_kv`."""
-        both: WithKV = self.transformer(ids, pos, kv=True, **options)
-        return both
+    def forward_with(
+        self,
+        ids: Tensor,
+        pos: Tensor | None = None,
+        *,
+        rows: Rows | None = None,
+        kv: bool = False,
+        **options: Unpack[ForwardOptions],
+    ) -> Outputs:
+        """See `Model.forward_with`."""
+        flags = Flags(options.get("fresh"), options.get("keep"), options.get("visible"))
+        lane, store, known = options.get("lane"), options.get("store"), options.get("known")
+        return self.transformer.outputs(ids, pos, flags, lane, store, known, rows, kv)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from dllm.models.fused import Fused
 from dllm.models.moe import MLP, MoE, wide
 
 KINDS = 64  # of forwards that are compiled before torch gives up: each of the optional tensors is there or not
+SCORES = 1 << 26  # attention weights that are held at once, over all rows and some heads: 256 MiB in float32
 KeysValues = tuple[Tensor, Tensor]  # what a layer computed for the queries, each (N, Q, n_kv_heads, head_dim)
-WithKV = tuple[Tensor, list[KeysValues]]  # hidden states, and those of every layer
+Attended = tuple[Tensor, KeysValues, Tensor | None]  # what a layer makes of x, those, and attention weights (N, R, K)
 
 
 class KVStore(NamedTuple):
@@ -63,6 +64,38 @@ class Flags(NamedTuple):
     fresh: Tensor | None
     keep: Tensor | None
     visible: Tensor | None
+
+
+class Rows(NamedTuple):
+    """Whose attention weights a forward returns."""
+
+    layers: frozenset[int]  # over which they are averaged
+    at: Tensor  # (N, R) queries, -1 for padding
+    width: int  # positions that the weights are laid out over
+
+
+class Weights(NamedTuple):
+    """Attention weights, the mean over some layers and all of their heads, in float32 at least.
+
+    A row sums to 1. A key's weight stands at its position, whether it came from the store or from this forward.
+    """
+
+    cols: Tensor  # (N, R) position of each query, -1 for padding
+    table: Tensor  # (N, R, L) over positions; 0 at what the query does not see, and in rows that are padding
+
+
+class Said(NamedTuple):
+    """What a forward says of its tokens."""
+
+    hidden: Tensor  # (N, Q, D)
+    weights: Weights | None = None  # None: nobody asked
+
+
+class Outputs(NamedTuple):
+    """What a forward says, and what it computed for the store."""
+
+    said: Said
+    layers: list[KeysValues]  # of each layer; none where nobody asked
 
 
 class RMSNorm(nn.Module):
@@ -154,8 +187,10 @@ class Attention(nn.Module):
         causal: bool,
         stored: KeysValues | None,
         access: Access | None,
-    ) -> tuple[Tensor, KeysValues]:
-        """(N, Q, D) -> (N, Q, D), and the keys and values of the queries, (N, Q, kv_heads, head_dim) each.
+        rows: Tensor | None,
+    ) -> Attended:
+        """(N, Q, D) -> (N, Q, D), the keys and values of the queries, (N, Q, kv_heads, head_dim) each, and the weights
+        of the queries `rows` (N, R), (N, R, K).
 
         mask: bool (N, 1, 1|Q, K). stored: of this layer, (lanes, kv_heads, slots, head_dim) each, see `Access`.
         """
@@ -172,7 +207,7 @@ class Attention(nn.Module):
             keys, values = access(stored[0], k), access(stored[1], v)
         out = self._attend(q.transpose(1, 2), keys, values, mask, causal)
         out = self.o_proj(out.transpose(1, 2).flatten(2))
-        return out, (k, v)
+        return out, (k, v), None if rows is None else self._weights(q, keys, mask, rows)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """(N, heads, Q, head_dim). The heads that share keys stand in line as queries: every kernel takes that, while
@@ -185,6 +220,26 @@ class Attention(nn.Module):
         if mask is not None and mask.shape[2] > 1:
             mask = mask.repeat(1, 1, group, 1)
         return F.scaled_dot_product_attention(line, keys, values, attn_mask=mask).view(q.shape)
+
+    def _weights(self, q: Tensor, keys: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+        """(N, R, K) the softmax of the queries at `rows` (N, R) over all that they see, mean over heads. q is
+        (N, Q, heads, head_dim), keys are those of the kernel."""
+        n, (kv, size), at = len(q), (keys.shape[1], keys.shape[2]), rows[:, :, None, None]
+        group, length = q.shape[2] // kv, rows.shape[1]
+        q = q.gather(1, at.expand(-1, -1, *q.shape[2:]))
+        q = q.view(n, length, kv, group, -1).movedim(1, 3)  # (N, kv, group, R, d)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, 0].expand(n, -1, -1).gather(1, rows[..., None].expand(-1, -1, size))[:, None]  # (N, 1, R, K)
+        total = torch.zeros(n, length, size, dtype=wide(q.dtype), device=q.device)
+        share = max(1, SCORES // max(1, n * group * length * size))  # key heads at once
+        for first in range(0, kv, share):
+            part = slice(first, first + share)
+            line = q[:, part].flatten(2, 3).to(total.dtype) * q.shape[-1] ** -0.5
+            scores = line @ keys[:, part].to(total.dtype).mT
+            scores = scores.view(n, -1, group, length, size)  # (N, kv, group, R, K)
+            scores = scores if mask is None else scores.masked_fill(~mask[:, :, None], -torch.inf)
+            total += scores.softmax(-1).sum((1, 2))
+        return total / (kv * group)
 
 
 class Layer(nn.Module):
@@ -206,12 +261,13 @@ class Layer(nn.Module):
         causal: bool,
         stored: KeysValues | None,
         access: Access | None,
-    ) -> tuple[Tensor, KeysValues]:
+        rows: Tensor | None = None,
+    ) -> Attended:
         """(N, Q, D) -> (N, Q, D); arguments and further results as those of `Attention.forward`."""
-        attended, new = self.self_attn(self.input_layernorm(x), rotate, mask, causal, stored, access)
+        attended, new, weights = self.self_attn(self.input_layernorm(x), rotate, mask, causal, stored, access, rows)
         x = x + attended
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, new
+        return x, new, weights
 
 
 class Transformer(nn.Module):
@@ -221,7 +277,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.spread = False  # layers on several devices
-        self.step: Callable[..., tuple[Tensor, KeysValues]] | None = None  # what `compile` made of a layer's forward
+        self.step: Callable[..., Attended] | None = None  # what `compile` made of a layer's forward
         self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -241,21 +297,33 @@ class Transformer(nn.Module):
         lane: Tensor | None = None,
         store: KVStore | None = None,
         known: Known | None = None,
-        kv: bool = False,
-    ) -> Tensor | WithKV:
+    ) -> Tensor:
         """Hidden states (N, Q, D) after the final norm of tokens `ids` (N, Q) at positions `pos` (N, Q).
 
-        The keywords are those of `dllm.models.model.Model.forward`. kv: return the new keys and values of each layer as
-        well (with a store).
+        The keywords are those of `dllm.models.model.Model.forward`.
         """
-        n, q = ids.shape
         flags = Flags(fresh, keep, visible)
+        return self.outputs(ids, pos, flags, lane, store, known).said.hidden
+
+    def outputs(
+        self,
+        ids: Tensor,
+        pos: Tensor | None,
+        flags: Flags,
+        lane: Tensor | None,
+        store: KVStore | None,
+        known: Known | None,
+        rows: Rows | None = None,
+        kv: bool = False,
+    ) -> Outputs:
+        """All that a forward may be asked for; kv: the new keys and values of each layer (with a store)."""
+        n, q = ids.shape
         if known is None:
             known, flags = _asked(ids, pos, flags, lane, store)
         compiled = self.step is not None and not torch.is_grad_enabled()
         if compiled and known.write != slice(0, 0):
             known = known._replace(write=None)  # where it begins would be compiled in
-        causal = self.config.causal and store is None and flags.visible is None and pos is None
+        causal = self.config.causal and store is None and flags.visible is None and pos is None and rows is None
         pos = torch.arange(q, device=ids.device)[None] if pos is None else pos  # (N|1, Q)
         lanes, access, columns = None, None, pos
         if store is not None:
@@ -270,15 +338,23 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)  # (N, Q, D)
         rotate = self._rotation(pos, x.dtype)
         mask = None if mask is None else mask[:, None]  # (N, 1, 1|Q, K)
-        made, run = [], self._compiled if compiled else Layer.__call__
+        made, run = list[KeysValues](), self._compiled if compiled else Layer.__call__
+        reader = None if rows is None else _Reader(rows, pos, columns)
         for i, layer in enumerate(self.layers):
             if self.spread:
                 x, rotate, mask, access = _move((x, rotate, mask, access), next(layer.parameters()).device)
             stored = None if store is None else store.layer(i, lanes)
-            x, new = run(layer, x, rotate, mask, causal, stored, access)
-            made.append(new)
+            read = None if reader is None or i not in reader.rows.layers else reader.at.to(x.device)
+            # how many heads are read at once depends on the shape, so a layer that is read is not compiled
+            x, new, weights = (run if read is None else Layer.__call__)(
+                layer, x, rotate, mask, causal, stored, access, read
+            )
+            if reader is not None and weights is not None:
+                reader.add(weights)
+            if kv:
+                made.append(new)
         hidden = self.norm(x.to(self.norm.weight.device) if self.spread else x)
-        return (hidden, made) if kv else hidden
+        return Outputs(Said(hidden, None if reader is None else reader.mean()), made)
 
     def compile_layers(self, backend: str | Callable[..., object] = "inductor") -> None:
         """Decode with one compiled function, which all layers share; lengths may vary. Training stays as it is.
@@ -290,7 +366,7 @@ class Transformer(nn.Module):
         config.recompile_limit = max(KINDS, config.recompile_limit)
         self.step = torch.compile(Layer.forward, fullgraph=True, dynamic=True, backend=backend)
 
-    def _compiled(self, *arguments: object) -> tuple[Tensor, KeysValues]:
+    def _compiled(self, *arguments: object) -> Attended:
         from torch._dynamo.exc import TorchDynamoException
 
         assert self.step is not None
@@ -342,6 +418,30 @@ class Transformer(nn.Module):
             return visible
         rule = columns[:, None, :] // block <= pos[:, :, None] // block  # (N, Q, K)
         return rule if visible is None else visible & rule
+
+
+class _Reader:
+    """Adds up the attention weights of some queries, layer by layer."""
+
+    def __init__(self, rows: Rows, pos: Tensor, columns: Tensor) -> None:
+        self.rows, self.columns = rows, columns  # (N|1, K) positions of the keys
+        self.at = rows.at.clamp(min=0)
+        self.cols = torch.where(rows.at < 0, -1, pos.expand(len(rows.at), -1).gather(1, self.at))
+        self.total: Tensor | None = None  # (N, R, K)
+
+    def add(self, weights: Tensor) -> None:
+        """Those of a further layer."""
+        self.total = weights if self.total is None else self.total + weights.to(self.total.device)
+
+    def mean(self) -> Weights:
+        """The mean of the layers, by position."""
+        assert self.total is not None, "Rows names no layer of this model"
+        weights = self.total.to(self.cols.device) / len(self.rows.layers)
+        weights = weights.masked_fill((self.cols < 0)[..., None], 0.0)
+        n, r, k = weights.shape
+        places = torch.where(self.columns < 0, self.rows.width, self.columns)[:, None].expand(n, r, k)
+        table = weights.new_zeros(n, r, self.rows.width + 1)  # the last column takes what padding weighs: nothing
+        return Weights(self.cols, table.scatter_add_(2, places, weights)[..., :-1])
 
 
 def _without_padding(mask: Tensor | None, pos: Tensor, columns: Tensor) -> Tensor:
