@@ -62,6 +62,8 @@ BUILTIN = {
     "ass": "ass:ASS",
     "daedal": "daedal:DAEDAL",
     "clad": "clad:CLAD",
+    "dapd": "dapd:DAPD",
+    "dawn": "dawn:DAWN",
 }
 
 # what other codes call the same thing

@@ -229,10 +229,26 @@ def _reading(p: dict[str, Any], sampler: dict[str, Any]) -> dict[str, Any]:
     return {**_blocks(p), "cache": "none", "sampler": {**layers, **sampler}}
 
 
+def _dapd(p: dict[str, Any], sampler: dict[str, Any]) -> dict[str, Any]:
+    taus = {"tau_min": p["tau_min"], "tau_max": p["tau_max"], "share": p["layer_ratio"]}
+    return _reading(p, {"name": "dapd", **taus, **sampler})
+
+
 ARGUMENTS |= {
     "clad": lambda p: _reading(
         p, {"name": "clad", "preset": "dream_compat" if "alg" in p else "published", "tau": p["threshold"]}
     ),
+    "dawn": lambda p: _reading(
+        p,
+        {
+            "name": "dawn",
+            "anchors": "current",
+            "tau_low": p["conf_threshold"] if "alg" in p else p["tau_low"],
+            **{name: p[name] for name in ("tau_sink", "tau_edge", "tau_induce")},
+        },
+    ),
+    "dapd_staged": lambda p: _dapd(p, {"variant": "staged"}),
+    "dapd_direct": lambda p: _dapd(p, {"variant": "direct", "sure": p["direct_confidence"]}),
 }
 
 

@@ -39,6 +39,8 @@ SHOWING = {
     "klass": "klass:kappa=0.4,epsilon=0.5",
     "remdm": "remdm:loops=4",
     "clad": "clad:tau=0.5,layers=1",
+    "dapd": "dapd:tau_max=0.3,sure=0.95",
+    "dawn": "dawn:layers=1,tau_sink=0.1,tau_edge=0.05,tau_low=0.6",
 }
 
 

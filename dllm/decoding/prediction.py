@@ -100,11 +100,11 @@ class Prediction:
         """() bool: every column has a softmax. One NaN or +inf among its logits makes all of it NaN."""
         return ~self.odds.isnan().any()
 
-    def over(self, logits: Tensor) -> Prediction:
-        """The same forward with other logits (B, W, V)."""
+    def over(self, logits: Tensor, weights: Weights | None = None) -> Prediction:
+        """The same forward with other logits (B, W, V), and attention weights where some are given."""
         return Prediction(
             logits, self.cols, law=self.law, seed=self.seed, step=self.step, more=self.more, extra=self.extra,
-            weights=self._weights,
+            weights=self._weights if weights is None else lambda: weights,
         )  # fmt: skip
 
     # -- attention ----------------------------------------------------------------------------------------------------
