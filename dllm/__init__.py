@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same names for checkers and editors
     from dllm.call.output import Output as Output
     from dllm.call.prompts import Prompt as Prompt
     from dllm.call.score import score as score
+    from dllm.decoding.constraints.constraint import Constraint as Constraint
     from dllm.decoding.trace import Trace as Trace
     from dllm.drafting.front import speculate as speculate
     from dllm.drafting.hooks.transformers import spec_generate as spec_generate
@@ -53,6 +54,7 @@ _HOMES = {
     "dllm.call.output": "Event Output",
     "dllm.call.prompts": "Prompt",
     "dllm.call.score": "score",
+    "dllm.decoding.constraints.constraint": "Constraint",
     "dllm.decoding.trace": "Trace",
     "dllm.drafting.front": "speculate",
     "dllm.drafting.hooks.transformers": "spec_generate speculator",

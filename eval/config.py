@@ -61,6 +61,10 @@ class GenerateSpec:
     gumbel: bool | None = param(None, "draw by Gumbel noise instead of the inverse CDF")
     max_nfe: int | None = param(None, "forwards a row may take", low=1)
     graphs: bool | None = param(None, "decode by CUDA graphs; null: where they can be")
+    regex: str | None = param(None, "the answer matches it fully (docs/constraints.md)")
+    choices: tuple[str, ...] | None = param(None, "the answer is one of these")
+    json_schema: dict[str, object] | str | None = param(None, "the answer is a document of this schema")
+    constraint: dict[str, object] | None = param(None, "the fields of a dllm.Constraint, such as max_depth")
 
     def given(self) -> Json:
         """The arguments that are not left to the family, as `dllm.generate` takes them."""

@@ -34,7 +34,7 @@ class Editing(Method):
             window=Blocks.of(context, holds=True),
             amend=(self.amend,),
             assumes={"select": Threshold(self.tau).select},
-            needs=Needs(committed=True, revises=True),
+            needs=Needs(committed=True, revises=True, edits=True),
             memory=self.memory,
         )
 

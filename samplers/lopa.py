@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.samplers import Context, Decision, Forward, Inputs, Plan, Prediction, Span, State, View, rank
+from dllm.samplers import Canvas, Context, Decision, Forward, Inputs, Plan, Prediction, Span, State, View, rank
 from dllm.samplers.base import OFF, Bundle, Method, param
 from dllm.samplers.threshold import Threshold
 
@@ -66,6 +66,12 @@ class Branches(Inputs):
         """The winner."""
         assert isinstance(forward.extra, Winner)
         return forward.extra.branch
+
+    def canvas(self, forward: Forward) -> Canvas:
+        """The winner's: with the column that it had filled."""
+        assert isinstance(forward.extra, Winner)
+        canvas, (branch, token) = forward.state.canvas, forward.state.columns[Tried]
+        return canvas.write((branch > 0) & (branch == forward.extra.branch[:, None]) & canvas.masked, token)
 
 
 def surest(branches: Tensor, cols: Tensor, state: State, window: Span) -> Tensor:

@@ -234,7 +234,7 @@ def test_any_module_of_the_package_offers_its_names_lazily() -> None:
         ({"stopping_criteria": None}, "stop= takes strings, eos= token ids"),
         ({"logprobs": 1}, "dllm.score bounds the likelihood"),
         ({"num_beams": 4}, "n= gives several answers"),
-        ({"grammar": "x"}, "there is no constrained decoding"),
+        ({"grammar": "x"}, "regex=, choices= and json_schema= constrain the answer"),
         ({"unheard_of": 1}, "unknown argument 'unheard_of'; known: batch_size"),
         ({"temprature": 1}, "did you mean 'temperature'"),
         ({"temperature": -1}, "temperature=-1 must be"),

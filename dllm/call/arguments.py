@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 from dllm.decoding.cache.policy import Policy
+from dllm.decoding.constraints.constraint import KINDS, Constraint, Schema
 from dllm.decoding.runner import Step
 from dllm.decoding.stopping import stop_strings
 from dllm.errors import DllmError, nearest, unknown
@@ -17,6 +18,7 @@ from dllm.samplers.registry import Spec
 
 T = TypeVar("T")
 CacheSpec: TypeAlias = str | Mapping[str, object] | Policy
+ConstraintSpec: TypeAlias = Mapping[str, object] | Constraint
 LookaheadSpec: TypeAlias = int | str | Mapping[str, object] | Lookahead
 
 
@@ -65,7 +67,7 @@ RENAMED = {
 
 
 _IDS = "suppress_tokens= bans single ids, and the `adjust` of a sampler changes scores (docs/adding-a-sampler.md)"
-_GRAMMAR = "there is no constrained decoding; infill=True fills the holes of a given text"
+_GRAMMAR = "regex=, choices= and json_schema= constrain the answer (docs/constraints.md)"
 _PROBABILITIES = "dllm.score bounds the likelihood of an answer, trace=True records the confidence of every commit"
 
 
@@ -148,6 +150,10 @@ class DecodingArguments(TypedDict, total=False):
     graphs: bool | None
     max_nfe: int | None
     check: Step | None
+    regex: str | None
+    choices: Sequence[str] | None
+    json_schema: Schema | str | None
+    constraint: ConstraintSpec | Sequence[ConstraintSpec] | None
 
 
 @dataclass(frozen=True)
@@ -185,14 +191,31 @@ class Arguments:
     compile: bool = ruled(False, FLAG)  # torch.compile of a layer
     max_nfe: int | None = ruled(None, COUNT)  # forwards a row may take; None: 4 a column, and 64
     check: Step | None = field(default=None, metadata={"rule": STEP})  # checks every step (docs/testing.md)
+    regex: str | None = None  # the answer matches it fully (docs/constraints.md)
+    choices: Sequence[str] | None = None  # the answer is one of these
+    json_schema: Schema | str | None = None  # the answer is a document of this schema
+    constraint: ConstraintSpec | Sequence[ConstraintSpec] | None = None  # a `dllm.Constraint`, or one for each prompt
 
     def __post_init__(self) -> None:
+        self.constraints()
         for name, rule in RULES.items():
             value = vars(self)[name]
             if value is None and self.__dataclass_fields__[name].default is None:
                 continue
             rule.check(name, value)
         stop_strings(self.stop)
+
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What answers are bound to: nothing, one thing for all, or one for each prompt. Errors: more than one of the
+        arguments that say so."""
+        said = {name: vars(self)[name] for name in (*KINDS, "constraint") if vars(self)[name] is not None}
+        if len(said) > 1:
+            raise DllmError(f"{' and '.join(said)} constrain the same answers; give one of them")
+        if self.constraint is None:
+            return tuple(Constraint(**said) for _ in said)
+        if isinstance(self.constraint, Sequence) and not isinstance(self.constraint, str):
+            return tuple(map(Constraint.parse, self.constraint))
+        return (Constraint.parse(self.constraint),)
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Arguments:

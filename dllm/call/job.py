@@ -14,12 +14,15 @@ from typing import Any, TypeAlias
 import torch
 
 from dllm.call.arguments import DEFAULTS, Arguments, FamilyDefaults
+from dllm.call.constrain import check as check_constraints
+from dllm.call.constrain import rule_of, verdict
 from dllm.call.output import Output
 from dllm.call.prompts import check_ids, listed_ids, prompt_ids
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State
 from dllm.decoding.captured import CapturedRunner
+from dllm.decoding.constraints.bound import Bound
 from dllm.decoding.engine import decode
 from dllm.decoding.graphs import Counts, forget, lent, usable
 from dllm.decoding.guidance import Guidance
@@ -136,12 +139,15 @@ class Job:
             seed=self.args.seed + request,
             trace=trace,
             lossless=None if ahead is None else ahead.lossless,
-            stats=self._stats(request),
+            stats=self._stats(request, written[int(canvas.start[row]) :] if self.args.infill else tokens),
         )
 
-    def _stats(self, request: int) -> dict[str, object]:
+    def _stats(self, request: int, tokens: list[int]) -> dict[str, object]:
         ahead = self.lookahead
         found = self.report[request].report(ahead) if ahead and request in self.report else {}
+        if self.options.rule is not None:
+            which = int(self.queue.memory[Bound].which[request])
+            found["constraint"] = verdict(self.options.rule.automata[which], tokens, self.model.tokenizer)
         return found if self.counts is None else {**found, "graphs": dataclasses.asdict(self.counts)}
 
     def begin(self, request: int) -> int:
@@ -195,6 +201,16 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
+    if constrained := rule_of(model, args, options, windows, tails):
+        rule, bound = constrained
+        if ahead is not None and ahead.mode == "guarded":
+            raise DllmError(
+                "lookahead mode 'guarded' trusts rules that are monotone in each confidence, and a constraint ties "
+                "columns together: load the model with dtype='float64' for mode 'exact', or use mode 'fast'"
+            )
+        check_constraints(rule, bound, queue, sampler, args.infill)
+        options = dataclasses.replace(options, rule=rule)
+        queue = queue._replace(memory=queue.memory.plus(bound))
     if args.check is not None:  # it asks the device
         captured = None
     return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, {}, captured)

@@ -47,6 +47,11 @@ def generate(
     early_stop: Annotated[
         bool, typer.Option("--early-stop/--no-early-stop", help="Stop behind a closed prefix with EOS.")
     ] = True,
+    regex: Annotated[str | None, typer.Option(help="The answer matches this pattern fully.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="A string that the answer may be; may be repeated.")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option(help="The answer is a document of this JSON schema: a file, or the schema itself.")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Watch the canvas fill.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the trace of the first answer to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of text.")] = False,
@@ -60,7 +65,8 @@ def generate(
     model, arguments = loaded(common)
     arguments |= {
         "cfg_scale": cfg_scale, "batch_size": batch_size, "chat": chat, "infill": infill, "early_stop": early_stop,
-        "trace": trace is not None, "lookahead": lookahead,
+        "trace": trace is not None, "lookahead": lookahead, "regex": regex, "choices": choice or None,
+        "json_schema": json_schema and _schema(json_schema),
     }  # fmt: skip
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
 
@@ -86,6 +92,16 @@ def generate(
     finally:  # interrupted or not: what is finished is printed
         for index in sorted(waiting):
             show(waiting[index])
+
+
+def _schema(given: str) -> str:
+    """The text of a schema, which may be the name of its file."""
+    if given.lstrip().startswith("{"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DllmError(f"--json-schema {given}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _standard_input() -> str:

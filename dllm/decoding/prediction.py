@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding import noise
+from dllm.decoding.canvas import Canvas, Decision
 from dllm.errors import DllmError
 from dllm.models.transformer import Weights
 
@@ -51,6 +52,8 @@ class Prediction:
 
     `more(cols)` gives a Prediction for other columns of the same forward, or None where it did not cover them.
     """
+
+    bound = False  # whether its tokens go together: no link of the `adjust` chain puts another in place of one
 
     def __init__(
         self,
@@ -94,6 +97,10 @@ class Prediction:
     def raw(self) -> Prediction:
         """The prediction beneath what a link of the `adjust` chain made of it; itself where none did."""
         return self
+
+    def lawful(self, canvas: Canvas, d: Decision) -> Decision:
+        """What may be carried out of a decision on this canvas: all of it, where no constraint speaks."""
+        return d
 
     @property
     def finite(self) -> Tensor:
@@ -313,7 +320,8 @@ class Rescored(Prediction):
             raw.logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra,
             weights=lambda: raw.weights,
         )  # fmt: skip
-        self._beneath, self._confidence, self._token = raw, confidence, raw.token if token is None else token
+        self._beneath, self._confidence = raw, confidence
+        self._token = raw.token if token is None or raw.bound else token
 
     @property
     def raw(self) -> Prediction:
@@ -347,19 +355,22 @@ class Rescored(Prediction):
 
 
 def draw(
-    logits: Tensor, law: Law, seed: Tensor, step: Tensor, position: Tensor
+    logits: Tensor, law: Law, seed: Tensor, step: Tensor, position: Tensor, token: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample one token a row from logits (n, V) under `law`, keyed by (seed, step, position), each (n,).
 
-    Temperature 0 takes the arg-max of the filtered distribution. Returns the token, and its confidence, the margin and
-    the negative entropy of the filtered distribution (all (n,)). One uniform a row goes through the exact inverse CDF.
+    Temperature 0 takes the arg-max of the filtered distribution; a `token` (n,) that is given stands. Returns the
+    token, and its confidence, the margin and the negative entropy of the filtered distribution (all (n,)). One uniform
+    a row goes through the exact inverse CDF.
     """
     probs = (logits / law.temperature if law.temperature > 0 else logits).softmax(-1)
     if law.trims:
         kept = support(probs, law)
         probs = probs.mul_(kept)
         probs /= probs.sum(-1, keepdim=True)
-    if law.greedy:
+    if token is not None:
+        pass
+    elif law.greedy:
         token = probs.argmax(-1)
     elif law.gumbel:
         token = (probs.double().log() + noise.gumbel_rows(seed, step, position, logits.shape[-1])).argmax(-1)

@@ -17,6 +17,7 @@ from dllm.decoding.cache.policy import Policy, everything, plan
 from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State, mapped
 from dllm.decoding.columns import indices, scatter
 from dllm.decoding.constants import constant
+from dllm.decoding.constraints.bound import Bound, Rule
 from dllm.decoding.facts import Facts, Shape, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter
@@ -40,6 +41,7 @@ class Options:
     eos_ids: tuple[int, ...] = ()
     max_nfe: int | None = None  # steps (a forward each) a row may take; None: 4 per column of its window, and 64
     blank: bool = False  # some row begins with nothing but masks, and the model tells columns by differences alone
+    rule: Rule | None = None  # what answers are bound to
     step: Step = field(default_factory=lambda: step)  # takes the true steps; a guess of the lookahead is none
 
     def cap(self, facts: Facts) -> int:
@@ -204,13 +206,19 @@ class Answer:
                 logits[..., eos].masked_fill_(early, -torch.inf)
         return logits
 
-    def prediction(self, logits: Tensor, cols: Tensor) -> Prediction:
-        """The prediction that these logits (B, W, V) at `cols` (B, W) are."""
-        state, law = self.state, self.options.law
+    def prediction(self, logits: Tensor, cols: Tensor, canvas: Canvas | None = None) -> Prediction:
+        """The prediction that these logits (B, W, V) at `cols` (B, W) are; under a constraint for rows with this
+        canvas, None: with that of the forward."""
+        state, law, rule = self.state, self.options.law, self.options.rule
         weights = None if self.said.weights is None else self._weights
-        return Prediction(
+        pred = Prediction(
             logits, cols, law=law, seed=state.seed, step=state.step, more=self._more, extra=self.extra, weights=weights
         )
+        if rule is None:
+            return pred
+        if canvas is None:
+            canvas = state.canvas if self.s.inputs is None else self.s.inputs.canvas(self)
+        return rule.bind(pred, canvas, state.memory[Bound])
 
     def knows(self, cols: Tensor) -> Tensor:
         """(B, W) bool: of the columns (B, W), those that the forward covered."""
@@ -233,7 +241,7 @@ class Answer:
         """`state` with this prediction at every mask of `rows` (B,) bool; `width` bounds the masks of a row."""
         masked = state.canvas.masked & rows[:, None]
         cols = indices(masked, width)
-        pred = self.read(cols)
+        pred = self.prediction(self.logits(cols), cols, state.canvas)
         canvas = state.canvas.write(masked, scatter(state.canvas.ids, cols, pred.token))
         columns, noted = state.columns, state.columns.get(Confidence)
         if noted is not None:

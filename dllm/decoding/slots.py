@@ -104,6 +104,7 @@ class Needs:
     revises: bool = False  # may re-mask or edit what it wrote: no early stop inside a block
     may_idle: bool = False  # a step without a commit is legal
     stochastic: bool = False  # an answer depends on its seed even at temperature 0
+    edits: bool = False  # may write another token over a committed one
     impure: bool = False  # a step depends on more than its state (global randomness, a clock): refused by lookahead
     filtered: bool = False  # confidences come from the law after temperature and filters
     attention: Attention | None = None  # weights that it reads; None: nothing is computed
@@ -201,6 +202,10 @@ class Inputs(Protocol):
     def answering(self, forward: Forward) -> Tensor:
         """(B,) the copy whose attention weights count, after `reduce`. By default the first."""
         return torch.zeros_like(forward.state.step)
+
+    def canvas(self, forward: Forward) -> Canvas:
+        """The canvas that the logits are of, after `reduce`: the state's, or that of the copy that answers."""
+        return forward.state.canvas
 
 
 class Score(Protocol):

@@ -87,7 +87,7 @@ def step(s: Sampler, state: State, window: Span, pred: Prediction) -> State:
     d = view.commit(chosen, soft.token)
     for amend in s.amend:  # raw predictions
         d = amend(view, pred, d)
-    return advance(s, view, d)
+    return advance(s, view, pred.lawful(view.canvas, d))
 
 
 def advance(s: Sampler, view: View, d: Decision) -> State:

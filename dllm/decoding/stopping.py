@@ -93,7 +93,7 @@ class Stops:
     @cached_property
     def _views(self) -> tuple[tuple[bool, tuple[str, ...]], ...]:
         """(whether special tokens show, the strings that are sought there)."""
-        special = _special_tokens(self.tokenizer) if self.strings else ()
+        special = special_tokens(self.tokenizer) if self.strings else ()
         named = tuple(s for s in self.strings if any(token in s for token in special))
         plain = tuple(s for s in self.strings if s not in named)
         return tuple((shows, strings) for shows, strings in ((False, plain), (True, named)) if strings)
@@ -179,7 +179,7 @@ def _joins_words(tokenizer: Tokenizer) -> bool:
     return decoder == "WordPiece" or (bool(cleans) and model != "BPE")
 
 
-def _special_tokens(tokenizer: Tokenizer | None) -> set[str]:
+def special_tokens(tokenizer: Tokenizer | None) -> set[str]:
     """The strings of the tokens that `skip_special_tokens` leaves out."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()  # foreign
     special = {str(t) for t in added if getattr(t, "special", False)}  # foreign

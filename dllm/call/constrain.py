@@ -1,0 +1,98 @@
+"""Constraints of a call: compiled, checked against its canvases, and given to its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dllm.call.arguments import Arguments
+from dllm.decoding.canvas import Canvas, State
+from dllm.decoding.constraints.automaton import TokenAutomaton
+from dllm.decoding.constraints.bound import Bound, Rule
+from dllm.decoding.constraints.compiling import compiled
+from dllm.decoding.constraints.constraint import Constraint
+from dllm.decoding.constraints.vocabulary import vocabulary
+from dllm.decoding.runner import Options
+from dllm.decoding.slots import Sampler
+from dllm.errors import DllmError
+from dllm.models.model import Model
+from dllm.models.tokenizer import Tokenizer
+
+
+def rule_of(
+    model: Model, args: Arguments, options: Options, windows: Sequence[int], tails: Sequence[int]
+) -> tuple[Rule, Bound] | None:
+    """The automata of a call, and which of them each row has; None: nothing is constrained.
+
+    Errors: arguments that do not go with a constraint, a number of constraints that is not that of the prompts, what
+    cannot be compiled.
+    """
+    asked = args.constraints()
+    if not asked:
+        return None
+    if args.stop:
+        raise DllmError("stop= may cut a constrained answer short of what was asked; leave it out")
+    if not args.early_stop:
+        raise DllmError("early_stop=False decodes what lies behind a constrained answer, and nothing is said of that")
+    rows = len(windows)
+    if len(asked) > 1 and len(asked) * args.n != rows:
+        raise DllmError(f"constraint= has {len(asked)} constraints for {rows // args.n} prompts; give one for each")
+    ends = () if args.infill else tuple(i for i in options.eos_ids if i not in options.suppress)
+    pads = () if model.pad_id is None or model.pad_id == model.mask_id else (model.pad_id,)
+    tokens, banned = vocabulary(model), (*options.suppress, *(() if model.mask_id is None else (model.mask_id,)))
+    places, automata = list[int](), list[Constraint]()
+    for constraint in asked:
+        if constraint not in automata:
+            automata.append(constraint)
+        places.append(automata.index(constraint))
+    which = places * rows if len(places) == 1 else [p for p in places for _ in range(args.n)]
+    made = tuple(compiled(c.asked, tokens, ends, pads, banned) for c in automata)
+    for constraint, automaton in zip(automata, made, strict=True):
+        if not automaton.states:
+            raise DllmError(f"{_named(constraint)} has no member that the tokens of this model can write")
+    rule = Rule(made, max(windows), ends, 0 if args.infill else args.min_new_tokens)
+    device = model.device
+    return rule, Bound(torch.tensor(which, device=device), torch.tensor(list(tails), device=device))
+
+
+def check(rule: Rule, bound: Bound, queue: State, sampler: Sampler, infill: bool) -> None:
+    """Errors: a sampler that writes over what stands, a window that no member fits, with the shortest that exists."""
+    if sampler.needs.edits:
+        raise DllmError(f"sampler {sampler.name!r} writes over committed tokens, which a constraint cannot follow")
+    opened = sampler.window.open(queue)[0].canvas if sampler.needs.edits_length else queue.canvas
+    canvas, again = queue.canvas.cpu(), opened.cpu()
+    dead = (~rule.alive(opened, bound)).nonzero()[:, 0].tolist()
+    if not dead:
+        return
+    row = dead[0]
+    automaton = rule.automata[int(bound.which[row])]
+    size = _columns(again, bound, row)
+    whole = f"no member of the constraint fits {size} tokens"
+    where = f"prompt {row}: " if len(canvas.ids) > 1 else ""
+    if automaton.least is not None and automaton.least > size:
+        begins = f", with which sampler {sampler.name!r} begins" if size < _columns(canvas, bound, row) else ""
+        raise DllmError(f"{where}{whole}{begins}; the shortest needs {automaton.least}: allow more (max_new_tokens=)")
+    if infill:
+        raise DllmError(f"{where}{whole} with the text that is given around the holes: give the holes other lengths")
+    if rule.early:
+        raise DllmError(f"{where}{whole} without an end token in the first {rule.early} (min_new_tokens)")
+    raise DllmError(f"{where}{whole} exactly, and without end tokens it must fill them all")
+
+
+def verdict(automaton: TokenAutomaton, tokens: list[int], tokenizer: Tokenizer | None) -> dict[str, bool]:
+    """What came of an answer: `member`, whether it is one; `canonical`, whether the tokenizer would write its text with
+    these tokens. A model that seldom does was pushed off its habits."""
+    text = "" if tokenizer is None else tokenizer.decode(tokens)
+    same = tokenizer is not None and list(tokenizer(text, add_special_tokens=False)["input_ids"]) == tokens
+    return {"member": automaton.accepts(tokens), "canonical": same}
+
+
+def _columns(canvas: Canvas, bound: Bound, row: int) -> int:
+    return int(canvas.length[row] - canvas.start[row]) - int(bound.tail[row])
+
+
+def _named(constraint: Constraint) -> str:
+    kind = str(constraint.asked["kind"])
+    said = repr(constraint.asked["what"])
+    return f"{kind}={said if len(said) <= 60 else said[:57] + '...'}"

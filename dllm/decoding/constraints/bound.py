@@ -1,0 +1,142 @@
+"""How a constraint meets a step: the prediction of a forward becomes what may still be said.
+
+`Rule` holds the automata of a call. `Rule.bind` gives a prediction whose logits are the posterior of the step, the
+model's law given that the answer becomes a member of the language in exactly the columns that are left. Its tokens are
+those of one member, so that a sampler may commit any of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.decoding.canvas import Canvas, Decision
+from dllm.decoding.constants import Constant
+from dllm.decoding.constraints.automaton import DEAD, TokenAutomaton
+from dllm.decoding.constraints.frame import Frame
+from dllm.decoding.constraints.passes import Columns, ahead
+from dllm.decoding.constraints.tables import Tables
+from dllm.decoding.prediction import Prediction, draw
+
+GAP = 30.0  # nats: a column that is forced has no second token, and would be sure beyond all measure
+
+
+class Bound(NamedTuple):
+    """Per-row leaves: the automaton of a row, and the columns at its end that are no part of the answer, (B,)."""
+
+    which: Tensor
+    tail: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """The automata of a call. Equal automata make equal rules, which share captured work."""
+
+    automata: tuple[TokenAutomaton, ...]
+    columns: int  # K: of the longest answer
+    ends: tuple[int, ...] = ()  # end tokens
+    early: int = 0  # first columns that none of them may stand in
+
+    @cached_property
+    def tables(self) -> Constant[Tables]:
+        """The automata on a device."""
+        return Constant(Tables.of(self.automata, self.ends).to)
+
+    @cached_property
+    def value(self) -> tuple[object, ...]:
+        """What it is made of."""
+        return tuple(a.digest for a in self.automata), self.columns, self.ends, self.early
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    # -- what a canvas may become -------------------------------------------------------------------------------------
+
+    def alive(self, canvas: Canvas, bound: Bound) -> Tensor:
+        """(B,) bool: the masks of the answer can be filled so that it is a member."""
+        tables = self.tables.on(canvas.ids.device).of_rows(bound.which)
+        return ahead(tables, self.given(tables, canvas, bound)).alive
+
+    def given(self, tables: Tables, canvas: Canvas, bound: Bound) -> Columns:
+        """The columns of a canvas before anybody has read any."""
+        cols = torch.arange(self.columns, device=canvas.ids.device) + canvas.start[:, None]  # (B, K)
+        beyond = cols >= (canvas.length - bound.tail)[:, None]
+        at = cols.clamp(max=canvas.ids.shape[1] - 1)
+        ids, open_ = canvas.ids.gather(1, at), canvas.masked.gather(1, at)
+        known = ids < tables.classes.shape[1]
+        stands = torch.where(known, tables.classes.gather(1, torch.where(known, ids, 0)), DEAD)[..., None]
+        classes = torch.arange(tables.leads.shape[1], device=ids.device)
+        soon = torch.arange(self.columns, device=ids.device)[:, None] < self.early
+        allowed = torch.where(open_[..., None], ~(soon & tables.late[:, None]), classes == stands) & (classes != DEAD)
+        weight = torch.where(allowed, 0.0, -torch.inf).double()
+        token = torch.where(open_[..., None], tables.leads[:, None], ids[..., None])
+        return Columns(weight, torch.ones_like(weight), token, open_, beyond)
+
+    # -- a prediction -------------------------------------------------------------------------------------------------
+
+    def bind(self, raw: Prediction, canvas: Canvas, bound: Bound) -> Restricted:
+        """The prediction under the constraint, of rows with this canvas."""
+        tables = self.tables.on(raw.cols.device).of_rows(bound.which)
+        place = raw.cols - canvas.start[:, None]  # (B, W) among the K columns
+        read = (raw.cols >= 0) & canvas.masked.gather(1, raw.cols.clamp(min=0)) & (place >= 0) & (place < self.columns)
+        frame = Frame(tables, self.given(tables, canvas, bound), torch.where(read, place, self.columns), canvas.start)
+        law, heat = raw.law, raw.law.temperature or 1.0
+        alone = law.greedy or law.filtered or heat == 1  # one temperature serves tokens and scores
+        heard = frame.hear(raw, heat if alone else 1.0)
+        logits = frame.posterior(raw, heard)
+        if law.greedy:
+            token = frame.best(heard)
+        else:
+            token = frame.draw(raw, heard if alone else frame.hear(raw, heat))
+        return Restricted(raw, logits, torch.where(read, token, -1), self, bound)
+
+
+class Restricted(Prediction):
+    """What may still be said: posterior logits, and at the masks the tokens of one member of the language."""
+
+    bound = True
+
+    def __init__(self, raw: Prediction, logits: Tensor, token: Tensor, rule: Rule, rows: Bound) -> None:
+        super().__init__(
+            logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra,
+            weights=lambda: raw.weights,
+        )  # fmt: skip
+        self._member, self._rule, self._rows = token, rule, rows
+
+    @cached_property
+    def token(self) -> Tensor:
+        """(B, W) the tokens of one member; at columns that are committed, the most probable one."""
+        return torch.where(self._member >= 0, self._member, self.argmax)
+
+    @cached_property
+    def gap(self) -> Tensor:
+        """Best logit minus second best; that of a column without a second one is bounded."""
+        first, second = self._top2
+        return (first - second).clamp(max=GAP)
+
+    @cached_property
+    def _raw(self) -> tuple[Tensor, Tensor]:
+        _, best, _, odds = self._best
+        log_p = self.logits.gather(-1, self.token[..., None])[..., 0] - self.lse
+        first = self.token == self.argmax
+        return torch.where(first, best, log_p.exp()), torch.where(first, -odds.log1p(), log_p)
+
+    @cached_property
+    def _draw(self) -> tuple[Tensor, ...]:
+        shape = self.cols.shape
+        keys = self.seed[:, None].expand(shape), self.step[:, None].expand(shape), self.cols, self.token
+        return self._joined(draw(z, self.law, *key) for z, *key in self.chunks(*keys))
+
+    def lawful(self, canvas: Canvas, d: Decision) -> Decision:
+        """The decision without the length edits of rows that could not become a member behind them."""
+        if not d.edits:
+            return d
+        alive = self._rule.alive(canvas.apply(d), self._rows).tolist()
+        return d._replace(edits=tuple(e for e in d.edits if alive[e[0]]))

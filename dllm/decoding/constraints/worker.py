@@ -1,0 +1,69 @@
+"""The process that compiles: a pattern may take longer, and more memory, than anybody wants to wait for.
+
+    python -m dllm.decoding.constraints.worker < request.npz > automaton.npz
+
+It imports no torch, so that it starts at once, and is killed when its time is up (`compiling`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import numpy as np
+
+from dllm.decoding.constraints import schema
+from dllm.decoding.constraints.automaton import ByteAutomaton, Vocabulary
+from dllm.decoding.constraints.lift import lifted
+from dllm.decoding.constraints.pattern import of_choices, of_pattern
+from dllm.errors import DllmError
+
+LONGEST = 4096  # bytes of a pattern that a user writes
+MEMORY = 8 << 30  # bytes of address space
+
+
+def automaton(kind: str, what: object, max_depth: int | None) -> ByteAutomaton:
+    """The byte automaton of a constraint: `regex`, `choices` or `json_schema`."""
+    if kind == "choices":
+        assert isinstance(what, list)
+        return of_choices([text.encode() for text in what])
+    if kind == "json_schema":
+        return of_pattern(schema.pattern(what, max_depth))
+    pattern = str(what)
+    if (size := len(pattern.encode())) > LONGEST:
+        raise DllmError(f"regex: a pattern of {size} bytes; at most {LONGEST} are read")
+    return of_pattern(pattern)
+
+
+def main() -> None:
+    """Read a request, write the automaton over tokens, or what is wrong."""
+    limited()
+    with np.load(io.BytesIO(sys.stdin.buffer.read())) as sent:
+        asked = json.loads(sent["asked"].tobytes())
+        vocabulary = Vocabulary(sent["flat"], sent["ends"])
+    try:
+        found = lifted(
+            automaton(asked["kind"], asked["what"], asked["max_depth"]), vocabulary, asked["ends"], asked["pads"],
+            asked["banned"],
+        )  # fmt: skip
+        made = {name: getattr(found, name) for name in ("classes", "accepting", "src", "by", "dst")}
+    except DllmError as error:
+        made = {"error": np.frombuffer(str(error).encode(), np.uint8)}
+    except (MemoryError, RecursionError) as error:
+        made = {"error": np.frombuffer(f"the constraint is too large ({type(error).__name__})".encode(), np.uint8)}
+    np.savez(sys.stdout.buffer, **made)
+
+
+def limited() -> None:
+    """Have a pattern that explodes end here, not the machine."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))
+
+
+if __name__ == "__main__":
+    main()

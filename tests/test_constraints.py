@@ -1,0 +1,299 @@
+"""Constraints against brute force: every member of a small language is listed, and weighed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+from dllm.decoding import noise
+from dllm.decoding.canvas import Canvas
+from dllm.decoding.constraints.automaton import Vocabulary
+from dllm.decoding.constraints.bound import Bound, Rule
+from dllm.decoding.constraints.lift import lifted
+from dllm.decoding.constraints.pattern import of_choices, of_pattern
+from dllm.decoding.prediction import Law, Prediction
+from dllm.errors import DllmError
+
+MASK = -1
+
+
+def rule_of(pattern, tokens, columns, ends=(), **more):
+    automaton = lifted(of_pattern(pattern), Vocabulary.of([t.encode() for t in tokens]), ends, **more)
+    return Rule((automaton,), columns, tuple(ends))
+
+
+def canvas_of(rows, start=0):
+    """Rows of ids, MASK where a column is open."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[max(t, 0) for t in r] + [0] * (width - len(r)) for r in rows])
+    masked = torch.tensor([[t == MASK for t in r] + [False] * (width - len(r)) for r in rows])
+    length = torch.tensor([len(r) for r in rows])
+    return Canvas(ids, masked, ~masked, torch.full_like(length, start), length, 10**6)
+
+
+def bound_of(canvas, which=None, tail=None):
+    zero = torch.zeros_like(canvas.start)
+    return Bound(zero if which is None else torch.tensor(which), zero if tail is None else torch.tensor(tail))
+
+
+def bind(rule, probs, rows, cols=None, law=Law(), seed=0, step=0):
+    """The prediction under the rule; probs (B, L, V) of all columns, cols: those that are read."""
+    canvas = canvas_of(rows)
+    table = torch.as_tensor(probs, dtype=torch.float64).log()
+    cols = torch.arange(table.shape[1]).expand(len(rows), -1) if cols is None else torch.tensor(cols)
+    logits = table.gather(1, cols.clamp(min=0)[..., None].expand(-1, -1, table.shape[2]))
+    keys = {"seed": torch.full((len(rows),), seed), "step": torch.full((len(rows),), step)}
+    return rule.bind(Prediction(logits, cols, law=law, **keys), canvas, bound_of(canvas))
+
+
+def alive(rule, row):
+    canvas = canvas_of([row])
+    return bool(rule.alive(canvas, bound_of(canvas)))
+
+
+def members(accepts, probs, row):
+    """Every member that agrees with a canvas, with the product of its columns' probabilities."""
+    size = len(probs[0])
+    choices = [range(size) if t == MASK else [t] for t in row]
+    for word in itertools.product(*choices):
+        if accepts(word):
+            yield word, math.prod(p[v] for p, v, t in zip(probs, word, row, strict=True) if t == MASK)
+
+
+ABC = ["a", "b", "c", ""]  # the last one ends
+TABLE = [[0.6, 0.3, 0.05, 0.05], [0.5, 0.4, 0.05, 0.05], [0.1, 0.1, 0.5, 0.3], [0.05, 0.05, 0.2, 0.7]]
+
+
+class TestByHand:
+    """(ab|ba)c*, four columns, an end token."""
+
+    rule = rule_of("(ab|ba)c*", ABC, 4, [3])
+    row = [MASK] * 4
+
+    def test_posterior(self):
+        found = bind(self.rule, [TABLE], [self.row]).logits.softmax(-1)[0]
+        want = torch.tensor(
+            [[0.6154, 0.3846, 0, 0], [0.3846, 0.6154, 0, 0], [0, 0, 0.6818, 0.3182], [0, 0, 0.1515, 0.8485]]
+        )
+        assert torch.allclose(found, want.double(), atol=5e-5)
+
+    def test_best_member(self):
+        assert bind(self.rule, [TABLE], [self.row]).token.tolist() == [[0, 1, 2, 3]]
+
+    def test_an_end_token_cannot_stand_where_no_member_ends(self):
+        assert not alive(self.rule, [MASK, 3, MASK, MASK]) and alive(self.rule, [MASK, 1, MASK, MASK])
+
+    def test_a_committed_column_decides_others(self):
+        row = [MASK, 1, MASK, MASK]
+        found = bind(self.rule, [TABLE], [row])
+        assert found.logits.softmax(-1)[0, 0].tolist() == [1, 0, 0, 0]
+
+    def test_free_columns(self):
+        """What nobody has read weighs nothing, and still has room for what must follow."""
+        found = bind(self.rule, [TABLE], [self.row], cols=[[0, 1]]).logits.softmax(-1)[0, 0]
+        assert torch.allclose(found[:2], torch.tensor([0.6154, 0.3846]).double(), atol=5e-5)
+        words = rule_of("ab|abcc", ABC, 4)
+        found = bind(words, [TABLE], [self.row], cols=[[0, 1]])
+        assert found.token.tolist() == [[0, 1]] and found.confidence.tolist() == [[1, 1]]
+
+    def test_exact_lengths_without_an_end_token(self):
+        rule = rule_of("(ab|ba)c*", ABC, 3)
+        assert [alive(rule, [MASK] * n) for n in (1, 2, 3)] == [False, True, True]
+        assert alive(rule, [MASK, MASK, 2]) and not alive(rule, [MASK, 2, MASK])
+
+    @pytest.mark.parametrize(
+        ("heat", "want"),
+        [
+            (0.5, [0.4988, 0.1948, 0.1796, 0.0701, 0.0407, 0.0159]),
+            (1.0, [0.3263, 0.2040, 0.1958, 0.1224, 0.0932, 0.0583]),
+            (2.0, [0.2419, 0.1912, 0.1873, 0.1481, 0.1293, 0.1022]),
+        ],
+    )
+    def test_draws_follow_the_law_of_the_members(self, heat, want):
+        """Chi-square of 4000 rows, a seed each: the product law at the temperature, given that a member comes out."""
+        words = ["abcE", "bacE", "abEE", "baEE", "abcc", "bacc"]
+        n, canvas = 4000, canvas_of([self.row] * 4000)
+        logits = torch.tensor(TABLE).double().log().expand(n, -1, -1)
+        cols = torch.arange(4).expand(n, -1)
+        raw = Prediction(logits, cols, law=Law(heat), seed=torch.arange(n), step=torch.zeros(n, dtype=torch.long))
+        drawn = self.rule.bind(raw, canvas, bound_of(canvas)).token.tolist()
+        counts = Counter("".join("abcE"[t] for t in row) for row in drawn)
+        assert set(counts) == set(words)
+        assert sum((counts[w] - n * p) ** 2 / (n * p) for w, p in zip(words, want, strict=True)) < 20.5  # 5 dof, 0.1 %
+
+    def test_a_draw_by_its_uniforms(self, monkeypatch):
+        u = torch.tensor([[0.5, 0.5, 0.9, 0.3]]).double()
+        monkeypatch.setattr(noise, "uniform", lambda seed, step, position, stream=0: u)
+        assert bind(self.rule, [TABLE], [self.row], law=Law(1.0)).token.tolist() == [[0, 1, 3, 3]]
+
+
+def random_case(rnd):
+    """A language of short words over some tokens, a canvas, and probabilities."""
+    tokens = ["a", "b", "ab", "ba", "c", ""][: rnd.choice([4, 5, 6])]
+    ends = [len(tokens) - 1] if tokens[-1] == "" else []
+    pattern = rnd.choice(["(ab|ba)c*", "a*b", "(a|ab)(c|bcb)*", "[ab]{2,5}", "(aab|ab*)c?", "((ab)*|b+)a?", "a?b?c?"])
+    n = rnd.randrange(1, 6)
+    probs = [[rnd.random() ** 3 + 1e-3 for _ in tokens] for _ in range(n)]
+    return tokens, ends, pattern, [[p / sum(row) for p in row] for row in probs]
+
+
+def text_member(pattern, tokens, ends):
+    whole = re.compile(pattern)
+
+    def accepts(word):
+        said = list(itertools.takewhile(lambda t: t not in ends, word))
+        rest = word[len(said) :]
+        return all(t in ends for t in rest) and bool(whole.fullmatch("".join(tokens[t] for t in said)))
+
+    return accepts
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_posterior_and_best_member_against_all_members(seed):
+    rnd = random.Random(seed)
+    tokens, ends, pattern, probs = random_case(rnd)
+    rule, accepts = rule_of(pattern, tokens, len(probs), ends), text_member(pattern, tokens, ends)
+    row = [MASK] * len(probs)
+    found = list(members(accepts, probs, row))
+    for t in rnd.sample(range(len(row)), rnd.randrange(len(row))) if found else ():
+        row[t] = rnd.choice(found)[0][t]
+    found = list(members(accepts, probs, row))
+    assert alive(rule, row) == bool(found)
+    if not found:
+        return
+    pred = bind(rule, [probs], [row])
+    total = sum(weight for _, weight in found)
+    for i, t in enumerate(row):
+        if t == MASK:
+            want = [sum(w for word, w in found if word[i] == v) / total for v in range(len(tokens))]
+            assert pred.logits[0, i].softmax(-1).tolist() == pytest.approx(want, abs=1e-12)
+    word, _ = max(found, key=lambda f: f[1])
+    assert [t for t, open_ in zip(pred.token[0].tolist(), row, strict=True) if open_ == MASK] == [
+        t for t, open_ in zip(word, row, strict=True) if open_ == MASK
+    ]
+    many = list(range(len(row)))
+    rnd.shuffle(many)
+    for some in range(len(many) + 1):  # any subset of one member may be committed
+        kept = [t if i in many[:some] or t != MASK else MASK for i, t in enumerate(row)]
+        taken = [int(pred.token[0, i]) if i in many[:some] and t == MASK else t for i, t in enumerate(kept)]
+        assert alive(rule, taken)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_draws_with_filters_are_members(seed):
+    """top-p and top-k cut each column, and what they leave of all columns may have no member: one is let in."""
+    rnd = random.Random(1000 + seed)
+    tokens, ends, pattern, probs = random_case(rnd)
+    rule, accepts = rule_of(pattern, tokens, len(probs), ends), text_member(pattern, tokens, ends)
+    row = [MASK] * len(probs)
+    if not alive(rule, row):
+        return
+    for draw in range(8):
+        law = Law(rnd.choice([0.5, 1.0, 1.7]), *rnd.choice([(0.6, None), (None, 1), (0.8, 2)]), filtered=draw % 2 == 0)
+        pred = bind(rule, [probs], [row], law=law, seed=draw)
+        assert accepts(pred.token[0].tolist())
+        assert pred.confidence.shape == (1, len(row)) and not pred.confidence.isnan().any()
+
+
+def test_rows_of_a_batch_do_not_know_each_other():
+    """Automata of different sizes, windows of different lengths, prompts of different lengths."""
+    tokens = ["a", "b", "ab", "c", ""]
+    automata = [
+        lifted(of_pattern(p), Vocabulary.of([t.encode() for t in tokens]), [4])
+        for p in ("(ab|ba)c*", "a{1,3}(b|c)?", "[abc]{0,30}c")
+    ]
+    rnd, rows, which, starts = random.Random(0), [], [0, 2, 1, 2], [0, 2, 1, 0]
+    rows = [[3] * s + [MASK] * n for s, n in zip(starts, [4, 3, 4, 6], strict=True)]
+    probs = [[[rnd.random() for _ in tokens] for _ in range(6)] for _ in rows]
+    for law in (Law(), Law(0.7), Law(0.7, 0.8)):
+
+        def run(some, law=law):
+            rule = Rule(tuple(automata[which[i]] for i in some), 6, (4,))
+            canvas = canvas_of([rows[i] for i in some])
+            canvas = canvas._replace(start=torch.tensor([starts[i] for i in some]))
+            logits = torch.tensor([probs[i] for i in some]).double().log()[:, : canvas.ids.shape[1]]
+            cols = torch.arange(logits.shape[1]).expand(len(some), -1)
+            seed = torch.tensor([i for i in some])
+            raw = Prediction(logits, torch.where(cols < canvas.length[:, None], cols, -1), law=law, seed=seed)
+            pred = rule.bind(raw, canvas, bound_of(canvas, list(range(len(some)))))
+            return [
+                (pred.logits[k, : len(rows[i])], pred.token[k, : len(rows[i])], pred.confidence[k, : len(rows[i])])
+                for k, i in enumerate(some)
+            ]
+
+        together = run([0, 1, 2, 3])
+        for i, (logits, token, confidence) in enumerate(together):
+            ((alone, own, sure),) = run([i])
+            assert torch.equal(logits, alone) and torch.equal(token, own) and torch.equal(confidence, sure)
+
+
+def test_half_characters_and_their_other_halves():
+    """Tokens may end inside of a character; the column beside it then has to finish it."""
+    pieces = [
+        "é".encode()[:1],
+        "é".encode()[1:],
+        "😀".encode()[:2],
+        "😀".encode()[2:],
+        "é".encode(),
+        "😀".encode(),
+        b"a",
+    ]
+    automaton = lifted(of_pattern("(😀|é){1,3}"), Vocabulary.of(pieces))
+    rule = Rule((automaton,), 3)
+    assert automaton.accepts([0, 1]) and automaton.accepts([2, 3, 4]) and not automaton.accepts([2, 1])
+    pred = bind(rule, [[[1 / 7] * 7] * 3], [[MASK, 3, MASK]])
+    assert pred.token[0, 0] == 2 and pred.confidence[0, 0] == 1
+    assert not alive(rule, [3, MASK, MASK])
+
+
+def test_strings_to_choose_from():
+    automaton = of_choices([b"yes", b"no", b"yesterday", b"maybe not"])
+    assert all(automaton.accepts(t) for t in (b"yes", b"yesterday", b"maybe not"))
+    assert not any(automaton.accepts(t) for t in (b"", b"yest", b"nono", b"maybe"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("(a|ab)c?", "a ab ac abc", "b c"),  # the longer branch counts, too
+        ("(yes|yesterday)", "yes yesterday", "yest"),
+        ("[0-9]+(\\.[0-9]+)?", "1 1.0", "1. .5"),
+        ("[]a]+", "] a]", "b"),
+        ("[^]a]+", "b é", "] a"),
+        ("^a\\$$", "a$", "a"),
+        ("\\u00e9|\\x41", "é A", "x"),
+        ("(?i:ab)c", "ABc aBc", "abC"),
+        (".{2}", "éa 中😀", "a\n"),
+        ("a*?b", "b aab", "a"),
+    ],
+)
+def test_patterns(pattern, yes, no):
+    automaton = of_pattern(pattern)
+    assert [t for t in yes.split(" ") if not automaton.accepts(t.encode())] == []
+    assert [t for t in no.split(" ") if automaton.accepts(t.encode())] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        (r"\bfoo", "a word boundary at position 0"),
+        (r"(a)\1", "a back-reference at position 3"),
+        ("a^b", "an anchor inside of it at position 1"),
+        ("[[:alpha:]]", "a POSIX class at position 1"),
+        ("x(?<=a)b", "a look-behind at position 1"),
+        ("(?!a)b", "a look-ahead at position 0"),
+        (r"\p{L}", "a Unicode property at position 0"),
+        ("[", "cannot be read"),
+        ("(", "cannot be read"),
+    ],
+)
+def test_patterns_that_are_refused(pattern, says):
+    with pytest.raises(DllmError, match=re.escape(says)) as caught:
+        of_pattern(pattern)
+    assert "\n" not in str(caught.value)

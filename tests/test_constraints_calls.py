@@ -1,0 +1,271 @@
+"""Constrained calls: members come out of every sampler, rows do not know each other, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import threading
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from replay import standing_in
+from scripted import tiny
+from test_samplers_questions import ASK, BIDIRECTIONAL, built
+
+import dllm
+from dllm.decoding.canvas import Canvas
+from dllm.decoding.constraints import compiling, vocabulary
+from dllm.decoding.constraints.automaton import Vocabulary
+from dllm.decoding.constraints.bound import Bound, Rule
+from dllm.decoding.constraints.lift import lifted
+from dllm.decoding.constraints.pattern import of_pattern
+from dllm.decoding.prediction import Law
+from dllm.decoding.runner import Options
+from dllm.errors import DllmError
+from dllm.samplers import registry
+from dllm.samplers.questions import questions
+
+PROMPT = "Tom has 12 apples. He buys 7 more. How many apples does he have?"
+SENTENCE = r"[A-Z][a-z]+ has [0-9]+ [+-] [0-9]+ = [0-9]+ [a-z]+\.\n#### [0-9]+"
+RECORD = r'\{"answer": -?[0-9]{1,4}, "unit": "[a-z]{1,12}"\}'
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "n": {"type": "integer"},
+        "s": {"type": "string", "maxLength": 6},
+        "l": {"type": "array", "items": {"enum": ["x", 1, None]}, "maxItems": 2},
+    },
+    "required": ["n", "l"],
+}
+CHOICES = ["yes", "no", "maybe not", "yesterday"]
+SAMPLERS = [n for n in registry.names() if n not in ("editing", "fast_dllm_v2")]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return dllm.load("tiny", dtype="float64")
+
+
+def valid(kind: str, text: str) -> bool:
+    if kind == "regex":
+        return bool(re.fullmatch("(cat|dog)s?: [0-9]{1,3}(\\.[0-9])?", text))
+    if kind == "choices":
+        return text in CHOICES
+    jsonschema.validate(json.loads(text), SCHEMA)
+    return True
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "regex": {"regex": "(cat|dog)s?: [0-9]{1,3}(\\.[0-9])?"},
+    "choices": {"choices": CHOICES},
+    "schema": {"json_schema": SCHEMA},
+}
+
+
+def members(model: Any, sampler: str, kind: str, **more: Any) -> None:
+    call = {"max_new_tokens": 24, "block_length": 12, "sampler": sampler, **KINDS[kind], **more}
+    outputs = dllm.generate(model, [PROMPT, "Hi"], **call)
+    for output in outputs:
+        assert valid(kind, output.text), output.text
+        assert output.stats["constraint"]["member"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("sampler", "turn"), [(s, i) for i, s in enumerate(SAMPLERS)])
+def test_every_sampler_writes_members(model: Any, sampler: str, turn: int) -> None:
+    kind = list(KINDS)[turn % 3]
+    members(model, sampler, kind, temperature=float(turn % 2))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sweep(model: Any, sampler: str, kind: str, temperature: float, cache: str | None) -> None:
+    try:
+        members(model, sampler, kind, temperature=temperature, cache=cache)
+    except DllmError as reason:
+        if "cannot use cache" not in str(reason):
+            raise
+        pytest.skip(str(reason))
+
+
+def test_a_constraint_that_the_free_answer_meets_changes_nothing(model: Any) -> None:
+    for sampler in ("confidence", "threshold:tau=0.9"):
+        free, bound = (
+            dllm.generate(model, PROMPT, max_new_tokens=48, block_length=48, sampler=sampler, **more)
+            for more in ({}, {"regex": SENTENCE})
+        )
+        assert (free.text, free.tokens, free.nfe) == (bound.text, bound.tokens, bound.nfe)
+
+
+def test_forced_columns_commit_at_once(model: Any) -> None:
+    outputs = [
+        dllm.generate(model, PROMPT, max_new_tokens=48, block_length=48, sampler=sampler, regex=RECORD)
+        for sampler in ("confidence", "threshold:tau=0.9")
+    ]
+    assert [(o.text, o.nfe) for o in outputs] == [('{"answer": 20, "unit": "return"}', n) for n in (48, 3)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+@pytest.mark.parametrize("sampler", ["threshold", "localleap"])
+def test_alone_in_a_batch_and_ahead(model: Any, sampler: str, cache: str | None, temperature: float) -> None:
+    """Rows with constraints of their own are what they are alone; looking ahead changes no token and saves forwards."""
+    prompts, asked = [PROMPT, "Hi", PROMPT], [{"regex": RECORD}, {"choices": CHOICES}, {"json_schema": SCHEMA}]
+    call = dict(max_new_tokens=32, block_length=16, sampler=sampler, cache=cache, temperature=temperature)
+    batch = dllm.generate(model, prompts, constraint=asked, **call)
+    ahead = dllm.generate(model, prompts, constraint=asked, lookahead=4, **call)
+    for i, output in enumerate(batch):
+        alone = dllm.generate(model, prompts[i], constraint=asked[i], seed=i, **call)
+        assert (alone.tokens, alone.nfe) == (output.tokens, output.nfe)
+        assert ahead[i].tokens == output.tokens and ahead[i].nfe <= output.nfe
+    chain = dllm.generate(model, prompts, constraint=asked, lookahead="4:form=chain", **call)
+    assert [o.tokens for o in chain] == [o.tokens for o in batch]
+
+
+def test_fills_are_members(model: Any) -> None:
+    """A closing forward, and an exit that fills what is left."""
+    for more in ({"max_nfe": 2}, {"sampler": "prophet:high=0.1,mid=0.1,low=0.1"}, {"max_nfe": 3, "temperature": 1.0}):
+        output = dllm.generate(model, PROMPT, max_new_tokens=40, regex=RECORD, **more)
+        assert re.fullmatch(RECORD, output.text) and output.nfe <= 3
+
+
+def test_guidance_sees_the_constraint_behind_it(model: Any) -> None:
+    assert dllm.generate(model, PROMPT, max_new_tokens=8, choices=CHOICES, cfg_scale=1.0).text in CHOICES
+
+
+def test_infilling_counts_columns(model: Any) -> None:
+    """The text from the first hole on is the answer, what was given included, in exactly these columns."""
+    mask, ids = model.mask_id, lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    head, tail = ids("Tom has "), ids(" apples.")
+    prompt = [*head, mask, mask, *tail]
+    output = dllm.generate(model, prompt, infill=True, regex=r"[0-9]+ apples\.")
+    written = model.tokenizer.decode(output.sequences[len(head) :])
+    assert re.fullmatch(r"[0-9]+ apples\.", written) and output.stats["constraint"]["member"]
+    with pytest.raises(DllmError, match="give the holes other lengths"):
+        dllm.generate(model, prompt, infill=True, regex=r"[0-9]+ pears\.")
+
+
+def test_block_causal_models() -> None:
+    model = letters(tiny(block_size=4))
+    outputs = dllm.generate(model, [[1, 2, 3], [4]], max_new_tokens=10, regex="(ab|ba)(cd)*", eos=[30])
+    for output in outputs:
+        assert re.fullmatch("(ab|ba)(cd)*", spelt(output.tokens)), output.tokens
+
+
+def letters(model: Any) -> Any:
+    """A model without a tokenizer, whose ids 0 to 25 are the letters."""
+    signs = [s.encode() for s in string.ascii_lowercase] + [b""] * (model.vocab_size - 26)
+    vocabulary._KNOWN[model] = Vocabulary.of(signs)
+    return model
+
+
+def spelt(tokens: list[int]) -> str:
+    return "".join(string.ascii_lowercase[t] for t in tokens)
+
+
+@pytest.mark.parametrize("sampler", ["threshold", "prophet:high=99,mid=99,low=9", "wino", "remdm", "credit"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_captured_ticks(sampler: str, temperature: float) -> None:
+    model = letters(tiny())
+    call: dict[str, Any] = dict(max_new_tokens=8, block_length=4, sampler=sampler, temperature=temperature, eos=[30])
+    asked = {"constraint": [{"regex": "(ab|ba)c*"}, {"regex": "x?y{2,5}z"}, {"regex": "(ab|ba)c*"}], "batch_size": 2}
+    prompts = [[5, 6], [1, 2, 3], [7]]
+    plain = dllm.generate(model, prompts, **call, **asked)
+    with standing_in():
+        captured = dllm.generate(model, prompts, graphs=True, **call, **asked)
+    for a, b, pattern in zip(plain, captured, ("(ab|ba)c*", "x?y{2,5}z", "(ab|ba)c*"), strict=True):
+        assert (a.sequences, a.nfe) == (b.sequences, b.nfe)
+        assert re.fullmatch(pattern, spelt(a.tokens))
+    assert captured[0].stats["graphs"]["replays"] > 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "law"), [("prophet", Law()), ("klass", Law(0.7)), ("remdm", Law(0.7, 0.9, filtered=True))]
+)
+def test_a_constrained_tick_asks_nothing(name: str, law: Law) -> None:
+    signs = [s.encode() for s in string.ascii_lowercase] + [b""] * 34
+    automata = tuple(lifted(of_pattern(p), Vocabulary.of(signs), [2]) for p in ("(ab|ba)c*", "[a-f]{2,30}"))
+    rule, sampler = Rule(automata, 32, (2,), 1), built(name, BIDIRECTIONAL)
+    assert rule.tables and name not in ASK  # made before the first tick, as in a call
+
+    def rows(canvas: Canvas) -> Bound:
+        zero = torch.zeros_like(canvas.start)
+        return Bound(torch.arange(len(zero), device=zero.device), zero)
+
+    sampler = sampler._replace(starts=(*sampler.starts, (rows, None)))
+    assert questions(sampler, BIDIRECTIONAL, options=Options(law, rule=rule)) == []
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"regex": RECORD, "max_new_tokens": 8}, "no member of the constraint fits 8 tokens; the shortest needs 25"),
+        ({"regex": "a("}, "cannot be read"),
+        ({"choices": []}, "must be a list of strings"),
+        ({"choices": ["a", "a"]}, "choices has 'a' twice"),
+        ({"regex": "a", "choices": ["b"]}, "regex and choices constrain the same answers"),
+        ({"regex": "a", "stop": "x"}, "stop= may cut a constrained answer short"),
+        ({"regex": "a", "early_stop": False}, "early_stop=False decodes what lies behind"),
+        ({"regex": "a", "sampler": "editing"}, "writes over committed tokens"),
+        ({"regex": "a", "min_new_tokens": 3, "max_new_tokens": 8}, "without an end token in the first 3"),
+        ({"regex": "a", "logits_eos_inf": True, "max_new_tokens": 8}, "must fill them all"),
+        ({"constraint": [{"regex": "a"}, {"regex": "b"}]}, "2 constraints for 1 prompts"),
+        ({"constraint": {"regexp": "a"}}, "did you mean 'regex'"),
+        ({"constraint": "a"}, "must be a dllm.Constraint"),
+        ({"json_schema": {"type": "integer", "minimum": 1}}, "minimum cannot be enforced"),
+        ({"json_schema": "{"}, "json_schema is no JSON"),
+    ],
+)
+def test_refusals(model: Any, call: dict[str, Any], says: str) -> None:
+    with pytest.raises(DllmError, match=re.escape(says)) as caught:
+        dllm.generate(model, PROMPT, **call)
+    assert "\n" not in str(caught.value)
+
+
+def test_guarded_lookahead_is_refused_and_fast_is_not() -> None:
+    single = dllm.load("tiny")
+    with pytest.raises(DllmError, match="lookahead mode 'guarded'"):
+        dllm.generate(single, PROMPT, choices=CHOICES, lookahead=4)
+    assert dllm.generate(single, PROMPT, choices=CHOICES, max_new_tokens=8, lookahead="4:mode=fast").text in CHOICES
+
+
+def test_a_model_without_a_tokenizer() -> None:
+    with pytest.raises(DllmError, match="without a tokenizer"):
+        dllm.generate(tiny(), [1, 2], max_new_tokens=4, regex="a")
+
+
+def test_a_pattern_that_explodes_is_killed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "SECONDS", 2.0)
+    with pytest.raises(DllmError, match="was not compiled within 2 s"):
+        dllm.generate(model, PROMPT, regex="[ab]*a[ab]{16}")
+
+
+def test_one_process_for_calls_that_ask_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, wait = list[str](), threading.Event()
+    real = compiling._made
+
+    def counted(text: str, words: Vocabulary) -> Any:
+        made.append(text)
+        wait.wait(10)
+        return real(text, words)
+
+    monkeypatch.setattr(compiling, "_made", counted)
+    found, asked = list[Any](), {"kind": "regex", "what": "[0-9]{3}q", "max_depth": None}
+    words = vocabulary.vocabulary(model)
+    threads = [
+        threading.Thread(target=lambda: found.append(compiling.compiled(asked, words, [2], [0], [1]))) for _ in range(4)
+    ]
+    for t in threads:
+        t.start()
+    wait.set()
+    for t in threads:
+        t.join()
+    assert len(made) == 1 and len(found) == 4 and all(a is found[0] for a in found)
