@@ -51,8 +51,7 @@ def questions(s: Sampler, context: Context, policy: Policy | None = None, option
     policy: None: no cache; options: None: greedy.
     """
     policy = replace(policy or NoCache(), block_size=context.block_size, shift=context.shift)
-    if s.needs.attention is not None:
-        s = s._replace(needs=replace(s.needs, attention=s.needs.attention.of(_Blank.attention_layers)))
+    s = s.reading(_Blank.attention_layers)
     options = options or Options(Law(filtered=s.needs.filtered))
     run, found = Runner(_Blank(context), policy.attach(s), policy, options, Meter(ROWS)), list[str]()
     with _mode(), _Copies(found):

@@ -311,7 +311,7 @@ def test_what_is_asked_is_computed_in_those_layers_and_rows_alone(cache: str, re
     ],
 )
 def test_layers_are_named_for_the_depth_of_a_model(asked: Attention, depth: int, layers: set[int]) -> None:
-    assert asked.of(depth).layers == layers
+    assert asked.of(depth, "clad").layers == layers
 
 
 def test_layers_that_are_not_there_are_an_error() -> None:

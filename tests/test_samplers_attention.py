@@ -3,10 +3,12 @@ and what holds whatever the weights are."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from golden_cases import model as golden
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import peaks, tiny
@@ -15,10 +17,12 @@ from torch import Tensor
 
 import dllm
 from dllm.call.job import prepare
-from dllm.decoding.canvas import Canvas, State
+from dllm.decoding.canvas import Canvas, Span, State
 from dllm.decoding.prediction import Prediction
+from dllm.decoding.slots import Sampler
 from dllm.decoding.step import opened, step
 from dllm.errors import DllmError
+from dllm.lookahead.guard import doubtful
 from dllm.models.transformer import Weights
 from dllm.samplers.dapd import DAPD
 from dllm.samplers.dawn import Archive
@@ -27,24 +31,38 @@ from dllm.samplers.independent import independent
 MODEL = tiny(layers=2)
 
 
-def committed(sampler: Any, conf: list[float], attention: Tensor, prompt: int = 0, **more: Any) -> set[int]:
-    """The columns that a first step commits: `conf` of every column, `attention` (L, L) of every query.
+class First(NamedTuple):
+    """A first step, with all that it took."""
 
-    Without a prompt the model predicts the first column too, and columns count from there.
-    """
+    sampler: Sampler
+    state: State
+    window: Span
+    pred: Prediction
+    after: State
+
+
+def first(sampler: Any, conf: list[float], attention: Tensor, prompt: int = 0, **more: Any) -> First:
+    """The step on a prediction with `conf` in every column and `attention` (L, L) of every query.
+
+    Without a prompt there is a given column in front that has neither."""
     arguments = {"max_new_tokens": len(conf) - prompt, "early_stop": False, "cache": "none", **more}
     begin = [5] * (prompt or 1)
     job = prepare(MODEL, begin, {**arguments, "sampler": sampler})
-    if not prompt:  # a first column that nobody is to think of
+    if not prompt:
         conf, attention = [0.0, *conf], torch.nn.functional.pad(attention, (1, 0, 1, 0))
     state, window = opened(job.sampler, job.policy, job.queue)
     cols = window.reads[:, : int((window.reads >= 0).sum())]
     logits = peaks([(1, max(c, 1 / 40)) for c in conf], 40)[cols[0]][None]
     weights = Weights(torch.arange(len(conf))[None], attention.double()[None])
-    pred = Prediction(logits, cols, weights=lambda: weights)
-    after = step(job.sampler, state, window.cut(cols.shape[1]), pred)
-    first = 0 if prompt else 1
-    return {c - first for c in (state.canvas.masked & ~after.canvas.masked)[0].nonzero()[:, 0].tolist()}
+    window, pred = window.cut(cols.shape[1]), Prediction(logits, cols, weights=lambda: weights)
+    return First(job.sampler, state, window, pred, step(job.sampler, state, window, pred))
+
+
+def committed(sampler: Any, conf: list[float], attention: Tensor, prompt: int = 0, **more: Any) -> set[int]:
+    """The columns that this step commits, counted from the first one of `conf`."""
+    _, state, _, _, after = first(sampler, conf, attention, prompt, **more)
+    begin = 0 if prompt else 1
+    return {c - begin for c in (state.canvas.masked & ~after.canvas.masked)[0].nonzero()[:, 0].tolist()}
 
 
 def table(size: int, flat: float, raised: dict[tuple[int, int], float]) -> Tensor:
@@ -258,6 +276,26 @@ def test_dapd_at_zero_commits_one_a_forward_by_degree_and_confidence() -> None:
         (best,) = committed("dapd:tau_min=0,tau_max=0,sure=2", [conf[i] for i in left], sub)
         order.append(left[best])
         assert order[-1] == max(left, key=scores.__getitem__)
+
+
+@pytest.mark.parametrize(("link", "doubt"), [(0.15 + 1e-7, True), (0.15 - 1e-7, True), (0.16, False), (0.14, False)])
+def test_a_decision_that_hangs_on_a_weight_is_in_doubt(link: float, doubt: bool) -> None:
+    """Two spans alone conflict from 1.2 / 8 on."""
+    conf = [0.8, 0.3, 0.8, 0.8, 0.3, 0.3, 0.3, 0.3]
+    taken = first("clad:tau=0.7", conf, table(8, 0.02, {(0, 2): link, (0, 3): link}).double())
+    assert bool(doubtful(*taken, delta=1e-5)) == doubt
+
+
+@pytest.mark.parametrize("window", ["", "fast_dllm_v2+"])
+@pytest.mark.parametrize("cache_", ["none", "block", "block_dual"])
+@pytest.mark.parametrize("sampler", ["dawn:layers=1,tau_sink=0.1,tau_edge=0.05,tau_low=0.6", "dapd", "clad:layers=1"])
+def test_shifted_block_causal_models(sampler: str, cache_: str, window: str) -> None:
+    """Rows alone, in a ragged batch, and under both forms of the lookahead."""
+    net, call = golden("tiny-fast-dllm-v2-random", mask_id=158), {"max_new_tokens": 12, "trace": True, "cache": cache_}
+    decode_ = partial(dllm.generate, net, sampler=window + sampler, early_stop=False, **call)
+    expected = [decode_(prompt).trace.commits for prompt in PROMPTS]
+    for more in ({}, {"lookahead": 4}, {"lookahead": {"rows": 4, "form": "chain"}}):
+        assert [o.trace.commits for o in decode_(PROMPTS, **more)] == expected
 
 
 @given(st.integers(0, 2**16), st.integers(1, 12))

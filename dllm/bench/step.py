@@ -27,6 +27,7 @@ from dllm.decoding.slots import Context, Sampler
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.native import NativeModel
+from dllm.models.transformer import Outputs, Rows, Said, Weights
 from dllm.samplers import registry
 from dllm.samplers.learn2pd import Filter
 
@@ -68,11 +69,21 @@ class Tables(NativeModel):
         super().__init__(config)
         self.to(device)
         self.tables = tables  # each (rows, V); read again from the top where a step reads more
+        places = 5 * WINDOW
+        self.weights = torch.rand(1, places, places, generator=torch.Generator().manual_seed(1)).softmax(2)
         self.step = self.rows = 0  # which table; head rows read so far
 
     def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:
         """Nothing, in the shape of hidden states."""
         return torch.zeros(*ids.shape, 1, device=ids.device)
+
+    def forward_with(
+        self, ids: Tensor, pos: Tensor | None = None, *, rows: Rows | None = None, kv: bool = False, **_: object
+    ) -> Outputs:
+        """The same, and attention weights that are ready, too: those of the first rows of a table."""
+        assert rows is not None and pos is not None
+        cols = torch.where(rows.at < 0, -1, pos.gather(1, rows.at.clamp(min=0)))
+        return Outputs(Said(self.forward(ids, pos), Weights(cols, self.weights[:, : cols.shape[1], : rows.width])), [])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As many rows of the step's table as are asked for, counted."""
@@ -89,7 +100,7 @@ class Lap:
     def __init__(self, name: str, model: Tables) -> None:
         self.name, self.model = name, model
         frame = call(name, model.vocab_size)
-        sampler = build(name, frame)
+        sampler = build(name, frame).reading(model.attention_layers)
         policy, law = NoCache(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
         self.run = Runner(model, sampler, policy, Options(law), Meter(1))
         queue = scene(sampler, mask=model.vocab_size - 1)

@@ -330,10 +330,7 @@ def _sampler(model: Model, args: Arguments, context: Context, stops: Stops) -> S
     inputs = Guidance(args.cfg_scale, context.mask_id) if args.cfg_scale else None
     tuned = {name: s.parameters for name, s in model.sampler_settings.items()}
     sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust), tuned)
-    attention = sampler.needs.attention
-    if attention is not None:
-        attention = attention.of(model.attention_layers, sampler.name)
-        sampler = sampler._replace(needs=dataclasses.replace(sampler.needs, attention=attention))
+    sampler = sampler.reading(model.attention_layers)
     if args.early_stop and not args.infill:
         stop = Stop(stops, sampler.needs.revises)
         sampler = sampler._replace(stop=stop, starts=(*sampler.starts, (stop.memory, None)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol, Self, TypeAlias
 
 import torch
@@ -72,7 +72,7 @@ class Attention(NamedTuple):
             raise DllmError(f"sampler {name!r}: layers={layers!r} is no number of last layers and no list of layers")
         return cls(("last", layers) if isinstance(layers, int) else frozenset(numbers), rows)
 
-    def of(self, layers: int, name: str = "this sampler") -> Attention:
+    def of(self, layers: int, name: str) -> Attention:
         """The same with the layers named one by one, for a model that gives the weights of so many. Errors: it gives
         none, or not those."""
         if not layers:
@@ -275,6 +275,12 @@ class Sampler(NamedTuple):
     lookahead: object = None  # that of a call which names none, as `Lookahead.parse` takes it
     stop: Ending | None = None
     spec: str = ""  # name and parameters as a specification
+
+    def reading(self, layers: int) -> Sampler:
+        """The same for a model that gives the attention weights of so many layers. Errors: `Attention.of`."""
+        if self.needs.attention is None:
+            return self
+        return self._replace(needs=replace(self.needs, attention=self.needs.attention.of(layers, self.name)))
 
     def start(self, canvas: Canvas) -> tuple[Leaves, Leaves]:
         """The first per-row and per-column leaves of every slot for these rows."""
