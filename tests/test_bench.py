@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 from golden_cases import GOLDEN
 
+from dllm.bench import attention
 from dllm.bench import runtime as bench
 from dllm.models.arguments import Checkpoint
 from dllm.models.native import NativeModel
@@ -50,6 +51,17 @@ def test_the_whole_bench_of_the_loop_runs() -> None:
     assert [r.bound for r in rows] == [1.02, 1.12, 1.3, 5.0, 3.5, 2.2, 1.0]
     assert rows[-1].value == 1.0
     assert rows[1].note.startswith("16 forwards")
+
+
+def test_forwards_with_attention_weights_are_measured_beside_the_same_without(model: NativeModel) -> None:
+    rows = {row.name.partition(", length 48")[0]: row for row in attention.run(None, 1, model=model, prompt=16, new=32)}
+    assert list(rows) == [f"{name}, {cache}" for cache in attention.CACHES for name in attention.SAMPLERS]
+    refused = rows.pop("dawn:anchors=current, dual")
+    assert refused.value is None and "cannot use cache 'dual'" in refused.note
+    assert all(row.value for row in rows.values())
+    read = {name: int(row.note.rpartition(", ")[2].split()[0]) for name, row in rows.items()}
+    assert read.pop("dawn:anchors=current, none") == 48  # every column of the canvas
+    assert max(read.values()) <= 32  # those of the window
 
 
 def test_rows_become_json_with_what_they_were_asked() -> None:

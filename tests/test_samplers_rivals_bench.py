@@ -29,7 +29,8 @@ def test_every_sampler_is_measured_or_says_why_not(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert bench_step.runnable() == registry.names()
-    assert [r.name for r in bench_step.run(["fast_dllm_v2", "learn2pd"], 5, NARROW)] == ["fast_dllm_v2", "learn2pd"]
+    special = ["fast_dllm_v2", "learn2pd", "clad"]  # of blocks, with a filter, with attention weights
+    assert [r.name for r in bench_step.run(special, 5, NARROW)] == special
     monkeypatch.setattr(bench_step, "SHIFTED", ())
     assert "fast_dllm_v2" not in bench_step.runnable()
     assert "'fast_dllm_v2' needs a block-causal model" in caplog.messages[0]

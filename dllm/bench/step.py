@@ -70,7 +70,8 @@ class Tables(NativeModel):
         self.to(device)
         self.tables = tables  # each (rows, V); read again from the top where a step reads more
         places = 5 * WINDOW
-        self.weights = torch.rand(1, places, places, generator=torch.Generator().manual_seed(1)).softmax(2)
+        weights = torch.rand(1, places, places, generator=torch.Generator().manual_seed(1)).softmax(2)
+        self.weights = weights.to(device)
         self.step = self.rows = 0  # which table; head rows read so far
 
     def forward(self, ids: Tensor, pos: Tensor | None = None, **_: object) -> Tensor:

@@ -32,7 +32,7 @@ OPTIONS = {  # those that only some benches have
 @takes(loading)
 def bench(
     name: Annotated[
-        str, typer.Argument(help="step, generate, own-work, lookahead, gpu, ...; `all`: the short ones.")
+        str, typer.Argument(help="step, generate, own-work, attention, gpu, ...; `all`: the short ones.")
     ] = "step",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
@@ -72,7 +72,7 @@ def bench(
     import torch
     from tqdm import tqdm
 
-    from dllm.bench import cache, drafting, gpu, lookahead, runtime, samplers, step, stress
+    from dllm.bench import attention, cache, drafting, gpu, lookahead, runtime, samplers, step, stress
     from dllm.bench.answers import Frame
     from dllm.tasks.registry import STRESS_TASKS
 
@@ -86,6 +86,7 @@ def bench(
     benches: dict[str, Callable[[], Iterable[Figure]]] = {
         **short,
         "lookahead": lambda: lookahead.run(only or None, repeats, model=model),
+        "attention": lambda: attention.run(only or None, repeats),
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
