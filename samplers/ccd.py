@@ -99,7 +99,7 @@ class Agree(Rule):
         order, step = rank(score, view.live), view.state.step[:, None]
         u = self.base(view)
         n = self._compared(view, u)
-        plain = order < u
+        plain = view.live & (order < u)
         last_token, runner_up = map(view.gather, view.columns[Looked])
         stable = (soft.argmax == last_token) & runner_up & (order < n)
         if not self.m.seek:

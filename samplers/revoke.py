@@ -27,6 +27,6 @@ def stored_probability(view: View, pred: Prediction) -> Tensor:
 
 def remask(view: View, d: Decision, value: Tensor, among: Tensor, limit: Tensor) -> Decision:
     """Mask the columns of `among` (B, W) again, at most `limit` (B,) a row: lowest value, then position, first."""
-    again = rank(-value, among) < limit[:, None]
+    again = among & (rank(-value, among) < limit[:, None])  # a limit may exceed the columns of the step
     back = view.scatter(torch.zeros_like(d.write), again, again)
     return d._replace(write=d.write | back, token=torch.where(back, view.canvas.mask_id, d.token))

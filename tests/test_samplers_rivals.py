@@ -244,6 +244,13 @@ def test_wino_caps_a_draft() -> None:
     assert [len(w) for w in writes(out)] == [20, 14, 5, 1]  # min(max(int(0.7 m), 5), 20)
 
 
+def test_wino_takes_back_nothing_that_it_did_not_write(random_model: Any) -> None:
+    """The last block has two columns; the step before committed four, so that three could be taken back."""
+    call: dict[str, Any] = {"max_new_tokens": 22, "block_length": 4, "eos": [], "check": Checked()}
+    for out in dllm.generate(random_model, [[3, 14, 15, 92, 65], [35, 89]], sampler="wino:tau_draft=0.3", **call):
+        assert (out.nfe, out.finish_reason) == (6, "length")
+
+
 def test_wino_shadow_sees_everything_but_its_own_column(random_model: Any) -> None:
     mask, prompt = random_model.mask_id, [3, 14, 15, 92]
     j = prepare(random_model, [*prompt, mask, 7, mask, mask], {"sampler": "wino", "infill": True, "block_length": 4})
