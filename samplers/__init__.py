@@ -15,7 +15,8 @@ from dllm.decoding.constants import Constant
 from dllm.decoding.noise import ORDER, REMASK, TRANSFER, uniform
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import (
-    Adjust, Amend, Attention, Context, Forward, Hold, Inputs, Needs, Schedule, Score, Select, View, Window, best, rank,
+    Adjust, Amend, Attention, Context, Forward, Hold, Inputs, Needs, Schedule, Score, Select, View, Window, best,
+    best_each, rank,
 )
 from dllm.samplers.base import OFF, Assumed, Bundle, Method, Presets, Sized, param
 from dllm.samplers.blocks import BlockMemory, Blocks
@@ -24,5 +25,5 @@ __all__ = [
     "OFF", "ORDER", "REMASK", "TRANSFER", "Adjust", "Amend", "Assumed", "Attention", "BlockMemory", "Blocks", "Bundle",
     "Canvas", "Constant", "Context", "Decision", "Fed", "Forward", "Hold", "Inputs", "Law", "Leaf", "Leaves", "Method",
     "Needs", "Plan", "Prediction", "Presets", "Schedule", "Score", "Select", "Sized", "Span", "State", "View",
-    "Window", "best", "param", "rank", "spans", "uniform",
+    "Window", "best", "best_each", "param", "rank", "spans", "uniform",
 ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from dllm.samplers import OFF, Bundle, Context, Decision, Method, Needs, Prediction, Presets, View, param
+from dllm.samplers import OFF, Bundle, Context, Decision, Method, Needs, Prediction, Presets, View, best_each, param
 from dllm.samplers.revoke import committed_here, decoded, remask, stored_probability
 
 
@@ -52,15 +51,8 @@ class Hierarchy(Method):
 
 def best_of_areas(view: View, score: Tensor) -> Tensor:
     """(B, W) bool: in each maximal run of candidates the one of highest score, lowest position on ties."""
-    live, width = view.live, view.live.shape[1]
+    live = view.live
     follows = live[:, :-1] & (view.cols[:, 1:] == view.cols[:, :-1] + 1)  # the left neighbour is in the same area
     starts = live.clone()
     starts[:, 1:] &= ~follows
-    area = torch.where(live, starts.cumsum(1) - 1, width)  # (B, W); `width` collects what is no candidate
-    value = score.masked_fill(~live, -torch.inf)
-    top = value.new_full((len(value), width + 1), -torch.inf).scatter_reduce_(1, area, value, "amax")
-    ties = live & (value == top.gather(1, area))
-    slots = torch.arange(width, device=live.device).expand_as(area)
-    first = area.new_full((len(area), width + 1), width)
-    first = first.scatter_reduce_(1, torch.where(ties, area, width), slots, "amin")
-    return ties & (slots == first.gather(1, area))
+    return best_each(score, live, starts.cumsum(1), live.shape[1] + 1)

@@ -67,6 +67,7 @@ VARIANTS = [
     "prophet:region=text", "prophet:region=last_k",
     "prophet:smooth=true", "sched:shape=cosine", "ass:blocks=2", "eoser:whole=false", "sdar:sequential",
     "sdar:entropy_bounded", "sdar:low_confidence_static", "wino:tau_verify=0",
+    "multiblock:max_open=2", "d2f:max_open=2,tau_act=0.5", "d3llm:llada_gsm8k",
     {"name": "adablock", "delimiters": [3], "window": "progress"}, {"name": "pc", "frequencies": [1.0] * 60},
     {"name": "prophet", "region": lambda canvas: canvas.frozen}, {"name": "sched", "region": (2, 4)},
 ]  # fmt: skip
@@ -81,6 +82,7 @@ COMPOSITIONS = [
     "adablock:delimiters=[3]+credit+prophet", "localleap+credit", "klass+prophet", "klass:paper+sched+dsb",
     "credit+slowfast", "wino+dsb", "ccd:paper+credit", "dream+margin+adablock:delimiters=[3]", "editing+localleap",
     "saber+prophet", "hierarchy+credit+dsb", "eoser+ass", "pc+factor", "freedave+credit",
+    "multiblock+eb", "d2f+margin+credit", "multiblock+wino", "d3llm+prophet",
 ]  # fmt: skip
 
 

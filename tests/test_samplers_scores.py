@@ -84,6 +84,10 @@ RELEASED: dict[tuple[str, str], tuple[str, Callable[..., Any]]] = {
     ("SDAR, remasking_strategy", "low_confidence_static"): ("sdar:low_confidence_static", quota.confidence),
     ("SDAR, remasking_strategy", "low_confidence_dynamic"): ("sdar:low_confidence_dynamic", quota.confidence),
     ("SDAR, remasking_strategy", "entropy_bounded"): ("sdar:entropy_bounded", quota.entropy),
+    ("D2F, sampling_strategy", "default"): ("d2f", quota.confidence),
+    ("D2F, sampling_strategy", "neg_entropy"): ("d2f+entropy", quota.entropy),
+    ("D2F, sampling_strategy", "margin_confidence"): ("d2f+margin", quota.margin),
+    ("d3LLM, alg", "entropy_threshold"): ("d3llm:max_open=1", quota.entropy),
     ("PC-Sampler, mode", "entropy"): ("entropy", quota.entropy),
     ("PC-Sampler, mode", "margin"): ("margin", quota.margin),
     ("PC-Sampler, mode", "linear_position"): ("sdar:sequential", leftmost),
@@ -104,7 +108,8 @@ def test_every_order_of_the_released_codes_is_reachable(code: str, value: str) -
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [("topk_margin", "margin"), ("neg_entropy", "entropy"), ("margin_confidence", "margin"), ("fast_dllm", "threshold"),
-     ("low_confidence", "confidence"), ("linear_position", "sdar:sequential"), ("pc_sampler", "pc")],
+     ("low_confidence", "confidence"), ("linear_position", "sdar:sequential"), ("pc_sampler", "pc"),
+     ("entropy_threshold", "d3llm:max_open=1"), ("generate_multi_block", "d3llm:released")],
 )  # fmt: skip
 def test_a_released_name_is_told_its_own(theirs: str, ours: str) -> None:
     registry.build(ours, CONTEXT)

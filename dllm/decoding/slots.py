@@ -370,3 +370,11 @@ def best(score: Tensor, among: Tensor) -> Tensor:
     """(B, W) one-hot: the candidate of highest score, lowest position on ties; nothing where there is no candidate."""
     top = score.masked_fill(~among, -torch.inf).argmax(1, keepdim=True)
     return torch.zeros_like(among).scatter_(1, top, True) & among
+
+
+def best_each(score: Tensor, among: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(B, W) bool: of each group (B, W), a number below `groups`, the candidate of highest score, lowest position on
+    ties."""
+    order = rank(score, among)
+    top = order.new_full((len(order), groups), order.shape[1]).scatter_reduce_(1, group, order, "amin")
+    return among & (order == top.gather(1, group))
