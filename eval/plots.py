@@ -78,8 +78,8 @@ def panels(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], pa
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (title, panel) in zip(grid.flat, curves.items(), strict=False):
         for name, points in panel.items():
-            i = methods.index(name)
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+            again, i = divmod(methods.index(name), len(COLOURS))  # where colours begin again: other markers, dashes
+            style = {"color": COLOURS[i], "marker": MARKERS[(i + again) % len(MARKERS)], "ls": "--" if again else "-"}
             axes.plot(*zip(*points, strict=True), ms=5, lw=1, alpha=0.8, label=name, **style)
         axes.set(title=title, xlabel="tokens per forward")
         axes.grid(alpha=0.3)

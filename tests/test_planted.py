@@ -16,6 +16,7 @@ from dllm.bench.stress import planted
 from dllm.errors import DllmError
 from dllm.models.hub import ASSETS
 from dllm.models.tokenizer import load_tokenizer
+from dllm.models.transformer import Rows
 from dllm.tasks.base import Example
 from dllm.tasks.registry import STRESS_TASKS, generate, grade
 
@@ -154,3 +155,36 @@ def test_another_window_is_decoded_too(model: Planted) -> None:
 def test_the_tokenizer_is_the_embedded_one(model: Planted) -> None:
     tokenizer = load_tokenizer(ASSETS / "tiny")
     assert tokenizer is not None and model.vocab_size == len(tokenizer.get_vocab())
+
+
+def test_attention_is_the_information_between_open_columns(model: Planted) -> None:
+    """Of a pair, each column attends to the other one alone; once one stands, both attend to themselves."""
+    example = generate("pairs", "test", 1)[0]
+    prompt = model.chat([{"role": "user", "content": example.prompt}])
+    n, start = len(example.answer.split()), len(prompt)
+    answer = model.joint_of(example).answers[0].tolist()
+    rows = Rows(frozenset({0}), torch.arange(start - 1, start + n)[None], start + n)
+    opened = model.forward_with(torch.tensor([[*prompt, *[model.mask_id] * n]]), rows=rows).said.weights
+    assert opened is not None
+    partner = [start + (i ^ 1) for i in range(n)]
+    assert opened.table.shape == (1, n + 1, start + n) and opened.table.argmax(2).tolist() == [[start - 1, *partner]]
+    assert torch.allclose(opened.table.max(2).values, torch.ones(1, n + 1, dtype=torch.float64))
+    half = model.forward_with(torch.tensor([[*prompt, answer[0], *[model.mask_id] * (n - 1)]]), rows=rows).said.weights
+    assert half is not None
+    assert half.table.argmax(2).tolist() == [[start - 1, start, start + 1, *partner[2:]]]
+    queue = generate("waiting_line", "test", 1)[0]
+    prompt, n = model.chat([{"role": "user", "content": queue.prompt}]), len(queue.answer.split())
+    rows = Rows(frozenset({0}), torch.arange(len(prompt), len(prompt) + n)[None], len(prompt) + n)
+    dense = model.forward_with(torch.tensor([[*prompt, *[model.mask_id] * n]]), rows=rows).said.weights
+    assert dense is not None
+    even = (1 - torch.eye(n, dtype=torch.float64)) / (n - 1)
+    assert torch.allclose(dense.table[0, :, len(prompt) :], even)
+
+
+def test_an_independent_set_of_the_true_graph_is_never_wrong_and_takes_pairs_in_two_forwards(model: Planted) -> None:
+    for name in STRESS_TASKS:
+        examples = generate(name, "test", N)
+        for example, output in zip(examples, solve(model, examples, sampler="dapd"), strict=True):
+            assert grade(name, example, output.text)
+            words = len(example.answer.split())
+            assert output.nfe == {"copying": 1, "pairs": 2}.get(name, words)

@@ -24,7 +24,7 @@ def test_points_say_who_breaks(tmp_path: Path) -> None:
     found = stress.curves(answers, ["threshold", "eb"], ["pairs", "copying"], 12)
     by_setting = {(x.series.sampler, x.series.frame.steps): x for x in found["pairs"]}
     careful, plain, bold, eb = (
-        by_setting[key] for key in [("confidence", 16), ("threshold", None), ("threshold:tau=0.5", None), ("eb", None)]
+        by_setting[key] for key in [("confidence", 16), ("threshold", None), ("threshold:tau=0.4", None), ("eb", None)]
     )
     assert careful.score.accuracy == plain.score.accuracy == eb.score.accuracy == 1
     assert str(plain.against) == "+0.0 [+0.0, +0.0]" and careful.careful.saved == 1

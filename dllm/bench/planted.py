@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dllm.errors import DllmError
-from dllm.models.model import ForwardOptions, Model
+from dllm.models.model import NO_CACHE, ForwardOptions, Model
 from dllm.models.tokenizer import Tokenizer
+from dllm.models.transformer import Outputs, Rows, Said, Weights
 from dllm.tasks.base import Example
 from dllm.tasks.stress import right_answers
 
@@ -82,6 +83,7 @@ class Planted(Model):
     family = "planted"
     device, dtype = torch.device("cpu"), torch.float64
     batch_invariant = True
+    attention_layers = 1
 
     def __init__(self, tokenizer: Tokenizer, problems: Iterable[tuple[str, Example]]) -> None:
         self.tokenizer, self.known = tokenizer, tokenizer.get_vocab()
@@ -93,6 +95,7 @@ class Planted(Model):
         self.problems = {self._prompt(e): (name, e) for name, e in problems}
         self.joints: dict[tuple[int, ...], Joint] = {}
         self.openings: dict[tuple[int, ...], Tensor] = {}  # marginals before anything stands
+        self.ties: dict[tuple[tuple[int, ...], int], Tensor] = {}  # and information, by prompt and columns
 
     def fingerprint(self) -> str:
         """As of a loaded model: the answers depend on nothing else."""
@@ -133,12 +136,59 @@ class Planted(Model):
             logits[row, : start - 1, self.end] = NEVER
         return logits
 
+    def forward_with(
+        self,
+        ids: Tensor,
+        pos: Tensor | None = None,
+        *,
+        rows: Rows | None = None,
+        kv: bool = False,
+        **options: Unpack[ForwardOptions],
+    ) -> Outputs:
+        """As `Model`. The attention weights of its one layer are the mutual information of a column with each other one
+        under the current conditional, over their sum: what a scheduler that reads dependence off attention hopes for. A
+        column that tells of no other one attends to itself.
+        """
+        if kv:
+            raise DllmError(NO_CACHE)
+        weights = None if rows is None else Weights(rows.at, self._attention(ids, rows))
+        return Outputs(Said(self.forward(ids, pos, **options), weights), [])
+
+    def _attention(self, ids: Tensor, rows: Rows) -> Tensor:
+        """(N, R, width) for the queries of `rows`."""
+        found = torch.eye(ids.shape[1], rows.width, dtype=torch.float64).repeat(len(ids), 1, 1)
+        for row, tokens in enumerate(ids.tolist()):
+            start = tokens.index(self.separator) + 1
+            prompt = tuple(tokens[:start])
+            words = ids[row, start : start + self.joint(prompt).answers.shape[1]]
+            nats = self._information(prompt, words)
+            telling = (nats.sum(1) > 1e-12).nonzero()[:, 0]  # rounding tells nothing
+            place = slice(start, start + len(words))
+            found[row, start + telling, place] = nats[telling] / nats[telling].sum(1, keepdim=True)
+        at = rows.at.clamp(min=0)[..., None].expand(-1, -1, rows.width)
+        return found.gather(1, at) * (rows.at >= 0)[..., None]
+
     def _marginals(self, prompt: tuple[int, ...], words: Tensor) -> Tensor:
         """(n, V) given the answer's columns `words`, of which a short window has fewer than n."""
-        joint, masked = self.joint(prompt), words == self.mask_id
-        if not masked.all():
-            cut = Joint(joint.answers[:, : len(words)], joint.mass)
-            return cut.given(words, masked).marginals(self.vocab_size)
+        if not self._opened(words):
+            return self._given(prompt, words).marginals(self.vocab_size)
         if prompt not in self.openings:
-            self.openings[prompt] = joint.marginals(self.vocab_size)
+            self.openings[prompt] = self.joint(prompt).marginals(self.vocab_size)
         return self.openings[prompt]
+
+    def _information(self, prompt: tuple[int, ...], words: Tensor) -> Tensor:
+        """(n, n) as `Joint.information`, given the answer's columns `words`."""
+        key = (prompt, len(words))
+        if not self._opened(words):
+            return self._given(prompt, words).information()
+        if key not in self.ties:
+            self.ties[key] = self._given(prompt, words).information()
+        return self.ties[key]
+
+    def _opened(self, words: Tensor) -> bool:
+        """Whether nothing stands yet: then the table is at its largest, and its sums are kept."""
+        return bool((words == self.mask_id).all())
+
+    def _given(self, prompt: tuple[int, ...], words: Tensor) -> Joint:
+        joint = self.joint(prompt)
+        return Joint(joint.answers[:, : len(words)], joint.mass).given(words, words == self.mask_id)

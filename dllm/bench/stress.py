@@ -26,17 +26,23 @@ from dllm.tasks.registry import STRESS_TASKS, generate
 SPLIT = "test"
 PLANTED, TRAINED = "planted", "trained"
 CAREFUL = "confidence"  # its first setting: one token a forward
-STEPS = {"confidence": (16, 8, 4, 2, 1)}  # of the quota, instead of settings: so many columns of 16 a step
-# sampler -> its curve, from careful to bold; the published setting is the bare name
+STEPS = {"confidence": (16, 8, 4, 2, 1)}  # of the quota, instead of settings: it commits 16 columns in so many steps
+# sampler -> its curve; the published setting is the bare name, and the first one
 SETTINGS: dict[str, tuple[str, ...]] = {
     "confidence": ("confidence",),
-    "threshold": tried("threshold{}", "tau=0.99", "tau=0.8", "tau=0.7", "tau=0.6", "tau=0.5", "tau=0.3", "tau=0.1"),
-    "factor": tried("factor{}", "f=0.5", "f=2", "f=4"),
-    "eb": tried("eb{}", "gamma=0.01", "gamma=0.5", "gamma=1", "gamma=2"),
-    "klass": tried("klass{}", "kappa=0.7", "kappa=0.5"),
-    "localleap": tried("localleap{}", "tau=0.6", "tau=0.4"),
-    "credit": tried("credit{}", "tau=0.7", "tau=0.5"),
-    "saber": tried("saber{}", "n=4"),
+    "threshold": tried("threshold{}", "tau=0.99", "tau=0.8", "tau=0.6", "tau=0.4"),
+    "factor": tried("factor{}", "f=0.5", "f=2"),
+    "eb": tried("eb{}", "gamma=0.5", "gamma=1"),
+    "klass": tried("klass{}", "kappa=0.6"),
+    "localleap": tried("localleap{}", "tau=0.5"),
+    "credit": tried("credit{}", "tau=0.6"),
+    "saber": ("saber",),
+    "clad": tried("clad{}", "tau=0.5", "tau=0.3"),
+    # with prompts this short every column is a sink at the published tau_sink, and no edge is left: 2 leaves them all
+    "dawn": tried(
+        "dawn{}", "tau_sink=2", "tau_sink=2,tau_edge=0.05,tau_low=0.4", "tau_sink=2,tau_edge=0.02,tau_low=0.1"
+    ),
+    "dapd": tried("dapd{}", "variant=staged", "tau_min=0.1,tau_max=0.3", "tau_min=0.4,tau_max=0.8"),
 }
 
 
