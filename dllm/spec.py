@@ -6,7 +6,8 @@
     a:key=value+b               a composition, samplers only
 
 A number with an exponent is a number (`1e-3`), and so are `inf` and `nan`, as Python writes them; PyYAML, which follows
-YAML 1.1, takes them for text. An anchor that refers to itself is an error.
+YAML 1.1, takes them for text. `3:16` is text, which PyYAML takes for a number to the base of 60. An anchor that refers
+to itself is an error.
 
 A specification or a file becomes a dataclass: kinds come from the annotations, ranges and choices from `param`. This is
 written by hand. pydantic would take over `fit` and `schema`, about a hundred lines, but reads "3" and true as integers
@@ -44,7 +45,7 @@ ERRORS = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """PyYAML's safe loader with the two differences above."""
+    """PyYAML's safe loader with the differences above."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -69,6 +70,11 @@ class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
 # Three digits of exponent at most: the text of a commit such as 73e1234 is no number.
 _EXPONENT = re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]{1,3}|inf|nan)$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789in"))
+# YAML 1.1 reads 3:16 as 196, minutes and seconds.
+for _sign in "-+0123456789":
+    Loader.yaml_implicit_resolvers[_sign].insert(
+        0, ("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9.]+(?::[0-9.]+)+$"))
+    )
 
 
 def value(text: str) -> Any:
@@ -282,13 +288,18 @@ def number(kind: object, given: object) -> object:
 def parameters(make: Callable[..., object]) -> Mapping[str, tuple[Parameter, Limits]]:
     """What a user may set of a dataclass or function, with its limits: what has a default.
 
-    Keyword-only fields of a dataclass are not the user's (what a cache policy knows of the model).
+    Keyword-only fields of a dataclass are not the user's unless they are a `param` (what a cache policy knows of the
+    model is none).
     """
     members = {f.name: f for f in fields(make)} if isinstance(make, type) and is_dataclass(make) else {}
     given = {name: p for name, p in signature(make).parameters.items() if p.default is not p.empty}
     if not members:
         return {name: (p, FREE) for name, p in given.items()}
-    return {name: (p, limits_of(members[name])) for name, p in given.items() if not members[name].kw_only}
+    return {
+        name: (p, limits_of(members[name]))
+        for name, p in given.items()
+        if not members[name].kw_only or "why" in members[name].metadata
+    }
 
 
 def settings(of: str, make: Callable[..., object], given: Mapping[str, object]) -> Json:
@@ -634,18 +645,20 @@ def _mapping(properties: Json, required: list[str], about: str) -> Json:
     return {"type": "object", "description": about, **known}
 
 
-def names_of(classes: Mapping[str, type], presets: Mapping[str, Collection[str]] = MappingProxyType({})) -> Json:
-    """The schema of what `named` reads for a table of classes, composed with "+" where there are presets."""
+def names_of(
+    classes: Mapping[str, type], presets: Mapping[str, Collection[str]] = MappingProxyType({}), composed: bool = False
+) -> Json:
+    """The schema of what `named` reads for a table of classes; some have presets, and they may be composed with "+"."""
     forms: list[Json] = []
     for name, cls in classes.items():
         known = keys_of(cls)
         own: Json = {"name": {"const": name}}
-        if presets:
+        if presets.get(name):
             own["preset"] = {"enum": list(presets[name])}
         own |= {key: known["properties"][key] for key in parameters(cls)}
         forms.append(_mapping(own, ["name"], known["description"]))
     part = rf"\s*(?:{'|'.join(classes)})\s*(?::(?:[^+]|\+[0-9.])*)?"
-    text = {"type": "string", "pattern": rf"^{part}(?:\+{part})*$" if presets else f"^{part}$"}
+    text = {"type": "string", "pattern": rf"^{part}(?:\+{part})*$" if composed else f"^{part}$"}
     return {"anyOf": [{"enum": list(classes)}, text, *forms]}
 
 

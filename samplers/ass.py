@@ -32,6 +32,11 @@ class Doubling(Window, Schedule):
 
     blocks: int
 
+    @property
+    def whole(self) -> bool:
+        """One block is."""
+        return self.blocks == 1
+
     def open(self, state: State) -> tuple[State, Span]:
         """The columns that may be written by the end of this step."""
         canvas = state.canvas

@@ -42,12 +42,13 @@ class Blocks(Window):
     length: int = field(metadata={"why": "columns of a block"})
     lone_opening: bool = field(default=False, metadata={"why": "the opening forward commits the first column only"})
     aligned: bool = field(default=False, metadata={"why": "blocks count from column 0, as block-causal models have it"})
+    whole: bool = field(default=False, metadata={"why": "one block takes the whole generation, whatever the call says"})
     holds: bool = field(default=False, metadata={"why": "a block stays open while `Hold` says so"})
 
     @classmethod
     def of(cls, context: Context, *, lone_opening: bool = False, holds: bool = False) -> Self:
         """The blocks of a call."""
-        return cls(context.block_length, lone_opening, context.block_size is not None, holds)
+        return cls(context.block_length, lone_opening, context.block_size is not None, holds=holds)
 
     def widest(self, canvas: Canvas) -> int:
         """A block."""
@@ -71,7 +72,8 @@ class Blocks(Window):
         if self.lone_opening:
             begin, end = torch.where(new, lo, lo + 1), torch.where(new, lo + 1, hi)
         reads = spans(begin, end, self.widest(canvas))
-        masks = (canvas.masked.gather(1, reads.clamp(min=0)) & (reads >= 0)).sum(1)
+        inside = spans(lo, hi, self.widest(canvas))
+        masks = (canvas.masked.gather(1, inside.clamp(min=0)) & (inside >= 0)).sum(1)
         step, masks = torch.where(new, state.step, before.step), torch.where(new, masks, before.masks)
         state = state._replace(memory=state.memory.plus(BlockMemory(lo, step, masks)))
         return state, Span(lo=begin, hi=end, end=hi, reads=reads, epoch=block)

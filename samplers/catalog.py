@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 NEEDS = {
     "committed": "reads committed columns too",
+    "generation": "reads the whole generation",
     "edits_length": "changes the length of a row",
     "revises": "takes back what it wrote",
+    "whole_block": "an end token counts once its block is complete",
     "may_idle": "a step may commit nothing",
     "stochastic": "draws keyed noise at temperature 0",
     "impure": "depends on more than its state",

@@ -49,7 +49,7 @@ class CCD(Method):
             adjust=rule.adjust,
             memory=rule.memory,
             columns=rule.columns,
-            assumes={"window": Blocks(context.max_new_tokens), "score": quota.entropy},
+            assumes={"window": Blocks(context.max_new_tokens, whole=True), "score": quota.entropy},
             needs=Needs(filtered=True),
         )
 

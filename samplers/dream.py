@@ -61,6 +61,6 @@ class Dream(Method):
         return Bundle(
             score=None if self.alg is None else SCORES.get(self.alg, quota.confidence),
             select=select,
-            assumes={"window": Blocks(context.max_new_tokens), "score": quota.entropy},
+            assumes={"window": Blocks(context.max_new_tokens, whole=True), "score": quota.entropy},
             needs=Needs(filtered=True, may_idle=True, stochastic=self.alg == "origin" or self.alg_temp > 0),
         )

@@ -65,4 +65,6 @@ class EOSER(Method):
         if not self.whole:
             return Bundle(score=score)
         length = context.max_new_tokens
-        return Bundle(score=score, assumes={"window": Blocks(length), "select": Quota(context.steps, length)})
+        return Bundle(
+            score=score, assumes={"window": Blocks(length, whole=True), "select": Quota(context.steps, length)}
+        )

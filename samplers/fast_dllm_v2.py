@@ -57,4 +57,4 @@ class FastDLLMv2(Method):
             raise DllmError(f"fast_dllm_v2: sub={self.sub} must divide the model's block of {block} columns")
         window = SubBlocks(self.sub, aligned=True, block=block)
         select = Threshold(self.tau).select
-        return Bundle(window=window, assumes={"select": select}, needs=Needs(revises=self.whole_block))
+        return Bundle(window=window, assumes={"select": select}, needs=Needs(whole_block=self.whole_block))

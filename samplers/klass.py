@@ -9,7 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.samplers import OFF, Bundle, Canvas, Context, Method, Prediction, Presets, Sized, Span, State, View, param
+from dllm.samplers import (
+    OFF,
+    Bundle,
+    Canvas,
+    Context,
+    Method,
+    Needs,
+    Prediction,
+    Presets,
+    Sized,
+    Span,
+    State,
+    View,
+    param,
+)  # fmt: skip
 from dllm.samplers.quota import Quota
 
 
@@ -82,6 +96,7 @@ class KLASS(Method):
             memory=Sized(first),
             columns=lambda canvas: Calm(*[torch.zeros_like(canvas.ids)] * 2),
             reads=beyond if whole else None,
+            needs=Needs(generation=whole),
         )
 
     def stable(self, view: View, pred: Prediction) -> Tensor:

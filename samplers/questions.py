@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dllm.decoding import constants
-from dllm.decoding.cache.policy import NoCache, Policy
+from dllm.decoding.cache.policy import Policy
+from dllm.decoding.cache.tail import NoCache
 from dllm.decoding.canvas import Canvas, Leaves, State
 from dllm.decoding.facts import Facts, Shape
 from dllm.decoding.meter import Meter

@@ -146,7 +146,7 @@ def check(spec: Spec) -> None:
 def schema() -> Json:
     """The JSON Schema of a specification: a name, a mapping, or a list of these, which share one definition."""
     known = {name: method(name) for name in names()}
-    one = names_of(known, {name: (TUNED, PUBLISHED, *cls.presets) for name, cls in known.items()})
+    one = names_of(known, {name: (TUNED, PUBLISHED, *cls.presets) for name, cls in known.items()}, True)
     return {**many(ref("method")), "$defs": {"method": one}}
 
 

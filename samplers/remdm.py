@@ -48,7 +48,7 @@ class ReMDM(Method):
     def bundle(self, context: Context) -> Bundle:
         """Owns the selection and amends, and the score where it draws; the whole window where nobody brings one."""
         needs = Needs(committed=True, revises=True, may_idle=True, stochastic=self.schedule != REFINE)
-        assumes: Assumed = {"window": Blocks(context.max_new_tokens)}
+        assumes: Assumed = {"window": Blocks(context.max_new_tokens, whole=True)}
         if self.schedule == REFINE:
             law = Refine(self.fill, self.loops, self.k)
             return Bundle(select=law.select, amend=(law.revoke,), assumes=assumes, needs=needs, memory=law.memory)

@@ -43,7 +43,7 @@ class Saber(Method):
         return Bundle(
             select=self.select,
             amend=(self.revoke,),
-            assumes={"window": Blocks(context.max_new_tokens)},
+            assumes={"window": Blocks(context.max_new_tokens, whole=True)},
             needs=Needs(committed=True, revises=self.backtrack),
             columns=lambda canvas: Recorded(*[torch.zeros_like(canvas.ids, dtype=torch.float64)] * 2),
         )

@@ -53,7 +53,7 @@ class SDAR(Method):
             score=leftmost if self.rule == "sequential" else None,
             select=select,
             assumes={"window": Blocks.of(context), "score": usual},
-            needs=Needs(filtered=True, revises=self.whole_block),
+            needs=Needs(filtered=True, whole_block=self.whole_block),
         )
 
     def sure(self, view: View, soft: Prediction, score: Tensor) -> Tensor:

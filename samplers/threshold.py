@@ -8,33 +8,73 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dllm.samplers import OFF, Blocks, Bundle, Context, Method, Prediction, Presets, View, param, rank
+from dllm.decoding.cache.tail import Kept
+from dllm.samplers import (
+    OFF,
+    BlockMemory,
+    Blocks,
+    Bundle,
+    Context,
+    Method,
+    Needs,
+    Prediction,
+    Presets,
+    View,
+    param,
+    rank,
+)
 
 
 @dataclass(frozen=True)
 class Threshold(Method):
-    """Commit every candidate whose confidence reaches tau, and always the best one."""
+    """Commit every candidate whose confidence reaches tau, and always the best one.
+
+    With `decay` = alpha the bar falls from tau to tau (1 - alpha) while the block fills (Streaming-dLLM, arXiv
+    2601.17917, equation 10): tau (1 - alpha (1 - r)), where r is the share of its masks that is left. As released, the
+    masks behind the block that the cache has kept count as masks of the block, which weakens alpha.
+    """
 
     tau: float = param(0.9, "Fast-dLLM's default, LLaDA and Dream", low=0, high=OFF)
     tie: float = param(0.0, "candidates this close to the best one commit with it (dInfer: 1e-5)", low=0, high=1)
 
+    decay: float = param(0.0, "Streaming-dLLM's alpha: 0.3 in most of its settings, 0.1 to 0.7 in all", low=0, high=1)
+    tail_counts: bool = param(True, "the released code; False: r is the share of the block alone")
+    whole_block: bool = param(
+        False, "True: an EOS ends the row when its block is complete, as DPad and Streaming-dLLM do"
+    )
     lone_opening: bool = param(False, "True: the forward that opens a block commits its first column only")
 
     name: ClassVar[str] = "threshold"
     source: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
     # `fastdllm_dream`: the released code for shifted models fills the first column of a block in the opening forward,
     # whatever its confidence, because its cached forwards cannot predict that column.
-    presets: ClassVar[Presets] = {"dinfer": {"tie": 1e-5}, "fastdllm_dream": {"lone_opening": True}}
+    presets: ClassVar[Presets] = {
+        "dinfer": {"tie": 1e-5},
+        "fastdllm_dream": {"lone_opening": True},
+        "streaming": {"decay": 0.3},
+        "streaming_dream": {"decay": 0.3, "lone_opening": True},
+    }
 
     def bundle(self, context: Context) -> Bundle:
         """Owns the selection, and the window where blocks open alone."""
         window = Blocks.of(context, lone_opening=True) if self.lone_opening else None
-        return Bundle(window=window, select=self.select)
+        return Bundle(window=window, select=self.select, needs=Needs(whole_block=self.whole_block))
+
+    def bar(self, view: View) -> Tensor:
+        """(B, 1) float64: tau, decayed by what is left of the block."""
+        left, opened = view.live.sum(1), view.memory.get(BlockMemory)
+        size = left if opened is None else opened.masks  # the masks that the block held when it was opened
+        kept = view.columns.get(Kept)
+        if kept is not None and self.tail_counts:
+            tail = kept.tail(view.canvas, view.window)
+            left, size = left + tail, size + tail
+        r = (left.double() / size.clamp(min=1)).clamp(max=1)
+        return (self.tau * (1 - self.decay * (1 - r)))[:, None]
 
     def select(self, view: View, soft: Prediction, score: Tensor) -> Tensor:
         """(B, W) bool: candidates that reach tau, or come close to the best."""
         conf = soft.confidence
-        chosen = conf >= self.tau
+        chosen = conf >= (self.bar(view) if self.decay else self.tau)
         if self.tie:
             top = conf.masked_fill(~view.live, -torch.inf).amax(1, keepdim=True)
             chosen = chosen | (conf >= top - self.tie)

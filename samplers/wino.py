@@ -50,11 +50,17 @@ class Shadow(Inputs):
             seen = given.expand(n, q, -1)  # (B, Q, S)
             alone = given.expand(n, -1, -1)[:, -1:] & (slots != shadow[..., None])  # (B, E, S)
         else:
-            seen = torch.ones(n, q, q, dtype=torch.bool, device=pos.device)
-            alone = plan.pos[:, None] != shadow[..., None]  # (B, E, Q)
+            everyone = torch.ones(1, 1, q, dtype=torch.bool, device=pos.device)
+            seen = (everyone if plan.visible is None else plan.visible).expand(n, q, q)
+            shared = plan.visible is None or (seen.sum(1, keepdim=True) > 1)  # one that only itself sees is private
+            alone = shared & (plan.pos[:, None] != shadow[..., None])  # (B, E, Q)
         visible = torch.cat([seen, alone], 1)
-        own = ~real[:, None] & ~real  # (Q + E, Q + E): the shadow among itself
-        own = own if plan.stored else own[:, q:]  # without a store the planned queries are keys already
+        own = (~real[:, None] & ~real).expand(n, -1, -1)  # (B, Q + E, Q + E): the shadow among itself
+        if not plan.stored:
+            own = own[..., q:]  # the planned queries are keys already
+        elif plan.visible is not None and plan.visible.shape[2] > known.slots:  # and private ones as they were
+            private = plan.visible[..., known.slots :].expand(n, q, q)
+            own = own | F.pad(private, (0, shadow.shape[1], 0, shadow.shape[1]))
         fresh = None
         if plan.stored:
             fresh = torch.ones_like(plan.pos, dtype=torch.bool) if plan.fresh is None else plan.fresh
@@ -64,7 +70,7 @@ class Shadow(Inputs):
             pos=pos,
             fresh=fresh,
             keep=None if plan.keep is None else F.pad(plan.keep, (0, shadow.shape[1])),
-            visible=torch.cat([visible, own.expand(n, -1, -1)], 2),
+            visible=torch.cat([visible, own], 2),
             known=known._replace(padded=True, private=plan.stored, write=None),
         )
 

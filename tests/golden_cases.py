@@ -252,6 +252,36 @@ ARGUMENTS |= {
 }
 
 
+# -- codes that leave masks out ---------------------------------------------------------------------------------------
+# They end when a finished block holds an EOS, and fill the rest with it. `whole` compares a decode that goes on.
+
+
+def _pruned(p: dict[str, Any], cache_: dict[str, Any], **sampler: Any) -> dict[str, Any]:
+    cached = "dream" if "alg" in p and cache_["name"] != "none" else "llada"
+    if p["threshold"] is None:
+        sampler = {"name": "confidence"}
+    else:
+        sampler = {"name": "threshold", "tau": p["threshold"], "lone_opening": cached == "dream", **sampler}
+    new = p["max_new_tokens"] if "alg" in p else p["gen_length"]
+    call = {"max_new_tokens": new, "block_length": p["block_length"], "steps": p["steps"], "early_stop": False}
+    return {**call, "sampler": sampler, "cache": cache_}
+
+
+def _dpad(name: str) -> Any:
+    return lambda p: _pruned(p, {"name": name, "offsets": p["suffix_offsets"]})
+
+
+PRUNED: dict[str, Any] = {
+    "dpad_none": _dpad("none"),
+    "dpad_prefix": _dpad("prefix"),
+    "dpad_dual": _dpad("dual"),
+    "streaming_prefix": lambda p: _pruned(
+        p, {"name": "prefix", "near": p["window_size"], "tail": 1}, decay=p["confidence_alpha"]
+    ),
+}
+ARGUMENTS |= PRUNED
+
+
 # -- block-causal models ---------------------------------------------------------------------------------------------
 # The codes decode whole blocks, so the number of new tokens depends on the prompt. Where they run a forward of its own
 # to prefill the prompt or to store a finished block, ours folds that work into the next block's first forward: our
@@ -326,6 +356,9 @@ def mismatch(case: dict[str, Any], out: Any) -> str | None:
     method = case["id"].partition("/")[0]
     if method in BLOCKWISE:
         return mismatch_of_blocks(case, out)
+    if method in PRUNED:
+        ours, theirs = ([sorted(pairs) for pairs in x] for x in (out.trace.commits, case["commits"]))
+        return None if ours[: len(theirs)] == theirs else f"commits {ours} != {theirs}"
     if out.sequences != case["output_ids"]:
         return f"ids {out.sequences} != {case['output_ids']}"
     if out.nfe != case["nfe"] - case.get("extra", {}).get("idle_forwards", 0):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dllm.bench.runtime import REPEATS, VOCABULARY, WINDOW, Figure, context, scene
-from dllm.decoding.cache.policy import NoCache
+from dllm.decoding.cache.tail import NoCache
 from dllm.decoding.engine import Waiting
 from dllm.decoding.facts import fetch
 from dllm.decoding.meter import Meter

@@ -38,7 +38,7 @@ class Compared(Runner):
     def turn(self, part: Part) -> Turn:
         """The policy's step; the full forward is compared and not counted."""
         turn = super().turn(part)
-        if turn.answer.plan.stored:
+        if turn.answer.plan.stored or not (turn.answer.plan.dense or (self.policy.exact and self.policy.block_size)):
             whole = planned(part.state, self.policy.whole(part.state, part.window))
             self._note(part, turn.answer, self.forward(part.state, part.reading, whole))
         return turn

@@ -332,7 +332,7 @@ def _sampler(model: Model, args: Arguments, context: Context, stops: Stops) -> S
     sampler = registry.build(spec, context, Bundle(inputs=inputs, adjust=adjust), tuned)
     sampler = sampler.reading(model.attention_layers)
     if args.early_stop and not args.infill:
-        stop = Stop(stops, sampler.needs.revises)
+        stop = Stop(stops, sampler.needs.revises, sampler.needs.whole_block)
         sampler = sampler._replace(stop=stop, starts=(*sampler.starts, (stop.memory, None)))
     return sampler
 

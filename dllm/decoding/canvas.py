@@ -232,9 +232,16 @@ class Fed(NamedTuple):
 
     cols: Tensor  # (B, L) bool: these positions are computed
     keep: Tensor | None = None  # (B, L) bool: whose keys and values stay in the store; None: all
-    limit: Tensor | None = None  # (B,) queries see the stored columns below; None: all of the row
+    seen: Tensor | None = None  # (B, L) bool: the stored columns that queries see; None: all of the row
     aside: Tensor | None = None  # (B, L) bool: only looked at, private to the forward; None: nothing
     dense: bool = False  # every column of every row
+    refresh: bool = False  # fills the row's lane for a new epoch; a lookahead sends nothing along with it
+
+    def sees(self, canvas: Canvas) -> Tensor:
+        """(B, L) bool: `seen`, written out."""
+        if self.seen is not None:
+            return self.seen
+        return torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.length[:, None]
 
 
 class Span(NamedTuple):
@@ -295,9 +302,10 @@ class Plan(NamedTuple):
     visible: Tensor | None  # (N, 1 | Q, S [+ Q]) bool
     lane: Tensor | None  # (N,) None: there is no store
     known: Known | None  # what the host knows of all that; None: the model asks the device
-    refresh: bool  # a full forward that installs a new epoch
+    refresh: bool  # installs a new epoch
     stored: bool  # reads or writes the store
     rows: Rows | None = None  # whose attention weights are wanted, each of the N rows its own; None: nobody asks
+    dense: bool = False  # feeds every column: a query stands at its position
 
     def take(self, rows: Tensor) -> Plan:
         """Some of the N rows, by index: the model asks where they are."""

@@ -224,6 +224,6 @@ class CapturedRunner(Runner):
         count = kept.state.rows
         pos, hidden = (x.view(-1, count, *x.shape[1:])[:, at].flatten(0, 1) for x in (kept.pos, kept.hidden))
         dense = window.feeds(bool(key.stale)).dense
-        plan = Plan(pos, pos, None, None, None, None, None, refresh=dense, stored=False)
+        plan = Plan(pos, pos, None, None, None, None, None, refresh=False, stored=False, dense=dense)
         answer = self.answer(kept.state.take(at), window, plan, Said(hidden), pos.shape[1])
         return answer.filled(state, rows, width)

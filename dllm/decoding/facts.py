@@ -36,7 +36,8 @@ class Facts(NamedTuple):
     size: int  # columns that the next forward feeds
     first: int  # of them
     last: int
-    limit: int  # stored columns that the next forward may see
+    limit: int  # end of the stored columns that the next forward may see
+    seen: int  # how many these are
     reads: int  # columns that the next step reads
     doubt: int  # a lookahead leaves the next step to a forward of this row alone
 
@@ -49,7 +50,7 @@ def flags(
     canvas, (refresh, step), stale = state.canvas, (window.feeds(True), window.feeds(False)), window.stale
     assert stale is not None
     cols = torch.where(stale[:, None], refresh.cols, step.cols)
-    first, second = (canvas.length if f.limit is None else f.limit for f in (refresh, step))
+    seen = torch.where(stale[:, None], refresh.sees(canvas), step.sees(canvas))
     closed = state.memory.get(Closed)
     columns = torch.arange(1, cols.shape[1] + 1, device=cols.device)
     last = torch.where(cols, columns, 0).amax(1) - 1
@@ -58,7 +59,8 @@ def flags(
         done=state.done, closing=state.closing, covered=covered, finite=finite.expand_as(covered), step=state.step,
         start=canvas.start, length=canvas.length, masks=canvas.masked.sum(1),
         closed=canvas.start if closed is None else closed.end, fed=fed, lo=window.lo, hi=window.hi, stale=stale,
-        size=cols.sum(1), first=cols.int().argmax(1), last=last, limit=torch.where(stale, first, second), reads=reads,
+        size=cols.sum(1), first=cols.int().argmax(1), last=last, limit=torch.where(seen, columns, 0).amax(1),
+        seen=seen.sum(1), reads=reads,
         doubt=torch.zeros_like(stale) if doubt is None else doubt,
     )  # fmt: skip
     return torch.stack([known[name] for name in Facts._fields], 1)
@@ -83,7 +85,7 @@ class Shape(NamedTuple):
     slots: int  # S: stored columns that are read
     reads: int  # W
     padded: bool = True  # some row feeds fewer than Q columns
-    ragged: bool = True  # some row may see fewer than S stored columns
+    ragged: bool = True  # some row may not see all S stored columns
     write: tuple[int, int] | None = None  # all rows feed, and keep, exactly these columns; None: it takes an index
 
     @classmethod
@@ -99,7 +101,7 @@ class Shape(NamedTuple):
             slots=slots,
             reads=max(1, *(r.reads for r in rows)),
             padded=any(r.size != queries for r in rows),
-            ragged=any(r.limit != slots for r in rows),
+            ragged=any(r.seen != slots for r in rows),
             write=write,
         )
 

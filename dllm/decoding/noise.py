@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 TOKEN, ORDER, TRANSFER, REMASK = range(4)  # independent streams of one step
+TAIL = 1 << 62  # of an epoch of the window: apart from those four of every seed
 
 
 def _signed(word: int) -> int:

@@ -264,8 +264,8 @@ class Answer:
 
     def _query(self, source: Tensor) -> Tensor:
         """(B, W) index of the query that holds each source position, -1 where none does."""
-        if self.plan.refresh:
-            return source  # a full forward: query index = position
+        if self.plan.dense:
+            return source
         pos = self.plan.pos[: len(source), : self.queries]
         queries = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
         return scatter(torch.full_like(self.state.canvas.ids, -1), pos, queries).gather(1, source)

@@ -102,6 +102,8 @@ class Needs:
     committed: bool = False  # reads committed columns of the window too
     edits_length: bool = False
     revises: bool = False  # may re-mask or edit what it wrote: no early stop inside a block
+    whole_block: bool = False  # nor has this one
+    generation: bool = False  # reads every column of the generation at every step
     may_idle: bool = False  # a step without a commit is legal
     stochastic: bool = False  # an answer depends on its seed even at temperature 0
     edits: bool = False  # may write another token over a committed one
@@ -151,6 +153,11 @@ class Window(Protocol):
     def open(self, state: State) -> tuple[State, Span]:
         """The window of this step before its forward, and the state that remembers it."""
         ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole generation, whatever the length of a block."""
+        return False
 
     def narrow(self, view: View, pred: Prediction) -> None:
         """Change the window after the forward, by `view.narrow` (AdaBlock). By default it stays."""

@@ -191,11 +191,12 @@ class Stop:
     """Finish a row once its *closed* prefix holds a stop.
 
     A prefix is closed where nothing in it can change any more: up to the first mask for samplers that never revise, up
-    to the last block that was left for those that do.
+    to the last block that was left for those that do, and for those that would rather complete it.
     """
 
     stops: Stops
     revises: bool
+    whole_block: bool = False
 
     def __call__(self, view: View, canvas: Canvas) -> Tensor:
         """(B,) bool: rows with an end token in the closed prefix of this canvas, the one after the step's decision.
@@ -214,10 +215,12 @@ class Stop:
     def closed(self, view: View, canvas: Canvas) -> Tensor:
         """(B,) the end of the closed prefix, with the canvas after the step's decision. It asks the device nothing."""
         end = canvas.first_masked()
-        if self.revises:
+        if self.revises or self.whole_block:
             cols = torch.arange(canvas.ids.shape[1], device=end.device)
-            left = ~((canvas.masked & view.window.inside(cols)).any(1) | view.held)
-            end = torch.where(left, end, torch.minimum(end, view.window.lo))
+            block = (cols >= view.window.lo[:, None]) & (cols < view.window.end[:, None])
+            left = ~((canvas.masked & block).any(1) | view.held)
+            before = canvas.start if self.whole_block else torch.minimum(end, view.window.lo)
+            end = torch.where(left, end, before)
         return end
 
     def by_ids(self, canvas: Canvas, closed: Tensor) -> Tensor:

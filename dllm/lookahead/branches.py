@@ -229,7 +229,9 @@ def _along_batch(rows: list[list[Branch]], device: torch.device) -> tuple[Packed
     tensors = [None if x is None else torch.from_numpy(x).to(device) for x in (ids, pos, visible)]
     left = iter(lines)
     places = [[Place(next(left), 0, 0) for _ in branches] for branches in rows]
-    return Packed(Plan._make([*tensors[:2], None, None, tensors[2], None, None, False, False, None]), places), asked
+    return Packed(
+        Plan._make([*tensors[:2], None, None, tensors[2], None, None, False, False, None, False]), places
+    ), asked
 
 
 def _along_sequence(rows: list[list[Branch]], device: torch.device) -> tuple[Packed, Ints]:
@@ -263,7 +265,7 @@ def _along_sequence(rows: list[list[Branch]], device: torch.device) -> tuple[Pac
     if (keep | (pos < 0)).all():  # nothing private: no columns for it
         visible = visible[:, :, :slots]
     tensors = [torch.from_numpy(x).to(device) for x in (ids, pos, keep, keep, visible, lane)]
-    return Packed(Plan._make([*tensors, None, False, True, None]), places), asked
+    return Packed(Plan._make([*tensors, None, False, True, None, False]), places), asked
 
 
 def _see(visible: Bools, f: Feed, holder: Ints, slots: int, at: int) -> None:

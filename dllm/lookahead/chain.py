@@ -122,7 +122,7 @@ class ChainRunner(Runner):
 
     def levels(self, facts: list[Facts], window: Span) -> int:
         """R of the next forward of these rows. A full one has no room for drafts, and nobody steps beyond his cap."""
-        if facts[0].stale and window.feeds(True).dense:
+        if facts[0].stale and window.feeds(True).refresh:
             return 1
         setting, n = self.setting, len(facts)
         room = min(self.options.cap(f) - 1 - f.step for f in facts)

@@ -61,7 +61,9 @@ class Asked(NamedTuple):
             own = table[:, level] if isinstance(level, int) else table[:, level, torch.arange(rows, device=device)]
             return own.flatten(0, 1)
 
-        fed = Plan(at(self.plan.ids), at(self.plan.pos), None, None, None, None, None, self.plan.refresh, False)
+        fed = Plan(
+            at(self.plan.ids), at(self.plan.pos), None, None, None, None, None, False, False, dense=self.plan.dense
+        )
         return run.answer(state, window, fed, mapped(at, self.said), self.queries)
 
 
@@ -117,7 +119,7 @@ class Round:
     def roll(self, first: Level, stale: Answer) -> list[Level]:
         """The states themselves, and what the sampler's own step makes of them on the last prediction."""
         levels, s, cols = [first], self.run.s, first.window.reads
-        if self.crosses and not (self.far.stored and first.window.feeds(True).dense):  # the next windows, too
+        if self.crosses and not (self.far.stored and first.window.feeds(True).refresh):  # the next windows, too
             hi = first.window.hi
             cols = torch.cat([cols, spans(hi, first.state.canvas.length, self.shape.reads)], 1)
         old = replace(stale, state=first.state, window=first.window, extra=None, said=self.private(stale))
@@ -147,24 +149,23 @@ class Round:
         shape, fed = self.shape, self.feeds(state, window)
         fits = (fed.cols.sum(1) <= shape.queries) & (window.reads[:, shape.reads :] < 0).all(1)
         if self.far.stored:
-            fits = fits & ((state.canvas.length if fed.limit is None else fed.limit) <= shape.slots)
-        return fits & ~_stale(window) if window.feeds(True).dense else fits
+            fits = fits & ~fed.sees(state.canvas)[:, shape.slots :].any(1)
+        return fits & ~_stale(window) if window.feeds(True).refresh else fits
 
     def feeds(self, state: State, window: Span) -> Fed:
-        """What rows feed, those that refresh among the others where a refresh is no full forward."""
+        """What rows feed, those that refresh among the others where a refresh does not fill the lane."""
         refresh, own, stale = window.feeds(True), window.feeds(False), _stale(window)
-        if refresh.dense:
+        if refresh.refresh:
             return own
 
         def mixed(a: Tensor | None, b: Tensor | None, usual: Tensor) -> Tensor | None:
             if a is None and b is None:
                 return None
-            rows = stale if usual.dim() == 1 else stale[:, None]
-            return torch.where(rows, usual if a is None else a, usual if b is None else b)
+            return torch.where(stale[:, None], usual if a is None else a, usual if b is None else b)
 
         none, cols = torch.zeros_like(own.cols), torch.where(stale[:, None], refresh.cols, own.cols)
-        limit = mixed(refresh.limit, own.limit, state.canvas.length)
-        return Fed(cols, mixed(refresh.keep, own.keep, ~none), limit, mixed(refresh.aside, own.aside, none))
+        seen = mixed(refresh.seen, own.seen, Fed(cols).sees(state.canvas))
+        return Fed(cols, mixed(refresh.keep, own.keep, ~none), seen, mixed(refresh.aside, own.aside, none))
 
     # -- the forward --------------------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ class Round:
     def question(self, state: State, window: Span, lane: Tensor | None) -> list[Tensor]:
         """All that the answer to these rows depends on beside the store, each (copies B, ...)."""
         fed, canvas = self.feeds(state, window), state.canvas
-        tables = [canvas.ids, canvas.length, window.reads, fed.cols, fed.keep, fed.limit, fed.aside]
+        tables = [canvas.ids, canvas.length, window.reads, fed.cols, fed.keep, fed.seen, fed.aside]
         if self.run.s.inputs is not None:
             asked = expanded(self.run.s, state, window, self.plan(state, fed, lane))
             tables += [asked.ids, asked.pos, asked.fresh, asked.keep, asked.visible]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.cache import Cached, Canvas, Fed, Policy, Span, State, marked, param, stretch
+from dllm.decoding.cache.tail import StoredTail
 
 
 @dataclass(frozen=True)
-class Prefix(Policy):
+class Prefix(StoredTail):
     """Keys and values before the block are kept; the block and everything right of it are recomputed."""
 
     name: ClassVar[str] = "prefix"
@@ -29,7 +30,7 @@ class Prefix(Policy):
 
 
 @dataclass(frozen=True)
-class Dual(Policy):
+class Dual(StoredTail):
     """Prefix and suffix are kept; the block with its margins is recomputed (dInfer 16/16, DSB 24/0)."""
 
     name: ClassVar[str] = "dual"
@@ -59,6 +60,7 @@ class Dated(Policy):
 
     def note(self, state: State, window: Span) -> State:
         """When the epoch of the window began."""
+        state = super().note(state, window)
         before = state.memory[Opened]
         since = torch.where(window.epoch != before.epoch, state.step, before.since)
         return state._replace(memory=state.memory.plus(Opened(window.epoch, since)))

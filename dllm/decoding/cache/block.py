@@ -43,7 +43,8 @@ class Block(Policy):
         first = torch.where(source < 0, state.canvas.ids.shape[1], source).amin(1)
         lo = torch.minimum(torch.minimum(state.cached.frontier.clamp(min=0), frontier), first)
         end = self.ahead_of(torch.maximum(self.block_end(state, window), frontier), state)
-        return stretch(state, lo, end)._replace(limit=torch.minimum(end, state.canvas.length))
+        columns = torch.arange(state.canvas.ids.shape[1], device=end.device)
+        return stretch(state, lo, end)._replace(seen=columns < torch.minimum(end, state.canvas.length)[:, None])
 
     def refresh(self, state: State, window: Span) -> Fed:
         """The open block and what is not in the store yet; of these keys and values only the clean ones stay."""

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.decoding.canvas import Cached, Canvas, Fed, Leaf, Plan, Span, State
@@ -40,30 +41,35 @@ def plan(state: State, fed: Fed, shape: Shape, lane: Tensor | None, lanes: slice
     canvas, width = state.canvas, shape.queries
     pos = indices(fed.cols, width)
     at = pos.clamp(min=0)
-    fresh, keep = (None if t is None else t.gather(1, at) for t in (fed.aside, fed.keep))
-    fresh = None if fresh is None else ~fresh
+    aside, keep = (None if t is None else t.gather(1, at) for t in (fed.aside, fed.keep))
     visible = None
-    if lane is not None and (shape.ragged or fresh is not None):
-        limit = canvas.length if fed.limit is None else fed.limit
-        visible = (torch.arange(shape.slots, device=pos.device) < limit[:, None])[:, None]  # (N, 1, S)
-        visible = visible if fresh is None else F.pad(visible, (0, width))  # nobody sees what is private
+    if lane is not None and (shape.ragged or aside is not None):
+        visible = fed.sees(canvas)[:, None, : shape.slots]  # (N, 1, S)
+    if aside is not None:  # nobody else sees what is private, and itself where the store has nothing of it to show
+        alone = aside if fed.seen is None else aside & ~fed.seen.gather(1, at)
+        peers = torch.zeros_like(aside)[:, None] if lane is not None else ~aside[:, None]  # (N, 1, Q)
+        if fed.seen is not None:
+            peers = peers | torch.diag_embed(alone)  # (N, Q, Q)
+        visible = peers if visible is None else torch.cat([visible.expand(-1, peers.shape[1], -1), peers], 2)
+    fresh = None if aside is None or lane is None else ~aside
     write = None if shape.write is None else slice(*shape.write)
     known = Known(shape.padded, fresh is not None, lanes, write, shape.slots)
     ids = canvas.ids.gather(1, at)
-    return Plan(ids, pos, fresh, keep, visible, lane, known, refresh=fed.dense, stored=lane is not None)
+    return Plan(ids, pos, fresh, keep, visible, lane, known, fed.refresh, lane is not None, dense=fed.dense)
 
 
 def planned(state: State, fed: Fed, lane: Tensor | None = None) -> Plan:
     """The same where the host knows nothing: it asks how many columns are fed."""
-    limit = state.canvas.length if fed.limit is None else fed.limit
-    queries, slots = torch.stack([fed.cols.sum(1).amax(), limit.amax()]).tolist()
+    seen = fed.sees(state.canvas).any(0)
+    last = torch.where(seen, torch.arange(1, len(seen) + 1, device=seen.device), 0).amax()
+    queries, slots = torch.stack([fed.cols.sum(1).amax(), last]).tolist()
     return plan(state, fed, Shape(max(queries, 1), slots, 1), lane, None)
 
 
 def everything(state: State) -> Fed:
     """All columns of every row."""
     columns = torch.arange(state.canvas.ids.shape[1], device=state.step.device)
-    return Fed(columns < state.canvas.length[:, None], dense=True)
+    return Fed(columns < state.canvas.length[:, None], dense=True, refresh=True)
 
 
 def stretch(state: State, lo: Tensor, hi: Tensor) -> Fed:
@@ -85,6 +91,7 @@ class Policy(ABC):
     exact: ClassVar[bool] = False  # logits equal those of full forwards
     stored: ClassVar[bool] = True  # needs a store; False: `step` is every row's forward
     blockwise: ClassVar[bool | None] = None  # True: for block-causal models only, False: for bidirectional ones only
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})  # parameters by name
     sparse: ClassVar[bool] = False  # recomputes scattered columns: committed ones are read only by those who need them
     block_size: int | None = field(default=None, kw_only=True, repr=False)  # of the model
     shift: int = field(default=0, kw_only=True, repr=False)  # of the model
@@ -175,20 +182,3 @@ class Policy(ABC):
     def ahead_of(self, end: Tensor, state: State) -> Tensor:
         """(B,) where a forward ends that also reads the blocks ahead."""
         return torch.minimum(end + self.ahead * (self.block_size or 0), state.canvas.length)
-
-
-@dataclass(frozen=True)
-class NoCache(Policy):
-    """Every step is a full forward without a store. Exact, at any time, for any sampler."""
-
-    name: ClassVar[str] = "none"
-    exact: ClassVar[bool] = True
-    stored: ClassVar[bool] = False
-
-    def stale(self, state: State, window: Span) -> Tensor:
-        """Never."""
-        return torch.zeros_like(state.done)
-
-    def step(self, state: State, window: Span) -> Fed:
-        """Everything."""
-        return self.whole(state, window)

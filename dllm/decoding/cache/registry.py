@@ -9,7 +9,9 @@ from collections.abc import Mapping
 
 from dllm.decoding.cache.bidirectional import DKVCache, DLLMCache, Dual, Interval, Prefix
 from dllm.decoding.cache.block import Block, BlockDual
-from dllm.decoding.cache.policy import NoCache, Policy
+from dllm.decoding.cache.policy import Policy
+from dllm.decoding.cache.tail import NoCache
+from dllm.errors import DllmError, nearest
 from dllm.models.model import Model
 from dllm.spec import Json, Plugins, named, names_of, settings
 
@@ -26,7 +28,8 @@ def names() -> list[str]:
 
 def schema() -> Json:
     """The JSON Schema of a specification: a name, or a mapping."""
-    return names_of({name: POLICIES[name] if name in POLICIES else OTHERS.load(name) for name in names()})
+    known = {name: POLICIES[name] if name in POLICIES else OTHERS.load(name) for name in names()}
+    return names_of(known, {name: tuple(cls.presets) for name, cls in known.items()})
 
 
 def default(model: Model, usable: tuple[str, ...] | None) -> Policy:
@@ -36,13 +39,19 @@ def default(model: Model, usable: tuple[str, ...] | None) -> Policy:
 
 
 def policy(spec: str | Mapping[str, object] | Policy | None) -> Policy:
-    """A policy from a name ("dual"), "dual:left=16,right=16", a mapping with `name`, a policy, or None: no cache.
+    """A policy from a name ("dual"), "dual:left=16,right=16", "dual:streaming" (a preset, other parameters may follow),
+    a mapping with `name`, a policy, or None: no cache.
 
-    Errors: unknown names, with the nearest one, parameters and values; a policy of another package that does not load.
+    Errors: unknown names, with the nearest one, presets, parameters and values; a policy of another package that does
+    not load.
     """
     if spec is None or isinstance(spec, Policy):
         return spec or NoCache()
-    name, _, params = named(spec, "cache", [*POLICIES, *OTHERS.points])
+    name, preset, params = named(spec, "cache", [*POLICIES, *OTHERS.points], presets=True)
     cls = POLICIES[name] if name in POLICIES else OTHERS.load(name)
+    if preset is not None and preset not in cls.presets:
+        near = nearest(preset, cls.presets)
+        hint = f", nor a preset; did you mean {near!r}?" if near else ", nor a preset" if cls.presets else ""
+        raise DllmError(f"cache {name!r}: {preset!r} is not of the form key=value{hint}")
     with OTHERS.blamed(name):
-        return cls(**settings(f"cache {name!r}", cls, params))
+        return cls(**settings(f"cache {name!r}", cls, {**(cls.presets[preset] if preset else {}), **params}))
