@@ -280,10 +280,10 @@ def test_a_bridged_draft_ends_with_the_drafters_text():
     model = SimpleNamespace(mask_id=9, tokenizer=a, eos_ids=(0,))
     drafter = DiffusionDrafter(model, vocabulary="text")
     drafter.vocabulary = Vocabulary("text", 3, None, a, b)
-    logits = torch.tensor([[0.0, 5, 0], [0, 0, 5], [5, 0, 0], [0, 5, 0]])  # a b <eos> a
-    assert drafter._bridged([1], logits, 4).tokens == (1, 0)
+    table = torch.tensor([[0.9, 1], [0.9, 2], [0.9, 0], [0.9, 1]])  # a b <eos> a
+    assert drafter._bridged([1], table).tokens == (1, 0)
     with pytest.raises(DraftFailure):
-        drafter._bridged([1], logits * float("nan"), 4)
+        drafter._bridged([1], table * float("nan"))
 
 
 # -- transformers' assisted generation

@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 
 import dllm
 from dllm.decoding import graphs
-from dllm.drafting import lattice
 from dllm.drafting import verifier as module
 from dllm.drafting.accept import Judge, reject, walk_sample
 from dllm.drafting.diffusion import DiffusionDrafter
@@ -111,21 +110,16 @@ def test_a_batch_waits_once_for_all_rows():
     assert reads == max(o.n_verify for o in out)
 
 
-def test_a_draft_of_a_dllm_asks_nothing_before_its_read():
-    need, drafters = (
-        Need(664, frozenset([2]), m_max=4),
-        (DiffusionDrafter(dllm.load("tiny"), prefix_cache=p) for p in KEPT),
-    )
-    for drafter in drafters:
-        drafter.reset(PROMPT, need)
-        for _ in range(2):
-            logits = []
-            assert not asked(waits(lambda d=drafter, out=logits: out.append(d._forward(PROMPT, 5))))
-        full = logits[0].log_softmax(-1)
-        assert not asked(waits(lambda z=logits[0], p=full: lattice._pruned(z, p, 0.8, 4, need.eos)))
-
-
-KEPT = ("none", "approx")
+@pytest.mark.parametrize("cache", ["none", "approx"])
+@pytest.mark.parametrize("draws", [0, 1, 3])
+def test_a_draft_of_a_dllm_asks_nothing_before_its_read(cache, draws):
+    need = Need(664, frozenset([2]), m_max=4, sampled=draws > 0, draws=draws)
+    drafter = DiffusionDrafter(dllm.load("tiny"), prefix_cache=cache)
+    drafter.reset(PROMPT, need)
+    u = need.uniforms(5, torch.Generator().manual_seed(0))
+    for _ in range(2):
+        found = waits(lambda: drafter._told(PROMPT, 5, u))
+    assert not asked(found)
 
 
 # -- what cannot be captured

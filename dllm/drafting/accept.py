@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.drafting.proposal import Proposal, sent
+from dllm.drafting.proposal import Proposal, drawn, sent
 
 Target = Callable[[int, Sequence[int]], Tensor]  # (node, tokens since the root) -> the verifier's scores or law (V,)
 Processors = Callable[..., Tensor]  # (ids (1, L), scores (1, V)) -> scores (1, V), as transformers calls them
@@ -94,15 +94,7 @@ def _normalise(x: Tensor, otherwise: Tensor) -> Tensor:
 
 def draw(prob: Tensor, generator: torch.Generator | None = None) -> int:
     """One token from (V,) probabilities by the inverse CDF in float64; a zero entry is never drawn."""
-    return int(_drawn(prob[None], torch.rand(1, generator=generator, dtype=torch.float64).to(prob.device)))
-
-
-def _drawn(prob: Tensor, u: Tensor) -> Tensor:
-    """The same of probabilities (n, V) and uniforms (n,): (n,)."""
-    cdf = prob.double().cumsum(-1)
-    index = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
-    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # u may be rounded up to the total
-    return torch.minimum(index, last)[:, 0]
+    return int(drawn(prob[None], torch.rand(1, 1, generator=generator, dtype=torch.float64).to(prob.device)))
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ class Judge:
         prob, u = torch.softmax(scores, -1), sent(self._ahead(len(proposal) + 2), logits.device)
         if proposal.kind == "sampled":
             return _ratio(proposal, prob.double(), u)
-        return _drawn(prob, u[sent((0, *proposal.depths), logits.device)])
+        return drawn(prob, u[sent((0, *proposal.depths), logits.device)][:, None])[:, 0]
 
     def judge(self, proposal: Proposal, logits: Tensor, answer: Sequence[int], prefix: Sequence[int]) -> Acceptance:
         """What stays, by the answer to `ask`; where that is empty, by a walk behind the text `prefix`."""
@@ -192,5 +184,5 @@ def _ratio(proposal: Proposal, p: Tensor, u: Tensor) -> Tensor:
     at = passed.long().cumprod(0).sum(0, keepdim=True)  # (1,)
     left = p.index_select(0, at)
     rest = _normalise((left - q.index_select(0, at)).clamp_min(0), left)
-    token = _drawn(torch.where(at < n, rest, left), u.gather(0, at + (at < n)))
-    return torch.cat([at, token])
+    token = drawn(torch.where(at < n, rest, left), u.gather(0, at + (at < n))[:, None])
+    return torch.cat([at, token[:, 0]])

@@ -4,14 +4,15 @@ proposal. Everybody who drafts asks through `ask`, which checks what comes back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dllm.drafting.lattice import DraftFailure, Lattice, build
+from dllm.drafting.lattice import DraftFailure, Lattice, listed, pruned, uniforms
+from dllm.drafting.loans import Loans
 from dllm.drafting.proposal import Proposal, fit
 from dllm.errors import DllmError, first_line, out_of_memory
 from dllm.models.tokenizer import Tokenizer
@@ -29,16 +30,37 @@ class Need:
     m_max: int = 15
     tree: int = 0  # node budget, 0 = chain
     tokenizer: Tokenizer | None = None  # of the verifier, where it is known
+    draws: int = 0  # tokens that the search asks of each slot, see `PathSearch`
+    loans: Loans | None = None  # where models of the call find their graphs; None: nothing is captured
+
+    @property
+    def law(self) -> Hashable:
+        """All that `told` depends on, by value: work that was captured for one text serves the others."""
+        warp = self.warp if self.sampled else None
+        return self.vocab, self.eos, self.sampled, warp, self.tau_mass, self.m_max, self.draws
 
     def lattice(self, logits: Tensor, start: int, banned: Tensor | None = None) -> Lattice:
         """The lattice of logits (k, V) in verifier ids: bans, then the verifier's own warpers where the search
         samples."""
+        table, rows = self.told(logits, banned)
+        return listed(table.cpu(), rows, start)  # the one wait for a draft
+
+    def uniforms(self, k: int, generator: torch.Generator | None) -> Tensor | None:
+        """What the draws of k slots take, (k, n) float64 on the host; None where the search draws from no rows."""
+        return uniforms(k, self.draws, generator) if self.draws else None
+
+    def told(
+        self, logits: Tensor, banned: Tensor | None = None, u: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The table that `listed` makes a lattice of, with draws at `uniforms` u, and the full rows where the search
+        samples; on the device, which is asked nothing."""
         logits = fit(logits, self.vocab)
         if banned is not None:
             logits = logits.masked_fill(banned, float("-inf"))
         if self.sampled and self.warp is not None:
             logits = self.warp(logits.float())
-        return build(logits, start, tau_mass=self.tau_mass, m_max=self.m_max, keep=self.eos, with_rows=self.sampled)
+        table, rows = pruned(logits, self.tau_mass, self.m_max, self.eos, u)
+        return table, rows if self.sampled else None
 
 
 class Drafter:

@@ -7,8 +7,8 @@ import inspect
 import statistics
 import timeit
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import CellType, FunctionType
 from typing import TypedDict, TypeVar, Unpack, overload
@@ -178,6 +178,21 @@ def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConf
 
 
 @dataclass(frozen=True)
+class Warp:
+    """Processors that do not look at the text, one after the other: logits (n, V) -> (n, V). Those of equal `value`,
+    kinds and settings, are equal, so that work which was captured for one call serves the next."""
+
+    value: tuple[Hashable, ...]
+    processors: tuple[Processors, ...] = field(compare=False)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        dummy = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
+        for p in self.processors:
+            logits = p(dummy, logits)
+        return logits
+
+
+@dataclass(frozen=True)
 class Processing:
     """The verifier's processors, and those of them that do not look at the text (they also shape a sampled draft);
     `processors` is None where these are all."""
@@ -195,14 +210,9 @@ PREFIX_FREE = (
 def processing(processors: Sequence[Processors]) -> Processing:
     """Split a transformers LogitsProcessorList."""
     free = [p for p in processors if type(p).__name__ in PREFIX_FREE]
-
-    def warp(logits: Tensor) -> Tensor:
-        dummy = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
-        for p in free:
-            logits = p(dummy, logits)
-        return logits
-
-    return Processing(LogitsProcessorList(processors) if len(free) < len(processors) else None, warp if free else None)
+    value = tuple((type(p), *sorted(vars(p).items())) for p in free)
+    whole = LogitsProcessorList(processors) if len(free) < len(processors) else None
+    return Processing(whole, Warp(value, tuple(free)) if free else None)
 
 
 # of transformers' own processors and criteria, those that remember what they have seen

@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dllm.drafting.proposal import sent
+from dllm.decoding.constants import constant
+from dllm.drafting.proposal import drawn, sent
 from dllm.errors import DllmError
 
 Column = list[tuple[int, float]]
@@ -29,7 +30,8 @@ class Lattice:
 
     tokens (k, M) int64, -1 padded; logp (k, M) float32, -inf padded, descending; argmax (k,) the raw argmax draft; all
     on the host. `start` the absolute position of slot 0; rows (k, V) the full log-probabilities, where the model made
-    them, when factorised sampling needs them.
+    them, when factorised sampling needs them; draws (k, n) of these rows, see `draws`, on the host: what a search would
+    draw of a new lattice, made where the rows are.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class Lattice:
     argmax: Tensor
     start: int
     rows: Tensor | None = None
+    draws: Tensor | None = None
 
     @property
     def k(self) -> int:
@@ -55,6 +58,21 @@ class Lattice:
     def confidence(self) -> list[float]:
         """Probability of the best candidate of each slot."""
         return self.logp[:, 0].exp().tolist() if self.k else []
+
+    @property
+    def law(self) -> tuple[Tensor, Tensor | None]:
+        """Probabilities to draw from, (k, M), where the model made them, and their ids (None = the vocabulary)."""
+        if self.rows is None:
+            return torch.softmax(self.logp, -1), self.tokens
+        return torch.softmax(self.rows, -1), None
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """(k, n) tokens of every slot's law, see `draws`: those that came with the lattice, or new ones."""
+        if self.draws is not None and self.draws.shape[1] == n:
+            return self.draws
+        prob, index = self.law
+        found = draws(prob, sent(uniforms(self.k, n, generator), prob.device))
+        return (found if index is None else index.gather(1, found.clamp_min(0)).where(found >= 0, -1)).cpu()
 
     def check(self) -> None:
         """Raises DllmError where the columns are no distributions."""
@@ -84,6 +102,25 @@ class Lattice:
         return next((i for i, t in enumerate(self.argmax.tolist()) if t in eos), self.k)
 
 
+def uniforms(k: int, n: int, generator: torch.Generator | None) -> Tensor:
+    """(k, n) float64 on the host."""
+    return torch.rand(k, n, generator=generator, dtype=torch.float64)
+
+
+def draws(prob: Tensor, u: Tensor) -> Tensor:
+    """n tokens of each of the rows (k, V) at uniforms (k, n), without a question: (k, n) int64. They are independent,
+    but those of the first row are drawn without replacement, -1 where nothing is left."""
+    found = drawn(prob, u)
+    if u.shape[1] == 1:
+        return found
+    left, heads = prob[:1].double(), list[Tensor]()
+    for j in range(u.shape[1]):
+        head = drawn(left, u[:1, j : j + 1])
+        heads.append(head.masked_fill(left.sum(-1, keepdim=True) <= 0, -1))
+        left = left.scatter(1, head, 0.0)
+    return torch.cat([torch.cat(heads, 1), found[1:]])
+
+
 def build(
     logits: Tensor,
     start: int,
@@ -99,39 +136,52 @@ def build(
     `keep` (the end tokens) with its true log-probability. A slot with nothing but -inf ends the lattice.
     Raises DraftFailure on NaN or +inf.
     """
+    table, rows = pruned(logits, tau_mass, m_max, keep)
+    return listed(table.cpu(), rows if with_rows else None, start)
+
+
+def pruned(
+    logits: Tensor, tau_mass: float, m_max: int, keep: Iterable[int], u: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All that the host is told of logits (k, V), without a question, and the log-probabilities (k, V).
+
+    (k, 3 + n + 2 M) float32, which holds ids up to 2^24. Per slot: unusable, without a candidate, arg-max, the draws at
+    uniforms u (k, n), then M tokens and their log-probabilities.
+    """
     if not 0 < tau_mass <= 1 or m_max < 1:
         raise DllmError(f"tau_mass must lie in (0, 1] and m_max be at least 1, got {tau_mass} and {m_max}")
-    full = torch.log_softmax(logits.float(), -1)  # (k, V)
-    table = _pruned(logits.float(), full, tau_mass, m_max, keep).cpu()  # the one wait for a draft
-    if bool(table[:, 0].any()):
-        raise DraftFailure("the drafter returned NaN or infinite logits")
-    table = table[: next((i for i, empty in enumerate(table[:, 1].tolist()) if empty), len(table))]
-    tokens, logp = table[:, 3:].chunk(2, 1)
-    width = max(1, int((tokens >= 0).sum(-1).max())) if len(table) else 1
-    rows = full[: len(table)] if with_rows else None
-    return Lattice(tokens[:, :width].long(), logp[:, :width], table[:, 2].long(), start, rows)
-
-
-def _pruned(logits: Tensor, full: Tensor, tau_mass: float, m_max: int, keep: Iterable[int]) -> Tensor:
-    """All that the host is told of logits and log-probabilities (k, V): (k, 3 + 2 M) float32, which holds ids up to
-    2^24. Per slot: unusable, without a candidate, arg-max, then M tokens and their log-probabilities."""
+    logits = logits.float()
+    full = torch.log_softmax(logits, -1)
     vocab, low = full.shape[1], float("-inf")
     logp, tokens = full.topk(min(m_max, vocab), -1)  # (k, M)
     mass = logp.exp().cumsum(-1)
     kept = (mass - logp.exp() < tau_mass) & (logp > low)
     kept[:, :1] = True
     logp, tokens = logp.masked_fill(~kept, low), tokens.masked_fill(~kept, -1)
-    tokens, logp = _keep(tokens, logp, full, sorted({t for t in keep if 0 <= t < vocab}))
+    tokens, logp = _keep(tokens, logp, full, tuple(sorted({t for t in keep if 0 <= t < vocab})))
     best = logits.amax(-1, keepdim=True)
     unusable = logits.isnan().any(-1, keepdim=True) | (best == -low)
-    return torch.cat([unusable, best == low, full.argmax(-1, keepdim=True), tokens, logp], 1)
+    some = [] if u is None else [draws(torch.softmax(full, -1), u)]
+    return torch.cat([unusable, best == low, full.argmax(-1, keepdim=True), *some, tokens, logp], 1), full
 
 
-def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: list[int]) -> tuple[Tensor, Tensor]:
+def listed(table: Tensor, rows: Tensor | None, start: int, n: int = 0) -> Lattice:
+    """The lattice of a table of `pruned` with n draws, on the host. Raises DraftFailure on NaN or +inf."""
+    if bool(table[:, 0].any()):
+        raise DraftFailure("the drafter returned NaN or infinite logits")
+    table = table[: next((i for i, empty in enumerate(table[:, 1].tolist()) if empty), len(table))]
+    some = table[:, 3 : 3 + n].long() if n else None
+    tokens, logp = table[:, 3 + n :].chunk(2, 1)
+    width = max(1, int((tokens >= 0).sum(-1).max())) if len(table) else 1
+    rows = None if rows is None else rows[: len(table)]
+    return Lattice(tokens[:, :width].long(), logp[:, :width], table[:, 2].long(), start, rows, some)
+
+
+def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Append the ids of `keep` that pruning dropped; sorting moves the padding behind them."""
     if not keep or not len(tokens):
         return tokens, logp
-    ids = sent(keep, tokens.device).expand(len(tokens), -1)
+    ids = constant(keep, tokens.device).expand(len(tokens), -1)
     extra = full.gather(1, ids)
     present = (tokens[:, :, None] == ids[:, None, :]).any(1) | (extra == float("-inf"))
     tokens = torch.cat([tokens, ids.masked_fill(present, -1)], 1)

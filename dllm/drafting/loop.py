@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
@@ -31,6 +30,7 @@ from dllm.drafting.accept import Acceptance, Judge, Processors
 from dllm.drafting.control import CONTROLLERS, Controller, RoundStats
 from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
+from dllm.drafting.loans import Loans
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import DrafterLike, as_drafter, named
@@ -64,7 +64,7 @@ class SpecConfig:
     carry    unused slots of a draft: "auto" (reused where the controller expects more from them than from a fresh
              draft), "always", "off". Exact in every case: the lattice is carried over, not the tokens.
     order    of the n-gram proxy over prompt and output; 0 = no proxy. `corpus`: id sequences to fit it on as well.
-    graphs   CUDA graphs of the verifier's rounds: None = where they can be captured, True = asked for, False = off.
+    graphs   CUDA graphs of rounds and drafts: None = where they can be captured, True = asked for, False = off.
     graft    another drafter whose continuations are grafted into the tree (point trees only): retrieval, or a model;
              its forwards are counted with the drafter's.
     """
@@ -279,6 +279,7 @@ class Speculation:
     search: PathSearch
     controller: Controller
     cfg: SpecConfig
+    loans: Loans | None = None
     cached: int = 0  # tokens in the verifier's cache
     counted: int = 0  # tokens in the proxy
     proxy: NgramTable | None = None
@@ -297,7 +298,10 @@ class Speculation:
         self.drafter, self.graft = forked(self.drafter), forked(as_drafter(cfg.graft))
         tree = cfg.tree or (self.search.budget if self.search.tree else 0)
         pruning = (cfg.tau_mass, cfg.m_max)
-        need = Need(verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer)
+        need = Need(
+            verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer,
+            self.search.draws, self.loans,
+        )  # fmt: skip
         self.sources = [d for d in (self.drafter, self.graft) if d is not None]
         self.teaches = any(source.successors for source in self.sources)
         for source in self.sources:
@@ -538,14 +542,14 @@ def rounds(
     controller = cfg.build_controller() if controller is None else controller
     if not isinstance(controller, Controller):
         raise DllmError(f"controller is a Controller (a name goes to length=), not {controller!r}")
-    rows: list[Speculation] = []
+    rows, loans = list[Speculation](), Loans(cfg.graphs)
     for q in requests:
         verifier.check_ids(q.ids)
         if not q.ids:
             raise DllmError("the prompt is empty: give at least one token (the verifier's bos)")
         if verifier.max_positions is not None and q.before + len(q.ids) > verifier.max_positions:
             raise DllmError(f"the prompt has {len(q.ids)} tokens, the verifier takes {verifier.max_positions}")
-        rows.append(Speculation(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg))
+        rows.append(Speculation(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg, loans))
         if len(requests) > 1 and verifier.stretches and q.max_length > rows[-1].end:
             raise DllmError(
                 f"{type(verifier.model).__name__} stretches its positions by the longest text so far (dynamic RoPE): "
@@ -561,8 +565,8 @@ def rounds(
             )
     if session is not None:
         granted(cfg.graphs, "the cache of transformers' own generate cannot be captured: call dllm.speculate")
-    with verifier.graphs(cfg.graphs) if session is None else nullcontext() as graphs:
-        session = session or verifier.open(len(rows), graphs=graphs)
+    with loans:
+        session = session or verifier.open(len(rows), graphs=verifier.graphs(loans))
         for row in rows:
             row.cached = session.past
             row.controller.rows = len(rows)

@@ -1,7 +1,8 @@
-"""Keys and values that stand still: the slot of a key is its place in its row, so rows may accept different counts.
+"""What stands still between forwards, so that `Graphs` may capture them: tables of what the host says, and keys and
+values of a transformers model, where the slot of a key is its place in its row, so rows may accept different counts.
 
 What a round feeds is written behind the row's text; to forget it the host counts fewer slots. Masks are built on the
-device from small tables, so a round of one shape is pure over static tensors: `Graphs` may capture it.
+device from small tables, so a round of one shape is pure over static tensors.
 """
 
 from __future__ import annotations
@@ -14,25 +15,57 @@ from transformers.cache_utils import DynamicLayer
 from dllm.drafting.proposal import sent
 
 
-class Places:
-    """Slots of every layer, and the tables that say what a round feeds. `cache` is what the model is given."""
+def bucket(n: int, least: int = 1) -> int:
+    """A width of at least n that forwards are padded to: few, so that each is captured soon and a long text needs but a
+    few dozen. Powers of two up to 16, then steps of 16, above 128 of a quarter of a doubling."""
+    width = 1 << (n - 1).bit_length() if n <= 16 else 0
+    step = max(16, 1 << ((n - 1).bit_length() - 3)) if n > 16 else 1
+    return max(least, width or -(-n // step) * step)
+
+
+class Tables:
+    """Numbers of the host where captured work finds them."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[str, int], Tensor] = {}
+
+    def tell(self, name: str, numbers: list[list[int]] | Tensor, device: torch.device) -> Tensor:
+        """Numbers (B, n) in the static table of their name and width, on the device, without a wait."""
+        table = sent(numbers, device)
+        return self.tables.setdefault((name, table.shape[1]), table).copy_(table)
+
+
+class Places(Tables):
+    """Slots of every layer, and the tables that say what a round feeds. `cache` is what the model is given.
+
+    A forward is of all rows, or of those that `turn` to.
+    """
 
     def __init__(self, config: PreTrainedConfig, batch: int, slots: int) -> None:
-        self.slots = slots
+        super().__init__()
+        self.batch, self.slots = batch, slots
         self.rows = torch.arange(batch)[:, None]
+        self.whole = True  # the rows are all that there are
         self.cache = DynamicCache(config=config)
         self.layers = [Layer(self) for layer in self.cache.layers if isinstance(layer, DynamicLayer)]
         placed = iter(self.layers)  # since transformers 5.23 there are layers that store nothing
         self.cache.layers = [next(placed) if isinstance(old, DynamicLayer) else old for old in self.cache.layers]
-        self.tables: dict[tuple[str, int], Tensor] = {}
         self.before = 0  # slots that the forward reads beside those that it writes
         self.where = self.rows  # (B, Q) slots that it writes
 
     def tell(self, name: str, numbers: list[list[int]] | Tensor, device: torch.device) -> Tensor:
-        """Numbers (B, n) of the host in the static table of their name and width, on the device, without a wait."""
-        table = sent(numbers, device)
+        """See `Tables`."""
         self.rows = self.rows.to(device)
-        return self.tables.setdefault((name, table.shape[1]), table).copy_(table)
+        return super().tell(name, numbers, device)
+
+    def turn(self, row: int, device: torch.device) -> None:
+        """Have the next forwards be of one row."""
+        self.rows, self.whole = self.tell("row", [[row]], device), self.batch == 1
+
+    def seen(self, kept: Tensor, width: int) -> Tensor:
+        """The first slots of the rows of a forward, (B, H, width, D)."""
+        first = kept[:, :, :width]
+        return first if self.whole else first.index_select(0, self.rows[:, 0])
 
     def distance(self, past: Tensor) -> Tensor:
         """How far behind each row's text (B, 1) every slot is that the forward reads: (B, S), negative in the text."""
@@ -50,10 +83,10 @@ class Places:
                 layer.lazy_initialization(smaller.keys, smaller.values)
                 layer.keys[:, :, : other.slots], layer.values[:, :, : other.slots] = smaller.keys, smaller.values
 
-    def clear(self) -> None:
-        """Zeros everywhere: what an earlier text left behind weighs nothing, but may not be NaN."""
+    def clear(self, row: int | None = None) -> None:
+        """Zeros in a row, or in all: what an earlier text left behind weighs nothing, but may not be NaN."""
         for kept in self._kept():
-            kept.zero_()
+            (kept if row is None else kept[row]).zero_()
 
     def _kept(self) -> list[Tensor]:
         return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
@@ -73,7 +106,8 @@ class Layer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Room for all slots, once the first states (B, H, Q, D) show their shape; it stays where it is."""
         both, slots = (key_states, value_states), self.places.slots
         if not self.is_initialized:
-            self.keys, self.values = (new.new_zeros(*new.shape[:2], slots, new.shape[3]) for new in both)
+            batch = self.places.batch
+            self.keys, self.values = (new.new_zeros(batch, new.shape[1], slots, new.shape[3]) for new in both)
             self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -82,7 +116,7 @@ class Layer(DynamicLayer):  # type: ignore[no-untyped-call]
         places, width = self.places, self.places.before + key_states.shape[2]
         self.keys[places.rows, :, places.where] = key_states.transpose(1, 2)
         self.values[places.rows, :, places.where] = value_states.transpose(1, 2)
-        return self.keys[:, :, :width], self.values[:, :, :width]
+        return places.seen(self.keys, width), places.seen(self.values, width)
 
     def get_seq_length(self) -> int:
         """As of a cache that the new states are appended to."""

@@ -29,11 +29,13 @@ class Rows:
     """The laws the nodes of a sampled proposal were drawn from.
 
     `prob` is (N, M) and sums to one along M; `index` (N, M) names the token of each entry, or is None when M is the
-    whole vocabulary. Row `i` is the law of node `i` given everything before it; siblings carry the same row.
+    whole vocabulary. Row `i` is the law of node `i` given everything before it; siblings carry the same row. `sound`
+    says that the tokens were drawn from just these, so that nobody asks the device whether they are laws.
     """
 
     prob: Tensor
     index: Tensor | None = None
+    sound: bool = False
 
     def dense(self, i: int, vocab: int) -> Tensor:
         """Row `i` over the verifier's vocabulary: (V,) float64."""
@@ -49,8 +51,18 @@ class Rows:
 
     def pick(self, nodes: Sequence[int]) -> Rows:
         """The laws of these nodes."""
-        kept = list(nodes)  # a tuple would index several axes
+        first = list(nodes) == list(range(len(nodes)))
+        kept = slice(len(nodes)) if first else sent(nodes, self.prob.device)
         return Rows(self.prob[kept], None if self.index is None else self.index[kept])
+
+
+def drawn(prob: Tensor, u: Tensor) -> Tensor:
+    """Tokens (n, m) of probabilities (n, V) at uniforms (n, m), by the inverse CDF in float64; a zero entry is never
+    drawn."""
+    cdf = prob.double().cumsum(-1)
+    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # u may be rounded up to the total
+    return torch.minimum(index, last)
 
 
 def fit(rows: Tensor, vocab: int, fill: float = float("-inf")) -> Tensor:
@@ -105,7 +117,7 @@ class Proposal:
 
     def check(self) -> None:
         """Raises DllmError where the rows cannot be the laws that the tokens were drawn from."""
-        if self.rows is None or not len(self):
+        if self.rows is None or self.rows.sound or not len(self):
             return
         prob, ids = self.rows.prob, self.rows.index
         if prob.dim() != 2 or not bool(((prob >= 0).all(-1) & ((prob.sum(-1) - 1).abs() < TOLERANCE)).all()):

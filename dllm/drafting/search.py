@@ -30,7 +30,7 @@ from itertools import count
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from dllm.drafting.lattice import Column, Lattice
 from dllm.drafting.ngram import NgramTable, State
@@ -47,6 +47,7 @@ class PathSearch:
     where the graph is of no use to it; it holds no state of a text. Its settings are the fields of a frozen dataclass.
 
     sampled   whether tokens are drawn: then the proposal is "sampled", and the lattice comes with full rows.
+    draws     of `Lattice.draw`: how many tokens it asks of each slot; a drafter may make them with the rows. 0: none.
     tree      whether proposals branch; trees are verified one text at a time.
     lam       weight of the drafter's own probabilities, in [0, 1]; the rest is the n-gram table's. 1: none is made.
     budget    most nodes of a tree where the call names no `tree=`; 0: the search sees to it itself.
@@ -56,6 +57,11 @@ class PathSearch:
     tree: ClassVar[bool] = False
     lam: float = 1.0
     budget: int = 0
+
+    @property
+    def draws(self) -> int:
+        """See the class."""
+        return 0
 
     def __post_init__(self) -> None:
         """The settings of one that is a dataclass. Errors: another kind, out of range."""
@@ -239,17 +245,15 @@ class Sample(PathSearch):
 
     sampled = True
 
+    @property
+    def draws(self) -> int:
+        """One a slot."""
+        return 1
+
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """A draw a slot."""
-        prob, index = _rows(edges.lat)
-        pick = torch.multinomial(prob.cpu(), 1, generator=generator)  # (k, 1)
-        drawn = pick if index is None else index.gather(1, pick)
-        return chain(drawn[:, 0].tolist(), edges.lat.confidence, Rows(prob, index))
-
-
-def _rows(lat: Lattice) -> tuple[Tensor, Tensor | None]:
-    """Probabilities to draw from, (k, M), where the model computed them, and their ids (None = the vocabulary)."""
-    return (torch.softmax(lat.logp, -1), lat.tokens) if lat.rows is None else (torch.softmax(lat.rows, -1), None)
+        tokens = edges.lat.draw(1, generator)[:, 0].tolist()
+        return chain(tokens, edges.lat.confidence, Rows(*edges.lat.law))
 
 
 @dataclass(frozen=True)
@@ -331,21 +335,24 @@ class SampleTree(PathSearch):
     sampled = True
     tree = True
 
+    @property
+    def draws(self) -> int:
+        """Each chain has its own."""
+        return self.width
+
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """The heads, each with its chain."""
-        prob, index = _rows(edges.lat.head(self.depth))
-        prob = prob.cpu()
-        width = min(self.width, int((prob[0] > 0).sum()))
-        heads = torch.multinomial(prob[0], width, replacement=False, generator=generator).tolist()
+        lat = edges.lat
+        drawn = lat.draw(self.width, generator)[: self.depth].tolist()  # of each slot, by chain
         nodes: list[tuple[int, int, int, float]] = []  # token, parent, slot, confidence
-        for rank, head in enumerate(heads):
-            for slot in range(len(prob)):
-                pick = head if slot == 0 else int(torch.multinomial(prob[slot], 1, generator=generator))
-                token = pick if index is None else int(index[slot, pick])
-                conf = edges.lat.confidence[slot] / (rank + 1 if slot == 0 else 1)
-                nodes.append((token, len(nodes) - 1 if slot else -1, slot, conf))
+        for rank, head in enumerate(drawn[0]):
+            if head < 0:  # the row has no more tokens
+                break
+            for slot, row in enumerate(drawn):
+                conf = lat.confidence[slot] / (rank + 1 if slot == 0 else 1)
+                nodes.append((row[rank], len(nodes) - 1 if slot else -1, slot, conf))
         tokens, parents, slots, confs = zip(*nodes, strict=True)
-        return Proposal(tokens, parents, "sampled", Rows(prob, index).pick(slots), confs)
+        return Proposal(tokens, parents, "sampled", Rows(*lat.law).pick(slots), confs)
 
 
 def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> Proposal:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -26,9 +25,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from dllm.decoding.graphs import Graphs, granted, lent, obstacle
+from dllm.decoding.graphs import Graphs, granted, obstacle
 from dllm.drafting.control import Controller
-from dllm.drafting.places import Places
+from dllm.drafting.loans import Loans
+from dllm.drafting.places import Places, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
@@ -228,15 +228,19 @@ class Verifier:
             logits: Tensor = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits[:, -keep:]
         return logits
 
-    def graphs(self, asked: bool | None) -> AbstractContextManager[Graphs | None]:
-        """Graphs for one decode, as asked, or where None is and they can be. Errors: asked for where they cannot."""
-        network = bare(self.model)
-        why = obstacle(network, self.device)
+    def graphs(self, loans: Loans) -> Graphs | None:
+        """Graphs for one decode, as asked, or where nothing is and they can be. Errors: asked for where they cannot."""
+        return loans.of(bare(self.model)) if granted(loans.asked, self.obstacle) else None
+
+    @property
+    def obstacle(self) -> str:
+        """Why forwards of the model cannot be captured; "" if they can."""
+        why = obstacle(bare(self.model), self.device)
         if not why and "flash" in str(getattr(self.config, "_attn_implementation", "")):  # foreign
             why = "captured rounds bring their own mask, which flash attention takes none of: load with sdpa"
         if not why and not self.can("batches"):
             why = f"{type(self.model).__name__} does not place keys by position_ids alone"
-        return lent(network) if granted(asked, why) else nullcontext()
+        return why
 
     def masks(self, allowed: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Boolean masks by layer kind -> what the model takes: additive floats, a dict only where the layers are mixed.
@@ -253,6 +257,29 @@ class Verifier:
             kind: torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, low) for kind, m in allowed.items()
         }
         return add if self.mixed else next(iter(add.values()))
+
+    def placed(
+        self, places: Places, table: Tensor, keep: int, seen: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """Logits (B, keep, V) of a forward over slots, straight-line code over static tensors. table (B, 2 Q + 1): ids,
+        positions, and how many slots of each row come before. seen: see `_allowed`; causal: the model's own mask is
+        right."""
+        ids, pos, past = table[:, : table.shape[1] // 2], table[:, table.shape[1] // 2 : -1], table[:, -1:]
+        places.where = past + torch.arange(ids.shape[1], device=past.device)
+        masks = {} if causal else {"attention_mask": self.masks(self._allowed(places.distance(past), pos, past, seen))}
+        return self.forward(ids, keep, past_key_values=places.cache, position_ids=pos, **masks)
+
+    def _allowed(self, away: Tensor, pos: Tensor, past: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
+        """Per kind of layer (B, 1, Q, S): the text, and of this forward what is before a token, or what its row of
+        `seen` (B, Q Q) marks; a window counts as if every path were the text. away (B, S): how far behind the text."""
+        b, q = pos.shape
+        own = torch.ones(1, q, q, dtype=torch.bool, device=past.device).tril() if seen is None else seen.view(-1, q, q)
+        new = away.clamp(0, q - 1)
+        see = own.expand(b, -1, -1).gather(2, new[:, None].expand(-1, q, -1))
+        see = (away < 0)[:, None] | (see & (away < q)[:, None])
+        key_pos = torch.where(away < 0, away + past, pos.gather(1, new))
+        near = pos[:, :, None] - key_pos[:, None] < (self.window or 0)
+        return {kind: (see if kind == KINDS[0] else see & near)[:, None] for kind in dict.fromkeys(self.kinds)}
 
 
 class Session:
@@ -403,11 +430,16 @@ class Placed(Session):
             self.places.clear()
 
     def _places(self, slots: int) -> Places:
-        make = partial(Places, self.verifier.config, self.batch, slots)
+        return self._lent(slots, partial(Places, self.verifier.config, self.batch, slots))
+
+    def _lent(self, slots: int, make: Callable[[], Places]) -> Places:
         return make() if self.graphs is None else self.graphs.at(("verify", self.batch, slots), make)
 
     def _run(self, key: tuple[object, ...], work: Callable[[], T]) -> T:
-        return self.graphs.run(key, work, "verifying") if self.graphs and self.captured else work()
+        if self.graphs is None or not self.captured:
+            return work()
+        self._lent(self.places.slots, lambda: self.places)  # a drafter that is the same model has others
+        return self.graphs.run(key, work, "verifying")
 
     @torch.inference_mode()
     def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
@@ -415,7 +447,7 @@ class Placed(Session):
         shown = [Pending((), EMPTY) if r is None else r for r in rows]
         self.fed, sizes = [len(r.ids) for r in shown], [len(r.ids) + len(r.proposal) for r in shown]
         captured = self.captured = self.graphs is not None and max(self.fed) == 1
-        width = self.width = _bucket(max(sizes)) if captured else max(sizes)
+        width = self.width = bucket(max(sizes)) if captured else max(sizes)
         self._grow(width)
         self.places.before = self.places.slots - width if captured else max(self.lengths)
         table = self.places.tell("fed", self._table(shown), self.verifier.device)
@@ -423,7 +455,8 @@ class Placed(Session):
         seen = self.places.tell("seen", self._seen(shown), self.verifier.device) if trees else None
         causal = not (captured or trees or any(self.lengths))  # then the model's own mask is right
         first = 0 if captured else min(len(r.ids) - 1 for r in shown if r.ids)  # before it are texts in every row
-        logits = self._run(("verify", width, trees), partial(self._forward, table, seen, causal, width - first))
+        work = partial(self.verifier.placed, self.places, table, width - first, seen, causal)
+        logits = self._run(("verify", width, trees), work)
         return [None if r is None else logits[b, len(r.ids) - 1 - first : sizes[b] - first] for b, r in enumerate(rows)]
 
     def _grow(self, width: int) -> None:
@@ -455,26 +488,6 @@ class Placed(Session):
             see[nodes, nodes] = ancestors(r.proposal)
         return seen.flatten(1)
 
-    def _forward(self, table: Tensor, seen: Tensor | None, causal: bool, keep: int) -> Tensor:
-        """Logits (B, keep, V), straight-line code over static tensors."""
-        ids, pos, past = table[:, : self.width], table[:, self.width : -1], table[:, -1:]
-        self.places.where = past + torch.arange(self.width, device=past.device)
-        masks = {} if causal else {"attention_mask": self.verifier.masks(self._allowed(pos, past, seen))}
-        return self.verifier.forward(ids, keep, past_key_values=self.places.cache, position_ids=pos, **masks)
-
-    def _allowed(self, pos: Tensor, past: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
-        """Per kind of layer (B, 1, Q, S): the text, and of this round what is before a token or among its ancestors; a
-        window counts as if every path were the text."""
-        q, away = self.width, self.places.distance(past)  # (B, S)
-        own = torch.ones(1, q, q, dtype=torch.bool, device=past.device).tril() if seen is None else seen.view(-1, q, q)
-        new = away.clamp(0, q - 1)
-        see = own.expand(self.batch, -1, -1).gather(2, new[:, None].expand(-1, q, -1))
-        see = (away < 0)[:, None] | (see & (away < q)[:, None])
-        key_pos = torch.where(away < 0, away + past, pos.gather(1, new))
-        near = pos[:, :, None] - key_pos[:, None] < (self.verifier.window or 0)
-        kinds = dict.fromkeys(self.verifier.kinds)
-        return {kind: (see if kind == KINDS[0] else see & near)[:, None] for kind in kinds}
-
     @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         """The paths of trees are moved together; a chain's is there already."""
@@ -491,11 +504,6 @@ class Placed(Session):
             rows.append([*places[:n], *(places[n + i] for i in path), *places[n + len(path) :], *places])
         moves = self.places.tell("moves", rows, self.verifier.device)
         self._run(("commit", self.width), lambda: self.places.move(*moves.chunk(2, 1)))
-
-
-def _bucket(width: int) -> int:
-    """A width that rounds are padded to: few, so that each is captured soon."""
-    return 1 << (width - 1).bit_length() if width <= 16 else -(-width // 16) * 16
 
 
 class Separate(Session):
