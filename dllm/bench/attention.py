@@ -22,7 +22,7 @@ from dllm.models.transformer import Outputs, Rows
 
 SAMPLERS = ("clad", "dapd", "dawn", "dawn:anchors=current")
 CACHES = ("none", "dual")
-FORWARDS = 16  # of a decode: the opening of a block and steps of it
+FORWARDS = 8  # of a decode: the opening of a block and steps of it
 
 
 class Watched(NativeModel):

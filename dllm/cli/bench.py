@@ -17,14 +17,14 @@ from dllm.models.arguments import Checkpoint
 if TYPE_CHECKING:
     from dllm.bench.runtime import Figure
 
-LONG = ("samplers", "stress")  # they go on where they were stopped, and print a report
+LONG = ("samplers", "windows", "stress")  # they go on where they were stopped, and print a report
 WITH_MODEL = ("generate", "lookahead", *LONG)
 OPTIONS = {  # those that only some benches have
     "drafter": ("drafting",),
-    "small": ("gpu",),
+    "small": ("gpu", "tail"),
     "against": ("gpu",),
     "task": LONG,
-    "new": ("samplers",),
+    "new": ("samplers", "windows"),
     "block_length": ("samplers",),
 }
 
@@ -32,18 +32,23 @@ OPTIONS = {  # those that only some benches have
 @takes(loading)
 def bench(
     name: Annotated[
-        str, typer.Argument(help="step, generate, own-work, attention, gpu, ...; `all`: the short ones.")
+        str, typer.Argument(help="step, generate, own-work, attention, tail, gpu, ...; `all`: the short ones.")
     ] = "step",
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here too; samplers: the answers so far.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON here too; samplers, windows: the answers so far.")
+    ] = None,
     n: Annotated[
-        int | None, typer.Option(min=2, help="Test problems a task; 1500 for samplers, 300 for drafting.")
+        int | None, typer.Option(min=2, help="Test problems a task; 1500 for samplers, 300 for windows and drafting.")
     ] = None,
     validation: Annotated[int, typer.Option(min=2, help="samplers: problems on which settings are chosen.")] = 200,
-    workers: Annotated[int, typer.Option(min=1, help="samplers: processes, one torch thread each.")] = 1,
-    task: Annotated[list[str] | None, typer.Option(help="samplers: of these tasks; may be repeated.")] = None,
-    new: Annotated[list[int] | None, typer.Option(min=1, help="samplers: columns of the window.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="samplers, windows: processes, one torch thread each.")] = 1,
+    task: Annotated[list[str] | None, typer.Option(help="samplers, windows: of these tasks; may be repeated.")] = None,
+    new: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="samplers, windows: columns of the window; windows: may be repeated."),
+    ] = None,
     block_length: Annotated[int | None, typer.Option(min=1, help="samplers: columns of a block.")] = None,
     only: Annotated[
         list[str] | None,
@@ -51,7 +56,7 @@ def bench(
     ] = None,
     drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
     small: Annotated[
-        bool, typer.Option("--small", help="gpu: tiny shapes, decoded in seconds; no figure is judged.")
+        bool, typer.Option("--small", help="gpu, tail: tiny shapes, decoded in seconds; no figure is judged.")
     ] = False,
     against: Annotated[
         Path | None,
@@ -67,12 +72,13 @@ def bench(
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run.
 
-    --model and its arguments are for generate, lookahead, samplers and stress; other benches have models of their own.
+    --model and its arguments are for generate, lookahead, samplers, windows and stress; other benches have models of
+    their own.
     """
     import torch
     from tqdm import tqdm
 
-    from dllm.bench import attention, cache, drafting, gpu, lookahead, runtime, samplers, step, stress
+    from dllm.bench import attention, cache, drafting, gpu, lookahead, runtime, samplers, step, stress, tail, windows
     from dllm.bench.answers import Frame
     from dllm.tasks.registry import STRESS_TASKS
 
@@ -87,6 +93,7 @@ def bench(
         **short,
         "lookahead": lambda: lookahead.run(only or None, repeats, model=model),
         "attention": lambda: attention.run(only or None, repeats),
+        "tail": lambda: tail.run(repeats, tail.SMALL if small else tail.FULL),
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
@@ -106,6 +113,10 @@ def bench(
             raise DllmError(f"--{option.replace('_', '-')} belongs to the bench {whose}, not to {name!r}")
     torch.set_num_threads(threads)
     file = out or f"bench-{name}.jsonl"
+    if name == "windows":
+        tasks, widths = task or windows.TASKS, new or windows.WINDOWS
+        typer.echo(windows.run(model, out=file, n=n or 300, task_names=tasks, windows=widths, workers=workers))
+        return
     if name == "samplers":
         if new and len(new) > 1:
             raise DllmError(f"--new: the bench 'samplers' decodes in one window, not in {len(new)}; run it for each")
