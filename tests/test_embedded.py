@@ -99,3 +99,25 @@ def test_answers_keep_the_order_of_the_examples(twin: NativeModel) -> None:
     together = answers(twin, "functions", examples, batch_size=2)
     assert together == [answers(twin, "functions", [e])[0] for e in examples]
     assert isinstance(examples[0], Example)
+
+
+STRESSED = {"copying": 0.95, "replacing": 0.4, "waiting_line": 0.95}  # below the figures of docs/stress.md
+
+
+@pytest.fixture(scope="module")
+def stressed() -> NativeModel:
+    return load("tiny-stress", device="cpu")
+
+
+@pytest.mark.parametrize("task", STRESSED)
+def test_the_stress_model_solves_its_tasks_one_token_at_a_time(task: str, stressed: NativeModel) -> None:
+    (result,) = evaluate(stressed, [task], PROBLEMS, seed=0)
+    assert result.value >= STRESSED[task], str(result)
+
+
+def test_the_stress_model_is_small_and_reads_as_the_pair_does(stressed: NativeModel, dllm_tiny: NativeModel) -> None:
+    files = list((ASSETS / "tiny-stress").iterdir())
+    assert sum(f.stat().st_size for f in files) < 1.25e6
+    assert {f.suffix for f in files} == {".json", ".safetensors"}
+    assert stressed.tokenizer.get_vocab() == dllm_tiny.tokenizer.get_vocab()
+    assert stressed.dtype == torch.float32  # stored in half of it

@@ -11,7 +11,7 @@ from dllm.bench.answers import Answers
 
 
 def test_report_of_the_planted_model_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = {"out": tmp_path, "n": 6, "names": ["threshold", "eb"], "task_names": ["replacing", "pairs"]}
+    call = {"model": None, "out": tmp_path, "n": 6, "names": ["threshold", "eb"], "task_names": ["replacing", "pairs"]}
     text = stress.run(**call)
     assert "### replacing, planted" in text and "### pairs, planted" in text and "trained" not in text
     assert (tmp_path / "curves.png").stat().st_size > 5000

@@ -47,7 +47,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def run(
-    model: NativeModel | str | Checkpoint | None = None,
+    model: NativeModel | str | Checkpoint | None = "tiny-stress",
     *,
     out: str | Path = "bench-stress",
     n: int = 200,
@@ -58,7 +58,7 @@ def run(
 ) -> str:
     """Decode what is still missing and return the report (markdown).
 
-    model: beside the planted one; None: that alone. out: the folder of the answers so far and of the picture. n:
+    model: beside the planted one; None: that one alone. out: the folder of the answers so far and of the picture. n:
     problems a task. names: keys of `SETTINGS`, or any sampler specification. workers: processes for `model`.
     """
     folder = Path(out)

@@ -126,7 +126,7 @@ def bench(
         typer.echo(samplers.run(model, out=file, names=names, task_names=tasks, frame=frame, **size))
         return
     if name == "stress":
-        trained = None if model == Checkpoint() else model
+        trained = Checkpoint("tiny-stress") if model == Checkpoint() else model
         known, kinds = only or [*stress.SETTINGS], task or [*STRESS_TASKS]
         folder = out or "bench-stress"
         typer.echo(stress.run(trained, out=folder, n=n or 200, names=known, task_names=kinds, workers=workers))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = ("tiny", "tiny-ar")
+EMBEDDED = ("tiny", "tiny-ar", "tiny-stress")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]  # no code, no pickles
 DTYPES = {
