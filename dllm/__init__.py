@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # the same names for checkers and editors
     from dllm.call.output import Output as Output
     from dllm.call.prompts import Prompt as Prompt
     from dllm.call.score import score as score
+    from dllm.call.transformers import generation_arguments as generation_arguments
+    from dllm.call.transformers import text_pipeline as text_pipeline
     from dllm.decoding.constraints.constraint import Constraint as Constraint
     from dllm.decoding.trace import Trace as Trace
     from dllm.drafting.front import speculate as speculate
@@ -54,6 +56,7 @@ _HOMES = {
     "dllm.call.output": "Event Output",
     "dllm.call.prompts": "Prompt",
     "dllm.call.score": "score",
+    "dllm.call.transformers": "generation_arguments text_pipeline",
     "dllm.decoding.constraints.constraint": "Constraint",
     "dllm.decoding.trace": "Trace",
     "dllm.drafting.front": "speculate",

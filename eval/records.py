@@ -45,6 +45,7 @@ class Sample(TypedDict, total=False):
     finish: str
     sampler: str
     arness: float | None  # of the answer's tokens, where the commit order was kept (`Trace.arness`)
+    logprobs: list[float | None]  # of the tokens, where the setting says logprobs (docs/logprobs.md)
     accepted: list[int]  # draft tokens that the verifier took, cycle by cycle
     draft_forwards: int
     error: str | None

@@ -293,7 +293,10 @@ def measure(output: Decoded) -> Sample:
     ended: Sample = {"nfe_equiv": None, "finish": output.finish_reason}
     if isinstance(output, Drafted):
         return {**counts, **ended, "accepted": output.accepted, "draft_forwards": output.draft_forwards}
-    return {**counts, **ended, "nfe_equiv": output.nfe_equiv, "sampler": output.sampler}
+    own: Sample = {"nfe_equiv": output.nfe_equiv, "sampler": output.sampler}
+    if output.logprobs is not None:
+        own["logprobs"] = [None if said is None else round(said.logprob, 6) for said in output.logprobs]
+    return {**counts, **ended, **own}
 
 
 def clock(output: Decoded) -> Clock:

@@ -172,3 +172,14 @@ def test_a_picture_of_a_short_run_fits_its_frame(dllm: Dllm, tmp_path: Path) -> 
     assert ends
     assert max(ends) < frame
     assert len(re.findall("&lt;\\|eos\\|&gt;|&lt;", svg)) > 10  # every commit of the one forward is in the picture
+
+
+def test_generate_shows_log_probabilities(dllm: Dllm) -> None:
+    given = ("generate", "12+30=", "-m", TRAINED, "-n", "4", "--logprobs", "2")
+    row = json.loads(dllm(*given, "--json").stdout)
+    assert len(row["logprobs"]) == len(row["tokens"])
+    first = row["logprobs"][0]
+    assert first["top"][0] == [row["tokens"][0], first["logprob"]]
+    shown = dllm(*given)
+    assert shown.stdout == row["text"] + "\n"
+    assert f"{first['logprob']:.4f}" in shown.stderr

@@ -152,7 +152,7 @@ def test_a_trace_says_what_was_asked_and_how_sure_the_model_was() -> None:
     assert trace.undecoded == 2
     assert "2 columns were never decoded" in trace.summary
     filled = dllm.generate(scripted, [0], max_new_tokens=4, block_length=4, max_nfe=2, trace=True).trace
-    assert filled.confidence == [[pytest.approx(0.9)], [None] * 3]  # the closing forward is no step
+    assert filled.confidence == [[pytest.approx(0.9)], [pytest.approx(p) for p in (0.6, 0.5, 0.8)]]
 
 
 def test_a_trace_of_an_infilled_text_shows_the_holes_and_what_was_given(trained: Any) -> None:
@@ -227,12 +227,10 @@ def test_any_module_of_the_package_offers_its_names_lazily() -> None:
         ({"gen_length": 4}, "here it is max_new_tokens"),
         ({"max_lenght": 4}, r"did you mean 'max_length'\? Here that is max_new_tokens"),
         ({"mask_id": 4}, r"here it is dllm.load\(..., mask_id=...\)"),
-        ({"generation_config": None}, "'generation_config': its fields are arguments here"),
-        ({"streamer": None}, r"'streamer': dllm.stream\(model, prompt\)"),
-        ({"logits_processor": None}, "suppress_tokens= bans single ids"),
-        ({"bad_words_ids": [[1]]}, "suppress_tokens= bans single ids"),
-        ({"stopping_criteria": None}, "stop= takes strings, eos= token ids"),
-        ({"logprobs": 1}, "dllm.score bounds the likelihood"),
+        ({"generation_config": None}, r"dllm.generation_arguments\(config\) has its fields"),
+        ({"stream": True}, r"dllm.stream\(model, prompt\)"),
+        ({"bad_words_ids": [[1]]}, "logits_processor= takes transformers' processors"),
+        ({"output_scores": True}, "logprobs=0 returns those of the tokens"),
         ({"num_beams": 4}, "n= gives several answers"),
         ({"grammar": "x"}, "regex=, choices= and json_schema= constrain the answer"),
         ({"unheard_of": 1}, "unknown argument 'unheard_of'; known: batch_size"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar
 
+from dllm.call.steering import Criterion, OnStep, Processor, listed
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.constraints.constraint import KINDS, Constraint, Schema
 from dllm.decoding.runner import Step
@@ -59,6 +60,7 @@ RENAMED = {
     "generator": "seed",
     "min_length": "min_new_tokens",
     "output_history": "trace=True",
+    "top_logprobs": "logprobs",
     **{
         name: f"dllm.load(..., {name}=...)"
         for name in ("mask_id", "tokenizer", "device", "dtype", "revision", "backend")
@@ -66,22 +68,22 @@ RENAMED = {
 }
 
 
-_IDS = "suppress_tokens= bans single ids, and the `adjust` of a sampler changes scores (docs/adding-a-sampler.md)"
+_IDS = "logits_processor= takes transformers' processors (docs/steering.md), suppress_tokens= bans single ids"
 _GRAMMAR = "regex=, choices= and json_schema= constrain the answer (docs/constraints.md)"
-_PROBABILITIES = "dllm.score bounds the likelihood of an answer, trace=True records the confidence of every commit"
+_PROBABILITIES = "logprobs=0 returns those of the tokens, logprobs=k with k alternatives (docs/logprobs.md)"
 
 
 # what people ask for by names that have no counterpart -> what there is
 EXISTS = {
-    **dict.fromkeys(("streamer", "stream"), "dllm.stream(model, prompt) yields text as it becomes final"),
-    **dict.fromkeys(("logits_processor", "bad_words_ids", "repetition_penalty", "no_repeat_ngram_size"), _IDS),
+    "stream": "dllm.stream(model, prompt) yields text as it becomes final, and generate(streamer=) takes a streamer",
+    **dict.fromkeys(("callback", "callback_on_step_end"), "on_step= sees every step and may end an answer"),
+    **dict.fromkeys(("bad_words_ids", "repetition_penalty", "no_repeat_ngram_size"), _IDS),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "logit_bias"), _IDS),
     **dict.fromkeys(
         ("grammar", "guided_json", "guided_regex", "response_format", "prefix_allowed_tokens_fn"), _GRAMMAR
     ),
-    **dict.fromkeys(("logprobs", "output_scores", "output_logits", "return_dict_in_generate"), _PROBABILITIES),
-    "stopping_criteria": "stop= takes strings, eos= token ids, max_nfe= bounds the forwards",
-    "generation_config": "its fields are arguments here (max_new_tokens, temperature, top_p, top_k, eos, ...)",
+    **dict.fromkeys(("output_scores", "output_logits", "return_dict_in_generate"), _PROBABILITIES),
+    "generation_config": "dllm.generation_arguments(config) has its fields as arguments of dllm.generate",
     **dict.fromkeys(("num_beams", "num_beam_groups"), "a canvas has no beams; n= gives several answers"),
     "assistant_model": "dllm.speculate drafts for an autoregressive model",
     "past_key_values": "cache= names a policy of the block cache, which lives for one call",
@@ -111,6 +113,8 @@ def at_least(lowest: int) -> Rule:
 
 COUNT, WHOLE = at_least(1), at_least(0)
 FLAG = Rule(bool, lambda _: True, "True or False")
+PARTS = Rule(object, lambda parts: all(map(callable, listed(parts))), "a function of ids and scores, or several")
+WATCHER = Rule(object, callable, "a function of a StepView")
 STEP = Rule(object, callable, "what takes a step, such as Checked() of dllm.decoding.invariants")
 
 
@@ -145,6 +149,10 @@ class DecodingArguments(TypedDict, total=False):
     batch_size: int
     chat: bool | None
     infill: bool
+    logprobs: int | None
+    logits_processor: Processor | Sequence[Processor] | None
+    stopping_criteria: Criterion | Sequence[Criterion] | None
+    on_step: OnStep | None
     trace: bool
     compile: bool
     graphs: bool | None
@@ -186,6 +194,14 @@ class Arguments:
     batch_size: int = ruled(8, COUNT)  # rows decoded at a time
     chat: bool | None = ruled(None, FLAG)  # whether text goes through the chat template; None: where there is one
     infill: bool = ruled(False, FLAG)  # fill the mask tokens inside the prompt
+    # log-probabilities of the tokens, with so many alternatives (docs/logprobs.md)
+    logprobs: int | None = ruled(
+        None, Rule(Integral, lambda n: 0 <= n <= 20, "an integer from 0 to 20: so many alternatives of each token")
+    )
+    # transformers' processors and criteria, and what sees every step (docs/steering.md)
+    logits_processor: Processor | Sequence[Processor] | None = field(default=None, metadata={"rule": PARTS})
+    stopping_criteria: Criterion | Sequence[Criterion] | None = field(default=None, metadata={"rule": PARTS})
+    on_step: OnStep | None = field(default=None, metadata={"rule": WATCHER})
     trace: bool = ruled(False, FLAG)  # record what each forward committed
     graphs: bool | None = ruled(None, FLAG)  # whether ticks become CUDA graphs; None: where they can
     compile: bool = ruled(False, FLAG)  # torch.compile of a layer

@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Unpack, overload
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Unpack, overload
+
+import torch
 
 from dllm.call.arguments import Arguments, DecodingArguments
 from dllm.call.job import MAX_NEW_TOKENS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
+from dllm.call.steering import StepView, Streamer, ending
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.graphs import usable
+from dllm.decoding.logprobs import Logprobs
 from dllm.decoding.meter import Meter
 from dllm.decoding.recording import record
+from dllm.decoding.runner import Tick
 from dllm.decoding.trace import BLANK
 from dllm.errors import DllmError
 from dllm.models.model import Model, OwnDecoder
@@ -25,6 +31,7 @@ class CallArguments(DecodingArguments, total=False):
 
     input_ids: Ids | None
     attention_mask: Ids | None
+    streamer: Streamer | None
 
 
 @overload
@@ -49,15 +56,32 @@ def generate(
     unconditionally. input_ids (B, L) or (L,) and attention_mask (the same shape; 0 is padding) are another way to
     give ids. n: answers per prompt. Further arguments: see `Arguments`.
 
+    streamer: a streamer of transformers for one answer; it gets the prompt, the ids of each stretch of text that
+    becomes final, and its end, whatever happens (docs/steering.md).
+
     Returns one `Output` for one prompt, a list for a list, a tensor of two dimensions and n > 1 (prompt by prompt).
     Request i uses seed + i, so a row is the same alone and in a batch (docs/decoding.md says in which precision).
     Errors: `DllmError`, one line.
     """
-    events, single = _events(model, prompt, n, arguments)
-    outputs = {event.request: event.output for event in events if event.output is not None}
+    streamer = arguments.pop("streamer", None)
+    with ending(streamer):
+        call = _events(model, prompt, n, arguments, live=streamer is not None)
+        events = call.events if streamer is None else _put(call, streamer)
+        outputs = {event.request: event.output for event in events if event.output is not None}
     calls = max(output.calls for output in outputs.values())  # of the whole call: those of the last to finish
     answers = [dataclasses.replace(outputs[i], calls=calls) for i in sorted(outputs)]
-    return answers[0] if single else answers
+    return answers[0] if call.single else answers
+
+
+def _put(call: Call, streamer: Streamer) -> Iterator[Event]:
+    """The events of a call, told to a streamer as they come. Errors: more than one answer."""
+    if len(call.prompts) > 1:
+        raise DllmError(f"streamer= follows one answer, and this call has {len(call.prompts)}: one prompt, with n=1")
+    streamer.put(torch.tensor(call.prompts))
+    for event in call.events:
+        if event.tokens:
+            streamer.put(torch.tensor(event.tokens))
+        yield event
 
 
 def stream(
@@ -73,70 +97,133 @@ def stream(
     The pieces of a prompt join to its `output.text`. Arguments and errors are those of `generate`; mistakes are raised
     by the call itself.
     """
-    return _events(model, prompt, n, arguments, drafts, live=True)[0]
+    if arguments.pop("streamer", None) is not None:
+        raise DllmError("streamer= belongs to dllm.generate; dllm.stream yields the text itself")
+    return _events(model, prompt, n, arguments, drafts, live=True).events
+
+
+class Call(NamedTuple):
+    """A call under way."""
+
+    events: Iterator[Event]
+    single: bool  # it had one prompt, and no list of them
+    prompts: list[list[int]]  # of each answer
 
 
 def _events(
     model: ModelLike, prompt: Prompt | None, n: int, arguments: CallArguments, drafts: bool = False, live: bool = False
-) -> tuple[Iterator[Event], bool]:
-    """The events of a call, in between and at the ends of its rows, and whether it had a single prompt."""
+) -> Call:
+    """What a call yields; `live`: in between, too, not only at the ends of its rows."""
     prompt = joined(prompt, arguments.pop("input_ids", None), arguments.pop("attention_mask", None))
     model, given = resolve_model(model), {"n": n, **arguments}
     if model.own_decoder is None:
         job = prepare(model, prompt, given)
-        return _decoded(job, drafts, live), job.single
+        return Call(_decoded(job, drafts, live), job.single, job.prompts)
     outputs, single = _own(model, model.own_decoder, prompt, given)
-    return (Event(i, o.text, "" if drafts else None, o.nfe, o) for i, o in enumerate(outputs)), single
+    events = (Event(i, o.text, "" if drafts else None, o.nfe, o, o.tokens) for i, o in enumerate(outputs))
+    return Call(events, single, [o.sequences[: len(o.sequences) - len(o.tokens)] for o in outputs])
 
 
 def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
     meter, traces, start = Meter(len(job.prompts)), job.new_traces(), job.queue.canvas.cpu()
-    sent = [""] * len(job.prompts)
     if not start.masked.any():  # max_new_tokens=0: the prompts come back as they are
-        for request in range(len(sent)):
-            output = job.output(request, start, request, meter)
-            yield Event(request, output.text, None, 0, output)
+        for request in range(len(job.prompts)):
+            output = job.output(request, start, request, meter, noted=job.noted(job.queue, request))
+            yield Event(request, output.text, None, 0, output, output.tokens, output.logprobs)
         return
     before = start.ids.tolist() if traces else []
+    followed = [Followed(job, request, meter) for request in range(len(job.prompts))]
+    watched = live or job.args.on_step is not None or (bool(job.criteria.criteria) and job.args.early_stop)
     for tick in job.ticks(meter):
         meter.tick(tick.request)
-        done = [row for row, f in enumerate(tick.facts) if f.done]
-        rows = list(range(len(tick.facts))) if live else done
         for row, request in enumerate(tick.request if traces else []):
-            record(traces[request], tick, row, before[request])
+            if request not in meter.halted:
+                record(traces[request], tick, row, before[request])
+        rows = [r for r, f in enumerate(tick.facts) if (watched or f.done) and tick.request[r] not in meter.halted]
         if not rows:
             continue
         canvas = tick.canvas(rows)
         for at, row in enumerate(rows):
-            request = tick.request[row]
-            if row in done:
-                output = job.output(request, canvas, at, meter, traces.get(request))
-                yield Event(request, output.text[len(sent[request]) :], "" if drafts else None, output.nfe, output)
-                continue
-            low = tick.before[row].lo if job.sampler.needs.revises else None
-            final, draft = _progress(job, request, canvas, at, low, drafts)
-            if len(final) > len(sent[request]) or drafts:
-                yield Event(request, final[len(sent[request]) :], draft, meter.nfe[request], None)
-                sent[request] = max(final, sent[request], key=len)
+            own = followed[tick.request[row]]
+            noted, trace = job.noted(tick.state, tick.rows[row]), traces.get(own.request)
+            halted, most = own.halted(tick, row, canvas, at)
+            if halted:
+                meter.halt(own.request)
+            if halted or tick.facts[row].done:
+                yield own.last(job.output(own.request, canvas, at, meter, trace, noted, most), drafts)
+            elif live and (event := own.event(tick, row, canvas, at, noted, drafts)):
+                yield event
 
 
-def _progress(
-    job: Job, request: int, canvas: Canvas, row: int, low: int | None, drafts: bool
-) -> tuple[str, str | None]:
-    """The final text of a row, and what is written behind it; from `low` on a sampler may revise what it wrote."""
-    begin, length = job.begin(request), int(canvas.length[row]) - job.tails[request]
-    end = int(canvas.first_masked()[row])
-    if low is not None:
-        end = min(end, max(begin, low))
-    ids = canvas.ids[row, :length].tolist()
-    closed = ids[begin:end]
-    final = job.stops.settled(closed)
-    if not drafts:
-        return final, None
-    if job.stops.ended(closed):
-        return final, ""
-    behind = "".join(BLANK if t == canvas.mask_id else job.stops.decode([t]) for t in ids[end:])
-    return final, job.stops.decode(closed)[len(final) :] + behind
+@dataclass
+class Followed:
+    """What was told of a request while it is decoded."""
+
+    job: Job
+    request: int
+    meter: Meter
+    sent: str = ""  # its final text so far
+    told: int = 0  # its tokens in that
+    asked: int = 0  # ids about which the criteria were asked
+
+    def halted(self, tick: Tick, row: int, canvas: Canvas, at: int) -> tuple[bool, int | None]:
+        """Whether a row that goes on is ended from outside; and how many ids stand where a criterion first holds."""
+        job, done = self.job, bool(tick.facts[row].done)
+        stop = job.args.on_step is not None and bool(job.args.on_step(self.view(tick, row, canvas, at)))
+        if not (job.criteria.criteria and (done or job.args.early_stop)):
+            return stop and not done, None
+        ids = job.written(self.request, canvas, at) if done else self.closed(tick, row, canvas, at)
+        cut = job.stops.cut(ids)
+        ids = ids[: cut.through - 1] if cut.stopped else ids
+        most = job.criteria.first(job.prompts[self.request], ids, self.asked)
+        self.asked = max(self.asked, len(ids))
+        return (stop or most is not None) and not done, most
+
+    def view(self, tick: Tick, row: int, canvas: Canvas, at: int) -> StepView:
+        """The row after this step, as a callback sees it."""
+        f, was, end = tick.facts[row], tick.before[row], int(canvas.length[at]) - self.job.tails[self.request]
+        ids, masked = (tuple(leaf[at, :end].tolist()) for leaf in (canvas.ids, canvas.masked))
+        nfe = self.meter.nfe[self.request]
+        return StepView(self.request, f.step, nfe, ids, masked, f.start, (was.lo, was.hi))
+
+    def closed(self, tick: Tick, row: int, canvas: Canvas, at: int) -> list[int]:
+        """The ids of its text that change no more; what a sampler may revise is not among them."""
+        begin, length = self.job.begin(self.request), int(canvas.length[at]) - self.job.tails[self.request]
+        end = min(int(canvas.first_masked()[at]), length)
+        if self.job.sampler.needs.revises:
+            end = min(end, max(begin, tick.before[row].lo))
+        return canvas.ids[at, begin:end].tolist()
+
+    def event(
+        self, tick: Tick, row: int, canvas: Canvas, at: int, noted: Logprobs | None, drafts: bool
+    ) -> Event | None:
+        """What became final in this step; None where nobody has to be told."""
+        job, closed = self.job, self.closed(tick, row, canvas, at)
+        final = job.stops.settled(closed)
+        text, columns = final[len(self.sent) :], []
+        if text:
+            columns = job.columns(self.request, canvas, at, job.stops.reach(closed, len(final)))[self.told :]
+        elif not drafts:
+            return None
+        self.sent, self.told = self.sent + text, self.told + len(columns)
+        tokens, draft = canvas.ids[at, columns].tolist(), self.draft(canvas, at, closed) if drafts else None
+        return Event(
+            self.request, text, draft, self.meter.nfe[self.request], None, tokens, noted and noted.said(columns)
+        )
+
+    def draft(self, canvas: Canvas, at: int, closed: list[int]) -> str:
+        """What is written behind the final text, and may still change."""
+        job, end = self.job, self.job.begin(self.request) + len(closed)
+        if job.stops.ended(closed):
+            return ""
+        ids = canvas.ids[at, end : int(canvas.length[at]) - job.tails[self.request]].tolist()
+        behind = "".join(BLANK if t == canvas.mask_id else job.stops.decode([t]) for t in ids)
+        return job.stops.decode(closed)[len(self.sent) :] + behind
+
+    def last(self, output: Output, drafts: bool) -> Event:
+        """The last event of a request."""
+        text, rest = output.text[len(self.sent) :], output.logprobs and output.logprobs[self.told :]
+        return Event(self.request, text, "" if drafts else None, output.nfe, output, output.tokens[self.told :], rest)
 
 
 # -- a model that decodes itself (`Model.own_decoder`): one prompt at a time, by no sampler of ours --------------------

@@ -18,17 +18,18 @@ from dllm.call.constrain import check as check_constraints
 from dllm.call.constrain import rule_of, verdict
 from dllm.call.output import Output
 from dllm.call.prompts import check_ids, listed_ids, prompt_ids
+from dllm.call.steering import Criteria, Processing, check_pure, listed
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
-from dllm.decoding.canvas import Canvas, State
+from dllm.decoding.canvas import Canvas, State, mapped
 from dllm.decoding.captured import CapturedRunner
 from dllm.decoding.constraints.bound import Bound
 from dllm.decoding.engine import decode
 from dllm.decoding.graphs import Counts, forget, lent, usable
 from dllm.decoding.guidance import Guidance
+from dllm.decoding.logprobs import Logprobs, Noting
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
-from dllm.decoding.recording import Confidences
 from dllm.decoding.runner import Options, Runner, Tick
 from dllm.decoding.slots import Context, Needs, Sampler
 from dllm.decoding.step import step
@@ -67,6 +68,7 @@ class Job:
     tails: list[int]  # columns of each canvas that only complete its last block
     lookahead: Lookahead | None = None
     report: dict[int, Stats] = field(default_factory=dict)  # of the lookahead, by request
+    criteria: Criteria = field(default_factory=Criteria)
     captured: NativeModel | None = None  # the model, where ticks become graphs
     counts: Counts | None = None  # of the captures
 
@@ -105,20 +107,30 @@ class Job:
             return CapturedRunner if captured else Runner
         kind = form.runner(ahead, self.model, self.sampler, self.policy, checked=self.args.check is not None)
         # a trace is shown steps that a replay keeps to itself, and an audit goes back to one
-        whole = captured and kind is ChainRunner and ahead.mode != "fast" and not self.args.trace
+        whole = captured and kind is ChainRunner and ahead.mode != "fast" and not self.options.traced
         return CapturedChainRunner if whole else kind
 
-    def output(self, request: int, canvas: Canvas, row: int, meter: Meter, trace: Trace | None = None) -> Output:
-        """What a request returns that stands in a row of this canvas on the host; its trace is sealed."""
+    def output(
+        self,
+        request: int,
+        canvas: Canvas,
+        row: int,
+        meter: Meter,
+        trace: Trace | None = None,
+        noted: Logprobs | None = None,
+        most: int | None = None,
+    ) -> Output:
+        """What a request returns that stands in a row of this canvas on the host, with what was noted of it; its trace
+        is sealed. most: tokens at which a criterion ended it."""
         ahead, length = self.lookahead, int(canvas.length[row])
         ids, begin = canvas.ids[row, : length - self.tails[request]].tolist(), self.begin(request)
-        written = ids[begin : next((i for i, t in enumerate(ids[begin:], begin) if t == canvas.mask_id), None)]
-        text, tokens, through, stopped = self.stops.cut(written)
+        written = self.written(request, canvas, row)
+        text, tokens, through, stopped = self.stops.cut(written[:most])
+        stopped = stopped or most is not None or request in meter.halted
         if self.args.early_stop and stopped:
             ids = ids[: begin + through]
-        if self.args.infill:
-            frozen = canvas.frozen[row].tolist()
-            tokens = [t for t, given in zip(written, frozen[begin:], strict=False) if not given]
+        columns = self.columns(request, canvas, row, len(tokens))
+        tokens = [ids[c] for c in columns]
         if trace is not None:
             hidden = self.tails[request] if self.args.early_stop else 0
             self._seal(trace, canvas.ids[row, : length - hidden].tolist())
@@ -128,7 +140,7 @@ class Job:
             tokens=tokens,
             nfe=meter.nfe[request],
             calls=meter.calls,
-            finish_reason="cap" if request in meter.capped else "stop" if stopped else "length",
+            finish_reason=self._reason(request, stopped, meter),
             seconds=meter.seconds[request],
             prefill_seconds=meter.first[request],
             positions=meter.positions[request],
@@ -138,9 +150,22 @@ class Job:
             cache=self.policy.name,
             seed=self.args.seed + request,
             trace=trace,
+            logprobs=noted and noted.said(columns),
             lossless=None if ahead is None else ahead.lossless,
             stats=self._stats(request, written[int(canvas.start[row]) :] if self.args.infill else tokens),
         )
+
+    def written(self, request: int, canvas: Canvas, row: int) -> list[int]:
+        """The ids of a request's text up to its first mask."""
+        ids = canvas.ids[row, self.begin(request) : int(canvas.length[row]) - self.tails[request]].tolist()
+        return ids[: next((i for i, t in enumerate(ids) if t == canvas.mask_id), None)]
+
+    @staticmethod
+    def _reason(request: int, stopped: bool, meter: Meter) -> str:
+        """Why an answer ended."""
+        if request in meter.capped and request not in meter.halted:
+            return "cap"
+        return "stop" if stopped else "length"
 
     def _stats(self, request: int, tokens: list[int]) -> dict[str, object]:
         ahead = self.lookahead
@@ -153,6 +178,19 @@ class Job:
     def begin(self, request: int) -> int:
         """The first column of a request's text: behind the prompt; an infilled text is returned whole."""
         return 0 if self.args.infill else len(self.prompts[request])
+
+    def noted(self, state: State, row: int) -> Logprobs | None:
+        """What a row of a state has noted, on the host; None where the call did not ask for log-probabilities."""
+        noted = None if self.args.logprobs is None else state.columns.get(Logprobs)
+        return noted and mapped(lambda x: x[row : row + 1].cpu(), noted)
+
+    def columns(self, request: int, canvas: Canvas, row: int, count: int) -> list[int]:
+        """The columns of a request's tokens among the first `count` of its text: all, of an infilled one the holes."""
+        begin = self.begin(request)
+        columns = range(begin, begin + count)
+        if not self.args.infill:
+            return [*columns]
+        return [c for c, given in zip(columns, canvas.frozen[row, begin:].tolist(), strict=False) if not given]
 
     def new_traces(self) -> dict[int, Trace]:
         """The trace of each request, where they are asked for."""
@@ -193,14 +231,15 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
         canvas, _, tails = lay_out(model, prompts, args, grain, whole=False)
     policy = _policy(model, args, sampler.needs, sampler.name)
     sampler = policy.attach(sampler)
-    if args.trace:
-        notes = Confidences()
+    if args.trace or args.logprobs is not None:
+        notes = Noting(min(args.logprobs or 0, model.vocab_size), context.logits)
         sampler = sampler._replace(amend=(*sampler.amend, notes), starts=(*sampler.starts, (None, notes.columns)))
-    options = _options(model, args, sampler.needs, context.eos_ids, prompts)
     seeds = torch.arange(len(prompts), device=model.device) + args.seed
     queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
+    process, criteria = _steering(args, ahead is not None)
+    options = _options(model, args, sampler.needs, context.eos_ids, prompts, process)
     if constrained := rule_of(model, args, options, windows, tails):
         rule, bound = constrained
         if ahead is not None and ahead.mode == "guarded":
@@ -211,9 +250,29 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
         check_constraints(rule, bound, queue, sampler, args.infill)
         options = dataclasses.replace(options, rule=rule)
         queue = queue._replace(memory=queue.memory.plus(bound))
-    if args.check is not None:  # it asks the device
+    if args.check is not None or process is not None:  # they ask the device
         captured = None
-    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, {}, captured)
+    return Job(
+        model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, {}, criteria, captured
+    )
+
+
+def _steering(args: Arguments, ahead: bool) -> tuple[Processing | None, Criteria]:
+    """The processors and criteria of a call. Errors: what has no meaning beside them."""
+    processors, criteria = listed(args.logits_processor), listed(args.stopping_criteria)
+    if criteria and args.infill:
+        raise DllmError("infill=True fills every hole to its end, so stopping criteria do not apply: leave them out")
+    if args.constraints() and (processors or criteria):
+        raise DllmError(
+            "a constraint counts on every token that it allows, and on the end: leave out "
+            + ("logits_processor=" if processors else "stopping_criteria=")
+        )
+    if processors and args.graphs:
+        raise DllmError("logits processors run on the host, which a CUDA graph cannot ask: leave graphs=True out")
+    if ahead:
+        check_pure("logits processor", processors)
+        check_pure("stopping criterion", criteria)
+    return Processing(processors, ahead) if processors else None, Criteria(criteria, ahead)
 
 
 def resolve_model(model: object) -> Model:
@@ -348,14 +407,23 @@ def _policy(model: Model, args: Arguments, needs: Needs, name: str) -> Policy:
     return policy
 
 
-def _options(model: Model, args: Arguments, needs: Needs, eos: tuple[int, ...], prompts: list[list[int]]) -> Options:
+def _options(
+    model: Model,
+    args: Arguments,
+    needs: Needs,
+    eos: tuple[int, ...],
+    prompts: list[list[int]],
+    process: Processing | None,
+) -> Options:
     banned = listed_ids("suppress_tokens", args.suppress_tokens, model.vocab_size)
     return Options(
         law=Law(args.temperature, args.top_p, args.top_k, filtered=needs.filtered, gumbel=args.gumbel),
         suppress=banned + eos if args.logits_eos_inf else banned,
         min_new_tokens=args.min_new_tokens,
         eos_ids=eos,
+        process=process,
         max_nfe=args.max_nfe,
         blank=model.relative and any(set(p) <= {model.mask_id} for p in prompts),
+        traced=args.trace or args.on_step is not None,
         step=args.check or step,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from dllm.decoding.logprobs import TokenLogprob
 from dllm.decoding.trace import Trace
 
 
@@ -27,6 +29,8 @@ class Output:
     cache: str
     seed: int
     trace: Trace | None = None
+    # of each of `tokens` where the call asked; None of one that was given, or came with a length edit
+    logprobs: list[TokenLogprob | None] | None = None
     lossless: bool | None = None  # with lookahead: whether identity with the plain call is guaranteed
     stats: dict[str, object] = field(default_factory=dict)  # of the lookahead
 
@@ -57,3 +61,5 @@ class Event(NamedTuple):
     draft: str | None  # what is written behind it and may still change; None unless asked for
     nfe: int
     output: Output | None  # with the last event of a prompt
+    tokens: Sequence[int] = ()  # that `text` takes; those of a prompt's events join to `output.tokens`
+    logprobs: list[TokenLogprob | None] | None = None  # of these tokens, where the call asked

@@ -26,6 +26,7 @@ from dllm.errors import DllmError
 if TYPE_CHECKING:
     from dllm.call.arguments import DecodingArguments
     from dllm.models.model import Model
+    from dllm.models.tokenizer import Tokenizer
 
 
 @takes(decoding)
@@ -52,6 +53,9 @@ def generate(
     json_schema: Annotated[
         str | None, typer.Option(help="The answer is a document of this JSON schema: a file, or the schema itself.")
     ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Log-probabilities of the tokens, with so many alternatives (0 to 20).")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Watch the canvas fill.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the trace of the first answer to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of text.")] = False,
@@ -66,7 +70,7 @@ def generate(
     arguments |= {
         "cfg_scale": cfg_scale, "batch_size": batch_size, "chat": chat, "infill": infill, "early_stop": early_stop,
         "trace": trace is not None, "lookahead": lookahead, "regex": regex, "choices": choice or None,
-        "json_schema": json_schema and _schema(json_schema),
+        "json_schema": json_schema and _schema(json_schema), "logprobs": logprobs,
     }  # fmt: skip
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
 
@@ -77,7 +81,10 @@ def generate(
             return
         if not watch:
             typer.echo(output.text)
-        summarise(output, Console(stderr=True))
+        console = Console(stderr=True)
+        if output.logprobs is not None:
+            console.print(table(output, model.tokenizer), highlight=False, soft_wrap=True)
+        summarise(output, console)
 
     waiting: dict[int, Output] = {}
     following = 0
@@ -123,6 +130,18 @@ def _finished(
             if event.output is not None:
                 bar.update()
                 yield event.request, event.output
+
+
+def table(output: Output, tokenizer: Tokenizer | None) -> Table:
+    """A line for each token: its log-probability, and its alternatives with theirs."""
+    rows = Table.grid(padding=(0, 2))
+    for token, said in zip(output.tokens, output.logprobs or (), strict=True):
+        shown = [(token, said and said.logprob), *(said.top if said else ())]
+        pieces = [repr(tokenizer.decode([t])) if tokenizer is not None else str(t) for t, _ in shown]
+        values = ["given" if p is None else f"{p:.4f}" for _, p in shown]
+        first, *others = zip(pieces, values, strict=True)
+        rows.add_row(*map(Text, (*first, "  ".join(" ".join(pair) for pair in others))), style="dim")
+    return rows
 
 
 def summarise(output: Output, console: Console) -> None:

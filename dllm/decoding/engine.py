@@ -61,6 +61,7 @@ def decode(
             meter.computed(p.part.request, [f.fed for f in facts])
             meter.finish(r for r, f in zip(p.part.request, facts, strict=True) if f.done)
             yield from run.ticks(p.part, facts, batch.state)
+        over(batch, [i for i in busy if batch.request[i] in meter.halted and not batch.facts[i].done])
         for i in busy:
             request, f = batch.request[i], batch.facts[i]
             assert request is not None
@@ -95,15 +96,21 @@ def ended(s: Sampler, batch: Batch, part: Part) -> None:
     grown = [j for j, (was, f) in enumerate(zip(part.facts, new, strict=True)) if f.closed > was.closed and not f.done]
     if not grown:
         return
-    now = batch.part([part.rows[j] for j in grown])
-    rows = [
-        k
-        for k, (j, ids) in enumerate(zip(grown, now.state.canvas.ids.tolist(), strict=True))
+    texts = batch.part([part.rows[j] for j in grown]).state.canvas.ids.tolist()
+    stopped = [
+        part.rows[j]
+        for j, ids in zip(grown, texts, strict=True)
         if s.stop.over(ids[new[j].start : new[j].closed], part.facts[j].closed - new[j].start)
     ]
+    over(batch, stopped)
+
+
+def over(batch: Batch, rows: list[int]) -> None:
+    """End these rows."""
     if rows:
-        over = now.state.done.index_fill(0, index(rows, now.at.device), True)
-        finished(batch, now._replace(state=now.state._replace(done=over)), rows)
+        now = batch.part(rows)
+        state = now.state._replace(done=torch.ones_like(now.state.done))
+        finished(batch, now._replace(state=state), list(range(len(rows))))
 
 
 def finished(batch: Batch, now: Part, rows: list[int]) -> None:

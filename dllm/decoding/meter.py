@@ -17,6 +17,7 @@ class Meter:
         self.nfe = [0] * requests
         self.calls = 0
         self.capped: set[int] = set()
+        self.halted: set[int] = set()  # ended from outside
         self.seconds = [0.0] * requests  # from the start of the call to the row's last forward
         self.first: list[float] = [0.0] * requests  # to the row's first forward: prefill
         self.positions = [0] * requests  # recomputed by the forwards of each row
@@ -32,6 +33,11 @@ class Meter:
         """Count the positions that a forward computed for each row."""
         for r, n in zip(requests, positions, strict=True):
             self.positions[r] += n
+
+    def halt(self, request: int) -> None:
+        """End a row from outside: it steps no more, and its time stands."""
+        self.halted.add(request)
+        self.finish([request])
 
     def tick(self, requests: list[int]) -> None:
         """Note the time at which a row had its first answer."""

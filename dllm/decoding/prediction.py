@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas, Decision
+from dllm.decoding.columns import indices
 from dllm.errors import DllmError
 from dllm.models.transformer import Weights
 
@@ -96,6 +97,11 @@ class Prediction:
     @property
     def raw(self) -> Prediction:
         """The prediction beneath what a link of the `adjust` chain made of it; itself where none did."""
+        return self
+
+    @property
+    def free(self) -> Prediction:
+        """The prediction before a constraint changed it; itself where none did."""
         return self
 
     def lawful(self, canvas: Canvas, d: Decision) -> Decision:
@@ -184,6 +190,15 @@ class Prediction:
     def probability_of(self, logit: Tensor) -> Tensor:
         """Raw probability of a token with this logit at the same columns."""
         return (logit - self.lse).exp()
+
+    def log_probs(self, tokens: Tensor) -> Tensor:
+        """Raw natural log-probabilities of tokens (B, W, n) at the same columns, without cancellation at the best."""
+        best = self.logits.gather(-1, self.argmax[..., None])
+        return self.logits.gather(-1, tokens) - best - self.odds.log1p()[..., None]
+
+    def highest(self, k: int) -> Tensor:
+        """(B, W, k) the most probable tokens under the raw law, the best first and equals by ascending ids."""
+        return highest(self.logits.flatten(0, 1), k, self._best[2].flatten(0, 1)).view(*self.cols.shape, k)
 
     def chunks(self, *tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The logits, and (B, W) tables beside them, flattened and cut so that temporaries stay small."""
@@ -305,6 +320,24 @@ def best_two(logits: Tensor, peaks: Tensor | None = None) -> tuple[Tensor, Tenso
         logits = torch.cat([inner.topk(2, dim=-1).values, others, logits[:, peaks.shape[1] * STRETCH :]], 1)
     first, second = logits.topk(2, dim=-1).values.unbind(-1)
     return first, second
+
+
+def highest(logits: Tensor, k: int, peaks: Tensor | None = None) -> Tensor:
+    """(n, k) ids of the k highest of (n, V), the best first, equals by ascending ids: they are in the k stretches with
+    the highest peaks, or behind the last whole one."""
+    peaks, ids = stretch_peaks(logits) if peaks is None else peaks, None
+    if peaks.shape[1] > k:
+        inside, whole = torch.arange(STRETCH, device=logits.device), peaks.shape[1] * STRETCH
+        at = peaks.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
+        rest = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)
+        ids = torch.cat([(at[..., None] * STRETCH + inside).flatten(1), rest], 1)  # (n, k STRETCH + V % STRETCH)
+        logits = logits.gather(1, ids)
+    least = logits.topk(k, dim=-1).values[:, -1:] if k else logits[:, :1]
+    above, equal = logits > least, logits == least
+    kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    found = indices(kept, k).clamp(min=0)  # by ids
+    found = found.gather(1, logits.gather(1, found).sort(dim=-1, descending=True, stable=True).indices)
+    return found if ids is None else ids.gather(1, found)
 
 
 def _expected_logit(logits: Tensor) -> tuple[Tensor]:

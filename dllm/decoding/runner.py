@@ -20,14 +20,16 @@ from dllm.decoding.constants import constant
 from dllm.decoding.constraints.bound import Bound, Rule
 from dllm.decoding.facts import Facts, Shape, flags, kinds
 from dllm.decoding.graphs import index
+from dllm.decoding.logprobs import Logprobs
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law, Prediction
-from dllm.decoding.slots import Confidence, Sampler
+from dllm.decoding.slots import Sampler
 from dllm.decoding.step import expanded, opened, step
 from dllm.models.model import ForwardOptions, Model
 from dllm.models.transformer import KVStore, Said, Weights
 
 Fill = Callable[[State, Tensor, int], tuple[State, Prediction]]
+Process = Callable[[Canvas, Tensor, Tensor], Tensor]  # changes the logits (B, W, V) at columns (B, W), on the host
 Step = Callable[[Sampler, State, Span, Prediction], State]  # `step`, or what checks it (`invariants.Checked`)
 
 
@@ -39,9 +41,11 @@ class Options:
     suppress: tuple[int, ...] = ()  # ids that are never predicted
     min_new_tokens: int = 0
     eos_ids: tuple[int, ...] = ()
+    process: Process | None = None  # has the last word on logits
     max_nfe: int | None = None  # steps (a forward each) a row may take; None: 4 per column of its window, and 64
     blank: bool = False  # some row begins with nothing but masks, and the model tells columns by differences alone
     rule: Rule | None = None  # what answers are bound to
+    traced: bool = False  # observers are shown every step, those between the ticks of a lookahead, too
     step: Step = field(default_factory=lambda: step)  # takes the true steps; a guess of the lookahead is none
 
     def cap(self, facts: Facts) -> int:
@@ -204,7 +208,7 @@ class Answer:
             early = cols < (state.canvas.start + options.min_new_tokens)[:, None]
             for eos in options.eos_ids:
                 logits[..., eos].masked_fill_(early, -torch.inf)
-        return logits
+        return logits if options.process is None else options.process(state.canvas, cols, logits)
 
     def prediction(self, logits: Tensor, cols: Tensor, canvas: Canvas | None = None) -> Prediction:
         """The prediction that these logits (B, W, V) at `cols` (B, W) are; under a constraint for rows with this
@@ -243,9 +247,9 @@ class Answer:
         cols = indices(masked, width)
         pred = self.prediction(self.logits(cols), cols, state.canvas)
         canvas = state.canvas.write(masked, scatter(state.canvas.ids, cols, pred.token))
-        columns, noted = state.columns, state.columns.get(Confidence)
+        columns, noted = state.columns, state.columns.get(Logprobs)
         if noted is not None:
-            columns = columns.plus(Confidence(scatter(noted.table, cols, pred.confidence.to(noted.table.dtype))))
+            columns = columns.plus(noted.noted(pred, cols, pred.token))
         done, closing = state.done | rows, state.closing & ~rows
         return state._replace(canvas=canvas, columns=columns, done=done, closing=closing), pred
 
@@ -373,7 +377,7 @@ class Runner:
         shape = Shape(longest, 0, longest, padded=any(f.length < longest for f in part.facts))
         answer = self.forward(state, empty(state), plan(state, everything(state), shape, None, None))
         filled, pred = answer.filled(state, torch.ones_like(state.done), max(f.masks for f in part.facts))
-        after = filled._replace(step=state.step + 1, columns=state.columns)  # no step: it notes nothing
+        after = filled._replace(step=state.step + 1)
         part = part._replace(facts=[f._replace(lo=0, hi=0) for f in part.facts])
         return Turn(part, after, *self.open(after, pred, torch.zeros_like(after.done), answer.fed), answer)
 

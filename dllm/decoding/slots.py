@@ -137,12 +137,6 @@ class Closed(NamedTuple):
     end: Tensor  # (B,)
 
 
-class Confidence(NamedTuple):
-    """Per-column leaves: the model's probability of the token that stands there, NaN where none is known."""
-
-    table: Tensor  # (B, L)
-
-
 Start: TypeAlias = Callable[[Canvas], Leaf | None]  # the first leaves of rows with this canvas
 Reads: TypeAlias = Callable[[State, Span], Tensor]  # (B, R) columns to read beside the window's, -1 for padding
 

@@ -60,7 +60,7 @@ class Stops:
         if found is None:
             return Cut(self.decode(body), body, end + stopped, stopped)
         shows, at, through = found
-        tokens = body[: self._reach(body, at, shows)]
+        tokens = body[: self.reach(body, at, shows)]
         return Cut(self._hidden(tokens, at, shows), tokens, through, True)
 
     def ended(self, ids: list[int], seen: int = 0) -> bool:
@@ -81,12 +81,21 @@ class Stops:
         for shows, strings in self._views:
             text = self.decode(ids, shows).rstrip(UNFINISHED)
             at = len(text) - max(_overlap(text, s) for s in strings)
-            firm = min(self._hidden(ids[: self._reach(ids, at, shows)], at, shows), firm, key=len)
+            firm = min(self._hidden(ids[: self.reach(ids, at, shows)], at, shows), firm, key=len)
         return firm
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         """Text of ids, without special tokens or with them; empty where there is no tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=not special)
+
+    def reach(self, ids: list[int], at: int, shows: bool = False, text: str | None = None) -> int:
+        """How many ids it takes to write the first `at` characters."""
+        wanted = (self.decode(ids, shows) if text is None else text)[:at]
+        low, high = 0, len(ids)
+        while low < high:  # decode(ids[:i]) begins with `wanted` from some i on
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.decode(ids[:middle], shows).startswith(wanted) else (middle + 1, high)
+        return low
 
     # -- stop strings: positions in the text that hides special tokens, or in the one that shows them ---------------
 
@@ -111,20 +120,11 @@ class Stops:
             spots = [(at + len(s), at) for s in strings if (at := text.find(s)) >= 0]
             if spots:
                 end, at = min(spots)
-                hits.append((self._reach(ids, end, shows, text), at, shows))
+                hits.append((self.reach(ids, end, shows, text), at, shows))
         if not hits:
             return None
         through, at, shows = min(hits)
         return shows, at, through
-
-    def _reach(self, ids: list[int], at: int, shows: bool, text: str | None = None) -> int:
-        """How many ids it takes to write the first `at` characters."""
-        wanted = (self.decode(ids, shows) if text is None else text)[:at]
-        low, high = 0, len(ids)
-        while low < high:  # decode(ids[:i]) begins with `wanted` from some i on
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.decode(ids[:middle], shows).startswith(wanted) else (middle + 1, high)
-        return low
 
     def _hidden(self, ids: list[int], at: int, shows: bool) -> str:
         """The text without special tokens of the fewest ids that write the first `at` characters of a view."""

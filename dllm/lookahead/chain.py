@@ -21,7 +21,6 @@ from dllm.decoding.facts import Facts, Shape, fetch, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped, Tick, Turn
-from dllm.decoding.slots import Confidence
 from dllm.decoding.step import feeding, opened
 from dllm.lookahead.branches import stacked as rows_of
 from dllm.lookahead.guard import alike, bound, doubtful
@@ -179,7 +178,7 @@ class ChainRunner(Runner):
             self.clocks[lane] = self.clock(lane) + n
             self.count(part.request[j], played, n)
             self.audit(part, played, j, n)
-        shown = self.between(part, played, facts, taken) if state.columns.get(Confidence) is not None else []
+        shown = self.between(part, played, facts, taken) if self.options.traced else []
         some = [j for j, n in enumerate(taken) if n]
         rows, request = [part.rows[j] for j in some], [part.request[j] for j in some]
         before = [played.window(part.facts[j], j, taken[j] - 1) if shown else part.facts[j] for j in some]

@@ -93,6 +93,7 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
         raise DllmError(f"{name_or_path} does not fit on {place}: {first_line(error)}; {hint}") from error
     model = NativeModel(config, transformer.eval(), tokenizer)
     model.sampler_settings = read_settings(adapter or folder)  # an adapter changes the model: its own settings count
+    model.generation_config = generation
     return model
 
 
@@ -178,7 +179,9 @@ def _wrapped(
     generation = optional_json(folder / "generation_config.json") if folder is not None else {}
     config = describe(network, "transformers", arguments.shift or 0)
     config = resolve(config, None, tokenizer, generation, arguments.mask_id, arguments.eos_ids)
-    return wrap(network, config, tokenizer)
+    model = wrap(network, config, tokenizer)
+    model.generation_config = generation
+    return model
 
 
 def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> ModelConfig:

@@ -71,6 +71,7 @@ class Model(Protocol):
                       every column, and columns tie.
     batch_invariant   whether the logits of a row are the same bits whatever shares its forward.
     sampler_settings  by sampler: what a name without parameters takes.
+    generation_config  what the checkpoint's generation_config.json says (`dllm.text_pipeline` goes by it).
     own_decoder       decodes in place of the samplers; None: the samplers do.
     """
 
@@ -90,6 +91,7 @@ class Model(Protocol):
     relative: bool = False
     batch_invariant: bool = False
     sampler_settings: Mapping[str, SamplerSetting] = MappingProxyType({})
+    generation_config: Mapping[str, object] = MappingProxyType({})
     own_decoder: OwnDecoder | None = None
 
     @property

@@ -50,6 +50,7 @@ class NativeModel(Model):
         whole = ours and self.transformer.config.n_heads == config.n_heads  # the heads are not split over processes
         self.attention_layers = config.n_layers if whole else 0
         self.sampler_settings: dict[str, SamplerSetting] = {}
+        self.generation_config: dict[str, object] = {}
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.transformer.parameters())
@@ -153,7 +154,8 @@ class NativeModel(Model):
         values.pop(SHIFT, None)
         if read_config(RawConfig(values))[1].shift != self.shift:  # the caller settled it otherwise than the family
             values[SHIFT] = self.shift
-        generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
+        ids = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
+        generation = {**self.generation_config, **ids}
         write_json(folder / "config.json", values)
         write_json(folder / "generation_config.json", generation)
 

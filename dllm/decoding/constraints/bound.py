@@ -108,7 +108,12 @@ class Restricted(Prediction):
             logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra,
             weights=lambda: raw.weights,
         )  # fmt: skip
-        self._member, self._rule, self._rows = token, rule, rows
+        self._free, self._member, self._rule, self._rows = raw, token, rule, rows
+
+    @property
+    def free(self) -> Prediction:
+        """The prediction that was bound."""
+        return self._free
 
     @cached_property
     def token(self) -> Tensor:
