@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the same names for checkers and editors
     from dllm.call.output import Event as Event
     from dllm.call.output import Output as Output
     from dllm.call.prompts import Prompt as Prompt
+    from dllm.call.reads import Reading as Reading
+    from dllm.call.reads import read as read
     from dllm.call.score import score as score
     from dllm.call.transformers import generation_arguments as generation_arguments
     from dllm.call.transformers import text_pipeline as text_pipeline
@@ -55,6 +57,7 @@ _HOMES = {
     "dllm.call.generate": "generate stream",
     "dllm.call.output": "Event Output",
     "dllm.call.prompts": "Prompt",
+    "dllm.call.reads": "Reading read",
     "dllm.call.score": "score",
     "dllm.call.transformers": "generation_arguments text_pipeline",
     "dllm.decoding.constraints.constraint": "Constraint",

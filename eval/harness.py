@@ -29,6 +29,7 @@ from dllm.call.arguments import Arguments
 from dllm.call.job import prepare
 from dllm.call.output import Output
 from dllm.call.prompts import encode
+from dllm.call.reads import chained
 from dllm.errors import DllmError, nearest, unknown
 from dllm.eval import metrics
 from dllm.eval.arguments import THEIRS, layered, translated
@@ -114,6 +115,8 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
     pretrained        what `dllm.load` takes; or `model`, a loaded one
     batch_size        rows decoded together ("auto" is 8); a batch holds requests of equal arguments, ragged in length
     mc_num, mc_batch  samples of the likelihood bound, and how many of them go through the model at once
+    likelihood        of a continuation: `bound`, the Monte-Carlo one, or `chain`, exact for the order from left to
+                      right, a forward a token (docs/reads.md)
     check_greedy      also say whether a continuation is the greedy one, a decode for each request; without it the
                       answer is False
     seed              of every draw; request i of a rank uses seed + i
@@ -133,6 +136,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         max_batch_size: int | None = None,
         mc_num: int = SAMPLES,
         mc_batch: int = 32,
+        likelihood: str = "bound",
         check_greedy: bool = False,
         add_bos_token: bool = False,
         seed: int = 0,
@@ -155,6 +159,9 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         self.tokenizer = self.model.tokenizer
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size or 1)
         self.mc_num, self.mc_batch, self.check_greedy, self.seed = int(mc_num), int(mc_batch), check_greedy, int(seed)
+        if likelihood not in ("bound", "chain"):
+            raise DllmError(f"likelihood={likelihood!r} must be bound or chain")
+        self.likelihood = likelihood
         self.add_bos_token = bool(add_bos_token)
         if self.add_bos_token and self.model.bos_id is None:
             raise DllmError(f"add_bos_token: {pretrained} has no bos token")
@@ -400,6 +407,8 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
 
     def _score(self, head: list[int], tail: list[int]) -> float:
         guidance, samples, rows = self.decoding.get("cfg_scale") or 0.0, self.mc_num, self.mc_batch
+        if self.likelihood == "chain":
+            return chained(self.model, head, tail, guidance, rows)
         given = (self.model, head, tail)
         return dllm.score(*given, samples=samples, batch_size=rows, cfg_scale=guidance, seed=self.seed)
 

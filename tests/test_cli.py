@@ -183,3 +183,13 @@ def test_generate_shows_log_probabilities(dllm: Dllm) -> None:
     shown = dllm(*given)
     assert shown.stdout == row["text"] + "\n"
     assert f"{first['logprob']:.4f}" in shown.stderr
+
+
+def test_read_shows_labels_and_their_probabilities(dllm: Dllm) -> None:
+    given = ("read", PROBLEM, "--template", "Tom has {a} + 7 = {b} apples.", "--slot", "a=12,13", "--slot", "b=19,20")
+    row = json.loads(dllm(*given, "--json").stdout)
+    assert sum(row["slots"]["b"]["p"].values()) == pytest.approx(1)
+    shown = dllm(*given)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[0].startswith("a (mass ")
+    assert dllm("read", "x", "--template", "{a}", "--slot", "a").stderr.startswith("dllm: --slot 'a' must be NAME=")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 
@@ -135,6 +136,21 @@ def test_greedy_continuations_are_recognised_on_request(model):
     if dllm.call.prompts.encode(model, "Tom has 3 apples." + text, False)[: len(head)] == head:
         assert lm.loglikelihood(asked(("Tom has 3 apples.", text)), True)[0][1] is True
     assert lm.loglikelihood(asked(("Tom has 3 apples.", " zzz qqq")), True)[0][1] is False
+
+
+def test_likelihoods_by_the_chain_of_a_read(model):
+    lm = DiffusionLM(MODEL, model, likelihood="chain")
+    (value, greedy), (again, _) = lm.loglikelihood(asked(("Tom has 3", " apples"), ("Tom has 3 ", "apples")), True)
+    head, tail = lm._pair("Tom has 3", " apples")
+    expected = 0.0
+    for j, token in enumerate(tail):
+        ids = torch.tensor([[*head, *tail[:j], *[model.mask_id] * (len(tail) - j)]])
+        with torch.inference_mode():
+            expected += float(model.logits(model.forward(ids, None))[0, len(head) + j].log_softmax(-1)[token])
+    assert (value, greedy) == (pytest.approx(expected, abs=1e-4), False)
+    assert again == value
+    with pytest.raises(DllmError, match="likelihood='best' must be bound or chain"):
+        DiffusionLM(MODEL, model, likelihood="best")
 
 
 def test_arguments(model, caplog):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from dllm.decoding.logprobs import TokenLogprob
 from dllm.decoding.trace import Trace
+
+if TYPE_CHECKING:  # the command line starts without torch
+    from dllm.decoding.logprobs import TokenLogprob
 
 
 @dataclass

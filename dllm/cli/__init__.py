@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dllm import __version__
-from dllm.cli import bench, data, generate, samplers, schema, speculate, train
+from dllm.cli import bench, data, generate, read, samplers, schema, speculate, train
 from dllm.cli import eval as evaluation
 from dllm.cli import filter as filters
 from dllm.errors import DllmError
@@ -38,7 +38,7 @@ def _main(
     pass
 
 
-for command in (generate.generate, generate.chat, generate.trace, samplers.samplers, bench.bench):
+for command in (generate.generate, generate.chat, generate.trace, read.read, samplers.samplers, bench.bench):
     app.command()(command)
 for command in (evaluation.tune, train.train, schema.schema, speculate.speculate, speculate.align):
     app.command()(command)

@@ -21,7 +21,7 @@ def takes(shared: Command) -> Callable[[Command], Command]:
 
     def widened(command: Command) -> Command:
         theirs, own = (inspect.signature(f, eval_str=True).parameters.values() for f in (shared, command))
-        parameters = [*theirs, *(p for p in own if p.kind is not p.VAR_KEYWORD)]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*theirs, *own) if p.kind is not p.VAR_KEYWORD]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 

@@ -221,7 +221,7 @@ class ChainRunner(Runner):
         for r, after in enumerate(played.after):
             if some := [j for j, n in enumerate(taken) if n > r + 1]:
                 before = [played.window(part.facts[j], j, r) for j in some]
-                now = [facts[j]._replace(done=0) for j in some]
+                now = [facts[j]._replace(done=0, step=part.facts[j].step + r + 1) for j in some]
                 out.append(Tick(some, [part.request[j] for j in some], before, now, after))
         return out
 

@@ -1,0 +1,185 @@
+"""Reads: labels at open slots against full forwards and full enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from scripted import tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import dllm
+from dllm.call.reads import chained
+from dllm.errors import DllmError
+
+PROBLEM = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
+TEMPLATE = "Tom has {a} + 7 = {b} apples."
+SLOTS = {"a": ["12", "13"], "b": ["19", "20", "23"]}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Any:
+    return dllm.load("tiny", dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    """A random model over the signs 0-9 a-z, one token each, and the piece "yz"."""
+    from transformers import PreTrainedTokenizerFast
+
+    signs = [*"0123456789abcdefghijklmnopqrstuvwxyz", ":", "yz"]
+    inner = Tokenizer(models.BPE({s: i for i, s in enumerate(signs)}, [("y", "z")]))
+    inner.decoder = decoders.Fuse()
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    made = tiny()
+    made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    return made
+
+
+def law(model: Any, ids: list[int]) -> torch.Tensor:
+    """(L, V) log-softmax of a full forward."""
+    with torch.inference_mode():
+        return model.logits(model.forward(torch.tensor([ids]), None)[:, model.source(torch.arange(len(ids)))])[
+            0
+        ].log_softmax(-1)
+
+
+def test_a_label_of_one_token_is_the_log_softmax_at_its_slot(embedded: Any) -> None:
+    r = dllm.read(embedded, PROBLEM, TEMPLATE, slots=SLOTS)
+    log_p = law(embedded, r.canvas)
+    assert (r.nfe, r.sees_suffix) == (1, True)
+    for name, labels in SLOTS.items():
+        said = r[name]
+        (column,) = said.columns
+        assert r.canvas[column] == embedded.mask_id
+        for label in labels:
+            (token,) = said.tokens[label]
+            assert embedded.tokenizer.decode([token]).strip() == label
+            assert said.logp[label] == pytest.approx(float(log_p[column, token]), abs=1e-12)
+        assert sum(said.p.values()) == pytest.approx(1)
+        assert said.mass == pytest.approx(sum(map(math.exp, said.logp.values())))
+        assert said.exact == "slot"
+    assert (r["a"].best, r["b"].best) == ("12", "19")
+    values = sorted(r["b"].p.values())
+    assert r["b"].margin == pytest.approx(values[-1] - values[-2])
+    text = embedded.tokenizer.decode([t for t in r.canvas if t != embedded.mask_id])
+    assert "apples" in text
+
+
+def test_a_chain_is_a_normalised_law_over_all_labels(small: Any) -> None:
+    """All 36**2 pairs of signs, and one by one against forwards of their own."""
+    labels = [a + b for a, b in itertools.product("abcd0123", repeat=2)]
+    r = dllm.read(small, "abc", "q:{x}:9", slots={"x": labels})
+    at, second = r["x"].columns
+    assert (r.nfe, r["x"].exact, at) == (2, "chain", 5)
+    for label in labels[:6] + labels[-3:]:
+        first, last = (small.tokenizer.get_vocab()[s] for s in label)
+        written = [*r.canvas[:at], first, *r.canvas[at + 1 :]]
+        expected = law(small, r.canvas)[at, first] + law(small, written)[second, last]
+        assert r["x"].logp[label] == pytest.approx(float(expected), abs=1e-12)
+    product = dllm.read(small, "abc", "q:{x}:9", slots={"x": labels}, labels="product")
+    assert (product.nfe, product["x"].exact) == (1, "product")
+    marginal = law(small, r.canvas)
+    first, last = (small.tokenizer.get_vocab()[s] for s in labels[3])
+    assert product["x"].logp[labels[3]] == pytest.approx(float(marginal[at, first] + marginal[second, last]), abs=1e-12)
+    # over the whole vocabulary both laws sum to one
+    every = [a + b for a, b in itertools.product("0123456789abcdefghijklmnopqrstuvwxyz:", repeat=2) if a + b != "yz"]
+    whole = dllm.read(small, "abc", "q:{x}:9", slots={"x": every}, batch_size=64)
+    rest = law(small, r.canvas)[at].exp()
+    assert whole["x"].mass < 1
+    missing = float(rest[37:].sum())  # beginnings that no label has
+    assert 1 - whole["x"].mass >= missing - 1e-12
+
+
+@pytest.mark.parametrize("more", [{}, {"cfg_scale": 0.8}, {"null": "N/A"}, {"stages": [["b"], ["a"]]}], ids=str)
+def test_a_batch_says_what_each_prompt_says_alone(embedded: Any, more: Any) -> None:
+    prompts = [PROBLEM, "What is 2+3?", "Ann has 5 pens. She buys 14 more. How many pens does Ann have in all?"]
+    together = dllm.read(embedded, prompts, TEMPLATE, slots=SLOTS, batch_size=2, **more)
+    for prompt, r in zip(prompts, together, strict=True):
+        alone = dllm.read(embedded, prompt, TEMPLATE, slots=SLOTS, **more)
+        assert alone.canvas == r.canvas
+        for name in SLOTS:
+            assert list(alone[name].logp.values()) == pytest.approx(list(r[name].logp.values()), abs=1e-10)
+            assert list(alone[name].p.values()) == pytest.approx(list(r[name].p.values()), abs=1e-10)
+
+
+def test_a_stage_reads_what_the_stage_before_wrote(embedded: Any) -> None:
+    slots = {"a": ["12", "13"], "b": ["19", "20", "23"]}
+    r = dllm.read(embedded, PROBLEM, TEMPLATE, slots=slots, stages=[["a"], ["b"]])
+    (a,), (b,) = r["a"].columns, r["b"].columns
+    assert r.nfe == 2
+    assert r.canvas[a] == r["a"].tokens["12"][0]
+    assert r["b"].logp["19"] == pytest.approx(float(law(embedded, r.canvas)[b, r["b"].tokens["19"][0]]), abs=1e-12)
+
+
+def test_guidance_and_a_null_prompt(embedded: Any) -> None:
+    r = dllm.read(embedded, PROBLEM, TEMPLATE, slots=SLOTS, cfg_scale=0.5)
+    (b,), token = r["b"].columns, r["b"].tokens["19"][0]
+    given = len(r.canvas) - len(dllm.read(embedded, "", TEMPLATE, slots=SLOTS, chat=False).canvas)
+    blank = [embedded.mask_id] * given + r.canvas[given:]
+    with torch.inference_mode():
+        c, u = (embedded.logits(embedded.forward(torch.tensor([ids]), None))[0, b] for ids in (r.canvas, blank))
+    guided = u + 1.5 * (c - u)
+    guided[embedded.mask_id] = -torch.inf
+    assert r["b"].logp["19"] == pytest.approx(float(guided.log_softmax(-1)[token]), abs=1e-10)
+    plain, null = (dllm.read(embedded, p, TEMPLATE, slots=SLOTS)["b"].logp for p in (PROBLEM, "N/A"))
+    calibrated = dllm.read(embedded, PROBLEM, TEMPLATE, slots=SLOTS, null="N/A")["b"]
+    scores = torch.tensor([plain[l] - null[l] for l in SLOTS["b"]], dtype=torch.float64).softmax(0).tolist()
+    assert list(calibrated.p.values()) == pytest.approx(scores, abs=1e-10)
+    assert calibrated.logp == pytest.approx(plain)
+
+
+def test_a_continuation_is_scored_by_its_chain(embedded: Any) -> None:
+    head, tail = embedded.tokenizer("Tom has")["input_ids"], embedded.tokenizer(" 19 apples.")["input_ids"]
+    total = 0.0
+    for j, token in enumerate(tail):
+        ids = [*head, *tail[:j], *[embedded.mask_id] * (len(tail) - j)]
+        total += float(law(embedded, ids)[len(head) + j, token])
+    assert chained(embedded, head, tail) == pytest.approx(total, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("template", "slots", "more", "message"),
+    [
+        ("q {x}", {}, {}, "has a slot 'x' without labels"),
+        ("q {mod}", {"mood": ["a"]}, {}, "slot 'mod' without labels; did you mean 'mood'"),
+        ("q {x}", {"x": ["a"], "y": ["b"]}, {}, r"has no slot \{y\}"),
+        ("q {x} {x}", {"x": ["a"]}, {}, "has a slot twice"),
+        ("q", {}, {}, "has at least one slot"),
+        ("q {x", {"x": ["a"]}, {}, "a brace of the text is written twice"),
+        ("q {x}", {"x": []}, {}, "slot 'x' needs a list of labels, none of them empty"),
+        ("q {x}", {"x": "ab"}, {}, "slot 'x' needs a list of labels"),
+        ("q {x}", {"x": ["a", ""]}, {}, "none of them empty"),
+        ("q {x}", {"x": ["a", "a"]}, {}, "slot 'x' has a label twice"),
+        ("q {x}", {"x": ["a", "ab"]}, {}, "label 'a' begins label 'ab'"),
+        (
+            "q {x}",
+            {"x": ["a", "bc"]},
+            {},
+            r"have no common canvas \('a' 1, 'bc' 2\)",
+        ),
+        ("q{x}z", {"x": ["a", "y"]}, {}, "its labels change how the text around them is written"),
+        ("q {x}", {"x": ["a"]}, {"labels": "sum"}, "labels='sum' must be one of auto, chain, product"),
+        ("q {x}", {"x": ["a"]}, {"stages": [["y"]]}, "must name each of the slots once: x"),
+        ("q {x}", {"x": ["a"]}, {"cfg_scale": -1}, "cfg_scale=-1 must be"),
+    ],
+)
+def test_mistakes_get_one_clear_line(small: Any, template: str, slots: Any, more: Any, message: str) -> None:
+    with pytest.raises(DllmError, match=message) as error:
+        dllm.read(small, "abc", template, slots=slots, **more)
+    assert "\n" not in str(error.value)
+
+
+def test_models_that_cannot_be_read() -> None:
+    with pytest.raises(DllmError, match="a template is text, and this model has no tokenizer"):
+        dllm.read(tiny(), [1], "q {x}", slots={"x": ["a"]})
+
+
+def test_block_causal_models_may_not_see_the_suffix(small: Any) -> None:
+    causal = tiny(block_size=4)
+    causal.tokenizer = small.tokenizer
+    assert not dllm.read(causal, "abc", "{x}bcdefgh", slots={"x": ["a", "b"]}).sees_suffix
+    assert dllm.read(causal, "abcd", "{x}bc", slots={"x": ["a", "b"]}).sees_suffix
