@@ -61,6 +61,7 @@ class GenerateSpec:
     gumbel: bool | None = param(None, "draw by Gumbel noise instead of the inverse CDF")
     max_nfe: int | None = param(None, "forwards a row may take", low=1)
     graphs: bool | None = param(None, "decode by CUDA graphs; null: where they can be")
+    logprobs: int | None = param(None, "log-probabilities of the tokens, kept with each sample", low=0, high=20)
     regex: str | None = param(None, "the answer matches it fully (docs/constraints.md)")
     choices: tuple[str, ...] | None = param(None, "the answer is one of these")
     json_schema: dict[str, object] | str | None = param(None, "the answer is a document of this schema")
@@ -88,6 +89,15 @@ def _(made: SpeculateSpec) -> Json:
 
 
 @dataclass(frozen=True)
+class ReadSpec:
+    """Labels to read in place of an answer that is decoded (`dllm.read`)."""
+
+    labels: tuple[str, ...] = param((), "what an answer may be")
+    template: str = param("{answer}", "the answer's text; {answer} is where a label stands")
+    null: str | None = param(None, "a prompt without content, to calibrate by")
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     """One task. `name` is an embedded task, a known benchmark's shape, `jsonl`, or `lm-eval:<task>`; the rest
     refines it."""
@@ -104,6 +114,7 @@ class TaskSpec:
     answer: str | None = param(None, 'template over the document\'s fields: "{answer}"')
     metric: str | None = param(None, "exact, contains, number, math, choice, python")
     extract: str | tuple[str, ...] | None = param(None, "regular expressions; group 1 of the first match is it")
+    read: ReadSpec | None = param(None, "labels to read instead of decoding: accuracy, Brier score and ECE")
     fields: dict[str, str] = param({}, "the names a benchmark's columns have in the user's file")
     options: Json = param({}, "lm-eval: num_fewshot, include_path …")
     sampler: registry.Spec | None = param(None, "of this task only, in place of the setting's")

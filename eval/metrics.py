@@ -96,8 +96,40 @@ def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -
     if accepted:
         cell["accepted_per_cycle"] = _mean(accepted)
         cell["draft_forwards"] = _mean([row["draft_forwards"] for row in fine])
+    if read := [(row["p"], row["correct"] or 0.0) for row in fine if "p" in row]:
+        cell |= calibration(*zip(*read, strict=True), confidence=confidence, seed=seed)
     cell["clock"] = clock(fine)
     return cell
+
+
+BINS = 15  # of the calibration error, of equal mass
+
+
+def brier(p: Array, correct: Array, axis: int = -1) -> Array:
+    """Mean square of what was said minus what came true."""
+    return np.asarray(((p - correct) ** 2).mean(axis))
+
+
+def ece(p: Array, correct: Array, axis: int = -1) -> Array:
+    """Expected calibration error: the gap between mean p and accuracy, averaged over bins of equal mass."""
+    order = np.argsort(p, axis=axis, kind="stable")
+    said, came = (np.array_split(np.take_along_axis(x, order, axis), BINS, axis) for x in (p, correct))
+    gaps = [abs(s.sum(axis) - c.sum(axis)) for s, c in zip(said, came, strict=True)]
+    return np.asarray(sum(gaps) / p.shape[axis])
+
+
+def calibration(p: Sequence[float], correct: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Cell:
+    """Brier score and calibration error of probabilities, with bootstrap intervals. The error of few samples is biased
+    upwards: a bin of one sample is never calibrated."""
+    said, came = np.asarray(p, dtype=float), np.asarray(correct, dtype=float)
+    spread = len(said) > 1 and np.ptp((said - came) ** 2) > 0
+    ends = [_bootstrap((said, came), f, confidence, seed, paired=True) if spread else (float(f(said, came)),) * 2
+            for f in (brier, ece)]  # fmt: skip
+    (b_low, b_high), (e_low, e_high) = ends
+    return {
+        "brier": float(brier(said, came)), "brier_low": b_low, "brier_high": b_high,
+        "ece": float(ece(said, came)), "ece_low": e_low, "ece_high": e_high,
+    }  # fmt: skip
 
 
 def verdicts(rows: Iterable[Sample]) -> list[float]:

@@ -46,6 +46,7 @@ class Sample(TypedDict, total=False):
     sampler: str
     arness: float | None  # of the answer's tokens, where the commit order was kept (`Trace.arness`)
     logprobs: list[float | None]  # of the tokens, where the setting says logprobs (docs/logprobs.md)
+    p: float  # of the label that was read, among the labels
     accepted: list[int]  # draft tokens that the verifier took, cycle by cycle
     draft_forwards: int
     error: str | None
@@ -79,6 +80,12 @@ class Cell(TypedDict, total=False):
     tpf_mean: float
     arness: float  # mean over the samples whose commit order was kept; NaN: none was
     finish: dict[str, int]
+    brier: float  # of labels that were read: mean square of p - correct
+    brier_low: float
+    brier_high: float
+    ece: float  # and their expected calibration error
+    ece_low: float
+    ece_high: float
     accepted_per_cycle: float
     draft_forwards: float
     cut: int  # prompts that did not fit

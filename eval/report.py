@@ -106,7 +106,7 @@ def _task(results: Results, task: str, rows: Sequence[Sample], figures: bool) ->
         parts.append("lm-eval's own figures:\n\n" + table(["setting", "metric", "value"], lines))
     if not rows:  # likelihoods, which lm-eval counts alone
         return parts
-    parts += [_work(cells), _drafting(cells)]
+    parts += [_work(cells), _drafting(cells), _calibration(cells)]
     parts.append(_against_first(results, task, rows))
     made = _figures(results, task, cells, rows) if figures else ()
     return parts + [f"![{label}]({path.relative_to(results.folder).as_posix()})" for label, path in made if path]
@@ -159,6 +159,16 @@ def _decoding(cells: Sequence[Cell]) -> str:
         return ""
     head = ["setting", "sampler", "cache", "new tokens", "temperature", "stop", "other"]
     return "Decoded with (a dash is the model family's own):\n\n" + compact(head, lines)
+
+
+def _calibration(cells: Sequence[Cell]) -> str:
+    """What the probabilities of labels are worth, where a task reads some."""
+    lines = []
+    for c in (c for c in cells if "brier" in c):
+        b, *b_ends = _numbers(c, brier=3, brier_low=3, brier_high=3)
+        e, *e_ends = _numbers(c, ece=3, ece_low=3, ece_high=3)
+        lines.append([c["setting"], b, " … ".join(b_ends), e, " … ".join(e_ends)])
+    return compact(["setting", "Brier", "interval", "ECE", "interval"], lines) if lines else ""
 
 
 def _work(cells: Sequence[Cell]) -> str:

@@ -34,7 +34,7 @@ from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
 from dllm.eval.arguments import layered
-from dllm.eval.config import Config, ModelSpec, Setting, SpeculateSpec, TaskSpec
+from dllm.eval.config import Config, ModelSpec, ReadSpec, Setting, SpeculateSpec, TaskSpec
 from dllm.eval.records import Clock, Decoding, Environment, Prompt, Sample
 from dllm.eval.store import sample_key
 from dllm.eval.tasks import Document, Task, Unavailable, confined
@@ -81,7 +81,17 @@ class Drafted:
         self.accepted = [r.accepted for r in result.rounds]
 
 
-Decoded = Output | Drafted
+@dataclass(frozen=True)
+class Labelled:
+    """A label that was read, with the names of an output."""
+
+    text: str
+    p: float  # among the labels
+    nfe: int
+    seconds: float
+
+
+Decoded = Output | Drafted | Labelled
 
 
 def available(config: Config) -> tuple[Config, tuple[Task, ...], dict[str, str]]:
@@ -173,11 +183,14 @@ class Worker:
         decoding = arguments(setting, spec, task.generate.given())
         documents = task.documents[batch.start : batch.stop]
         prompts = [d.prompt for d in documents]
-        self._warm_up(batch, setting, decoding, prompts)
+        if spec.read is None:
+            self._warm_up(batch, setting, decoding, prompts)
         rows: list[Sample] = []
         trace = batch.start < self.config.trace
 
         def decode(some: list[Prompt], seed: int) -> list[Decoded]:
+            if spec.read is not None:
+                return self._read(setting, spec.read, some, decoding)
             return self.generate(setting, some, decoding, seed, trace)
 
         outcomes = attempt(decode, prompts, self.config.seed + batch.start)
@@ -217,6 +230,20 @@ class Worker:
         several = cast("Several", list(prompts))
         return [*dllm.generate(model, several, seed=seed, batch_size=len(prompts), trace=trace, **decoding)]
 
+    def _read(self, setting: Setting, spec: ReadSpec, prompts: list[Prompt], decoding: Decoding) -> list[Decoded]:
+        """The most probable label of each prompt."""
+        if setting.speculate is not None:
+            raise DllmError(f"setting {setting.label!r} drafts for a verifier, which `read:` does not ask")
+        began = time.perf_counter()
+        taken = {k: v for k, v in decoding.items() if k in ("chat", "cfg_scale") and v is not None}
+        found = dllm.read(
+            self.model(setting.model), cast("Several", prompts), spec.template, slots={"answer": spec.labels},
+            null=spec.null, batch_size=len(prompts), **taken,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        slots = [(r["answer"], r.nfe) for r in found]
+        return [Labelled(slot.best, slot.p[slot.best], nfe, seconds) for slot, nfe in slots]
+
     def _speculate(self, spec: SpeculateSpec, model: Model, prompt: One, decoding: Decoding, seed: int) -> Drafted:
         """One prompt decoded by the verifier, drafted as the setting says."""
         verifier, drafter = self.verifier(spec.verifier), self._drafter(spec.drafter, model)
@@ -245,7 +272,7 @@ class Worker:
 
     def _order(self, key: str, index: int, output: Decoded) -> Sample:
         """Keep the commit order where the configuration asks for it; what it says of the answer."""
-        if index >= self.config.trace or isinstance(output, Drafted) or output.trace is None:
+        if index >= self.config.trace or not isinstance(output, Output) or output.trace is None:
             return {}
         if self.folder is not None:
             folder = self.folder / "trace"
@@ -289,6 +316,9 @@ def failed(error: Exception) -> Sample:
 def measure(output: Decoded) -> Sample:
     """The counts of one output: tokens to the first stop, all decoded positions, forwards, and forwards in full
     lengths."""
+    if isinstance(output, Labelled):
+        nothing: Sample = {"tokens": 0, "tokens_raw": 0, "nfe": output.nfe, "nfe_equiv": float(output.nfe)}
+        return {**nothing, "finish": "read", "p": output.p}
     counts: Sample = {"tokens": len(output.tokens), "tokens_raw": output.decoded, "nfe": int(output.nfe)}
     ended: Sample = {"nfe_equiv": None, "finish": output.finish_reason}
     if isinstance(output, Drafted):
@@ -301,7 +331,7 @@ def measure(output: Decoded) -> Sample:
 
 def clock(output: Decoded) -> Clock:
     """A sample's own seconds, from the start of its call."""
-    if isinstance(output, Drafted):
+    if not isinstance(output, Output):
         return {"seconds": output.seconds}
     parts: Clock = {"prefill_seconds": output.prefill_seconds, "decode_seconds": output.decode_seconds}
     return {"seconds": output.seconds, **parts}

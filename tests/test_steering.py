@@ -79,9 +79,8 @@ def test_transformers_own_processors() -> None:
 
 @pytest.mark.parametrize("more", [{}, {"temperature": 0.8}, {"cache": "dual"}, {"sampler": "wino"}], ids=str)
 def test_processed_rows_are_the_same_alone_and_ahead(more: Any) -> None:
-    call = (
-        dict(max_new_tokens=12, block_length=4, eos=124, logits_processor=RepetitionPenaltyLogitsProcessor(5.0)) | more
-    )
+    penalty = RepetitionPenaltyLogitsProcessor(5.0)
+    call = dict(max_new_tokens=12, block_length=4, eos=[], logits_processor=penalty) | more
     free = dllm.generate(model(), PROMPTS, **{**call, "logits_processor": None})
     outs = dllm.generate(model(), PROMPTS, batch_size=2, **call)
     assert [o.sequences for o in outs] != [o.sequences for o in free]

@@ -106,7 +106,8 @@ def test_one_table_of_arguments() -> None:
     assert {**get_type_hints(DecodingArguments), "n": int} == checked
     flags = {name for name, kind in checked.items() if kind in (bool, bool | None)}
     numbers = {name for name, kind in checked.items() if kind in (int, float, int | None, float | None)}
-    assert flags | numbers | {"check"} == set(RULES)
+    functions = {"check", "logits_processor", "stopping_criteria", "on_step"}
+    assert flags | numbers | functions == set(RULES)
     assert {name for name, rule in RULES.items() if rule.kind is bool} == flags
 
 
@@ -134,7 +135,7 @@ def test_commands_have_the_defaults_of_a_call() -> None:
 
 def test_a_verifier_takes_arguments_of_a_call() -> None:
     shared = DecodingArguments.__annotations__.keys() & SpeculateOptions.__annotations__.keys()
-    assert {*VERIFIER_ARGUMENTS, "seed"} == shared
+    assert {*VERIFIER_ARGUMENTS, "seed", "logits_processor"} == shared  # a file holds no processors
 
 
 def test_the_lazy_names_are_those_that_checkers_see() -> None:

@@ -326,13 +326,15 @@ def highest(logits: Tensor, k: int, peaks: Tensor | None = None) -> Tensor:
     """(n, k) ids of the k highest of (n, V), the best first, equals by ascending ids: they are in the k stretches with
     the highest peaks, or behind the last whole one."""
     peaks, ids = stretch_peaks(logits) if peaks is None else peaks, None
+    if not k:
+        return torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
     if peaks.shape[1] > k:
         inside, whole = torch.arange(STRETCH, device=logits.device), peaks.shape[1] * STRETCH
         at = peaks.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
         rest = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)
         ids = torch.cat([(at[..., None] * STRETCH + inside).flatten(1), rest], 1)  # (n, k STRETCH + V % STRETCH)
         logits = logits.gather(1, ids)
-    least = logits.topk(k, dim=-1).values[:, -1:] if k else logits[:, :1]
+    least = logits.topk(k, dim=-1).values[:, -1:]
     above, equal = logits > least, logits == least
     kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
     found = indices(kept, k).clamp(min=0)  # by ids

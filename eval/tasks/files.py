@@ -18,7 +18,7 @@ import yaml
 
 from dllm.errors import DllmError, unknown
 from dllm.eval import data
-from dllm.eval.config import GenerateSpec, TaskSpec
+from dllm.eval.config import GenerateSpec, ReadSpec, TaskSpec
 from dllm.eval.data import Fields
 from dllm.eval.tasks import scorers
 from dllm.eval.tasks.base import Document, Graded, Task, fill, named, read_jsonl, refuse, takes
@@ -163,9 +163,11 @@ SHOTS = {"gsm8k_cot": "gsm8k/gsm8k-cot.yaml", "math": "minerva_math/utils.py", "
 
 def load(spec: TaskSpec, limit: int | None) -> Task:
     """A task from `spec.path`. Errors name the file, the line and the field; an empty file is one."""
-    takes(spec, "path", "shots", "shots_path", "prompt", "answer", "metric", "extract", "fields", "options")
+    takes(spec, "path", "shots", "shots_path", "prompt", "answer", "metric", "extract", "read", "fields", "options")
     if not spec.path:
         raise DllmError(f"task {spec.name!r} reads a local file: set `path:` to its JSON lines")
+    if spec.read is not None and (not spec.read.labels or "{answer}" not in spec.read.template):
+        raise DllmError("`read:` needs `labels:`, what an answer may be, and {answer} in its `template:`")
     for key in spec.options:
         if key not in ("broken", "rehearse"):
             raise unknown("option", key, ["broken"])
@@ -190,7 +192,7 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
 
     return Task(
         name=spec.name,
-        version=_version(shape),
+        version=_version(shape, spec.read),
         documents=tuple(documents[:limit]),
         score=score,
         generate=GenerateSpec(max_new_tokens=shape.max_new_tokens, stop=shape.stop or None, chat=shape.chat),
@@ -305,7 +307,8 @@ def _document(index: int, row: Fields, shape: Shape, shots: str) -> Document:
     return Document(name, shots + fill(shape.prompt, full), target, meta)
 
 
-def _version(shape: Shape) -> str:
+def _version(shape: Shape, read: ReadSpec | None) -> str:
     """A hash of everything that makes two runs of a task comparable: the templates and how answers are read."""
     parts: Sequence[object] = (shape.prompt, shape.target, shape.metric, shape.extract, shape.shot, shape.stop)
+    parts = parts if read is None else (*parts, read)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
