@@ -22,8 +22,8 @@ BARS = {  # tau by task: the released scripts
 
 @dataclass(frozen=True)
 class CLAD(Method):
-    """The candidates that reach tau form spans of neighbours. Two spans whose strongest link is each other conflict:
-    the longer one commits, the left one of equals, and the other waits. All other spans commit.
+    """Commit the candidates that reach tau by spans of neighbours; of two spans whose strongest link is each other only
+    the longer one, the left one of equals.
 
     A link is the mean attention from a token of one span to the other, the strongest token's, in either direction. Of
     two spans alone it counts from pair / W on, W columns of the window; of three or more it always does. So a step

@@ -34,9 +34,11 @@ TAUS = {  # tau_min and tau_max by task, as a third party copied them for LLaDA-
 
 @dataclass(frozen=True)
 class DAPD(Method):
-    """The masks of the window are a graph, S_ij the mean of the attention between two of them in both directions. By
-    degree times confidence, highest first, a mask commits unless S to one that was taken, over its own largest S, is
-    above tau. tau grows from tau_min to tau_max with the share of the generation that is written.
+    """Commit an independent set of the masks' attention graph, by degree times confidence.
+
+    S_ij is the mean of the attention between two masks of the window in both directions. Highest first, a mask commits
+    unless S to one that was taken, over its own largest S, is above tau. tau grows from tau_min to tau_max with the
+    share of the generation that is written.
 
     direct: what is `sure` commits outside of the graph. staged: from the middle of the generation on, whatever has
     confidence `high` commits too. There is no other bar: tokens of low confidence commit by design. Published with one

@@ -47,12 +47,11 @@ class Archive(NamedTuple):
 
 @dataclass(frozen=True)
 class DAWN(Method):
-    """i depends on j where it attends to it by tau_edge or more; columns that get more than tau_sink of the attention
-    on average are sinks, and nobody depends on them.
+    """Commit candidates with confidence tau_high; those with tau_induce that depend on an anchor, a token that stands
+    with confidence tau_high; and of the others with tau_low an independent set, the most confident first.
 
-    Three kinds commit: candidates with confidence tau_high; those with tau_induce that depend on an anchor, a token
-    that stands with confidence tau_high; and of the others with tau_low an independent set, the most confident first.
-    What depends on one that is both of the first and of the second kind waits. If nothing is left, the best commits.
+    A column depends on those that it attends to by tau_edge or more. Nobody depends on a sink: a column that gets more
+    than tau_sink of the attention on average. What depends on a candidate of both the first and the second kind waits.
 
     Weights average to 1/L: with tau_sink below that, most columns are sinks and this is `threshold` at tau_low. The
     published 0.01 is made for long few-shot prompts.

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from golden_cases import cases, groups
+from golden_cases import decode as golden_decode
 from golden_cases import model as golden
 from hypothesis import given
 from hypothesis import strategies as st
+from replay import standing_in
 from scripted import peaks, tiny
 from test_samplers_identities import PROMPTS, decode, model
 from torch import Tensor
@@ -296,6 +299,31 @@ def test_shifted_block_causal_models(sampler: str, cache_: str, window: str) -> 
     expected = [decode_(prompt).trace.commits for prompt in PROMPTS]
     for more in ({}, {"lookahead": 4}, {"lookahead": {"rows": 4, "form": "chain"}}):
         assert [o.trace.commits for o in decode_(PROMPTS, **more)] == expected
+
+
+SHOWN = ["dawn:layers=1,tau_sink=0.1,tau_edge=0.05,tau_low=0.6", "dapd:tau_max=0.3", "clad:layers=1"]
+
+
+@pytest.mark.parametrize("cache_", ["none", "dual", "dllm_cache"])
+@pytest.mark.parametrize("sampler", SHOWN)
+def test_captured_rounds_hold_the_weights(sampler: str, cache_: str) -> None:
+    call = {"sampler": sampler, "cache": cache_, "max_new_tokens": 24, "block_length": 12, "batch_size": 2}
+    plain = dllm.generate(model(), PROMPTS, **call)
+    with standing_in():
+        ahead = dllm.generate(model(), PROMPTS, lookahead={"rows": 4, "form": "chain"}, graphs=True, **call)
+    assert [o.sequences for o in ahead] == [o.sequences for o in plain]
+    assert ahead[0].stats["graphs"]["replays"] > 0
+
+
+@pytest.mark.parametrize("form", ["memo", "chain"])
+@pytest.mark.parametrize(("checkpoint", "method"), cases("clad", "dawn", "dapd_staged", "dapd_direct"))
+def test_golden_decodes_under_lookahead(checkpoint: str, method: str, form: str) -> None:
+    group = groups(checkpoint, method)[0]
+    for case, out in zip(
+        group, golden_decode(checkpoint, method, group, 3, lookahead={"rows": 4, "form": form}), strict=True
+    ):
+        assert out.sequences == case["output_ids"] and out.nfe <= case["nfe"]
+        assert [sorted(pairs) for pairs in out.trace.commits] == [sorted(pairs) for pairs in case["commits"]]
 
 
 @given(st.integers(0, 2**16), st.integers(1, 12))
