@@ -26,7 +26,10 @@ from dllm.models.transformer import Rows
 from dllm.samplers import Bundle, Context, Method, registry
 
 RANDOM, DREAM, SDAR = "tiny-llada-random", "tiny-dream-random", "tiny-sdar-random"
-CACHES = ["none", "prefix", "dual", "dual:left=2,right=3", "interval:warmup=1,every=3", "delayed:every=3", "dllm_cache"]
+CACHES = [
+    "none", "prefix", "dual", "dual:left=2,right=3", "interval:warmup=1,every=3", "delayed:every=3", "dllm_cache",
+    "none:near=2,tail=1", "dual:near=2,tail=1,recent=6",
+]  # fmt: skip
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 CALL: dict[str, Any] = {"max_new_tokens": 12, "block_length": 6, "early_stop": False}
 CLAD = {"name": "clad", "tau": 0.4, "layers": 1}
