@@ -18,7 +18,7 @@ from sweeps import size
 from dllm.drafting.accept import draw, reject, walk_sample
 from dllm.drafting.control import Controller
 from dllm.drafting.drafters import Drafter
-from dllm.drafting.lattice import build
+from dllm.drafting.lattice import build, listed
 from dllm.drafting.loop import Request, SpecConfig, Speculation, judged
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import Proposal, Rows, chain
@@ -303,6 +303,24 @@ def loop_pvalue(name, n):
 @pytest.mark.parametrize("name", list(LOOPS)[:1])
 def test_the_loop_is_exact(name):
     assert loop_pvalue(name, 1500) > 1e-3
+
+
+class WithDraws(Slots):
+    """The same, which makes the draws of a new lattice where its rows are."""
+
+    def draft(self, ids, k, *, generator=None):
+        at, u = len(ids) - 1, self.need.uniforms(k, generator)
+        logits = ROWS[at : at + k].log() + torch.tensor([*ids, *[0] * V])[:V].sin()
+        table, rows = self.need.told(logits, None, u)
+        return listed(table, rows, len(ids), self.need.draws)
+
+
+@pytest.mark.parametrize("search", [Sample(), SampleTree(2, 2)], ids=lambda s: type(s).__name__)
+def test_draws_that_come_with_a_lattice_are_exact(search):
+    """What is left of it is drawn anew."""
+    g, controller = torch.Generator().manual_seed(6), SpecConfig(length="fixed:k=3").build_controller()
+    kw = dict(carry="always", reuse_min=1)
+    assert pvalue([by_the_loop(search, controller.fork(), g, WithDraws(), **kw) for _ in range(1200)]) > 1e-3
 
 
 # -- what is submitted must not depend on what was drawn, end tokens and sequential drafters included
