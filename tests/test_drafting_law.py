@@ -7,7 +7,9 @@ draws 3 000 texts a scheme, `-m sweep` 60 000. All rounds of a text read one lat
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import partial
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from sweeps import size
 from dllm.drafting.accept import draw, reject, walk_sample
 from dllm.drafting.control import Controller
 from dllm.drafting.drafters import Drafter
-from dllm.drafting.lattice import build, listed
+from dllm.drafting.lattice import build, draws, listed, uniforms
 from dllm.drafting.loop import Request, SpecConfig, Speculation, judged
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import Proposal, Rows, chain
@@ -303,6 +305,25 @@ def loop_pvalue(name, n):
 @pytest.mark.parametrize("name", list(LOOPS)[:1])
 def test_the_loop_is_exact(name):
     assert loop_pvalue(name, 1500) > 1e-3
+
+
+def test_draws_are_independent_and_those_of_the_first_row_without_replacement():
+    g, first, second = torch.Generator().manual_seed(2), ROWS[0], ROWS[1]
+    seen = Counter()
+    for _ in range(6000):
+        (a, b), (c, _) = draws(ROWS[:2], uniforms(2, 2, g)).tolist()
+        seen[a, b, c] += 1
+    law = {
+        (a, b, c): float(first[a] * first[b] / (1 - first[a]) * second[c])
+        for a, b in permutations(range(V), 2)
+        for c in range(V)
+    }
+    expected = np.array([law[k] for k in law]) * 6000
+    found, common = np.array([seen[k] for k in law]), expected >= 5
+    assert found.sum() == 6000
+    rest = [found[~common].sum()], [expected[~common].sum()]
+    assert chisquare(np.append(found[common], rest[0]), np.append(expected[common], rest[1])).pvalue > 1e-3
+    assert draws(torch.eye(3)[:1], uniforms(1, 3, g)).tolist() == [[0, -1, -1]]
 
 
 class WithDraws(Slots):
