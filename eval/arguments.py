@@ -12,18 +12,27 @@ import logging
 from collections.abc import Mapping
 
 from dllm.call.arguments import Arguments
+from dllm.decoding.constraints.constraint import KINDS
 from dllm.eval.records import Decoding
 
 log = logging.getLogger(__name__)
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in lm-eval's own order
 THEIRS = (*LENGTHS, "until", "do_sample")  # what has another name here
+CONSTRAINTS = (*KINDS, "constraint")
 OFF = (0, -1)  # top_k in transformers and in vLLM: no limit
 
 
 def layered(*ranks: Mapping[str, object]) -> Decoding:
-    """One mapping from several, the first rank first; None says nothing."""
-    return {k: v for rank in reversed(ranks) for k, v in rank.items() if v is not None}
+    """One mapping from several, the first rank first; None says nothing. A constraint says where the answer ends: it
+    stands for the stop strings, and for another constraint, of later ranks."""
+    out: Decoding = {}
+    for rank in reversed(ranks):
+        said = {k: v for k, v in rank.items() if v is not None}
+        if said.keys() & set(CONSTRAINTS):
+            out = {k: v for k, v in out.items() if k not in (*CONSTRAINTS, "stop")}
+        out |= said
+    return out
 
 
 def translated(given: Decoding) -> Decoding:

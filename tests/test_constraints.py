@@ -8,8 +8,11 @@ import random
 import re
 from collections import Counter
 
+import llguidance
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas
@@ -297,3 +300,62 @@ def test_patterns_that_are_refused(pattern, says):
     with pytest.raises(DllmError, match=re.escape(says)) as caught:
         of_pattern(pattern)
     assert "\n" not in str(caught.value)
+
+
+# -- patterns against another reader of them --------------------------------------------------------------------------
+
+ATOMS = st.sampled_from(["a", "b", "é", "😀", ".", "[ab]", "[^a]", "[^é]", "[0-9]", "ab", "(?:a|ab)", "(?:b|bé)"])
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,3}", "*?"])).map(lambda x: f"(?:{x[0]}){x[1]}"),
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda x: f"(?:{x[0]}|{x[1]})"),
+    ),
+    max_leaves=6,
+)
+BYTES = llguidance.LLTokenizer("byte")
+
+
+@given(PATTERNS, st.lists(st.text("abé😀0\n", max_size=7), min_size=8, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_patterns_against_llguidance_and_re(pattern, texts):
+    automaton, grammar = of_pattern(pattern), llguidance.LLMatcher.grammar_from_regex(pattern)
+    for text in texts:
+        matcher = llguidance.LLMatcher(BYTES, grammar)
+        read = matcher.try_consume_tokens(list(text.encode()))
+        theirs = read == len(text.encode()) and matcher.is_accepting()
+        assert automaton.accepts(text.encode()) == theirs == bool(re.fullmatch(pattern, text)), (pattern, text)
+
+
+VOCABULARY = ["a", "b", "ab", "ba", "é", "bé", "0", ""]
+
+
+@given(PATTERNS, st.lists(st.integers(0, 6), max_size=5))
+@settings(max_examples=80, deadline=None)
+def test_tokens_spell_what_bytes_do(pattern, word):
+    automaton = of_pattern(pattern)
+    tokens = lifted(automaton, Vocabulary.of([t.encode() for t in VOCABULARY]), [7])
+    whole = automaton.accepts("".join(VOCABULARY[t] for t in word).encode())
+    assert tokens.accepts(word) == tokens.accepts([*word, 7, 7]) == whole
+
+
+@given(PATTERNS, st.integers(1, 5), st.data())
+@settings(max_examples=80, deadline=None)
+def test_no_dead_canvas_after_commits_and_remasks(pattern, columns, data):
+    """Whatever subset of a member is committed, and whatever is masked again, a member is still possible."""
+    rule = rule_of(pattern, VOCABULARY, columns, [7])
+    row = [MASK] * columns
+    if not alive(rule, row):
+        return
+    for step in range(4):
+        cols = data.draw(st.lists(st.integers(0, columns - 1), min_size=1, max_size=columns, unique=True))
+        probs = [[data.draw(st.floats(0.01, 1)) for _ in VOCABULARY] for _ in range(columns)]
+        law = data.draw(st.sampled_from([Law(), Law(0.7), Law(1.0, 0.5)]))
+        pred = bind(rule, [probs], [row], cols=[sorted(cols)], law=law, step=step)
+        for i, token in zip(sorted(cols), pred.token[0].tolist(), strict=True):
+            if row[i] == MASK and data.draw(st.booleans()):
+                row[i] = token
+        assert alive(rule, row), row
+        row = [MASK if data.draw(st.integers(0, 4)) == 0 else t for t in row]
+        assert alive(rule, row), row

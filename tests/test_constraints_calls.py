@@ -150,6 +150,22 @@ def test_infilling_counts_columns(model: Any) -> None:
         dllm.generate(model, prompt, infill=True, regex=r"[0-9]+ pears\.")
 
 
+def test_an_answer_may_grow(model: Any) -> None:
+    """Length edits go on as long as a member is left."""
+    call: dict[str, Any] = dict(
+        max_new_tokens=48, block_length=16, sampler="daedal:initial=12,factor=4,tail=4,tau_low=0.5"
+    )
+    output = dllm.generate(model, PROMPT, regex="[A-Z][a-z ]{50,70}[.]", **call)
+    assert re.fullmatch("[A-Z][a-z ]{50,70}[.]", output.text)
+    with pytest.raises(DllmError, match=r"fits 12 tokens, with which sampler 'daedal' begins; the shortest needs 25"):
+        dllm.generate(model, PROMPT, regex=RECORD, **call)
+
+
+def test_an_early_cut_leaves_members(model: Any) -> None:
+    output = dllm.generate(model, PROMPT, max_new_tokens=40, regex=RECORD, sampler="eotp:mode=eager+threshold:tau=0.3")
+    assert re.fullmatch(RECORD, output.text)
+
+
 def test_block_causal_models() -> None:
     model = letters(tiny(block_size=4))
     outputs = dllm.generate(model, [[1, 2, 3], [4]], max_new_tokens=10, regex="(ab|ba)(cd)*", eos=[30])

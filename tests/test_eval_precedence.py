@@ -4,6 +4,7 @@ stops, temperature and sampler may be given, on every route. What reaches `dllm.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import dllm
 from dllm.errors import DllmError
 from dllm.eval import run
+from dllm.eval.arguments import layered
 from dllm.eval.config import load
 
 MODEL = str(Path(__file__).parent / "golden" / "checkpoints" / "tiny-llada-trained")
@@ -168,3 +170,17 @@ def test_lm_evals_own_evaluation(call, folder, used, model):
         assert decoded("file_says", **own) == (4, ["c"], 0.4, "random")
     else:
         assert decoded("file_says", **own) == (4, ["s"], 0.3, "confidence")  # the file's max_gen_toks is below it
+
+
+def test_a_constraint_takes_the_place_of_later_stops_and_constraints():
+    assert layered({"regex": "a"}, {STOP: ["x"], HEAT: 0.5}) == {"regex": "a", HEAT: 0.5}
+    assert layered({"choices": ["a"]}, {"regex": "b"}, {STOP: ["x"]}) == {"choices": ["a"]}
+    assert layered({STOP: ["x"]}, {"regex": "b"}) == {STOP: ["x"], "regex": "b"}  # which is refused
+
+
+def test_a_constrained_task(used, tmp_path):
+    base = {"model": {"name": "tiny", "device": "cpu"}, "limit": 2, "warmup": 0, "sampler": "threshold"}
+    constrained = {"generate": {"regex": "[0-9]{1,3}", LENGTH: 8}, "tasks": [{"name": "word_problems"}]}
+    results = run({**base, **constrained}, out=tmp_path, progress=False)
+    assert last(used, "regex", LENGTH) == ("[0-9]{1,3}", 8) and not results.errors
+    assert len(results.rows) == 2 and all(re.fullmatch("[0-9]{1,3}", row["text"]) for row in results.rows)

@@ -99,7 +99,7 @@ class TokenAutomaton:
 
     def accepts(self, tokens: Sequence[int]) -> bool:
         """Whether these tokens are a member."""
-        table, state = self.follow, 0
+        table, state = self.follow, 0 if self.states else -1
         for token in tokens:
             state = int(table[state, self.classes[token]]) if state >= 0 else -1
         return bool(state >= 0 and self.accepting[state])
