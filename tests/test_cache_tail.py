@@ -454,6 +454,7 @@ def test_specifications_and_presets() -> None:
     assert policy("prefix:streaming_llada15_gsm8k_512") == policy("prefix:near=128,tail=1")
     assert policy("none:dpad_llada_humaneval") == policy("none:near=512,tail=0,gaussian=3:2.3")
     assert policy("dual:streaming,near=32,left=2") == policy("dual:near=32,tail=1,left=2")
+    assert policy({"name": "dual", "near": 8, "gaussian": "3:1.6"}) == policy("dual:near=8,gaussian=3:1.6")
     assert not policy("dual").cuts and policy("dual") == policy("dual:near=-1")
     assert replace(policy("dual:dpad"), shift=1).gaussian == (4.0, 2.0)
 

@@ -74,7 +74,7 @@ class Tail(Policy):
     tail: int | None = param(
         None, "masks kept at the very end; None: 1 as in Streaming-dLLM, 0 where some are drawn as in DPad", low=0
     )
-    gaussian: tuple[float, float] | None = param(
+    gaussian: tuple[float, float] | str | None = param(
         None,
         "k:a, of `near` one at distance d stays with probability a phi(k d / (near - 1)); DPad: 4:2, 3:1.6",
     )
@@ -175,7 +175,7 @@ class Tail(Policy):
             return near
         columns = torch.arange(distance.shape[1], device=distance.device)
         u = noise.uniform(state.seed[:, None], epochs.lo[:, None], columns, noise.TAIL)  # (B, L)
-        if self.gaussian is not None:
+        if isinstance(self.gaussian, tuple):  # since `__post_init__`
             k, a = self.gaussian
             x = k * distance.double() / max(self.near - 1, 1)
             return near & (u < a / math.sqrt(2 * math.pi) * torch.exp(-0.5 * x**2))
