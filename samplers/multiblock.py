@@ -34,20 +34,21 @@ class OpenBlocks(Window):
 
     length: int
     share: float
-    most: int | None  # blocks that are open at once
+    most: int  # blocks that are open at once
     ends: tuple[int, ...]  # end tokens
     aligned: bool
     settle: int = 1
 
     @classmethod
     def of(cls, context: Context, share: float, most: int | None, settle: int = 1) -> Self:
-        """The blocks of a call."""
-        return cls(context.block_length, share, most, context.eos_ids, context.block_size is not None, settle)
+        """The blocks of a call; most: None for all of a row."""
+        length, aligned = context.block_length, context.block_size is not None
+        all_of_it = -(-context.max_new_tokens // length) + aligned  # an aligned row may begin and end inside of a block
+        return cls(length, share, min(most or all_of_it, all_of_it), context.eos_ids, aligned, settle)
 
     def widest(self, canvas: Canvas) -> int:
-        """All columns, or `most` blocks."""
-        width = canvas.ids.shape[1]
-        return width if self.most is None else min(self.most * self.length, width)
+        """`most` blocks."""
+        return min(self.most * self.length, canvas.ids.shape[1])
 
     def memory(self, canvas: Canvas) -> Front:
         """No block is open yet."""
@@ -61,17 +62,13 @@ class OpenBlocks(Window):
         first = (canvas.first_masked() - origin) // self.length
         last = (before.opened - 1).clamp(min=0)[:, None]
         more = (self.written(canvas).gather(1, last)[:, 0] >= self.share) & ~self.ended(canvas)
-        opened = before.opened + more
-        if self.most is not None:  # none is closed, whatever is taken back
-            opened = torch.maximum(torch.minimum(opened, first + self.most), before.opened)
-        opened = torch.maximum(opened, first + 1)
+        opened = torch.minimum(before.opened + more, first + self.most)
+        opened = torch.maximum(opened, torch.maximum(before.opened, first + 1))  # none is closed
         since = torch.where(first != before.first, state.step, before.since)
         state = state._replace(memory=state.memory.plus(Front(opened, first, since)))
         lo = origin + first * self.length
         hi = torch.minimum(origin + opened * self.length, canvas.length)
-        end = canvas.length
-        if self.most is not None:
-            end = torch.minimum(lo + self.most * self.length, end)
+        end = torch.minimum(lo + self.most * self.length, canvas.length)
         epoch = first * self.settle + (state.step - since).clamp(max=self.settle - 1)
         return state, Span(lo=lo, hi=hi, end=end, reads=spans(lo, hi, self.widest(canvas)), epoch=epoch)
 

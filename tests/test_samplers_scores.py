@@ -77,6 +77,8 @@ RELEASED: dict[tuple[str, str], tuple[str, Callable[..., Any]]] = {
     ("CCD, alg", "maskgit_plus"): ("ccd+confidence", quota.confidence),
     ("CCD, alg", "topk_margin"): ("ccd+margin", quota.margin),
     ("CCD, alg", "entropy"): ("ccd+entropy", quota.entropy),
+    ("DAWN on Dream, alg", "dawn"): ("dawn", quota.confidence),
+    ("CLAD on Dream, alg", "CLAD"): ("clad", quota.confidence),
     ("KLASS, alg", "klass"): ("klass", quota.confidence),
     ("KLASS, alg", "default"): ("confidence", quota.confidence),
     ("KLASS, alg", "random"): ("random", quota.random),
