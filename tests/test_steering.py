@@ -277,7 +277,7 @@ def test_a_streamer_gets_prompt_and_tokens() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"sampler": "nosuch"}, {"max_new_tokens": -1}, {"n": 2}, {"on_step": lambda view: 1 / 0}, {"prompt": [[1], [2]]}],
-    ids=str,
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_streamer_ends_when_a_call_fails(wrong: Any) -> None:
     recorder = Recorder()
