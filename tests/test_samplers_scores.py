@@ -14,7 +14,7 @@ from test_samplers_hand import commits, decode, job, opened
 
 import dllm
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.slots import Context
+from dllm.decoding.slots import Context, best, rank
 from dllm.errors import DllmError
 from dllm.samplers import quota, registry
 from dllm.samplers.base import SINGLE
@@ -197,3 +197,21 @@ def test_ends_go_last_whatever_ranks(score: str) -> None:
     model = Scripted(peaks([(3, 0.99), (1, 0.8), (1, 0.7)], 8), eos=3)
     order = [columns for columns in commits(decode(model, 3, score, confidence_eos_eot_inf=True)) if columns]
     assert order[0] == {1} and 0 in order[-1]  # Dream's last step takes all that is left
+
+
+@pytest.mark.parametrize("name", ["confidence", "margin", "entropy", "threshold", "factor", "d2f", "sdar", "saber"])
+def test_columns_that_all_predict_an_end_still_commit(name: str) -> None:
+    """Their confidence is 0, so its logarithm is -inf, as where there is no candidate."""
+    net = Scripted(peaks([(1, 0.9), (3, 0.8), (3, 0.7), (3, 0.6)], 4), eos=3)
+    call: dict[str, Any] = {"max_new_tokens": 4, "block_length": 4, "early_stop": False, "confidence_eos_eot_inf": True}
+    out = dllm.generate(net, [0], sampler=name, **call)
+    assert (out.sequences, out.finish_reason) == ([0, 1, 3, 3, 3], "stop")
+    assert out.nfe <= 4
+
+
+def test_a_candidate_of_score_minus_infinity_comes_behind_others_and_before_none() -> None:
+    score, among = torch.tensor([[-torch.inf, 0.0, -torch.inf, -1.0]]), torch.tensor([[False, False, True, True]])
+    assert rank(score, among).tolist() == [[4, 4, 1, 0]]
+    last = among & (score == -torch.inf)
+    assert rank(score, last).tolist() == [[4, 4, 0, 4]]
+    assert best(score, last).tolist() == [[False, False, True, False]]

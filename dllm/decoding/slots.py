@@ -66,7 +66,7 @@ class Attention(NamedTuple):
     @classmethod
     def last(cls, layers: int | Sequence[int], name: str, rows: Literal["window", "all"] = "window") -> Self:
         """The last so many layers, or those of a list, as a parameter of sampler `name` says. Errors: neither."""
-        numbers = [layers] if isinstance(layers, int) else list(layers)
+        numbers = [layers] if isinstance(layers, int) else list(layers) if isinstance(layers, Sequence) else []
         good = numbers and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers)
         if not good or layers == 0:
             raise DllmError(f"sampler {name!r}: layers={layers!r} is no number of last layers and no list of layers")
@@ -361,7 +361,7 @@ class View:
 
 def rank(score: Tensor, among: Tensor) -> Tensor:
     """(B, W) 0-based rank of each candidate: highest score first, ties to the lowest position; W for the others."""
-    order = score.masked_fill(~among, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    order = _candidates(score, among).sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     ranks = torch.empty_like(order).scatter_(1, order, places)
     return torch.where(among, ranks, order.shape[1])
@@ -369,8 +369,14 @@ def rank(score: Tensor, among: Tensor) -> Tensor:
 
 def best(score: Tensor, among: Tensor) -> Tensor:
     """(B, W) one-hot: the candidate of highest score, lowest position on ties; nothing where there is no candidate."""
-    top = score.masked_fill(~among, -torch.inf).argmax(1, keepdim=True)
+    top = _candidates(score, among).argmax(1, keepdim=True)
     return torch.zeros_like(among).scatter_(1, top, True) & among
+
+
+def _candidates(score: Tensor, among: Tensor) -> Tensor:
+    """(B, W) the score, below that of every candidate where there is none. A candidate of score -inf is still one: the
+    logarithm of a confidence may be."""
+    return score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~among, -torch.inf)
 
 
 def best_each(score: Tensor, among: Tensor, group: Tensor, groups: int) -> Tensor:
