@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import model, read
+from scripted import tiny
 
 import dllm
 from dllm.decoding.invariants import Checked
@@ -206,3 +207,15 @@ def test_sweep(name: str, cache_: str, drafter: str, rows: int) -> None:
             if usable(sampler, cache_, checkpoint):
                 agrees(checkpoint, sampler, cache_, {"rows": rows, "drafter": drafter})
                 agrees(checkpoint, sampler, cache_, {"rows": rows, "drafter": drafter}, temperature=0.6, seed=5)
+
+
+@pytest.mark.parametrize("setting", [2, 3, 5])
+def test_guesses_read_other_numbers_of_columns_than_the_forward_with_a_shadow_did(setting: int) -> None:
+    """A block of a prompt has fewer masks than the one before: the shadow that was fed is wider than the guess."""
+    net = tiny(block_size=4)
+    prompts = [[18, 39], [39, 18, 30, 32, 39]]
+    call: dict[str, Any] = {"max_new_tokens": 4, "block_length": 4, "cache": "block", "sampler": "wino", "infill": True}
+    base = dllm.generate(net, prompts, **call)
+    ahead = dllm.generate(net, prompts, **call, lookahead=setting)
+    assert [o.sequences for o in ahead] == [o.sequences for o in base]
+    assert sum(o.nfe for o in ahead) < sum(o.nfe for o in base)

@@ -305,3 +305,9 @@ def stacked(weights: Sequence[Weights], copies: int) -> Weights:
         return torch.stack(own, 1).flatten(0, 1)
 
     return Weights(all_of([w.cols for w in weights], -1), all_of([w.table for w in weights], 0))
+
+
+def fitted(said: Said, queries: int, reads: int) -> Said:
+    """The same with as many private queries behind the planned ones, if it has any, as a step on it has reads."""
+    more = queries + reads - said.hidden.shape[1]
+    return said if more == reads else said._replace(hidden=F.pad(said.hidden, (0, 0, 0, more)))

@@ -17,7 +17,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Runner
 from dllm.decoding.slots import Sampler, View, rank
 from dllm.decoding.step import expanded, feeding, opened, step
-from dllm.lookahead.branches import Branch, Query, queries, stacked
+from dllm.lookahead.branches import Branch, Query, fitted, queries, stacked
 from dllm.lookahead.ledger import History
 from dllm.lookahead.memo import Group, Source
 from dllm.lookahead.setting import Lookahead
@@ -244,7 +244,8 @@ class StalePredictions:
         ids, pos, hidden = (x[:, at].flatten(0, 1) for x in (self.ids, self.pos, self.hidden))
         weights = mapped(lambda x: x.view(-1, count, *x.shape[1:])[:, at].flatten(0, 1), self.weights)
         plan = Plan(ids, pos, None, None, None, None, None, False, False)
-        return self.run.answer(state, win, plan, Said(hidden, weights), self.planned)
+        said = fitted(Said(hidden, weights), self.planned, win.reads.shape[1])
+        return self.run.answer(state, win, plan, said, self.planned)
 
 
 def _widen(x: Tensor, planned: int, width: int, extra: int, copies: int, value: int) -> Tensor:

@@ -26,6 +26,7 @@ from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Runner
 from dllm.decoding.step import expanded, feeding, opened, step
 from dllm.lookahead.along import Along
+from dllm.lookahead.branches import fitted
 from dllm.lookahead.guard import doubtful
 from dllm.models.transformer import KeysValues, Said
 
@@ -122,7 +123,8 @@ class Round:
         if self.crosses and not (self.far.stored and first.window.feeds(True).refresh):  # the next windows, too
             hi = first.window.hi
             cols = torch.cat([cols, spans(hi, first.state.canvas.length, self.shape.reads)], 1)
-        old = replace(stale, state=first.state, window=first.window, extra=None, said=self.private(stale))
+        said = fitted(stale.said, stale.queries, self.shape.reads)
+        old = replace(stale, state=first.state, window=first.window, extra=None, said=said)
         logits, known = old.logits(cols), old.knows(cols)
         while len(levels) < self.levels:
             state, window, valid, _ = levels[-1]
@@ -137,12 +139,6 @@ class Round:
                 valid = valid & (window.lo < first.window.hi)
             levels.append(Level(state, window.cut(self.shape.reads), valid, came))
         return levels
-
-    def private(self, stale: Answer) -> Said:
-        """What an answer says, with as many private queries, if any, as this round has reads."""
-        hidden = stale.said.hidden
-        more = self.shape.reads + stale.queries - hidden.shape[1]
-        return stale.said if more == self.shape.reads else stale.said._replace(hidden=F.pad(hidden, (0, 0, 0, more)))
 
     def fits(self, state: State, window: Span) -> Tensor:
         """(B,) whether the forward of a round has room for what these rows feed and read; a full one it has not."""
