@@ -320,7 +320,7 @@ def test_layers_are_named_for_the_depth_of_a_model(asked: Attention, depth: int,
 def test_layers_that_are_not_there_are_an_error() -> None:
     with pytest.raises(DllmError, match=r"sampler 'clad' reads layer 7; this model has layers 0 to 1"):
         dllm.generate(model(RANDOM), [1, 2], sampler="clad:layers=[1, 7]", max_new_tokens=4)
-    for layers in (0, -1, [], ["a"], True):
+    for layers in (0, -1, [], ["a"], True, 1.5, None):
         with pytest.raises(DllmError, match="no number of last layers and no list of layers"):
             dllm.generate(model(RANDOM), [1, 2], sampler={"name": "clad", "layers": layers}, max_new_tokens=4)
 

@@ -459,6 +459,13 @@ def test_specifications_and_presets() -> None:
     assert replace(policy("dual:dpad"), shift=1).gaussian == (4.0, 2.0)
 
 
+def test_a_table_of_no_blocks_keeps_nothing_of_the_tail() -> None:
+    net, call = tiny(), {"max_new_tokens": 12, "block_length": 4}
+    none, empty = (dllm.generate(net, PROMPTS, cache=f"dual:offsets={table}", **call) for table in ("[]", "[[], []]"))
+    assert [o.sequences for o in none] == [o.sequences for o in empty]
+    assert [o.positions for o in none] == [o.positions for o in empty]
+
+
 @pytest.mark.parametrize(("spec", "words"), [
     ("dual:near=-2", "at least -1"), ("dual:near=x", "an integer"), ("dual:near=4,tail=-1", "at least 0"),
     ("dual:tail=1", "give near="), ("dual:gaussian=3:1", "give near="), ("dual:recent=4", "give near="),

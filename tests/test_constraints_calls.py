@@ -220,9 +220,14 @@ def test_a_constrained_tick_asks_nothing(name: str, law: Law) -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
+def test_an_answer_without_columns_is_the_empty_member(model: Any) -> None:
+    assert [o.text for o in dllm.generate(model, [PROMPT, PROMPT], regex="[0-9]*", max_new_tokens=0)] == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
+        ({"regex": "[0-9]+", "max_new_tokens": 0}, "no member of the constraint fits 0 tokens; the shortest needs 1"),
         ({"regex": RECORD, "max_new_tokens": 8}, "no member of the constraint fits 8 tokens; the shortest needs 25"),
         ({"regex": "a("}, "cannot be read"),
         ({"choices": []}, "must be a list of strings"),

@@ -51,7 +51,8 @@ def rule_of(
     for constraint, automaton in zip(automata, made, strict=True):
         if not automaton.states:
             raise DllmError(f"{_named(constraint)} has no member that the tokens of this model can write")
-    rule = Rule(made, max(windows), ends, 0 if args.infill else args.min_new_tokens)
+    columns = max(1, *windows)  # that of an answer without any lies behind its end
+    rule = Rule(made, columns, ends, 0 if args.infill else args.min_new_tokens)
     device = model.device
     return rule, Bound(torch.tensor(which, device=device), torch.tensor(list(tails), device=device))
 

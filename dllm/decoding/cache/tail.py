@@ -187,7 +187,7 @@ class Tail(Policy):
     def _given(self, window: Span, epochs: Epochs, columns: Tensor) -> Tensor:
         """(B, L) bool: the columns that the table names for this epoch; none behind its end."""
         assert self.offsets is not None
-        rows, width = len(self.offsets) + 1, max(1, *map(len, self.offsets))
+        rows, width = len(self.offsets) + 1, max((1, *map(len, self.offsets)))
         flat = tuple(d for row in (*self.offsets, ()) for d in (*row, *[-1] * (width - len(row))))
         table = constant(flat, columns.device).view(rows, width)
         own = table.index_select(0, (epochs.begun - 1).clamp(0, rows - 1))  # (B, width)
