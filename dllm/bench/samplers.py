@@ -44,6 +44,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "clad": tried("clad{}", "tau=0.8", "tau=0.9"),
     "dawn": tried("dawn{}", "tau_low=0.8", "tau_low=0.9,tau_induce=0.8", "tau_sink=0.05,tau_edge=0.03,tau_low=0.8"),
     "dapd": tried("dapd{}", "direct_gsm8k", "staged_gsm8k", "tau_max=0.02"),
+    "d2f": ("d2f",),
+    "d3llm": ("d3llm",),
     "adablock": tried("adablock{}", "tau_delimiter=0.5", "tau=0.8"),
     "localleap+credit": tried("localleap{}+credit", "tau=0.85", "kappa=0.95,tau=0.75", "kappa=0.95,tau=0.85"),
     "localleap+credit+prophet": (
