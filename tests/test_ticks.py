@@ -70,3 +70,14 @@ def test_samplers_and_caches(sampler: str, cache: str) -> None:
 @pytest.mark.parametrize("sampler", SPECS)
 def test_sweep(sampler: str, cache: str) -> None:
     agrees(sampler, cache)
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_forwards_of_as_many_copies_as_a_step_wants_are_not_kept_in_one_place(block_size: int | None) -> None:
+    """LoPA tries as many branches as there are sure columns, and Prophet may ask for a fill by any of its forwards."""
+    model = tiny(block_size=block_size)
+    call: dict[str, Any] = {"max_new_tokens": 24, "block_length": 4, "sampler": "lopa+prophet", "early_stop": False}
+    plain = dllm.generate(model, PROMPTS, **call)
+    with standing_in():
+        captured = dllm.generate(model, PROMPTS, graphs=True, **call)
+    assert [(o.sequences, o.nfe, o.positions) for o in captured] == [(o.sequences, o.nfe, o.positions) for o in plain]

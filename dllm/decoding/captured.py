@@ -101,8 +101,8 @@ def _named(part: object) -> Hashable:
     return part
 
 
-def _fits(old: Tensor, new: Tensor) -> Tensor:
-    if old.shape[1:] != new.shape[1:] or old.dtype != new.dtype:
+def _fits(old: Tensor, new: Tensor, beyond: int = 1) -> Tensor:
+    if old.shape[beyond:] != new.shape[beyond:] or old.dtype != new.dtype:
         raise Unfit(f"a leaf of its state changes from {list(old.shape)} to {list(new.shape)}")
     return new
 
@@ -216,7 +216,7 @@ class CapturedRunner(Runner):
         new = Kept(answer.state, answer.plan.pos[:, : answer.queries], answer.said.hidden)
         if key not in self.board.kept:
             self.board.kept[key] = mapped(torch.clone, new)
-        mapped(lambda x, y: x.copy_(y), self.board.kept[key], new)
+        mapped(lambda x, y: x.copy_(_fits(x, y, 0)), self.board.kept[key], new)
 
     def fill(self, key: Key, places: list[int], state: State, rows: Tensor, width: int) -> tuple[State, Prediction]:
         """`Answer.filled` for the rows at these places of what was kept."""
