@@ -8,6 +8,7 @@ import pytest
 
 from dllm.bench import stress
 from dllm.bench.answers import Answers
+from dllm.errors import DllmError
 
 
 def test_report_of_the_planted_model_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +18,14 @@ def test_report_of_the_planted_model_resumes(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "curves.png").stat().st_size > 5000
     monkeypatch.setattr(Answers, "solve", lambda *_: pytest.fail("decoded twice"))
     assert stress.run(**call) == text
+
+
+def test_a_sampler_that_there_is_not_is_named_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answers, "solve", lambda *_: pytest.fail("decoded before"))
+    with pytest.raises(DllmError, match="unknown sampler 'treshold'; did you mean 'threshold'"):
+        stress.run(model=None, out=tmp_path, n=6, names=["threshold", "treshold"], task_names=["pairs"])
 
 
 def test_points_say_who_breaks(tmp_path: Path) -> None:

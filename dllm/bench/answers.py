@@ -28,7 +28,7 @@ from dllm.eval.records import Sample
 from dllm.eval.store import append, mend, read_lines
 from dllm.models.arguments import Checkpoint
 from dllm.models.native import NativeModel
-from dllm.samplers.registry import published
+from dllm.samplers.registry import check, published
 from dllm.tasks import registry as tasks
 
 CHUNK = 64  # answers decoded together
@@ -151,8 +151,11 @@ class Answers:
         return answers
 
     def want(self, series: Iterable[Series]) -> None:
-        """Decode what these series still miss."""
-        parts = [part for one in dict.fromkeys(series) for part in self._missing(one)]
+        """Decode what these series still miss. Errors: a sampler that there is not, before anything is decoded."""
+        wanted = dict.fromkeys(series)
+        for sampler in dict.fromkeys(one.sampler for one in wanted):
+            check(sampler)
+        parts = [part for one in wanted for part in self._missing(one)]
         if not parts:
             return
         with (
