@@ -33,7 +33,7 @@ class Groups(NamedTuple):
             groups, places = ([x[o] for x, o in zip(xs, orders, strict=True)] for xs in (groups, places))
             rank = [np.arange(len(g)) - np.searchsorted(g, g) for g in groups]
             deepest = max((int(r.max(initial=0)) for r in rank), default=0) + 1
-            last, width = deepest <= WIDTH, min(deepest, WIDTH)
+            last, width = deepest <= WIDTH, min(1 << (deepest - 1).bit_length(), WIDTH)
             chunk = [g if last else _chunks(g, r) for g, r in zip(groups, rank, strict=True)]
             count = n if last else max(int(c.max(initial=-1)) + 1 for c in chunk)
             table = np.full((len(groups), width, count), size)
@@ -50,8 +50,16 @@ class Groups(NamedTuple):
     def sum(self, x: Tensor) -> Tensor:
         """(B, n) from (B, E)."""
         for table in self.tables:
-            x = F.pad(x, (0, 1)).gather(1, table.flatten(1)).view(len(x), *table.shape[1:]).sum(1)
+            x = _folded(F.pad(x, (0, 1)).gather(1, table.flatten(1)).view(len(x), *table.shape[1:]))
         return x
+
+
+def _folded(x: Tensor) -> Tensor:
+    """(B, n), the sum over the middle of (B, 2^k, n), one half onto the other: `sum` adds in an order of the shape.
+    Places that hold nothing change no bit, so neither does another automaton in the batch."""
+    while (half := x.shape[1] // 2) > 0:
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
 
 
 def _chunks(groups: Ints, rank: Ints) -> Ints:
