@@ -269,6 +269,16 @@ def test_a_pattern_that_explodes_is_killed(model: Any, monkeypatch: pytest.Monke
         dllm.generate(model, PROMPT, regex="[ab]*a[ab]{16}")
 
 
+def test_a_pattern_makes_one_automaton_in_every_process(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = vocabulary.vocabulary(model)
+    asked = {"kind": "regex", "what": "(a|bc|d[ef]){2,4}x?", "max_depth": None, "ends": [], "pads": [], "banned": []}
+    made = set[bytes]()
+    for seed in ("1", "2", "3"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        made.add(compiling._made(json.dumps(asked), words).digest)
+    assert len(made) == 1
+
+
 def test_one_process_for_calls_that_ask_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, wait = list[str](), threading.Event()
     real = compiling._made

@@ -99,14 +99,18 @@ def of_pattern(pattern: str) -> ByteAutomaton:
         raise DllmError(
             f"regex: the pattern {_short(pattern)} cannot be read: {first_line(error) or 'no pattern'}"
         ) from error
-    number = {state: i for i, state in enumerate([fsm.initial, *(s for s in fsm.states if s != fsm.initial)])}
-    keys = _codes(fsm.alphabet)
-    rows: list[Segments] = [()] * len(number)
-    live = _live(fsm)
-    for state, targets in fsm.map.items():
-        found = [(lo, hi, number[targets[key]]) for lo, hi, key in keys if key in targets and targets[key] in live]
-        rows[number[state]] = _merged(found)
-    return _Bytes(rows).made(np.array([s in fsm.finals for s in number]))
+    keys, live = _codes(fsm.alphabet), _live(fsm)
+    number, order, rows = {fsm.initial: 0}, [fsm.initial], list[Segments]()  # by first visit: sets have no order
+    for state in order:
+        targets, found = fsm.map.get(state, {}), list[tuple[int, int, int]]()
+        for lo, hi, key in keys:
+            if key in targets and (target := targets[key]) in live:
+                if target not in number:
+                    number[target] = len(order)
+                    order.append(target)
+                found.append((lo, hi, number[target]))
+        rows.append(_merged(found))
+    return _Bytes(rows).made(np.array([s in fsm.finals for s in order]))
 
 
 def _short(pattern: str) -> str:
