@@ -5,7 +5,7 @@ What a sampler loses on it, it loses by committing columns together, and by noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Unpack
 
 import torch
@@ -126,15 +126,20 @@ class Planted(Model):
             raise DllmError("the planted model takes plain rows: no columns beside the canvas (wino)")
         logits = torch.full((*ids.shape, self.vocab_size), NEVER, dtype=torch.float64)
         logits[..., self.end] = 0.0  # behind the answer, and where nobody reads
-        for row, tokens in enumerate(ids.tolist()):
-            start = tokens.index(self.separator) + 1
-            prompt = tuple(tokens[:start])
-            words = ids[row, start : start + self.joint(prompt).answers.shape[1]]
+        for row, (prompt, words) in enumerate(self._parted(ids)):
+            start = len(prompt)
             chances = self._marginals(prompt, words)[: len(words)]
             logits[row, start : start + len(words)] = chances.log().clamp_(min=NEVER)
-            logits[row, range(start), tokens[:start]] = 0.0
+            logits[row, range(start), list(prompt)] = 0.0
             logits[row, : start - 1, self.end] = NEVER
         return logits
+
+    def _parted(self, ids: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """The prompt of each row, and the columns of its answer that are there."""
+        for row in ids:
+            tokens = row.tolist()
+            prompt = tuple(tokens[: tokens.index(self.separator) + 1])
+            yield prompt, row[len(prompt) :][: self.joint(prompt).answers.shape[1]]
 
     def forward_with(
         self,
@@ -157,11 +162,8 @@ class Planted(Model):
     def _attention(self, ids: Tensor, rows: Rows) -> Tensor:
         """(N, R, width) for the queries of `rows`."""
         found = torch.eye(ids.shape[1], rows.width, dtype=torch.float64).repeat(len(ids), 1, 1)
-        for row, tokens in enumerate(ids.tolist()):
-            start = tokens.index(self.separator) + 1
-            prompt = tuple(tokens[:start])
-            words = ids[row, start : start + self.joint(prompt).answers.shape[1]]
-            nats = self._information(prompt, words)
+        for row, (prompt, words) in enumerate(self._parted(ids)):
+            start, nats = len(prompt), self._information(prompt, words)
             telling = (nats.sum(1) > 1e-12).nonzero()[:, 0]  # rounding tells nothing
             place = slice(start, start + len(words))
             found[row, start + telling, place] = nats[telling] / nats[telling].sum(1, keepdim=True)
