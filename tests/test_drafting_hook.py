@@ -348,7 +348,7 @@ def test_the_cache_holds_all_but_the_last_token(model, text):
             session = v.open()
             seen = []
             verify = session.verify
-            session.verify = lambda rows, verify=verify, seen=seen: [seen.append(x := verify(rows)) or x[0]]
+            session.verify = lambda rows, taps, verify=verify, seen=seen: [seen.append(x := verify(rows, taps)) or x[0]]
             cfg = SpecConfig(tree=tree, length="fixed:k=4")
             for _, (row,) in rounds(v, Script(text, "sometimes"), [Request(PROMPT, 30)], cfg, session=session):
                 assert session.cache.get_seq_length() == session.past == len(row.ids) - 1

@@ -186,7 +186,7 @@ class ARDrafter(Drafter):
 
         def placed(table: Tensor, keep: int) -> Tensor:
             places.before = slots - table.shape[1] // 2
-            return verifier.placed(places, table, keep)
+            return verifier.placed(places, table, keep).logits
 
         width, law = bucket(len(ids) - same), (room, need.law)
         if width <= LENGTH:

@@ -67,11 +67,14 @@ class Drafter:
     """Base of all drafters. Ids are the verifier's everywhere.
 
     A drafter writes `draft`; everything else has a default. The loop forks it for every text, then calls `reset` once,
-    and `draft` and `observe` in turn. Whatever it drafts, the text stays the verifier's own.
+    and `draft`, `observe` and, for one that taps layers, `take` in turn. Whatever it drafts, the text stays the
+    verifier's own.
 
     name         what errors call it.
     forwards     model forwards since `reset`, counted by the drafter.
     successors   whether the loop hands `observe` the verifier's best eight tokens at every verified node.
+    taps         layers of the verifier whose output `take` is handed, 0-based; -1 is the embedding.
+    longest      most slots that one draft can have; None: no such limit.
     banned       ids that must never reach the verifier (mask, pad, drafter-only specials): drafting one is an error.
     need         what the loop asks of the drafts of this text.
     owner        what measured costs belong to and live with; None: this object. A drafter that is made anew for every
@@ -81,6 +84,8 @@ class Drafter:
     name: str = "drafter"
     forwards: int = 0
     successors: bool = False
+    taps: tuple[int, ...] = ()
+    longest: int | None = None
     banned: frozenset[int] = frozenset()
     need: Need = Need(0)
     owner: object | None = None
@@ -109,6 +114,11 @@ class Drafter:
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
         """A round is over: `ids` ends with the `emitted` tokens. `successors` is empty unless it was asked for."""
+
+    def take(self, states: Tensor, start: int) -> None:
+        """Hidden states (n, len(taps), H) of the text's tokens from `start` on: of what entered the verifier's cache in
+        a round, so all but the newest token. They are the drafter's only during the call. Where `start` is not behind
+        what it had, the verifier has read the text anew."""
 
 
 def ask(drafter: Drafter, ids: Sequence[int], k: int, generator: torch.Generator | None = None) -> Lattice | Proposal:

@@ -346,8 +346,8 @@ def calibrate(
     ids = list(prompt or [min(5, v.vocab - 1)] * 32)
     controller = CostAware(k_max=max(lengths) or 1)
     session = v.open()
-    session.verify([Pending(ids[:-1], EMPTY)])
-    session.commit([()])
+    session.verify([Pending(ids[:-1], EMPTY)], () if d is None else d.taps)
+    (states,) = session.commit([()])
 
     def verify(draft: Proposal) -> None:
         (logits,) = session.verify([Pending(ids[-1:], draft)])
@@ -358,6 +358,8 @@ def calibrate(
     if d is not None:
         d = d.fork()
         d.reset(ids, Need(v.vocab, v.eos, tokenizer=v.tokenizer))
+        if states is not None:
+            d.take(states, 0)
     for n in lengths:
         controller.verify.add(1 + n, _median_seconds(partial(verify, chain(ids[:1] * n)), repeats))
         if d is not None and n:

@@ -5,7 +5,7 @@
         logits = session.verify(proposals)               # one forward of the verifier
         kept = judged(rows, logits)                      # exact acceptance; the one wait for the device
         row.settle(kept)                                 # cut at end tokens and stop strings
-        session.commit(accepted paths)                   # the cache forgets the rest
+        row.take(session.commit(accepted paths))         # the cache forgets the rest; drafters may read its states
 
 The output is the verifier's own, whatever is drafted: token for token when greedy, in law when sampling.
 """
@@ -32,7 +32,7 @@ from dllm.drafting.drafters import Drafter, Need, ask, blamed
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loans import Loans
 from dllm.drafting.ngram import NgramTable
-from dllm.drafting.proposal import EMPTY, Proposal
+from dllm.drafting.proposal import EMPTY, Proposal, sent
 from dllm.drafting.registry import DrafterLike, as_drafter, named
 from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree, graft
 from dllm.drafting.verifier import Pending, Session, Verifier
@@ -307,6 +307,7 @@ class Speculation:
         for source in self.sources:
             with blamed(source):
                 source.reset(self.ids, need)
+        self.taps = tuple(sorted({tap for source in self.sources for tap in source.taps}))
         self._check_tree()
 
     def propose(self) -> Proposal:
@@ -334,7 +335,8 @@ class Speculation:
     def _draft(self, room: int) -> Proposal:
         assert self.drafter is not None
         r, eos = self.stats, self.request.eos
-        k = self.controller.next_k(room)
+        longest = room if self.drafter.longest is None else min(room, self.drafter.longest)
+        k = self.controller.next_k(longest)
         if k <= 0:
             return EMPTY
         rest, settled = self._carried(room), 0
@@ -342,7 +344,7 @@ class Speculation:
             r.carried, r.k, r.l_gen = True, rest.k, rest.first_eos(eos)
             proposal = self._search(rest, [])
         else:
-            proposal, settled = self._chunks(k, room)
+            proposal, settled = self._chunks(k, longest)
         self._check(proposal, self.drafter, self.drafter.banned)
         if self.graft is not None and proposal.kind == "point":
             proposal = self._grafted(proposal, room)
@@ -499,6 +501,15 @@ class Speculation:
                 source.observe(self.ids, emitted, verdict.successors)
         return emitted, path
 
+    def take(self, states: Tensor | None, start: int) -> None:
+        """Hand on the tapped states (n, T, H) of the tokens from `start` on, to each source those that it reads."""
+        for source in self.sources:
+            if states is not None and source.taps and not self.done:
+                own = source.taps == self.taps
+                at = [] if own else [self.taps.index(tap) for tap in source.taps]
+                with blamed(source):
+                    source.take(states if own else states.index_select(1, sent(at, states.device)), start)
+
     def _observe(self, kept: Acceptance) -> None:
         p = self.proposal
         for node, following in zip([-1, *kept.path], [*kept.path, -2], strict=True):
@@ -568,6 +579,11 @@ def rounds(
     with loans:
         session = session or verifier.open(len(rows), graphs=verifier.graphs(loans))
         for row in rows:
+            if row.taps and session.past:
+                raise DllmError(
+                    "the drafter reads the verifier's hidden states, and those of an earlier turn are gone: "
+                    "generate without past_key_values, or with a drafter that reads the text"
+                )
             row.cached = session.past
             row.controller.rows = len(rows)
         while not all(row.done for row in rows):
@@ -582,12 +598,14 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
             row.cached = 0
     pending = [None if row.done else Pending(row.ids[row.cached :], row.propose()) for row in rows]
     ready = time.perf_counter()
-    live = [row for row in rows if not row.done]
-    verdicts = iter(judged(live, [logits for logits in session.verify(pending) if logits is not None]))
+    live, starts = [row for row in rows if not row.done], [row.cached for row in rows]
+    found = session.verify(pending, rows[0].taps)
+    verdicts = iter(judged(live, [logits for logits in found if logits is not None]))
     verified = time.perf_counter()
     settled = [([], None) if row.done else row.settle(next(verdicts)) for row in rows]
     told = time.perf_counter()
-    session.commit([path for _, path in settled])
+    for row, states, at in zip(rows, session.commit([path for _, path in settled]), starts, strict=True):
+        row.take(states, at)
     end = time.perf_counter()
     verify, commit = verified - ready, end - told
     other = end - start - verify - commit - sum(row.stats.t_draft + row.stats.t_search for row in live)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import Lattice
@@ -228,7 +229,7 @@ class Fallback(Drafter):
     def __init__(self, model: Drafter, retrieval: SuffixDrafter | None = None, min_match: int = 6) -> None:
         self.model, self.retrieval, self.min_match = model, retrieval or SuffixDrafter(min_match), min_match
         self.name = f"{self.retrieval.name}+{model.name}"
-        self.successors = model.successors
+        self.successors, self.taps = model.successors, model.taps
 
     @property
     def chains_only(self) -> bool:
@@ -258,6 +259,10 @@ class Fallback(Drafter):
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
         """The model learns; retrieval reads the text itself."""
         self.model.observe(ids, emitted, successors)
+
+    def take(self, states: Tensor, start: int) -> None:
+        """The model's."""
+        self.model.take(states, start)
 
 
 def _copied(match: int, tokens: Sequence[int], need: Need) -> Proposal:

@@ -2,7 +2,8 @@
 
 A session holds the KV cache of the text. `verify` feeds the tokens that the cache lacks plus the drafted nodes and
 returns the logits after the last emitted token and after every node; `commit` keeps the accepted path: a crop for a
-chain, a gather for a tree. Afterwards the cache holds every token but the last, always.
+chain, a gather for a tree. Afterwards the cache holds every token but the last, always. Where a drafter taps layers,
+`commit` returns their states at the tokens that stay.
 
 A chain asks little of a model: that several tokens at once continue its cache, and that the cache takes tokens back.
 Trees and batches store keys out of order, so they are right only where a key stands where `position_ids` says and sees
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +30,7 @@ from dllm.decoding.graphs import Graphs, granted, obstacle
 from dllm.drafting.control import Controller
 from dllm.drafting.loans import Loans
 from dllm.drafting.places import Places, bucket
-from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.drafting.proposal import EMPTY, Proposal, chain, sent
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 
@@ -86,6 +87,13 @@ class PaddedPrompt:
     ids: Sequence[int]
     real: Sequence[bool]
     positions: Sequence[int] | None = None
+
+
+class Outputs(NamedTuple):
+    """What a forward gives."""
+
+    logits: Tensor  # (B, keep, V) of the last positions
+    states: Tensor | None  # (B, L, T, H) of the tapped layers at all positions; None: no layer is tapped
 
 
 class Verifier:
@@ -218,15 +226,29 @@ class Verifier:
         log.info("%s places keys by slot: its rows are verified one after the other", type(self.model).__name__)
         return Separate([self.open(1, None, prompts and prompts[i : i + 1]) for i in range(batch)])
 
-    def forward(self, ids: Tensor, keep: int, **kw: Any) -> Tensor:
-        """Logits (B, keep, V) of the last `keep` positions."""
+    def forward(self, ids: Tensor, keep: int, taps: Sequence[int] = (), **kw: Any) -> Outputs:
+        """Logits of the last `keep` positions, and the states behind the layers `taps` (-1: the embedding).
+
+        Errors: a model that does not give them.
+        """
         kw.setdefault("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
         kw = {name: value for name, value in kw.items() if name in self.takes or name != "position_ids"}
         if "logits_to_keep" in self.takes:
             kw["logits_to_keep"] = keep
+        if taps:
+            kw["output_hidden_states"] = [tap + 1 for tap in taps]
         with torch.inference_mode():
-            logits: Tensor = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw).logits[:, -keep:]
-        return logits
+            out = self.model(input_ids=ids, use_cache=True, return_dict=True, **kw)
+            return Outputs(out.logits[:, -keep:], self._tapped(out, taps) if taps else None)
+
+    def _tapped(self, out: Any, taps: Sequence[int]) -> Tensor:
+        found = getattr(out, "hidden_states", None) or ()  # foreign
+        if len(found) <= max(taps) + 1 or any(found[tap + 1] is None for tap in taps):
+            raise DllmError(
+                f"{type(self.model).__name__} does not give the hidden states of layers {', '.join(map(str, taps))}, "
+                "which this drafter reads: use another verifier, or a drafter that reads the text"
+            )
+        return torch.stack([found[tap + 1] for tap in taps], 2)
 
     def graphs(self, loans: Loans) -> Graphs | None:
         """Graphs for one decode, as asked, or where nothing is and they can be. Errors: asked for where they cannot."""
@@ -259,15 +281,20 @@ class Verifier:
         return add if self.mixed else next(iter(add.values()))
 
     def placed(
-        self, places: Places, table: Tensor, keep: int, seen: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        """Logits (B, keep, V) of a forward over slots, straight-line code over static tensors. table (B, 2 Q + 1): ids,
-        positions, and how many slots of each row come before. seen: see `_allowed`; causal: the model's own mask is
-        right."""
+        self,
+        places: Places,
+        table: Tensor,
+        keep: int,
+        seen: Tensor | None = None,
+        causal: bool = False,
+        taps: Sequence[int] = (),
+    ) -> Outputs:
+        """A forward over slots, straight-line code over static tensors. table (B, 2 Q + 1): ids, positions, and how
+        many slots of each row come before. seen: see `_allowed`; causal: the model's own mask is right."""
         ids, pos, past = table[:, : table.shape[1] // 2], table[:, table.shape[1] // 2 : -1], table[:, -1:]
         places.where = past + torch.arange(ids.shape[1], device=past.device)
         masks = {} if causal else {"attention_mask": self.masks(self._allowed(places.distance(past), pos, past, seen))}
-        return self.forward(ids, keep, past_key_values=places.cache, position_ids=pos, **masks)
+        return self.forward(ids, keep, taps, past_key_values=places.cache, position_ids=pos, **masks)
 
     def _allowed(self, away: Tensor, pos: Tensor, past: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
         """Per kind of layer (B, 1, Q, S): the text, and of this forward what is before a token, or what its row of
@@ -288,12 +315,13 @@ class Session:
     cache: Cache | None = None  # as `generate` leaves it, where there is one such
     past = 0  # tokens in the cache when the session was opened
 
-    def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+    def verify(self, rows: Sequence[Pending | None], taps: Sequence[int] = ()) -> list[Tensor | None]:
         """Logits (1 + N, V) of each row: after the last of its ids, then after every drafted node. None for None."""
         raise NotImplementedError
 
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Keep the ids that were fed and the nodes on each row's path, forget the other nodes."""
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> list[Tensor | None]:
+        """Keep the ids that were fed and the nodes on each row's path, forget the other nodes. Returns the states
+        (n, T, H) of what was kept of each row, where `verify` tapped layers; they hold until the next `verify`."""
         raise NotImplementedError
 
     def restart(self, row: int) -> None:
@@ -320,6 +348,7 @@ class Single(Session):
         if prompt is not None:
             self._place(prompt)
         self.last: tuple[Proposal, int] = EMPTY, 0
+        self.states: Tensor | None = None  # (L, T, H) of the round
         if hasattr(cache, "activate_past_recording"):  # foreign
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
 
@@ -343,7 +372,7 @@ class Single(Session):
         self.pending = real[self.slots :]
         self.past = sum(self.real[before:])
 
-    def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+    def verify(self, rows: Sequence[Pending | None], taps: Sequence[int] = ()) -> list[Tensor | None]:
         """One forward of the ids and the nodes; the prompt's padding is fed with it."""
         (row,) = rows
         assert row is not None
@@ -359,8 +388,8 @@ class Single(Session):
             kw["attention_mask"] = self._tree_mask(p, len(feed))
         elif not all(self.real):
             kw["attention_mask"] = torch.tensor([[*self.real, *([True] * len(p))]], device=v.device).long()
-        logits = v.forward(ids, len(p) + 1, **kw)
-        self.last = p, len(feed)
+        logits, states = v.forward(ids, len(p) + 1, taps, **kw)
+        self.last, self.states = (p, len(feed)), None if states is None else states[0]
         if not self.cache.is_croppable:  # known only now: a convolution can be taken back, a running state cannot
             raise DllmError(f"{type(v.model).__name__} has recurrent layers: their state cannot be rolled back")
         return [logits[0]]
@@ -387,20 +416,23 @@ class Single(Session):
             allowed[kind] = see[None, None]
         return v.masks(allowed)
 
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> list[Tensor | None]:
         """A crop for a chain, a gather for a tree."""
         (path,) = paths
         assert path is not None
         p, n = self.last
+        text = [i for i, real in enumerate(self.real[self.slots :]) if real]
+        states, self.states = _picked(self.states, [*text, *(n + i for i in path)]), None
         drop = len(p) - len(path)
         if list(path) != list(range(len(path))):
             self._gather(path, len(p))
         else:
             self.cache.crop(-drop)  # crop(0) still trims a sliding window
-        self.past += sum(self.real[self.slots :]) + len(path)
+        self.past += len(text) + len(path)
         self.real += [True] * len(path)
         self.slots += n + len(path)
         self.position += len(path)
+        return [states]
 
     def _gather(self, path: Sequence[int], nodes: int) -> None:
         def take(x: Tensor) -> Tensor:
@@ -425,6 +457,7 @@ class Placed(Session):
         self.lengths = [0] * batch  # tokens in the cache, per row
         self.fed: list[int] = []  # ids of this round, without the nodes
         self.width, self.captured = 0, False  # this round
+        self.states: Tensor | None = None  # (B, L, T, H) of this round
         self.places = self._places(SLOTS)
         with torch.inference_mode():
             self.places.clear()
@@ -442,7 +475,7 @@ class Placed(Session):
         return self.graphs.run(key, work, "verifying")
 
     @torch.inference_mode()
-    def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+    def verify(self, rows: Sequence[Pending | None], taps: Sequence[int] = ()) -> list[Tensor | None]:
         """One forward of all rows, right-padded."""
         shown = [Pending((), EMPTY) if r is None else r for r in rows]
         self.fed, sizes = [len(r.ids) for r in shown], [len(r.ids) + len(r.proposal) for r in shown]
@@ -455,8 +488,8 @@ class Placed(Session):
         seen = self.places.tell("seen", self._seen(shown), self.verifier.device) if trees else None
         causal = not (captured or trees or any(self.lengths))  # then the model's own mask is right
         first = 0 if captured else min(len(r.ids) - 1 for r in shown if r.ids)  # before it are texts in every row
-        work = partial(self.verifier.placed, self.places, table, width - first, seen, causal)
-        logits = self._run(("verify", width, trees), work)
+        work = partial(self.verifier.placed, self.places, table, width - first, seen, causal, taps)
+        logits, self.states = self._run(("verify", width, trees, tuple(taps)), work)
         return [None if r is None else logits[b, len(r.ids) - 1 - first : sizes[b] - first] for b, r in enumerate(rows)]
 
     def _grow(self, width: int) -> None:
@@ -489,12 +522,23 @@ class Placed(Session):
         return seen.flatten(1)
 
     @torch.inference_mode()
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> list[Tensor | None]:
         """The paths of trees are moved together; a chain's is there already."""
+        states = [self._kept(b, path) for b, path in enumerate(paths)]
+        self.states = None
         if any(list(path) != list(range(len(path))) for path in paths if path is not None):
             self._move([path or () for path in paths])
         kept = (0 if path is None else n + len(path) for n, path in zip(self.fed, paths, strict=True))
         self.lengths = [a + n for a, n in zip(self.lengths, kept, strict=True)]
+        return states
+
+    def _kept(self, row: int, path: Sequence[int] | None) -> Tensor | None:
+        """The states of what is kept of a row; captured work that follows would write over a view of them."""
+        if self.states is None or path is None:
+            return None
+        n = self.fed[row]
+        kept = _picked(self.states[row], [*range(n), *(n + i for i in path)])
+        return kept if kept is None or not self.captured else kept.clone()
 
     def _move(self, paths: Sequence[Sequence[int]]) -> None:
         """Slots of the accepted nodes, then slots where they belong; each other one is moved onto itself."""
@@ -512,15 +556,13 @@ class Separate(Session):
     def __init__(self, rows: Sequence[Session]) -> None:
         self.rows = rows
 
-    def verify(self, rows: Sequence[Pending | None]) -> list[Tensor | None]:
+    def verify(self, rows: Sequence[Pending | None], taps: Sequence[int] = ()) -> list[Tensor | None]:
         """Row by row."""
-        return [None if p is None else row.verify([p])[0] for row, p in zip(self.rows, rows, strict=True)]
+        return [None if p is None else row.verify([p], taps)[0] for row, p in zip(self.rows, rows, strict=True)]
 
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> list[Tensor | None]:
         """Row by row."""
-        for row, path in zip(self.rows, paths, strict=True):
-            if path is not None:
-                row.commit([path])
+        return [None if path is None else row.commit([path])[0] for row, path in zip(self.rows, paths, strict=True)]
 
     def restart(self, row: int) -> None:
         """An empty cache for one row."""
@@ -548,7 +590,7 @@ def rehearse(verifier: Verifier, what: str) -> bool:
             pairs = [(text, Pending(text[session.past :], EMPTY))]
         verified = session.verify([pending for _, pending in pairs])
         return all(
-            after is not None and _close(after[0], v.forward(torch.tensor([ids], device=v.device), 1)[0, 0])
+            after is not None and _close(after[0], v.forward(torch.tensor([ids], device=v.device), 1).logits[0, 0])
             for (ids, _), after in zip(pairs, verified, strict=True)
         )
     except (torch.OutOfMemoryError, DllmError):
@@ -556,6 +598,13 @@ def rehearse(verifier: Verifier, what: str) -> bool:
     except Exception as error:  # whatever a foreign model raises where it is given what it does not take
         log.debug("%s: no %s: %s", type(v.model).__name__, what, error)
         return False
+
+
+def _picked(states: Tensor | None, kept: list[int]) -> Tensor | None:
+    """These positions of states (L, T, H)."""
+    if states is None or kept == list(range(len(kept))):
+        return None if states is None else states[: len(kept)]
+    return states.index_select(0, sent(kept, states.device))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -45,8 +45,11 @@ class DraftCandidates(CandidateGenerator):
         self.search = cfg.build_search(do_sample=False)
         if self.search.tree:
             raise DllmError("assisted generation verifies chains: use custom_generate=dllm.spec_generate for trees")
-        if drafter.successors:
-            raise DllmError(f"{drafter.name} learns from the verifier's logits, which assisted generation hides")
+        if drafter.successors or drafter.taps:
+            raise DllmError(
+                f"{drafter.name} learns from the verifier's logits or states, which assisted generation hides: "
+                "use custom_generate=dllm.spec_generate"
+            )
         self.verifier, self.drafter, self.max_length = verifier, drafter.fork(), max_length
         self.controller: Controller = (controller or cfg.build_controller()).fork()
         self.need = Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer)

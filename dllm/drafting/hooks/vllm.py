@@ -58,9 +58,9 @@ class DLLMProposer:
     def _source(self) -> Drafter:
         drafter = self.drafter = self.drafter or as_drafter(self.options.get("drafter", "suffix"))
         assert drafter is not None
-        if drafter.successors:
+        if drafter.successors or drafter.taps:
             raise DllmError(
-                f"{drafter.name} learns from the verifier's logits, which vLLM does not show: use 'suffix', "
+                f"{drafter.name} learns from the verifier's logits or states, which vLLM does not show: use 'suffix', "
                 "'lookup' or a model"
             )
         return drafter
