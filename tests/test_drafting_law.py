@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 
@@ -23,6 +24,7 @@ from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import build, draws, listed, uniforms
 from dllm.drafting.loop import Request, SpecConfig, Speculation, judged
 from dllm.drafting.ngram import NgramTable
+from dllm.drafting.pairs import Pairs, before_of, conditional
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.search import EAL, BestFirstTree, CPSSample, Sample, SampleTree
 
@@ -80,6 +82,18 @@ def propose(search, prefix, g):
     return search(LATTICE.suffix(len(prefix)), [0, *prefix], proxy=PROXY, generator=g)
 
 
+def paired(prefix):
+    """The rest of a lattice of three slots, as it is carried over, whose pairs depend on the token before."""
+    lat = build(ROWS.log(), 0, tau_mass=1.0)
+    w = torch.from_numpy(np.random.default_rng(5).normal(size=(LENGTH, V, V))) * 2
+    logq = conditional(lat.logp.double(), lat.logp.double()[:, None] + w, "mass")
+    return replace(lat, pairs=Pairs(before_of(lat.tokens, torch.tensor([0])), logq)).suffix(len(prefix))
+
+
+def sampled_pairs(search, prefix, g):
+    return reject(search(paired(prefix), [0, *prefix], generator=g), prob_after(prefix), g).emitted
+
+
 def point(search, prefix, g):
     return walk_sample(propose(search, prefix, g), prob_after(prefix), g).emitted
 
@@ -94,6 +108,8 @@ SOUND = {
     "cps_sample": partial(sampled, CPSSample()),
     "point tree": partial(point, BestFirstTree(6)),
     "siblings without replacement": partial(sampled, SampleTree(3, 2)),
+    "chain over pairs": partial(sampled_pairs, Sample()),
+    "siblings over pairs": partial(sampled_pairs, SampleTree(3, 2)),
 }
 
 
@@ -166,6 +182,13 @@ def beam_with_soft_rows(prefix, g):
     ).emitted
 
 
+def pairs_with_the_rows_of_their_marginals(prefix, g):
+    """Draws along pairs, tested against the slots' own rows."""
+    lat = paired(prefix)
+    draft = Sample()(lat, [0, *prefix], generator=g)
+    return reject(replace(draft, rows=Rows(*replace(lat, pairs=None).law)), prob_after(prefix), g).emitted
+
+
 def trim_by_the_draw(prefix, g):
     """Unlikely draws are not submitted: what is submitted no longer follows the rows."""
     draft = propose(Sample(), prefix, g)
@@ -198,6 +221,7 @@ WRONG = [
     keep_going,
     best_of_several,
     beam_with_soft_rows,
+    pairs_with_the_rows_of_their_marginals,
     trim_by_the_draw,
     cut_before_the_last_chunk,
 ]

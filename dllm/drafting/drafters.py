@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm.drafting.lattice import DraftFailure, Lattice, listed, pruned, uniforms
+from dllm.drafting.lattice import DraftFailure, Lattice, listed, paired, pruned, uniforms
 from dllm.drafting.loans import Loans
+from dllm.drafting.pairs import PairScores
 from dllm.drafting.proposal import Proposal, fit
 from dllm.errors import DllmError, first_line, out_of_memory
 from dllm.models.tokenizer import Tokenizer
@@ -39,27 +40,35 @@ class Need:
         warp = self.warp if self.sampled else None
         return self.vocab, self.eos, self.sampled, warp, self.tau_mass, self.m_max, self.draws
 
-    def lattice(self, logits: Tensor, start: int, banned: Tensor | None = None) -> Lattice:
+    def lattice(
+        self, logits: Tensor, start: int, banned: Tensor | None = None, pairs: PairScores | None = None
+    ) -> Lattice:
         """The lattice of logits (k, V) in verifier ids: bans, then the verifier's own warpers where the search
-        samples."""
-        table, rows = self.told(logits, banned)
-        return listed(table.cpu(), rows, start)  # the one wait for a draft
+        samples; with pair scores, the `m_max` best candidates of each slot, whatever their mass."""
+        table, rows = self.told(logits, banned, pairs=pairs)
+        return listed(table.cpu(), rows, start, pairs=pairs is not None)  # the one wait for a draft
 
     def uniforms(self, k: int, generator: torch.Generator | None) -> Tensor | None:
         """What the draws of k slots take, (k, n) float64 on the host; None where the search draws from no rows."""
         return uniforms(k, self.draws, generator) if self.draws else None
 
     def told(
-        self, logits: Tensor, banned: Tensor | None = None, u: Tensor | None = None
+        self,
+        logits: Tensor,
+        banned: Tensor | None = None,
+        u: Tensor | None = None,
+        pairs: PairScores | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The table that `listed` makes a lattice of, with draws at `uniforms` u, and the full rows where the search
         samples; on the device, which is asked nothing."""
         logits = fit(logits, self.vocab)
         if banned is not None:
             logits = logits.masked_fill(banned, float("-inf"))
-        if self.sampled and self.warp is not None:
-            logits = self.warp(logits.float())
-        table, rows = pruned(logits, self.tau_mass, self.m_max, self.eos, u)
+        warp = self.warp if self.sampled else None
+        warped = logits if warp is None else warp(logits.float())
+        table, rows = pruned(warped, self.tau_mass if pairs is None else 1.0, self.m_max, self.eos, u)
+        if pairs is not None:
+            table = paired(table, 0 if u is None else u.shape[1], logits, pairs, warp)
         return table, rows if self.sampled else None
 
 

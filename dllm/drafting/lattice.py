@@ -6,14 +6,16 @@ so that a column is honest about the mass it does not list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 
 import torch
 from torch import Tensor
 
 from dllm.decoding.constants import constant
+from dllm.drafting.pairs import Pairs, PairScores, before_of
 from dllm.drafting.proposal import drawn, sent
 from dllm.errors import DllmError
 
@@ -31,7 +33,7 @@ class Lattice:
     tokens (k, M) int64, -1 padded; logp (k, M) float32, -inf padded, descending; argmax (k,) the raw argmax draft; all
     on the host. `start` the absolute position of slot 0; rows (k, V) the full log-probabilities, where the model made
     them, when factorised sampling needs them; draws (k, n) of these rows, see `draws`, on the host: what a search would
-    draw of a new lattice, made where the rows are.
+    draw of a new lattice, made where the rows are; pairs what neighbours say of each other, None: nothing.
     """
 
     tokens: Tensor
@@ -40,6 +42,7 @@ class Lattice:
     start: int
     rows: Tensor | None = None
     draws: Tensor | None = None
+    pairs: Pairs | None = None
 
     @property
     def k(self) -> int:
@@ -79,6 +82,8 @@ class Lattice:
         mass = self.logp.exp().sum(-1)  # (k,); NaN compares to nothing
         if not bool((torch.isfinite(self.logp[:, :1]).all(-1) & (mass <= 1.01)).all()):
             raise DllmError("every slot of a lattice holds log-probabilities, the best finite, together at most one")
+        if self.pairs is not None:
+            self.pairs.check(self.tokens)
 
     def suffix(self, n: int) -> Lattice:
         """The slots from `n` on: what is left after `n` tokens were emitted.
@@ -94,7 +99,8 @@ class Lattice:
 
     def _cut(self, slots: slice, start: int) -> Lattice:
         rows = None if self.rows is None else self.rows[slots]
-        return Lattice(self.tokens[slots], self.logp[slots], self.argmax[slots], start, rows)
+        pairs = None if self.pairs is None else self.pairs.cut(slots)
+        return Lattice(self.tokens[slots], self.logp[slots], self.argmax[slots], start, rows, pairs=pairs)
 
     def first_eos(self, eos: Iterable[int]) -> int:
         """L_gen of DiffuSpec: index of the first end token in the raw argmax draft, k if there is none."""
@@ -165,16 +171,34 @@ def pruned(
     return torch.cat([unusable, best == low, full.argmax(-1, keepdim=True), *some, tokens, logp], 1), full
 
 
-def listed(table: Tensor, rows: Tensor | None, start: int, n: int = 0) -> Lattice:
-    """The lattice of a table of `pruned` with n draws, on the host. Raises DraftFailure on NaN or +inf."""
+def paired(table: Tensor, n: int, logits: Tensor, pairs: PairScores, warp: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """A table of `pruned` with n draws, of logits (k, V) under `warp`, and behind it what a head says of neighbours:
+    the token before the draft and M^2 log-probabilities."""
+    tokens = table[:, 3 + n :].chunk(2, 1)[0].long()
+    logq = pairs.table(tokens, logits, warp).flatten(1)
+    return torch.cat([table, pairs.anchor.expand(len(table), 1).to(table), logq], 1)
+
+
+def listed(table: Tensor, rows: Tensor | None, start: int, n: int = 0, pairs: bool = False) -> Lattice:
+    """The lattice of a table of `pruned` with n draws, or of `paired`, on the host.
+
+    Raises DraftFailure on NaN or +inf.
+    """
     if bool(table[:, 0].any()):
         raise DraftFailure("the drafter returned NaN or infinite logits")
     table = table[: next((i for i, empty in enumerate(table[:, 1].tolist()) if empty), len(table))]
     some = table[:, 3 : 3 + n].long() if n else None
-    tokens, logp = table[:, 3 + n :].chunk(2, 1)
+    rest = table[:, 3 + n :]
+    m = isqrt(rest.shape[1]) - 1 if pairs else rest.shape[1] // 2  # 2 M + 1 + M^2, or 2 M
+    tokens, logp = rest[:, :m].long(), rest[:, m : 2 * m]
     width = max(1, int((tokens >= 0).sum(-1).max())) if len(table) else 1
+    tokens, logp = tokens[:, :width], logp[:, :width]
+    found = None
+    if pairs:
+        logq = rest[:, 2 * m + 1 :].reshape(-1, m, m)[:, :width, :width]
+        found = Pairs(before_of(tokens, rest[:1, 2 * m].long()), logq)
     rows = None if rows is None else rows[: len(table)]
-    return Lattice(tokens[:, :width].long(), logp[:, :width], table[:, 2].long(), start, rows, some)
+    return Lattice(tokens, logp, table[:, 2].long(), start, rows, some, found)
 
 
 def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:

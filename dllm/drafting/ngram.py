@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-State = tuple[int, ...]  # the context that the next token is judged by
+from dllm.drafting.pairs import State
 
 
 class NgramTable:
@@ -112,3 +113,26 @@ class NgramTable:
         n = row.get(token, 0.0)
         taken = sum(min(n, unit) for n in row.values()) if self.decay < 1 else unit * len(row)
         return (n - d * min(n, unit) + d * taken * lower) / self.total[context]
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """The edge weights of a drafter tempered by a table, as `Scores`: w^(1 - mix) g^mix, mix = (1 - lam) trust."""
+
+    table: NgramTable
+    lam: float
+
+    def state(self, ids: Sequence[int]) -> State:
+        """The table's."""
+        return self.table.state(ids)
+
+    def step(self, state: State, token: int) -> State:
+        """The table's."""
+        return self.table.step(state, token)
+
+    def weigh(self, slot: int, state: State, tokens: Sequence[int], logw: Sequence[float]) -> Sequence[float]:
+        """(1 - mix) log w + mix log g; log w where the table does not know the context."""
+        mix = (1 - self.lam) * self.table.trust(state)
+        if mix == 0:
+            return logw
+        return [(1 - mix) * w + mix * g for w, g in zip(logw, self.table.logp(state, tokens), strict=True)]

@@ -1,7 +1,8 @@
 """From a lattice to a proposal.
 
-Every search sees the same edge weights, w(s, t) = q(t)^lam g(t | s)^(1 - lam): the drafter's marginal tempered by the
-causal proxy. An unknown context gives the proxy no weight (trust 0), so without text it changes nothing.
+Every search sees the same edge weights, w(s, t) = q(t | s)^lam g(t | s)^(1 - lam): the drafter's marginal, or its law
+given the token before where the lattice has pairs, tempered by the causal proxy. An unknown context gives the proxy no
+weight (trust 0), so without text it changes nothing.
 
 The confidence of a *sampled* node is a property of its row, never of the token drawn, and a sampled search draws every
 slot, also behind an end token (the loop cuts there once the length is decided): a length that depended on the draws
@@ -9,11 +10,11 @@ would bias what remains, and the ratio test with it.
 
 | search | objective | result |
 |---|---|---|
-| argmax | best token per slot | point chain |
+| argmax | best token per slot, given the one before | point chain |
 | cps | sum of log w, beam (DiffuSpec) | point chain |
 | viterbi | sum of log w, exact | point chain |
 | eal | expected accepted length, exact | point chain |
-| sample | draws from the rows (DEER) | sampled chain |
+| sample | draws from the rows (DEER), with pairs left to right | sampled chain |
 | cps_sample | draws from the normalised edge weights, left to right | sampled chain |
 | tree | the B most probable prefixes | point tree |
 | sample_tree | first slot without replacement, then chains | sampled tree |
@@ -30,15 +31,19 @@ from itertools import count
 from typing import ClassVar
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from dllm.drafting.lattice import Column, Lattice
-from dllm.drafting.ngram import NgramTable, State
+from dllm.drafting.lattice import Lattice
+from dllm.drafting.ngram import NgramTable, Tempered
+from dllm.drafting.pairs import Scores, State
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.errors import DllmError
 from dllm.spec import check, param
 
-Edge = tuple[int, float, State]  # token, log weight, next state
+Path = tuple[State, ...]  # what each source of weights keeps of the path so far
+Edge = tuple[int, float, Path]  # token, log weight, next state
+Law = tuple[list[Edge], Tensor]  # the edges of a draw, and their probabilities
 LAM = param(0.5, "DiffuSpec's", low=0, high=1)
 
 
@@ -92,31 +97,41 @@ class PathSearch:
 
 
 class Edges:
-    """The weighted graph behind a lattice: `out(i, s)` lists the edges of slot `i` from state `s`, cached."""
+    """The weighted graph behind a lattice: `out(i, s)` lists the edges of slot `i` from state `s`, cached.
+
+    What weighs them, one after the other: the lattice's own marginals, its pairs, and the proxy.
+    """
 
     def __init__(self, lat: Lattice, ctx: Sequence[int], proxy: NgramTable | None, lam: float) -> None:
-        self.lat, self.proxy, self.lam = lat, proxy if lam < 1 else None, lam
-        self.root: State = () if self.proxy is None else self.proxy.state(ctx)
-        self.cache: dict[tuple[int, State], list[Edge]] = {}
+        self.lat = lat
+        pairs: list[Scores] = [] if lat.pairs is None else [lat.pairs]
+        self.scores = pairs if proxy is None or lam >= 1 else [*pairs, Tempered(proxy, lam)]
+        self.root: Path = tuple(s.state(ctx) for s in self.scores)
+        self.cache: dict[tuple[int, Path], list[Edge]] = {}
 
-    def out(self, i: int, state: State) -> list[Edge]:
+    def out(self, i: int, state: Path) -> list[Edge]:
         """The edges of slot `i` from `state`, in the order of the lattice's column."""
         key = (i, state)
         if key not in self.cache:
-            self.cache[key] = self._weigh(self.lat.columns[i], state)
+            self.cache[key] = self._weigh(i, state)
         return self.cache[key]
 
-    def _weigh(self, column: Column, state: State) -> list[Edge]:
-        if self.proxy is None:
-            return [(t, lq, ()) for t, lq in column]
-        proxy, mix = self.proxy, (1 - self.lam) * self.proxy.trust(state)
-        if mix == 0:
-            return [(t, lq, proxy.step(state, t)) for t, lq in column]
-        tokens = [t for t, _ in column]
-        return [
-            (t, (1 - mix) * lq + mix * lg, proxy.step(state, t))
-            for (t, lq), lg in zip(column, proxy.logp(state, tokens), strict=True)
+    def _weigh(self, i: int, state: Path) -> list[Edge]:
+        if not self.scores:
+            return [(t, lq, ()) for t, lq in self.lat.columns[i]]
+        tokens: tuple[int, ...]
+        logw: Sequence[float]
+        tokens, logw = zip(*self.lat.columns[i], strict=True)
+        for scores, known in zip(self.scores, state, strict=True):
+            logw = scores.weigh(i, known, tokens, logw)
+        behind = [
+            tuple([scores.step(known, t) for scores, known in zip(self.scores, state, strict=True)]) for t in tokens
         ]
+        return list(zip(tokens, logw, behind, strict=True))
+
+
+def _weight(edge: Edge) -> float:
+    return edge[1]
 
 
 def _conf(edges: Edges, tokens: Sequence[int]) -> list[float]:
@@ -130,13 +145,18 @@ def _conf(edges: Edges, tokens: Sequence[int]) -> list[float]:
 
 @dataclass(frozen=True)
 class Argmax(PathSearch):
-    """The most probable token of every slot."""
+    """The most probable token of every slot, left to right: with pairs, the greedy walk over them."""
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
-        """The best token of each slot, up to an end token."""
-        tokens = [column[0][0] for column in edges.lat.columns]
-        n = next((i + 1 for i, t in enumerate(tokens) if t in eos), len(tokens))
-        return chain(tokens[:n], edges.lat.confidence[:n])
+        """The best token of each slot behind those before, up to an end token."""
+        tokens, conf, state = list[int](), list[float](), edges.root
+        for i in range(edges.lat.k):
+            token, weight, state = max(edges.out(i, state), key=_weight)
+            tokens.append(token)
+            conf.append(math.exp(min(weight, 0.0)))
+            if token in eos:
+                break
+        return chain(tokens, conf)
 
 
 @dataclass(frozen=True)
@@ -152,7 +172,7 @@ class CPSBeam(PathSearch):
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """The path with the largest sum of log weights that the beam finds."""
-        beams: list[tuple[float, tuple[int, ...], State, bool]] = [(0.0, (), edges.root, False)]
+        beams: list[tuple[float, tuple[int, ...], Path, bool]] = [(0.0, (), edges.root, False)]
         for i in range(edges.lat.k):
             grown = [b for b in beams if b[3]]
             for score, tokens, state, done in beams:
@@ -173,10 +193,10 @@ class Viterbi(PathSearch):
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """The path with the largest sum of log weights."""
-        live: dict[State, tuple[float, tuple[int, ...]]] = {edges.root: (0.0, ())}
+        live: dict[Path, tuple[float, tuple[int, ...]]] = {edges.root: (0.0, ())}
         done: list[tuple[float, tuple[int, ...]]] = []
         for i in range(edges.lat.k):
-            grown: dict[State, tuple[float, tuple[int, ...]]] = {}
+            grown: dict[Path, tuple[float, tuple[int, ...]]] = {}
             for state, (score, tokens) in live.items():
                 for t, w, s in edges.out(i, state):
                     new = (score + w, (*tokens, t))
@@ -207,11 +227,11 @@ class EAL(PathSearch):
 
     def solve(self, edges: Edges, eos: frozenset[int] = frozenset()) -> tuple[Proposal, float]:
         """The path and its value U_0, in tokens."""
-        layers: list[list[State]] = [[edges.root]]
+        layers: list[list[Path]] = [[edges.root]]
         for i in range(edges.lat.k):
             following = (s for state in layers[i] for t, _, s in edges.out(i, state) if t not in eos)
             layers.append(list(dict.fromkeys(following)))
-        value: dict[State, float] = {}  # of the states of the slot behind
+        value: dict[Path, float] = {}  # of the states of the slot behind
 
         def accepted(edge: Edge) -> float:
             return math.exp(min(self.power * edge[1], 0.0))
@@ -220,7 +240,7 @@ class EAL(PathSearch):
             token, _, state = edge
             return accepted(edge) * (1.0 + (0.0 if token in eos else value.get(state, 0.0)))
 
-        choice: list[dict[State, Edge]] = []
+        choice: list[dict[Path, Edge]] = []
         for i in reversed(range(edges.lat.k)):
             best = {state: max(edges.out(i, state), key=gain) for state in layers[i]}
             value = {state: gain(edge) for state, edge in best.items()}
@@ -237,10 +257,10 @@ class EAL(PathSearch):
 
 @dataclass(frozen=True)
 class Sample(PathSearch):
-    """Independent draws from the rows of the lattice: DEER's draft (arXiv 2512.15176), exact under the ratio test.
+    """Draws from the rows of the lattice: DEER's draft (arXiv 2512.15176), exact under the ratio test.
 
-    Uses the full rows when the lattice has them, else the kept candidates, renormalised: whatever is drawn from is
-    what is handed over.
+    They are independent and from the full rows when the lattice has them, else from the kept candidates, renormalised.
+    With pairs each is drawn from the candidates given the one before. Whatever is drawn from is what is handed over.
     """
 
     sampled = True
@@ -252,6 +272,8 @@ class Sample(PathSearch):
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """A draw a slot."""
+        if edges.lat.pairs is not None:
+            return _drawn_along(edges, generator)
         tokens = edges.lat.draw(1, generator)[:, 0].tolist()
         return chain(tokens, edges.lat.confidence, Rows(*edges.lat.law))
 
@@ -268,18 +290,35 @@ class CPSSample(PathSearch):
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """A draw a slot, each given the ones before."""
-        k, width = edges.lat.k, max(len(c) for c in edges.lat.columns)
-        prob, index = torch.zeros(k, width), torch.full((k, width), -1)
-        tokens: list[int] = []
-        state = edges.root
-        for i in range(k):
-            out = edges.out(i, state)
-            row = torch.softmax(torch.tensor([w for _, w, _ in out]), 0)
-            pick = int(torch.multinomial(row, 1, generator=generator))
-            prob[i, : len(out)], index[i, : len(out)] = row, torch.tensor([t for t, _, _ in out])
-            token, _, state = out[pick]
-            tokens.append(token)
-        return chain(tokens, edges.lat.confidence, Rows(prob, index))
+        return _drawn_along(edges, generator)
+
+
+def _drawn_along(edges: Edges, generator: Generator | None) -> Proposal:
+    """A chain of draws, left to right, each from the normalised edges behind the ones before."""
+    tokens, laws, state = list[int](), list[Law](), edges.root
+    for i in range(edges.lat.k):
+        laws.append(_law(edges.out(i, state)))
+        token, state = _draw(laws[-1], generator)
+        tokens.append(token)
+    return chain(tokens, edges.lat.confidence, _rows(laws))
+
+
+def _law(out: list[Edge]) -> Law:
+    """The edges, and their normalised weights (n,)."""
+    return out, torch.softmax(torch.tensor([w for _, w, _ in out]), 0)
+
+
+def _draw(law: Law, generator: Generator | None) -> tuple[int, Path]:
+    """A token, and the state behind it."""
+    out, prob = law
+    token, _, state = out[int(torch.multinomial(prob, 1, generator=generator))]
+    return token, state
+
+
+def _rows(laws: Sequence[Law]) -> Rows:
+    """The laws of as many nodes."""
+    index, prob = ([torch.tensor([t for t, _, _ in out]) for out, _ in laws], [p for _, p in laws])
+    return Rows(pad_sequence(prob, batch_first=True), pad_sequence(index, batch_first=True, padding_value=-1))
 
 
 @dataclass(frozen=True)
@@ -300,15 +339,15 @@ class BestFirstTree(PathSearch):
         """The most probable prefixes, most probable first."""
 
         @cache
-        def children(depth: int, state: State) -> list[Edge]:
+        def children(depth: int, state: Path) -> list[Edge]:
             return sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
 
         nodes: list[tuple[int, int, float]] = []  # token, parent, confidence
         # (-log probability, tie break, depth, parent node, parent state, rank, log probability of the parent)
-        heap: list[tuple[float, int, int, int, State, int, float]] = []
+        heap: list[tuple[float, int, int, int, Path, int, float]] = []
         order = count()
 
-        def offer(depth: int, parent: int, state: State, rank: int, base: float) -> None:
+        def offer(depth: int, parent: int, state: Path, rank: int, base: float) -> None:
             if depth < edges.lat.k and rank < len(children(depth, state)):
                 logp = base + children(depth, state)[rank][1]
                 heapq.heappush(heap, (-logp, next(order), depth, parent, state, rank, base))
@@ -327,8 +366,8 @@ class BestFirstTree(PathSearch):
 
 @dataclass(frozen=True)
 class SampleTree(PathSearch):
-    """`width` first tokens drawn without replacement, each continued by independent draws: recursive rejection is
-    exact."""
+    """`width` first tokens drawn without replacement, each continued by draws of its own, with pairs each given the one
+    before: recursive rejection is exact."""
 
     width: int = param(3, "the fourth is tried only after three rejections", low=1)
     depth: int = param(8, "pays with most pairs", low=1)
@@ -342,17 +381,35 @@ class SampleTree(PathSearch):
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
         """The heads, each with its chain."""
-        lat = edges.lat
-        drawn = lat.draw(self.width, generator)[: self.depth].tolist()  # of each slot, by chain
-        nodes: list[tuple[int, int, int, float]] = []  # token, parent, slot, confidence
-        for rank, head in enumerate(drawn[0]):
-            if head < 0:  # the row has no more tokens
-                break
-            for slot, row in enumerate(drawn):
+        lat, nodes = edges.lat, list[tuple[int, int, float]]()  # token, parent, confidence
+        chains, rows = self._along(edges, generator) if lat.pairs is not None else self._apart(lat, generator)
+        for rank, path in enumerate(chains):
+            for slot, token in enumerate(path):
                 conf = lat.confidence[slot] / (rank + 1 if slot == 0 else 1)
-                nodes.append((row[rank], len(nodes) - 1 if slot else -1, slot, conf))
-        tokens, parents, slots, confs = zip(*nodes, strict=True)
-        return Proposal(tokens, parents, "sampled", Rows(*lat.law).pick(slots), confs)
+                nodes.append((token, len(nodes) - 1 if slot else -1, conf))
+        tokens, parents, confs = zip(*nodes, strict=True)
+        return Proposal(tokens, parents, "sampled", rows, confs)
+
+    def _apart(self, lat: Lattice, generator: Generator | None) -> tuple[list[list[int]], Rows]:
+        """Chains of independent draws, and the rows of all nodes."""
+        drawn = lat.draw(self.width, generator)[: self.depth].T.tolist()  # of each chain, by slot
+        chains = [tokens for tokens in drawn if tokens[0] >= 0]  # the first row may have fewer tokens
+        return chains, Rows(*lat.law).pick([*range(len(chains[0]))] * len(chains))
+
+    def _along(self, edges: Edges, generator: Generator | None) -> tuple[list[list[int]], Rows]:
+        """Chains of draws given the one before, and the rows of all nodes."""
+        out, prob = _law(edges.out(0, edges.root))
+        n = min(self.width, int((prob > 0).sum()))
+        chains, laws = list[list[int]](), list[Law]()
+        for head in torch.multinomial(prob, n, generator=generator).tolist():
+            token, _, state = out[head]
+            chains.append([token])
+            laws.append((out, prob))
+            for i in range(1, min(self.depth, edges.lat.k)):
+                laws.append(_law(edges.out(i, state)))
+                token, state = _draw(laws[-1], generator)
+                chains[-1].append(token)
+        return chains, _rows(laws)
 
 
 def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> Proposal:
