@@ -197,7 +197,8 @@ def test_staircases_are_searched_completely():
     verify = [1.0, 1.0, 1.0, 1.0, *[2.5] * 10]
     c = fed(verify)
     conf = [0.95] * 12
-    rates = c.rate(np.array([c.calib(i, x) for i, x in enumerate(conf)]), 0.0)
+    hoped = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod([c.calib(i, x) for i, x in enumerate(conf)]))])
+    rates = hoped / c.verify.table(13)[1:]
     assert int(np.argmax(rates[:4])) == 2 and rates[3] < rates[2]  # the next step looks bad
     assert c.trim(chain(range(12), conf)) == 12
 
@@ -282,7 +283,7 @@ def test_costs_and_calibration_belong_to_the_pair_record_and_pause_to_the_text()
     one.next_k(9)
     two = one.fork()
     assert one.paused and one.tries[1] == 1 and not two.paused and two.tries.sum() == two.spent == two.lost == 0
-    assert CostAware(k_max=4).fork().costs.draft.keys == []
+    assert CostAware(k_max=4).fork().draft.keys == []
 
 
 def test_siblings_count_once_and_failures_count():
@@ -438,12 +439,12 @@ def test_verifies_are_measured_by_their_rows(clock):
     scripts = [TimedScript(clock, story(60 + i), "sometimes", 0.001) for i in range(16)]
     results, _ = timed(clock, c, scripts, 40, scale=lambda rows: rows / 4)
     assert all(r.tokens == s.text[4:44] for r, s in zip(results, scripts, strict=True))
-    assert set(c.costs.verifies) == {1, 16} and c.verify.mean == single
+    assert set(c.costs.verifies.tables) == {1, 16} and c.verify.mean == single
     for rows, scale in ((1, 1.0), (16, 4.0)):  # every length that was seen has its own cost, exactly
-        for n, seconds in c.costs.verifies[rows].mean.items():
+        for n, seconds in c.costs.verifies.of(rows).mean.items():
             assert seconds == pytest.approx(0.01 * (1 + 0.03 * n) * scale, rel=0.03), (rows, n)
-        assert c.costs.seconds(rows, 1)[1] == pytest.approx(0.0103 * scale / rows, rel=0.03)
-    assert c.costs.seconds(12, 1)[1] == pytest.approx(0.0103 * 4 / 16, rel=0.03)  # as the nearest that was seen
+        assert c.costs.verifies.seconds(rows, 1)[1] == pytest.approx(0.0103 * scale, rel=0.03)
+    assert c.costs.verifies.seconds(12, 1)[1] == pytest.approx(0.0103 * 4 * 12 / 16, rel=0.03)  # as the nearest that was seen
     assert [r.rows for r in results[0].rounds[:2]] == [16, 16] and results[0].rounds[1].width >= 1
 
 

@@ -211,8 +211,6 @@ def test_beams_static_and_wrong_padding_are_refused(model):
         call(model, PROMPT, max_new_tokens=4, cache_implementation="static")
     with pytest.raises(DllmError, match="left"):
         call(model, torch.tensor([[3, 4, 0]]), attention_mask=torch.tensor([[1, 1, 0]]), max_new_tokens=4)
-    with pytest.raises(DllmError, match="one prompt at a time"):
-        call(model, torch.tensor([PROMPT, PROMPT]), max_new_tokens=4, spec={"tree": 4}, drafter=Noise())
     with pytest.raises(DllmError, match="one text"):
         call(model, torch.tensor([PROMPT, PROMPT]), max_new_tokens=4, spec_streamer=Tape(), drafter=Noise())
 
@@ -301,9 +299,6 @@ def test_options_are_checked(model):
         dllm.speculate(tiny_verifier(), None, "a string")
     with pytest.raises(DllmError, match="prompt"):
         dllm.speculate(model, None)
-    for tree in (dict(tree=4), dict(search="tree"), dict(search="sample_tree", temperature=1.0)):
-        with pytest.raises(DllmError, match="one prompt at a time"):
-            dllm.speculate(model, Noise(), [PROMPT, PROMPT], **tree)
     with pytest.raises(DllmError, match=r"graft.*tree=32"):
         dllm.speculate(model, Noise(), PROMPT, graft="suffix")
     with pytest.raises(DllmError, match="a prompt is"):

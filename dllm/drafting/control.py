@@ -13,6 +13,7 @@ import math
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class RoundStats:
     carried: bool = False
     failed: bool = False
     forwards: int = 0  # of the drafter
+    fellows: int = 1  # texts whose drafts were made in one go with this one's
+    slots: int = 0  # of the longest of these drafts, 0 = of this one
     pending: int = 1  # text tokens fed beside the draft (the prompt in round one)
     rows: int = 1  # of the verifying forward
     width: int = 0  # tokens of its widest row, 0 = of this one
@@ -63,6 +66,22 @@ class RoundStats:
     def seconds(self) -> float:
         """Of the whole round."""
         return sum(self.wall.values())
+
+
+class Length(NamedTuple):
+    """A row asks how many slots to draft, of at most `room`."""
+
+    controller: Controller
+    room: int
+
+
+class Cut(NamedTuple):
+    """A row asks how many nodes of a draft to submit, see `Controller.trim`."""
+
+    controller: Controller
+    proposal: Proposal
+    carried: bool = False
+    k: int = 0
 
 
 class Controller:
@@ -98,6 +117,15 @@ class Controller:
         Of a sampled draft that grew by `more` only the last chunk can be cut: a smaller number counts as that cut.
         """
         return len(proposal)
+
+    def lengths(self, asked: Sequence[Length], rows: int) -> list[int]:
+        """`next_k` of all rows of a batch that ask, each by itself where a rule knows nothing of batches. `rows`: those
+        of the next verify that are not done."""
+        return [q.controller.next_k(q.room) for q in asked]
+
+    def cuts(self, asked: Sequence[Cut], rows: int) -> list[int]:
+        """`trim` of all rows of a batch that ask, likewise."""
+        return [q.controller.trim(q.proposal, q.carried, q.k) for q in asked]
 
     def keep(self, remaining: int, conf: Sequence[float]) -> bool:
         """Is a carried-over rest worth more than a fresh draft? Without costs: if two of its tokens should pass."""
@@ -271,6 +299,28 @@ class CostTable:
         return out
 
 
+class Shared:
+    """Seconds of work that rows of a batch share, by their number and the longest of them."""
+
+    def __init__(self) -> None:
+        self.tables: dict[int, CostTable] = {}
+
+    def of(self, rows: int) -> CostTable:
+        """The table of so many rows."""
+        return self.tables.setdefault(rows, CostTable())
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything is known."""
+        return any(table.keys for table in self.tables.values())
+
+    def seconds(self, rows: int, n: int) -> np.ndarray:
+        """Of lengths 0..n; by the share of a row where the nearest number of rows that was seen is another."""
+        seen = [r for r, table in self.tables.items() if table.keys]
+        nearest = min(seen, key=lambda r: abs(r - rows), default=rows)
+        return self.of(nearest).table(n) * (rows / nearest)
+
+
 class Calibrator:
     """Acceptance probability of a node from its slot and confidence: Beta counts per bin, prior = the confidence
     itself.
@@ -315,32 +365,21 @@ class Calibrator:
 class Costs:
     """What outlives a text, because it belongs to the pair of verifier and drafter: seconds and calibration.
 
-    A verify is measured by the rows of its batch and the tokens of the widest one: sixteen rows are no sixteen times
-    one row.
+    A verify is measured by the rows of its batch and the tokens of the widest one, a draft by the texts that it is made
+    for and the slots of the longest: sixteen rows are no sixteen times one row.
     """
 
     def __init__(self) -> None:
-        self.verifies: dict[int, CostTable] = {}  # by rows
-        self.draft = CostTable()  # of one row, by slots
+        self.verifies, self.drafts = Shared(), Shared()
         self.overhead = 0.0  # of a round with a draft, for one row
         self.calib, self.stale = Calibrator(), Calibrator()
         self.hits, self.tries = 3.2, 4.0  # of judged slots, over all texts; begins hopeful
 
-    def verify(self, rows: int) -> CostTable:
-        """Seconds of a verify of so many rows, by the tokens of the widest."""
-        return self.verifies.setdefault(rows, CostTable())
-
-    def seconds(self, rows: int, n: int) -> np.ndarray:
-        """A row's share of a verify of 0..n tokens a row; of the nearest number of rows that was seen."""
-        measured = [r for r, table in self.verifies.items() if table.keys]
-        if measured and rows not in measured:
-            rows = min(measured, key=lambda r: abs(r - rows))
-        return self.verify(rows).table(n) / rows
-
 
 @dataclass(eq=False)
 class CostAware(Controller):
-    """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed.
+    """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed. Rows of a batch share one
+    T: they compete for the width that all of them pay for (SmartSpec's goodput, arXiv 2406.14066).
 
     E(k) = 1 + sum_i prod_{j<=i} a_j from calibrated confidences, T(k) from measured tables: real costs are staircases,
     so every k is tried. Two decisions a round: slots to draft (from the acceptance record of each slot), nodes to
@@ -376,16 +415,17 @@ class CostAware(Controller):
         self.passed = self.hoped = self.LENIENT  # recent judged nodes that passed, and how many should have
         self.spent = self.lost = 0.0  # seconds of the text; of them what drafts that were probes did not bring in
         self.paused = self.probing = False
+        self.fellows = 1  # of the last draft
 
     @property
     def verify(self) -> CostTable:
         """Seconds of a verify of this batch, by the tokens of its widest row."""
-        return self.costs.verify(self.rows)
+        return self.costs.verifies.of(self.rows)
 
     @property
     def draft(self) -> CostTable:
-        """Seconds of a draft of one row, by slots."""
-        return self.costs.draft
+        """Seconds of a draft of so many texts as were drafted for together last, by the slots of the longest."""
+        return self.costs.drafts.of(self.fellows)
 
     def fork(self) -> CostAware:
         """The controller of another text or row of the same pair."""
@@ -399,27 +439,44 @@ class CostAware(Controller):
         slots: np.ndarray = np.clip((4 * pooled + self.hits[1:]) / (4 + self.tries[1:]), 0.02, 0.98)
         return slots
 
-    def rate(self, a: np.ndarray, drafted: np.ndarray | float) -> np.ndarray:
-        """Tokens per second for 0..len(a) submitted slots, `drafted` seconds spent on drafting them."""
-        reward: np.ndarray = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(a))])
-        return reward / (drafted + self.costs.seconds(self.rows, len(a) + 1)[1:] + self.costs.overhead)
+    def _verified(self, n: int) -> np.ndarray:
+        """Seconds of a verify of the batch with 0..n drafted tokens in its widest row."""
+        return self.costs.verifies.seconds(self.rows, n + 1)[1:]
+
+    def _drafted(self, n: int) -> np.ndarray:
+        """A row's share of the seconds of drafts of 0..n slots."""
+        return self.costs.drafts.seconds(self.fellows, n) / self.fellows
 
     def next_k(self, room: int) -> int:
-        """The best k by the record of the slots, 0 where none beats plain decoding and no probe is due."""
-        room = min(room, self.k_max)
-        self.probing = False
-        if room <= 0:
-            return 0
-        plain = float(self.costs.seconds(self.rows, 1)[1])
-        if not self.draft.keys:
-            return self._probe()
-        drafted = self.draft.table(room)
-        if drafted[room] <= self.FREE * plain:
-            self.paused = False
-            return room
-        rate = self.rate(self.slots()[:room], drafted)
+        """The best k by the record of the slots, 0 where none beats plain decoding and no probe is due; other rows of
+        the batch are taken to be as this one."""
+        return self.lengths([Length(self, room)] * self.rows, self.rows)[0]
+
+    def lengths(self, asked: Sequence[Length], rows: int) -> list[int]:
+        """The k that is best for all: each row's tokens count, and the widest row is what the verify costs."""
+        mine = [_own(q.controller) for q in asked]
+        rooms = [max(0, min(q.room, self.k_max)) for q in asked]
+        for c in mine:
+            c.probing = False
+        widest = max(rooms)
+        if not widest:
+            return rooms
+        if not self.costs.drafts.measured:
+            return [min(room, c._probe()) for c, room in zip(mine, rooms, strict=True)]
+        plain, drafted = float(self._verified(0)[0]), self._drafted(widest)
+        if drafted[widest] <= self.FREE * plain / self.rows:
+            for c in mine:
+                c.paused = False
+            return rooms
+        hopes = [_hopes(np.cumprod(c.slots()[:room])) for c, room in zip(mine, rooms, strict=True)]
+        rate = _together(hopes, rows) / (len(mine) * (drafted + self.costs.overhead) + self._verified(widest))
         best = 1 + int(np.argmax(rate[1:]))
-        self.paused = bool(rate[best] * plain < 1 + self.margin * self.paused)
+        gain = float(rate[best]) * plain / rows
+        return [min(room, c._chosen(best, gain)) for c, room in zip(mine, rooms, strict=True)]
+
+    def _chosen(self, best: int, gain: float) -> int:
+        """The best k where it gains on plain decoding, else a probe."""
+        self.paused = gain < 1 + self.margin * self.paused
         return self._probe() if self.paused else best
 
     def _probe(self) -> int:
@@ -428,15 +485,32 @@ class CostAware(Controller):
         return int(self.probing)
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
-        """The best number of nodes by the calibrated confidences of this draft, whose seconds are spent."""
-        if not len(proposal) or not proposal.conf:
-            return len(proposal)
-        calib, trust = self.stale if carried else self.calib, self.passed / self.hoped
-        a = [min(0.98, trust * calib(d - 1, c)) for d, c in zip(proposal.depths, proposal.conf, strict=True)]
-        reward = 1 + np.concatenate([[0.0], np.cumsum(proposal.survival(a))])
-        spent = 0.0 if carried or not k else float(self.draft.table(k)[k])
-        cost = spent + self.costs.seconds(self.rows, len(a) + 1)[1:] + self.costs.overhead
-        best = int(np.argmax(reward / cost))
+        """The best number of nodes by the calibrated confidences of this draft, whose seconds are spent; other rows of
+        the batch are taken to be as this one."""
+        return self.cuts([Cut(self, proposal, carried, k)] * self.rows, self.rows)[0]
+
+    def cuts(self, asked: Sequence[Cut], rows: int) -> list[int]:
+        """The width that is best for all, of which each row submits what it has. A draft without confidences is
+        submitted whole."""
+        mine, whole = [_own(q.controller) for q in asked], [not q.proposal.conf for q in asked]
+        hopes = [c._expected(q) for c, q in zip(mine, asked, strict=True)]
+        spent = sum(0.0 if q.carried or not q.k else float(self._drafted(q.k)[q.k]) for q in asked)
+        reward = _together(hopes, rows)
+        rate = reward / (spent + len(asked) * self.costs.overhead + self._verified(len(reward) - 1))
+        least = max((len(q.proposal) for q, w in zip(asked, whole, strict=True) if w), default=0)
+        best = least + int(np.argmax(rate[least:]))
+        return [
+            len(q.proposal) if w or not len(q.proposal) else c._submitted(min(best, len(q.proposal)))
+            for c, q, w in zip(mine, asked, whole, strict=True)
+        ]
+
+    def _expected(self, q: Cut) -> np.ndarray:
+        """Tokens that 0..N nodes of a draft should bring, the verifier's own included."""
+        calib, trust, p = self.stale if q.carried else self.calib, self.passed / self.hoped, q.proposal
+        a = [min(0.98, trust * calib(d - 1, c)) for d, c in zip(p.depths, p.conf, strict=False)]
+        return _hopes(np.array(p.survival(a))) if p.conf else np.ones(len(p) + 1)
+
+    def _submitted(self, best: int) -> int:
         if self.probing:
             return max(best, 1)
         return best if best or not self.spent else self._probe()  # what is never submitted is never learned about
@@ -444,9 +518,10 @@ class CostAware(Controller):
     def keep(self, remaining: int, conf: Sequence[float]) -> bool:
         """Whether the rest promises at least as many tokens per second as the best fresh draft."""
         a = np.array([self.stale(i, c) for i, c in enumerate(conf[:remaining])])
-        reuse = self.rate(a, 0.0).max()
-        fresh = self.rate(self.slots(), self.draft.table(self.k_max)).max()
-        return bool(reuse >= fresh)
+        reuse, fresh = _hopes(np.cumprod(a)), _hopes(np.cumprod(self.slots()))
+        share = self._verified(max(len(a), self.k_max)) / self.rows + self.costs.overhead
+        best = (fresh / (self._drafted(self.k_max) + share[: len(fresh)])).max()
+        return bool((reuse / share[: len(reuse)]).max() >= best)
 
     def update(self, r: RoundStats) -> None:
         """Book seconds, confidences and slots of a round."""
@@ -473,17 +548,38 @@ class CostAware(Controller):
         """The seconds of a round. The first one is left out: it also reads the prompt."""
         costs = self.costs
         if r.leads:
-            costs.verify(r.rows).add(r.width or 1 + r.nodes, r.t_verify)
+            costs.verifies.of(r.rows).add(r.width or 1 + r.nodes, r.t_verify)
         if r.k and not r.carried:
-            costs.draft.add(r.k, r.t_draft)
+            self.fellows = r.fellows
+            costs.drafts.of(r.fellows).add(r.slots or r.k, r.t_draft * r.fellows)
         if r.k:
             costs.overhead += 0.1 * (r.t_search + (r.t_commit + r.t_other) / r.rows - costs.overhead)
-        plain = float(costs.seconds(r.rows, 1)[1])
+        share = costs.verifies.seconds(r.rows, 1 + r.nodes) / r.rows
+        plain = float(share[1])
         self.spent += r.t_draft + r.t_verify / r.rows
         if self.probing:
-            draft = float(costs.draft.table(r.k)[r.k]) if r.k and not r.carried else 0.0
-            wider = float(costs.seconds(r.rows, 1 + r.nodes)[1 + r.nodes]) - plain
+            draft = float(self._drafted(r.k)[r.k]) if r.k and not r.carried else 0.0
+            wider = float(share[1 + r.nodes]) - plain
             self.lost = max(0.0, self.lost + draft + wider + costs.overhead - r.accepted * plain)
+
+
+def _own(controller: Controller) -> CostAware:
+    """A row's controller, which is a fork of the one that was given."""
+    assert isinstance(controller, CostAware)
+    return controller
+
+
+def _hopes(survival: np.ndarray) -> np.ndarray:
+    """Tokens that 0..n drafted ones should bring, by the chance that each of them (n,) stays: (n + 1,)."""
+    out: np.ndarray = 1 + np.concatenate([[0.0], np.cumsum(survival)])
+    return out
+
+
+def _together(hopes: Sequence[np.ndarray], rows: int) -> np.ndarray:
+    """The sum over rows, a shorter one staying at its last; rows that have none bring a token each."""
+    width = max(map(len, hopes))
+    total: np.ndarray = np.sum([np.pad(h, (0, width - len(h)), mode="edge") for h in hopes], axis=0)
+    return total + rows - len(hopes)
 
 
 CONTROLLERS: dict[str, type[Controller]] = {

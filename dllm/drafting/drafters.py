@@ -4,9 +4,10 @@ proposal. Everybody who drafts asks through `ask`, which checks what comes back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,6 +73,18 @@ class Need:
         return table, rows if self.sampled else None
 
 
+Draft: TypeAlias = Lattice | Proposal
+
+
+class Ask(NamedTuple):
+    """A draft that a text wants of its drafter, see `Drafter.draft`."""
+
+    drafter: Drafter
+    ids: Sequence[int]
+    k: int
+    generator: torch.Generator | None = None
+
+
 class Drafter:
     """Base of all drafters. Ids are the verifier's everywhere.
 
@@ -113,7 +126,16 @@ class Drafter:
         self.need = need
         self.forwards = 0
 
-    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+    @property
+    def company(self) -> Hashable:
+        """Drafters of equal company make the drafts of their texts `together`; None: each by itself."""
+        return None
+
+    def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
+        """Drafts for several texts, each of a drafter of this company: a ragged batch where the model takes one."""
+        return [_one(a) for a in asks]
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Draft:
         """At most `k` tokens after `ids` (k nodes for a tree); `EMPTY` where there is nothing to say.
 
         generator   for draws, if `need.sampled`. Errors: DraftFailure where the model's logits are unusable: the round
@@ -130,23 +152,51 @@ class Drafter:
         what it had, the verifier has read the text anew."""
 
 
-def ask(drafter: Drafter, ids: Sequence[int], k: int, generator: torch.Generator | None = None) -> Lattice | Proposal:
-    """`drafter.draft`, checked: a lattice or a proposal whose numbers are probabilities.
+def ask(drafter: Drafter, ids: Sequence[int], k: int, generator: torch.Generator | None = None) -> Draft:
+    """A draft for one text, checked: a lattice or a proposal whose numbers are probabilities.
 
     Raises DraftFailure where the model's logits are unusable, DllmError for everything else that is wrong.
     """
-    with blamed(drafter):
-        draft = drafter.draft(ids, k, generator=generator)
-    if not isinstance(draft, Lattice | Proposal):
-        raise DllmError(
-            f"drafter {drafter.name!r} returned {type(draft).__name__}: `draft` returns a Lattice or a Proposal, and "
-            "dllm.drafting.EMPTY where it has nothing to say"
-        )
-    try:
-        draft.check()
-    except DllmError as error:
-        raise DllmError(f"drafter {drafter.name!r}: {error}") from error
+    (draft,) = asked([Ask(drafter, ids, k, generator)])
+    if isinstance(draft, DraftFailure):
+        raise draft
     return draft
+
+
+def asked(asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
+    """The same for several texts whose drafters are of one company; a failure stands where its draft would."""
+    drafter = asks[0].drafter
+    with blamed(drafter):
+        drafts = drafter.together(asks)
+    for draft in drafts:
+        if isinstance(draft, DraftFailure):
+            continue
+        if not isinstance(draft, Lattice | Proposal):
+            raise DllmError(
+                f"drafter {drafter.name!r} returned {type(draft).__name__}: `draft` returns a Lattice or a Proposal, "
+                "and dllm.drafting.EMPTY where it has nothing to say"
+            )
+        try:
+            draft.check()
+        except DllmError as error:
+            raise DllmError(f"drafter {drafter.name!r}: {error}") from error
+    return drafts
+
+
+def companies(asks: Iterable[Ask]) -> list[list[int]]:
+    """Places of asks that are answered together."""
+    found: dict[Hashable, list[int]] = {}
+    for i, a in enumerate(asks):
+        company = a.drafter.company
+        found.setdefault(object() if company is None else (type(a.drafter), company), []).append(i)
+    return list(found.values())
+
+
+def _one(a: Ask) -> Draft | DraftFailure:
+    try:
+        return a.drafter.draft(a.ids, a.k, generator=a.generator)
+    except DraftFailure as failure:
+        return failure
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def speculate(
     drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle" or the name of one
                from another package, a folder or a Hugging Face id, or None (plain decoding).
     prompt     text (through the chat template where there is one, see `chat`), ids, chat messages, a list of these (a
-               batch; chains only), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
+               batch), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
     temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses
                seed + i.
     spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...

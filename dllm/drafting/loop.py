@@ -1,7 +1,7 @@
 """The loop: draft, search, verify, commit, adapt. One loop for every drafter, search, controller and verifier.
 
     while rows:
-        proposals = [row.propose() for row in rows]      # drafter -> lattice -> path search -> controller's trim
+        proposals = proposed(rows)                       # drafter -> lattice -> path search -> controller's trim
         logits = session.verify(proposals)               # one forward of the verifier
         kept = judged(rows, logits)                      # exact acceptance; the one wait for the device
         row.settle(kept)                                 # cut at end tokens and stop strings
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
 from operator import index
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from torch import Tensor
 from dllm.call.arguments import RENAMED
 from dllm.decoding.graphs import granted
 from dllm.drafting.accept import Acceptance, Judge, Processors
-from dllm.drafting.control import CONTROLLERS, Controller, RoundStats
-from dllm.drafting.drafters import Drafter, Need, ask, blamed
+from dllm.drafting.control import CONTROLLERS, Controller, Cut, Length, RoundStats
+from dllm.drafting.drafters import Ask, Draft, Drafter, Need, asked, blamed, companies
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loans import Loans
 from dllm.drafting.ngram import NgramTable
@@ -262,6 +262,12 @@ class Request:
         return self.ids if self.padded is None else self.padded
 
 
+Question: TypeAlias = Length | Ask | Cut
+Answer: TypeAlias = int | Draft | None  # of an `Ask`: None where the drafter's logits are unusable
+R = TypeVar("R")
+Talk: TypeAlias = Generator[Question, Answer, R]  # of one text; those of a batch are answered together
+
+
 class Settled(NamedTuple):
     """What a round settled."""
 
@@ -310,9 +316,8 @@ class Speculation:
         self.taps = tuple(sorted({tap for source in self.sources for tap in source.taps}))
         self._check_tree()
 
-    def propose(self) -> Proposal:
+    def propose(self) -> Talk[Proposal]:
         """What to verify next."""
-        start = time.perf_counter()
         r = self.stats = RoundStats(pending=len(self.ids) - self.cached)
         room, turn = self.end - len(self.ids) - 1, self.verifier.turn
         if turn is not None and len(self.ids) <= turn:
@@ -322,21 +327,20 @@ class Speculation:
         self.proposal = EMPTY
         if self.drafter is not None and room > 0:
             before = self._forwards()
-            self.proposal = self._draft(room)
+            self.proposal = yield from self._draft(room)
             r.forwards = self._forwards() - before
         self.rest = None
         r.nodes, r.kind = len(self.proposal), self.proposal.kind if len(self.proposal) else "none"
-        r.t_search = time.perf_counter() - start - r.t_draft
         return self.proposal
 
     def _forwards(self) -> int:
         return sum(source.forwards for source in self.sources)
 
-    def _draft(self, room: int) -> Proposal:
+    def _draft(self, room: int) -> Talk[Proposal]:
         assert self.drafter is not None
         r, eos = self.stats, self.request.eos
         longest = room if self.drafter.longest is None else min(room, self.drafter.longest)
-        k = self.controller.next_k(longest)
+        k = yield from _number(Length(self.controller, longest))
         if k <= 0:
             return EMPTY
         rest, settled = self._carried(room), 0
@@ -344,15 +348,15 @@ class Speculation:
             r.carried, r.k, r.l_gen = True, rest.k, rest.first_eos(eos)
             proposal = self._search(rest, [])
         else:
-            proposal, settled = self._chunks(k, longest)
+            proposal, settled = yield from self._chunks(k, longest)
         self._check(proposal, self.drafter, self.drafter.banned)
         if self.graft is not None and proposal.kind == "point":
-            proposal = self._grafted(proposal, room)
+            proposal = yield from self._grafted(proposal, room)
         # first how much, then the cut at end tokens: the length of a sampled draft must not depend on what was drawn
-        n = self.controller.trim(proposal, r.carried, 0 if r.carried else r.k)
+        n = yield from _number(Cut(self.controller, proposal, r.carried, 0 if r.carried else r.k))
         return proposal.head(max(settled, n)).within(room, eos)
 
-    def _chunks(self, k: int, room: int) -> tuple[Proposal, int]:
+    def _chunks(self, k: int, room: int) -> Talk[tuple[Proposal, int]]:
         """A draft of `k` slots, grown while the controller asks for more; and how much of it `trim` may not cut.
 
         What is drafted behind a sampled chunk is conditioned on its draws, and so is every decision that has seen it.
@@ -361,10 +365,12 @@ class Speculation:
         one after the other are one chunk each, of which nothing may be cut.
         """
         r, eos, settled = self.stats, self.request.eos, 0
-        proposal = self._fresh(k, EMPTY)
+        proposal = yield from self._fresh(k, EMPTY)
         while len(proposal) == r.k and proposal.is_chain and (more := self.controller.more(proposal.conf, room)) > 0:
             settled = len(proposal) if proposal.kind == "sampled" else 0
-            addition = EMPTY if eos.intersection(proposal.tokens) else self._fresh(more, proposal)
+            if eos.intersection(proposal.tokens):
+                break
+            addition = yield from self._fresh(more, proposal)
             if not (len(addition) and addition.is_chain and addition.kind == proposal.kind):
                 break
             proposal = proposal.then(addition)
@@ -378,11 +384,11 @@ class Speculation:
         rest = rest.head(room)
         return rest if policy == "always" or self.controller.keep(rest.k, rest.confidence) else None
 
-    def _fresh(self, k: int, before: Proposal) -> Proposal:
+    def _fresh(self, k: int, before: Proposal) -> Talk[Proposal]:
         """A draft of `k` slots behind the text and the chain `before`."""
         assert self.drafter is not None
         r = self.stats
-        draft = self._ask(self.drafter, before.tokens, k)
+        draft = yield from _drafted(Ask(self.drafter, [*self.ids, *before.tokens], k, self.request.generator))
         if draft is None:
             r.k += k
             return EMPTY
@@ -412,22 +418,10 @@ class Speculation:
         self.counted = len(self.ids)
         return self.proxy
 
-    def _ask(self, source: Drafter, before: Sequence[int], k: int) -> Lattice | Proposal | None:
-        """A draft of `source` behind the text and `before`; None where its logits are unusable."""
-        start = time.perf_counter()
-        try:
-            return ask(source, [*self.ids, *before], k, self.request.generator)
-        except DraftFailure as failure:
-            log.debug("%s: %s", source.name, failure)
-            self.stats.failed = True
-            return None
-        finally:
-            self.stats.t_draft += time.perf_counter() - start
-
-    def _grafted(self, proposal: Proposal, room: int) -> Proposal:
+    def _grafted(self, proposal: Proposal, room: int) -> Talk[Proposal]:
         """The proposal and the branches of the second source, a retrieved text or another model's lattice."""
         assert self.graft is not None
-        extra = self._ask(self.graft, (), min(self.cfg.tree, room))
+        extra = yield from _drafted(Ask(self.graft, [*self.ids], min(self.cfg.tree, room), self.request.generator))
         if isinstance(extra, Lattice):
             extra = self.search(extra, self.ids, eos=self.request.eos, proxy=self._proxy()) if extra.k else None
         if extra is None or not len(extra):
@@ -524,6 +518,75 @@ class Speculation:
         self.result.spans.append((self.stats.accepted, self.stats.emitted))
 
 
+def _number(question: Length | Cut) -> Talk[int]:
+    answer = yield question
+    assert isinstance(answer, int)
+    return answer
+
+
+def _drafted(question: Ask) -> Talk[Draft | None]:
+    answer = yield question
+    assert not isinstance(answer, int)
+    return answer
+
+
+def proposed(rows: Sequence[Speculation]) -> list[Proposal]:
+    """What to verify next, of every row. All rows that ask for the same are answered together: they agree upon lengths,
+    and drafts of one company are made in one go."""
+    talks, proposals = [row.propose() for row in rows], [EMPTY] * len(rows)
+    answers: dict[int, Answer] = dict.fromkeys(range(len(rows)))
+    questions: dict[int, Question] = {}
+    while answers:
+        for i, answer in answers.items():
+            start = time.perf_counter()
+            try:
+                questions[i] = talks[i].send(answer)
+            except StopIteration as end:
+                proposals[i] = end.value
+            rows[i].stats.t_search += time.perf_counter() - start
+        answers = _answered(rows, questions)
+        questions = {i: q for i, q in questions.items() if i not in answers}
+    return proposals
+
+
+def _answered(rows: Sequence[Speculation], questions: Mapping[int, Question]) -> dict[int, Answer]:
+    """Answers to all questions of one kind, by the row: lengths before drafts, so that cuts are agreed upon once every
+    draft is there."""
+    start = time.perf_counter()
+    lengths = {i: q for i, q in questions.items() if isinstance(q, Length)}
+    asks = {i: q for i, q in questions.items() if isinstance(q, Ask)}
+    cuts = {i: q for i, q in questions.items() if isinstance(q, Cut)}
+    if asks and not lengths:
+        return _drafts(rows, asks)
+    together: Sequence[int] = ()
+    if lengths:
+        together = rows[0].controller.lengths(list(lengths.values()), len(rows))
+    elif cuts:
+        together = rows[0].controller.cuts(list(cuts.values()), len(rows))
+    for i in questions:
+        rows[i].stats.t_search += (time.perf_counter() - start) / len(questions)
+    return dict(zip(lengths or cuts, together, strict=True))
+
+
+def _drafts(rows: Sequence[Speculation], asks: Mapping[int, Ask]) -> dict[int, Answer]:
+    """Drafts, by the row; None where the logits are unusable."""
+    answers: dict[int, Answer] = {}
+    places = list(asks)
+    for company in companies(asks.values()):
+        start, together = time.perf_counter(), [places[i] for i in company]
+        drafts = asked([asks[i] for i in together])
+        seconds = (time.perf_counter() - start) / len(together)
+        for i, draft in zip(together, drafts, strict=True):
+            r, failed = rows[i].stats, isinstance(draft, DraftFailure)
+            r.t_draft, r.failed = r.t_draft + seconds, r.failed or failed
+            if asks[i].drafter is rows[i].drafter:
+                r.fellows, r.slots = len(together), r.slots + max(asks[j].k for j in together)
+            answers[i] = None if isinstance(draft, DraftFailure) else draft
+            if failed:
+                log.debug("%s: %s", asks[i].drafter.name, draft)
+    return answers
+
+
 def forked(drafter: Drafter | None) -> Drafter | None:
     """The drafter's copy for one text."""
     if drafter is None:
@@ -567,8 +630,6 @@ def rounds(
                 f"a batch may not pass {verifier.max_positions} tokens; decode row by row"
             )
     if any(cfg.tree or row.search.tree for row in rows):
-        if len(rows) > 1:
-            raise DllmError("trees are verified one prompt at a time: use a chain (tree=0) for a batch")
         if not verifier.can("trees"):
             raise DllmError(
                 f"{type(verifier.model).__name__} does not place keys by position_ids alone, so it cannot verify a "
@@ -596,9 +657,10 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
         if row.verifier.restarts and row.cached <= (row.verifier.turn or 0) < len(row.ids) and not row.done:
             session.restart(b)
             row.cached = 0
-    pending = [None if row.done else Pending(row.ids[row.cached :], row.propose()) for row in rows]
-    ready = time.perf_counter()
     live, starts = [row for row in rows if not row.done], [row.cached for row in rows]
+    drafts = iter(proposed(live))
+    pending = [None if row.done else Pending(row.ids[row.cached :], next(drafts)) for row in rows]
+    ready = time.perf_counter()
     found = session.verify(pending, rows[0].taps)
     verdicts = iter(judged(live, [logits for logits in found if logits is not None]))
     verified = time.perf_counter()
