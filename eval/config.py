@@ -65,6 +65,7 @@ class GenerateSpec:
     regex: str | None = param(None, "the answer matches it fully (docs/constraints.md)")
     choices: tuple[str, ...] | None = param(None, "the answer is one of these")
     json_schema: dict[str, object] | str | None = param(None, "the answer is a document of this schema")
+    grammar: str | None = param(None, "the answer is a text that this grammar parses, in the notation of lark")
     constraint: dict[str, object] | None = param(None, "the fields of a dllm.Constraint, such as max_depth")
 
     def given(self) -> Json:

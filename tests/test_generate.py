@@ -232,7 +232,7 @@ def test_any_module_of_the_package_offers_its_names_lazily() -> None:
         ({"bad_words_ids": [[1]]}, "logits_processor= takes transformers' processors"),
         ({"output_scores": True}, "logprobs=0 returns those of the tokens"),
         ({"num_beams": 4}, "n= gives several answers"),
-        ({"grammar": "x"}, "regex=, choices= and json_schema= constrain the answer"),
+        ({"guided_grammar": "x"}, "regex=, choices=, json_schema= and grammar= constrain the answer"),
         ({"unheard_of": 1}, "unknown argument 'unheard_of'; known: batch_size"),
         ({"temprature": 1}, "did you mean 'temperature'"),
         ({"temperature": -1}, "temperature=-1 must be"),

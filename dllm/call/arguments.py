@@ -69,7 +69,7 @@ RENAMED = {
 
 
 _IDS = "logits_processor= takes transformers' processors (docs/steering.md), suppress_tokens= bans single ids"
-_GRAMMAR = "regex=, choices= and json_schema= constrain the answer (docs/constraints.md)"
+_GRAMMAR = "regex=, choices=, json_schema= and grammar= constrain the answer (docs/constraints.md)"
 _PROBABILITIES = "logprobs=0 returns those of the tokens, logprobs=k with k alternatives (docs/logprobs.md)"
 
 
@@ -80,7 +80,7 @@ EXISTS = {
     **dict.fromkeys(("bad_words_ids", "repetition_penalty", "no_repeat_ngram_size"), _IDS),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "logit_bias"), _IDS),
     **dict.fromkeys(
-        ("grammar", "guided_json", "guided_regex", "response_format", "prefix_allowed_tokens_fn"), _GRAMMAR
+        ("guided_json", "guided_regex", "guided_grammar", "response_format", "prefix_allowed_tokens_fn"), _GRAMMAR
     ),
     **dict.fromkeys(("output_scores", "output_logits", "return_dict_in_generate"), _PROBABILITIES),
     "generation_config": "dllm.generation_arguments(config) has its fields as arguments of dllm.generate",
@@ -161,6 +161,7 @@ class DecodingArguments(TypedDict, total=False):
     regex: str | None
     choices: Sequence[str] | None
     json_schema: Schema | str | None
+    grammar: str | None
     constraint: ConstraintSpec | Sequence[ConstraintSpec] | None
 
 
@@ -210,6 +211,7 @@ class Arguments:
     regex: str | None = None  # the answer matches it fully (docs/constraints.md)
     choices: Sequence[str] | None = None  # the answer is one of these
     json_schema: Schema | str | None = None  # the answer is a document of this schema
+    grammar: str | None = None  # the answer is a text that this grammar parses, in the notation of lark
     constraint: ConstraintSpec | Sequence[ConstraintSpec] | None = None  # a `dllm.Constraint`, or one for each prompt
 
     def __post_init__(self) -> None:

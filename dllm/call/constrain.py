@@ -50,7 +50,8 @@ def rule_of(
     made = tuple(compiled(c.asked, tokens, ends, pads, banned) for c in automata)
     for constraint, automaton in zip(automata, made, strict=True):
         if not automaton.states:
-            raise DllmError(f"{_named(constraint)} has no member that the tokens of this model can write")
+            deep = "" if constraint.max_depth is None else f" within max_depth={constraint.max_depth}"
+            raise DllmError(f"{_named(constraint)} has no member{deep} that the tokens of this model can write")
     columns = max(1, *windows)  # that of an answer without any lies behind its end
     rule = Rule(made, columns, ends, 0 if args.infill else args.min_new_tokens)
     device = model.device

@@ -53,6 +53,10 @@ def generate(
     json_schema: Annotated[
         str | None, typer.Option(help="The answer is a document of this JSON schema: a file, or the schema itself.")
     ] = None,
+    grammar: Annotated[
+        str | None, typer.Option(help="The answer is a text of this grammar (lark's notation): a file, or the grammar.")
+    ] = None,
+    max_depth: Annotated[int | None, typer.Option(help="How deep the schema or the grammar may nest.")] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Log-probabilities of the tokens, with so many alternatives (0 to 20).")
     ] = None,
@@ -69,9 +73,17 @@ def generate(
     model, arguments = loaded(common)
     arguments |= {
         "cfg_scale": cfg_scale, "batch_size": batch_size, "chat": chat, "infill": infill, "early_stop": early_stop,
-        "trace": trace is not None, "lookahead": lookahead, "regex": regex, "choices": choice or None,
-        "json_schema": json_schema and _schema(json_schema), "logprobs": logprobs,
+        "trace": trace is not None, "lookahead": lookahead, "logprobs": logprobs,
     }  # fmt: skip
+    asked: DecodingArguments = {
+        "regex": regex,
+        "choices": choice or None,
+        "json_schema": None if json_schema is None else _text("--json-schema", json_schema, "{"),
+        "grammar": None if grammar is None else _text("--grammar", grammar, ":"),
+    }
+    if max_depth is not None:
+        asked = {"constraint": {**{k: v for k, v in asked.items() if v is not None}, "max_depth": max_depth}}
+    arguments |= asked
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
 
     def show(output: Output) -> None:
@@ -101,14 +113,14 @@ def generate(
             show(waiting[index])
 
 
-def _schema(given: str) -> str:
-    """The text of a schema, which may be the name of its file."""
-    if given.lstrip().startswith("{"):
+def _text(option: str, given: str, sign: str) -> str:
+    """The text of a schema or a grammar, which has this sign in it, or the name of its file."""
+    if sign in given and not given.endswith((".json", ".lark")):
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DllmError(f"--json-schema {given}: {getattr(error, 'strerror', None) or error}") from None
+        raise DllmError(f"{option} {given}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _standard_input() -> str:

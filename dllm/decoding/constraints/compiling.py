@@ -62,7 +62,9 @@ def _made(text: str, vocabulary: Vocabulary) -> TokenAutomaton:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise DllmError(f"the constraint was not compiled within {SECONDS:.0f} s: make its counts smaller") from None
+        raise DllmError(
+            f"the constraint was not compiled within {SECONDS:.0f} s: make its counts, or its max_depth, smaller"
+        ) from None
     try:
         with np.load(io.BytesIO(done.stdout)) as made:
             if "error" in made:

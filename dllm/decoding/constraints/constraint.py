@@ -14,25 +14,30 @@ Schema: TypeAlias = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must be, up to its end token: exactly one of the first three.
+    """What an answer must be, up to its end token: exactly one of the first four.
 
     regex        matches it fully.
     choices      it is one of these strings.
     json_schema  it is a document of this schema, in compact form: a mapping, or JSON text.
-    max_depth    how often a schema may refer to itself.
+    grammar      it is a text that this context-free grammar parses from `start`, in the notation of lark.
+    max_depth    how often a schema may refer to itself, or how many rules of a grammar that lead back to themselves may
+                 be open at once with more to come.
     """
 
     regex: str | None = None
     choices: Sequence[str] | None = None
     json_schema: Schema | str | None = None
+    grammar: str | None = None
     max_depth: int | None = None
 
     def __post_init__(self) -> None:
         said = [name for name in KINDS if vars(self)[name] is not None]
         if len(said) != 1:
             raise DllmError(f"a constraint is one of {', '.join(KINDS)}, and this has {' and '.join(said) or 'none'}")
-        if self.regex is not None and not isinstance(self.regex, str):
-            raise DllmError(f"regex={self.regex!r} must be a pattern")
+        for name, kind in (("regex", "a pattern"), ("grammar", "the text of a grammar")):
+            value = vars(self)[name]
+            if value is not None and not isinstance(value, str):
+                raise DllmError(f"{name}={value!r} must be {kind}")
         if self.choices is not None:
             _check_choices(self.choices)
         if isinstance(self.json_schema, str):
@@ -43,9 +48,14 @@ class Constraint:
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
             raise DllmError("json_schema must be a mapping, or JSON text of one")
         if self.max_depth is not None and (
-            self.json_schema is None or not isinstance(self.max_depth, int) or self.max_depth < 1
+            (self.json_schema is None and self.grammar is None)
+            or not isinstance(self.max_depth, int)
+            or isinstance(self.max_depth, bool)
+            or self.max_depth < 1
         ):
-            raise DllmError(f"max_depth={self.max_depth!r} must be an integer of at least 1, beside a json_schema")
+            raise DllmError(
+                f"max_depth={self.max_depth!r} must be an integer of at least 1, beside a json_schema or a grammar"
+            )
 
     @classmethod
     def parse(cls, given: object) -> Constraint:
@@ -70,11 +80,12 @@ class Constraint:
         return {"kind": kind, "what": list(what) if kind == "choices" else what, "max_depth": self.max_depth}
 
 
-KINDS = ("regex", "choices", "json_schema")
+KINDS = ("regex", "choices", "json_schema", "grammar")
 
 
 def _check_choices(choices: Sequence[str]) -> None:
-    if isinstance(choices, str) or not all(isinstance(c, str) for c in choices) or not choices:
+    listed = isinstance(choices, Sequence) and not isinstance(choices, str)
+    if not listed or not all(isinstance(c, str) for c in choices) or not choices:
         raise DllmError(f"choices={choices!r} must be a list of strings")
     if len(set(choices)) < len(choices):
         twice = next(c for c in choices if list(choices).count(c) > 1)

@@ -12,7 +12,7 @@ from dllm.errors import DllmError, first_line
 from dllm.models.model import Model
 
 _KNOWN: weakref.WeakKeyDictionary[Model, Vocabulary] = weakref.WeakKeyDictionary()
-EXTRA = ("interegular", "llguidance")
+EXTRA = ("interegular", "lark", "llguidance")
 
 
 def vocabulary(model: Model) -> Vocabulary:

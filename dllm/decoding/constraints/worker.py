@@ -15,25 +15,26 @@ import numpy as np
 
 from dllm.decoding.constraints import schema
 from dllm.decoding.constraints.automaton import ByteAutomaton, Vocabulary
+from dllm.decoding.constraints.grammar import of_grammar
 from dllm.decoding.constraints.lift import lifted
 from dllm.decoding.constraints.pattern import of_choices, of_pattern
 from dllm.errors import DllmError
 
-LONGEST = 4096  # bytes of a pattern that a user writes
+LONGEST = {"regex": 1 << 12, "grammar": 1 << 16}  # bytes of what a user writes
 MEMORY = 8 << 30  # bytes of address space
 
 
 def automaton(kind: str, what: object, max_depth: int | None) -> ByteAutomaton:
-    """The byte automaton of a constraint: `regex`, `choices` or `json_schema`."""
+    """The byte automaton of a constraint: `regex`, `choices`, `json_schema` or `grammar`."""
     if kind == "choices":
         assert isinstance(what, list)
         return of_choices([text.encode() for text in what])
     if kind == "json_schema":
         return of_pattern(schema.pattern(what, max_depth))
-    pattern = str(what)
-    if (size := len(pattern.encode())) > LONGEST:
-        raise DllmError(f"regex: a pattern of {size} bytes; at most {LONGEST} are read")
-    return of_pattern(pattern)
+    text = str(what)
+    if (size := len(text.encode())) > LONGEST[kind]:
+        raise DllmError(f"{kind}: a text of {size} bytes; at most {LONGEST[kind]} are read")
+    return of_grammar(text, max_depth) if kind == "grammar" else of_pattern(text)
 
 
 def main() -> None:
