@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dllm.bench.runtime import Figure
 
 LONG = ("samplers", "windows", "stress")  # they go on where they were stopped, and print a report
-WITH_MODEL = ("generate", "lookahead", *LONG)
+WITH_MODEL = ("generate", "lookahead", "constraints", *LONG)
 OPTIONS = {  # those that only some benches have
     "drafter": ("drafting",),
     "small": ("gpu", "tail"),
@@ -40,7 +40,8 @@ def bench(
         Path | None, typer.Option(help="Write the JSON here too; samplers, windows: the answers so far.")
     ] = None,
     n: Annotated[
-        int | None, typer.Option(min=2, help="Test problems a task; 1500 for samplers, 300 for windows and drafting.")
+        int | None,
+        typer.Option(min=2, help="Test problems a task; 1500 for samplers, 300 for windows, drafting and constraints."),
     ] = None,
     validation: Annotated[int, typer.Option(min=2, help="samplers: problems on which settings are chosen.")] = 200,
     workers: Annotated[int, typer.Option(min=1, help="samplers, windows: processes, one torch thread each.")] = 1,
@@ -52,7 +53,7 @@ def bench(
     block_length: Annotated[int | None, typer.Option(min=1, help="samplers: columns of a block.")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="These samplers, settings of drafting, or parts of gpu; may be repeated."),
+        typer.Option(help="These samplers, settings of drafting, or parts of gpu or constraints; may be repeated."),
     ] = None,
     drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
     small: Annotated[
@@ -72,13 +73,26 @@ def bench(
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run.
 
-    --model and its arguments are for generate, lookahead, samplers, windows and stress; other benches have models of
-    their own.
+    --model and its arguments are for generate, lookahead, constraints, samplers, windows and stress; other benches have
+    models of their own.
     """
     import torch
     from tqdm import tqdm
 
-    from dllm.bench import attention, cache, drafting, gpu, lookahead, runtime, samplers, step, stress, tail, windows
+    from dllm.bench import (
+        attention,
+        cache,
+        constraints,
+        drafting,
+        gpu,
+        lookahead,
+        runtime,
+        samplers,
+        step,
+        stress,
+        tail,
+        windows,
+    )  # fmt: skip
     from dllm.bench.answers import Frame
     from dllm.tasks.registry import STRESS_TASKS
 
@@ -94,6 +108,7 @@ def bench(
         "lookahead": lambda: lookahead.run(only or None, repeats, model=model),
         "attention": lambda: attention.run(only or None, repeats),
         "tail": lambda: tail.run(repeats, tail.SMALL if small else tail.FULL),
+        "constraints": lambda: constraints.run(only, n=n or 300, model=model),
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
