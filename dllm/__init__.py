@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same names for checkers and editors
     from dllm.drafting.front import speculate as speculate
     from dllm.drafting.hooks.transformers import spec_generate as spec_generate
     from dllm.drafting.hooks.transformers import speculator as speculator
+    from dllm.drafting.store import Store as Store
     from dllm.models.hub import load as load
     from dllm.models.hub import load_verifier as load_verifier
     from dllm.models.model import Model as Model
@@ -64,6 +65,7 @@ _HOMES = {
     "dllm.decoding.trace": "Trace",
     "dllm.drafting.front": "speculate",
     "dllm.drafting.hooks.transformers": "spec_generate speculator",
+    "dllm.drafting.store": "Store",
     "dllm.models.hub": "load load_verifier",
     "dllm.models.model": "Model",
 }

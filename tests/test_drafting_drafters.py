@@ -55,7 +55,7 @@ def drafts(model, rounds=5, k=6, step=3, **kw):
         out.append(lat)
         new = lat.argmax[:step].tolist()
         ids += new
-        d.observe(ids, new, {})
+        d.observe(ids, new, ())
     return out, ids
 
 

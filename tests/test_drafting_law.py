@@ -22,7 +22,7 @@ from dllm.drafting.accept import draw, reject, walk_sample
 from dllm.drafting.control import Controller
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import build, draws, listed, uniforms
-from dllm.drafting.loop import Request, SpecConfig, Speculation, judged
+from dllm.drafting.loop import Request, SpecConfig, Speculation, judged, proposed
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.pairs import Pairs, before_of, conditional
 from dllm.drafting.proposal import Proposal, Rows, chain
@@ -301,7 +301,7 @@ def by_the_loop(search, controller, g, drafter=None, eos=frozenset(), **kw):
     request = Request([0], 1 + LENGTH, eos, do_sample=True, generator=g)
     row = Speculation(request, Tabular(), drafter or Slots(), search, controller, SpecConfig(**kw))
     while not row.done:
-        p = row.propose()
+        (p,) = proposed([row])
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(p.tokens, p.parents, strict=True):
             paths.append((*paths[parent + 1], token))

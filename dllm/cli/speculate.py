@@ -16,6 +16,7 @@ from dllm.cli.options import named
 from dllm.errors import DllmError
 
 if TYPE_CHECKING:
+    from dllm.drafting.front import SpecOptions
     from dllm.drafting.loop import SpecResult
     from dllm.drafting.verifier import CausalLM
     from dllm.models.native import NativeModel
@@ -32,7 +33,7 @@ def speculate(
         str,
         typer.Option(
             "--drafter",
-            help="tiny, a folder, a Hugging Face id, suffix, lookup, recycle, one of another package, or none.",
+            help="tiny, a folder, a Hugging Face id, suffix, lookup, recycle, stand, one of another package, or none.",
         ),
     ] = "tiny",
     verifier_arg: Annotated[
@@ -57,6 +58,14 @@ def speculate(
     tree: Annotated[int, typer.Option(help="Node budget of a tree; 0 = chain.")] = 0,
     length: Annotated[str, typer.Option(help="cost, fixed:k=8, adl, failfast, heuristic, rejection.")] = "cost",
     carry: Annotated[str, typer.Option(help="Reuse unused slots of a draft: auto, always, off.")] = "auto",
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", help="A file for what outlives a text (suffix, recycle, stand); made if new."),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option("--corpus", help="A text file, or .jsonl of texts or ids, that suffix copies from too."),
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
@@ -79,7 +88,8 @@ def speculate(
 
     decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
     decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
-    out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry)
+    kept: SpecOptions = {"store": store, "corpus": corpus or ()}
+    out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry, **kept)
     console = Console()
     assert v.tokenizer is not None  # it has read the prompt
     console.print(coloured(out, v.tokenizer), highlight=False)

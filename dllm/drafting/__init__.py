@@ -14,13 +14,16 @@ from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.retrieval import Fallback, PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.search import EAL, Argmax, BestFirstTree, CPSBeam, CPSSample, Edges, PathSearch, Sample, SampleTree
 from dllm.drafting.search import Viterbi
+from dllm.drafting.stand import StandDrafter
+from dllm.drafting.store import Grams, Seen, Store, Successors
 from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.spec import param
 
 __all__ = [
     "ADL", "EAL", "EMPTY", "ARDrafter", "Argmax", "BestFirstTree", "CPSBeam", "CPSSample", "CausalLM", "Controller",
-    "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback", "Fixed", "Heuristic",
-    "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal", "RejectionThreshold", "RoundStats", "Rows", "Sample",
-    "SampleTree", "SamplerDrafter", "SpecConfig", "SpecResult", "SuffixDrafter", "TokenRecycling", "Verifier",
-    "Viterbi", "as_drafter", "as_verifier", "calibrate", "chain", "param",
+    "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback", "Fixed", "Grams",
+    "Heuristic", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal", "RejectionThreshold", "RoundStats",
+    "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen", "SpecConfig", "SpecResult", "StandDrafter", "Store",
+    "Successors", "SuffixDrafter", "TokenRecycling", "Verifier", "Viterbi", "as_drafter", "as_verifier", "calibrate",
+    "chain", "param",
 ]  # fmt: skip

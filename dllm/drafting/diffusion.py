@@ -21,6 +21,7 @@ from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import DraftFailure, Lattice, listed
 from dllm.drafting.places import Tables, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, chain, sent
+from dllm.drafting.store import Seen
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
 from dllm.models.model import ForwardOptions, Model
@@ -136,7 +137,7 @@ class DiffusionDrafter(Drafter):
             known[key] = Vocabulary.between(self.model.tokenizer, tokenizer, *sizes, self.choice)
         return known[key]
 
-    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
         """What was emitted is final: a prefix cache may keep it."""
         self.final = len(ids)
 

@@ -16,6 +16,8 @@ from dllm.drafting.lattice import DraftFailure, Lattice, listed, paired, pruned,
 from dllm.drafting.loans import Loans
 from dllm.drafting.pairs import PairScores
 from dllm.drafting.proposal import Proposal, fit
+from dllm.drafting.store import Grams, Seen, Store, Successors
+from dllm.drafting.suffixes import SuffixArray
 from dllm.errors import DllmError, first_line, out_of_memory
 from dllm.models.tokenizer import Tokenizer
 
@@ -34,6 +36,8 @@ class Need:
     tokenizer: Tokenizer | None = None  # of the verifier, where it is known
     draws: int = 0  # tokens that the search asks of each slot, see `PathSearch`
     loans: Loans | None = None  # where models of the call find their graphs; None: nothing is captured
+    store: Store | None = None  # what outlives the text; as it is when the call begins
+    texts: tuple[SuffixArray, ...] = ()  # of others: those of the store, then the user's corpus
 
     @property
     def law(self) -> Hashable:
@@ -94,7 +98,7 @@ class Drafter:
 
     name         what errors call it.
     forwards     model forwards since `reset`, counted by the drafter.
-    successors   whether the loop hands `observe` the verifier's best eight tokens at every verified node.
+    successors   whether the loop hands `observe` what the verifier said behind every verified node.
     taps         layers of the verifier whose output `take` is handed, 0-based; -1 is the embedding.
     longest      most slots that one draft can have; None: no such limit.
     banned       ids that must never reach the verifier (mask, pad, drafter-only specials): drafting one is an error.
@@ -143,8 +147,13 @@ class Drafter:
         """
         raise NotImplementedError
 
-    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
-        """A round is over: `ids` ends with the `emitted` tokens. `successors` is empty unless it was asked for."""
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
+        """A round is over: `ids` ends with the `emitted` tokens. `successors` is of all nodes of the round, also those
+        that were rejected; empty unless it was asked for."""
+
+    def lessons(self) -> Sequence[Successors | Grams]:
+        """What the text taught that a store may keep; asked for when all texts of a call are done."""
+        return ()
 
     def take(self, states: Tensor, start: int) -> None:
         """Hidden states (n, len(taps), H) of the text's tokens from `start` on: of what entered the verifier's cache in

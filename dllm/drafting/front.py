@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import CellType, FunctionType
 from typing import TypedDict, TypeVar, Unpack, overload
 
@@ -27,6 +28,7 @@ from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_verifier
 from dllm.drafting.search import PathSearch
+from dllm.drafting.store import StoreLike
 from dllm.drafting.verifier import Pending, Verifier
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer, by_template
@@ -45,7 +47,8 @@ class SpecOptions(TypedDict, total=False):
     reuse_min: int
     order: int
     decay: float
-    corpus: Sequence[Sequence[int]]
+    corpus: Sequence[Sequence[int]] | str | Path
+    store: StoreLike
     tau_mass: float
     m_max: int
     graphs: bool | None
@@ -114,13 +117,13 @@ def speculate(
     output (token for token in float64, and in float32 but for ties; docs/decoding.md).
 
     verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
-    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle" or the name of one
-               from another package, a folder or a Hugging Face id, or None (plain decoding).
+    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle" | "stand" or the
+               name of one from another package, a folder or a Hugging Face id, or None (plain decoding).
     prompt     text (through the chat template where there is one, see `chat`), ids, chat messages, a list of these (a
                batch), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
     temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses
                seed + i.
-    spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, ...
+    spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, store, ...
     controller   a length controller to keep its measurements from call to call.
 
     Returns a `SpecResult` per prompt. Raises DllmError for a verifier that cannot be rolled back and other mistakes of

@@ -19,8 +19,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
 from operator import index
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,12 +37,13 @@ from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal, sent
 from dllm.drafting.registry import DrafterLike, as_drafter, named
 from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree, graft
+from dllm.drafting.store import BEST, Seen, StoreLike, as_store, corpus_ids, corpus_index, keep
+from dllm.drafting.suffixes import SuffixArray
 from dllm.drafting.verifier import Pending, Session, Verifier
 from dllm.errors import DllmError, unknown
 from dllm.spec import check, param
 
 log = logging.getLogger(__name__)
-SUCCESSORS = 8  # what a drafter learns from at every verified node
 
 
 class Streamer(Protocol):
@@ -63,7 +66,10 @@ class SpecConfig:
     k        most slots per draft, whatever the controller says; None = no such limit.
     carry    unused slots of a draft: "auto" (reused where the controller expects more from them than from a fresh
              draft), "always", "off". Exact in every case: the lattice is carried over, not the tokens.
-    order    of the n-gram proxy over prompt and output; 0 = no proxy. `corpus`: id sequences to fit it on as well.
+    order    of the n-gram proxy over prompt and output; 0 = no proxy.
+    corpus   texts of yours, which the proxy is fitted on as well and the drafter `suffix` copies from: id sequences, or
+             a file, see `corpus_ids`.
+    store    what outlives a text, see `dllm.Store`, or a file to keep it in. None: every text begins anew.
     graphs   CUDA graphs of rounds and drafts: None = where they can be captured, True = asked for, False = off.
     graft    another drafter whose continuations are grafted into the tree (point trees only): retrieval, or a model;
              its forwards are counted with the drafter's.
@@ -77,7 +83,8 @@ class SpecConfig:
     reuse_min: int = param(2, "a single slot is not worth a round", low=1)
     order: int = param(3, "DiffuSpec's", low=0)
     decay: float = param(1.0, "a text does not fade", above=0, high=1)
-    corpus: tuple[tuple[int, ...], ...] = ()
+    corpus: tuple[tuple[int, ...], ...] | str | Path = ()
+    store: StoreLike = None
     tau_mass: float = param(0.8, "DiffuSpec's", above=0, high=1)
     m_max: int = param(15, "DiffuSpec's", low=1)
     graphs: bool | None = None
@@ -87,10 +94,12 @@ class SpecConfig:
         check(self, "speculate")
         if self.graft is not None and not self.tree:
             raise DllmError("graft adds branches to a tree: give its node budget, such as tree=32")
+        if isinstance(self.corpus, str | Path):
+            return
         try:
             object.__setattr__(self, "corpus", tuple(tuple(map(index, ids)) for ids in self.corpus))
         except TypeError as error:
-            raise DllmError("corpus is a list of id sequences: tokenise texts with the verifier's tokenizer") from error
+            raise DllmError("corpus is a list of id sequences, or a file of texts") from error
 
     @classmethod
     def of(
@@ -272,7 +281,7 @@ class Settled(NamedTuple):
     """What a round settled."""
 
     kept: Acceptance
-    successors: dict[int, list[int]]  # token -> the verifier's best at each of its nodes; empty where nobody learns
+    successors: Sequence[Seen]  # what the verifier said behind each node; empty where nobody learns
 
 
 @dataclass
@@ -286,6 +295,7 @@ class Speculation:
     controller: Controller
     cfg: SpecConfig
     loans: Loans | None = None
+    texts: tuple[SuffixArray, ...] = ()  # of others
     cached: int = 0  # tokens in the verifier's cache
     counted: int = 0  # tokens in the proxy
     proxy: NgramTable | None = None
@@ -306,7 +316,7 @@ class Speculation:
         pruning = (cfg.tau_mass, cfg.m_max)
         need = Need(
             verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer,
-            self.search.draws, self.loans,
+            self.search.draws, self.loans, as_store(cfg.store), self.texts,
         )  # fmt: skip
         self.sources = [d for d in (self.drafter, self.graft) if d is not None]
         self.teaches = any(source.successors for source in self.sources)
@@ -412,7 +422,8 @@ class Speculation:
         if self.cfg.order < 2 or self.search.lam >= 1:
             return None
         if self.proxy is None:
-            base = _corpus_table(self.cfg.corpus, self.verifier.vocab, self.cfg.order) if self.cfg.corpus else None
+            corpus = self.cfg.corpus if isinstance(self.cfg.corpus, tuple) else ()
+            base = _corpus_table(corpus, self.verifier.vocab, self.cfg.order) if corpus else None
             self.proxy = NgramTable(self.verifier.vocab, self.cfg.order, decay=self.cfg.decay, base=base)
         self.proxy.update(self.ids[self.counted :])
         self.counted = len(self.ids)
@@ -457,15 +468,21 @@ class Speculation:
         answer = self.request.law.ask(self.proposal, logits)
         if not self.teaches:
             return answer
-        return torch.cat([logits.topk(min(SUCCESSORS, logits.shape[-1]), -1).indices.flatten(), answer])
+        best = logits.float().log_softmax(-1).topk(min(BEST, logits.shape[-1]), -1)
+        prob = best.values.exp().view(torch.int32)  # whole numbers, so that the host waits once
+        return torch.cat([torch.stack([best.indices, prob], 1).flatten(), answer])
 
     def judge(self, logits: Tensor, answer: list[int]) -> Settled:
         """What stays of the proposal by the answer to `ask`."""
-        nodes, q, successors = [self.ids[-1], *self.proposal.tokens], self.request, {}
+        q, successors = self.request, list[Seen]()
         if self.teaches:
-            width = min(SUCCESSORS, logits.shape[-1])
-            successors = {t: answer[width * i : width * (i + 1)] for i, t in enumerate(nodes)}
-            answer = answer[width * len(nodes) :]
+            told = np.array(answer[: 2 * min(BEST, logits.shape[-1]) * len(logits)]).reshape(len(logits), 2, -1)
+            prob = told[:, 1].astype(np.int32).view(np.float32)
+            paths = self.proposal.paths
+            successors = [
+                Seen(*map(tuple, seen)) for seen in zip(paths, told[:, 0].tolist(), prob.tolist(), strict=True)
+            ]
+            answer = answer[told.size :]
         prefix = [*q.shown, *self.ids[len(q.ids) :]] if q.processors else ()
         return Settled(q.law.judge(self.proposal, logits, answer, prefix), successors)
 
@@ -616,6 +633,14 @@ def rounds(
     controller = cfg.build_controller() if controller is None else controller
     if not isinstance(controller, Controller):
         raise DllmError(f"controller is a Controller (a name goes to length=), not {controller!r}")
+    store, texts = as_store(cfg.store), list[SuffixArray]()
+    if store is not None:
+        store.check(verifier.vocab, verifier.tokenizer, type(verifier.model).__name__)
+        texts += store.texts.levels
+    if isinstance(cfg.corpus, str | Path):
+        cfg = replace(cfg, corpus=corpus_ids(cfg.corpus, verifier.vocab, verifier.tokenizer))
+    if cfg.corpus and isinstance(cfg.corpus, tuple):
+        texts.append(corpus_index(cfg.corpus))
     rows, loans = list[Speculation](), Loans(cfg.graphs)
     for q in requests:
         verifier.check_ids(q.ids)
@@ -623,7 +648,11 @@ def rounds(
             raise DllmError("the prompt is empty: give at least one token (the verifier's bos)")
         if verifier.max_positions is not None and q.before + len(q.ids) > verifier.max_positions:
             raise DllmError(f"the prompt has {len(q.ids)} tokens, the verifier takes {verifier.max_positions}")
-        rows.append(Speculation(q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg, loans))
+        rows.append(
+            Speculation(
+                q, verifier, drafter, cfg.build_search(q.do_sample), controller.fork(), cfg, loans, tuple(texts)
+            )
+        )
         if len(requests) > 1 and verifier.stretches and q.max_length > rows[-1].end:
             raise DllmError(
                 f"{type(verifier.model).__name__} stretches its positions by the longest text so far (dynamic RoPE): "
@@ -649,6 +678,10 @@ def rounds(
             row.controller.rows = len(rows)
         while not all(row.done for row in rows):
             yield _round(session, rows), rows
+    if store is not None:
+        found = [(row.ids, len(row.request.ids)) for row in rows]
+        store.learn(found, [lesson for row in rows for source in row.sources for lesson in source.lessons()])
+        keep(store)
 
 
 def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:

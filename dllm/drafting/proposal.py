@@ -151,6 +151,14 @@ class Proposal:
             out.append(1 if parent < 0 else out[parent] + 1)
         return tuple(out)
 
+    @cached_property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens that lead to the root, which are none, and then to each node."""
+        out: list[tuple[int, ...]] = [()]
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            out.append((*out[parent + 1], token))
+        return tuple(out)
+
     def survival(self, conf: Sequence[float] | None = None) -> list[float]:
         """Probability that each node is reached and accepted: the product of `conf` along its path."""
         out: list[float] = []

@@ -13,6 +13,7 @@ from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
+from dllm.drafting.stand import StandDrafter
 from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.errors import DllmError, nearest
 from dllm.models.arguments import Checkpoint
@@ -23,7 +24,12 @@ from dllm.models.tokenizer import Tokenizer
 from dllm.spec import Plugins
 
 # what a drafter is named without being a checkpoint; other packages add theirs by the entry point group
-DRAFTERS: dict[str, type[Drafter]] = {"suffix": SuffixDrafter, "lookup": PromptLookup, "recycle": TokenRecycling}
+DRAFTERS: dict[str, type[Drafter]] = {
+    "suffix": SuffixDrafter,
+    "lookup": PromptLookup,
+    "recycle": TokenRecycling,
+    "stand": StandDrafter,
+}
 OTHERS = Plugins("dllm.drafters", "drafter", Drafter, "dllm.drafting.Drafter", DRAFTERS)
 
 VerifierLike: TypeAlias = str | Path | Checkpoint | Verifier | CausalLM

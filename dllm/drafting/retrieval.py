@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.search import union
+from dllm.drafting.store import BEST, Grams, Seen, Successors
+from dllm.drafting.suffixes import counted, longest
 from dllm.errors import DllmError
 from dllm.spec import check, param
 
@@ -102,35 +105,59 @@ class SuffixAutomaton:
 
 @dataclass(eq=False)
 class SuffixDrafter(Drafter):
-    """Copy what followed the longest repeated suffix of prompt and output (in the manner of SAM-Decoding,
-    SuffixDecoding).
+    """Copy what followed the longest repeated suffix of prompt and output (in the manner of SAM-Decoding), and what
+    followed most often in the texts of a store and a corpus (SuffixDecoding, arXiv 2411.04975).
 
-    `min_match` tokens must agree, else there is no draft. A longer match is trusted more: confidence m / (m + 1). A
-    tree also holds what followed the shorter repeated suffixes.
+    `min_match` tokens must agree, else there is no draft. A longer match is trusted more: confidence m / (m + 1) within
+    the text, c / (n + 1 / m) for what followed c times of n in others. `min_prob` ends what is read from others: a node
+    that is reached with less is not drafted, so the longer the match, the longer the draft. A chain is the one from
+    which more tokens are to be expected; a tree holds the continuations of shorter matches as well.
     """
 
     name = "suffix"
     min_match: int = param(2, "one token is no evidence", low=1)
+    min_prob: float = param(0.1, "SuffixDecoding's", above=0, high=1)
 
     def __post_init__(self) -> None:
         check(self, "drafter 'suffix'")
         self.automaton = SuffixAutomaton()
+        self.shared = 0  # tokens of the match in other texts
+
+    @property
+    def match(self) -> int:
+        """Tokens of the longest match behind the last draft."""
+        return max(self.automaton.match, self.shared)
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
         """The automaton of the prompt."""
         super().reset(ids, need)
-        self.automaton = SuffixAutomaton()
-        self._catch_up(ids)
+        self.automaton, self.shared = SuffixAutomaton(), 0
 
     def _catch_up(self, ids: Sequence[int]) -> None:
+        if self.automaton.text != [*ids[: len(self.automaton.text)]]:  # it had gone on to a chunk that was rejected
+            self.automaton = SuffixAutomaton()
         for token in ids[len(self.automaton.text) :]:
             self.automaton.append(token)
+        self.shared = longest(self.need.texts, ids)
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
-        """What followed the longest repeated suffix; a tree also what followed the shorter ones."""
+        """The chain from which most is to be expected; a tree of all."""
         self._catch_up(ids)
-        found = (_copied(m, tokens, self.need) for m, tokens in self.automaton.continuations(k, self.min_match))
-        return union(found, self.need.tree) if self.need.tree else next(found, EMPTY)
+        own = (_copied(m, tokens, self.need) for m, tokens in self.automaton.continuations(k, self.min_match))
+        others = self._counted(ids, k)
+        if self.need.tree:
+            return union([*own, *others], self.need.tree)
+        return max([*islice(own, 1), *others], key=lambda p: sum(p.survival()), default=EMPTY)
+
+    def _counted(self, ids: Sequence[int], k: int) -> Iterator[Proposal]:
+        """What followed in other texts, behind the longest match and behind halves of it."""
+        match, need = self.shared, self.need
+        budget, width = (need.tree, None) if need.tree else (k, 1)
+        while match >= self.min_match:
+            yield counted(
+                need.texts, ids, match, k, budget, width=width, least=self.min_prob, ends=need.eos.__contains__
+            )
+            match //= 2
 
 
 @dataclass(eq=False)
@@ -177,49 +204,42 @@ class PromptLookup(Drafter):
 class TokenRecycling(Drafter):
     """A table of the verifier's best successors of every token, filled at every verified node, also rejected ones.
 
-    Drafts are trees (or the best chain) over the table, best first by a fixed weight of each rank (in the manner of
-    arXiv 2408.08696). The table belongs to one text and begins empty. It needs the verifier's logits, which only
-    `dllm.speculate` and the transformers hook hand out.
+    Drafts are trees (or the best chain) over the table, best first by what is known of each rank (in the manner of
+    arXiv 2408.08696). Without a store the table belongs to one text and begins empty. It needs the verifier's logits,
+    which only `dllm.speculate` and the transformers hook hand out.
     """
 
     name = "recycle"
     successors = True
 
-    width: int = param(8, "the loop hands out so many", low=1)
+    width: int = param(BEST, "the loop hands out so many", low=1)
 
     def __post_init__(self) -> None:
         check(self, "drafter 'recycle'")
-        self.table: dict[int, list[int]] = {}
-        self.conf = [0.5 / (r + 1) ** 1.2 for r in range(self.width)]
+        self.table = Successors()
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
-        """An empty table."""
+        """A table on top of the store's."""
         super().reset(ids, need)
-        self.table = {}
+        self.table = Successors(None if need.store is None else need.store.successors)
 
-    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
         """Renew the successors of the verified tokens."""
-        for token, best in successors.items():
-            self.table[token] = best[: self.width]
+        before = ids[-len(emitted) - 1]
+        self.table.learn(before, emitted, {(node.path or (before,))[-1]: node.best for node in successors})
+
+    def lessons(self) -> Sequence[Successors]:
+        """The table."""
+        return (self.table,)
 
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
         """The best chain of successors, or the tree of the most probable ones."""
-        budget = self.need.tree or k
-        ranks = self.conf if self.need.tree else self.conf[:1]
-        out: list[tuple[int, int, float]] = []  # token, parent, confidence
-        heap = [(-c, r, -1, ids[-1], 1) for r, c in enumerate(ranks)]
-        heapq.heapify(heap)
-        while heap and len(out) < budget:
-            minus, rank, parent, last, depth = heapq.heappop(heap)
-            following = self.table.get(last, [])
-            if rank >= len(following) or depth > k:
-                continue
-            token, node = following[rank], len(out)
-            out.append((token, parent, self.conf[rank]))
-            if token not in self.need.eos:
-                for r, c in enumerate(ranks):
-                    heapq.heappush(heap, (minus * c, r, node, token, depth + 1))
-        return Proposal(tuple(o[0] for o in out), tuple(o[1] for o in out), conf=tuple(o[2] for o in out))
+        ranks = self.table.ranks()[: self.width if self.need.tree else 1]
+
+        def following(path: tuple[int, ...]) -> list[tuple[int, float]]:
+            return list(zip(self.table.after((path or ids)[-1]), ranks, strict=False))
+
+        return best_first(following, k, self.need)
 
 
 class Fallback(Drafter):
@@ -249,20 +269,45 @@ class Fallback(Drafter):
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
         """What was retrieved where the match is long enough, else the model's draft."""
         found = self.retrieval.draft(ids, k)
-        if len(found) and self.retrieval.automaton.match >= self.min_match:
+        if len(found) and self.retrieval.match >= self.min_match:
             return found
         try:
             return self.model.draft(ids, k, generator=generator)
         finally:
             self.forwards = self.model.forwards
 
-    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: dict[int, list[int]]) -> None:
+    def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
         """The model learns; retrieval reads the text itself."""
         self.model.observe(ids, emitted, successors)
 
     def take(self, states: Tensor, start: int) -> None:
         """The model's."""
         self.model.take(states, start)
+
+    def lessons(self) -> Sequence[Successors | Grams]:
+        """The model's."""
+        return self.model.lessons()
+
+
+def best_first(following: Callable[[tuple[int, ...]], list[tuple[int, float]]], k: int, need: Need) -> Proposal:
+    """The chain of `k` tokens, or the tree of the nodes most likely to be reached, of what `following` says of a path:
+    tokens with their probabilities, best first."""
+    budget = need.tree or k
+    out: list[tuple[int, int, float]] = []  # token, parent, confidence
+    order = count()
+    heap: list[tuple[float, int, int, tuple[int, ...], float]] = []
+
+    def offer(base: float, parent: int, path: tuple[int, ...]) -> None:
+        for token, conf in following(path)[: None if need.tree else 1]:
+            heapq.heappush(heap, (-base * conf, next(order), parent, (*path, token), conf))
+
+    offer(1.0, -1, ())
+    while heap and len(out) < budget:
+        minus, _, parent, path, conf = heapq.heappop(heap)
+        out.append((path[-1], parent, conf))
+        if len(path) < k and path[-1] not in need.eos:
+            offer(-minus, len(out) - 1, path)
+    return Proposal(tuple(o[0] for o in out), tuple(o[1] for o in out), conf=tuple(o[2] for o in out))
 
 
 def _copied(match: int, tokens: Sequence[int], need: Need) -> Proposal:

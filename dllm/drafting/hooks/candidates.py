@@ -85,7 +85,7 @@ class DraftCandidates(CandidateGenerator):
                 self.pending = 2
             else:
                 fresh = ids[len(self.known) :]
-                self.drafter.observe(ids, fresh, {})
+                self.drafter.observe(ids, fresh, ())
         if self.proxy is not None:
             self.proxy.update(fresh)
         self.known = ids
