@@ -650,6 +650,12 @@ def test_no_memory_is_taken_before_the_weights_come(monkeypatch, folder):
     assert seen == ["meta"] and all(p.device.type == "cpu" for p in model.transformer.parameters())
 
 
+def test_nothing_is_drawn_for_weights_that_come(monkeypatch, folder):
+    """For a draw on the meta device torch imports its compiler: more than a second of each load."""
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda *_, **__: pytest.fail("drawn"))
+    cpu(folder)
+
+
 # --- values of the wrong kind -----------------------------------------------------------------------------------------
 
 WRONG = ["x", "2", 664.5, -1, 0, True, [], ["a"], {"a": 1}, 10**9, float("nan")]

@@ -270,6 +270,12 @@ class Layer(nn.Module):
         return x, new, weights
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """Embedding, layers, final norm and head of every family. Built with random weights (std 0.02)."""
 
@@ -278,12 +284,12 @@ class Transformer(nn.Module):
         self.config = config
         self.spread = False  # layers on several devices
         self.step: Callable[..., Attended] | None = None  # what `compile` made of a layer's forward
-        self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
+        self.embed_tokens = Embedding(config.embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
         for name, parameter in self.named_parameters():
-            if "norm" not in name:
+            if "norm" not in name and not parameter.is_meta:  # torch imports its compiler to draw nothing there
                 nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.02)
 
     def forward(
