@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -28,7 +29,6 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from dllm.decoding import graphs
 from dllm.decoding.graphs import Capture, Graphs
@@ -49,7 +49,10 @@ class Broken(AssertionError):
 
 
 def tensors(nest: object) -> list[Tensor]:
-    return [t for t in tree_leaves(nest) if isinstance(t, Tensor)]
+    """Those of an argument or a result of an ATen call: one, or lists of them."""
+    if isinstance(nest, Tensor):
+        return [nest]
+    return [t for x in nest for t in tensors(x)] if isinstance(nest, list | tuple) else []
 
 
 def storage(t: Tensor) -> int:
@@ -60,9 +63,15 @@ def storage(t: Tensor) -> int:
 def place() -> str:
     """The line outside of torch and of this file that is running."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and any(s in frame.f_code.co_filename for s in ("/torch/", __file__, "contextlib")):
+    while frame.f_back is not None and not (file := shown(frame.f_code.co_filename)):
         frame = frame.f_back
-    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
+    return f"{file}:{frame.f_lineno}"
+
+
+@cache
+def shown(file: str) -> str:
+    """How a file is named; torch's files and this one are not."""
+    return "" if any(s in file for s in ("/torch/", __file__, "contextlib")) else "/".join(Path(file).parts[-2:])
 
 
 # -- the spy --------------------------------------------------------------------------------------------------------
@@ -85,8 +94,28 @@ class Calls(TorchFunctionMode):
             self.assigning = False
 
 
+class Known(NamedTuple):
+    """Of an ATen op."""
+
+    composite: bool  # made of others
+    indexes: bool
+    writes: tuple[tuple[int, str], ...]  # the arguments that it writes to
+
+    @classmethod
+    @cache
+    def of(cls, func: OpOverload) -> Known:
+        composite = func.has_kernel_for_dispatch_key(COMPOSITE) and not func.has_kernel_for_dispatch_key(CPU)
+        said = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments)]
+        writes = tuple((i, name) for i, name, alias in said if alias is not None and alias.is_write)
+        return cls(composite, func._opname.startswith(("index", "_index_put", "_unsafe_index")), writes)
+
+
 class Ops(TorchDispatchMode):
     """Every ATen call, composite ones in their parts; `told` of each that waits."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap each call to keep its compiler away
 
     def __init__(self, told: Callable[[str], None]) -> None:
         super().__init__()
@@ -94,7 +123,7 @@ class Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.has_kernel_for_dispatch_key(COMPOSITE) and not func.has_kernel_for_dispatch_key(CPU):
+        if Known.of(func).composite:
             with self:
                 return func.decompose(*args, **kwargs)
         if self._waits(func, args, kwargs):
@@ -110,10 +139,11 @@ class Ops(TorchDispatchMode):
             return not (self.calls.assigning and args[0].dim() == 0)
         if name == "repeat_interleave":
             return kwargs.get("output_size") is None
-        if name.startswith(("index", "_index_put", "_unsafe_index")) and len(args) > 1 and isinstance(args[1], list):
+        if Known.of(func).indexes and len(args) > 1 and isinstance(args[1], list):
             return any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
         if name in ("_to_copy", "copy_"):
-            devices = {t.device for t in tensors((args, kwargs)) if t.dim()} | {kwargs.get("device") or args[0].device}
+            given = tensors([*args, *kwargs.values()])
+            devices = {t.device for t in given if t.dim()} | {kwargs.get("device") or args[0].device}
             return len(devices) > 1
         return name in QUESTIONS
 
@@ -157,21 +187,28 @@ class Outside(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One ATen call: its arguments, and which of its outputs it made."""
+    """One ATen call: its arguments, and which tensors of its result it made."""
 
     func: OpOverload
-    spec: TreeSpec
-    flat: list[object]
+    args: list[object]
+    kwargs: dict[str, object]
     names: list[object]  # of the arguments, to compare with those of another trace
     made: list[tuple[int, Tensor]]
     place: str
 
     def again(self) -> None:
-        flat = [x.tensor() if isinstance(x, Outside) else x for x in self.flat]
-        args, kwargs = tree_unflatten(flat, self.spec)
-        out = tree_leaves(self.func(*args, **kwargs))
-        for i, old in self.made:
-            old.copy_(out[i])
+        out = self.func(*map(now, self.args), **{name: now(x) for name, x in self.kwargs.items()})
+        if self.made:
+            new = tensors(out)
+            for i, old in self.made:
+                old.copy_(new[i])
+
+
+def now(x: object) -> object:
+    """An argument of a replay."""
+    if isinstance(x, list):
+        return [now(y) for y in x]
+    return x.tensor() if isinstance(x, Outside) else x
 
 
 class Recording(Ops):
@@ -188,19 +225,20 @@ class Recording(Ops):
     def call(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         if func._opname == "lift_fresh":
             self.scalars[storage(args[0])] = args[0]
-        flat, spec = tree_flatten((args, kwargs))
-        names, kept = [self._name(x) for x in flat], [self._kept(x) for x in flat]
+        given = [*args, *kwargs.values()]
+        names, kept = [self._name(x) for x in given], [self._kept(x) for x in given]
         written = self._written(func, args, kwargs)
         for t in written:
             if storage(t) not in self.made and storage(t) not in self.before:
                 self.before[storage(t)] = t.untyped_storage(), t.untyped_storage().clone()
         out = func(*args, **kwargs)
-        known = {storage(t) for t in tensors(flat)}
-        made = [(i, t) for i, t in enumerate(tree_leaves(out)) if isinstance(t, Tensor) and storage(t) not in known]
+        known = {storage(t) for t in tensors(given)}
+        made = [(i, t) for i, t in enumerate(tensors(out)) if storage(t) not in known]
         for _, t in made:
             self.made[storage(t)] = len(self.made), t
         if made or written:
-            self.done.append(Call(func, spec, kept, names, made, place()))
+            n, named = len(args), dict(zip(kwargs, kept[len(args) :], strict=True))
+            self.done.append(Call(func, kept[:n], named, names, made, place()))
         return out
 
     def undo(self) -> None:
@@ -210,11 +248,23 @@ class Recording(Ops):
 
     def spoil(self) -> None:
         """Overwrite everything that the capture made."""
-        for _, t in self.made.values():
-            if t.dtype == torch.bool:
-                t.logical_not_()
-            else:
-                t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max // 3)
+        numbers, wrong, flags = self._spoilt
+        if numbers:
+            torch._foreach_copy_(numbers, wrong)
+        for t in flags:
+            t.logical_not_()
+
+    @cached_property
+    def _spoilt(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """When the capture is whole: numbers, what is written over each of them, and flags."""
+        made = [t for _, t in self.made.values()]
+        numbers, flags = ([t for t in made if (t.dtype == torch.bool) == flag] for flag in (False, True))
+        wrong = [torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max // 3 for t in numbers]
+        return (
+            numbers,
+            [torch.tensor(x, dtype=t.dtype).expand_as(t) for t, x in zip(numbers, wrong, strict=True)],
+            flags,
+        )
 
     @torch.inference_mode()
     def replay(self) -> None:
@@ -232,10 +282,14 @@ class Recording(Ops):
             raise Broken(f"{len(self.done)} calls were captured, and now there are {len(other.done)}")
 
     def _kept(self, x: object) -> object:
+        if isinstance(x, list):
+            return [self._kept(y) for y in x]
         outside = isinstance(x, Tensor) and storage(x) not in self.made and storage(x) not in self.scalars
         return Outside.of(x) if outside else x
 
     def _name(self, x: object) -> object:
+        if isinstance(x, list):
+            return [self._name(y) for y in x]
         if not isinstance(x, Tensor):
             return x
         if storage(x) in self.scalars:
@@ -246,9 +300,7 @@ class Recording(Ops):
 
     @staticmethod
     def _written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
-        said = func._schema.arguments
-        given = {**dict(zip((a.name for a in said), args, strict=False)), **kwargs}
-        return tensors([given.get(a.name) for a in said if a.alias_info is not None and a.alias_info.is_write])
+        return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in Known.of(func).writes])
 
 
 @torch.inference_mode()
