@@ -11,6 +11,7 @@ import torch
 from golden_cases import ARGUMENTS, PRUNED, cases, decode, read
 from replay import standing_in
 from scripted import Scripted, peaks, tiny
+from sweeps import dealt
 from test_samplers_questions import BIDIRECTIONAL
 from torch import Tensor
 
@@ -250,8 +251,10 @@ def test_a_tail_that_is_cut_is_not_exact_for_any_depth(layers: int) -> None:
     assert max((e.max for e in near), default=0) < 1e-12
 
 
-@pytest.mark.parametrize("cache", TAILS)
-@pytest.mark.parametrize("sampler", ["threshold:tau=0.2", "threshold:fastdllm_dream,tau=0.2", "prophet:region=last_k"])
+ALONE = ["threshold:tau=0.2", "threshold:fastdllm_dream,tau=0.2", "prophet:region=last_k"]
+
+
+@pytest.mark.parametrize(("sampler", "cache"), dealt(ALONE, TAILS))
 def test_a_row_alone_equals_a_row_in_a_ragged_batch(sampler: str, cache: str) -> None:
     model = tiny(shift=int("dream" in sampler))
     together = run(model, PROMPTS, cache=cache, sampler=sampler, batch_size=2)
@@ -326,8 +329,7 @@ SERVED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sampler", SERVED)
-@pytest.mark.parametrize("cache", ["none:near=3", "dual:near=3,recent=0"])
+@pytest.mark.parametrize(("sampler", "cache"), dealt(SERVED, ["none:near=3", "dual:near=3,recent=0"]))
 def test_every_sampler_that_is_served_decodes_rows_as_alone(sampler: str, cache: str) -> None:
     """With every step checked; also those that take tokens back, and move their window to the left."""
     call = {"cache": cache, "sampler": sampler, "max_new_tokens": 16, "block_length": 4, "check": Checked()}
@@ -348,8 +350,7 @@ def test_with_one_layer_recent_columns_are_all_that_changed(sampler: str) -> Non
         assert sum(o.positions for o in recent) < sum(o.positions for o in all_)
 
 
-@pytest.mark.parametrize("cache", TAILS)
-@pytest.mark.parametrize("form", ["chain", "memo"])
+@pytest.mark.parametrize(("cache", "form"), dealt(TAILS, ["chain", "memo"]))
 def test_a_lookahead_gives_the_same_tokens_in_no_more_forwards(cache: str, form: str) -> None:
     for sampler in ("threshold:tau=0.3", "threshold:tau=0.3,decay=0.5"):
         call = {"cache": cache, "sampler": sampler}
@@ -368,8 +369,10 @@ def test_captured_ticks_decode_what_eager_ones_do(sampler: str, cache: str) -> N
     assert captured[0].stats["graphs"]["replays"] > 0
 
 
-@pytest.mark.parametrize("cache", TAILS)
-@pytest.mark.parametrize("sampler", ["threshold:streaming", "prophet:region=last_k", "adablock", "dsb", "wino"])
+ASKED = ["threshold:streaming", "prophet:region=last_k", "adablock", "dsb", "wino"]
+
+
+@pytest.mark.parametrize(("sampler", "cache"), dealt(ASKED, TAILS))
 def test_a_tick_asks_the_device_nothing(sampler: str, cache: str) -> None:
     spec = {"name": "adablock", "delimiters": [3, 5]} if sampler == "adablock" else sampler
     assert questions(registry.build(spec, BIDIRECTIONAL), BIDIRECTIONAL, policy(cache)) == []

@@ -16,6 +16,7 @@ from sweeps import size
 from test_lookahead import HALF
 
 import dllm
+from dllm.call.job import prepare
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.invariants import Broken, Checked
 from dllm.errors import DllmError
@@ -86,13 +87,36 @@ def test_alone(name: str) -> None:
     assert any([works((name,), c) for c in EVERY_CACHE])
 
 
-@pytest.mark.parametrize("cache_", CACHES)
-def test_pairs(cache_: str) -> None:
-    legal = [pair for pair in combinations(names(), 2) if works(pair, cache_)]
+PAIRS = list(combinations(names(), 2))
+
+
+@pytest.mark.parametrize("turn", range(len(CACHES)))
+def test_pairs(turn: int) -> None:
+    """The caches are dealt out among the pairs."""
+    legal = [pair for i, pair in enumerate(PAIRS[turn :: len(CACHES)]) if works(pair, CACHES[i % len(CACHES)])]
+    assert len(legal) > 40 / len(CACHES)
+
+
+def test_which_pairs_are_legal() -> None:
+    def serves(pair: tuple[str, ...]) -> bool:
+        try:
+            prepare(model(), PROMPTS, {**ARGUMENTS, "sampler": spec(*pair), "cache": "none"})
+        except DllmError:
+            return False
+        return True
+
+    legal = [pair for pair in PAIRS if serves(pair)]
     assert len(legal) > 40
     assert ("credit", "prophet") in legal
     both = {frozenset(pair) for pair in legal}
     assert frozenset(("threshold", "localleap")) not in both
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("cache_", CACHES)
+def test_all_pairs(cache_: str) -> None:
+    legal = [pair for pair in PAIRS if works(pair, cache_)]
+    assert len(legal) > 40 and ("credit", "prophet") in legal
 
 
 MASK = 158

@@ -13,6 +13,7 @@ import pytest
 import torch
 from replay import standing_in
 from scripted import tiny
+from sweeps import dealt
 from test_samplers_questions import ASK, BIDIRECTIONAL, GIVEN, built
 
 import dllm
@@ -139,9 +140,9 @@ def test_forced_columns_commit_at_once(model: Any) -> None:
     assert [(o.text, o.nfe) for o in outputs] == [('{"answer": 20, "unit": "return"}', n) for n in (48, 3)]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
-@pytest.mark.parametrize("sampler", ["threshold", "localleap"])
+@pytest.mark.parametrize(
+    ("sampler", "cache", "temperature"), dealt(["threshold", "localleap"], [None, "prefix", "dual"], [0.0, 0.8])
+)
 def test_alone_in_a_batch_and_ahead(model: Any, sampler: str, cache: str | None, temperature: float) -> None:
     """Rows with constraints of their own are what they are alone; looking ahead changes no token and saves forwards."""
     prompts, asked = [PROMPT, "Hi", PROMPT], [{"regex": RECORD}, {"choices": CHOICES}, {"json_schema": SCHEMA}]
@@ -213,8 +214,10 @@ def spelt(tokens: list[int]) -> str:
     return "".join(string.ascii_lowercase[t] for t in tokens)
 
 
-@pytest.mark.parametrize("sampler", ["threshold", "prophet:high=99,mid=99,low=9", "wino", "remdm", "credit"])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+CAPTURED = ["threshold", "prophet:high=99,mid=99,low=9", "wino", "remdm", "credit"]
+
+
+@pytest.mark.parametrize(("sampler", "temperature"), dealt(CAPTURED, [0.0, 0.9]))
 def test_captured_ticks(sampler: str, temperature: float) -> None:
     model = letters(tiny())
     call: dict[str, Any] = dict(max_new_tokens=8, block_length=4, sampler=sampler, temperature=temperature, eos=[30])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from drafting_kit import plain, tiny_verifier
 from replay import StandIn, standing_in, waits
+from sweeps import dealt
 from transformers import GenerationConfig
 
 import dllm
@@ -38,7 +39,7 @@ DLLMS = {
     "fast-dllm-v2": "tiny-fast-dllm-v2-random",  # both
 }
 CASES = [
-    *(("llada", cache, shape) for cache in ("none", "approx") for shape in SHAPES),
+    *dealt(["llada"], ["none", "approx"], SHAPES),
     ("dream", "none", "chain"),
     ("dream", "approx", "chain"),
     ("sdar", "auto", "chain"),
@@ -157,8 +158,7 @@ def test_drafts_through_strings_and_text(dllms):
 # -- waits
 
 
-@pytest.mark.parametrize("cache", ["none", "approx"])
-@pytest.mark.parametrize("kw", [{}, DRAWN, dict(tree=8)], ids=str)
+@pytest.mark.parametrize(("cache", "kw"), dealt(["none", "approx"], [{}, DRAWN, dict(tree=8)]))
 def test_the_host_waits_once_for_a_draft_of_a_dllm(dllms, cache, kw):
     drafter = DiffusionDrafter(dllms("llada"), vocabulary="ids", prefix_cache=cache)
     out, found = spied(drafter, **kw)

@@ -360,10 +360,13 @@ def figures(out: Path) -> dict:
     return {task: {k: v for k, v in values.items() if k in wanted} for task, values in results.items()}
 
 
-def test_command_line_on_one_rank_and_on_two(tasks, tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.sweep)])
+def test_command_line_on_one_rank_and_on_two(ranks, tasks, tmp_path):
     one = command(tasks, tmp_path / "one")
     assert one.returncode == 0, one.stderr[-2000:]
     assert "tiny_words" in one.stdout and len(list((tmp_path / "one").rglob("samples_*.jsonl"))) == 2
+    if ranks == 1:
+        return
     pytest.importorskip("accelerate")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden_cases import cases, groups, model, read
 from replay import standing_in, waits
+from sweeps import dealt
 from test_lookahead import CALL, DREAM, PROMPTS, RANDOM, SDAR, SHOWING, agrees, decode, plain, usable
 from test_lookahead_golden import drafting_forwards
 from torch import Tensor
@@ -49,14 +50,15 @@ def test_every_sampler(name: str) -> None:
         agrees(checkpoint, sampler, caches[i % len(caches)], setting)
 
 
-@pytest.mark.parametrize("cache_", ["none", *STORED])
-@pytest.mark.parametrize("sampler", ["confidence", "credit:tau=0.5", "dsb"])
+@pytest.mark.parametrize(("cache_", "sampler"), dealt(["none", *STORED], ["confidence", "credit:tau=0.5", "dsb"]))
 def test_every_cache(cache_: str, sampler: str) -> None:
     agrees(RANDOM, sampler, cache_, CHAIN)
 
 
-@pytest.mark.parametrize("cache_", ["none", "block", "block_dual"])
-@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.4", "wino:tau_draft=0.4,tau_verify=0.6,least=2"])
+BLOCKWISE = ["confidence", "threshold:tau=0.4", "wino:tau_draft=0.4,tau_verify=0.6,least=2"]
+
+
+@pytest.mark.parametrize(("cache_", "sampler"), dealt(["none", "block", "block_dual"], BLOCKWISE))
 def test_block_causal_models(cache_: str, sampler: str) -> None:
     agrees(SDAR, sampler, cache_, CHAIN, early_stop=False)
 
@@ -80,8 +82,10 @@ def test_sampling_and_guidance(sampler: str, cache_: str, extra: dict[str, Any])
     agrees(RANDOM, sampler, cache_, CHAIN, **extra)
 
 
-@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.3", "wino:least=2", "prophet"])
-@pytest.mark.parametrize("cache_", ["none", "dual", "delayed:every=3"])
+REFILLED = ["confidence", "threshold:tau=0.3", "wino:least=2", "prophet"]
+
+
+@pytest.mark.parametrize(("sampler", "cache_"), dealt(REFILLED, ["none", "dual", "delayed:every=3"]))
 def test_refills(sampler: str, cache_: str) -> None:
     """Without a trace every level of a round steps at once, where the sampler remembers nothing of the model."""
     prompts = [*PROMPTS, [30, 31], [40, 41, 42]]
@@ -133,8 +137,10 @@ class Spied:
         return run
 
 
-@pytest.mark.parametrize("cache_", STORED)
-@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.2", "wino:tau_draft=0.1,tau_verify=0.2,least=2"])
+WRITES = ["confidence", "threshold:tau=0.2", "wino:tau_draft=0.1,tau_verify=0.2,least=2"]
+
+
+@pytest.mark.parametrize(("cache_", "sampler"), dealt(STORED, WRITES))
 def test_the_store_is_that_of_the_plain_call(cache_: str, sampler: str) -> None:
     stores_agree(RANDOM, cache_, sampler)
 
@@ -157,9 +163,12 @@ def stores_agree(checkpoint: str, cache_: str, sampler: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("cache_", ["none", *STORED])
-@pytest.mark.parametrize("mode", [{"mode": "exact"}, {"mode": "guarded", "delta": 1e-6}])
-@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.9", "saber"])
+MODES = [{"mode": "exact"}, {"mode": "guarded", "delta": 1e-6}]
+
+
+@pytest.mark.parametrize(
+    ("cache_", "mode", "sampler"), dealt(["none", *STORED], MODES, ["confidence", "threshold:tau=0.9", "saber"])
+)
 def test_a_round_asks_nothing(cache_: str, mode: Any, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, play = list[Counter[str]](), Round.__call__
 

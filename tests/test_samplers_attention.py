@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replay import standing_in
 from scripted import peaks, tiny
+from sweeps import dealt
 from test_samplers_identities import PROMPTS, decode, model
 from torch import Tensor
 
@@ -289,9 +290,12 @@ def test_a_decision_that_hangs_on_a_weight_is_in_doubt(link: float, doubt: bool)
     assert bool(doubtful(*taken, delta=1e-5)) == doubt
 
 
-@pytest.mark.parametrize("window", ["", "fast_dllm_v2+"])
-@pytest.mark.parametrize("cache_", ["none", "block", "block_dual"])
-@pytest.mark.parametrize("sampler", ["dawn:layers=1,tau_sink=0.1,tau_edge=0.05,tau_low=0.6", "dapd", "clad:layers=1"])
+SHIFTED = ["dawn:layers=1,tau_sink=0.1,tau_edge=0.05,tau_low=0.6", "dapd", "clad:layers=1"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "cache_", "window"), dealt(SHIFTED, ["none", "block", "block_dual"], ["", "fast_dllm_v2+"])
+)
 def test_shifted_block_causal_models(sampler: str, cache_: str, window: str) -> None:
     """Rows alone, in a ragged batch, and under both forms of the lookahead."""
     net, call = golden("tiny-fast-dllm-v2-random", mask_id=158), {"max_new_tokens": 12, "trace": True, "cache": cache_}
@@ -304,8 +308,7 @@ def test_shifted_block_causal_models(sampler: str, cache_: str, window: str) -> 
 SHOWN = ["dawn:layers=1,tau_sink=0.1,tau_edge=0.05,tau_low=0.6", "dapd:tau_max=0.3", "clad:layers=1"]
 
 
-@pytest.mark.parametrize("cache_", ["none", "dual", "dllm_cache"])
-@pytest.mark.parametrize("sampler", SHOWN)
+@pytest.mark.parametrize(("sampler", "cache_"), dealt(SHOWN, ["none", "dual", "dllm_cache"]))
 def test_captured_rounds_hold_the_weights(sampler: str, cache_: str) -> None:
     call = {"sampler": sampler, "cache": cache_, "max_new_tokens": 24, "block_length": 12, "batch_size": 2}
     plain = dllm.generate(model(), PROMPTS, **call)
