@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -246,25 +246,20 @@ class Recording(Ops):
             now.copy_(before, non_blocking=False)
         self.before.clear()
 
+    def close(self) -> None:
+        """Nothing is made from now on: what will be written over numbers; flags are turned."""
+        made = [t for _, t in self.made.values()]
+        numbers, self.flags = ([t for t in made if (t.dtype == torch.bool) == flag] for flag in (False, True))
+        values = [torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max // 3 for t in numbers]
+        wrong = [torch.full((), x, dtype=t.dtype).expand_as(t) for t, x in zip(numbers, values, strict=True)]
+        self.numbers = numbers, wrong
+
     def spoil(self) -> None:
         """Overwrite everything that the capture made."""
-        numbers, wrong, flags = self._spoilt
-        if numbers:
-            torch._foreach_copy_(numbers, wrong)
-        for t in flags:
+        if self.numbers[0]:
+            torch._foreach_copy_(*self.numbers)
+        for t in self.flags:
             t.logical_not_()
-
-    @cached_property
-    def _spoilt(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """When the capture is whole: numbers, what is written over each of them, and flags."""
-        made = [t for _, t in self.made.values()]
-        numbers, flags = ([t for t in made if (t.dtype == torch.bool) == flag] for flag in (False, True))
-        wrong = [torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max // 3 for t in numbers]
-        return (
-            numbers,
-            [torch.tensor(x, dtype=t.dtype).expand_as(t) for t, x in zip(numbers, wrong, strict=True)],
-            flags,
-        )
 
     @torch.inference_mode()
     def replay(self) -> None:
@@ -334,6 +329,7 @@ class StandIn:
 
     def record(self, work: Callable[[], object]) -> Capture:
         recording, result = trace(work)
+        recording.close()
         recording.pool = self.pool
         self.pool.add(recording)
         return Capture(recording.replay, result)

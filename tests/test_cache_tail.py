@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from golden_cases import ARGUMENTS, PRUNED, cases, decode, read
+from golden_cases import ARGUMENTS, PRUNED, cases, decode, groups
 from replay import standing_in
 from scripted import Scripted, peaks, tiny
 from sweeps import dealt
@@ -421,12 +421,13 @@ def test_a_forward_that_opens_a_block_has_the_whole_bar_and_a_cut_tail_raises_la
 # -- the exit of the released codes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(("checkpoint", "method"), [c for c in cases(*PRUNED) if "trained" not in c[0]])
-def test_the_early_stop_is_the_released_exit_or_sooner(checkpoint: str, method: str) -> None:
+def test_the_early_stop_is_the_released_exit_or_sooner(checkpoint: str, method: str, every: int) -> None:
     """They end when a complete block holds an EOS. The early stop returns the same tokens in no more forwards, and
     `whole_block` the same forwards, commits and canvas: no step before the exit differs."""
     exits = 0
-    for case in read(checkpoint, method):
+    for case in (case for group in groups(checkpoint, method) for case in group[::every]):
         p, extra = case["params"], case["extra"]
         call = {"early_stop": True, "eos": p["eos_id"]}
         [out] = decode(checkpoint, method, [case], **call)
