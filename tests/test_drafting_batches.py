@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class Settled(Noise):
 class Choir(Script):
     """Knows the texts of all rows, and drafts for those that ask together."""
 
-    calls: list[int] = []
+    calls: ClassVar[list[int]] = []
 
     @property
     def company(self):

@@ -444,7 +444,9 @@ def test_verifies_are_measured_by_their_rows(clock):
         for n, seconds in c.costs.verifies.of(rows).mean.items():
             assert seconds == pytest.approx(0.01 * (1 + 0.03 * n) * scale, rel=0.03), (rows, n)
         assert c.costs.verifies.seconds(rows, 1)[1] == pytest.approx(0.0103 * scale, rel=0.03)
-    assert c.costs.verifies.seconds(12, 1)[1] == pytest.approx(0.0103 * 4 * 12 / 16, rel=0.03)  # as the nearest that was seen
+    assert c.costs.verifies.seconds(12, 1)[1] == pytest.approx(
+        0.0103 * 4 * 12 / 16, rel=0.03
+    )  # as the nearest that was seen
     assert [r.rows for r in results[0].rounds[:2]] == [16, 16] and results[0].rounds[1].width >= 1
 
 

@@ -378,8 +378,9 @@ class Costs:
 
 @dataclass(eq=False)
 class CostAware(Controller):
-    """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed. Rows of a batch share one
-    T: they compete for the width that all of them pay for (SmartSpec's goodput, arXiv 2406.14066).
+    """Maximise expected tokens per second: argmax over all k of E(k) / T(k), with k = 0 allowed.
+    Rows of a batch share one T: they compete for the width that all of them pay for (SmartSpec's goodput, arXiv
+    2406.14066).
 
     E(k) = 1 + sum_i prod_{j<=i} a_j from calibrated confidences, T(k) from measured tables: real costs are staircases,
     so every k is tried. Two decisions a round: slots to draft (from the acceptance record of each slot), nodes to

@@ -658,12 +658,11 @@ def rounds(
                 f"{type(verifier.model).__name__} stretches its positions by the longest text so far (dynamic RoPE): "
                 f"a batch may not pass {verifier.max_positions} tokens; decode row by row"
             )
-    if any(cfg.tree or row.search.tree for row in rows):
-        if not verifier.can("trees"):
-            raise DllmError(
-                f"{type(verifier.model).__name__} does not place keys by position_ids alone, so it cannot verify a "
-                "tree: use a chain (tree=0, no tree search)"
-            )
+    if any(cfg.tree or row.search.tree for row in rows) and not verifier.can("trees"):
+        raise DllmError(
+            f"{type(verifier.model).__name__} does not place keys by position_ids alone, so it cannot verify a tree: "
+            "use a chain (tree=0, no tree search)"
+        )
     if session is not None:
         granted(cfg.graphs, "the cache of transformers' own generate cannot be captured: call dllm.speculate")
     with loans:
