@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,11 @@ from drafting_kit import KINDS, Noise, Script, plain, tiny_verifier
 
 import dllm
 from dllm.drafting.control import CostAware, Cut, Length
+from dllm.drafting.diffusion import DiffusionDrafter
+from dllm.drafting.drafters import Ask, Need, asked
 from dllm.drafting.lattice import DraftFailure
+from dllm.drafting.loans import Loans
+from dllm.drafting.loop import forked
 from dllm.drafting.proposal import chain
 
 PROMPTS = [[3, 17, 5, 9], [4, 8], [6, 6, 2, 11, 7, 30, 21], [12]]
@@ -134,3 +139,45 @@ def test_lengths_are_those_of_a_row_alone_where_rows_are_alike():
         for c in mine:
             c.fellows = rows
         assert mine[0].lengths([Length(c, 6) for c in mine], rows) == [5] * rows == [mine[0].next_k(6)] * rows
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("llada-trained", "none"), ("llada-trained", "approx"), ("dream-random", "approx"), ("sdar-random", "auto")],
+)
+def test_drafts_of_a_ragged_batch_are_those_of_each_text_alone(name, cache):
+    """Also where a store keeps what is known, rounds leave texts of different lengths."""
+    model = dllm.load(f"tests/golden/checkpoints/tiny-{name}", dtype="float64")
+    drafter = DiffusionDrafter(model, vocabulary="ids", prefix_cache=cache, refresh=3)
+    texts = [list(p) for p in PROMPTS]
+    need, loans = Need(model.vocab_size), Loans(False)
+    alone, many = ([forked(drafter) for _ in texts] for _ in range(2))
+    for d, text in zip(alone, texts, strict=True):
+        d.reset(text, need)
+    for d, text in zip(many, texts, strict=True):
+        d.reset(text, replace(need, loans=loans))
+    assert len({d.company for d in many}) == 1
+    for turn in range(5):
+        ks = [3, 5, 2, 4 + turn]
+        drafts = asked([Ask(d, text, k) for d, text, k in zip(many, texts, ks, strict=True)])
+        for i, (d, text, k) in enumerate(zip(alone, texts, ks, strict=True)):
+            own = d.draft(text, k)
+            assert drafts[i].tokens.equal(own.tokens) and drafts[i].argmax.equal(own.argmax)
+            assert torch.allclose(drafts[i].logp, own.logp, atol=1e-6) and drafts[i].start == own.start == len(text)
+            new = own.argmax[: 1 + (i + turn) % 3].tolist()
+            text.extend(new)
+            for row in (d, many[i]):
+                row.observe(text, new, {})
+    assert [d.forwards for d in many] == [5] * 4
+
+
+def test_one_forward_drafts_for_all_rows(monkeypatch):
+    model = dllm.load("tests/golden/checkpoints/tiny-llada-trained", dtype="float64")
+    verifier, shapes, forward = tiny_verifier(), [], type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, ids, *a, **kw: (shapes.append(len(ids)), forward(self, ids, *a, **kw))[1]
+    )
+    drafter = DiffusionDrafter(model, vocabulary="ids")
+    outs = dllm.speculate(verifier, drafter, PROMPTS, max_new_tokens=6, length="fixed:k=3", carry="off")
+    assert [o.sequences for o in outs] == [plain(verifier, p, 6) for p in PROMPTS]
+    assert shapes[0] == 4 and len(shapes) == max(o.draft_forwards for o in outs)

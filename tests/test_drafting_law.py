@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import torch
 from scipy.stats import chisquare
 from sweeps import size
 
-from dllm.drafting.accept import draw, reject, walk_sample
+from dllm.drafting.accept import draw, odds, reject, walk_sample
 from dllm.drafting.control import Controller
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import build, draws, listed, uniforms
@@ -316,6 +316,8 @@ LOOPS = {
     "sibling tree": (SampleTree(2, 2), "rejection", dict(tree=5)),
     "point tree": (BestFirstTree(5), "cost:k_max=3", dict(tree=5)),
     "chunks": (Sample(), "failfast:chunk=1,tau=0.1,k_max=3", {}),
+    "blocks, carried over": (Sample(), "cost:k_max=3", dict(carry="always", reuse_min=1, verify="block")),
+    "blocks in chunks": (CPSSample(), "failfast:chunk=1,tau=0.1,k_max=3", dict(verify="block")),
 }
 
 
@@ -326,9 +328,48 @@ def loop_pvalue(name, n):
     return pvalue([by_the_loop(search, controller.fork(), g, **kw) for _ in range(n)])
 
 
-@pytest.mark.parametrize("name", list(LOOPS)[:1])
+@pytest.mark.parametrize("name", [n for n in LOOPS if "carried over" in n and "cps" not in n])
 def test_the_loop_is_exact(name):
     assert loop_pvalue(name, 1500) > 1e-3
+
+
+def along(texts, rows):
+    """The product of entries of rows, a text at a time."""
+    return float(np.prod([float(row[t]) for t, row in zip(texts, rows, strict=True)]))
+
+
+def by_blocks(n, spoilt=False):
+    """The law of a text behind a judged draft of n tokens, and how many stay in the mean, by enumeration of all drafts
+    and of where each may be cut."""
+    law, mean = dict.fromkeys(exact(), 0.0), 0.0
+    for draft in product(range(V), repeat=n):
+        p = torch.stack([p_next(draft[:i]) for i in range(n + 1)])
+        stays, rest = odds(p, torch.cat([ROWS[:n], torch.zeros(1, V).double()]), torch.tensor(draft))
+        if spoilt:  # the token rule's last test, in place of what is covered
+            stays[-1] = min(1.0, float(p[n - 1][draft[-1]] / ROWS[n - 1][draft[-1]]))
+        for at in range(n + 1):
+            cut = along(draft, ROWS[:n]) * float((1 - stays[at:]).prod()) * (float(stays[at - 1]) if at else 1.0)
+            mean += cut * at
+            for text in law:
+                if text[:at] == draft[:at]:
+                    rows = [rest[at], *(p_next(text[:i]) for i in range(at + 1, LENGTH))]
+                    law[text] += cut * along(text[at:], rows[: LENGTH - at])
+    return law, mean
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_blocks_keep_the_law_to_the_last_bit_and_more_tokens_than_the_ratio_test(n):
+    law, mean = by_blocks(n)
+    assert max(abs(law[text] - p) for text, p in exact().items()) < 1e-14
+    by_tokens = sum(  # a prefix of m tokens stays with the product of min(p, q)
+        along(prefix, [torch.minimum(p_next(prefix[:i]), ROWS[i]) for i in range(m)])
+        for m in range(1, n + 1)
+        for prefix in product(range(V), repeat=m)
+    )
+    assert mean == pytest.approx(by_tokens) if n == 1 else mean > by_tokens + 1e-3
+    if n > 1:
+        wrong, _ = by_blocks(n, spoilt=True)
+        assert max(abs(wrong[text] - p) for text, p in exact().items()) > 1e-3
 
 
 def test_draws_are_independent_and_those_of_the_first_row_without_replacement():

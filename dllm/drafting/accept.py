@@ -1,4 +1,4 @@
-"""Which drafted tokens stay. Three exact rules, one walk from the root; none of them needs to know the drafter.
+"""Which drafted tokens stay, by exact rules, none of which needs to know the drafter.
 
 * point (chain or tree): draw the verifier's own token and follow the edge if it was drafted. For any set of children
   this accepts with the largest probability a lossless rule can have; greedy decoding is the case where the draw is the
@@ -6,6 +6,8 @@
 * sampled chain: accept with min(1, p / q), else emit from norm([p - q]+) (Leviathan et al., arXiv 2211.17192).
 * sampled siblings without replacement: the same test one sibling after the other, on the residual (recursive
   rejection).
+* sampled chain by blocks: how much of it stays is drawn at once, which keeps at least as much in the mean as any test
+  token by token (block verification, Sun et al., arXiv 2403.10444).
 
 Only nodes that are reached are looked at: behind a rejection the logits are conditioned on a token that is not there.
 """
@@ -87,8 +89,9 @@ def reject(proposal: Proposal, prob: Target, generator: torch.Generator | None =
 
 
 def _normalise(x: Tensor, otherwise: Tensor) -> Tensor:
-    """x / sum(x); a vanishing residual means p = q up to rounding, where the law before it is the right one."""
-    total = x.sum()
+    """Rows (..., V) over their sums; a vanishing residual means p = q up to rounding, where the law before it is the
+    right one."""
+    total = x.sum(-1, keepdim=True)
     return torch.where(total > 1e-12, x / total, otherwise)
 
 
@@ -112,6 +115,7 @@ class Judge:
     warp: Callable[[Tensor], Tensor] | None = None
     processors: Processors | None = None
     generator: torch.Generator | None = None
+    block: bool = False  # sampled chains by blocks; not where processors look at the text, node after node
 
     def ask(self, proposal: Proposal, logits: Tensor) -> Tensor:
         """What settles a proposal by its raw logits (N + 1, V), row 0 after the root, row i + 1 after node i: (n,)
@@ -124,7 +128,7 @@ class Judge:
             return scores.argmax(-1)
         prob, u = torch.softmax(scores, -1), sent(self._ahead(len(proposal) + 2), logits.device)
         if proposal.kind == "sampled":
-            return _ratio(proposal, prob.double(), u)
+            return (_blocks if self.block else _ratio)(proposal, prob.double(), u)
         return drawn(prob, u[sent((0, *proposal.depths), logits.device)][:, None])[:, 0]
 
     def judge(self, proposal: Proposal, logits: Tensor, answer: Sequence[int], prefix: Sequence[int]) -> Acceptance:
@@ -133,7 +137,7 @@ class Judge:
             return self._walked(proposal, logits, prefix)
         if proposal.kind == "sampled":
             n, token = answer
-            self._draws(n + 1 + (n < len(proposal)))
+            self._draws(1 + len(proposal) if self.block else n + 1 + (n < len(proposal)))
             return Acceptance((*proposal.tokens[:n], token), tuple(range(n)))
         kept = _match(proposal, lambda node, _: answer[node + 1])
         if self.sample:
@@ -186,3 +190,31 @@ def _ratio(proposal: Proposal, p: Tensor, u: Tensor) -> Tensor:
     rest = _normalise((left - q.index_select(0, at)).clamp_min(0), left)
     token = drawn(torch.where(at < n, rest, left), u.gather(0, at + (at < n))[:, None])
     return torch.cat([at, token[:, 0]])
+
+
+def _blocks(proposal: Proposal, p: Tensor, u: Tensor) -> Tensor:
+    """As `_ratio`, by block verification."""
+    assert proposal.rows is not None
+    n = len(proposal)
+    q = F.pad(proposal.rows.laws(p.shape[-1]).to(p.device), (0, 0, 0, 1))
+    stays, rest = odds(p, q, sent(proposal.tokens, p.device))
+    numbers = torch.arange(1, n + 1, device=p.device)
+    at = (numbers * (u[:n] < stays)).amax(0, keepdim=True)  # the longest prefix whose draw lets it stay
+    return torch.cat([at, drawn(rest.index_select(0, at), u[n : n + 1, None])[:, 0]])
+
+
+def odds(p: Tensor, q: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a chain of n tokens by laws p, q (n + 1, V), the last of q zero: the chance (n,) with which a prefix of 1..n
+    tokens stays, whatever shorter ones did, and the law (n + 1, V) of the token behind 0..n of them.
+
+    w_i = min(1, w_{i-1} p / q) is how much of a prefix the verifier's law covers; h_i is the mass that it has left
+    there above the draft's, over that mass and what is not covered, and w_n at the end.
+    """
+    n, head = len(tokens), tokens[:, None]
+    steps = p[:n].gather(1, head)[:, 0].log() - q[:n].gather(1, head)[:, 0].log()
+    total = F.pad(steps.cumsum(0), (1, 0))  # (n + 1,) log of the product so far
+    covered = (total - total.cummax(0).values).exp()
+    left = (covered[:, None] * p - q).clamp_min(0)
+    mass = left.sum(-1)
+    stays = mass / (mass + 1 - covered).clamp_min(1e-300)
+    return torch.cat([stays[1:n], covered[n:]]), _normalise(left, p)

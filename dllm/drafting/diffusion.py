@@ -6,9 +6,10 @@ masks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain as joined
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from dllm.call.generate import generate
 from dllm.decoding.graphs import Graphs, obstacle
-from dllm.drafting.drafters import Drafter, Need
-from dllm.drafting.lattice import DraftFailure, Lattice, listed
+from dllm.drafting.drafters import Ask, Draft, Drafter, Need
+from dllm.drafting.lattice import DraftFailure, listed
 from dllm.drafting.places import Tables, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, chain, sent
 from dllm.drafting.store import Seen
@@ -37,15 +38,31 @@ ROOM = 256  # slots of a store to begin with, where nothing is captured
 
 
 class Fed(NamedTuple):
-    """What a draft feeds."""
+    """What a draft feeds, for B texts."""
 
-    ids: Tensor  # (1, W)
-    pos: Tensor | None  # (1, W), -1 is padding; None: 0, 1, ...
-    slots: Tensor  # (K,) positions that are predicted
-    first: Tensor | int  # position of the first id, (1,)
+    ids: Tensor  # (B, W)
+    pos: Tensor | None  # (B, W), -1 is padding; None: 0, 1, ...
+    slots: Tensor  # (B, K) positions that are predicted
+    first: Tensor | int  # position of the first ids, (B, 1)
     known: Known | None
-    end: Tensor | None = None  # (1, 1) slots of the store that are seen; None: as `known` says
-    lane: Tensor | None = None  # (1,) of the store, where it has several
+    end: Tensor | None = None  # (B, 1) slots of the store that are seen; None: as `known` says
+    lane: Tensor | None = None  # (B,) of the store, where it has several that are not read in a row
+
+
+class Job(NamedTuple):
+    """What a draft feeds of one text."""
+
+    drafter: DiffusionDrafter
+    ids: list[int]  # from `first` on
+    first: int
+    n: int  # position of the first of the slots
+    k: int
+    u: Tensor | None  # of its draws
+
+    @property
+    def end(self) -> int:
+        """Behind the last position."""
+        return self.first + len(self.ids)
 
 
 @dataclass(eq=False)
@@ -141,19 +158,62 @@ class DiffusionDrafter(Drafter):
         """What was emitted is final: a prefix cache may keep it."""
         self.final = len(ids)
 
-    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Lattice | Proposal:
+    @property
+    def company(self) -> Hashable:
+        """Texts that are drafted in one forward: of one model, by one law."""
+        return (
+            id(self.model), id(self.need.loans), self.suffix, self.lookahead, self.prefix_cache, self.refresh,
+            self.temperature, self.banned, self._words, self.need.law,
+        )  # fmt: skip
+
+    @property
+    def _words(self) -> Hashable:
+        """What vocabulary work reads. Strings are read where they lie, so they live as long as what was captured."""
+        return self.vocabulary if self.vocabulary.kind == "strings" else self.vocabulary.kind
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Draft:
         """One forward over the text and `k` masks: a lattice, or a chain where the vocabularies meet in text only."""
-        context = self.vocabulary.context(ids)
-        k = min(k, self.model.max_positions - self._extra(k) - 1)
+        (draft,) = self.together([Ask(self, ids, k, generator)])
+        if isinstance(draft, DraftFailure):
+            raise draft
+        return draft
+
+    def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
+        """One ragged forward over all texts and their masks; those that outgrew the positions are one of their own, as
+        no store keeps them."""
+        drafts: list[Draft | DraftFailure] = [EMPTY] * len(asks)
+        fed: dict[bool, dict[int, Job]] = {}
+        for i, a in enumerate(asks):
+            assert isinstance(a.drafter, DiffusionDrafter)
+            stored, job = a.drafter._job(a)
+            if job is not None:
+                fed.setdefault(stored, {})[i] = job
+        for stored, jobs in fed.items():
+            table, rows = self._told(list(jobs.values()), stored)
+            table = table.cpu()  # the one wait for a draft
+            for at, (i, job) in enumerate(jobs.items()):
+                row = None if rows is None else rows[at, : job.k]
+                try:
+                    drafts[i] = self._listed(asks[i].ids, job, table[at, : job.k], row)
+                except DraftFailure as failure:
+                    drafts[i] = failure
+        return drafts
+
+    def _job(self, a: Ask) -> tuple[bool, Job | None]:
+        """What such a draft feeds, all of it, and whether a store keeps what is known."""
+        context = self.vocabulary.context(a.ids)
+        k = min(a.k, self.model.max_positions - self._extra(a.k) - 1)
         if k < 1:
-            return EMPTY
-        bridged = self.vocabulary.kind == "text"
-        u = None if bridged else self.need.uniforms(k, generator)
-        table, rows = self._told(context, k, u)
-        table = table.cpu()  # the one wait for a draft
-        if bridged:
+            return False, None
+        u = None if self.vocabulary.kind == "text" else self.need.uniforms(k, a.generator)
+        row, n, stored = self._row(context, k)
+        return stored, Job(self, row, 0, n, k, u)
+
+    def _listed(self, ids: Sequence[int], job: Job, table: Tensor, rows: Tensor | None) -> Draft:
+        """The draft of a text by what its host is told, see `_work`."""
+        if self.vocabulary.kind == "text":
             return self._bridged(ids, table)
-        return listed(table, rows, len(ids), 0 if u is None else u.shape[1])
+        return listed(table, rows, len(ids), 0 if job.u is None else job.u.shape[1])
 
     def _bridged(self, ids: Sequence[int], table: Tensor) -> Proposal:
         """The chain of a table (k, 2) of probabilities and tokens."""
@@ -168,24 +228,18 @@ class DiffusionDrafter(Drafter):
         return self.lookahead + (self.suffix is not None) + (self.model.block_size or 0)
 
     @torch.no_grad()
-    def _told(self, context: list[int], k: int, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What a forward says of the k positions behind `context`, see `_work`: nothing waits for the device."""
-        self.forwards += 1
-        row, n, stored = self._row(context, k)
-        loans, device = self.need.loans, self.model.device
+    def _told(self, jobs: list[Job], stored: bool) -> tuple[Tensor, Tensor | None]:
+        """What a forward says of the k positions behind each text, see `_work`: nothing waits for the device."""
+        loans = self.need.loans
         graphs = None if loans is None else loans.drafting(self.model, self._obstacle)
-        held = self._hold(len(row) if stored else 0, graphs)
-        first = self._first(n) if stored else 0
-        if graphs is None:
-            known = Known(lanes=slice(0, 1), write=slice(first, len(row)), slots=len(row)) if stored else None
-            pos = torch.arange(first, len(row), device=device)[None] if stored else None
-            slots = torch.arange(n, n + k, device=device)
-            fed = Fed(sent([row[first:]], device), pos, slots, first, known)
-            told = self._work(fed, None if u is None else sent(u, device))
-        else:
-            told = self._replayed(graphs, held, row[first:], first, n, k, u)
-        if stored:
-            self.valid = max(self.valid, self._settled(n))
+        held = self._hold(jobs, stored, graphs)
+        for i, job in enumerate(jobs):
+            job.drafter.forwards += 1
+            first = job.drafter._first(job.n) if stored else 0
+            jobs[i] = job._replace(ids=job.ids[first:], first=first)
+        told = self._eager(jobs, held) if graphs is None else self._replayed(jobs, held, graphs)
+        for job in jobs if stored else ():
+            job.drafter.valid = max(job.drafter.valid, job.drafter._settled(job.n))
         return told
 
     def _row(self, context: list[int], k: int) -> tuple[list[int], int, bool]:
@@ -205,23 +259,28 @@ class DiffusionDrafter(Drafter):
         stored = reused and not cut and self.vocabulary.kind == "ids"
         return [*context, *[self.mask_id] * (end - n), *tail], n, stored
 
-    def _hold(self, length: int, graphs: Graphs | None) -> Held:
-        """Where such a row finds what stands still; with a store of other slots it begins anew."""
-        least = max(ROOM if graphs is None else SLOTS, 0 if self.held is None else self.held.slots)
-        slots = min(self.model.max_positions, max(least, 1 << (length - 1).bit_length())) if length else 0
-        lanes = 1 if graphs is None or self.need.loans is None else self.need.loans.lanes(self.model)
+    def _hold(self, jobs: Sequence[Job], stored: bool, graphs: Graphs | None) -> Held:
+        """Where such texts find what stands still; in a store of other slots they begin anew."""
+        drafters, loans = [job.drafter for job in jobs], self.need.loans
+        least = max([ROOM if graphs is None else SLOTS, *(d.held.slots for d in drafters if d.held is not None)])
+        length = max(len(job.ids) for job in jobs)
+        slots = min(self.model.max_positions, max(least, 1 << (length - 1).bit_length())) if stored else 0
+        lanes = 1 if loans is None else loans.lanes(self.model)
 
         def make() -> Held:
             return Held(Tables(), self.model.new_store(lanes, slots) if slots else None, slots)
 
+        key = "draft", lanes if slots else 0, slots
         if graphs is not None:
-            held = graphs.at(("draft", lanes if slots else 0, slots), make)
+            held = graphs.at(key, make)
+        elif loans is not None:
+            held = loans.kept(self.model, key, make)
         else:
             held = self.held if self.held is not None and self.held.slots == slots else make()
-        if held is not self.held:
-            self.held, self.valid, self.age = held, 0, 0
-            if graphs is not None:
-                held.clear(self.lane)
+        for d in drafters:
+            if held is not d.held:
+                d.held, d.valid, d.age = held, 0, 0
+                held.clear(d.lane)
         return held
 
     def _first(self, n: int) -> int:
@@ -243,47 +302,85 @@ class DiffusionDrafter(Drafter):
             return "the drafter brings its own code"
         return obstacle(self.model.transformer, self.model.device)
 
-    def _replayed(
-        self, graphs: Graphs, held: Held, ids: list[int], first: int, n: int, k: int, u: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same work over static tensors, padded to sizes that many drafts share."""
-        width, reads, end = bucket(len(ids), READS), bucket(k, READS), first + len(ids)
-        rest, positions = width - len(ids), [*range(n, n + k), *[n + k - 1] * (reads - k)]
-        numbers = [*ids, *[0] * rest, *range(first, end), *[-1] * rest, *positions, first, end, self.lane]
-        table = held.tables.tell("fed", [numbers], self.model.device)
+    def _eager(self, jobs: Sequence[Job], held: Held) -> tuple[Tensor, Tensor | None]:
+        """The work on just what it needs."""
+        device, lanes = self.model.device, [job.drafter.lane for job in jobs]
+        width, reads, end = max(len(job.ids) for job in jobs), max(job.k for job in jobs), max(job.end for job in jobs)
+        padded = any(len(job.ids) < width for job in jobs)
+        ids, pos, slots = (
+            sent(numbers, device) for numbers in zip(*(_padded(j, width, reads) for j in jobs), strict=True)
+        )
+        run = slice(lanes[0], lanes[0] + len(lanes)) if lanes == list(range(lanes[0], lanes[0] + len(lanes))) else None
+        if held.store is None:
+            fed = Fed(ids, pos if padded else None, slots, 0, Known(padded=True) if padded else None)
+        elif len(jobs) == 1:
+            known = Known(lanes=run, write=slice(jobs[0].first, end), slots=end)
+            fed = Fed(ids, pos, slots, jobs[0].first, known)
+        else:
+            first, ends = sent([[job.first, job.end] for job in jobs], device).chunk(2, 1)
+            known = Known(padded=padded, lanes=run, slots=end)
+            fed = Fed(ids, pos, slots, first, known, ends, None if run is not None else sent(lanes, device))
+        u = None if jobs[0].u is None else sent(_uniforms(jobs, reads), device)
+        return self._work(fed, u)
+
+    def _replayed(self, jobs: Sequence[Job], held: Held, graphs: Graphs) -> tuple[Tensor, Tensor | None]:
+        """The same work over static tensors, padded to sizes that many drafts share; texts are repeated for that."""
+        texts, device = len(jobs), self.model.device
+        jobs = [*jobs, *[jobs[-1]] * (bucket(texts) - texts)]
+        width, reads = bucket(max(len(j.ids) for j in jobs), READS), bucket(max(j.k for j in jobs), READS)
+        numbers = [[*joined.from_iterable(_padded(j, width, reads)), j.first, j.end, j.drafter.lane] for j in jobs]
+        table = held.tables.tell("fed", numbers, device)
         lanes = 0 if held.store is None else len(held.store.keys[0])
         known = Known(padded=True, lanes=slice(0, 1) if lanes == 1 else None, slots=held.slots)
-        ids_, pos, slots = table[:, :width], table[:, width : 2 * width], table[0, 2 * width : -3]
-        end_, lane = (table[:, -2:-1] if lanes else None), (table[0, -1:] if lanes > 1 else None)
-        fed = Fed(ids_, pos, slots, table[0, -3:-2], known, end_, lane)
-        if u is not None:
-            flat = torch.nn.functional.pad(u, (0, 0, 0, reads - k)).view(1, -1)
-            u = held.tables.tell("u", flat, self.model.device).view(reads, -1)
-        # strings are read where they lie, so the vocabulary lives as long as what was captured
-        vocabulary = self.vocabulary if self.vocabulary.kind == "strings" else self.vocabulary.kind
-        key = (width, reads, self.temperature, self.banned, vocabulary, self.need.law)
-        table, rows = graphs.run(key, partial(self._work, fed, u), "drafting")
-        return table[:k].clone(), None if rows is None else rows[:k].clone()  # the next draft writes over them
+        ids, pos, slots = table[:, :width], table[:, width : 2 * width], table[:, 2 * width : -3]
+        end, lane = (table[:, -2:-1] if lanes else None), (table[:, -1] if lanes > 1 else None)
+        fed = Fed(ids, pos, slots, table[:, -3:-2], known, end, lane)
+        u = None
+        if jobs[0].u is not None:
+            every = _uniforms(jobs, reads)
+            u = held.tables.tell("u", every.flatten(1), device).view(every.shape)
+        key = (len(jobs), width, reads, self.temperature, self.banned, self._words, self.need.law)
+        told, rows = graphs.run(key, partial(self._work, fed, u), "drafting")
+        return told[:texts].clone(), None if rows is None else rows[:texts].clone()  # the next draft writes over them
 
     def _work(self, fed: Fed, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The forward of a draft and all that its host is told: a table of `Need.told` and full rows, or, where the
-        vocabularies meet in text, best probabilities and tokens (K, 2)."""
+        """The forward of a draft and all that its host is told, u (B, K, n): a table of `Need.told` (B, K, .) and full
+        rows (B, K, V), or, where the vocabularies meet in text, best probabilities and tokens (B, K, 2)."""
         model, options = self.model, ForwardOptions()
         assert self.held is not None
         if fed.known is not None:
             options["known"] = fed.known
         if self.held.store is not None:
             options["store"] = self.held.store
-        if fed.end is not None:
-            options["visible"] = (torch.arange(self.held.slots, device=fed.end.device) < fed.end)[:, None]
+        if fed.end is not None and fed.known is not None:
+            options["visible"] = (torch.arange(fed.known.slots, device=fed.end.device) < fed.end)[:, None]
         if fed.lane is not None:
             options["lane"] = fed.lane
         hidden = model.forward(fed.ids, fed.pos, **options)
-        logits = model.logits(hidden[0].index_select(0, model.source(fed.slots) - fed.first)) / self.temperature
+        at = (model.source(fed.slots) - fed.first)[..., None]  # (B, K, 1)
+        logits = model.logits(hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))) / self.temperature
         if self.vocabulary.kind == "text":
-            return torch.stack([t.float() for t in torch.softmax(logits.float(), -1).max(-1)], 1), None
+            return torch.stack([t.float() for t in torch.softmax(logits.float(), -1).max(-1)], -1), None
         banned = _banned(tuple(sorted(self.banned)), self.need.vocab, logits.device)
-        return self.need.told(self.vocabulary.logits(logits), banned, u)
+        told = [
+            self.need.told(self.vocabulary.logits(text), banned, None if u is None else u[i])
+            for i, text in enumerate(logits)
+        ]
+        rows = [row for _, row in told if row is not None]
+        return torch.stack([table for table, _ in told]), torch.stack(rows) if rows else None
+
+
+def _padded(job: Job, width: int, reads: int) -> tuple[list[int], list[int], list[int]]:
+    """Ids, positions and slots of a text, padded."""
+    rest, last = width - len(job.ids), job.n + job.k - 1
+    slots = [*range(job.n, job.n + job.k), *[last] * (reads - job.k)]
+    return [*job.ids, *[0] * rest], [*range(job.first, job.end), *[-1] * rest], slots
+
+
+def _uniforms(jobs: Sequence[Job], reads: int) -> Tensor:
+    """Of all draws, (B, reads, n)."""
+    given = [job.u for job in jobs if job.u is not None]
+    return torch.stack([torch.nn.functional.pad(u, (0, 0, 0, reads - len(u))) for u in given])
 
 
 class SamplerDrafter(DiffusionDrafter):
@@ -308,15 +405,23 @@ class SamplerDrafter(DiffusionDrafter):
         self.sampler, self.arguments = sampler, arguments
         self.name = f"sampler {sampler or 'of the family'}"
 
-    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
-        """The answer of `dllm.generate`, as a chain."""
-        k = min(k, self.model.max_positions - 1)
-        if k < 1:
-            return EMPTY
-        context = self.vocabulary.context(ids)[k - self.model.max_positions :]
-        arguments = {"block_length": k, **self.arguments}
-        out = generate(self.model, context, sampler=self.sampler, max_new_tokens=k, **arguments)
-        self.forwards += out.nfe
-        tokens = self.vocabulary.chain(ids, [int(t) for t in out.tokens], k)
-        tokens = tokens[: next((i for i, t in enumerate(tokens) if t in self.banned), k)]
-        return chain(tokens, [0.8] * len(tokens))
+    @property
+    def company(self) -> Hashable:
+        """Texts whose drafts one call of `dllm.generate` makes: those of forks of one drafter."""
+        return id(self.arguments)
+
+    def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
+        """The answers of `dllm.generate`, as chains; those of one length are a batch."""
+        drafts: list[Draft | DraftFailure] = [EMPTY] * len(asks)
+        lengths = [min(a.k, self.model.max_positions - 1) for a in asks]
+        for k in sorted({k for k in lengths if k >= 1}):
+            mine = [i for i, length in enumerate(lengths) if length == k]
+            texts = [self.vocabulary.context(asks[i].ids)[k - self.model.max_positions :] for i in mine]
+            arguments = {"block_length": k, **self.arguments}
+            outs = generate(self.model, texts, sampler=self.sampler, max_new_tokens=k, **arguments)
+            for i, out in zip(mine, outs, strict=True):
+                asks[i].drafter.forwards += out.nfe
+                tokens = self.vocabulary.chain(asks[i].ids, [int(t) for t in out.tokens], k)
+                tokens = tokens[: next((at for at, t in enumerate(tokens) if t in self.banned), k)]
+                drafts[i] = chain(tokens, [0.8] * len(tokens))
+        return drafts

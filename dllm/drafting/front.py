@@ -52,6 +52,7 @@ class SpecOptions(TypedDict, total=False):
     tau_mass: float
     m_max: int
     graphs: bool | None
+    verify: str
     graft: DrafterLike
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar, cast
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from dllm.decoding.graphs import Graphs, lent
 from dllm.models.native import NativeModel
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Loans:
@@ -28,6 +29,7 @@ class Loans:
         self._lent: dict[int, Graphs] = {}  # by the model, which outlives the call
         self._drafting: dict[int, Graphs | None] = {}
         self._lanes: dict[int, int] = {}
+        self._kept: dict[tuple[Hashable, ...], object] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +53,13 @@ class Loans:
             able = self.asked is not False and not why
             self._drafting[id(model)] = self.of(model) if able and isinstance(model, NativeModel | nn.Module) else None
         return self._drafting[id(model)]
+
+    def kept(self, model: object, key: Hashable, make: Callable[[], T]) -> T:
+        """What texts of a call share where nothing is captured, made if there is none yet."""
+        full = id(model), key
+        if full not in self._kept:
+            self._kept[full] = make()
+        return cast(T, self._kept[full])
 
     def lane(self, model: object) -> int:
         """A place of its own for one more text that a model drafts for, among its `lanes`."""

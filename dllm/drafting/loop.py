@@ -71,6 +71,8 @@ class SpecConfig:
              a file, see `corpus_ids`.
     store    what outlives a text, see `dllm.Store`, or a file to keep it in. None: every text begins anew.
     graphs   CUDA graphs of rounds and drafts: None = where they can be captured, True = asked for, False = off.
+    verify   how a sampled chain is judged: "token", each by the ratio test, or "block", all at once, which keeps at
+             least as many in the mean (arXiv 2403.10444). Both are exact; where processors look at the text: "token".
     graft    another drafter whose continuations are grafted into the tree (point trees only): retrieval, or a model;
              its forwards are counted with the drafter's.
     """
@@ -88,6 +90,7 @@ class SpecConfig:
     tau_mass: float = param(0.8, "DiffuSpec's", above=0, high=1)
     m_max: int = param(15, "DiffuSpec's", low=1)
     graphs: bool | None = None
+    verify: str = param("token", "the field's", choices=("token", "block"))
     graft: DrafterLike = None
 
     def __post_init__(self) -> None:
@@ -462,10 +465,15 @@ class Speculation:
                     f"{source.name} drafted its special id {token} (mask or pad), which must not reach the verifier"
                 )
 
+    @property
+    def law(self) -> Judge:
+        """How the verifier takes a token, and by which rule it judges."""
+        return replace(self.request.law, block=self.cfg.verify == "block")
+
     def ask(self, logits: Tensor) -> Tensor:
         """What a round asks of the device, (n,) int64: what settles the proposal by the verifier's logits (1 + N, V),
         and before it each node's best successors where somebody learns from them."""
-        answer = self.request.law.ask(self.proposal, logits)
+        answer = self.law.ask(self.proposal, logits)
         if not self.teaches:
             return answer
         best = logits.float().log_softmax(-1).topk(min(BEST, logits.shape[-1]), -1)
@@ -484,7 +492,7 @@ class Speculation:
             ]
             answer = answer[told.size :]
         prefix = [*q.shown, *self.ids[len(q.ids) :]] if q.processors else ()
-        return Settled(q.law.judge(self.proposal, logits, answer, prefix), successors)
+        return Settled(self.law.judge(self.proposal, logits, answer, prefix), successors)
 
     def settle(self, verdict: Settled) -> tuple[list[int], tuple[int, ...]]:
         """Append what is emitted, cut at an end token or a stop string; returns it and the path to commit."""

@@ -27,12 +27,12 @@ class Tables:
     """Numbers of the host where captured work finds them."""
 
     def __init__(self) -> None:
-        self.tables: dict[tuple[str, int], Tensor] = {}
+        self.tables: dict[tuple[str, torch.Size], Tensor] = {}
 
     def tell(self, name: str, numbers: list[list[int]] | Tensor, device: torch.device) -> Tensor:
-        """Numbers (B, n) in the static table of their name and width, on the device, without a wait."""
+        """Numbers (B, n) in the static table of their name and shape, on the device, without a wait."""
         table = sent(numbers, device)
-        return self.tables.setdefault((name, table.shape[1]), table).copy_(table)
+        return self.tables.setdefault((name, table.shape), table).copy_(table)
 
 
 class Places(Tables):
