@@ -53,7 +53,7 @@ class Job(NamedTuple):
     """What a draft feeds of one text."""
 
     drafter: DiffusionDrafter
-    ids: list[int]  # from `first` on
+    text: list[int]  # from `first` on
     first: int
     n: int  # position of the first of the slots
     k: int
@@ -62,7 +62,7 @@ class Job(NamedTuple):
     @property
     def end(self) -> int:
         """Behind the last position."""
-        return self.first + len(self.ids)
+        return self.first + len(self.text)
 
 
 @dataclass(eq=False)
@@ -236,7 +236,7 @@ class DiffusionDrafter(Drafter):
         for i, job in enumerate(jobs):
             job.drafter.forwards += 1
             first = job.drafter._first(job.n) if stored else 0
-            jobs[i] = job._replace(ids=job.ids[first:], first=first)
+            jobs[i] = job._replace(text=job.text[first:], first=first)
         told = self._eager(jobs, held) if graphs is None else self._replayed(jobs, held, graphs)
         for job in jobs if stored else ():
             job.drafter.valid = max(job.drafter.valid, job.drafter._settled(job.n))
@@ -263,7 +263,7 @@ class DiffusionDrafter(Drafter):
         """Where such texts find what stands still; in a store of other slots they begin anew."""
         drafters, loans = [job.drafter for job in jobs], self.need.loans
         least = max([ROOM if graphs is None else SLOTS, *(d.held.slots for d in drafters if d.held is not None)])
-        length = max(len(job.ids) for job in jobs)
+        length = max(len(job.text) for job in jobs)
         slots = min(self.model.max_positions, max(least, 1 << (length - 1).bit_length())) if stored else 0
         lanes = 1 if loans is None else loans.lanes(self.model)
 
@@ -305,8 +305,8 @@ class DiffusionDrafter(Drafter):
     def _eager(self, jobs: Sequence[Job], held: Held) -> tuple[Tensor, Tensor | None]:
         """The work on just what it needs."""
         device, lanes = self.model.device, [job.drafter.lane for job in jobs]
-        width, reads, end = max(len(job.ids) for job in jobs), max(job.k for job in jobs), max(job.end for job in jobs)
-        padded = any(len(job.ids) < width for job in jobs)
+        width, reads, end = max(len(job.text) for job in jobs), max(job.k for job in jobs), max(job.end for job in jobs)
+        padded = any(len(job.text) < width for job in jobs)
         ids, pos, slots = (
             sent(numbers, device) for numbers in zip(*(_padded(j, width, reads) for j in jobs), strict=True)
         )
@@ -327,7 +327,7 @@ class DiffusionDrafter(Drafter):
         """The same work over static tensors, padded to sizes that many drafts share; texts are repeated for that."""
         texts, device = len(jobs), self.model.device
         jobs = [*jobs, *[jobs[-1]] * (bucket(texts) - texts)]
-        width, reads = bucket(max(len(j.ids) for j in jobs), READS), bucket(max(j.k for j in jobs), READS)
+        width, reads = bucket(max(len(j.text) for j in jobs), READS), bucket(max(j.k for j in jobs), READS)
         numbers = [[*joined.from_iterable(_padded(j, width, reads)), j.first, j.end, j.drafter.lane] for j in jobs]
         table = held.tables.tell("fed", numbers, device)
         lanes = 0 if held.store is None else len(held.store.keys[0])
@@ -372,9 +372,9 @@ class DiffusionDrafter(Drafter):
 
 def _padded(job: Job, width: int, reads: int) -> tuple[list[int], list[int], list[int]]:
     """Ids, positions and slots of a text, padded."""
-    rest, last = width - len(job.ids), job.n + job.k - 1
+    rest, last = width - len(job.text), job.n + job.k - 1
     slots = [*range(job.n, job.n + job.k), *[last] * (reads - job.k)]
-    return [*job.ids, *[0] * rest], [*range(job.first, job.end), *[-1] * rest], slots
+    return [*job.text, *[0] * rest], [*range(job.first, job.end), *[-1] * rest], slots
 
 
 def _uniforms(jobs: Sequence[Job], reads: int) -> Tensor:
