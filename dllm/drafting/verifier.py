@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SLOTS = 1024  # to begin with: short texts share captures, and to read so many costs next to nothing
+ROOM = 128  # where nothing is captured: zeros cost time
 KINDS = ("full_attention", "sliding_attention")
 # what a gather by slots rearranges completely; since transformers 5.23 layers that store nothing have a class
 STORED = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))  # foreign
@@ -458,7 +459,7 @@ class Placed(Session):
         self.fed: list[int] = []  # ids of this round, without the nodes
         self.width, self.captured = 0, False  # this round
         self.states: Tensor | None = None  # (B, L, T, H) of this round
-        self.places = self._places(SLOTS)
+        self.places = self._places(ROOM if graphs is None else SLOTS)
         with torch.inference_mode():
             self.places.clear()
 
