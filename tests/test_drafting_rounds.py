@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from dllm.decoding import graphs
 from dllm.drafting import verifier as module
 from dllm.drafting.accept import Judge, reject, walk_sample
 from dllm.drafting.diffusion import DiffusionDrafter
-from dllm.drafting.drafters import Need
+from dllm.drafting.drafters import Ask, Need
 from dllm.drafting.front import speculate
+from dllm.drafting.loans import Loans
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
@@ -34,6 +36,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def small_stores(monkeypatch):
     monkeypatch.setattr(module, "SLOTS", 64)
+    monkeypatch.setattr(module, "ROOM", 16)
 
 
 def run(model, text, prompts, **kw):
@@ -114,11 +117,14 @@ def test_a_batch_waits_once_for_all_rows():
 @pytest.mark.parametrize("draws", [0, 1, 3])
 def test_a_draft_of_a_dllm_asks_nothing_before_its_read(cache, draws):
     need = Need(664, frozenset([2]), m_max=4, sampled=draws > 0, draws=draws)
-    drafter = DiffusionDrafter(dllm.load("tiny"), prefix_cache=cache)
-    drafter.reset(PROMPT, need)
-    u = need.uniforms(5, torch.Generator().manual_seed(0))
-    for _ in range(2):
-        found = waits(lambda: drafter._told(PROMPT, 5, u))
+    loans, texts, drafter = Loans(False), [PROMPT, PROMPT[:2]], DiffusionDrafter(dllm.load("tiny"), prefix_cache=cache)
+    drafters = [drafter.fork() for _ in texts]
+    for drafter, text in zip(drafters, texts, strict=True):
+        drafter.reset(text, replace(need, loans=loans))
+    for rows in (1, 2, 2):
+        pairs = zip(drafters[:rows], texts, strict=False)
+        jobs = [d._job(Ask(d, text, 5, torch.Generator().manual_seed(0))) for d, text in pairs]
+        found = waits(lambda: drafters[0]._told([job for _, job in jobs], jobs[0][0]))  # noqa: B023
     assert not asked(found)
 
 
