@@ -10,10 +10,13 @@ import pytest
 import torch
 from scripted import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import dllm
 from dllm.call.reads import chained
 from dllm.errors import DllmError
+from dllm.models.config import ModelConfig
+from dllm.models.native import NativeModel
 
 PROBLEM = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
 TEMPLATE = "Tom has {a} + 7 = {b} apples."
@@ -28,8 +31,6 @@ def embedded() -> Any:
 @pytest.fixture(scope="module")
 def small() -> Any:
     """A random model over the signs 0-9 a-z, one token each, and the piece "yz"."""
-    from transformers import PreTrainedTokenizerFast
-
     signs = [*"0123456789abcdefghijklmnopqrstuvwxyz", ":", "yz"]
     inner = Tokenizer(models.BPE({s: i for i, s in enumerate(signs)}, [("y", "z")]))
     inner.decoder = decoders.Fuse()
@@ -162,6 +163,9 @@ def test_a_continuation_is_scored_by_its_chain(embedded: Any) -> None:
             r"have no common canvas \('a' 1, 'bc' 2\)",
         ),
         ("q{x}z", {"x": ["a", "y"]}, {}, "its labels change how the text around them is written"),
+        ("q {x}{y}", {"x": ["y"], "y": ["z"]}, {}, "slots 'x' and 'y' share a token: put text between them"),
+        ("q {x}", {"x": ["a"]}, {"lengths": "any"}, "lengths='any' must be one of refuse, condition"),
+        ("q {x}", {"x": ["a"]}, {"temperature": 0}, "temperature=0 must be a number above 0"),
         ("q {x}", {"x": ["a"]}, {"labels": "sum"}, "labels='sum' must be one of auto, chain, product"),
         ("q {x}", {"x": ["a"]}, {"stages": [["y"]]}, "must name each of the slots once: x"),
         ("q {x}", {"x": ["a"]}, {"cfg_scale": -1}, "cfg_scale=-1 must be"),
@@ -183,3 +187,90 @@ def test_block_causal_models_may_not_see_the_suffix(small: Any) -> None:
     causal.tokenizer = small.tokenizer
     assert not dllm.read(causal, "abc", "{x}bcdefgh", slots={"x": ["a", "b"]}).sees_suffix
     assert dllm.read(causal, "abcd", "{x}bc", slots={"x": ["a", "b"]}).sees_suffix
+
+
+# -- against full enumeration -----------------------------------------------------------------------------------------
+
+SIGNS = "abcd:"  # ids 0 to 4, and 5 is the mask: every text is a label
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def whole(request: Any) -> Any:
+    """A random model whose vocabulary the signs are, and how near its reads are to sums in float64."""
+    inner = Tokenizer(models.BPE({s: i for i, s in enumerate(SIGNS)}, []))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    torch.manual_seed(5)
+    made = NativeModel(ModelConfig("llada", "LLaDAModelLM", 6, 6, 32, 2, 4, 2, 8, 48, mask_id=5))
+    for parameter in made.transformer.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    return made.to(dtype=request.param), 1e-12 if request.param == torch.float64 else 1e-5
+
+
+def summed(model: Any, canvas: list[int], writes: list[tuple[int, int]], joint: bool = False) -> float:
+    """log p of tokens at columns, one after the other and each by a forward of its own; joint: all by the first."""
+    canvas, total, first = [*canvas], 0.0, law(model, canvas)
+    for column, token in writes:
+        total += float((first if joint else law(model, canvas))[column, token])
+        canvas[column] = token
+    return total
+
+
+@pytest.mark.parametrize("how", ["chain", "product"])
+def test_labels_of_a_whole_vocabulary_are_a_law(whole: Any, how: str) -> None:
+    """All 125 texts of three signs: each is what forwards of its own say, and together they have all of the mass."""
+    model, near = whole
+    texts = ["".join(x) for x in itertools.product(SIGNS, repeat=3)]
+    r = dllm.read(model, "ab", "c{x}d", slots={"x": texts}, labels=how, batch_size=64)
+    assert (r.nfe, r["x"].exact, r["x"].columns) == (3 if how == "chain" else 1, how, (3, 4, 5))
+    assert r.canvas == [0, 1, 2, 5, 5, 5, 3]
+    for text in texts:
+        writes = [(3 + j, SIGNS.index(sign)) for j, sign in enumerate(text)]
+        assert r["x"].logp[text] == pytest.approx(summed(model, r.canvas, writes, how == "product"), abs=near)
+    assert r["x"].mass == pytest.approx(1, abs=10 * near)
+    assert list(r["x"].p.values()) == pytest.approx([math.exp(v) for v in r["x"].logp.values()], abs=10 * near)
+
+
+def test_stages_of_a_whole_vocabulary(whole: Any) -> None:
+    """The second stage is a law given what the first one wrote, the first one given that both are open."""
+    model, near = whole
+    pairs = ["".join(x) for x in itertools.product(SIGNS, repeat=2)]
+    r = dllm.read(model, "ab", "{x}:{y}", slots={"x": pairs, "y": [*SIGNS]}, stages=[["y"], ["x"]], batch_size=64)
+    opened = [0, 1, 5, 5, 4, 5]
+    y = {sign: summed(model, opened, [(5, i)]) for i, sign in enumerate(SIGNS)}
+    assert r["y"].logp == pytest.approx(y, abs=near) and r["y"].best == max(y, key=lambda sign: y[sign])
+    opened[5] = SIGNS.index(r["y"].best)
+    x = {t: summed(model, opened, [(2, SIGNS.index(t[0])), (3, SIGNS.index(t[1]))]) for t in pairs}
+    assert r["x"].logp == pytest.approx(x, abs=near) and r.canvas == opened and r.nfe == 3
+    assert (r["x"].mass, r["y"].mass) == pytest.approx((1, 1), abs=10 * near)
+
+
+def test_labels_of_different_lengths_are_read_given_their_length(whole: Any) -> None:
+    """Each number of columns has a canvas and a law of its own, all in the same forwards."""
+    model, near = whole
+    every = [*SIGNS, *("".join(x) for x in itertools.product(SIGNS, repeat=2))]
+    call = {"slots": {"x": every, "y": ["a", "b"]}, "lengths": "condition", "null": "d", "batch_size": 64}
+    r = dllm.read(model, "ab", "{x}:{y}", **call)
+    assert list(r.slots) == ["y", "x:1", "x:2"] and r.nfe == 2
+    for size in (1, 2):
+        said, labels = r[f"x:{size}"], [t for t in every if len(t) == size]
+        alone = dllm.read(model, "ab", "{x}:{y}", slots={"x": labels, "y": ["a", "b"]}, null="d", batch_size=64)
+        assert said.columns == alone["x"].columns == tuple(range(2, 2 + size))
+        assert said.logp == pytest.approx(alone["x"].logp, abs=near) and said.p == pytest.approx(alone["x"].p, abs=near)
+        assert said.mass == pytest.approx(1, abs=10 * near) and said.exact == ("slot" if size == 1 else "chain")
+    assert r["y"].logp == pytest.approx(
+        dllm.read(model, "ab", "{x}:{y}", slots={"x": [*SIGNS], "y": ["a", "b"]})["y"].logp, abs=near
+    )
+    with pytest.raises(DllmError, match="slot 'x' have different numbers of columns and are read apart: x:1, x:2"):
+        r["x"]
+    with pytest.raises(DllmError, match="slot 'x' has labels of different numbers of tokens, so there is no best one"):
+        dllm.read(model, "ab", "{x}:{y}", stages=[["x"], ["y"]], **call)
+
+
+def test_a_temperature_sharpens_or_flattens_p_alone(whole: Any) -> None:
+    model, near = whole
+    plain, flat = (dllm.read(model, "ab", ":{x}", slots={"x": [*SIGNS]}, temperature=t)["x"] for t in (1.0, 2.0))
+    assert flat.logp == plain.logp and flat.mass == plain.mass and flat.best == plain.best
+    want = (torch.tensor([*plain.logp.values()], dtype=torch.float64) / 2).softmax(0).tolist()
+    assert list(flat.p.values()) == pytest.approx(want, abs=10 * near)

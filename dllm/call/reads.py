@@ -6,6 +6,7 @@ mask is the neutral seed, so nothing is drawn and nothing averaged. docs/reads.m
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from torch import Tensor
 from dllm.call.arguments import Arguments
 from dllm.call.job import ModelLike, mask_of, resolve_model
 from dllm.call.prompts import One, Prompt, Several, check_ids, prompt_ids
-from dllm.errors import DllmError, nearest
+from dllm.errors import DllmError, nearest, unknown
 from dllm.models.model import Model
 from dllm.models.tokenizer import NO_TOKENIZER, Tokenizer
 
 Canvas: TypeAlias = tuple[int, ...]  # ids of one row
 Question: TypeAlias = tuple[Canvas, int, int]  # a canvas, a column of it that is masked, a token
 LABELS = ("auto", "chain", "product")
+LENGTHS = ("refuse", "condition")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class Reading:
     sees_suffix: bool  # whether a slot sees the fixed text behind it; block-causal models do not beyond their block
 
     def __getitem__(self, slot: str) -> SlotReading:
+        if slot not in self.slots:
+            apart = [name for name in self.slots if name.startswith(f"{slot}:")]
+            raise DllmError(
+                f"the labels of slot {slot!r} have different numbers of columns and are read apart: {', '.join(apart)}"
+                if apart
+                else unknown("slot", slot, self.slots)
+            )
         return self.slots[slot]
 
 
@@ -84,22 +93,25 @@ class Form:
     slots: dict[str, Slot]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, mask: int, template: str, slots: Mapping[str, Sequence[str]]) -> Form:
-        """Errors: names that are not those of the template, no labels or bad ones, labels of different lengths, and
-        those that change how the text around them is written."""
-        parts = _parts(template, slots)
-        for name, labels in slots.items():
-            _check_labels(name, labels)
+    def of(cls, tokenizer: Tokenizer, mask: int, parts: Parts, slots: Mapping[str, Sequence[str]]) -> Form:
+        """Errors: labels of different lengths, and slots that share a token."""
         found = {name: _slot(tokenizer, parts, name, slots) for name in slots}
         first = {name: labels[0] for name, labels in slots.items()}
-        ids = _tokens(tokenizer, _filled(parts, first))[0]
+        ids, spans = _tokens(tokenizer, _filled(parts, first))
+        order = sorted(spans, key=lambda name: spans[name])
+        for one, other in itertools.pairwise(order):
+            if spans[one][1] > spans[other][0]:
+                raise DllmError(f"slots {one!r} and {other!r} share a token: put text between them")
         for slot in found.values():
             ids[slot.at : slot.at + slot.size] = [mask] * slot.size
         return cls(tuple(ids), found)
 
 
-def _parts(template: str, slots: Mapping[str, Sequence[str]]) -> list[tuple[str, str | None]]:
-    """The text before each slot with its name, and the text behind the last one."""
+Parts: TypeAlias = list[tuple[str, str | None]]  # the text before each slot with its name, and that behind the last
+
+
+def _parts(template: str, slots: Mapping[str, Sequence[str]]) -> Parts:
+    """A template apart. Errors: names that are not those of the slots, no labels or bad ones."""
     try:
         parts = [(text, name) for text, name, *_ in Formatter().parse(template)]
     except ValueError as error:
@@ -116,6 +128,8 @@ def _parts(template: str, slots: Mapping[str, Sequence[str]]) -> list[tuple[str,
         raise DllmError(f"the template has a slot twice: {', '.join(names)}")
     if not names:
         raise DllmError("a template to read has at least one slot, such as {answer}")
+    for name, labels in slots.items():
+        _check_labels(name, labels)
     return parts
 
 
@@ -126,12 +140,12 @@ def _check_labels(name: str, labels: Sequence[str]) -> None:
         raise DllmError(f"slot {name!r} has a label twice: {', '.join(map(repr, labels))}")
 
 
-def _filled(parts: list[tuple[str, str | None]], labels: Mapping[str, str]) -> list[tuple[str, str | None]]:
+def _filled(parts: Parts, labels: Mapping[str, str]) -> Parts:
     """The pieces of the text with these labels, and which slot each label piece is."""
     return [piece for text, name in parts for piece in ((text, None), *([(labels[name], name)] if name else []))]
 
 
-def _tokens(tokenizer: Tokenizer, pieces: list[tuple[str, str | None]]) -> tuple[list[int], dict[str, tuple[int, int]]]:
+def _tokens(tokenizer: Tokenizer, pieces: Parts) -> tuple[list[int], dict[str, tuple[int, int]]]:
     """The ids of a text, and the half-open range of them that writes each slot's label. Errors: no offsets."""
     text, spans, end = "".join(piece for piece, _ in pieces), dict[str, tuple[int, int]](), 0
     try:
@@ -147,10 +161,11 @@ def _tokens(tokenizer: Tokenizer, pieces: list[tuple[str, str | None]]) -> tuple
     return ids, spans
 
 
-def _slot(
-    tokenizer: Tokenizer, parts: list[tuple[str, str | None]], name: str, slots: Mapping[str, Sequence[str]]
-) -> Slot:
-    """A slot of the template, its labels tokenised where they stand."""
+def _tokenised(
+    tokenizer: Tokenizer, parts: Parts, name: str, slots: Mapping[str, Sequence[str]]
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """The first column of a slot, and the ids of its labels where they stand; the other slots have their first labels.
+    Errors: labels that change how the text around them is written."""
     others = {other: labels[0] for other, labels in slots.items()}
     found, around = dict[str, tuple[int, ...]](), dict[str, tuple[list[int], list[int]]]()
     for label in slots[name]:
@@ -164,6 +179,12 @@ def _slot(
             a, b = map(tokenizer.convert_ids_to_tokens, texts)
             told = f"{a} with {first!r}, {b} with {label!r}"
             raise DllmError(f"slot {name!r}: its labels change how the text around them is written: {told}")
+    return len(around[first][0]), found
+
+
+def _slot(tokenizer: Tokenizer, parts: Parts, name: str, slots: Mapping[str, Sequence[str]]) -> Slot:
+    """A slot of the template. Errors: labels that begin one another, and of different lengths."""
+    at, found = _tokenised(tokenizer, parts, name, slots)
     for label, own in found.items():
         longer = next((o for o, other in found.items() if o != label and other[: len(own)] == own), None)
         if longer is not None:
@@ -172,23 +193,46 @@ def _slot(
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{label!r} {n}" for label, n in sizes.items())
         raise DllmError(
-            f"slot {name!r}: labels of different numbers of tokens have no common canvas ({counts}); "
-            "use aliases of one length, such as A, B, C with the options in the prompt"
+            f"slot {name!r}: labels of different numbers of tokens have no common canvas ({counts}); use aliases of "
+            "one length, such as A, B, C with the options in the prompt, or lengths='condition'"
         )
-    return Slot(len(around[first][0]), found)
+    return Slot(at, found)
+
+
+def _forms(
+    tokenizer: Tokenizer, mask: int, parts: Parts, slots: Mapping[str, Sequence[str]], apart: bool
+) -> list[tuple[Form, dict[str, str]]]:
+    """The forms to read, and of each the slots whose labels it answers for, with the names of their readings.
+
+    `apart`: a slot whose labels have different numbers of tokens has a form for each of these numbers; the first form
+    answers for all other slots, and there such a slot is as long as its first label.
+    """
+    groups = dict[str, dict[int, list[str]]]()
+    for name in slots if apart else ():
+        by_size = dict[int, list[str]]()
+        for label, ids in _tokenised(tokenizer, parts, name, slots)[1].items():
+            by_size.setdefault(len(ids), []).append(label)
+        if len(by_size) > 1:
+            groups[name] = by_size
+    some = {name: next(iter(groups[name].values())) if name in groups else labels for name, labels in slots.items()}
+    forms = [(Form.of(tokenizer, mask, parts, some), {name: name for name in slots if name not in groups})]
+    for name, by_size in groups.items():
+        for size, labels in sorted(by_size.items()):
+            forms.append((Form.of(tokenizer, mask, parts, {**some, name: labels}), {name: f"{name}:{size}"}))
+    return forms
 
 
 @overload
 def read(
     model: ModelLike, prompt: One, template: str, *, slots: Mapping[str, Sequence[str]], labels: str = "auto",
-    stages: Sequence[Sequence[str]] | None = None, null: One | None = None, cfg_scale: float = 0.0,
-    chat: bool | None = None, batch_size: int = 8,
+    lengths: str = "refuse", stages: Sequence[Sequence[str]] | None = None, null: One | None = None,
+    cfg_scale: float = 0.0, temperature: float = 1.0, chat: bool | None = None, batch_size: int = 8,
 ) -> Reading: ...  # fmt: skip
 @overload
 def read(
     model: ModelLike, prompt: Several, template: str, *, slots: Mapping[str, Sequence[str]], labels: str = "auto",
-    stages: Sequence[Sequence[str]] | None = None, null: One | None = None, cfg_scale: float = 0.0,
-    chat: bool | None = None, batch_size: int = 8,
+    lengths: str = "refuse", stages: Sequence[Sequence[str]] | None = None, null: One | None = None,
+    cfg_scale: float = 0.0, temperature: float = 1.0, chat: bool | None = None, batch_size: int = 8,
 ) -> list[Reading]: ...  # fmt: skip
 def read(
     model: ModelLike,
@@ -197,9 +241,11 @@ def read(
     *,
     slots: Mapping[str, Sequence[str]],
     labels: str = "auto",
+    lengths: str = "refuse",
     stages: Sequence[Sequence[str]] | None = None,
     null: One | None = None,
     cfg_scale: float = 0.0,
+    temperature: float = 1.0,
     chat: bool | None = None,
     batch_size: int = 8,
 ) -> Reading | list[Reading]:
@@ -209,9 +255,12 @@ def read(
     slots         the labels of each slot.
     labels        of several tokens: `chain` sums log p(token | tokens before it, the later ones masked), a forward a
                   token; `product` reads all tokens in one forward, as if they were independent. auto: chain.
+    lengths       labels of a slot with different numbers of tokens: `refuse`, or `condition`, which reads those of each
+                  number on a canvas of theirs, given that number: `reading["mood:2"]` has the labels of two columns.
     stages        names of slots; the best label of a stage is written before the next is read. None: one stage.
     null          a prompt without content: `p` is then that of log p(label | prompt) - log p(label | null).
     cfg_scale     guidance away from the canvas whose prompt is masked; 0 is off.
+    temperature   `p` is that of log p(label) / temperature, which an evaluation fits (docs/reads.md).
     batch_size    canvases of a forward.
 
     Returns one `Reading` for one prompt, a list for a list. Errors: `DllmError`, one line.
@@ -221,60 +270,75 @@ def read(
     mask = mask_of(model)
     if model.tokenizer is None:
         raise DllmError(f"a template is text, and this model has no tokenizer ({NO_TOKENIZER})")
-    if labels not in LABELS:
-        raise DllmError(f"labels={labels!r} must be one of {', '.join(LABELS)}")
-    form = Form.of(model.tokenizer, mask, template, slots)
-    order = _stages(stages, form)
+    for name, value, known in (("labels", labels, LABELS), ("lengths", lengths, LENGTHS)):
+        if value not in known:
+            raise DllmError(f"{name}={value!r} must be one of {', '.join(known)}")
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise DllmError(f"temperature={temperature!r} must be a number above 0")
+    forms = _forms(model.tokenizer, mask, _parts(template, slots), slots, lengths == "condition")
+    order = _stages(stages, slots, forms)
     heads, single = prompt_ids(model, prompt, chat, 1)
-    rows = [*heads, *(prompt_ids(model, null, chat, 1)[0] if null is not None else [])]
-    for head in rows:
-        _check(model, head, form)
+    given = [*heads, *(prompt_ids(model, null, chat, 1)[0] if null is not None else [])]
+    rows = [Row.of(model, head, form) for head in given for form, _ in forms]
     look = Look(model, cfg_scale, batch_size)
-    found = _read(look, rows, form, order, "chain" if labels == "auto" else labels)
-    blank = found.pop() if null is not None else None
-    made = [_reading(model, head, form, row, blank, look.nfe) for head, row in zip(heads, found, strict=True)]
+    _read(look, rows, order, "chain" if labels == "auto" else labels)
+    by_prompt = [rows[i : i + len(forms)] for i in range(0, len(rows), len(forms))]
+    blank = by_prompt.pop() if null is not None else None
+    made = [_reading(model, own, blank, [named for _, named in forms], temperature, look.nfe) for own in by_prompt]
     return made[0] if single else made
 
 
-def _stages(stages: Sequence[Sequence[str]] | None, form: Form) -> list[list[str]]:
-    """The slots of each stage. Errors: a slot in none or in two, names of no slot."""
-    order = [[*form.slots]] if stages is None else [[*stage] for stage in stages]
+def _stages(
+    stages: Sequence[Sequence[str]] | None, slots: Mapping[str, object], forms: Sequence[tuple[Form, dict[str, str]]]
+) -> list[list[str]]:
+    """The slots of each stage. Errors: a slot in none or in two, names of no slot, a slot that has no best label before
+    the last stage."""
+    order = [[*slots]] if stages is None else [[*stage] for stage in stages]
     named = [name for stage in order for name in stage]
-    if sorted(named) != sorted(form.slots):
-        raise DllmError(f"stages={stages!r} must name each of the slots once: {', '.join(form.slots)}")
+    if sorted(named) != sorted(slots):
+        raise DllmError(f"stages={stages!r} must name each of the slots once: {', '.join(slots)}")
+    for _, apart in forms[1:]:
+        for name in apart:
+            if name not in order[-1]:
+                raise DllmError(
+                    f"slot {name!r} has labels of different numbers of tokens, so there is no best one to write before "
+                    "the next stage: read it in the last one"
+                )
     return order
-
-
-def _check(model: Model, head: list[int], form: Form) -> None:
-    check_ids(head, model.embedding_rows, "the prompt")
-    if model.mask_id in head:
-        raise DllmError("a prompt to read holds no mask tokens: slots stand in the template")
-    if (size := len(head) + len(form.ids)) > model.max_positions:
-        raise DllmError(f"prompt and template have {size} tokens; the model has {model.max_positions} positions")
-    if model.shift and not head and form.ids[0] == model.mask_id:
-        raise DllmError("with shifted logits position 0 cannot be predicted: begin the template with a word")
 
 
 @dataclass
 class Row:
-    """A prompt under way: its canvas, and what its slots said."""
+    """A prompt under way: its form, its canvas, and what its slots said."""
 
     head: int
+    form: Form
     canvas: Canvas
     said: dict[str, tuple[dict[str, float], str]]
 
+    @classmethod
+    def of(cls, model: Model, head: list[int], form: Form) -> Row:
+        """Errors: a prompt with masks or unknown ids, more tokens than positions, nothing to predict a slot from."""
+        check_ids(head, model.embedding_rows, "the prompt")
+        if model.mask_id in head:
+            raise DllmError("a prompt to read holds no mask tokens: slots stand in the template")
+        if (size := len(head) + len(form.ids)) > model.max_positions:
+            raise DllmError(f"prompt and template have {size} tokens; the model has {model.max_positions} positions")
+        if model.shift and not head and form.ids[0] == model.mask_id:
+            raise DllmError("with shifted logits position 0 cannot be predicted: begin the template with a word")
+        return cls(len(head), form, (*head, *form.ids), {})
 
-def _read(look: Look, heads: list[list[int]], form: Form, order: list[list[str]], law: str) -> list[Row]:
+
+def _read(look: Look, rows: Sequence[Row], order: list[list[str]], law: str) -> None:
     """All rows, stage by stage, token by token."""
-    rows = [Row(len(head), (*head, *form.ids), {}) for head in heads]
     for stage in order:
-        sums = [{name: dict.fromkeys(form.slots[name].labels, 0.0) for name in stage} for _ in rows]
+        sums = [{name: dict.fromkeys(row.form.slots[name].labels, 0.0) for name in stage} for row in rows]
         chain = law == "chain"
-        for level in range(max(form.slots[name].size for name in stage) if chain else 1):
+        for level in range(max(row.form.slots[name].size for row in rows for name in stage) if chain else 1):
             asked: dict[tuple[int, str, str, int], Question] = {}
             for i, row in enumerate(rows):
                 for name in stage:
-                    slot = form.slots[name]
+                    slot = row.form.slots[name]
                     at = row.head + slot.at
                     for label, ids in slot.labels.items():
                         for j in range(level, min(level + 1, slot.size)) if chain else range(slot.size):
@@ -285,12 +349,11 @@ def _read(look: Look, heads: list[list[int]], form: Form, order: list[list[str]]
                 sums[i][name][label] += answers[question]
         for row, totals in zip(rows, sums, strict=True):
             for name, logp in totals.items():
-                slot = form.slots[name]
+                slot = row.form.slots[name]
                 row.said[name] = logp, "slot" if slot.size == 1 else law
                 if stage is not order[-1]:
                     best = max(logp, key=lambda label: logp[label])
                     row.canvas = written(row.canvas, row.head + slot.at, slot.labels[best])
-    return rows
 
 
 def written(canvas: Canvas, at: int, ids: Sequence[int]) -> Canvas:
@@ -298,24 +361,38 @@ def written(canvas: Canvas, at: int, ids: Sequence[int]) -> Canvas:
     return (*canvas[:at], *ids, *canvas[at + len(ids) :])
 
 
-def _reading(model: Model, head: list[int], form: Form, row: Row, blank: Row | None, nfe: int) -> Reading:
+def _reading(
+    model: Model,
+    rows: Sequence[Row],
+    blank: Sequence[Row] | None,
+    answering: Sequence[Mapping[str, str]],
+    temperature: float,
+    nfe: int,
+) -> Reading:
+    """What the forms of one prompt say, each of the slots that it answers for."""
     slots = dict[str, SlotReading]()
-    for name, slot in form.slots.items():
-        logp, exact = row.said[name]
-        level = {label: v - (blank.said[name][0][label] if blank else 0.0) for label, v in logp.items()}
-        top = max(level.values())
-        total = sum(math.exp(v - top) for v in level.values())
-        slots[name] = SlotReading(
-            logp=logp,
-            p={label: math.exp(v - top) / total for label, v in level.items()},
-            mass=sum(map(math.exp, logp.values())),
-            tokens=slot.labels,
-            columns=tuple(range(len(head) + slot.at, len(head) + slot.at + slot.size)),
-            exact=exact,
-        )
-    block, first = model.block_size, len(head) + min(slot.at for slot in form.slots.values())
+    for i, (row, names) in enumerate(zip(rows, answering, strict=True)):
+        for name, shown in names.items():
+            slots[shown] = _slot_reading(row, None if blank is None else blank[i], name, temperature)
+    row = rows[0]
+    block, first = model.block_size, row.head + min(slot.at for slot in row.form.slots.values())
     sees = block is None or first // block == (len(row.canvas) - 1) // block
     return Reading(slots, nfe, [*row.canvas], sees)
+
+
+def _slot_reading(row: Row, blank: Row | None, name: str, temperature: float) -> SlotReading:
+    slot, (logp, exact) = row.form.slots[name], row.said[name]
+    level = {label: (v - (blank.said[name][0][label] if blank else 0.0)) / temperature for label, v in logp.items()}
+    top = max(level.values())
+    total = sum(math.exp(v - top) for v in level.values())
+    return SlotReading(
+        logp=logp,
+        p={label: math.exp(v - top) / total for label, v in level.items()},
+        mass=sum(map(math.exp, logp.values())),
+        tokens=slot.labels,
+        columns=tuple(range(row.head + slot.at, row.head + slot.at + slot.size)),
+        exact=exact,
+    )
 
 
 @dataclass

@@ -29,8 +29,12 @@ def read(
         typer.Option("--stage", metavar="NAME,NAME", help="Slots read together; later stages see the best labels."),
     ] = None,
     labels: Annotated[str, typer.Option(help="Of several tokens: chain, or product.")] = "auto",
+    lengths: Annotated[
+        str, typer.Option(help="Labels of different numbers of tokens: refuse, or condition on the number.")
+    ] = "refuse",
     null: Annotated[str | None, typer.Option(help="A prompt without content, to calibrate by.")] = None,
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 0 is off.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of the p of labels, as an evaluation fits it.")] = 1.0,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template (default: where there is one).")
     ] = None,
@@ -49,8 +53,8 @@ def read(
 
     stages = [s.split(",") for s in stage] if stage else None
     found = read(
-        load(located(common)[0]), prompt, template, slots=slots, stages=stages, labels=labels, null=null,
-        cfg_scale=cfg_scale, chat=chat,
+        load(located(common)[0]), prompt, template, slots=slots, stages=stages, labels=labels,
+        lengths=lengths, null=null, cfg_scale=cfg_scale, temperature=temperature, chat=chat,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(asdict(found)))
