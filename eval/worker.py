@@ -29,6 +29,7 @@ from dllm.call.prompts import One, Several
 from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
+from dllm.drafting.hidden.drafter import HiddenDrafter
 from dllm.drafting.loop import SpecResult
 from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
 from dllm.drafting.verifier import Verifier
@@ -285,6 +286,8 @@ def _network(drafter: object) -> str | None:
     """A mark of a drafter's weights; None where it has none."""
     if isinstance(drafter, DiffusionDrafter) and isinstance(drafter.model, NativeModel):
         return fingerprint(drafter.model.transformer, str(drafter.suffix))
+    if isinstance(drafter, HiddenDrafter):
+        return fingerprint(drafter.head, str(None))
     return fingerprint(cast(nn.Module, drafter.model), str(None)) if isinstance(drafter, ARDrafter) else None
 
 

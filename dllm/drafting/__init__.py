@@ -7,6 +7,7 @@ from dllm.drafting.control import ADL, Controller, CostAware, FailFast, Fixed, H
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.front import calibrate
+from dllm.drafting.hidden.drafter import HiddenDrafter
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loop import SpecConfig, SpecResult
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
@@ -22,8 +23,8 @@ from dllm.spec import param
 __all__ = [
     "ADL", "EAL", "EMPTY", "ARDrafter", "Argmax", "BestFirstTree", "CPSBeam", "CPSSample", "CausalLM", "Controller",
     "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback", "Fixed", "Grams",
-    "Heuristic", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal", "RejectionThreshold", "RoundStats",
-    "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen", "SpecConfig", "SpecResult", "StandDrafter", "Store",
-    "Successors", "SuffixDrafter", "TokenRecycling", "Verifier", "Viterbi", "as_drafter", "as_verifier", "calibrate",
-    "chain", "param",
+    "Heuristic", "HiddenDrafter", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal", "RejectionThreshold",
+    "RoundStats", "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen", "SpecConfig", "SpecResult", "StandDrafter",
+    "Store", "Successors", "SuffixDrafter", "TokenRecycling", "Verifier", "Viterbi", "as_drafter", "as_verifier",
+    "calibrate", "chain", "param",
 ]  # fmt: skip

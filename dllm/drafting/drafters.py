@@ -18,6 +18,7 @@ from dllm.drafting.pairs import PairScores
 from dllm.drafting.proposal import Proposal, fit
 from dllm.drafting.store import Grams, Seen, Store, Successors
 from dllm.drafting.suffixes import SuffixArray
+from dllm.drafting.verifier import CausalLM
 from dllm.errors import DllmError, first_line, out_of_memory
 from dllm.models.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ class Need:
     tree: int = 0  # node budget, 0 = chain
     tokenizer: Tokenizer | None = None  # of the verifier, where it is known
     draws: int = 0  # tokens that the search asks of each slot, see `PathSearch`
+    model: CausalLM | None = None  # the verifier's, for drafters that share its embedding and head
     loans: Loans | None = None  # where models of the call find their graphs; None: nothing is captured
     store: Store | None = None  # what outlives the text; as it is when the call begins
     texts: tuple[SuffixArray, ...] = ()  # of others: those of the store, then the user's corpus
@@ -71,8 +73,10 @@ class Need:
             logits = logits.masked_fill(banned, float("-inf"))
         warp = self.warp if self.sampled else None
         warped = logits if warp is None else warp(logits.float())
-        table, rows = pruned(warped, self.tau_mass if pairs is None else 1.0, self.m_max, self.eos, u)
-        if pairs is not None:
+        if pairs is None:
+            table, rows = pruned(warped, self.tau_mass, self.m_max, self.eos, u)
+        else:
+            table, rows = pruned(warped, 1.0, self.m_max, self.eos, u, pairs.walk)
             table = paired(table, 0 if u is None else u.shape[1], logits, pairs, warp)
         return table, rows if self.sampled else None
 

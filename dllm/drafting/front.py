@@ -118,8 +118,9 @@ def speculate(
     output (token for token in float64, and in float32 but for ties; docs/decoding.md).
 
     verifier   a transformers causal LM, a `Verifier`, "tiny-ar", a folder or a Hugging Face id.
-    drafter    a loaded dLLM, a transformers causal LM, a `Drafter`, "suffix" | "lookup" | "recycle" | "stand" or the
-               name of one from another package, a folder or a Hugging Face id, or None (plain decoding).
+    drafter    a loaded dLLM, a head over the verifier's states, a transformers causal LM, a `Drafter`, "suffix" |
+               "lookup" | "recycle" | "stand" or the name of one from another package, a folder or a Hugging Face id, or
+               None (plain decoding).
     prompt     text (through the chat template where there is one, see `chat`), ids, chat messages, a list of these (a
                batch), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
     temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses
@@ -361,7 +362,7 @@ def calibrate(
 
     if d is not None:
         d = d.fork()
-        d.reset(ids, Need(v.vocab, v.eos, tokenizer=v.tokenizer))
+        d.reset(ids, Need(v.vocab, v.eos, tokenizer=v.tokenizer, model=v.model))
         if states is not None:
             d.take(states, 0)
     for n in lengths:

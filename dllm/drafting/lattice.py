@@ -147,12 +147,18 @@ def build(
 
 
 def pruned(
-    logits: Tensor, tau_mass: float, m_max: int, keep: Iterable[int], u: Tensor | None = None
+    logits: Tensor,
+    tau_mass: float,
+    m_max: int,
+    keep: Iterable[int],
+    u: Tensor | None = None,
+    also: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All that the host is told of logits (k, V), without a question, and the log-probabilities (k, V).
 
     (k, 3 + n + 2 M) float32, which holds ids up to 2^24. Per slot: unusable, without a candidate, arg-max, the draws at
-    uniforms u (k, n), then M tokens and their log-probabilities.
+    uniforms u (k, n), then M tokens and their log-probabilities. Beside the ids of `keep` each slot keeps its one of
+    `also` (k,).
     """
     if not 0 < tau_mass <= 1 or m_max < 1:
         raise DllmError(f"tau_mass must lie in (0, 1] and m_max be at least 1, got {tau_mass} and {m_max}")
@@ -164,7 +170,10 @@ def pruned(
     kept = (mass - logp.exp() < tau_mass) & (logp > low)
     kept[:, :1] = True
     logp, tokens = logp.masked_fill(~kept, low), tokens.masked_fill(~kept, -1)
-    tokens, logp = _keep(tokens, logp, full, tuple(sorted({t for t in keep if 0 <= t < vocab})))
+    kept_ids = tuple(sorted({t for t in keep if 0 <= t < vocab}))
+    extra = [constant(kept_ids, tokens.device).expand(len(tokens), -1)] if kept_ids else []
+    for ids in extra if also is None else [*extra, also[:, None]]:
+        tokens, logp = _keep(tokens, logp, full, ids)
     best = logits.amax(-1, keepdim=True)
     unusable = logits.isnan().any(-1, keepdim=True) | (best == -low)
     some = [] if u is None else [draws(torch.softmax(full, -1), u)]
@@ -201,11 +210,10 @@ def listed(table: Tensor, rows: Tensor | None, start: int, n: int = 0, pairs: bo
     return Lattice(tokens, logp, table[:, 2].long(), start, rows, some, found)
 
 
-def _keep(tokens: Tensor, logp: Tensor, full: Tensor, keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Append the ids of `keep` that pruning dropped; sorting moves the padding behind them."""
-    if not keep or not len(tokens):
+def _keep(tokens: Tensor, logp: Tensor, full: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Append those of each slot's ids (k, n) that pruning dropped; sorting moves the padding behind them."""
+    if not len(tokens):
         return tokens, logp
-    ids = constant(keep, tokens.device).expand(len(tokens), -1)
     extra = full.gather(1, ids)
     present = (tokens[:, :, None] == ids[:, None, :]).any(1) | (extra == float("-inf"))
     tokens = torch.cat([tokens, ids.masked_fill(present, -1)], 1)

@@ -319,7 +319,7 @@ class Speculation:
         pruning = (cfg.tau_mass, cfg.m_max)
         need = Need(
             verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer,
-            self.search.draws, self.loans, as_store(cfg.store), self.texts,
+            self.search.draws, verifier.model, self.loans, as_store(cfg.store), self.texts,
         )  # fmt: skip
         self.sources = [d for d in (self.drafter, self.graft) if d is not None]
         self.teaches = any(source.successors for source in self.sources)

@@ -95,11 +95,13 @@ class PairScores:
     score    w of ids before and ids: (k, A), (k, M) -> (k, A, M).
     anchor   (1,) int64: the token before slot 0.
     law      how scores become weights, see above.
+    walk     (k,) ids, one a slot, that are candidates however small their marginal: the head's own greedy path.
     """
 
     score: Scorer
     anchor: Tensor
     law: Law = "mass"
+    walk: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.law not in get_args(Law):

@@ -12,13 +12,16 @@ from dllm import spec
 from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
+from dllm.drafting.hidden.config import is_head
+from dllm.drafting.hidden.drafter import HiddenDrafter
+from dllm.drafting.hidden.head import head_of_folder, head_of_module
 from dllm.drafting.retrieval import PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.stand import StandDrafter
 from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.errors import DllmError, nearest
 from dllm.models.arguments import Checkpoint
 from dllm.models.files import optional_json
-from dllm.models.hub import EMBEDDED, load, load_verifier, locate
+from dllm.models.hub import EMBEDDED, load, load_verifier, locate, pick_device, pick_dtype
 from dllm.models.model import Model
 from dllm.models.tokenizer import Tokenizer
 from dllm.spec import Plugins
@@ -31,6 +34,11 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "stand": StandDrafter,
 }
 OTHERS = Plugins("dllm.drafters", "drafter", Drafter, "dllm.drafting.Drafter", DRAFTERS)
+
+NOT_FOR_HEADS = (
+    "backend", "mask_id", "eos_ids", "block_size", "shift", "tokenizer", "quantization", "device_map",
+    "attn_implementation",
+)  # fmt: skip
 
 VerifierLike: TypeAlias = str | Path | Checkpoint | Verifier | CausalLM
 DrafterLike: TypeAlias = str | Mapping[str, object] | Checkpoint | Drafter | Model | CausalLM | None
@@ -93,7 +101,13 @@ def _loaded(found: Checkpoint) -> Drafter:
     near = nearest(found.name, (*drafter_names(), *EMBEDDED))
     if near in drafter_names() and "/" not in found.name and not Path(found.name).exists():
         raise DllmError(f"unknown drafter {found.name!r}; did you mean {near!r}?")
-    folder, model = locate(found.name, **found.hub), load(found)
+    folder = locate(found.name, **found.hub)
+    if is_head(raw := optional_json(folder / "config.json")):
+        if unread := [name for name in found.given() if name in NOT_FOR_HEADS]:
+            raise DllmError(f"{', '.join(unread)}: a head over the verifier's states has its verifier's; leave it out")
+        place = pick_device(found.device)
+        return HiddenDrafter(head_of_folder(folder, raw, pick_dtype(found.dtype, place), place))
+    model = load(found)
     if model.config.causal:
         return _of_model(cast(CausalLM, load_verifier(found)))
     if how := optional_json(folder / "drafter.json"):
@@ -106,7 +120,8 @@ def _of_model(model: Model | CausalLM) -> Drafter:
     if isinstance(model, Model):
         drafter: Drafter = DiffusionDrafter(model)
     elif isinstance(model, nn.Module):
-        drafter = ARDrafter(model)
+        raw = model.config.to_dict() if hasattr(model.config, "to_dict") else {}  # foreign
+        drafter = HiddenDrafter(head_of_module(model, raw)) if is_head(raw) else ARDrafter(model)
     else:
         raise DllmError(
             f"a drafter is a dLLM, a causal LM, a Drafter, or one of {', '.join(drafter_names())}; "

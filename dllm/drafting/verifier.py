@@ -63,6 +63,9 @@ class CausalLM(Protocol):
     def get_input_embeddings(self) -> Any:
         """The module whose `weight` is (V, D)."""
 
+    def get_output_embeddings(self) -> Any:
+        """The module that makes logits of the last states."""
+
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Switch the attention kernel."""
 

@@ -22,7 +22,7 @@ from dllm.errors import DllmError, first_line
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
 from dllm.models.files import INDEX, write_json
-from dllm.models.layout import Layout, Piece
+from dllm.models.layout import Piece
 from dllm.models.transformer import Transformer
 
 DERIVED = re.compile(r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$")  # tables that old writers stored
@@ -42,7 +42,7 @@ def load_weights(
 
     Errors: missing, unexpected or duplicated tensors, wrong shapes, truncated files, NaN or infinite values.
     """
-    where = _stored(folder)
+    where = stored(folder)
     experts = 0 if config.moe is None else config.moe.n_experts
     for asked, what in ((config.n_layers, "layers"), (experts, "experts")):
         if asked > len(where):  # building them to see that they are absent might never end
@@ -52,7 +52,7 @@ def load_weights(
     except (RuntimeError, OverflowError) as error:
         raise DllmError(f"config.json asks for an impossible model: {first_line(error)}") from error
     head = _tied_head(family, config)
-    _account(folder, where, table, head)
+    account(folder, where, table, head)
     parameters = dict(model.named_parameters())
     filled: dict[str, Tensor] = {}
     broken: list[str] = []
@@ -112,7 +112,7 @@ def _copied(value: Tensor) -> Tensor:
     return value.cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _stored(folder: Path) -> dict[str, Path]:
+def stored(folder: Path) -> dict[str, Path]:
     """The file of every tensor. Errors: a tensor in two files, or not where the index says."""
     where: dict[str, Path] = {}
     for file, indexed in _files(folder):
@@ -126,10 +126,21 @@ def _stored(folder: Path) -> dict[str, Path]:
     return where
 
 
-def _account(folder: Path, where: dict[str, Path], table: Layout, optional: str | None) -> None:
-    """Errors: the files do not hold exactly the tensors of `table`."""
-    missing = table.keys() - where.keys()
-    extra = where.keys() - table.keys() - {optional}
+def accounted(folder: Path, where: dict[str, Path], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of files (see `stored`), one at a time. Errors: they are not exactly those of the names and shapes
+    that are expected, or hold NaN or infinite values."""
+    account(folder, where, expected)
+    for name, tensor in _stream(where):
+        _check_shape(name, tensor, expected[name])
+        if not _finite(tensor):
+            raise DllmError(f"NaN or infinite values in {name} of {folder}")
+        yield name, tensor
+
+
+def account(folder: object, where: Iterable[str], table: Iterable[str], optional: str | None = None) -> None:
+    """Errors: `where` does not hold exactly the tensors of `table`."""
+    missing = {*table} - {*where}
+    extra = {*where} - {*table} - {optional}
     if missing or extra:
         parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
         raise DllmError(f"the checkpoint {folder} {' and '.join(parts)}")

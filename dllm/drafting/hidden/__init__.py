@@ -1,0 +1,1 @@
+"""Drafters that read the verifier's hidden states: DFlash, DFlash 2, DSpark, Domino, DFlare, JetSpec."""
