@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dllm.bench import batches
 from dllm.bench.drafting import SETTINGS, held_out, run, tally, wall_row
 from dllm.drafting.control import RoundStats
 from dllm.drafting.loop import SpecResult
@@ -53,3 +54,11 @@ def test_held_out_prompts_are_test_problems():
     model = dllm.load("tiny")
     wanted = [model.chat([{"role": "user", "content": e.prompt}]) for e in tasks.generate("functions", "test", 3, 1)]
     assert held_out(model, "functions", 3) == wanted
+
+
+def test_batches_are_drafted_together_and_alone(monkeypatch):
+    monkeypatch.setattr(batches, "TASKS", ("functions",))
+    monkeypatch.setattr(batches, "ROWS", 2)
+    monkeypatch.setattr(batches, "NEW", 4)
+    rows = list(batches.run(repeats=1))
+    assert [row.bound for row in rows] == [1.3, None, 1.3, None] and all(row.value > 0 for row in rows)

@@ -153,10 +153,10 @@ def run_smollm(names: Sequence[str] | None = None, repeats: int = 5, *, new: int
         yield wall_row(f"SmolLM2, {name}", ratios, 0.95)
 
 
-def wall_row(name: str, ratios: Sequence[float], bound: float) -> Figure:
+def wall_row(name: str, ratios: Sequence[float], bound: float | None, rival: str = "plain") -> Figure:
     """The median of a setting's ratios, with all of them in the note."""
     runs = " ".join(f"{r:.2f}" for r in ratios)
-    return Figure(f"{name}: wall-clock to plain", statistics.median(ratios), bound, True, runs)
+    return Figure(f"{name}: wall-clock to {rival}", statistics.median(ratios), bound, True, runs)
 
 
 def pick(settings: Mapping[str, Options], names: Sequence[str] | None) -> dict[str, Options]:

@@ -81,6 +81,7 @@ def bench(
 
     from dllm.bench import (
         attention,
+        batches,
         cache,
         constraints,
         drafting,
@@ -110,6 +111,7 @@ def bench(
         "tail": lambda: tail.run(repeats, tail.SMALL if small else tail.FULL),
         "constraints": lambda: constraints.run(only, n=n or 300, model=model),
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
+        "drafting-batches": lambda: batches.run(repeats),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }
