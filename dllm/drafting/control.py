@@ -247,10 +247,19 @@ class RejectionThreshold(Controller):
 
 
 class CostTable:
-    """Measured seconds by length: a moving average per bucket, linear in between, never decreasing."""
+    """Measured seconds by length: a moving average per bucket, as it was measured. A longer forward may be the faster
+    one, since matrix kernels are made for some shapes. Between the measured lengths stands the lower hull of all of
+    them: a length that nobody tried counts as good as it may be, so that it is tried where that would pay.
 
-    def __init__(self, rate: float = 0.1) -> None:
-        self.rate = rate
+    rate    of the moving average.
+    beyond  seconds a token behind the longest length that was measured, as a share of the shortest one's; None: as
+            between the two.
+    """
+
+    TRIED = 2  # times that a length was measured before a slow reading is believed
+
+    def __init__(self, rate: float = 0.1, beyond: float | None = None) -> None:
+        self.rate, self.beyond = rate, beyond
         self.keys: list[int] = []
         self.mean: dict[int, float] = {}
         self.seen: dict[int, int] = {}
@@ -287,27 +296,48 @@ class CostTable:
         x = np.arange(n + 1, dtype=float)
         if not self.keys:
             return 1.0 + 0.02 * x  # unmeasured: a forward with a mild slope, in arbitrary units
-        values = np.maximum.accumulate([self.mean[k] for k in self.keys])
+        keys, values = self._hull()
         slope = 0.02 * values[0]
-        if len(self.keys) > 1:
-            slope = max(1e-9, (values[-1] - values[0]) / (self.keys[-1] - self.keys[0]))
-        out: np.ndarray = np.interp(x, self.keys, values)
-        low = x < self.keys[0]
-        out[low] = np.maximum(values[0] * 0.5, values[0] - slope * (self.keys[0] - x[low]))
-        high = x > self.keys[-1]
-        out[high] = values[-1] + slope * (x[high] - self.keys[-1])
+        if len(keys) > 1:
+            slope = max(1e-9, (values[-1] - values[0]) / (keys[-1] - keys[0]))
+        out: np.ndarray = np.interp(x, keys, values)
+        low = x < keys[0]
+        out[low] = np.maximum(values[0] * 0.5, values[0] - slope * (keys[0] - x[low]))
+        high = x > keys[-1]
+        slope = slope if self.beyond is None else self.beyond * values[0]
+        out[high] = values[-1] + slope * (x[high] - keys[-1])
+        for length in range(1, n + 1):
+            where = self.bucket(length)
+            if self.seen.get(where, 0) >= self.TRIED:
+                out[length] = self.mean[where]
         return out
+
+    def _hull(self) -> tuple[list[int], list[float]]:
+        """The lower convex hull of what was measured, made not to decrease."""
+        keys: list[int] = []
+        values: list[float] = []
+        best = np.minimum.accumulate([self.mean[k] for k in reversed(self.keys)])[::-1]
+        for key, value in zip(self.keys, best.tolist(), strict=True):
+            while len(keys) > 1 and (values[-1] - values[-2]) * (key - keys[-1]) >= (value - values[-1]) * (
+                keys[-1] - keys[-2]
+            ):
+                keys.pop()
+                values.pop()
+            keys.append(key)
+            values.append(value)
+        return keys, values
 
 
 class Shared:
-    """Seconds of work that rows of a batch share, by their number and the longest of them."""
+    """Seconds of work that rows of a batch share, by their number and the longest of them; `beyond` of each table."""
 
-    def __init__(self) -> None:
+    def __init__(self, beyond: float | None = None) -> None:
+        self.beyond = beyond
         self.tables: dict[int, CostTable] = {}
 
     def of(self, rows: int) -> CostTable:
         """The table of so many rows."""
-        return self.tables.setdefault(rows, CostTable())
+        return self.tables.setdefault(rows, CostTable(beyond=self.beyond))
 
     @property
     def measured(self) -> bool:
@@ -369,8 +399,10 @@ class Costs:
     for and the slots of the longest: sixteen rows are no sixteen times one row.
     """
 
+    MILD = 0.02  # of a forward, a further token's share until it is measured: weights are read but once
+
     def __init__(self) -> None:
-        self.verifies, self.drafts = Shared(), Shared()
+        self.verifies, self.drafts = Shared(self.MILD), Shared()
         self.overhead = 0.0  # of a round with a draft, for one row
         self.calib, self.stale = Calibrator(), Calibrator()
         self.hits, self.tries = 3.2, 4.0  # of judged slots, over all texts; begins hopeful
@@ -399,7 +431,7 @@ class CostAware(Controller):
     FADE, LENIENT = 0.9, 2.0  # of the record of hopes: a memory of ten nodes, and nodes that it begins with
 
     k_max: int = param(32, "as every controller's", low=1)
-    probe: float = param(0.03, "what a useless drafter may cost", low=0)
+    probe: float = param(0.01, "what a useless drafter may cost", low=0)
     margin: float = param(0.02, "a pause ends where drafting pays this much", low=0)
 
     def __post_init__(self) -> None:
@@ -501,7 +533,7 @@ class CostAware(Controller):
         least = max((len(q.proposal) for q, w in zip(asked, whole, strict=True) if w), default=0)
         best = least + int(np.argmax(rate[least:]))
         return [
-            len(q.proposal) if w or not len(q.proposal) else c._submitted(min(best, len(q.proposal)))
+            len(q.proposal) if w or not len(q.proposal) else c._submitted(min(best, len(q.proposal)), len(q.proposal))
             for c, q, w in zip(mine, asked, whole, strict=True)
         ]
 
@@ -511,10 +543,12 @@ class CostAware(Controller):
         a = [min(0.98, trust * calib(d - 1, c)) for d, c in zip(p.depths, p.conf, strict=False)]
         return _hopes(np.array(p.survival(a))) if p.conf else np.ones(len(p) + 1)
 
-    def _submitted(self, best: int) -> int:
-        if self.probing:
-            return max(best, 1)
-        return best if best or not self.spent else self._probe()  # what is never submitted is never learned about
+    def _submitted(self, best: int, most: int) -> int:
+        """The best number of nodes, or what a probe submits of `most`: what is never submitted is never learned
+        about, so it is the number that is verified fastest."""
+        if self.probing or (not best and self.spent and self._probe()):
+            return max(best, 1 + int(np.argmin(self._verified(most)[1:])))
+        return best
 
     def keep(self, remaining: int, conf: Sequence[float]) -> bool:
         """Whether the rest promises at least as many tokens per second as the best fresh draft."""
