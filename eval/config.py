@@ -79,14 +79,22 @@ class SpeculateSpec:
 
     verifier: ModelSpec
     drafter: ModelSpec = param(ModelSpec("model"), "or none (plain decoding), suffix, lookup, recycle, another model")
-    options: Json = param({}, "arguments of dllm.speculate: search, length, k, tree …")
+    options: Json = param({}, "arguments of dllm.speculate (search, length, k, tree …), or of the peer's loop")
+    loop: Literal["dllm", "transformers"] = param("dllm", "transformers: a peer, its own generate decodes")
+
+    @property
+    def plain(self) -> bool:
+        """Whether nobody drafts: what drafted settings are measured against."""
+        return self.drafter.name == "none" and not (self.loop == "transformers" and self.options)
 
 
 @spec.plain.register
 def _(made: SpeculateSpec) -> Json:
     """A network of a name alone is that name: marks of finished samples go by it."""
     models = {"verifier": made.verifier.plain(), "drafter": made.drafter.plain()}
-    return {**{key: m["name"] if len(m) == 1 else m for key, m in models.items()}, "options": spec.plain(made.options)}
+    named = {key: m["name"] if len(m) == 1 else m for key, m in models.items()}
+    peer = {} if made.loop == "dllm" else {"loop": made.loop}
+    return {**named, "options": spec.plain(made.options), **peer}
 
 
 @dataclass(frozen=True)
@@ -108,14 +116,18 @@ class TaskSpec:
     limit: int | None = param(None, "the first documents only")
     path: str | None = param(None, "the user's file (jsonl and the benchmark shapes)")
     split: str = param("test", "of the benchmark")
-    seed: int = param(0, "of the problem generator")
+    seed: int = param(0, "of the problem generator, or of the sample")
     shots: int | None = param(None, "solved examples before the question; null: what the benchmark's own file says")
     shots_path: str | None = param(None, "the file of the examples")
     prompt: str | None = param(None, 'template over the document\'s fields: "{question}\\nAnswer:"')
     answer: str | None = param(None, 'template over the document\'s fields: "{answer}"')
-    metric: str | None = param(None, "exact, contains, number, math, choice, python")
+    metric: str | None = param(None, "exact, contains, number, math, choice, python, none (nothing is graded)")
     extract: str | tuple[str, ...] | None = param(None, "regular expressions; group 1 of the first match is it")
     read: ReadSpec | None = param(None, "labels to read instead of decoding: accuracy, Brier score and ECE")
+    turns: str | None = param(None, "the field that lists a user's turns; each follows the model's own answer")
+    category: str | None = param(None, "the field by which the report tells documents apart")
+    categories: tuple[str, ...] | None = param(None, "these only; null: all of the file")
+    sample: int | None = param(None, "documents of each category, drawn by the seed; null: all", low=1)
     fields: dict[str, str] = param({}, "the names a benchmark's columns have in the user's file")
     options: Json = param({}, "lm-eval: num_fewshot, include_path …")
     sampler: registry.Spec | None = param(None, "of this task only, in place of the setting's")
@@ -161,6 +173,17 @@ class Setting:
     cache: CacheSpec | None  # None: the family's own
     generate: GenerateSpec
     speculate: SpeculateSpec | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the setting's model is asked at all: a verifier may draft without it."""
+        return self.speculate is None or self.speculate.drafter.name == "model"
+
+    @property
+    def networks(self) -> tuple[ModelSpec | None, ModelSpec | None]:
+        """What has to be loaded at a time."""
+        return (self.model if self.decodes else None, None if self.speculate is None else self.speculate.verifier)
+
     source: Source = field(default=NOWHERE, compare=False, repr=False)  # where its keys were given
 
 
@@ -176,6 +199,7 @@ class Config:
     limit: int | None = param(None, "the first documents of every task only", low=1)
     batch_size: int = param(8, "prompts decoded at a time", low=1)
     warmup: int = param(1, "batches decoded and thrown away before a setting's clock starts", low=0)
+    repeats: int = param(1, "times that every batch is decoded; its seconds are the median", low=1)
     trace: int = param(0, "documents per task and setting whose commit order is kept; AR-ness is theirs", low=0)
     confidence: float = param(0.95, "of the bootstrap intervals", above=0, high=0.9999)
     engine: EngineSpec = param(EngineSpec(), "where the work runs")
@@ -208,7 +232,7 @@ class Config:
     def cells(self) -> dict[tuple[str, str], Json]:
         """What the samples of each task and setting, by their labels, depend on. How many documents are asked, and
         what else the file holds, is not in it."""
-        whole = {"seed": self.seed, "batch_size": self.batch_size}
+        whole = {"seed": self.seed, "batch_size": self.batch_size, "repeats": self.repeats}
         tasks = {t.title: _prune(spec.plain(t), "label", "limit", *HOW) for t in self.tasks}
         settings = {s.label: _prune(spec.plain(s), "label", *WHERE, *HOW) for s in self.settings}
         return {(t, s): {**whole, "task": tasks[t], "setting": settings[s]} for t in tasks for s in settings}
@@ -435,7 +459,8 @@ def method(setting: Setting, model: bool = False) -> str:
     if setting.speculate:
         options = setting.speculate.options
         names = [setting.speculate.drafter.name, *(options[k] for k in ("search", "length") if k in options)]
-        words = ["plain"] if names[0] == "none" else ["drafted:", *map(_bare, names)]
+        words = ["plain"] if setting.speculate.plain else ["drafted:", *map(_bare, names)]
+        words += ["by transformers"] if setting.speculate.loop == "transformers" else []
     else:
         sampler = setting.sampler if isinstance(setting.sampler, list) else [setting.sampler or "default"]
         words = ["+".join(map(_bare, sampler))]

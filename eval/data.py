@@ -79,6 +79,10 @@ EXAMPLES: dict[str, tuple[Fields, ...]] = {
             "test_setup_code": "",
         },
     ),
+    "spec_bench": (
+        {"question_id": 1, "category": "sums", "turns": ["What is 2 + 3?", "And twice that?"]},
+        {"question_id": 2, "category": "words", "turns": ["Name a colour."]},
+    ),
 }
 
 
@@ -109,11 +113,11 @@ def get(name: str, to: str | Path) -> dict[Path, int]:
 
 def rehearse(folder: str | Path) -> None:
     """A folder of local data with the examples in place of the benchmarks."""
-    for name, examples in EXAMPLES.items():
-        for split in BENCHMARKS[name].splits:
+    for name, benchmark in BENCHMARKS.items():
+        for split in benchmark.splits:
             file = path(folder, name, split)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(as_lines(examples * 8), encoding="utf-8")
+            file.write_text(as_lines(EXAMPLES[name] * 8), encoding="utf-8")
 
 
 def _splits(name: str) -> dict[str, list[Fields]]:

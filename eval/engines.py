@@ -33,14 +33,14 @@ class Engine:
         """Marks of a setting's weights."""
         return self.worker.weights(setting)
 
-    def keys(self, batches: Sequence[Batch]) -> list[list[str]]:
-        """The identities of every batch's samples."""
+    def keys(self, batches: Sequence[Batch]) -> list[list[list[str]]]:
+        """The identities of every batch's samples, setting by setting."""
         return [self.worker.keys(batch) for batch in batches]
 
     def map(self, batches: Sequence[Batch]) -> Iterator[list[Sample]]:
         """The samples of the batches that fall to this process, as they come."""
         for batch in batches:
-            yield self.worker.run(batch)
+            yield from self.worker.run(batch)
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -108,10 +108,10 @@ class Ray(Engine):
         with self._said("its workers"):
             return cast("dict[str, str]", self.ray.get(self.actors[0].weights.remote(setting)))
 
-    def keys(self, batches: Sequence[Batch]) -> list[list[str]]:
+    def keys(self, batches: Sequence[Batch]) -> list[list[list[str]]]:
         """As the first actor names them."""
         with self._said("its workers"):
-            return cast("list[list[str]]", self.ray.get([self.actors[0].keys.remote(batch) for batch in batches]))
+            return cast("list[list[list[str]]]", self.ray.get([self.actors[0].keys.remote(batch) for batch in batches]))
 
     @contextmanager
     def _said(self, lost: str) -> Iterator[None]:
@@ -128,7 +128,7 @@ class Ray(Engine):
         from ray.util import ActorPool
 
         with self._said("a worker for good"):
-            yield from ActorPool(self.actors).map_unordered(lambda actor, batch: actor.run.remote(batch), list(batches))
+            yield from ActorPool(self.actors).map_unordered(lambda actor, batch: actor.all.remote(batch), list(batches))
 
     def close(self) -> None:
         """End the actors, and the cluster where it was started here."""

@@ -553,7 +553,7 @@ class Drafting(DiffusionLM):
 
     def decode(self, asks: Sequence[Ask], arguments: Decoding, seed: int) -> list[Decoded]:
         """One batch, each request drafted and verified by itself."""
-        return self.worker.generate(self.setting, [ask.ids for ask in asks], arguments, seed)
+        return [*self.worker.generate(self.setting, [ask.ids for ask in asks], arguments, seed)]
 
     def _score(self, head: list[int], tail: list[int]) -> float:
         raise DllmError("likelihoods are the model's alone; leave out `speculate` for this task")

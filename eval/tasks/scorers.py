@@ -1,4 +1,4 @@
-"""Reading an answer out of a text and comparing it: `exact`, `contains`, `number`, `math`, `choice`, `python`.
+"""Reading an answer out of a text and comparing it: `exact`, `contains`, `number`, `math`, `choice`, `python`, `none`.
 
 Mathematics is compared by `math-verify`, programs are run confined; nothing here parses either by hand.
 """
@@ -131,8 +131,13 @@ def judged(program: str, check: str, answer: str, context: str = "", entries: Se
     return Graded(float(verdict.passed), answer, " ".join(words)[:200])
 
 
+def none(document: Document, answer: str) -> Graded:
+    """Nothing is graded: the task is there for its prompts."""
+    return Graded(0.0, answer)
+
+
 Metric = Callable[[Document, str], Graded]
-METRICS: dict[str, Metric] = {f.__name__: f for f in (exact, contains, number, math, choice, python)}
+METRICS: dict[str, Metric] = {f.__name__: f for f in (exact, contains, number, math, choice, python, none)}
 
 
 def scorer(metric: str, patterns: Sequence[str] = ()) -> Metric:
