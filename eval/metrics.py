@@ -122,6 +122,10 @@ def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -
     if accepted:
         cell["accepted_per_cycle"] = _mean(accepted)
         cell["draft_forwards"] = _mean([row["draft_forwards"] for row in fine])
+    if ours := [row for row in fine if "own" in row]:
+        own = sum(row["own"] for row in ours)
+        cell["own_ms"] = 1000 * own / sum(row["nfe"] for row in ours)
+        cell["own_share"] = own / sum(row["clock"]["seconds"] for row in ours)
     if slots := [row["slots"] for row in fine if row.get("slots")]:
         cell["slots"] = acceptance(slots)
     if read := [(row["p"], row["correct"] or 0.0) for row in fine if "p" in row]:

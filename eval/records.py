@@ -73,6 +73,7 @@ class Sample(TypedDict, total=False):
     accepted: list[int]  # draft tokens that the verifier took, cycle by cycle
     slots: list[list[int]]  # of each slot of a draft: how often it was judged, and accepted
     draft_forwards: int
+    own: float  # seconds of our loop: neither the drafter's nor the verifier's
     differs: Differs | None  # from the first plain setting of its verifier; None: nowhere
     error: str | None
     clock: Clock
@@ -131,6 +132,8 @@ class Cell(TypedDict, total=False):
     accepted_per_cycle: float
     draft_forwards: float
     slots: list[float]  # P(slot is accepted | it was judged)
+    own_ms: float  # of our loop, a forward of the verifier
+    own_share: float  # of a sample's seconds
     drafting: dict[str, Drafting]  # by category; "" is all of them
     cut: int  # prompts that did not fit
     clock: Speed

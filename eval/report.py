@@ -199,15 +199,20 @@ def _work(cells: Sequence[Cell]) -> str:
 def _drafting(cells: Sequence[Cell]) -> str:
     """Drafting runs: accepted drafts and forwards of both models."""
     lines = [
-        [c["setting"], *_numbers(c, accepted_per_cycle=2, tpf=2, nfe=1, draft_forwards=1)]
+        [
+            c["setting"],
+            *_numbers(c, accepted_per_cycle=2, tpf=2, nfe=1, draft_forwards=1, own_ms=2),
+            number(c.get("own_share"), 1, 100),
+        ]
         for c in cells
         if "accepted_per_cycle" in c
     ]
     if not lines:
         return ""
-    head = ["setting", "accepted a cycle", "tokens a cycle", "verifier forwards", "drafter forwards"]
+    head = ["setting", "accepted a cycle", "tokens a cycle", "verifier forwards", "drafter forwards",
+            "loop's own ms a cycle", "own %"]  # fmt: skip
     note = "In drafting runs NFE and TPF count the verifier's forwards; the drafter's stand apart."
-    parts = [note, table(head, lines)]
+    parts = [note, compact(head, lines)]
     shown = [(c["setting"], c["slots"][:SLOTS]) for c in cells if c.get("slots")]
     if shown:
         deepest = max(len(slots) for _, slots in shown)

@@ -162,6 +162,8 @@ def check(config: Config) -> None:
                 with _placed(setting.source, "speculate", "options"):
                     check_options(setting.speculate.options)
                 continue
+            if "store" in setting.speculate.options and config.repeats > 1:
+                raise config.source.error(("repeats",), "a store would have seen the text of the first pass: say 1")
             with _placed(setting.source, "speculate", "options"):
                 drafting = SpecConfig.of(None, setting.speculate.options)
                 drafting.build_search(given.temperature > 0)

@@ -87,6 +87,7 @@ class Drafted:
         self.decoded, self.ids = len(result.emitted), result.emitted
         self.accepted = [r.accepted for r in result.rounds]
         self.emitted = [emitted for _, emitted in result.spans]
+        self.own = sum(r.t_search + r.t_commit + r.t_other for r in result.rounds)
         self.slots = _slots([r.judged for r in result.rounds])
 
     @property
@@ -301,6 +302,9 @@ class Worker:
             return
         self._warm.add(index)
         decoding = arguments(setting, spec, task.generate.given())
+        if setting.speculate is not None:  # a store would learn the document
+            options = {k: v for k, v in setting.speculate.options.items() if k != "store"}
+            setting = replace(setting, speculate=replace(setting.speculate, options=options))
         for _ in range(self.config.warmup):
             try:
                 self.generate(setting, [task.documents[-1].prompt], decoding, self.config.seed)
@@ -341,8 +345,10 @@ class Worker:
         given = {k: v for k, v in decoding.items() if k in VERIFIER_ARGUMENTS}
         if spec.loop == "transformers":
             return Drafted(by_generate(verifier, prompt, Peer(self._assistant(spec), spec.options), given, seed))
-        drafter = self._drafter(spec.drafter, model)
-        return Drafted(dllm.speculate(verifier, drafter, prompt, seed=seed, **{**given, **spec.options}))
+        drafter, options, store = self._drafter(spec.drafter, model), dict(spec.options), spec.options.get("store")
+        if self.folder is not None and isinstance(store, str) and Path(store).name == store:
+            options["store"] = self.folder / store
+        return Drafted(dllm.speculate(verifier, drafter, prompt, seed=seed, **{**given, **options}))
 
     def _drafter(self, spec: ModelSpec, model: Model | None) -> Model | Drafter | str | None:
         """What drafts; a retrieval drafter is a new one for each text, so that no sample depends on those before it."""
@@ -381,7 +387,8 @@ class Worker:
             prompt = [*messages(prompt), reply, {"role": "user", "content": asked}]
         (ids,), _ = encode(verifier, prompt, decoding.get("chat"))
         text = torch.tensor([[*ids, *turns[turn]["ids"][:at]]], device=verifier.device)
-        first, second = verifier.forward(text, 1)[0, -1].topk(2).values.tolist()
+        logits, _ = verifier.forward(text, 1)
+        first, second = logits[0, -1].topk(2).values.tolist()
         eps = torch.finfo(embedding(verifier.model).dtype).eps
         return first - second, first - second <= max(TIE, eps * abs(first))
 
@@ -479,6 +486,7 @@ def measure(output: Decoded) -> Sample:
     ended: Sample = {"nfe_equiv": None, "finish": output.finish_reason}
     if isinstance(output, Drafted):
         drafts: Sample = {"accepted": output.accepted, "slots": output.slots, "draft_forwards": output.draft_forwards}
+        drafts |= {"own": output.own} if output.own else {}
         return {**counts, **ended, **drafts}
     own: Sample = {"nfe_equiv": output.nfe_equiv, "sampler": output.sampler}
     if output.logprobs is not None:
@@ -489,7 +497,7 @@ def measure(output: Decoded) -> Sample:
 def _sum(answers: Sequence[Sample]) -> Sample:
     """The counts of several answers together, and how the last one ended."""
     out: dict[str, Any] = dict(answers[-1])
-    for name in ("tokens", "tokens_raw", "nfe", "nfe_equiv", "draft_forwards", "accepted", "logprobs"):
+    for name in ("tokens", "tokens_raw", "nfe", "nfe_equiv", "draft_forwards", "own", "accepted", "logprobs"):
         parts: list[Any] = [answer.get(name) for answer in answers]
         if all(part is not None for part in parts):
             out[name] = [*itertools.chain(*parts)] if isinstance(parts[0], list) else sum(parts)

@@ -166,6 +166,18 @@ def test_repeats_take_turns_and_their_median_is_the_clock(path, monkeypatch):
     assert [r["clock"]["seconds"] for r in rows] == [3.0, 20.0]
 
 
+def test_a_store_of_a_run_learns_from_the_documents_before_and_lies_in_its_folder(path, tmp_path):
+    store = {"label": "kept", "speculate": {**MATRIX[4]["speculate"], "options": {"store": "kept.safetensors"}}}
+    file = tmp_path / "twice.jsonl"
+    rows = [{**QUESTIONS[1], "question_id": i} for i in (1, 2)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    kept = run(config(file, matrix=[MATRIX[0], store], warmup=1), out=tmp_path / "r", progress=False)
+    first, second = (r for r in kept.rows if r["setting"] == "kept")
+    assert second["nfe"] < first["nfe"] and (tmp_path / "r" / "kept.safetensors").is_file()
+    with pytest.raises(DllmError, match="repeats: a store would have seen the text"):
+        run(config(file, matrix=[MATRIX[0], store], repeats=2), out=tmp_path / "s", progress=False)
+
+
 def drawn(path, **entry):
     return load_task(TaskSpec("spec_bench", path=str(path), **entry))
 
