@@ -12,7 +12,7 @@ import torch
 from drafting_kit import KINDS, Noise, Script, plain, tiny_verifier
 
 import dllm
-from dllm.drafting.control import CostAware, Cut, Length
+from dllm.drafting.control import CostAware, CostTable, Cut, Length
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Ask, Need, asked
 from dllm.drafting.lattice import DraftFailure
@@ -92,9 +92,11 @@ def costly(rows, verify, draft=0.0):
     c = CostAware()
     c.rows = rows
     for n, seconds in enumerate(verify, 1):
-        c.costs.verifies.of(rows).add(n, seconds)
+        for _ in range(CostTable.TRIED):
+            c.costs.verifies.of(rows).add(n, seconds)
     for k in range(1, len(verify)):
-        c.costs.drafts.of(rows).add(k, draft)
+        for _ in range(CostTable.TRIED):
+            c.costs.drafts.of(rows).add(k, draft)
     return [c.fork() for _ in range(rows)]
 
 
