@@ -5,7 +5,7 @@
 from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.control import ADL, Controller, CostAware, FailFast, Fixed, Heuristic, RejectionThreshold, RoundStats
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
-from dllm.drafting.drafters import Drafter, Need
+from dllm.drafting.drafters import Ask, Drafter, Need
 from dllm.drafting.front import calibrate
 from dllm.drafting.hidden.drafter import HiddenDrafter
 from dllm.drafting.lattice import DraftFailure, Lattice
@@ -21,10 +21,10 @@ from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.spec import param
 
 __all__ = [
-    "ADL", "EAL", "EMPTY", "ARDrafter", "Argmax", "BestFirstTree", "CPSBeam", "CPSSample", "CausalLM", "Controller",
-    "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback", "Fixed", "Grams",
-    "Heuristic", "HiddenDrafter", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal", "RejectionThreshold",
-    "RoundStats", "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen", "SpecConfig", "SpecResult", "StandDrafter",
-    "Store", "Successors", "SuffixDrafter", "TokenRecycling", "Verifier", "Viterbi", "as_drafter", "as_verifier",
-    "calibrate", "chain", "param",
+    "ADL", "EAL", "EMPTY", "ARDrafter", "Argmax", "Ask", "BestFirstTree", "CPSBeam", "CPSSample", "CausalLM",
+    "Controller", "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback",
+    "Fixed", "Grams", "Heuristic", "HiddenDrafter", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal",
+    "RejectionThreshold", "RoundStats", "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen", "SpecConfig",
+    "SpecResult", "StandDrafter", "Store", "Successors", "SuffixDrafter", "TokenRecycling", "Verifier", "Viterbi",
+    "as_drafter", "as_verifier", "calibrate", "chain", "param",
 ]  # fmt: skip
