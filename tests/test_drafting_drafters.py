@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -318,12 +318,19 @@ def test_candidates_return_no_logits_and_respect_limits():
 # -- vLLM
 
 
+@dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """As vLLM's: keys that it does not know are refused, to be read as well."""
+
+    method: str
+    model: str
+    num_speculative_tokens: int
+
+
 def vllm_config(k=4, **options):
     """What vLLM hands over: `speculative_config` has no room for keys of ours."""
     return SimpleNamespace(
-        speculative_config=SimpleNamespace(
-            method="custom_class", model="dllm.drafting.hooks.vllm.DLLMProposer", num_speculative_tokens=k
-        ),
+        speculative_config=SpeculativeConfig("custom_class", "dllm.drafting.hooks.vllm.DLLMProposer", k),
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, max_model_len=20),
         additional_config={"dllm": options} if options else {},
     )
@@ -341,6 +348,53 @@ def test_vllm_proposer():
     assert 1 <= len(drafted) <= 4 and all(0 <= t < VOCAB for t in drafted)
     with pytest.raises(DllmError, match="num_speculative_tokens"):
         DLLMProposer(vllm_config(0))
+
+
+def test_what_a_drafter_knows_of_a_request_follows_it_from_slot_to_slot_in_vllm():
+    class Counting(Drafter):
+        resets, told = 0, []
+
+        def reset(self, ids, need):
+            super().reset(ids, need)
+            Counting.resets += 1
+            self.ids = list(ids)
+
+        def observe(self, ids, emitted, successors):
+            Counting.told.append((self.ids, emitted))
+            self.ids = list(ids)
+
+        def draft(self, ids, k, *, generator=None):
+            assert self.ids == list(ids)
+            return chain([len(ids)])
+
+    proposer, table = DLLMProposer(vllm_config(), drafter=Counting()), np.zeros((2, 20), dtype=np.int32)
+    table[0, :3], table[1, :3] = [1, 2, 3], [1, 2, 4]
+    assert proposer.propose([[3], [4]], np.array([3, 3]), table) == [[3], [3]] and Counting.resets == 2
+    table[[0, 1]] = table[[1, 0]]  # they change places
+    table[0, 3:5], table[1, 3] = [7, 8], 9
+    assert proposer.propose([[7, 8], [9]], np.array([5, 4]), table) == [[5], [4]] and Counting.resets == 2
+    assert Counting.told == [([1, 2, 4], [7, 8]), ([1, 2, 3], [9])]
+    table[1, :3] = [2, 2, 2]  # another request in the slot
+    proposer.propose([[], [9]], np.array([5, 4]), table)
+    assert Counting.resets == 3
+
+
+def test_requests_of_a_step_are_drafted_in_one_forward_in_vllm(monkeypatch):
+    model, shapes = dllm.load("tests/golden/checkpoints/tiny-llada-trained", dtype="float64"), []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, ids, *a, **kw: (shapes.append(len(ids)), forward(self, ids, *a, **kw))[1]
+    )
+    config = vllm_config(3)
+    config.model_config.get_vocab_size = lambda: model.vocab_size
+    table = np.array([[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]], dtype=np.int32)
+
+    def drafts(rows, lengths):
+        proposer = DLLMProposer(config, drafter=DiffusionDrafter(model, vocabulary="ids"))
+        return proposer.propose([[1]] * len(rows), np.array(lengths), rows)
+
+    both = drafts(table, [5, 3])
+    assert shapes == [2] and both == [*drafts(table[:1], [5]), *drafts(table[1:], [3])] and all(map(len, both))
 
 
 def test_vllm_options_come_from_additional_config_or_the_environment(monkeypatch):

@@ -11,27 +11,39 @@
 the environment (DLLM_DRAFTER, DLLM_SEARCH). The interface is young (vLLM pull request 39487; its first release spelled
 it `custom_proposer_backend`).
 
-vLLM takes tokens only, so every draft is a chain; its own verification is then exact. Requests move between slots
-unannounced, hence a draft is a function of the text alone: what a drafter indexes (`suffix`, `lookup`) is built anew at
-every step, in time that grows with the text. Nothing of vLLM is imported: the class is duck-typed on the config that it
-is given, and it has been run against that interface only, not inside vLLM.
+vLLM takes tokens only, so every draft is a chain; its own verification is then exact. It runs such a class in its first
+model runner alone, and without asynchronous scheduling. Requests move between slots unannounced and have no names here,
+so what a drafter keeps of a text is found again by the text itself: the longest known one that begins it. All requests
+of a step are drafted together, in one ragged forward where the drafter is a model that takes one. Nothing of vLLM is
+imported: the class is duck-typed on the config that it is given, and it has been run against that interface only, not
+inside vLLM.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dllm.drafting import EMPTY, Drafter, DraftFailure, Lattice, Need, SpecConfig, as_drafter
-from dllm.drafting.drafters import ask
+from dllm.drafting.drafters import Ask, Draft, asked, companies
+from dllm.drafting.loans import Loans
 from dllm.errors import DllmError, first_line, unknown
 
 log = logging.getLogger(__name__)
 OPTIONS = ("drafter", "search")
+KEPT = 512  # texts, of requests that may come again
+
+
+class Text(NamedTuple):
+    """A request as it was last seen, and the drafter that knows it."""
+
+    ids: np.ndarray
+    drafter: Drafter
 
 
 class DLLMProposer:
@@ -49,6 +61,8 @@ class DLLMProposer:
         if self.search.tree:
             raise DllmError("vLLM verifies chains: leave out the search that makes trees")
         self.drafter = drafter
+        self.need = Need(self.vocab, loans=Loans(False))  # one for all: drafts are made together
+        self.texts: list[Text] = []  # last seen last
         self.failed = False  # said so in the log
 
     def load_model(self, *_: object, **__: object) -> None:
@@ -76,34 +90,56 @@ class DLLMProposer:
         slot_mappings: object = None,
     ) -> list[list[int]]:
         """Drafts of a batch; `token_ids_cpu[i, :num_tokens_no_spec[i]]` is the text of request i."""
-        drafter, out = self._source(), []
+        source, out = self._source(), [list[int]() for _ in sampled_token_ids]
+        asks, places, met = list[Ask](), list[int](), list[Text]()
         for i, sampled in enumerate(sampled_token_ids):
             n = int(num_tokens_no_spec[i])
-            room = self.max_length - n - 1
-            ids = [int(t) for t in token_ids_cpu[i, :n]] if sampled else []
-            out.append(self._draft(drafter, ids, min(self.k, room)) if ids and room > 0 else [])
+            k = min(self.k, self.max_length - n - 1)
+            if sampled and n and k > 0:
+                with self._missing():
+                    met.append(self._known(source, np.array(token_ids_cpu[i, :n])))
+                    asks.append(Ask(met[-1].drafter, met[-1].ids.tolist(), k))
+                    places.append(i)
+        self.texts = [*self.texts, *met][-KEPT:]
+        for company in companies(asks):
+            with self._missing():
+                for at, draft in zip(company, asked([asks[at] for at in company]), strict=True):
+                    with self._missing():
+                        out[places[at]] = self._tokens(draft, asks[at])
         return out
 
-    def _draft(self, source: Drafter, ids: list[int], k: int) -> list[int]:
+    def _known(self, source: Drafter, ids: np.ndarray) -> Text:
+        """A text with the drafter that knows its longest beginning, told what is new; a new one where none does."""
+        begin = [i for i, t in enumerate(self.texts) if len(t.ids) <= len(ids) and (t.ids == ids[: len(t.ids)]).all()]
+        if begin:
+            known = self.texts.pop(max(begin, key=lambda i: len(self.texts[i].ids)))
+            drafter = known.drafter
+            drafter.observe(ids.tolist(), ids[len(known.ids) :].tolist(), ())
+        else:
+            drafter = source.fork()
+            drafter.reset(ids.tolist(), self.need)
+        return Text(ids, drafter)
+
+    @contextmanager
+    def _missing(self) -> Iterator[None]:
+        """An error inside is a missing draft."""
         try:
-            return self._tokens(source, ids, k)
+            yield
         except DraftFailure:
-            return []
+            pass
         except Exception as error:
             log.log(
                 logging.DEBUG if self.failed else logging.WARNING,
                 "no draft: %s (%s); further ones are logged at level debug", first_line(error), type(error).__name__,
             )  # fmt: skip
             self.failed = True
-            return []
 
-    def _tokens(self, source: Drafter, ids: list[int], k: int) -> list[int]:
-        drafter = source.fork()
-        drafter.reset(ids, Need(self.vocab))
-        draft = ask(drafter, ids, k)
+    def _tokens(self, draft: Draft | DraftFailure, asked_for: Ask) -> list[int]:
+        if isinstance(draft, DraftFailure):
+            return []
         if isinstance(draft, Lattice):
-            draft = self.search(draft, ids) if draft.k else EMPTY
-        tokens = list(draft.within(k).tokens) if draft.is_chain else []
+            draft = self.search(draft, asked_for.ids) if draft.k else EMPTY
+        tokens = list(draft.within(asked_for.k).tokens) if draft.is_chain else []
         return tokens[: next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocab), len(tokens))]
 
 
