@@ -10,19 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from golden_cases import GOLDEN, read
+from replay import waits
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 import dllm
+from dllm.cli import main
 from dllm.drafting import Argmax, Lattice, Need, SpecConfig, as_drafter, as_verifier
 from dllm.drafting.accept import Judge
-from dllm.drafting.drafters import ask
+from dllm.drafting.drafters import Ask, ask
+from dllm.drafting.hidden.backbone import Rotary
 from dllm.drafting.hidden.config import read_head
 from dllm.drafting.hidden.drafter import Context, text_of
+from dllm.drafting.hidden.head import Head
 from dllm.drafting.loop import Request, rounds
 from dllm.drafting.search import CPSSample, Sample
 from dllm.errors import DllmError
+from dllm.eval import run as run_config
+from dllm.models.arguments import Checkpoint
 
 torch.set_num_threads(1)
 TARGET = "tiny-qwen3-ar-deep-random"
@@ -231,6 +237,83 @@ def test_the_first_round_has_no_draft_and_is_no_failed_one():
     first = result.rounds[0]
     assert (first.k, first.nodes, first.failed, first.forwards, first.observed) == (0, 0, False, 0, [])
     assert all(r.forwards == 1 and r.k == 5 for r in result.rounds[1:4])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_draft_waits_for_the_device_once_a_row_and_states_never(name):
+    case = read(name, "forward")[0]
+    (start, end), anchor = case["rounds"][0]["context"], case["rounds"][0]["anchor_id"]
+    ids, heads = [*case["ids"][:end], anchor], [opened(name, []) for _ in range(2)]
+    states()
+    assert not waits(lambda: [told(d, case, start, end - i) for i, d in enumerate(heads)])
+    for rows in (1, 2):
+        asks = [Ask(d, ids[: end + 1 - i], 3 - i) for i, d in enumerate(heads[:rows])]
+        found = waits(lambda: heads[0].together(asks))  # noqa: B023
+        assert sum(n for what, n in found.items() if "hidden/" in what) == rows
+        # numbers that are sent without a wait, and tables that are on the host by then
+        assert {what.rpartition("/")[-1].partition(".")[0] for what in found} <= {
+            "proposal", "lattice", "vocabulary", "drafter",
+        }  # fmt: skip
+
+
+# -- other doors
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """An untrained DSpark head for the embedded verifier."""
+    to, raw = tmp_path_factory.mktemp("head"), dict(
+        architectures=["DSparkDraftModel"], block_size=4, hidden_size=128, intermediate_size=64, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_hidden_layers=1, num_target_layers=6, vocab_size=664,
+        dflash_config=dict(projector_type="dspark", markov_rank=4, mask_token_id=1, target_layer_ids=[1, 3]),
+    )  # fmt: skip
+    c = read_head(raw)
+    torch.manual_seed(0)
+    head = Head(c, Rotary(c.rope, c.head_dim))
+    parameters = dict(head.named_parameters())
+    save_file({name: parameters[own].detach() for name, own in head.names().items()}, to / "model.safetensors")
+    (to / "config.json").write_text(json.dumps(raw))
+    return str(to)
+
+
+def test_the_command_line_drafts_with_a_head(small, monkeypatch, capsys):
+    argv = [
+        "dllm",
+        "speculate",
+        "Tom has 12 apples.",
+        "--drafter",
+        small,
+        "-n",
+        "10",
+        "--compare",
+        "--length",
+        "fixed:k=4",
+    ]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        main()
+        raise SystemExit(0)
+    shown = capsys.readouterr().out
+    assert not stop.value.code
+    assert [line.split()[-1] for line in shown.splitlines() if "equal to plain" in line] == ["yes"]
+    assert [line.split()[-1] for line in shown.splitlines() if "draft forwards" in line] != ["0"]
+
+
+def test_an_evaluation_drafts_with_a_head(small, tmp_path):
+    told = {
+        "name": "heads", "model": "tiny", "tasks": ["word_problems"], "limit": 1, "warmup": 0,
+        "generate": {"max_new_tokens": 12},
+        "matrix": [{"label": d, "speculate": {"verifier": "tiny-ar", "drafter": d}} for d in ("none", small)],
+    }  # fmt: skip
+    run_config(told, out=tmp_path, progress=False)
+    one, two = (json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines())
+    assert one["text"] == two["text"] and not one["error"] and not two["error"]
+    assert f"drafter {small}" in json.loads((tmp_path / "env.json").read_text())["weights"]
+
+
+def test_a_head_takes_no_settings_of_a_diffusion_model(small):
+    with pytest.raises(DllmError, match="mask_id: a head over the verifier's states has its verifier's"):
+        as_drafter(Checkpoint(name=small, mask_id=3))
 
 
 # -- laws
