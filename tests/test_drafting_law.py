@@ -286,7 +286,7 @@ def test_a_zero_entry_is_never_drawn():
 class Tabular:
     """What `Speculation` asks of a verifier."""
 
-    vocab, max_positions, tokenizer, turn = V, None, None, None
+    vocab, max_positions, tokenizer, turn, model = V, None, None, None, None
 
 
 class Slots(Drafter):

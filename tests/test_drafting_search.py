@@ -30,7 +30,6 @@ from dllm.drafting.search import (
     Sample,
     SampleTree,
     Viterbi,
-    graft,
     union,
 )
 from dllm.errors import DllmError
@@ -355,15 +354,6 @@ def test_within_cuts_depth_and_what_follows_an_end_token():
     assert p.within(9, frozenset([9])).tokens == (1, 9, 2, 4)
     assert p.within(2).tokens == (1, 9, 2, 3) and p.within(2).parents == (-1, -1, 0, 1)
     assert p.head(3).parents == (-1, -1, 0) and p.depths == (1, 1, 2, 2, 3)
-
-
-def test_graft_is_a_trie_union():
-    base = Proposal((1, 2, 3), (-1, 0, -1), conf=(0.6, 0.5, 0.3))
-    both = graft(base, chain((1, 7), (0.9, 0.9)), budget=5)
-    assert set(node_paths(both)) == {(1,), (1, 2), (3,), (1, 7)}
-    assert dict(zip(node_paths(both), both.conf, strict=True))[(1,)] == 0.9
-    with pytest.raises(DllmError, match="point"):
-        graft(Proposal((1,), (-1,), "sampled", Rows(torch.ones(1, 2))), base, 4)
 
 
 def test_a_union_keeps_what_is_likeliest_to_be_reached():

@@ -407,7 +407,23 @@ def test_a_corpus_that_is_none_is_one_line(tmp_path, content, says):
 def test_the_command_keeps_a_store(run, tmp_path):  # noqa: F811
     file, corpus = tmp_path / "kept", tmp_path / "corpus.txt"
     corpus.write_text("Tom has 12 + 7 = 19 apples.")
-    command = ("speculate", PLAIN_PROMPT, "-n", "12", "--drafter", "suffix", "--length", "fixed:k=6", "--compare")
+    command = (
+        "speculate",
+        PLAIN_PROMPT,
+        "-n",
+        "12",
+        "--drafter",
+        "suffix",
+        "--length",
+        "fixed:k=6",
+        "--compare",
+        "--tree",
+        "6",
+        "--graft",
+        "recycle",
+        "--graft",
+        "stand",
+    )
     calls = []
     for _ in range(2):
         code, shown, error = run(*command, "--store", str(file), "--corpus", str(corpus))

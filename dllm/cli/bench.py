@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LONG = ("samplers", "windows", "stress")  # they go on where they were stopped, and print a report
 WITH_MODEL = ("generate", "lookahead", "constraints", *LONG)
 OPTIONS = {  # those that only some benches have
-    "drafter": ("drafting",),
+    "drafter": ("drafting", "retrieval"),
     "small": ("gpu", "tail"),
     "against": ("gpu",),
     "task": LONG,
@@ -55,7 +55,7 @@ def bench(
         list[str] | None,
         typer.Option(help="These samplers, settings of drafting, or parts of gpu or constraints; may be repeated."),
     ] = None,
-    drafter: Annotated[str, typer.Option(help="drafting: tiny, or the folder of an aligned one.")] = "tiny",
+    drafter: Annotated[str, typer.Option(help="drafting, retrieval: tiny, or the folder of an aligned one.")] = "tiny",
     small: Annotated[
         bool, typer.Option("--small", help="gpu, tail: tiny shapes, decoded in seconds; no figure is judged.")
     ] = False,
@@ -87,6 +87,7 @@ def bench(
         drafting,
         gpu,
         lookahead,
+        retrieval,
         runtime,
         samplers,
         step,
@@ -113,6 +114,7 @@ def bench(
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-batches": lambda: batches.run(repeats),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
+        "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }
     if name not in (*benches, *LONG, "all"):

@@ -58,6 +58,10 @@ def speculate(
     tree: Annotated[int, typer.Option(help="Node budget of a tree; 0 = chain.")] = 0,
     length: Annotated[str, typer.Option(help="cost, fixed:k=8, adl, failfast, heuristic, rejection.")] = "cost",
     carry: Annotated[str, typer.Option(help="Reuse unused slots of a draft: auto, always, off.")] = "auto",
+    graft: Annotated[
+        list[str] | None,
+        typer.Option("--graft", help="Another drafter, whose branches join the tree; may be repeated."),
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option("--store", help="A file for what outlives a text (suffix, recycle, stand); made if new."),
@@ -88,7 +92,7 @@ def speculate(
 
     decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
     decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
-    kept: SpecOptions = {"store": store, "corpus": corpus or ()}
+    kept: SpecOptions = {"store": store, "corpus": corpus or (), "graft": graft or None}
     out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry, **kept)
     console = Console()
     assert v.tokenizer is not None  # it has read the prompt

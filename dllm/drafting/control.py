@@ -371,6 +371,15 @@ class Calibrator:
             weight = np.minimum(1.0, self.TRUST / np.maximum(parent.tries, 1.0))
             self.hits, self.tries = parent.hits * weight, parent.tries * weight
 
+    @classmethod
+    def of(cls, hits: np.ndarray, tries: np.ndarray) -> Calibrator:
+        """One with counts that were kept. Errors (ValueError): of another shape, no counts."""
+        calibrator = cls()
+        if hits.shape != calibrator.hits.shape or not ((hits >= 0) & (hits <= tries)).all():
+            raise ValueError("counts of a calibration are no counts")
+        calibrator.hits, calibrator.tries = hits.astype(float), tries.astype(float)
+        return calibrator
+
     def _bin(self, slot: int, conf: float) -> tuple[int, int]:
         return sum(slot >= e for e in self.EDGES), min(9, int(conf * 10))
 

@@ -16,7 +16,7 @@ from dllm.drafting.lattice import DraftFailure, Lattice, listed, paired, pruned,
 from dllm.drafting.loans import Loans
 from dllm.drafting.pairs import PairScores
 from dllm.drafting.proposal import Proposal, fit
-from dllm.drafting.store import Grams, Seen, Store, Successors
+from dllm.drafting.store import Lesson, Seen, Store
 from dllm.drafting.suffixes import SuffixArray
 from dllm.drafting.verifier import CausalLM
 from dllm.errors import DllmError, first_line, out_of_memory
@@ -155,7 +155,7 @@ class Drafter:
         """A round is over: `ids` ends with the `emitted` tokens. `successors` is of all nodes of the round, also those
         that were rejected; empty unless it was asked for."""
 
-    def lessons(self) -> Sequence[Successors | Grams]:
+    def lessons(self) -> Sequence[Lesson]:
         """What the text taught that a store may keep; asked for when all texts of a call are done."""
         return ()
 

@@ -53,7 +53,7 @@ class SpecOptions(TypedDict, total=False):
     m_max: int
     graphs: bool | None
     verify: str
-    graft: DrafterLike
+    graft: DrafterLike | Sequence[DrafterLike]
 
 
 class SpeculateOptions(SpecOptions, total=False):
@@ -173,7 +173,7 @@ def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConf
     if isinstance(cfg.length, Controller):
         return cfg.length
     owner = drafter if drafter is None or drafter.owner is None else drafter.owner
-    key = (id(owner), sampled, str(cfg.length), str(cfg.search), cfg.tree)
+    key = (id(owner), sampled, str(cfg.length), str(cfg.search), cfg.tree, str(cfg.graft))
     kept = verifier.controllers
     if key not in kept:
         kept[key] = cfg.build_controller()

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
 from operator import index
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -33,12 +33,14 @@ from dllm.drafting.control import CONTROLLERS, Controller, Cut, Length, RoundSta
 from dllm.drafting.drafters import Ask, Draft, Drafter, Need, asked, blamed, companies
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loans import Loans
+from dllm.drafting.merge import Branches, Slots, Voice, merge
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import EMPTY, Proposal, sent
 from dllm.drafting.registry import DrafterLike, as_drafter, named
-from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree, graft
-from dllm.drafting.store import BEST, Seen, StoreLike, as_store, corpus_ids, corpus_index, keep
+from dllm.drafting.search import SEARCHES, BestFirstTree, Edges, PathSearch, SampleTree
+from dllm.drafting.store import BEST, Lesson, Seen, StoreLike, as_store, corpus_ids, corpus_index, keep
 from dllm.drafting.suffixes import SuffixArray
+from dllm.drafting.trust import Trust
 from dllm.drafting.verifier import Pending, Session, Verifier
 from dllm.errors import DllmError, unknown
 from dllm.spec import check, param
@@ -73,8 +75,8 @@ class SpecConfig:
     graphs   CUDA graphs of rounds and drafts: None = where they can be captured, True = asked for, False = off.
     verify   how a sampled chain is judged: "token", each by the ratio test, or "block", all at once, which keeps at
              least as many in the mean (arXiv 2403.10444). Both are exact; where processors look at the text: "token".
-    graft    another drafter whose continuations are grafted into the tree (point trees only): retrieval, or a model;
-             its forwards are counted with the drafter's.
+    graft    another drafter, or several, whose continuations are merged into the tree (point trees only): retrieval, or
+             a model; what they take is counted with the drafter.
     """
 
     search: str | Mapping[str, object] | PathSearch | None = None
@@ -91,7 +93,7 @@ class SpecConfig:
     m_max: int = param(15, "DiffuSpec's", low=1)
     graphs: bool | None = None
     verify: str = param("token", "the field's", choices=("token", "block"))
-    graft: DrafterLike = None
+    graft: DrafterLike | Sequence[DrafterLike] = None
 
     def __post_init__(self) -> None:
         check(self, "speculate")
@@ -103,6 +105,12 @@ class SpecConfig:
             object.__setattr__(self, "corpus", tuple(tuple(map(index, ids)) for ids in self.corpus))
         except TypeError as error:
             raise DllmError("corpus is a list of id sequences, or a file of texts") from error
+
+    @property
+    def grafts(self) -> list[Drafter]:
+        """The other drafters."""
+        given: Sequence[Any] = self.graft if isinstance(self.graft, list | tuple) else [self.graft]
+        return [drafter for one in given if (drafter := as_drafter(one)) is not None]
 
     @classmethod
     def of(
@@ -314,14 +322,17 @@ class Speculation:
         self.done = len(self.ids) >= request.max_length
         positions = verifier.max_positions
         self.end = request.max_length if positions is None else min(request.max_length, positions - request.before)
-        self.drafter, self.graft = forked(self.drafter), forked(as_drafter(cfg.graft))
+        self.drafter = forked(self.drafter)
+        self.grafts = [fork for drafter in cfg.grafts if (fork := forked(drafter)) is not None]
         tree = cfg.tree or (self.search.budget if self.search.tree else 0)
         pruning = (cfg.tau_mass, cfg.m_max)
         need = Need(
             verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer,
             self.search.draws, verifier.model, self.loans, as_store(cfg.store), self.texts,
         )  # fmt: skip
-        self.sources = [d for d in (self.drafter, self.graft) if d is not None]
+        self.trust = Trust(None if need.store is None else need.store.trust)
+        self.merged: dict[tuple[int, ...], tuple[str, float]] = {}  # of the nodes of a merged tree: whose, how probable
+        self.sources = [d for d in (self.drafter, *self.grafts) if d is not None]
         self.teaches = any(source.successors for source in self.sources)
         for source in self.sources:
             with blamed(source):
@@ -336,7 +347,7 @@ class Speculation:
         if turn is not None and len(self.ids) <= turn:
             room = min(room, turn - len(self.ids))
         room = room if self.cfg.k is None else min(room, self.cfg.k)
-        self.chunks = []
+        self.chunks, self.merged = [], {}
         self.proposal = EMPTY
         if self.drafter is not None and room > 0:
             before = self._forwards()
@@ -362,8 +373,8 @@ class Speculation:
             proposal = self._search(rest, [])
         else:
             proposal, settled = yield from self._chunks(k, longest)
-        self._check(proposal, self.drafter, self.drafter.banned)
-        if self.graft is not None and proposal.kind == "point":
+        self._check(proposal.tokens, self.drafter, self.drafter.banned)
+        if self.grafts and proposal.kind == "point":
             proposal = yield from self._grafted(proposal, room)
         # first how much, then the cut at end tokens: the length of a sampled draft must not depend on what was drawn
         n = yield from _number(Cut(self.controller, proposal, r.carried, 0 if r.carried else r.k))
@@ -433,19 +444,32 @@ class Speculation:
         return self.proxy
 
     def _grafted(self, proposal: Proposal, room: int) -> Talk[Proposal]:
-        """The proposal and the branches of the second source, a retrieved text or another model's lattice."""
-        assert self.graft is not None
-        extra = yield from _drafted(Ask(self.graft, [*self.ids], min(self.cfg.tree, room), self.request.generator))
-        if isinstance(extra, Lattice):
-            extra = self.search(extra, self.ids, eos=self.request.eos, proxy=self._proxy()) if extra.k else None
-        if extra is None or not len(extra):
-            return proposal
-        self._check(extra, self.graft, frozenset())  # what the text itself says may well be the drafter's special
-        return graft(proposal, extra, self.cfg.tree)
+        """One tree of the proposal and of what the other sources say, retrieved texts or other models' lattices."""
+        assert self.drafter is not None
+        budget = self.cfg.tree or self.search.budget
+        voices = [self._voice(self.drafter, self.chunks[0][1] if len(self.chunks) == 1 else proposal)]
+        for source in self.grafts:
+            extra = yield from _drafted(Ask(source, [*self.ids], min(budget, room), self.request.generator))
+            if extra is not None:
+                voices.append(self._voice(source, extra))
+        found = merge(voices, budget, room, self.trust.of, self.request.eos)
+        self.merged = found.origin
+        # what the text itself says may well be the drafter's special, but not what the drafter says alone
+        self._check(found.proposal.tokens, self.drafter, frozenset())
+        alone = [path[-1] for path, (who, _) in found.origin.items() if who == self.drafter.name]
+        self._check(alone, self.drafter, self.drafter.banned)
+        return found.proposal
+
+    def _voice(self, source: Drafter, draft: Lattice | Proposal) -> Voice:
+        names = [other.name for other in self.sources]
+        name = source.name if names.count(source.name) == 1 else f"{source.name}#{self.sources.index(source)}"
+        if isinstance(draft, Lattice):
+            return Slots(name, Edges(draft, self.ids, self._proxy(), self.search.lam))
+        return Branches(name, draft)
 
     def _check_tree(self) -> None:
         """Refuse a tree that would be ignored."""
-        if self.graft is not None:
+        if self.grafts:
             if self.search.sampled:
                 raise DllmError("graft adds branches to point trees: leave out either graft or the search that samples")
         elif self.drafter is not None and self.drafter.chains_only and (self.cfg.tree or self.search.tree):
@@ -454,8 +478,8 @@ class Speculation:
                 "graft='suffix'"
             )
 
-    def _check(self, proposal: Proposal, source: Drafter, banned: frozenset[int]) -> None:
-        for token in proposal.tokens:
+    def _check(self, tokens: Iterable[int], source: Drafter, banned: frozenset[int]) -> None:
+        for token in tokens:
             if not 0 <= token < self.verifier.vocab:
                 raise DllmError(
                     f"{source.name} drafted id {token}, outside the verifier's vocabulary of {self.verifier.vocab}"
@@ -535,6 +559,13 @@ class Speculation:
             for child in p.children.get(node, ()):
                 conf = p.conf[child] if p.conf else 0.5
                 self.stats.observed.append((p.depths[child] - 1, conf, child == following))
+                if self.merged:
+                    who, together = self.merged[p.paths[child + 1]]
+                    self.trust.learn(who, p.depths[child] - 1, together, child == following)
+
+    def lessons(self) -> list[Lesson]:
+        """What the text taught."""
+        return [self.trust, *(lesson for source in self.sources for lesson in source.lessons())]
 
     def finish_round(self) -> None:
         """Learn from the round and record it."""
@@ -687,7 +718,7 @@ def rounds(
             yield _round(session, rows), rows
     if store is not None:
         found = [(row.ids, len(row.request.ids)) for row in rows]
-        store.learn(found, [lesson for row in rows for source in row.sources for lesson in source.lessons()])
+        store.learn(found, [lesson for row in rows for lesson in row.lessons()])
         keep(store)
 
 

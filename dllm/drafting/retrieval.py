@@ -14,7 +14,7 @@ from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.search import union
-from dllm.drafting.store import BEST, Grams, Seen, Successors
+from dllm.drafting.store import BEST, Lesson, Seen, Successors
 from dllm.drafting.suffixes import counted, longest
 from dllm.errors import DllmError
 from dllm.spec import check, param
@@ -284,7 +284,7 @@ class Fallback(Drafter):
         """The model's."""
         self.model.take(states, start)
 
-    def lessons(self) -> Sequence[Successors | Grams]:
+    def lessons(self) -> Sequence[Lesson]:
         """The model's."""
         return self.model.lessons()
 

@@ -38,7 +38,6 @@ from dllm.drafting.lattice import Lattice
 from dllm.drafting.ngram import NgramTable, Tempered
 from dllm.drafting.pairs import Scores, State
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
-from dllm.errors import DllmError
 from dllm.spec import check, param
 
 Path = tuple[State, ...]  # what each source of weights keeps of the path so far
@@ -410,20 +409,6 @@ class SampleTree(PathSearch):
                 token, state = _draw(laws[-1], generator)
                 chains[-1].append(token)
         return chains, _rows(laws)
-
-
-def graft(base: Proposal, source: Proposal, budget: int, frac: float = 0.66) -> Proposal:
-    """Trie union of two point proposals: at least the best `frac` of `budget` from `base`, the rest from `source`.
-
-    Siblings with one token merge and keep the larger confidence. Every node stays a point node, so the tree walk stays
-    exact.
-    """
-    if base.kind != "point" or source.kind != "point":
-        raise DllmError(
-            "only point proposals can be grafted: rows of a sampled tree would no longer describe its siblings"
-        )
-    extra = min(len(source), budget - min(len(base), max(1, round(budget * frac))))
-    return _merged([base.head(budget - extra), source.head(extra)])
 
 
 def union(proposals: Iterable[Proposal], budget: int) -> Proposal:

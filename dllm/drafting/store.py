@@ -15,13 +15,15 @@ from functools import lru_cache
 from operator import index
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dllm.drafting.control import Calibrator
 from dllm.drafting.suffixes import REACH, SuffixArray, Texts
+from dllm.drafting.trust import Trust
 from dllm.errors import DllmError, first_line
 from dllm.models.files import replaced
 from dllm.models.tokenizer import Tokenizer
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 BEST = 8  # tokens that the loop tells of every verified node
 FORMAT = "dllm drafting store 1"
 StoreLike: TypeAlias = "str | Path | Store | None"
+Lesson: TypeAlias = "Successors | Grams | Trust"  # what a text taught
 
 
 class Seen(NamedTuple):
@@ -152,8 +155,9 @@ def _mean(a: Row, b: Row) -> Row:
 
 
 class Store:
-    """Texts of a verifier with their counts (drafter `suffix`), its successors of every token (`recycle`) and its
-    probabilities behind grams (`stand`), for all verifiers of one tokenizer.
+    """Texts of a verifier with their counts (drafter `suffix`), its successors of every token (`recycle`), its
+    probabilities behind grams (`stand`), and what the word of each source of a merged tree is worth (`graft=`), for all
+    verifiers of one tokenizer.
 
     tokens   most tokens of texts; then the oldest texts leave. 2^20 take about 20 MB.
     grams    most grams; then those that were not heard of for longest leave. 2^16 take about 50 MB.
@@ -168,7 +172,7 @@ class Store:
             if not isinstance(limit, int) or limit < 1:
                 raise DllmError(f"{name}={limit!r} of a store must be a whole number, at least 1")
         self.path = None if path is None else Path(path)
-        self.texts, self.successors, self.grams = Texts(tokens), Successors(), Grams(grams)
+        self.texts, self.successors, self.grams, self.trust = Texts(tokens), Successors(), Grams(grams), Trust()
         self.tokenizer = ""  # what it numbers tokens by; empty: not known yet
         self.top = -1  # the largest id
         self.lock = threading.Lock()
@@ -189,18 +193,20 @@ class Store:
     def _what(self) -> str:
         return "the store" if self.path is None else f"the store {self.path}"
 
-    def learn(self, texts: Iterable[tuple[Sequence[int], int]], parts: Iterable[Successors | Grams]) -> None:
+    def learn(self, texts: Iterable[tuple[Sequence[int], int]], lessons: Iterable[Lesson]) -> None:
         """Texts, each with the length of its prompt, and what drafters learned of them."""
         with self.lock:
             kept = [[*ids[max(0, begin - REACH) :]] for ids, begin in texts if len(ids) > begin]
             self.texts.add(kept)
             self.top = max([self.top, *map(max, kept)])
-            for part in parts:
-                if isinstance(part, Successors):
-                    self.successors.add(part)
+            for lesson in lessons:
+                if isinstance(lesson, Successors):
+                    self.successors.add(lesson)
+                elif isinstance(lesson, Grams):
+                    self.grams.add(lesson)
                 else:
-                    self.grams.add(part)
-                self.top = max(self.top, part.top)
+                    self.trust.add(lesson)
+                self.top = max(self.top, lesson.top)
 
     def save(self, path: str | Path | None = None) -> None:
         """Write it, whole or not at all. Errors: no path, a folder that there is not."""
@@ -210,7 +216,7 @@ class Store:
         with self.lock:
             tensors, grams = self._tensors(), self.grams
         about = {"format": FORMAT, "tokenizer": self.tokenizer, "top": self.top, "tries": self.successors.tries}
-        limits = {"tokens": self.texts.limit, "grams": grams.limit}
+        limits = {"tokens": self.texts.limit, "grams": grams.limit, "trust": [*self.trust.kept]}
         try:
             with replaced(path) as draft:
                 save_file(tensors, draft, {"store": json.dumps({**about, **limits})})
@@ -229,6 +235,9 @@ class Store:
             "best": _padded((row.best for row in rows.values()), BEST),
             "prob": _padded((row.prob for row in rows.values()), BEST).astype(np.float32),
             "n": np.array([row.n for row in rows.values()], np.int64),
+            "trust": np.array([(c.hits, c.tries) for c in self.trust.kept.values()]).reshape(
+                -1, 2, *Calibrator().hits.shape
+            ),
         }
 
     @classmethod
@@ -250,21 +259,23 @@ class Store:
             raise DllmError(f"{path} is no store, or is damaged ({said}): remove it, and a new one begins") from error
         return store
 
-    def _fill(self, about: Mapping[str, object], found: Mapping[str, np.ndarray]) -> None:
+    def _fill(self, about: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> None:
         ids, lengths, prob, hits = found["texts"], found["lengths"], found["prob"], found["hits"]
         names = ("texts", "lengths", "tokens", "successors", "grams", "best", "n")
         sizes = [len(found[a]) - len(found[b]) for a, b in (("tokens", "successors"), ("grams", "n"), ("best", "n"))]
         sums = int(lengths.sum()) - len(ids)
         whole = all(found[name].dtype.kind == "i" for name in names) and not (sums or any(sizes))
         top = max(int(found[name].max(initial=-1)) for name in ("texts", "tokens", "successors", "grams", "best"))
-        sound = whole and prob.shape == found["best"].shape and hits.shape == (BEST,) and top <= int(str(about["top"]))
+        sound = whole and prob.shape == found["best"].shape and hits.shape == (BEST,) and top <= int(about["top"])
         if not (sound and (lengths > 0).all() and (ids >= 0).all() and ((prob >= 0) | (found["best"] < 0)).all()):
             raise ValueError("its parts do not fit together")
-        self.tokenizer, self.top = str(about["tokenizer"]), int(str(about["top"]))
+        for who, (hits, tries) in zip(list(about["trust"]), found["trust"], strict=True):
+            self.trust.kept[str(who)] = Calibrator.of(hits, tries)
+        self.tokenizer, self.top = str(about["tokenizer"]), int(about["top"])
         self.texts.add(np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else [])
         following = map(_stripped, found["successors"].tolist())
         self.successors.best = dict(zip(found["tokens"].tolist(), following, strict=True))
-        self.successors.hits, self.successors.tries = hits.astype(float), float(str(about["tries"]))
+        self.successors.hits, self.successors.tries = hits.astype(float), float(about["tries"])
         for gram, best, p, n in zip(
             found["grams"].tolist(), found["best"].tolist(), prob.tolist(), found["n"].tolist(), strict=True
         ):
