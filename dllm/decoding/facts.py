@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dllm.decoding import graphs
-from dllm.decoding.canvas import Fed, Span, State
+from dllm.decoding.canvas import Canvas, Fed, Span, State
+from dllm.decoding.columns import marked
+from dllm.decoding.constraints.bound import Bound, Reach
 from dllm.decoding.slots import Closed
 
 
@@ -39,6 +41,8 @@ class Facts(NamedTuple):
     limit: int  # end of the stored columns that the next forward may see
     seen: int  # how many these are
     reads: int  # columns that the next step reads
+    reach: int  # columns from the first open one to the last that is read or stands, where a constraint asks
+    gaps: int  # of these the open ones that are not read
     doubt: int  # a lookahead leaves the next step to a forward of this row alone
 
 
@@ -55,15 +59,25 @@ def flags(
     columns = torch.arange(1, cols.shape[1] + 1, device=cols.device)
     last = torch.where(cols, columns, 0).amax(1) - 1
     reads = torch.where(window.reads >= 0, columns[: window.reads.shape[1]], 0).amax(1)
+    zero = torch.zeros_like(state.step)
+    reach, gaps = _reached(canvas, window) if Bound in state.memory else (zero, zero)
     known: dict[str, Tensor] = dict(
         done=state.done, closing=state.closing, covered=covered, finite=finite.expand_as(covered), step=state.step,
         start=canvas.start, length=canvas.length, masks=canvas.masked.sum(1),
         closed=canvas.start if closed is None else closed.end, fed=fed, lo=window.lo, hi=window.hi, stale=stale,
         size=cols.sum(1), first=cols.int().argmax(1), last=last, limit=torch.where(seen, columns, 0).amax(1),
-        seen=seen.sum(1), reads=reads,
-        doubt=torch.zeros_like(stale) if doubt is None else doubt,
+        seen=seen.sum(1), reads=reads, reach=reach, gaps=gaps, doubt=zero if doubt is None else doubt,
     )  # fmt: skip
     return torch.stack([known[name] for name in Facts._fields], 1)
+
+
+def _reached(canvas: Canvas, window: Span) -> tuple[Tensor, Tensor]:
+    """`Facts.reach` and `Facts.gaps`, (B,) each."""
+    cols = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
+    read, inside = marked(window.reads, len(cols)), cols < canvas.length[:, None]
+    first = torch.where(canvas.masked, cols, len(cols)).amin(1)
+    end = torch.where(inside & (read | ~canvas.masked), cols + 1, 0).amax(1)
+    return (end - first).clamp(min=0), (canvas.masked & ~read & (cols < end[:, None])).sum(1)
 
 
 def fetch(table: Tensor) -> list[Facts]:
@@ -87,6 +101,7 @@ class Shape(NamedTuple):
     padded: bool = True  # some row feeds fewer than Q columns
     ragged: bool = True  # some row may not see all S stored columns
     write: tuple[int, int] | None = None  # all rows feed, and keep, exactly these columns; None: it takes an index
+    reach: Reach | None = None  # the columns that a constraint looks at; None: all
 
     @classmethod
     def of(cls, rows: Sequence[Facts], fed: Fed) -> Self:
@@ -103,12 +118,21 @@ class Shape(NamedTuple):
             padded=any(r.size != queries for r in rows),
             ragged=any(r.seen != slots for r in rows),
             write=write,
+            reach=reach(rows),
         )
 
     def static(self, columns: int) -> Self:
         """A shape that many forwards have, for captured work: sizes rounded up, for rows of so many columns."""
         queries, reads = (min(_rounded(n), columns) for n in (self.queries, self.reads))
-        return self._replace(queries=queries, slots=columns, reads=reads, padded=True, ragged=True, write=None)
+        reach = self.reach and self.reach._replace(columns=min(_rounded(self.reach.columns), columns))
+        return self._replace(
+            queries=queries, slots=columns, reads=reads, padded=True, ragged=True, write=None, reach=reach
+        )
+
+
+def reach(rows: Sequence[Facts]) -> Reach:
+    """What the host knows of the columns that constraints of these rows look at."""
+    return Reach(max(r.reach for r in rows), any(r.gaps for r in rows))
 
 
 def _rounded(n: int) -> int:

@@ -17,7 +17,7 @@ from dllm.decoding.cache.policy import Policy, everything, plan
 from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State, mapped
 from dllm.decoding.columns import indices, scatter
 from dllm.decoding.constants import constant
-from dllm.decoding.constraints.bound import Bound, Rule
+from dllm.decoding.constraints.bound import Bound, Reach, Rule
 from dllm.decoding.facts import Facts, Shape, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.logprobs import Logprobs
@@ -184,9 +184,10 @@ class Answer:
     queries: int
     extra: object = None  # what `inputs.reduce` told of it
 
-    def read(self, cols: Tensor) -> Prediction:
-        """The prediction at `cols` (B, W); of a column that was not covered it is meaningless."""
-        return self.prediction(self.logits(cols), cols)
+    def read(self, cols: Tensor, reach: Reach | None = None) -> Prediction:
+        """The prediction at `cols` (B, W); of a column that was not covered it is meaningless. reach: what the host
+        knows of the columns that a constraint looks at."""
+        return self.prediction(self.logits(cols), cols, reach=reach)
 
     def logits(self, cols: Tensor) -> Tensor:
         """What it says of `cols` (B, W), folded and cut to what may be predicted: (B, W, V)."""
@@ -210,7 +211,9 @@ class Answer:
                 logits[..., eos].masked_fill_(early, -torch.inf)
         return logits if options.process is None else options.process(state.canvas, cols, logits)
 
-    def prediction(self, logits: Tensor, cols: Tensor, canvas: Canvas | None = None) -> Prediction:
+    def prediction(
+        self, logits: Tensor, cols: Tensor, canvas: Canvas | None = None, reach: Reach | None = None
+    ) -> Prediction:
         """The prediction that these logits (B, W, V) at `cols` (B, W) are; under a constraint for rows with this
         canvas, None: with that of the forward."""
         state, law, rule = self.state, self.options.law, self.options.rule
@@ -220,9 +223,9 @@ class Answer:
         )
         if rule is None:
             return pred
-        if canvas is None:
-            canvas = state.canvas if self.s.inputs is None else self.s.inputs.canvas(self)
-        return rule.bind(pred, canvas, state.memory[Bound])
+        if canvas is None and self.s.inputs is not None:
+            canvas, reach = self.s.inputs.canvas(self), None
+        return rule.bind(pred, state.canvas if canvas is None else canvas, state.memory[Bound], reach)
 
     def knows(self, cols: Tensor) -> Tensor:
         """(B, W) bool: of the columns (B, W), those that the forward covered."""
@@ -324,7 +327,7 @@ class Runner:
         """The same in these sizes: plan, forward, step, next window. It asks the device nothing: it can be captured."""
         window = part.window.cut(shape.reads)
         answer = self.forward(part.state, window, self.planned(part, shape))
-        pred = answer.read(window.reads)
+        pred = answer.read(window.reads, shape.reach)
         return self.stepped(part, answer, pred, self.options.step(self.s, part.state, window, pred))
 
     def planned(self, part: Part, shape: Shape) -> Plan:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Plan, State, mapped
-from dllm.decoding.facts import Shape, kinds
+from dllm.decoding.facts import Shape, kinds, reach
 from dllm.decoding.graphs import index
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Batch, Part, Runner, Stepped, Turn
@@ -201,7 +201,7 @@ class LookaheadRunner(Runner):
         """
         part, window = group.part, group.part.reading
         answer = self.answer(part.state, window, group.fed, said, group.planned)
-        pred = answer.read(window.reads)
+        pred = answer.read(window.reads, reach(part.facts))
         after = self.options.step(self.s, part.state, window, pred)
         for i in self.doubts(group, pred, after, hit=hit, alone=alone):
             after = self.confirm(group, i, after)

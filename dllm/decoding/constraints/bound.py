@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision
+from dllm.decoding.columns import marked
 from dllm.decoding.constants import Constant
 from dllm.decoding.constraints.automaton import DEAD, TokenAutomaton
 from dllm.decoding.constraints.frame import Frame
-from dllm.decoding.constraints.passes import Columns, ahead
-from dllm.decoding.constraints.tables import Tables
+from dllm.decoding.constraints.passes import Columns, Lattice
+from dllm.decoding.constraints.tables import STAY, Tables
 from dllm.decoding.prediction import Prediction, draw
 
 GAP = 30.0  # nats: a column that is forced has no second token, and would be sure beyond all measure
@@ -30,6 +31,13 @@ class Bound(NamedTuple):
 
     which: Tensor
     tail: Tensor
+
+
+class Reach(NamedTuple):
+    """What the host knows of the columns of a step, from the first that is open on."""
+
+    columns: int  # behind so many of them all are open, and none is read
+    gaps: bool = True  # whether one in front of them may be open and not be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,7 @@ class Rule:
     @cached_property
     def tables(self) -> Constant[Tables]:
         """The automata on a device."""
-        return Constant(Tables.of(self.automata, self.ends).to)
+        return Constant(Tables.of(self.automata, self.columns, self.ends).to)
 
     @cached_property
     def value(self) -> tuple[object, ...]:
@@ -62,31 +70,56 @@ class Rule:
     def alive(self, canvas: Canvas, bound: Bound) -> Tensor:
         """(B,) bool: the masks of the answer can be filled so that it is a member."""
         tables = self.tables.on(canvas.ids.device).of_rows(bound.which)
-        return ahead(tables, self.given(tables, canvas, bound)).alive
+        return self.given(tables, canvas, bound, torch.full_like(canvas.ids[:, :1], -1), self.columns)[1].alive
 
-    def given(self, tables: Tables, canvas: Canvas, bound: Bound) -> Columns:
-        """The columns of a canvas before anybody has read any."""
-        cols = torch.arange(self.columns, device=canvas.ids.device) + canvas.start[:, None]  # (B, K)
-        beyond = cols >= (canvas.length - bound.tail)[:, None]
-        at = cols.clamp(max=canvas.ids.shape[1] - 1)
-        ids, open_ = canvas.ids.gather(1, at), canvas.masked.gather(1, at)
-        known = ids < tables.classes.shape[1]
-        stands = torch.where(known, tables.classes.gather(1, torch.where(known, ids, 0)), DEAD)[..., None]
-        classes = torch.arange(tables.leads.shape[1], device=ids.device)
-        soon = torch.arange(self.columns, device=ids.device)[:, None] < self.early
-        allowed = torch.where(open_[..., None], ~(soon & tables.late[:, None]), classes == stands) & (classes != DEAD)
+    def given(self, tables: Tables, canvas: Canvas, bound: Bound, reads: Tensor, count: int) -> tuple[Tensor, Lattice]:
+        """The columns of a canvas that matter to a step that reads `reads` (B, W), `count` at most, before anybody has
+        read any; and where they begin (B,).
+
+        They begin with the first that is open: what is closed in front is one state. They end with the last that stands
+        or is read: what can follow is a table. Behind that, and behind the answer, nothing moves.
+        """
+        device, states, width = canvas.ids.device, tables.final.shape[2], canvas.ids.shape[1]
+        cols, end = torch.arange(width, device=device), canvas.length - bound.tail
+        known = marked(reads, width) | ~canvas.masked | (cols < canvas.start[:, None] + self.early)
+        first = torch.where(canvas.masked, cols, width).amin(1).minimum(end)
+        stop = torch.where(known & (cols < end[:, None]), cols + 1, 0).amax(1).maximum(first)
+        open_, classes, ids = _standing(tables, canvas, first, stop, count)  # (N, B) each
+        kinds = torch.arange(tables.leads.shape[1], device=device)
+        soon = torch.arange(count, device=device)[:, None] + (first - canvas.start) < self.early  # (N, B)
+        late = soon[..., None] & tables.late
+        allowed = torch.where(open_[..., None], ~late & (kinds != DEAD), kinds == classes[..., None])
         weight = torch.where(allowed, 0.0, -torch.inf).double()
-        token = torch.where(open_[..., None], tables.leads[:, None], ids[..., None])
-        return Columns(weight, torch.ones_like(weight), token, open_, beyond)
+        token = torch.where(open_[..., None], tables.leads, ids[..., None])
+        final = tables.final.gather(1, (end - stop)[:, None, None].expand(-1, 1, states))[:, 0]
+        behind = torch.where(final, 0.0, -torch.inf).double()
+        start = self._before(tables, canvas, first)
+        return first, Lattice(tables, Columns(weight, torch.ones_like(weight), token, open_), start, behind)
+
+    def _before(self, tables: Tables, canvas: Canvas, first: Tensor) -> Tensor:
+        """(B,) the state behind what stands in front of `first`: what each column makes of each state, put together
+        two and two."""
+        states, size = tables.final.shape[2], 1 << (self.columns - 1).bit_length()
+        _, classes, _ = _standing(tables, canvas, canvas.start, first, size)
+        ways = classes.clamp(min=STAY).T[..., None].expand(-1, -1, states)
+        steps = tables.follow.view(len(first), -1, states).gather(1, ways)  # (B, size, Q + 1)
+        while steps.shape[1] > 1:
+            steps = steps[:, 1::2].gather(2, steps[:, ::2])
+        return torch.where((classes < STAY).any(0), states - 1, steps[:, 0, 0])
 
     # -- a prediction -------------------------------------------------------------------------------------------------
 
-    def bind(self, raw: Prediction, canvas: Canvas, bound: Bound) -> Restricted:
-        """The prediction under the constraint, of rows with this canvas."""
+    def bind(self, raw: Prediction, canvas: Canvas, bound: Bound, reach: Reach | None = None) -> Restricted:
+        """The prediction under the constraint, of rows with this canvas. reach: what the host knows of the columns that
+        matter, None: nothing."""
         tables = self.tables.on(raw.cols.device).of_rows(bound.which)
-        place = raw.cols - canvas.start[:, None]  # (B, W) among the K columns
-        read = (raw.cols >= 0) & canvas.masked.gather(1, raw.cols.clamp(min=0)) & (place >= 0) & (place < self.columns)
-        frame = Frame(tables, self.given(tables, canvas, bound), torch.where(read, place, self.columns), canvas.start)
+        count = self.columns if reach is None else min(max(reach.columns, self.early, 1), self.columns)
+        first, given = self.given(tables, canvas, bound, raw.cols, count)
+        place = raw.cols - first[:, None]  # (B, W) among the N columns
+        read = (raw.cols >= 0) & canvas.masked.gather(1, raw.cols.clamp(min=0))
+        read = read & (place < count) & (raw.cols < (canvas.length - bound.tail)[:, None])
+        gaps = reach is None or reach.gaps or self.early > 0
+        frame = Frame(tables, given, torch.where(read, place, count).T, first, gaps)
         law, heat = raw.law, raw.law.temperature or 1.0
         alone = law.greedy or law.filtered or heat == 1  # one temperature serves tokens and scores
         heard = frame.hear(raw, heat if alone else 1.0)
@@ -96,6 +129,18 @@ class Rule:
         else:
             token = frame.draw(raw, heard if alone else frame.hear(raw, heat))
         return Restricted(raw, logits, torch.where(read, token, -1), self, bound)
+
+
+def _standing(tables: Tables, canvas: Canvas, first: Tensor, stop: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `count` columns from `first` on, those up to `stop`: whether they are open, the class of what stands there, -1
+    of a token that may not, and the token; (N, B) each. The others stay."""
+    cols = torch.arange(count, device=first.device)[:, None] + first
+    at = cols.clamp(max=canvas.ids.shape[1] - 1).T
+    ids, open_ = canvas.ids.gather(1, at), canvas.masked.gather(1, at).T
+    known = ids < tables.classes.shape[1]
+    classes = torch.where(known, tables.classes.gather(1, torch.where(known, ids, 0)), DEAD).T
+    inside = cols < stop
+    return open_ & inside, torch.where(inside, torch.where(classes == DEAD, -1, classes), STAY), ids.T
 
 
 class Restricted(Prediction):
