@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dllm.decoding import noise
 from dllm.decoding.constraints.automaton import DEAD
-from dllm.decoding.constraints.passes import Columns, Lattice, total
-from dllm.decoding.constraints.tables import Tables
+from dllm.decoding.constraints.passes import Columns, Lattice, exp, total
+from dllm.decoding.constraints.tables import Groups, Tables, folded
 from dllm.decoding.prediction import Prediction, inverse_cdf, support
 
 
@@ -37,11 +38,11 @@ class Frame:
 
     def hear(self, pred: Prediction, heat: float, kept: Tensor | None = None) -> Heard:
         """What the forward says at this temperature, of the tokens that are `kept` (B W, V) bool; None: of all."""
-        shape, count = pred.cols.shape, self.tables.leads.shape[1]
-        parts = [
-            by_class(z if kept is None else torch.where(kept[at], z, -torch.inf), classes, count, heat)
-            for z, classes, at in self._chunks(pred)
-        ]
+        shape, count, tables = pred.cols.shape, self.tables.leads.shape[1], self.tables
+        parts = []
+        for z, at, some in self._chunks(pred):
+            said = z if kept is None else torch.where(kept[at], z, -torch.inf)
+            parts.append(by_class(said, some(tables.places), some(tables.absent), tables.runs.each(some), heat))
         top, times, token = (torch.cat(p).view(*shape, count).transpose(0, 1) for p in zip(*parts, strict=True))
         edge, given = torch.arange(count, device=top.device) != DEAD, self.given.columns
         assert given.free is not None
@@ -61,9 +62,8 @@ class Frame:
         shift = torch.where(chance > 0, chance.log() - mass + whole, -torch.inf) * heard.heat
         shift = torch.where((self.place < len(self.given.columns.best))[..., None], shift, 0.0)
         shift = shift.transpose(0, 1).to(pred.logits.dtype).flatten(0, 1)
-        return torch.cat([z + shift[at].gather(1, classes) for z, classes, at in self._chunks(pred)]).view_as(
-            pred.logits
-        )
+        moved = [z + shift[at].gather(1, some(self.tables.classes)) for z, at, some in self._chunks(pred)]
+        return torch.cat(moved).view_as(pred.logits)
 
     def best(self, heard: Heard) -> Tensor:
         """(B, W) the tokens of the best member."""
@@ -78,7 +78,8 @@ class Frame:
         one, rest = (self._at(x).T.flatten() for x in heard.lattice.drawn(u))  # (B W,)
         top = heard.top.transpose(0, 1).flatten(0, 1).gather(1, one[:, None])
         tokens = []
-        for z, classes, at in self._chunks(pred):
+        for z, at, some in self._chunks(pred):
+            classes = some(self.tables.classes)
             within = classes == one[at, None] if kept is None else (classes == one[at, None]) & kept[at]
             tokens.append(inverse_cdf(torch.where(within, (z / heard.heat - top[at]).exp(), 0.0), rest[at]))
         return torch.cat(tokens).view_as(pred.cols)
@@ -106,29 +107,36 @@ class Frame:
         place = self.place.clamp(max=len(table) - 1).view(*self.place.shape, *[1] * (table.dim() - 2))
         return table.gather(0, place.expand(*self.place.shape, *table.shape[2:]))
 
-    def _chunks(self, pred: Prediction) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Logits (n, V), the classes (n, V) of their tokens, and which of the B W columns they are (n,)."""
+    def _chunks(self, pred: Prediction) -> Iterator[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]:
+        """Logits (n, V), which of the B W columns they are (n,), and what takes from a table (B, ...) theirs."""
         rows = torch.arange(len(pred.cols), device=pred.cols.device)[:, None].expand_as(pred.cols)
-        classes = self.tables.classes
-        shared = len(classes) == 1 or classes.stride(0) == 0
+        alike = len(rows) == 1 or self.tables.classes.stride(0) == 0
         for z, row, at in pred.chunks(rows, torch.arange(rows.numel(), device=rows.device).view_as(rows)):
-            yield z, classes[:1].expand(len(z), -1) if shared else classes[row], at
+            yield z, at, partial(_alike, len(z)) if alike else partial(torch.index_select, dim=0, index=row)
 
 
-def by_class(logits: Tensor, classes: Tensor, count: int, heat: float) -> tuple[Tensor, Tensor, Tensor]:
+def _alike(n: int, table: Tensor) -> Tensor:
+    return table[:1].expand(n, *table.shape[1:])
+
+
+def by_class(
+    logits: Tensor, places: Tensor, absent: Tensor, runs: Groups, heat: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of each class the log weight of its best token at this temperature, how much more its tokens weigh together (0
-    where none is allowed), and that token, lowest id on ties; (n, V) -> (n, count), float64, float64, long.
+    where none is allowed), and that token, lowest id on ties; (n, V) -> (n, C), float64, float64, long.
 
-    The weights are summed as whole numbers of a small unit, so that the order of a sum does not matter.
+    The tokens of a class lie in runs: each run is looked at, and then the runs of each class. places, absent,
+    runs: those of `Tables` for each of the n.
     """
-    n, size = logits.shape
-    top = torch.full((n, count), -torch.inf, dtype=logits.dtype, device=logits.device)
-    top = top.scatter_reduce(1, classes, logits, "amax")
-    own = top.gather(1, classes)
-    ids = torch.arange(size, device=logits.device).expand(n, -1)
-    first = torch.full((n, count), size, device=logits.device)
-    first = first.scatter_reduce(1, classes, torch.where(logits == own, ids, size), "amin")
-    unit = 2.0 ** (62 - size.bit_length())
-    weight = (((logits - own.clamp(min=torch.finfo(own.dtype).min)) / heat).exp().double() * unit).long()
-    times = torch.zeros(n, count, dtype=torch.long, device=logits.device).scatter_add(1, classes, weight)
-    return top.double() / heat, times.double() / unit, first
+    (width, count), n, classes = places.shape[1:], len(logits), runs.levels[-1].shape[-1]
+    said = logits.gather(1, places.flatten(1)).view(n, width, count).add_(absent)
+    peaks = said.amax(1)  # (n, R)
+    top = logits.new_full((n, classes), -torch.inf).scatter_reduce(1, runs.of_each, peaks, "amax")
+    own = top.gather(1, runs.of_each)
+    which = torch.where(peaks == own, torch.arange(count, device=own.device), count - 1)
+    first = torch.full((n, classes), count - 1, device=own.device).scatter_reduce(1, runs.of_each, which, "amin")
+    at = first[:, None].expand(-1, width, -1)
+    best = (said.gather(2, at) == top[:, None]).int().argmax(1, keepdim=True)
+    token = places.gather(2, at).gather(1, best)[:, 0]
+    weight = exp((said - own.clamp(min=torch.finfo(own.dtype).min)[:, None]).div_(heat))
+    return top.double() / heat, runs.sum(folded(weight, 1).double()), token

@@ -53,8 +53,8 @@ def total(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lattice:
-    """Columns between the state before them, `start` (B,), and what must follow: `end` (B, Q + 1) is 0 where a member can
-    end, and -inf elsewhere."""
+    """Columns between the state before them, `start` (B,), and what must follow: `end` (B, Q + 1), 0 where a member
+    can end and -inf elsewhere."""
 
     tables: Tables
     columns: Columns

@@ -9,7 +9,7 @@ so a step weighs each set once, and every edge by its set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,10 @@ class Groups(NamedTuple):
             places = [c[f] for c, f in zip(chunk, firsts, strict=True)]
             size = count
 
+    def each(self, f: Callable[[Tensor], Tensor]) -> Groups:
+        """Those whose tables a function makes of these."""
+        return Groups(f(self.of_each), tuple(map(f, self.levels)))
+
     def sum(self, x: Tensor) -> Tensor:
         """(..., B, ..., n) from (..., B, ..., E)."""
         return self.add(x.new_zeros(*x.shape[:-1], self.levels[-1].shape[-1]), x)
@@ -94,6 +98,9 @@ class Tables(NamedTuple):
 
     classes: Tensor  # (A, V) of each token
     leads: Tensor  # (A, C) the first token of each class, V where there is none
+    places: Tensor  # (A, D, R) tokens, a class after the other in runs of D by ascending ids
+    absent: Tensor  # (A, D, R) -inf where a run is shorter, else 0
+    runs: Groups  # runs of tokens by class
     late: Tensor  # (A, C) bool: the classes of end tokens, which min_new_tokens forbids at first
     follow: Tensor  # (A, C (Q + 1)) the next state, by class, then state; Q where there is none
     final: Tensor  # (A, K + 1, Q + 1) bool: a member can end k columns on
@@ -127,9 +134,11 @@ class Tables(NamedTuple):
         group = _stacked([e.group for e in edges], sets)  # a set of nothing takes what fills the rows
         final = np.stack([e.final(a.accepting, states, columns) for a, e in zip(automata, edges, strict=True)])
         flat = follow.reshape(len(automata), -1)
-        arrays = map(torch.from_numpy, (classes, leads, late, flat, final, np.stack([dst, src], 1), by, one))
+        places, absent, runs = map(np.stack, zip(*_runs(classes), strict=True))
+        front = map(torch.from_numpy, (classes, leads, places, absent))
+        back = map(torch.from_numpy, (late, flat, final, np.stack([dst, src], 1), by, one))
         groups = (np.stack([src, dst], 1), states + 1), (by, sets + 1), (group, sets + 1), (one, count)
-        return cls._make([*arrays, *(Groups.of(index, n) for index, n in groups)])
+        return cls._make([*front, Groups.of(runs, count), *back, *(Groups.of(index, n) for index, n in groups)])
 
     def to(self, device: torch.device) -> Tables:
         """The same on this device."""
@@ -140,9 +149,7 @@ class Tables(NamedTuple):
         return self._each(lambda x: x.expand(len(which), *x.shape[1:]) if len(x) == 1 else x[which])
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> Tables:
-        return Tables._make(
-            Groups(f(x.of_each), tuple(map(f, x.levels))) if isinstance(x, Groups) else f(x) for x in self
-        )
+        return Tables._make(x.each(f) if isinstance(x, Groups) else f(x) for x in self)
 
 
 class _Edges(NamedTuple):
@@ -177,6 +184,21 @@ class _Edges(NamedTuple):
         for k in range(columns if len(src) else 0):
             found[k + 1, some] = np.logical_or.reduceat(found[k, dst], begins)
         return found
+
+
+def _runs(classes: Ints) -> Iterator[tuple[Ints, NDArray[np.float32], Ints]]:
+    """For each automaton `Tables.places` and `Tables.absent` of the tokens that have an edge, and the class of each
+    run."""
+    counts = [np.bincount(own)[DEAD + 1 :] for own in classes]
+    most = max(1, *(int((-(-c // WIDTH)).sum()) for c in counts))
+    for own in classes:
+        order = np.argsort(own, kind="stable")
+        order = order[own[order] != DEAD]
+        rank = np.arange(len(order)) - np.searchsorted(own[order], own[order])
+        run = np.cumsum(rank % WIDTH == 0) - 1
+        table, absent, kinds = np.zeros((WIDTH, most), np.int64), np.full((WIDTH, most), -np.inf), np.full(most, DEAD)
+        table[rank % WIDTH, run], absent[rank % WIDTH, run], kinds[run] = order, 0, own[order]
+        yield table, absent.astype(np.float32), kinds
 
 
 def _stacked(rows: Sequence[Ints], fill: int) -> Ints:
