@@ -9,17 +9,21 @@ import re
 from collections import Counter
 
 import llguidance
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.constraints.automaton import Vocabulary
-from dllm.decoding.constraints.bound import Bound, Rule
+from dllm.decoding.constraints.bound import Bound, Reach, Rule
+from dllm.decoding.constraints.frame import by_class
 from dllm.decoding.constraints.lift import lifted
 from dllm.decoding.constraints.pattern import of_choices, of_pattern
+from dllm.decoding.constraints.tables import Groups, Tables
 from dllm.decoding.prediction import Law, Prediction
 from dllm.errors import DllmError
 
@@ -359,3 +363,84 @@ def test_no_dead_canvas_after_commits_and_remasks(pattern, columns, data):
         assert alive(rule, row), row
         row = [MASK if data.draw(st.integers(0, 4)) == 0 else t for t in row]
         assert alive(rule, row), row
+
+
+# -- what a step looks at ---------------------------------------------------------------------------------------------
+
+
+def document(tokens):
+    """An automaton with sets of many classes, states that many edges enter, and strings of several lengths."""
+    pattern = '\\{"n": -?[0-9]{1,4}, "s": "[a-z ]{0,6}"\\}'
+    return lifted(of_pattern(pattern), Vocabulary.of([t.encode() for t in tokens]), [len(tokens) - 1])
+
+
+JSON = [*'{}":, -0123456789abcdef', "ab", "cde", "a b", '{"', '": ', '", "', '"}', "12", "345", "e f", "n", "s", ""]
+
+
+def seen(rule, rows, reads, logits, reach, law=Law()):
+    canvas = canvas_of(rows)
+    cols = torch.tensor(reads)
+    z = logits.gather(1, cols.clamp(min=0)[..., None].expand(-1, -1, logits.shape[2]))
+    raw = Prediction(z, cols, law=law, seed=torch.arange(len(rows)), step=torch.zeros(len(rows), dtype=torch.long))
+    pred = rule.bind(raw, canvas, bound_of(canvas), reach)
+    return [x[cols >= 0] for x in (pred.logits, pred.token, pred.confidence)]
+
+
+@pytest.mark.parametrize("law", [Law(), Law(0.8)])
+def test_what_the_host_knows_of_a_step_changes_no_bit(law):
+    """Rows whose columns begin and end elsewhere, in tables that are cut to them, rounded up, or of all columns."""
+    rule, columns = Rule((document(JSON),), 40, (len(JSON) - 1,)), 40
+    logits = torch.randn(2, columns, len(JSON), generator=torch.Generator().manual_seed(0)).double()
+    rows = [[JSON.index(t) for t in ('{"', "n", '": ', "1")] + [MASK] * 36, [MASK] * columns]
+    reads = [[*range(4, 14)], [*range(10)]]
+    whole = seen(rule, rows, reads, logits, None, law)
+    for reach in (Reach(10, False), Reach(16, False), Reach(10), Reach(40, False)):
+        assert all(torch.equal(a, b) for a, b in zip(whole, seen(rule, rows, reads, logits, reach, law), strict=True))
+    for i in range(2):
+        alone = seen(rule, rows[i : i + 1], reads[i : i + 1], logits[i : i + 1], Reach(10, False))
+        together = seen(rule, rows, reads, logits, Reach(24, False))
+        assert all(torch.equal(a, b[10 * i : 10 * i + 10]) for a, b in zip(alone, together, strict=True))
+
+
+def test_what_is_read_behind_columns_that_are_not():
+    """Of them the better branch counts, not the one with more completions; the others there are legal, and weighed."""
+    rule = rule_of("a(bb|cc|dd|ee)x|f(bb)y", [*"abcdefxy"], 4)
+    probs = [[1 / 8] * 8 for _ in range(4)]
+    probs[3][7] = 3 / 8  # y
+    found = bind(rule, [probs], [[MASK] * 4], cols=[[0, 3]])
+    assert found.logits.softmax(-1)[0, 0, [0, 5]].tolist() == pytest.approx([0.25, 0.75])
+    assert found.token.tolist() == [[5, 7]]
+
+
+def test_sums_of_groups_are_in_one_order_on_every_device():
+    index = np.random.default_rng(0).integers(0, 9, (2, 2, 400))
+    x = torch.rand(3, 2, 2, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    groups = Groups.of(index, 10)
+    want = (x[..., None] * F.one_hot(torch.from_numpy(index), 10)).sum(3)
+    for found in (groups.sum(x), groups.folded(x)):
+        assert torch.allclose(found, want, rtol=1e-14, atol=0)
+    padded = Groups.of(np.pad(index[:1], ((0, 0), (0, 0), (0, 70)), constant_values=9), 10)
+    more = torch.cat([x[:, :1], torch.zeros(3, 1, 2, 70).double()], 3)
+    for way in (Groups.sum, Groups.folded):
+        assert torch.equal(way(padded, more), way(Groups.of(index[:1], 10), x[:, :1]))
+
+
+@pytest.mark.parametrize("heat", [1.0, 0.7])
+def test_classes_of_a_forward_against_each_of_their_tokens(heat):
+    tokens = [f"{i:03d}" for i in range(300)] + ["a", "b", "ab", ""]
+    automaton = lifted(of_pattern("[0-9]+(ab?)?"), Vocabulary.of([t.encode() for t in tokens]), [303])
+    tables, z = (
+        Tables.of([automaton], 4, [303]).of_rows(torch.zeros(2, dtype=torch.long)),
+        torch.randn(2, 304).double().round(decimals=1),
+    )  # with ties
+    z[1, :40] = -torch.inf
+    z[1, 300] = -torch.inf  # all that this class has
+    top, times, token = by_class(z, tables.places, tables.absent, tables.runs, heat)
+    for row in range(2):
+        for c in range(1, automaton.count):
+            own = np.flatnonzero(automaton.classes == c)
+            best = z[row, own].max()
+            assert top[row, c] == best / heat
+            if best > -torch.inf:
+                assert times[row, c].item() == pytest.approx(((z[row, own] - best) / heat).exp().sum().item())
+                assert token[row, c] == own[int((z[row, own] == best).nonzero()[0, 0])]

@@ -109,17 +109,23 @@ class Rule:
 
     # -- a prediction -------------------------------------------------------------------------------------------------
 
+    def frame(
+        self, tables: Tables, cols: Tensor, canvas: Canvas, bound: Bound, reach: Reach | None
+    ) -> tuple[Frame, Tensor]:
+        """The columns of a step that reads `cols` (B, W), and which of these are open, (B, W) bool."""
+        count = self.columns if reach is None else min(max(reach.columns, self.early, 1), self.columns)
+        first, given = self.given(tables, canvas, bound, cols, count)
+        place = cols - first[:, None]  # (B, W) among the N columns
+        read = (cols >= 0) & canvas.masked.gather(1, cols.clamp(min=0))
+        read = read & (place < count) & (cols < (canvas.length - bound.tail)[:, None])
+        gaps = reach is None or reach.gaps or self.early > 0
+        return Frame(tables, given, torch.where(read, place, count).T, first, gaps), read
+
     def bind(self, raw: Prediction, canvas: Canvas, bound: Bound, reach: Reach | None = None) -> Restricted:
         """The prediction under the constraint, of rows with this canvas. reach: what the host knows of the columns that
         matter, None: nothing."""
         tables = self.tables.on(raw.cols.device).of_rows(bound.which)
-        count = self.columns if reach is None else min(max(reach.columns, self.early, 1), self.columns)
-        first, given = self.given(tables, canvas, bound, raw.cols, count)
-        place = raw.cols - first[:, None]  # (B, W) among the N columns
-        read = (raw.cols >= 0) & canvas.masked.gather(1, raw.cols.clamp(min=0))
-        read = read & (place < count) & (raw.cols < (canvas.length - bound.tail)[:, None])
-        gaps = reach is None or reach.gaps or self.early > 0
-        frame = Frame(tables, given, torch.where(read, place, count).T, first, gaps)
+        frame, read = self.frame(tables, raw.cols, canvas, bound, reach)
         law, heat = raw.law, raw.law.temperature or 1.0
         alone = law.greedy or law.filtered or heat == 1  # one temperature serves tokens and scores
         heard = frame.hear(raw, heat if alone else 1.0)

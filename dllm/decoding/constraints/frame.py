@@ -61,7 +61,10 @@ class Frame:
         chance = self._at(heard.lattice.marginals())
         shift = torch.where(chance > 0, chance.log() - mass + whole, -torch.inf) * heard.heat
         shift = torch.where((self.place < len(self.given.columns.best))[..., None], shift, 0.0)
-        shift = shift.transpose(0, 1).to(pred.logits.dtype).flatten(0, 1)
+        return self.moved(pred, shift.transpose(0, 1).to(pred.logits.dtype).flatten(0, 1))
+
+    def moved(self, pred: Prediction, shift: Tensor) -> Tensor:
+        """(B, W, V) the logits, those of each class moved by `shift` (B W, C)."""
         moved = [z + shift[at].gather(1, some(self.tables.classes)) for z, at, some in self._chunks(pred)]
         return torch.cat(moved).view_as(pred.logits)
 
