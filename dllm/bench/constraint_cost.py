@@ -22,9 +22,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dllm.bench.runtime import REPEATS, WINDOW, Figure, random_model
+from dllm.bench.runtime import REPEATS, WINDOW, Figure, context, random_model, scene
 from dllm.call.job import prepare
-from dllm.decoding.canvas import Canvas
 from dllm.decoding.constraints.automaton import TokenAutomaton, Vocabulary
 from dllm.decoding.constraints.bound import Bound, Rule
 from dllm.decoding.constraints.compiling import compiled
@@ -32,6 +31,7 @@ from dllm.decoding.constraints.constraint import Constraint
 from dllm.decoding.constraints.vocabulary import alphabet
 from dllm.decoding.prediction import Prediction
 from dllm.errors import unknown
+from dllm.samplers import registry
 
 SIZE = 131_072  # tokens, the last four special
 MASK, END, PAD, START = range(SIZE - 4, SIZE)
@@ -98,11 +98,10 @@ class Step:
     """A step of one row, all of whose columns are masks, cut into what is timed apart."""
 
     def __init__(self, automaton: TokenAutomaton, logits: torch.Tensor) -> None:
-        ids = torch.full(logits.shape[:2], MASK)
-        masked, zero = torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, dtype=torch.long)
-        self.canvas = Canvas(ids, masked, ~masked, zero, zero + ids.shape[1], MASK)
-        self.rule, self.bound = Rule((automaton,), ids.shape[1], (END,)), Bound(zero, zero)
-        self.pred = Prediction(logits, torch.arange(ids.shape[1])[None])
+        sampler = registry.build("threshold", context(vocabulary=SIZE))
+        self.canvas, zero = scene(sampler, mask=MASK).canvas, torch.zeros(1, dtype=torch.long)
+        self.rule, self.bound = Rule((automaton,), WINDOW, (END,)), Bound(zero, zero)
+        self.pred = Prediction(logits, torch.arange(WINDOW)[None])
 
     def spent(self, repeats: int) -> tuple[float, ...]:
         """CPU milliseconds of passes, classes, posterior, softmax: medians."""

@@ -65,8 +65,12 @@ class Frame:
 
     def moved(self, pred: Prediction, shift: Tensor) -> Tensor:
         """(B, W, V) the logits, those of each class moved by `shift` (B W, C)."""
-        moved = [z + shift[at].gather(1, some(self.tables.classes)) for z, at, some in self._chunks(pred)]
-        return torch.cat(moved).view_as(pred.logits)
+        moved, begun = torch.empty_like(pred.logits), 0
+        for z, at, some in self._chunks(pred):
+            into = moved.flatten(0, 1).narrow(0, begun, len(z))
+            torch.add(z, shift[at].gather(1, some(self.tables.classes)), out=into)
+            begun += len(z)
+        return moved
 
     def best(self, heard: Heard) -> Tensor:
         """(B, W) the tokens of the best member."""
