@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas
+from dllm.decoding.constraints import schema as schemas
 from dllm.decoding.constraints.automaton import Vocabulary
 from dllm.decoding.constraints.bound import Bound, Reach, Rule
 from dllm.decoding.constraints.frame import by_class
@@ -296,14 +297,52 @@ def test_patterns(pattern, yes, no):
         ("x(?<=a)b", "a look-behind at position 1"),
         ("(?!a)b", "a look-ahead at position 0"),
         (r"\p{L}", "a Unicode property at position 0"),
-        ("[", "cannot be read"),
-        ("(", "cannot be read"),
+        ("(?#c)a", "a comment at position 0"),
+        ("(?>ab)", "an atomic group at position 0"),
+        ("a++", "a possessive quantifier at position 1"),
+        ("[a+]{2}+", "a possessive quantifier at position 4"),
+        ("a**", "multiple repeat at position 2"),
+        ("a(?i)b", "global flags not at the start"),
+        (r"\ud83d\ude00", "half a character (a surrogate) at position 0"),
+        ("a{x}", "put a backslash before signs that stand for themselves"),
+        ("[]", "unterminated character set at position 0"),
+        ("(", "missing ), unterminated subpattern at position 0"),
     ],
 )
 def test_patterns_that_are_refused(pattern, says):
     with pytest.raises(DllmError, match=re.escape(says)) as caught:
         of_pattern(pattern)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"anyOf": []}, "anyOf must be a list that is not empty"),
+        ({"oneOf": [{"type": "null"}]}, "oneOf cannot be enforced here (anyOf can); leave it out"),
+        ({"type": "array", "prefixItems": []}, "prefixItems cannot be enforced"),
+        (
+            {"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}},
+            "at a: minimum cannot be enforced",
+        ),
+        ({"type": "string", "const": 3}, 'const has no value of type "string"'),
+        ({"type": "object", "properties": ["a"]}, "properties must be a mapping"),
+        ({"type": "object", "required": "a"}, "required must be a list of names"),
+        ({"type": "string", "minLength": "x"}, "minLength='x' must be an integer of at least 0"),
+        ({"type": "string", "pattern": 3}, "pattern 3 must begin with ^"),
+        ({"const": math.nan}, "nan is no value of JSON"),
+        ({"$ref": "#"}, "# refers to itself; say how deep with max_depth"),
+        ({"type": "nul"}, "not 'nul'"),
+    ],
+)
+def test_schemas_that_are_refused(schema, says):
+    with pytest.raises(DllmError, match=re.escape(says)) as caught:
+        schemas.pattern(schema)
+    assert str(caught.value).startswith("json_schema") and "\n" not in str(caught.value)
+
+
+def test_a_type_holds_beside_listed_values():
+    assert schemas.pattern({"type": ["string", "null"], "enum": ["a", 1, True, None]}) == r"(?:\"a\"|null)"
 
 
 # -- patterns against another reader of them --------------------------------------------------------------------------

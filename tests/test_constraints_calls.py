@@ -249,6 +249,42 @@ def test_a_constrained_tick_asks_nothing(name: str, law: Law) -> None:
     assert questions(sampler, BIDIRECTIONAL, options=Options(law, rule=rule)) == []
 
 
+@pytest.mark.parametrize("sampler", ["threshold", "credit", "prophet", "daedal:initial=12,factor=4,tail=4"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_without_a_constraint(model: Any, sampler: str, temperature: float) -> None:
+    """They are what they are alone and in a call without any."""
+    prompts, asked = ["Say it.", PROMPT, "12+7="], [{"choices": CHOICES}, None, None]
+    call: dict[str, Any] = dict(max_new_tokens=16, block_length=8, sampler=sampler, temperature=temperature)
+    for ahead in (None, 4):
+        outputs = dllm.generate(model, prompts, constraint=asked, lookahead=ahead, **call)
+        assert outputs[0].text in CHOICES and outputs[0].stats["constraint"]["member"]  # type: ignore[index]
+        for i in (1, 2):
+            free = dllm.generate(model, prompts[i], seed=i, lookahead=ahead, **call)
+            assert (free.text, free.tokens, free.nfe) == (outputs[i].text, outputs[i].tokens, outputs[i].nfe)
+            assert "constraint" not in outputs[i].stats
+
+
+def test_processors_come_first_and_the_constraint_behind_them(model: Any) -> None:
+    """What a processor forbids is kept out where a member is left, and taken where none is."""
+    yes, no = (model.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("yes", "no"))
+    call: dict[str, Any] = dict(max_new_tokens=8, choices=["yes", "no"])
+
+    def forbids(*tokens: int) -> Any:
+        def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores.index_fill(1, torch.tensor(tokens), -torch.inf)
+
+        processor.pure = True  # type: ignore[attr-defined]
+        return processor
+
+    for temperature in (0.0, 1.0):
+        for kept, gone in (("yes", no), ("no", yes)):
+            for ahead in (None, 4):
+                more: dict[str, Any] = {"temperature": temperature, "lookahead": ahead}
+                out = dllm.generate(model, PROMPT, logits_processor=forbids(gone), **call, **more)
+                assert out.text == kept
+        assert dllm.generate(model, PROMPT, logits_processor=forbids(yes, no), **call, **more).text in ("yes", "no")
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -168,7 +168,7 @@ def test_lark_parses_what_is_accepted(grammar: str, seeds: list[str]) -> None:
 @pytest.mark.parametrize(
     ("grammar", "depth", "says"),
     [
-        (SUM, None, "start leads back to itself through atom; say how deep with max_depth="),
+        (SUM, None, "start leads back to itself through atom; say how deep with max_depth"),
         ("start: word", 1, "Rule 'word' used but not defined"),
         ('begin: "a"', 1, "undefined rule"),
         ('start "a"', 1, "missing colon"),
@@ -206,7 +206,7 @@ def test_answers_of_a_grammar(model: Any, temperature: float) -> None:
 
 def test_what_a_call_refuses(model: Any) -> None:
     for call, says in (
-        ({"grammar": SUM}, "say how deep with max_depth="),
+        ({"grammar": SUM}, "say how deep with max_depth"),
         ({"grammar": 3}, "must be the text of a grammar"),
         ({"constraint": {"grammar": 'start: "a" start "b"', "max_depth": 3}}, "has no member within max_depth=3"),
         ({"constraint": {"grammar": JSON, "max_depth": 0}}, "must be an integer of at least 1"),

@@ -162,7 +162,7 @@ class DecodingArguments(TypedDict, total=False):
     choices: Sequence[str] | None
     json_schema: Schema | str | None
     grammar: str | None
-    constraint: ConstraintSpec | Sequence[ConstraintSpec] | None
+    constraint: ConstraintSpec | Sequence[ConstraintSpec | None] | None
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ class Arguments:
     choices: Sequence[str] | None = None  # the answer is one of these
     json_schema: Schema | str | None = None  # the answer is a document of this schema
     grammar: str | None = None  # the answer is a text that this grammar parses, in the notation of lark
-    constraint: ConstraintSpec | Sequence[ConstraintSpec] | None = None  # a `dllm.Constraint`, or one for each prompt
+    # a `dllm.Constraint`, or one for each prompt, None for a prompt without
+    constraint: ConstraintSpec | Sequence[ConstraintSpec | None] | None = None
 
     def __post_init__(self) -> None:
         self.constraints()
@@ -223,16 +224,17 @@ class Arguments:
             rule.check(name, value)
         stop_strings(self.stop)
 
-    def constraints(self) -> tuple[Constraint, ...]:
-        """What answers are bound to: nothing, one thing for all, or one for each prompt. Errors: more than one of the
-        arguments that say so."""
+    def constraints(self) -> tuple[Constraint | None, ...]:
+        """What answers are bound to: nothing, one thing for all, or one for each prompt, None for one that is free.
+        Errors: more than one of the arguments that say so."""
         said = {name: vars(self)[name] for name in (*KINDS, "constraint") if vars(self)[name] is not None}
         if len(said) > 1:
             raise DllmError(f"{' and '.join(said)} constrain the same answers; give one of them")
         if self.constraint is None:
             return tuple(Constraint(**said) for _ in said)
         if isinstance(self.constraint, Sequence) and not isinstance(self.constraint, str):
-            return tuple(map(Constraint.parse, self.constraint))
+            each = tuple(None if given is None else Constraint.parse(given) for given in self.constraint)
+            return () if each == (None,) * len(each) else each
         return (Constraint.parse(self.constraint),)
 
     @classmethod

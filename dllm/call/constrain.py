@@ -41,15 +41,18 @@ def rule_of(
     ends = () if args.infill else tuple(i for i in options.eos_ids if i not in options.suppress)
     pads = () if model.pad_id is None or model.pad_id == model.mask_id else (model.pad_id,)
     tokens, banned = vocabulary(model), (*options.suppress, *(() if model.mask_id is None else (model.mask_id,)))
-    places, automata = list[int](), list[Constraint]()
+    places, automata = list[int](), list[Constraint | None]()
     for constraint in asked:
         if constraint not in automata:
             automata.append(constraint)
         places.append(automata.index(constraint))
     which = places * rows if len(places) == 1 else [p for p in places for _ in range(args.n)]
-    made = tuple(compiled(c.asked, tokens, ends, pads, banned) for c in automata)
+    made = tuple(
+        TokenAutomaton.anything(model.vocab_size, ends) if c is None else compiled(c.asked, tokens, ends, pads, banned)
+        for c in automata
+    )
     for constraint, automaton in zip(automata, made, strict=True):
-        if not automaton.states:
+        if constraint is not None and not automaton.states:
             deep = "" if constraint.max_depth is None else f" within max_depth={constraint.max_depth}"
             raise DllmError(f"{_named(constraint)} has no member{deep} that the tokens of this model can write")
     columns = max(1, *windows)  # that of an answer without any lies behind its end

@@ -171,8 +171,9 @@ class Job:
         ahead = self.lookahead
         found = self.report[request].report(ahead) if ahead and request in self.report else {}
         if self.options.rule is not None:
-            which = int(self.queue.memory[Bound].which[request])
-            found["constraint"] = verdict(self.options.rule.automata[which], tokens, self.model.tokenizer)
+            automaton = self.options.rule.automata[int(self.queue.memory[Bound].which[request])]
+            if not automaton.free:
+                found["constraint"] = verdict(automaton, tokens, self.model.tokenizer)
         return found if self.counts is None else {**found, "graphs": dataclasses.asdict(self.counts)}
 
     def begin(self, request: int) -> int:
@@ -262,17 +263,15 @@ def _steering(args: Arguments, ahead: bool) -> tuple[Processing | None, Criteria
     processors, criteria = listed(args.logits_processor), listed(args.stopping_criteria)
     if criteria and args.infill:
         raise DllmError("infill=True fills every hole to its end, so stopping criteria do not apply: leave them out")
-    if args.constraints() and (processors or criteria):
-        raise DllmError(
-            "a constraint counts on every token that it allows, and on the end: leave out "
-            + ("logits_processor=" if processors else "stopping_criteria=")
-        )
+    constrained = bool(args.constraints())
+    if constrained and criteria:
+        raise DllmError("stopping_criteria= may cut a constrained answer short of what was asked; leave it out")
     if processors and args.graphs:
         raise DllmError("logits processors run on the host, which a CUDA graph cannot ask: leave graphs=True out")
     if ahead:
         check_pure("logits processor", processors)
         check_pure("stopping criterion", criteria)
-    return Processing(processors, ahead) if processors else None, Criteria(criteria, ahead)
+    return Processing(processors, ahead, constrained) if processors else None, Criteria(criteria, ahead)
 
 
 def resolve_model(model: object) -> Model:

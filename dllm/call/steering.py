@@ -22,6 +22,8 @@ Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # ids (B, L), scores 
 Criterion: TypeAlias = Callable[[Tensor, None], object]  # ids (1, L), no scores -> a truth value, or one (1,)
 C = TypeVar("C")
 
+LAST = 1e4  # nats by which a token that a processor forbids comes behind others, where a constraint may need it
+
 # transformers' own without a memory: the same ids and scores give the same answer
 STATELESS = {
     *("EncoderNoRepeatNGramLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor", "EpsilonLogitsWarper"),
@@ -98,10 +100,12 @@ def check_pure(kind: str, parts: Sequence[object]) -> None:
 
 @dataclass(frozen=True)
 class Processing:
-    """The logits processors of a call. With `twice` every question is asked twice, and the answers must agree."""
+    """The logits processors of a call. With `twice` every question is asked twice, and the answers must agree; where
+    the answers are `constrained`, a token that a processor forbids is a last resort."""
 
     processors: tuple[Processor, ...]
     twice: bool
+    constrained: bool
 
     def __call__(self, canvas: Canvas, cols: Tensor, logits: Tensor) -> Tensor:
         """The processed logits (B, W, V) at `cols` (B, W), in place. A processor sees the canvas left of the column,
@@ -120,6 +124,9 @@ class Processing:
             if bool((scores == -torch.inf).all(-1).any()):
                 names = ", ".join(map(named, self.processors))
                 raise DllmError(f"logits_processor ({names}) leaves no token for column {column}")
+            if self.constrained:
+                before = logits[rows, at]
+                scores = torch.where(scores == -torch.inf, before - LAST, scores)
             logits[rows, at] = scores
         logits[..., canvas.mask_id] = -torch.inf
         return logits

@@ -54,8 +54,6 @@ class Prediction:
     `more(cols)` gives a Prediction for other columns of the same forward, or None where it did not cover them.
     """
 
-    bound = False  # whether its tokens go together: no link of the `adjust` chain puts another in place of one
-
     def __init__(
         self,
         logits: Tensor,
@@ -103,6 +101,11 @@ class Prediction:
     def free(self) -> Prediction:
         """The prediction before a constraint changed it; itself where none did."""
         return self
+
+    def replaced(self, token: Tensor) -> Tensor:
+        """(B, W) the tokens after a link of the `adjust` chain put these in their place; its own, where they go
+        together."""
+        return token
 
     def lawful(self, canvas: Canvas, d: Decision) -> Decision:
         """What may be carried out of a decision on this canvas: all of it, where no constraint speaks."""
@@ -356,7 +359,7 @@ class Rescored(Prediction):
             weights=lambda: raw.weights,
         )  # fmt: skip
         self._beneath, self._confidence = raw, confidence
-        self._token = raw.token if token is None or raw.bound else token
+        self._token = raw.token if token is None else raw.replaced(token)
 
     @property
     def raw(self) -> Prediction:

@@ -60,6 +60,15 @@ class TokenAutomaton:
     src: Ints  # (E,) edges, ascending by state, then class
     by: Ints  # (E,)
     dst: Ints  # (E,)
+    free: bool = False  # it stands for no constraint at all
+
+    @classmethod
+    def anything(cls, size: int, ends: Sequence[int]) -> TokenAutomaton:
+        """That of a row without a constraint, over so many tokens."""
+        classes = np.ones(size, np.int64)
+        classes[list(ends)] = 2
+        by = np.unique(classes)
+        return cls(classes, np.ones(1, np.bool_), np.zeros_like(by), by, np.zeros_like(by), free=True)
 
     @property
     def states(self) -> int:
@@ -75,7 +84,7 @@ class TokenAutomaton:
     def digest(self) -> bytes:
         """Equal for equal automata."""
         parts = (x.tobytes() for x in (self.classes, self.accepting, self.src, self.by, self.dst))
-        return hashlib.blake2b(b"".join(hashlib.blake2b(p).digest() for p in parts)).digest()
+        return hashlib.blake2b(b"".join(hashlib.blake2b(p).digest() for p in parts) + bytes([self.free])).digest()
 
     @cached_property
     def follow(self) -> Ints:

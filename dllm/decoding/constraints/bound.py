@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas, Decision
 from dllm.decoding.columns import marked
-from dllm.decoding.constants import Constant
+from dllm.decoding.constants import Constant, constant
 from dllm.decoding.constraints.automaton import DEAD, TokenAutomaton
 from dllm.decoding.constraints.frame import Frame
 from dllm.decoding.constraints.passes import Columns, Lattice
@@ -134,7 +134,13 @@ class Rule:
             token = frame.best(heard)
         else:
             token = frame.draw(raw, heard if alone else frame.hear(raw, heat))
-        return Restricted(raw, logits, torch.where(read, token, -1), self, bound)
+        token, free = torch.where(read, token, -1), None
+        if any(a.free for a in self.automata):  # these rows say what they would say without a constraint
+            frees = constant(tuple(int(a.free) for a in self.automata), raw.cols.device)
+            free = frees[bound.which][:, None] > 0  # (B, 1)
+            logits = torch.where(free[..., None], raw.logits, logits)
+            token = torch.where(free, raw.token, token)
+        return Restricted(raw, logits, token, self, bound, free)
 
 
 def _standing(tables: Tables, canvas: Canvas, first: Tensor, stop: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,16 +156,25 @@ def _standing(tables: Tables, canvas: Canvas, first: Tensor, stop: Tensor, count
 
 
 class Restricted(Prediction):
-    """What may still be said: posterior logits, and at the masks the tokens of one member of the language."""
+    """What may still be said: posterior logits, and at the masks the tokens of one member of the language; in rows that
+    are `unbound` (B, 1) what the model says."""
 
-    bound = True
-
-    def __init__(self, raw: Prediction, logits: Tensor, token: Tensor, rule: Rule, rows: Bound) -> None:
+    def __init__(
+        self, raw: Prediction, logits: Tensor, token: Tensor, rule: Rule, rows: Bound, unbound: Tensor | None = None
+    ) -> None:
         super().__init__(
             logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra,
             weights=lambda: raw.weights,
         )  # fmt: skip
-        self._free, self._member, self._rule, self._rows = raw, token, rule, rows
+        self._free, self._member, self._rule, self._rows, self._unbound = raw, token, rule, rows, unbound
+
+    def replaced(self, token: Tensor) -> Tensor:
+        """(B, W) its own, which go together, but in rows without a constraint."""
+        return self.token if self._unbound is None else torch.where(self._unbound, token, self.token)
+
+    def _either(self, free: Tensor, own: Tensor) -> Tensor:
+        """A score of rows without a constraint, and of the others."""
+        return own if self._unbound is None else torch.where(self._unbound, free, own)
 
     @property
     def free(self) -> Prediction:
@@ -175,14 +190,15 @@ class Restricted(Prediction):
     def gap(self) -> Tensor:
         """Best logit minus second best; that of a column without a second one is bounded."""
         first, second = self._top2
-        return (first - second).clamp(max=GAP)
+        return self._either(first - second, (first - second).clamp(max=GAP))
 
     @cached_property
     def _raw(self) -> tuple[Tensor, Tensor]:
         _, best, _, odds = self._best
         log_p = self.logits.gather(-1, self.token[..., None])[..., 0] - self.lse
         first = self.token == self.argmax
-        return torch.where(first, best, log_p.exp()), torch.where(first, -odds.log1p(), log_p)
+        own = torch.where(first, best, log_p.exp()), torch.where(first, -odds.log1p(), log_p)
+        return own if self.law.greedy else (self._either(log_p.exp(), own[0]), self._either(log_p, own[1]))
 
     @cached_property
     def _draw(self) -> tuple[Tensor, ...]:

@@ -63,7 +63,7 @@ def _made(text: str, vocabulary: Vocabulary) -> TokenAutomaton:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise DllmError(
-            f"the constraint was not compiled within {SECONDS:.0f} s: make its counts, or its max_depth, smaller"
+            f"the constraint was not compiled within {SECONDS:.0f} s: make its counts or its depth smaller"
         ) from None
     try:
         with np.load(io.BytesIO(done.stdout)) as made:

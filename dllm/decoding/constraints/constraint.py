@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
-from dllm.errors import DllmError, unknown
+from dllm.errors import DllmError, first_line, unknown
 
 Schema: TypeAlias = Mapping[str, object]
 
@@ -47,6 +47,10 @@ class Constraint:
                 raise DllmError(f"json_schema is no JSON: {error}") from error
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
             raise DllmError("json_schema must be a mapping, or JSON text of one")
+        try:
+            json.dumps(self.json_schema)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DllmError(f"json_schema is no JSON: {first_line(error)}") from error
         if self.max_depth is not None and (
             (self.json_schema is None and self.grammar is None)
             or not isinstance(self.max_depth, int)

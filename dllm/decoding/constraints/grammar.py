@@ -339,7 +339,8 @@ class _Texts:
         if not self.rules.edges[to]:
             return stack
         if circle and self.depth is None:
-            raise DllmError(f"grammar: {rule} leads back to itself through {name}; say how deep with max_depth=")
+            through = "" if name == rule else f" through {name}"
+            raise DllmError(f"grammar: {rule} leads back to itself{through}; say how deep with max_depth")
         if not circle or sum(frame < 0 for frame in stack) < (self.depth or 0):
             return (*stack, ~to if circle else to)
         return stack if self.rules.final[to] else None

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 
 import interegular
@@ -32,6 +33,7 @@ _ESCAPES = {
     "p": "a Unicode property",
     "P": "a Unicode property",
     "k": "a back-reference",
+    "N": "a character by its name",
     **dict.fromkeys("123456789", "a back-reference"),
 }
 _GROUPS = {
@@ -39,7 +41,10 @@ _GROUPS = {
     **dict.fromkeys(("(?<=", "(?<!"), "a look-behind"),
     "(?P=": "a back-reference",
     "(?(": "a condition",
+    "(?>": "an atomic group",
+    "(?#": "a comment",
 }
+_POSSESSIVE = re.compile(r"(?:[*+?]|\{[0-9]*,?[0-9]*\})\+")
 
 
 def checked(pattern: str) -> str:
@@ -56,7 +61,10 @@ def checked(pattern: str) -> str:
             opened = False
             code = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2}))").match(pattern, at)
             if code:
-                out.append(_literal(chr(int(next(filter(None, code.groups())), 16))))
+                number = int(next(filter(None, code.groups())), 16)
+                if not any(first <= number <= last for first, last in _CODES):
+                    raise refuse("half a character (a surrogate)")
+                out.append(_literal(chr(number)))
                 at = code.end()
                 continue
             if not inside and (named := _ESCAPES.get(pattern[at + 1 : at + 2])):
@@ -81,6 +89,8 @@ def checked(pattern: str) -> str:
             continue
         elif sign in "^$":
             raise refuse("an anchor inside of it")
+        elif _POSSESSIVE.match(pattern, at):
+            raise refuse("a possessive quantifier")
         out.append(sign)
         at += 1
     return "".join(out)
@@ -94,11 +104,16 @@ def of_pattern(pattern: str) -> ByteAutomaton:
     """The automaton of a pattern that the whole text must match. Errors: one that is none, or no regular language."""
     text = checked(pattern)
     try:
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(pattern)  # what it objects to it says better
         fsm = interegular.parse_pattern(text).to_fsm().reduce()  # type: ignore[no-untyped-call]  # foreign
+    except MemoryError:
+        raise
     except Exception as error:  # foreign: a bare KeyError among them
-        raise DllmError(
-            f"regex: the pattern {_short(pattern)} cannot be read: {first_line(error) or 'no pattern'}"
-        ) from error
+        said = first_line(error)
+        if said == "InvalidSyntax":
+            said = "put a backslash before signs that stand for themselves, such as { and }"
+        raise DllmError(f"regex: the pattern {_short(pattern)} cannot be read: {said}") from error
     keys, live = _codes(fsm.alphabet), _live(fsm)
     number, order, rows = {fsm.initial: 0}, [fsm.initial], list[Segments]()  # by first visit: sets have no order
     for state in order:

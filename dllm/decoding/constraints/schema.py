@@ -35,6 +35,15 @@ NOTES = {  # what says nothing of the document
     "$defs", "definitions",
 }  # fmt: skip
 
+KNOWN = {
+    "$ref", "const", "enum", "anyOf", "type", "properties", "required", "additionalProperties", "items", "minItems",
+    "maxItems", "minLength", "maxLength", "pattern", "format",
+}  # fmt: skip
+TYPES: dict[str, tuple[type, ...]] = {
+    "null": (type(None),), "boolean": (bool,), "integer": (int,), "number": (int, float), "string": (str,),
+    "array": (list,), "object": (dict,),
+}  # fmt: skip
+
 
 def pattern(schema: object, max_depth: int | None = None) -> str:
     """The pattern of the documents that a schema allows. Errors: keywords that are not enforced; a schema that refers
@@ -56,7 +65,11 @@ def _literal(value: object) -> str:
         return rf"\{{{f',{SPACE}'.join(pairs)}\}}"
     if isinstance(value, list):
         return rf"\[{f',{SPACE}'.join(map(_literal, value))}\]"
-    return re.sub(r"[^\w\s]", lambda m: m[0] if ord(m[0]) > 127 else "\\" + m[0], json.dumps(value, ensure_ascii=False))
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise DllmError(f"json_schema: {value!r} is no value of JSON") from error
+    return re.sub(r"[^\w\s]", lambda m: m[0] if ord(m[0]) > 127 else "\\" + m[0], text)
 
 
 @dataclass(frozen=True)
@@ -74,28 +87,29 @@ class _Writer:
                 f"{where}: {json.dumps(schema, default=repr)} is no schema that says what to write; give it a type"
             )
         rest = {str(k): v for k, v in schema.items() if k not in NOTES}
+        if foreign := sorted(rest.keys() - KNOWN):
+            raise _unenforced(foreign, where)
         found = self.part(rest, at, where, refs)
         if rest:
-            known = ", ".join(sorted(rest))
-            raise DllmError(f"{where}: {known} cannot be enforced here; leave it out, and check the answers")
+            raise _unenforced(sorted(rest), where)
         return found
 
     def part(self, rest: dict[str, Any], at: str, where: str, refs: tuple[str, ...]) -> str | None:
         """Takes what it honours out of `rest`."""
         if "$ref" in rest:
             return self.referred(str(rest.pop("$ref")), where, refs)
-        if "const" in rest:
-            rest.pop("type", None)
-            return _literal(rest.pop("const"))
-        if "enum" in rest:
-            rest.pop("type", None)
-            values = rest.pop("enum")
-            if not isinstance(values, list) or not values:
-                raise DllmError(f"{where}: enum must be a list of values")
-            return _any([_literal(v) for v in values])
+        for name in ("const", "enum"):
+            if name in rest:
+                values = _list(rest, name, where) if name == "enum" else [rest.pop(name)]
+                kind = rest.pop("type", list(TYPES))
+                fitting = [v for v in values if any(_is(v, k) for k in (kind if isinstance(kind, list) else [kind]))]
+                if not fitting:
+                    raise DllmError(f"{where}: {name} has no value of type {json.dumps(kind)}")
+                return _any([_literal(v) for v in fitting])
         if "anyOf" in rest:
-            return self.either([self.write(s, f"{at}/anyOf/{i}", refs) for i, s in enumerate(rest.pop("anyOf"))])
-        kind = rest.pop("type", None)
+            options = _list(rest, "anyOf", where)
+            return self.either([self.write(s, f"{at}/anyOf/{i}".strip("/"), refs) for i, s in enumerate(options)])
+        kind = _list(rest, "type", where) if isinstance(rest.get("type"), list) else rest.pop("type", None)
         if isinstance(kind, list):
             options, used = [], set[str]()
             for one in kind:
@@ -119,7 +133,7 @@ class _Writer:
             raise DllmError(f"{where}: $ref {ref!r} leads out of the schema; write it out")
         if ref in refs:
             if self.max_depth is None:
-                raise DllmError(f"{where}: {ref} refers to itself; say how deep with max_depth=")
+                raise DllmError(f"{where}: {ref} refers to itself; say how deep with max_depth")
             if refs.count(ref) >= self.max_depth:
                 return None
         target: Any = self.whole
@@ -146,10 +160,14 @@ class _Writer:
 
     def object(self, rest: dict[str, Any], at: str, where: str, refs: tuple[str, ...]) -> str | None:
         """An object with these properties, in this order."""
-        properties, needed = rest.pop("properties", {}), set(rest.pop("required", ()))
+        properties, needed = rest.pop("properties", {}), rest.pop("required", [])
+        if not isinstance(properties, Mapping):
+            raise DllmError(f"{where}: properties must be a mapping from names to schemas")
+        if not isinstance(needed, list) or not all(isinstance(name, str) for name in needed):
+            raise DllmError(f"{where}: required must be a list of names")
         if rest.get("additionalProperties") in (False, True):  # no others are written
             del rest["additionalProperties"]
-        if missing := sorted(needed - set(properties)):
+        if missing := sorted(set(needed) - set(properties)):
             raise DllmError(f"{where}: {', '.join(missing)} is required and no property")
         items = list[tuple[str, bool]]()
         for name, schema in properties.items():
@@ -190,7 +208,7 @@ class _Writer:
                 raise DllmError(f"{where}: format {name!r} is not known; known: {', '.join(FORMATS)}")
             return f'"{FORMATS[name]}"'
         if shape is not None:
-            if not (shape.startswith("^") and shape.endswith("$")):
+            if not (isinstance(shape, str) and shape.startswith("^") and shape.endswith("$")):
                 raise DllmError(
                     f"{where}: pattern {shape!r} must begin with ^ and end with $: it says all of the string"
                 )
@@ -203,6 +221,26 @@ class _Writer:
 
 def _bounds(rest: dict[str, Any], least: str, most: str, where: str) -> tuple[int, int | None]:
     low, high = rest.pop(least, 0), rest.pop(most, None)
+    for name, value in ((least, low), (most, high)):
+        if (name == least or value is not None) and not (_is(value, "integer") and value >= 0):
+            raise DllmError(f"{where}: {name}={value!r} must be an integer of at least 0")
     if high is not None and high < low:
         raise DllmError(f"{where}: {most}={high} is below {least}={low}")
     return low, high
+
+
+def _list(rest: dict[str, Any], name: str, where: str) -> list[Any]:
+    """A keyword whose value lists something."""
+    values = rest.pop(name)
+    if not isinstance(values, list) or not values:
+        raise DllmError(f"{where}: {name} must be a list that is not empty")
+    return values
+
+
+def _is(value: object, kind: object) -> bool:
+    return isinstance(value, TYPES.get(str(kind), ())) and (not isinstance(value, bool) or kind == "boolean")
+
+
+def _unenforced(names: Sequence[str], where: str) -> DllmError:
+    said = ", ".join(names) + " cannot be enforced here" + (" (anyOf can)" if "oneOf" in names else "")
+    return DllmError(f"{where}: {said}; leave it out, and check the answers")

@@ -51,6 +51,8 @@ def main() -> None:
         made = {name: getattr(found, name) for name in ("classes", "accepting", "src", "by", "dst")}
     except DllmError as error:
         made = {"error": np.frombuffer(str(error).encode(), np.uint8)}
+    except UnicodeEncodeError:
+        made = {"error": b"the constraint has half a character in it (a surrogate), which no text holds"}
     except (MemoryError, RecursionError) as error:
         made = {"error": np.frombuffer(f"the constraint is too large ({type(error).__name__})".encode(), np.uint8)}
     np.savez(sys.stdout.buffer, **made)
