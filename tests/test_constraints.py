@@ -241,6 +241,43 @@ def test_rows_of_a_batch_do_not_know_each_other():
             assert torch.equal(logits, alone) and torch.equal(token, own) and torch.equal(confidence, sure)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_holes_each_hold_a_member(seed):
+    """Against all that holes may hold, some columns of them committed: posterior and best, and what is possible."""
+    rnd = random.Random(2000 + seed)
+    tokens, _, pattern, _ = random_case(rnd)
+    tokens = [t for t in tokens if t]
+    sizes = [rnd.randrange(1, 4) for _ in range(rnd.randrange(1, 4))]
+    given = [x for size in sizes for x in [False] * size + [True] * rnd.randrange(1, 3)][: rnd.choice([-1, 99])]
+    one = lifted(of_pattern(pattern), Vocabulary.of([t.encode() for t in tokens]))
+    rule, whole = Rule((one.for_holes(),), len(given)), text_member(pattern, tokens, [])
+    probs = [[rnd.random() + 1e-3 for _ in tokens] for _ in given]
+    row = [rnd.randrange(len(tokens)) if g or rnd.random() < 0.2 else MASK for g in given]
+    tail = len(given) - max(i + 1 for i, g in enumerate(given) if not g)
+    canvas = canvas_of([row])._replace(frozen=torch.tensor([given]))
+    bound = bound_of(canvas, tail=[tail])
+
+    def accepts(word):
+        runs = itertools.groupby(zip(word, given, strict=True), key=lambda pair: pair[1])
+        return all(frozen or whole([t for t, _ in run]) for frozen, run in runs)
+
+    found = list(members(accepts, probs, row))
+    assert bool(rule.alive(canvas, bound)) == bool(found)
+    assert one.lengths(3) == [n for n in range(4) if any(map(whole, itertools.product(range(len(tokens)), repeat=n)))]
+    if not found:
+        return
+    table, cols = torch.tensor([probs], dtype=torch.float64).log(), torch.arange(len(given))[None]
+    pred, total = rule.bind(Prediction(table, cols), canvas, bound), sum(weight for _, weight in found)
+    best = max(found, key=lambda f: f[1])[0]
+    for i in [i for i, t in enumerate(row) if t == MASK]:
+        want = [sum(w for word, w in found if word[i] == v) / total for v in range(len(tokens))]
+        assert pred.logits[0, i].softmax(-1).tolist() == pytest.approx(want, abs=1e-12)
+        assert int(pred.token[0, i]) == best[i]
+    word = [int(t) if own == MASK else own for t, own in zip(pred.token[0], row, strict=True)]
+    left = [MASK if own == MASK and rnd.random() < 0.5 else t for t, own in zip(word, row, strict=True)]
+    assert accepts(word) and bool(rule.alive(canvas_of([left])._replace(frozen=canvas.frozen), bound))
+
+
 def test_half_characters_and_their_other_halves():
     """Tokens may end inside of a character; the column beside it then has to finish it."""
     pieces = [

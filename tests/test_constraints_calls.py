@@ -180,6 +180,47 @@ def test_infilling_counts_columns(model: Any) -> None:
         dllm.generate(model, prompt, infill=True, regex=r"[0-9]+ pears\.")
 
 
+@pytest.mark.parametrize("ahead", [None, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_member_in_each_hole(model: Any, temperature: float, ahead: int | None) -> None:
+    """Rows with holes of their own, one that is bound as a whole, and one that is free."""
+    mask, ids = model.mask_id, lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = [*ids("Tom has "), mask, mask, *ids(" apples and "), mask, mask, mask, *ids(" pears.")]
+    second, each = [*ids("x"), mask, *ids("y"), mask, mask], dllm.Constraint(regex="[0-9]+|[a-z]{3}", where="holes")
+    asked = [each, each, {"regex": "[0-9]y.*"}, None]
+    call: dict[str, Any] = {"infill": True, "sampler": "threshold", "temperature": temperature, "lookahead": ahead}
+    outputs = dllm.generate(model, [first, second, second, second], constraint=asked, **call)
+    texts = [model.tokenizer.decode(o.sequences) for o in outputs]
+    one = "([0-9]+|[a-z]{3})"
+    assert re.fullmatch(rf"Tom has {one} apples and {one} pears\.", texts[0])
+    assert re.fullmatch(f"x{one}y{one}", texts[1]) and re.fullmatch("x[0-9]y.*", texts[2])
+    assert [o.stats.get("constraint", {}).get("member") for o in outputs] == [True, True, True, None]
+    for i in (0, 1):
+        alone = dllm.generate(model, [first, second][i], constraint=each, seed=i, **call)
+        assert (alone.tokens, alone.nfe) == (outputs[i].tokens, outputs[i].nfe)
+
+
+@pytest.mark.parametrize(
+    ("regex", "says"),
+    [
+        ("[0-9]{9}", "hole 1 has 2 masks, which cannot hold a member; 9 can"),
+        ("[0-9]{2}", "hole 2 has 3 masks, which cannot hold a member; 2 can"),
+        ("q(0123)?", "hole 1 has 2 masks, which cannot hold a member; 1 or 5 can"),
+        ("[0-9]{4,}", "hole 1 has 2 masks, which cannot hold a member; 4 or more can"),
+    ],
+)
+def test_holes_that_hold_no_member(regex: str, says: str) -> None:
+    small = letters(tiny())
+    digits = [b""] * 26 + [str(i).encode() for i in range(10)] + [b""] * (small.vocab_size - 36)
+    digits[16] = b"q"
+    vocabulary._KNOWN[small] = Vocabulary.of(digits)
+    mask = small.mask_id
+    with pytest.raises(DllmError, match=says):
+        dllm.generate(
+            small, [1, mask, mask, 2, mask, mask, mask], infill=True, constraint={"regex": regex, "where": "holes"}
+        )
+
+
 def test_an_answer_may_grow(model: Any) -> None:
     """Length edits go on as long as a member is left."""
     call: dict[str, Any] = dict(
@@ -221,14 +262,15 @@ CAPTURED = ["threshold", "prophet:high=99,mid=99,low=9", "wino", "remdm", "credi
 def test_captured_ticks(sampler: str, temperature: float) -> None:
     model = letters(tiny())
     call: dict[str, Any] = dict(max_new_tokens=8, block_length=4, sampler=sampler, temperature=temperature, eos=[30])
-    asked = {"constraint": [{"regex": "(ab|ba)c*"}, {"regex": "x?y{2,5}z"}, {"regex": "(ab|ba)c*"}], "batch_size": 2}
-    prompts = [[5, 6], [1, 2, 3], [7]]
+    patterns = ["(ab|ba)c*", "x?y{2,5}z", None, "(ab|ba)c*"]
+    asked = {"constraint": [p and {"regex": p} for p in patterns], "batch_size": 2}
+    prompts = [[5, 6], [1, 2, 3], [4], [7]]
     plain = dllm.generate(model, prompts, **call, **asked)
     with standing_in():
         captured = dllm.generate(model, prompts, graphs=True, **call, **asked)
-    for a, b, pattern in zip(plain, captured, ("(ab|ba)c*", "x?y{2,5}z", "(ab|ba)c*"), strict=True):
+    for a, b, pattern in zip(plain, captured, patterns, strict=True):
         assert (a.sequences, a.nfe) == (b.sequences, b.nfe)
-        assert re.fullmatch(pattern, spelt(a.tokens))
+        assert pattern is None or re.fullmatch(pattern, spelt(a.tokens))
     assert captured[0].stats["graphs"]["replays"] > 0  # type: ignore[index]
 
 
@@ -309,6 +351,9 @@ def test_an_answer_without_columns_is_the_empty_member(model: Any) -> None:
         ({"constraint": [{"regex": "a"}, {"regex": "b"}]}, "2 constraints for 1 prompts"),
         ({"constraint": {"regexp": "a"}}, "did you mean 'regex'"),
         ({"constraint": "a"}, "must be a dllm.Constraint"),
+        ({"constraint": {"regex": "a", "where": "holes"}}, "where='holes' speaks of the holes of a prompt"),
+        ({"constraint": {"regex": "a", "where": "hole"}}, "where='hole' must be 'holes', or left out"),
+        ({"choices": {"a": 1}}, "must be a list of strings"),
         ({"json_schema": {"type": "integer", "minimum": 1}}, "minimum cannot be enforced"),
         ({"json_schema": "{"}, "json_schema is no JSON"),
     ],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from dllm.call.arguments import Arguments
 from dllm.decoding.canvas import Canvas, State
@@ -21,7 +23,7 @@ from dllm.models.tokenizer import Tokenizer
 
 
 def rule_of(
-    model: Model, args: Arguments, options: Options, windows: Sequence[int], tails: Sequence[int]
+    model: Model, args: Arguments, options: Options, canvas: Canvas, windows: Sequence[int], tails: Sequence[int]
 ) -> tuple[Rule, Bound] | None:
     """The automata of a call, and which of them each row has; None: nothing is constrained.
 
@@ -47,6 +49,8 @@ def rule_of(
             automata.append(constraint)
         places.append(automata.index(constraint))
     which = places * rows if len(places) == 1 else [p for p in places for _ in range(args.n)]
+    if not args.infill and any(c is not None and c.where for c in automata):
+        raise DllmError("where='holes' speaks of the holes of a prompt: pass infill=True, or leave it out")
     made = tuple(
         TokenAutomaton.anything(model.vocab_size, ends) if c is None else compiled(c.asked, tokens, ends, pads, banned)
         for c in automata
@@ -55,10 +59,20 @@ def rule_of(
         if constraint is not None and not automaton.states:
             deep = "" if constraint.max_depth is None else f" within max_depth={constraint.max_depth}"
             raise DllmError(f"{_named(constraint)} has no member{deep} that the tokens of this model can write")
+    made = tuple(a if c is None or c.where is None else a.for_holes() for c, a in zip(automata, made, strict=True))
     columns = max(1, *windows)  # that of an answer without any lies behind its end
     rule = Rule(made, columns, ends, 0 if args.infill else args.min_new_tokens)
-    device = model.device
-    return rule, Bound(torch.tensor(which, device=device), torch.tensor(list(tails), device=device))
+    at, tail = torch.tensor(which, device=model.device), torch.tensor(list(tails), device=model.device)
+    if any(a.hole for a in made):  # what is given behind the last hole is no part of an answer
+        holes = torch.tensor([a.hole is not None for a in made], device=model.device)[at]
+        tail = torch.where(holes, canvas.length - _last(canvas), tail)
+    return rule, Bound(at, tail)
+
+
+def _last(canvas: Canvas) -> Tensor:
+    """(B,) the end of the last hole."""
+    cols = torch.arange(1, canvas.ids.shape[1] + 1, device=canvas.ids.device)
+    return torch.where(canvas.frozen, 0, cols).amax(1)
 
 
 def check(rule: Rule, bound: Bound, queue: State, sampler: Sampler, infill: bool) -> None:
@@ -72,6 +86,8 @@ def check(rule: Rule, bound: Bound, queue: State, sampler: Sampler, infill: bool
         return
     row = dead[0]
     automaton = rule.automata[int(bound.which[row])]
+    if automaton.hole is not None:
+        _check_holes(automaton.hole, canvas.frozen[row].tolist(), f"prompt {row}: " if len(canvas.ids) > 1 else "")
     size = _columns(again, bound, row)
     whole = f"no member of the constraint fits {size} tokens"
     where = f"prompt {row}: " if len(canvas.ids) > 1 else ""
@@ -85,12 +101,38 @@ def check(rule: Rule, bound: Bound, queue: State, sampler: Sampler, infill: bool
     raise DllmError(f"{where}{whole} exactly, and without end tokens it must fill them all")
 
 
-def verdict(automaton: TokenAutomaton, tokens: list[int], tokenizer: Tokenizer | None) -> dict[str, bool]:
-    """What came of an answer: `member`, whether it is one; `canonical`, whether the tokenizer would write its text with
-    these tokens. A model that seldom does was pushed off its habits."""
-    text = "" if tokenizer is None else tokenizer.decode(tokens)
-    same = tokenizer is not None and list(tokenizer(text, add_special_tokens=False)["input_ids"]) == tokens
-    return {"member": automaton.accepts(tokens), "canonical": same}
+def _check_holes(hole: TokenAutomaton, given: list[bool], where: str) -> None:
+    """Errors: a hole that no member fits, with the lengths that exist."""
+    sizes = [len(list(run)) for frozen, run in groupby(given) if not frozen]
+    for number, size in enumerate(sizes, 1):
+        most = 2 * size + (hole.least or 0) + 2
+        lengths = hole.lengths(most)
+        if size not in lengths:
+            every = lengths == list(range(lengths[0], most + 1))
+            near = sorted(sorted(lengths, key=lambda n: abs(n - size))[:6])
+            said = f"{lengths[0]} or more" if every else " or ".join(map(str, near))
+            raise DllmError(f"{where}hole {number} has {size} masks, which cannot hold a member; {said} can")
+
+
+def verdict(
+    automaton: TokenAutomaton, tokens: list[int], given: list[bool], tokenizer: Tokenizer | None
+) -> dict[str, bool]:
+    """What came of an answer, of which some tokens were given: `member`, whether it, or each of its holes, is one;
+    `canonical`, whether the tokenizer would write its text with these tokens. A model that seldom does was pushed off
+    its habits."""
+    parts, one = [tokens], automaton
+    if automaton.hole is not None:
+        runs = groupby(zip(tokens, given, strict=False), key=lambda pair: pair[1])
+        parts, one = [[token for token, _ in run] for frozen, run in runs if not frozen], automaton.hole
+    return {
+        "member": all(map(one.accepts, parts)),
+        "canonical": tokenizer is not None and all(_written(part, tokenizer) == part for part in parts),
+    }
+
+
+def _written(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The tokens that a tokenizer writes their text with."""
+    return list(tokenizer(tokenizer.decode(tokens), add_special_tokens=False)["input_ids"])
 
 
 def _columns(canvas: Canvas, bound: Bound, row: int) -> int:

@@ -152,7 +152,7 @@ class Job:
             trace=trace,
             logprobs=noted and noted.said(columns),
             lossless=None if ahead is None else ahead.lossless,
-            stats=self._stats(request, written[int(canvas.start[row]) :] if self.args.infill else tokens),
+            stats=self._stats(request, canvas, row, tokens, written),
         )
 
     def written(self, request: int, canvas: Canvas, row: int) -> list[int]:
@@ -167,13 +167,19 @@ class Job:
             return "cap"
         return "stop" if stopped else "length"
 
-    def _stats(self, request: int, tokens: list[int]) -> dict[str, object]:
+    def _stats(
+        self, request: int, canvas: Canvas, row: int, tokens: list[int], written: list[int]
+    ) -> dict[str, object]:
         ahead = self.lookahead
         found = self.report[request].report(ahead) if ahead and request in self.report else {}
         if self.options.rule is not None:
             automaton = self.options.rule.automata[int(self.queue.memory[Bound].which[request])]
             if not automaton.free:
-                found["constraint"] = verdict(automaton, tokens, self.model.tokenizer)
+                start = int(canvas.start[row])
+                answer = written[start:] if self.args.infill else tokens
+                found["constraint"] = verdict(
+                    automaton, answer, canvas.frozen[row, start:].tolist(), self.model.tokenizer
+                )
         return found if self.counts is None else {**found, "graphs": dataclasses.asdict(self.counts)}
 
     def begin(self, request: int) -> int:
@@ -241,7 +247,7 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
     process, criteria = _steering(args, ahead is not None)
     options = _options(model, args, sampler.needs, context.eos_ids, prompts, process)
-    if constrained := rule_of(model, args, options, windows, tails):
+    if constrained := rule_of(model, args, options, canvas, windows, tails):
         rule, bound = constrained
         if ahead is not None and ahead.mode == "guarded":
             raise DllmError(

@@ -61,6 +61,7 @@ class TokenAutomaton:
     by: Ints  # (E,)
     dst: Ints  # (E,)
     free: bool = False  # it stands for no constraint at all
+    hole: TokenAutomaton | None = None  # it reads several holes, one after another, and this one each of them
 
     @classmethod
     def anything(cls, size: int, ends: Sequence[int]) -> TokenAutomaton:
@@ -69,6 +70,31 @@ class TokenAutomaton:
         classes[list(ends)] = 2
         by = np.unique(classes)
         return cls(classes, np.ones(1, np.bool_), np.zeros_like(by), by, np.zeros_like(by), free=True)
+
+    @property
+    def again(self) -> int:
+        """The class of what stands between two holes, which no token has; -1: there is one text."""
+        return -1 if self.hole is None else self.hole.count
+
+    def for_holes(self) -> TokenAutomaton:
+        """That of holes which must each hold a member: between two of them it begins again."""
+        ends = np.flatnonzero(self.accepting)
+        src, dst = np.append(self.src, ends), np.append(self.dst, np.zeros_like(ends))
+        by = np.append(self.by, np.full_like(ends, self.count))
+        order = np.lexsort((by, src))
+        return TokenAutomaton(self.classes, self.accepting, src[order], by[order], dst[order], hole=self)
+
+    def lengths(self, most: int) -> list[int]:
+        """How many tokens a member may have, up to so many."""
+        near, found = np.zeros(self.states, np.bool_), list[int]()
+        near[:1] = True
+        for count in range(most + 1):
+            if (near & self.accepting).any():
+                found.append(count)
+            ahead = np.zeros_like(near)
+            ahead[self.dst[near[self.src]]] = True
+            near = ahead
+        return found
 
     @property
     def states(self) -> int:

@@ -88,7 +88,8 @@ class Rule:
         kinds = torch.arange(tables.leads.shape[1], device=device)
         soon = torch.arange(count, device=device)[:, None] + (first - canvas.start) < self.early  # (N, B)
         late = soon[..., None] & tables.late
-        allowed = torch.where(open_[..., None], ~late & (kinds != DEAD), kinds == classes[..., None])
+        said = tables.leads < tables.classes.shape[1]  # what tokens have
+        allowed = torch.where(open_[..., None], ~late & said, kinds == classes[..., None])
         weight = torch.where(allowed, 0.0, -torch.inf).double()
         token = torch.where(open_[..., None], tables.leads, ids[..., None])
         final = tables.final.gather(1, (end - stop)[:, None, None].expand(-1, 1, states))[:, 0]
@@ -145,14 +146,18 @@ class Rule:
 
 def _standing(tables: Tables, canvas: Canvas, first: Tensor, stop: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of `count` columns from `first` on, those up to `stop`: whether they are open, the class of what stands there, -1
-    of a token that may not, and the token; (N, B) each. The others stay."""
+    of a token that may not, and the token; (N, B) each. The others stay, and between holes the text begins again."""
     cols = torch.arange(count, device=first.device)[:, None] + first
     at = cols.clamp(max=canvas.ids.shape[1] - 1).T
     ids, open_ = canvas.ids.gather(1, at), canvas.masked.gather(1, at).T
     known = ids < tables.classes.shape[1]
     classes = torch.where(known, tables.classes.gather(1, torch.where(known, ids, 0)), DEAD).T
+    given = canvas.frozen.gather(1, at).T
+    between = given & (tables.again.T >= 0)
+    behind = canvas.frozen.gather(1, (at - 1).clamp(min=0)).T
+    classes = torch.where(between, torch.where(behind, STAY, tables.again.T), torch.where(classes == DEAD, -1, classes))
     inside = cols < stop
-    return open_ & inside, torch.where(inside, torch.where(classes == DEAD, -1, classes), STAY), ids.T
+    return open_ & inside, torch.where(inside, classes, STAY), ids.T
 
 
 class Restricted(Prediction):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from dllm.errors import DllmError, first_line, unknown
 
@@ -22,6 +22,7 @@ class Constraint:
     grammar      it is a text that this context-free grammar parses from `start`, in the notation of lark.
     max_depth    how often a schema may refer to itself, or how many rules of a grammar that lead back to themselves may
                  be open at once with more to come.
+    where        "holes": with infill=True each hole holds a member; None: the text from the first hole on is one.
     """
 
     regex: str | None = None
@@ -29,6 +30,7 @@ class Constraint:
     json_schema: Schema | str | None = None
     grammar: str | None = None
     max_depth: int | None = None
+    where: Literal["holes"] | None = None
 
     def __post_init__(self) -> None:
         said = [name for name in KINDS if vars(self)[name] is not None]
@@ -60,6 +62,9 @@ class Constraint:
             raise DllmError(
                 f"max_depth={self.max_depth!r} must be an integer of at least 1, beside a json_schema or a grammar"
             )
+
+        if self.where not in (None, "holes"):
+            raise DllmError(f"where={self.where!r} must be 'holes', or left out")
 
     @classmethod
     def parse(cls, given: object) -> Constraint:

@@ -101,6 +101,7 @@ class Tables(NamedTuple):
     places: Tensor  # (A, D, R) tokens, a class after the other in runs of D by ascending ids
     absent: Tensor  # (A, D, R) -inf where a run is shorter, else 0
     runs: Groups  # runs of tokens by class
+    again: Tensor  # (A, 1) the class of what stands between two holes, -1 where there is one text
     late: Tensor  # (A, C) bool: the classes of end tokens, which min_new_tokens forbids at first
     follow: Tensor  # (A, C (Q + 1)) the next state, by class, then state; Q where there is none
     final: Tensor  # (A, K + 1, Q + 1) bool: a member can end k columns on
@@ -132,11 +133,13 @@ class Tables(NamedTuple):
         by, one = (_stacked([e[k] for e in edges], STAY) for k in (2, 3))
         sets = max(int(e.group.max()) + 1 for e in edges)
         group = _stacked([e.group for e in edges], sets)  # a set of nothing takes what fills the rows
-        final = np.stack([e.final(a.accepting, states, columns) for a, e in zip(automata, edges, strict=True)])
+        within = [e if a.hole is None else _Edges.of(a.hole) for a, e in zip(automata, edges, strict=True)]
+        final = np.stack([e.final(a.accepting, states, columns) for a, e in zip(automata, within, strict=True)])
+        again = np.array([[a.again] for a in automata])
         flat = follow.reshape(len(automata), -1)
         places, absent, runs = map(np.stack, zip(*_runs(classes), strict=True))
         front = map(torch.from_numpy, (classes, leads, places, absent))
-        back = map(torch.from_numpy, (late, flat, final, np.stack([dst, src], 1), by, one))
+        back = map(torch.from_numpy, (again, late, flat, final, np.stack([dst, src], 1), by, one))
         groups = (np.stack([src, dst], 1), states + 1), (by, sets + 1), (group, sets + 1), (one, count)
         return cls._make([*front, Groups.of(runs, count), *back, *(Groups.of(index, n) for index, n in groups)])
 
