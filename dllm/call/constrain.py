@@ -95,7 +95,10 @@ def check(rule: Rule, bound: Bound, queue: State, sampler: Sampler, infill: bool
         begins = f", with which sampler {sampler.name!r} begins" if size < _columns(canvas, bound, row) else ""
         raise DllmError(f"{where}{whole}{begins}; the shortest needs {automaton.least}: allow more (max_new_tokens=)")
     if infill:
-        raise DllmError(f"{where}{whole} with the text that is given around the holes: give the holes other lengths")
+        raise DllmError(
+            f"{where}{whole} with the text that is given around the holes, which is part of it: give the holes other "
+            "lengths, or bind each by itself (where='holes')"
+        )
     if rule.early:
         raise DllmError(f"{where}{whole} without an end token in the first {rule.early} (min_new_tokens)")
     raise DllmError(f"{where}{whole} exactly, and without end tokens it must fill them all")
@@ -111,7 +114,8 @@ def _check_holes(hole: TokenAutomaton, given: list[bool], where: str) -> None:
             every = lengths == list(range(lengths[0], most + 1))
             near = sorted(sorted(lengths, key=lambda n: abs(n - size))[:6])
             said = f"{lengths[0]} or more" if every else " or ".join(map(str, near))
-            raise DllmError(f"{where}hole {number} has {size} masks, which cannot hold a member; {said} can")
+            masks = "1 mask" if size == 1 else f"{size} masks"
+            raise DllmError(f"{where}hole {number} has {masks}, which cannot hold a member; {said} can")
 
 
 def verdict(
