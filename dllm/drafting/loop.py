@@ -456,7 +456,7 @@ class Speculation:
         self.merged = found.origin
         # what the text itself says may well be the drafter's special, but not what the drafter says alone
         self._check(found.proposal.tokens, self.drafter, frozenset())
-        alone = [path[-1] for path, (who, _) in found.origin.items() if who == self.drafter.name]
+        alone = [path[-1] for path, (who, _) in found.origin.items() if who == voices[0].name]
         self._check(alone, self.drafter, self.drafter.banned)
         return found.proposal
 
@@ -676,6 +676,7 @@ def rounds(
     if store is not None:
         store.check(verifier.vocab, verifier.tokenizer, type(verifier.model).__name__)
         texts += store.texts.levels
+        cfg = replace(cfg, store=store)
     if isinstance(cfg.corpus, str | Path):
         cfg = replace(cfg, corpus=corpus_ids(cfg.corpus, verifier.vocab, verifier.tokenizer))
     if cfg.corpus and isinstance(cfg.corpus, tuple):
