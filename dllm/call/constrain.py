@@ -93,7 +93,8 @@ def check(rule: Rule, bound: Bound, queue: State, sampler: Sampler, infill: bool
     where = f"prompt {row}: " if len(canvas.ids) > 1 else ""
     if automaton.least is not None and automaton.least > size:
         begins = f", with which sampler {sampler.name!r} begins" if size < _columns(canvas, bound, row) else ""
-        raise DllmError(f"{where}{whole}{begins}; the shortest needs {automaton.least}: allow more (max_new_tokens=)")
+        more = "give the holes more masks" if infill else "allow more (max_new_tokens=)"
+        raise DllmError(f"{where}{whole}{begins}; the shortest needs {automaton.least}: {more}")
     if infill:
         raise DllmError(
             f"{where}{whole} with the text that is given around the holes, which is part of it: give the holes other "
