@@ -11,7 +11,7 @@ import torch
 from golden_cases import cases, groups, model, read
 from replay import standing_in, waits
 from sweeps import dealt
-from test_lookahead import CALL, DREAM, PROMPTS, RANDOM, SDAR, SHOWING, agrees, decode, plain, usable
+from test_lookahead import CALL, DREAM, PROMPTS, RANDOM, SDAR, SHOWING, agrees, decode, half, plain, usable
 from test_lookahead_golden import drafting_forwards
 from torch import Tensor
 
@@ -37,8 +37,8 @@ EDITS = ("eotp", "daedal")  # the length: a round has no room for that
 RANDOM_V2 = "tiny-fast-dllm-v2-random"
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names() if n not in EDITS])
-def test_every_sampler(name: str) -> None:
+@pytest.mark.parametrize(("name", "i"), half([n for n in registry.names() if n not in EDITS], SETTINGS))
+def test_every_sampler(name: str, i: int) -> None:
     """The caches are dealt out among the widths."""
     sampler = SHOWING.get(name, name)
     checkpoint, caches = next(
@@ -46,8 +46,7 @@ def test_every_sampler(name: str) -> None:
         for checkpoint in (RANDOM, SDAR, RANDOM_V2)
         if (caches := [c for c in ("none", "prefix", "dual", "block") if usable(sampler, c, checkpoint)])
     )
-    for i, setting in enumerate(SETTINGS):
-        agrees(checkpoint, sampler, caches[i % len(caches)], setting)
+    agrees(checkpoint, sampler, caches[i % len(caches)], SETTINGS[i])
 
 
 @pytest.mark.parametrize(("cache_", "sampler"), dealt(["none", *STORED], ["confidence", "credit:tau=0.5", "dsb"]))

@@ -37,18 +37,24 @@ def drafting_forwards(case: dict[str, Any]) -> int:
     return case["nfe"] - bool(prompt // size) - (-(-total // size) - prompt // size)
 
 
+WHOLE = [False, pytest.param(True, marks=pytest.mark.sweep)]  # or the last of a file's settings
+
+
+@pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize(("checkpoint", "method"), cases(*METHODS))
-def test_reference_counts(checkpoint: str, method: str) -> None:
-    preset = "reference_eager" if "eager" in method else "reference"
-    for group in groups(checkpoint, method):
+def test_reference_counts(checkpoint: str, method: str, whole: bool) -> None:
+    preset, found = "reference_eager" if "eager" in method else "reference", groups(checkpoint, method)
+    for group in found if whole else found[-1:]:
         for case, out in zip(group, decode(checkpoint, method, group, preset=preset), strict=True):
             assert out.sequences == case["output_ids"][: len(out.sequences)], case["id"]
             assert out.nfe == (drafting_forwards(case) if "block" in method else case["nfe"]), case["id"]
 
 
+@pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize(("checkpoint", "method"), cases("freedave_dual", "freedave_prefix"))
-def test_retention_only_helps(checkpoint: str, method: str) -> None:
-    for group in groups(checkpoint, method):
+def test_retention_only_helps(checkpoint: str, method: str, whole: bool) -> None:
+    found = groups(checkpoint, method)
+    for group in found if whole else found[-1:]:
         for case, out in zip(group, decode(checkpoint, method, group), strict=True):
             assert out.sequences == case["output_ids"]
             assert out.trace.commits == case["static"]["commits"]

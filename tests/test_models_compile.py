@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 from scripted import tiny
+from sweeps import some
 from test_models_known import CASES, SWITCHES, filled, sample_ids, stored
 from torch._dynamo.utils import counters
 
@@ -52,7 +54,7 @@ def check(plain: NativeModel, compiled: NativeModel, name: str, tolerance: float
         assert (first - second).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("switches", ["block", "mixture", "norms"])
+@pytest.mark.parametrize("switches", some(["block", "mixture", "norms"], "norms".__eq__))  # the others: see below
 def test_every_kind_of_forward_is_one_graph_for_all_layers(switches):
     plain, compiled = pair("eager", switches)
     for name in CASES:
@@ -76,6 +78,7 @@ def test_lengths_and_places_compile_nothing_anew():
 def test_kernels_of_inductor_equal_torch_and_are_found_again(monkeypatch, tmp_path):
     """One small graph, as this takes seconds: a mixture behind a store, with padding and tokens kept or not."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool that imports torch
     for hits in (0, 1):
         torch._dynamo.reset()
         check(*pair("inductor", "mixture"), "some kept", 1e-12)

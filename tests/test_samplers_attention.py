@@ -342,8 +342,11 @@ def test_the_greedy_set_is_what_a_loop_takes(seed: int, width: int) -> None:
         assert set(independent(order, among, bars)[row].nonzero()[:, 0].tolist()) == set(taken)
 
 
-@pytest.mark.parametrize("sampler", ["dawn:layers=1,tau_sink=0.1", "dapd", "clad:layers=1,tau=0.5"])
-@pytest.mark.parametrize("other", ["adablock:delimiters=[3, 40]", "credit", "prophet", "dsb", "saber", "eotp"])
+READERS = ["dawn:layers=1,tau_sink=0.1", "dapd", "clad:layers=1,tau=0.5"]
+OTHERS = ["adablock:delimiters=[3, 40]", "credit", "prophet", "dsb", "saber", "eotp"]
+
+
+@pytest.mark.parametrize(("sampler", "other"), dealt(READERS, OTHERS))
 def test_they_compose(sampler: str, other: str) -> None:
     arguments: dict[str, Any] = {"eos": 124, "early_stop": True}
     if other == "saber":

@@ -8,12 +8,12 @@ test_graphs_golden.
 from __future__ import annotations
 
 from collections import Counter
-from itertools import cycle
 from typing import Any
 
 import pytest
 from replay import standing_in, waits
 from scripted import tiny
+from sweeps import dealt
 
 import dllm
 from dllm.call.job import prepare
@@ -28,7 +28,6 @@ OTHERS = {"daedal", "eotp", "lopa"}  # docs/decoding.md says why these wait
 OTHERS |= {"freedave"}  # a lookahead
 COMPOSED = ["adablock:delimiters=[3]+credit+prophet", "localleap+credit", "prophet:region=all+dsb", "editing+klass"]
 SPECS = [n if n != "adablock" else "adablock:delimiters=[3]" for n in sorted(set(registry.names()) - OTHERS)] + COMPOSED
-SOME = list(zip(SPECS, cycle(POLICIES), strict=False)) + [(spec, "dual") for spec in SPECS[::3]]
 
 
 def agrees(sampler: str, cache: str) -> None:
@@ -60,15 +59,8 @@ def agrees(sampler: str, cache: str) -> None:
     assert captured[0].stats["graphs"]["replays"] > 0
 
 
-@pytest.mark.parametrize(("sampler", "cache"), SOME)
+@pytest.mark.parametrize(("sampler", "cache"), dealt(SPECS, POLICIES))
 def test_samplers_and_caches(sampler: str, cache: str) -> None:
-    agrees(sampler, cache)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("cache", POLICIES)
-@pytest.mark.parametrize("sampler", SPECS)
-def test_sweep(sampler: str, cache: str) -> None:
     agrees(sampler, cache)
 
 
