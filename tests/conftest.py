@@ -18,7 +18,7 @@ FAST = {
     "test_architecture.py", "test_bars.py", "test_cache.py", "test_drafting_search.py", "test_engine.py",
     "test_eval_config.py", "test_eval_metrics.py", "test_generate.py", "test_golden_decodes.py",
     "test_lookahead_rules.py", "test_models.py", "test_prediction.py", "test_prompts.py",
-    "test_samplers_hand.py", "test_samplers_identities.py", "test_spec.py", "test_stopping.py",
+    "test_samplers_hand.py", "test_samplers_identities.py", "test_spec.py", "test_stopping.py", "test_sweeps.py",
     "test_training_tasks.py", "test_stress_tasks.py",
 }  # fmt: skip
 RINGS = ("sweep", "ray", "smollm")
