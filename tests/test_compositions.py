@@ -82,9 +82,10 @@ def names() -> list[str]:
     return [n for n in registry.names() if n not in ("sdar", "fast_dllm_v2", "editing", "freedave")]
 
 
+@pytest.mark.parametrize("served", [CACHES, pytest.param(EVERY_CACHE, marks=pytest.mark.sweep)], ids=["some", "every"])
 @pytest.mark.parametrize("name", names())
-def test_alone(name: str) -> None:
-    assert any([works((name,), c) for c in EVERY_CACHE])
+def test_alone(name: str, served: list[str]) -> None:
+    assert any([works((name,), c) for c in served])
 
 
 PAIRS = list(combinations(names(), 2))

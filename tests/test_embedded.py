@@ -13,7 +13,7 @@ from dllm.tasks.registry import TASKS
 from dllm.tasks.registry import generate as problems
 from dllm.training.evaluate import Accuracy, answers, evaluate
 
-PROBLEMS = 100  # a task; fixed seed
+SEED, FEW, MANY = 0, 32, pytest.param(100, marks=pytest.mark.sweep)  # problems a task
 BOUNDS = {
     ("tiny", "word_problems"): 0.88,
     ("tiny", "sudoku"): 0.90,
@@ -33,11 +33,24 @@ def twin() -> NativeModel:
     return load("tiny-ar", device="cpu")
 
 
-@pytest.mark.parametrize("name,task", BOUNDS)
-def test_shipped_weights_solve_their_tasks(name: str, task: str, dllm_tiny: NativeModel, twin: NativeModel) -> None:
-    (result,) = evaluate(dllm_tiny if name == "tiny" else twin, [task], PROBLEMS, seed=0, label=name)
-    assert result.n == PROBLEMS
+def solves(model: NativeModel, name: str, task: str, n: int) -> None:
+    (result,) = evaluate(model, [task], n, seed=SEED, label=name)
+    assert result.n == n
     assert result.value >= BOUNDS[name, task], str(result)
+
+
+@pytest.mark.parametrize("n", [FEW, MANY])
+@pytest.mark.parametrize("name,task", [key for key in BOUNDS if key[1] != "functions"])
+def test_shipped_weights_solve_their_tasks(
+    name: str, task: str, n: int, dllm_tiny: NativeModel, twin: NativeModel
+) -> None:
+    solves(dllm_tiny if name == "tiny" else twin, name, task, n)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-ar"])
+def test_shipped_weights_write_functions(name: str, dllm_tiny: NativeModel, twin: NativeModel) -> None:
+    """Short answers, and two mistakes among the first 32: all hundred."""
+    solves(dllm_tiny if name == "tiny" else twin, name, "functions", 100)
 
 
 def test_the_bound_can_fail(dllm_tiny: NativeModel) -> None:
@@ -46,7 +59,7 @@ def test_the_bound_can_fail(dllm_tiny: NativeModel) -> None:
     fused = broken.transformer.layers[0].self_attn.qkv_proj
     with torch.no_grad():
         fused.apart(fused.weight)["v_proj"].neg_()
-    (result,) = evaluate(broken, ["sudoku"], 20, seed=0)
+    (result,) = evaluate(broken, ["sudoku"], 20, seed=SEED)
     assert result.value < BOUNDS["tiny", "sudoku"]
 
 
@@ -109,9 +122,10 @@ def stressed() -> NativeModel:
     return load("tiny-stress", device="cpu")
 
 
+@pytest.mark.parametrize("n", [FEW, MANY])
 @pytest.mark.parametrize("task", STRESSED)
-def test_the_stress_model_solves_its_tasks_one_token_at_a_time(task: str, stressed: NativeModel) -> None:
-    (result,) = evaluate(stressed, [task], PROBLEMS, seed=0)
+def test_the_stress_model_solves_its_tasks_one_token_at_a_time(task: str, n: int, stressed: NativeModel) -> None:
+    (result,) = evaluate(stressed, [task], n, seed=SEED)
     assert result.value >= STRESSED[task], str(result)
 
 
