@@ -25,6 +25,7 @@ from dllm.decoding.constraints.frame import by_class
 from dllm.decoding.constraints.lift import lifted
 from dllm.decoding.constraints.pattern import of_choices, of_pattern
 from dllm.decoding.constraints.tables import Groups, Tables
+from dllm.decoding.logprobs import Noting
 from dllm.decoding.prediction import Law, Prediction
 from dllm.errors import DllmError
 
@@ -90,6 +91,21 @@ class TestByHand:
             [[0.6154, 0.3846, 0, 0], [0.3846, 0.6154, 0, 0], [0, 0, 0.6818, 0.3182], [0, 0, 0.1515, 0.8485]]
         )
         assert torch.allclose(found, want.double(), atol=5e-5)
+
+    @pytest.mark.parametrize(
+        ("law", "want"), [(Law(), [0.6154, 0.6154, 0.6818, 0.8485]), (Law(0.5, filtered=True), None)]
+    )
+    def test_log_probabilities_of_what_is_written(self, law, want):
+        pred = bind(self.rule, [TABLE], [self.row], law=law)
+        token = torch.tensor([[0, 1, 2, 3]])
+        noted = Noting(0, torch.float64).columns(canvas_of([self.row])).noted(pred, pred.cols, token)
+        found = [math.exp(one.constrained) for one in noted.said([0, 1, 2, 3])]
+        heat = {"abcE": 0.4988, "bacE": 0.1948, "abEE": 0.1796, "baEE": 0.0701, "abcc": 0.0407, "bacc": 0.0159}
+        own = [sum(p for word, p in heat.items() if word[i] == sign) for i, sign in enumerate("abcE")]
+        assert found == pytest.approx(want or own, abs=2e-4)
+        assert [one.logprob for one in noted.said([0, 1])] == pytest.approx([math.log(0.6), math.log(0.4)])
+        free = Noting(0, torch.float64).columns(canvas_of([self.row])).noted(pred.free, pred.cols, token)
+        assert [one.constrained for one in free.said([0, 1])] == [None, None]
 
     def test_best_member(self):
         assert bind(self.rule, [TABLE], [self.row]).token.tolist() == [[0, 1, 2, 3]]

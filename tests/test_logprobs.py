@@ -154,6 +154,17 @@ def test_a_constraint_chooses_tokens_and_changes_no_number() -> None:
                 assert [t for t, _ in out.logprobs[at].top] == law[column].topk(2).indices.tolist()
             assert p == pytest.approx(float(law[column, token].exp()), abs=1e-6)
             canvas[column] = token
+    ahead = dllm.generate(embedded, "12+7=", sampler="confidence", lookahead=4, **call)
+    assert ahead.tokens == out.tokens and all(1e-12 > one.constrained >= one.logprob for one in out.logprobs)
+    for one, other in zip(ahead.logprobs, out.logprobs, strict=True):
+        assert one.constrained == pytest.approx(other.constrained, abs=1e-10)
+    assert all(
+        one.constrained is None for one in dllm.generate(embedded, "12+7=", max_new_tokens=4, logprobs=0).logprobs
+    )
+    mixed = dllm.generate(
+        embedded, ["12+7=", "12+7="], constraint=[{"choices": ["19"]}, None], max_new_tokens=4, logprobs=0
+    )
+    assert [{one.constrained is None for one in o.logprobs} for o in mixed] == [{False}, {True}]
     with pytest.raises(DllmError, match="stopping_criteria= may cut a constrained answer short"):
         dllm.generate(embedded, "12+7=", **call, stopping_criteria=lambda ids, scores: False)
 

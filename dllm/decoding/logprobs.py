@@ -25,6 +25,7 @@ class TokenLogprob:
 
     logprob: float
     top: tuple[tuple[int, float], ...]  # the most probable token ids and theirs, the best first
+    constrained: float | None = None  # under the constraint of the answer, given that a member comes out
 
 
 class Logprobs(NamedTuple):
@@ -35,15 +36,21 @@ class Logprobs(NamedTuple):
 
     known: Tensor  # (B, L) bool
     value: Tensor  # (B, L)
+    bound: Tensor  # (B, L) that of the posterior under a constraint; inf: there was none
     ids: Tensor  # (B, L, k) the most probable tokens, the best first
     top: Tensor  # (B, L, k) theirs
 
     def said(self, columns: list[int]) -> list[TokenLogprob | None]:
         """What the one row of these leaves knows of some columns; of alternatives those that could stand there."""
-        known, value, ids, top = (leaf[0, columns].tolist() for leaf in self)
         return [
-            TokenLogprob(v, tuple((t, p) for t, p in zip(i, ps, strict=True) if p > -math.inf)) if k else None
-            for k, v, i, ps in zip(known, value, ids, top, strict=True)
+            TokenLogprob(
+                value,
+                tuple((t, p) for t, p in zip(ids, top, strict=True) if p > -math.inf),
+                bound if bound < math.inf else None,
+            )
+            if known
+            else None
+            for known, value, bound, ids, top in zip(*(leaf[0, columns].tolist() for leaf in self), strict=True)
         ]
 
     def noted(self, pred: Prediction, cols: Tensor, token: Tensor) -> Logprobs:
@@ -51,9 +58,11 @@ class Logprobs(NamedTuple):
         law = pred.free
         ids = law.highest(self.ids.shape[-1])
         value, top = law.log_probs(torch.cat([token[..., None], ids], -1)).tensor_split([1], -1)
+        bound = pred.posterior(token)
         return Logprobs(
             scatter(self.known, cols, True),
             scatter(self.value, cols, value[..., 0].to(self.value.dtype)),
+            self.bound if bound is None else scatter(self.bound, cols, bound.to(self.bound.dtype)),
             scatter(self.ids, cols, ids),
             scatter(self.top, cols, top.to(self.top.dtype)),
         )
@@ -70,7 +79,7 @@ class Noting:
         """Nothing is known at first."""
         blank = torch.zeros(canvas.ids.shape, dtype=self.dtype, device=canvas.ids.device)
         many = blank[..., None].repeat(1, 1, self.k)
-        return Logprobs(blank.bool(), blank, many.long(), many)
+        return Logprobs(blank.bool(), blank, torch.full_like(blank, torch.inf), many.long(), many)
 
     def __call__(self, view: View, pred: Prediction, d: Decision) -> Decision:
         """The same decision; notes what it writes. What a column held before counts no more."""

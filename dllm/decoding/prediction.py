@@ -107,6 +107,10 @@ class Prediction:
         together."""
         return token
 
+    def posterior(self, token: Tensor) -> Tensor | None:
+        """(B, W) natural log-probabilities of tokens (B, W) given that a constraint is met; None: there is none."""
+        return None
+
     def lawful(self, canvas: Canvas, d: Decision) -> Decision:
         """What may be carried out of a decision on this canvas: all of it, where no constraint speaks."""
         return d

@@ -141,7 +141,7 @@ class Rule:
             free = frees[bound.which][:, None] > 0  # (B, 1)
             logits = torch.where(free[..., None], raw.logits, logits)
             token = torch.where(free, raw.token, token)
-        return Restricted(raw, logits, token, self, bound, free)
+        return Restricted(raw, logits, heard.heat, token, self, bound, free)
 
 
 def _standing(tables: Tables, canvas: Canvas, first: Tensor, stop: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,13 +165,15 @@ class Restricted(Prediction):
     are `unbound` (B, 1) what the model says."""
 
     def __init__(
-        self, raw: Prediction, logits: Tensor, token: Tensor, rule: Rule, rows: Bound, unbound: Tensor | None = None
-    ) -> None:
+        self, raw: Prediction, logits: Tensor, heat: float, token: Tensor, rule: Rule, rows: Bound,
+        unbound: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             logits, raw.cols, law=raw.law, seed=raw.seed, step=raw.step, more=raw.more, extra=raw.extra,
             weights=lambda: raw.weights,
         )  # fmt: skip
-        self._free, self._member, self._rule, self._rows, self._unbound = raw, token, rule, rows, unbound
+        self._free, self._heat, self._member = raw, heat, token
+        self._rule, self._rows, self._unbound = rule, rows, unbound
 
     def replaced(self, token: Tensor) -> Tensor:
         """(B, W) its own, which go together, but in rows without a constraint."""
@@ -190,6 +192,13 @@ class Restricted(Prediction):
     def token(self) -> Tensor:
         """(B, W) the tokens of one member; at columns that are committed, the most probable one."""
         return torch.where(self._member >= 0, self._member, self.argmax)
+
+    def posterior(self, token: Tensor) -> Tensor:
+        """(B, W) the logarithm of the chance of each token, at the temperature of the posterior; inf in rows without a
+        constraint."""
+        law = self if self._heat == 1 else Prediction(self.logits / self._heat, self.cols)
+        found = law.log_probs(token[..., None])[..., 0]
+        return self._either(torch.full_like(found, torch.inf), found)
 
     @cached_property
     def gap(self) -> Tensor:
