@@ -161,9 +161,8 @@ def test_a_constraint_chooses_tokens_and_changes_no_number() -> None:
     assert all(
         one.constrained is None for one in dllm.generate(embedded, "12+7=", max_new_tokens=4, logprobs=0).logprobs
     )
-    mixed = dllm.generate(
-        embedded, ["12+7=", "12+7="], constraint=[{"choices": ["19"]}, None], max_new_tokens=4, logprobs=0
-    )
+    asked, prompts = [{"choices": ["19"]}, None], ["12+7=", "Tom has 12 apples. He buys 7 more. How many are there?"]
+    mixed = dllm.generate(embedded, prompts, constraint=asked, max_new_tokens=16, logprobs=0)
     assert [{one.constrained is None for one in o.logprobs} for o in mixed] == [{False}, {True}]
     with pytest.raises(DllmError, match="stopping_criteria= may cut a constrained answer short"):
         dllm.generate(embedded, "12+7=", **call, stopping_criteria=lambda ids, scores: False)
