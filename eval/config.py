@@ -104,6 +104,7 @@ class ReadSpec:
     labels: tuple[str, ...] = param((), "what an answer may be")
     template: str = param("{answer}", "the answer's text; {answer} is where a label stands")
     null: str | None = param(None, "a prompt without content, to calibrate by")
+    temperature: float = param(1.0, "that log p is divided by, such as an evaluation before this one fitted", above=0)
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         self.tokenizer = self.model.tokenizer
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size or 1)
         self.mc_num, self.mc_batch, self.check_greedy, self.seed = int(mc_num), int(mc_batch), check_greedy, int(seed)
-        if likelihood not in ("bound", "chain"):
-            raise DllmError(f"likelihood={likelihood!r} must be bound or chain")
-        self.likelihood = likelihood
+        self.likelihood = _likelihood(likelihood)
         self.add_bos_token = bool(add_bos_token)
         if self.add_bos_token and self.model.bos_id is None:
             raise DllmError(f"add_bos_token: {pretrained} has no bos token")
@@ -419,6 +417,12 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         return out.sequences[len(head) :]
 
 
+def _likelihood(value: object) -> str:
+    if value not in ("bound", "chain"):
+        raise DllmError(f"likelihood={value!r} must be bound or chain")
+    return str(value)
+
+
 def _sorted(given: Mapping[str, object]) -> tuple[LoadArguments, Decoding]:
     """Model arguments as those of `dllm.load` and those of `dllm.generate`. Errors: a slip of one of the former."""
     given, names = _joined(given), {*(f.name for f in fields(LoadArguments)), *RENAMED}
@@ -510,7 +514,7 @@ def _prompt(sample: Theirs) -> str:
 
 
 LEAVE = "--allow-unconfined-code"
-OWN = ("metric", "include_path", "include_defaults")  # options that are not simple_evaluate's
+OWN = ("metric", "include_path", "include_defaults", "likelihood")  # options that are not simple_evaluate's
 
 
 @functools.cache
@@ -524,6 +528,7 @@ def check_task(spec: TaskSpec) -> None:
     for key in spec.options:
         if key not in (*known, "rehearse"):
             raise unknown("option of an lm-eval task", key, known)
+    _likelihood(spec.options.get("likelihood", "bound"))
     name, manager = spec.name.removeprefix("lm-eval:"), _managed(spec)
     if not manager.match_tasks([name]):
         raise unknown("lm-eval task", name, manager.all_tasks)
@@ -579,6 +584,7 @@ def run_tasks(config: Config, store: Store, worker: Worker, lead: bool = True) -
                 continue
             lm.journal = journal = Journal(store, spec, setting, "+".join(worker.weights_of(setting).values()))
             lm.decoding, lm.used, lm.remarks = arguments(setting, spec, {}), {}, {}
+            lm.likelihood = _likelihood(spec.options.get("likelihood", "bound"))
             lm.decoding.pop("chat", None)  # templates are lm-eval's business
             try:
                 found = _evaluate(lm, journal, task, options, config)

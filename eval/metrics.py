@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, special, stats
 
 from dllm.eval.records import Cell, Sample, Speed
 
@@ -130,6 +130,7 @@ def summarize(rows: Sequence[Sample], confidence: float = 0.95, seed: int = 0) -
         cell["slots"] = acceptance(slots)
     if read := [(row["p"], row["correct"] or 0.0) for row in fine if "p" in row]:
         cell |= calibration(*zip(*read, strict=True), confidence=confidence, seed=seed)
+        cell |= recalibration([row for row in fine if "labels" in row], confidence=confidence, seed=seed)
     cell["clock"] = clock(fine)
     return cell
 
@@ -170,6 +171,47 @@ def calibration(p: Sequence[float], correct: Sequence[float], *, confidence: flo
     return {
         "brier": float(brier(said, came)), "brier_low": b_low, "brier_high": b_high,
         "ece": float(ece(said, came)), "ece_low": e_low, "ece_high": e_high,
+    }  # fmt: skip
+
+
+COLDEST, HOTTEST = 0.05, 20.0  # temperatures that are tried: labels that are all right ask for 0
+
+
+def temperature(levels: Sequence[Array], truth: Sequence[int]) -> float:
+    """The temperature at which labels are most likely, given the log p of each one's candidates and which of them it is
+    (temperature scaling, arXiv 1706.04599)."""
+
+    def loss(heat: float) -> float:
+        return -sum(float(special.log_softmax(z / np.exp(heat))[i]) for z, i in zip(levels, truth, strict=True))
+
+    ends = (math.log(COLDEST), math.log(HOTTEST))
+    return math.exp(float(optimize.minimize_scalar(loss, bounds=ends, method="bounded").x))
+
+
+def recalibration(rows: Sequence[Sample], *, confidence: float = 0.95, seed: int = 0) -> Cell:
+    """The temperature that fits labels that were read, and what their p are worth at it. So that nothing is judged by
+    what it was fitted to, each half of the samples has the temperature of the other half. Empty where a half has no
+    label that is right."""
+    ordered = sorted(rows, key=lambda row: row["index"])
+    levels = [np.log(np.maximum([*row["labels"].values()], np.finfo(float).tiny)) for row in ordered]
+    places = [None if row["truth"] is None else [*row["labels"]].index(row["truth"]) for row in ordered]
+
+    def fitted(which: Iterable[int]) -> float | None:
+        known = [(levels[i], place) for i in which if (place := places[i]) is not None]
+        return temperature(*zip(*known, strict=True)) if known else None
+
+    heat = [fitted(range(1 - half, len(rows), 2)) for half in (0, 1)]
+    whole = fitted(range(len(rows)))
+    if whole is None or heat[0] is None or heat[1] is None:
+        return {}
+    heats = [t for t in heat if t is not None]
+    p = [float(special.softmax(z / heats[i % 2]).max()) for i, z in enumerate(levels)]
+    after = calibration(p, verdicts(ordered), confidence=confidence, seed=seed)
+    return {
+        "temperature": whole,
+        "brier_fitted": after["brier"],
+        "brier_fitted_low": after["brier_low"], "brier_fitted_high": after["brier_high"],
+        "ece_fitted": after["ece"], "ece_fitted_low": after["ece_low"], "ece_fitted_high": after["ece_high"],
     }  # fmt: skip
 
 

@@ -67,6 +67,8 @@ class Sample(TypedDict, total=False):
     arness: float | None  # of the answer's tokens, where the commit order was kept (`Trace.arness`)
     logprobs: list[float | None]  # of the tokens, where the setting says logprobs (docs/logprobs.md)
     p: float  # of the label that was read, among the labels
+    labels: dict[str, float]  # p of each label
+    truth: str | None  # the label that is right; None: none is
     category: str
     asked: list[str]  # the turns behind the prompt
     turns: list[Turn]  # the answers
@@ -129,6 +131,13 @@ class Cell(TypedDict, total=False):
     ece: float  # and their expected calibration error
     ece_low: float
     ece_high: float
+    temperature: float  # the one that fits these labels best
+    brier_fitted: float  # of either half of the samples at the temperature that fits the other half
+    brier_fitted_low: float
+    brier_fitted_high: float
+    ece_fitted: float
+    ece_fitted_low: float
+    ece_fitted_high: float
     accepted_per_cycle: float
     draft_forwards: float
     slots: list[float]  # P(slot is accepted | it was judged)

@@ -173,13 +173,25 @@ def _decoding(cells: Sequence[Cell]) -> str:
 
 
 def _calibration(cells: Sequence[Cell]) -> str:
-    """What the probabilities of labels are worth, where a task reads some."""
+    """What the probabilities of labels are worth, where a task reads some: as they are, and at one temperature."""
     lines = []
     for c in (c for c in cells if "brier" in c):
         b, *b_ends = _numbers(c, brier=3, brier_low=3, brier_high=3)
         e, *e_ends = _numbers(c, ece=3, ece_low=3, ece_high=3)
-        lines.append([c["setting"], b, " … ".join(b_ends), e, " … ".join(e_ends)])
-    return compact(["setting", "Brier", "interval", "ECE", "interval"], lines) if lines else ""
+        lines.append([c["setting"], "as read", b, " … ".join(b_ends), e, " … ".join(e_ends)])
+        if "temperature" not in c:
+            continue
+        b, *b_ends = _numbers(c, brier_fitted=3, brier_fitted_low=3, brier_fitted_high=3)
+        e, *e_ends = _numbers(c, ece_fitted=3, ece_fitted_low=3, ece_fitted_high=3)
+        lines.append([c["setting"], f"T = {c['temperature']:.2f}", b, " … ".join(b_ends), e, " … ".join(e_ends)])
+    if not lines:
+        return ""
+    note = (
+        "\n\nT is the temperature that fits all labels best, for `read: {temperature: T}` on other questions; its line "
+        "has each half of these at the temperature of the other half."
+    )
+    head = ["setting", "p", "Brier", "interval", "ECE", "interval"]
+    return compact(head, lines) + (note if any(line[1] != "as read" for line in lines) else "")
 
 
 def _work(cells: Sequence[Cell]) -> str:

@@ -112,7 +112,7 @@ class Labelled:
     """A label that was read, with the names of an output."""
 
     text: str
-    p: float  # among the labels
+    labels: dict[str, float]  # p of each
     nfe: int
     seconds: float
 
@@ -331,11 +331,11 @@ class Worker:
         taken = {k: v for k, v in decoding.items() if k in ("chat", "cfg_scale") and v is not None}
         found = dllm.read(
             self.model(setting.model), cast("Several", prompts), spec.template, slots={"answer": spec.labels},
-            null=spec.null, batch_size=len(prompts), **taken,
+            null=spec.null, temperature=spec.temperature, batch_size=len(prompts), **taken,
         )  # fmt: skip
         seconds = time.perf_counter() - began
         slots = [(r["answer"], r.nfe) for r in found]
-        return [Labelled(slot.best, slot.p[slot.best], nfe, seconds) for slot, nfe in slots]
+        return [Labelled(slot.best, slot.p, nfe, seconds) for slot, nfe in slots]
 
     def _speculate(
         self, spec: SpeculateSpec, model: Model | None, prompt: One, decoding: Decoding, seed: int
@@ -402,6 +402,8 @@ class Worker:
             row["asked"] = list(doc.turns)
         if graded.note:
             row["note"] = graded.note
+        if isinstance(output, Labelled):
+            row["truth"] = next((label for label in output.labels if task.score(doc, label).correct >= 1), None)
         return {**row, **measure(output), "error": None}
 
     def _order(self, key: str, index: int, output: Decoded) -> Sample:
@@ -478,7 +480,7 @@ def measure(output: Decoded) -> Sample:
     lengths."""
     if isinstance(output, Labelled):
         nothing: Sample = {"tokens": 0, "tokens_raw": 0, "nfe": output.nfe, "nfe_equiv": float(output.nfe)}
-        return {**nothing, "finish": "read", "p": output.p}
+        return {**nothing, "finish": "read", "p": output.labels[output.text], "labels": output.labels}
     if isinstance(output, Talk):
         whole = _sum([measure(answer) for answer in output.answers])
         return {**whole, "turns": turns} if (turns := output.turns) else whole

@@ -340,6 +340,43 @@ def test_likelihood_tasks_and_unknown_tasks(tasks, tmp_path):
         run(config(tasks, tasks=[bad], matrix={"sampler": ["confidence"]}), out=tmp_path / "q", progress=False)
 
 
+def test_choices_by_the_chain_are_those_of_a_read(tasks, tmp_path, model):
+    """Multiple choice through reads: `options: {likelihood: chain}`."""
+    one = {"name": "lm-eval:tiny_choice", "options": {"include_path": str(tasks), "include_defaults": False}}
+    one["options"]["likelihood"] = "chain"
+    results = run(config(tasks, tasks=[one], matrix={"sampler": ["confidence"]}), out=tmp_path / "r", progress=False)
+    questions = [json.loads(line)["question"] for line in (tasks / "words.jsonl").read_text().splitlines()]
+    slots = {"x": ["  1", "  2"]}  # lm-eval puts a space before each choice
+    said = dllm.read(model, questions, "{x}", slots=slots, chat=False)
+    right = [r["x"].logp["  1"] > r["x"].logp["  2"] for r in said]
+    assert results.cells[0]["accuracy"] == pytest.approx(sum(right) / 5) and results.cells[0]["n"] == 5
+    lm = DiffusionLM(MODEL, model, likelihood="chain")
+    for question, r in zip(questions, said, strict=True):
+        values = [v for v, _ in lm.loglikelihood(asked(*((question, label) for label in slots["x"])), True)]
+        assert values == pytest.approx([*r["x"].logp.values()], abs=1e-4)
+    one["options"]["likelihood"] = "best"
+    with pytest.raises(DllmError, match="likelihood='best' must be bound or chain"):
+        run(config(tasks, tasks=[one]), out=tmp_path / "q", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "holds"),
+    [
+        ({"regex": "[0-9]{1,2}"}, lambda text: text.isdigit() and len(text) <= 2),
+        ({"choices": ["yes", "no"]}, lambda text: text in ("yes", "no")),
+        ({"json_schema": {"type": "integer"}}, lambda text: isinstance(json.loads(text), int)),
+    ],
+    ids=["regex", "choices", "json_schema"],
+)
+def test_answers_of_a_task_have_the_form_that_gen_kwargs_ask_for(tasks, tmp_path, asked_for, holds):
+    """In place of the task's stop strings."""
+    options = {"include_path": str(tasks), "include_defaults": False, "gen_kwargs": {"max_gen_toks": 12, **asked_for}}
+    one = {"name": "lm-eval:tiny_words", "options": options}
+    results = run(config(tasks, tasks=[one], matrix={"sampler": ["threshold"]}), out=tmp_path / "r", progress=False)
+    assert results.exit_code == 0 and len(results.rows) == 5
+    assert all(holds(row["text"]) for row in results.rows), [row["text"] for row in results.rows]
+
+
 def command(tasks: Path, out: Path, *launch: str) -> subprocess.CompletedProcess:
     model = f"pretrained={MODEL},sampler=threshold,mc_num=2"
     arguments = ["--model_args", model, "--tasks", "tiny_words,tiny_choice", "--include_path", str(tasks)]
