@@ -42,6 +42,8 @@ COLUMNS = [[(A, LN(0.6)), (B, LN(0.4))], [(X, LN(0.55)), (Y, LN(0.45))], [(DOT, 
 class Bigram:
     """A proxy written out as a table; every context counts as known."""
 
+    order = 2
+
     def __init__(self, table, default=0.5):
         self.table, self.default = table, default
 
@@ -158,6 +160,12 @@ def test_sum_of_logs_ends_early_and_eal_does_not():
         assert search(lat, (), eos=eos).tokens == (EOS,)
     path, value = EAL().solve(Edges(lat, (), None, 1.0), eos)
     assert path.tokens == (A, B, X) and value == pytest.approx(1.251)
+
+
+def test_eal_ends_where_every_path_has_ended():
+    columns = [[(A, LN(0.9)), (B, LN(0.1))], [(EOS, 0.0)], [(X, LN(0.5)), (Y, LN(0.5))]]
+    path, value = EAL().solve(Edges(from_columns(columns), (), None, 1.0), frozenset([EOS]))
+    assert path.tokens == (A, EOS) and path.conf == pytest.approx((0.9, 1.0)) and value == pytest.approx(1.8)
 
 
 def test_eal_by_hand():

@@ -27,6 +27,7 @@ from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, unknown
+from dllm.models.model import Model
 from dllm.models.native import NativeModel
 from dllm.training.alignment import task_prompts
 from dllm.training.config import AlignConfig
@@ -217,7 +218,7 @@ def plain_text(v: Verifier, prompt: Sequence[int], new: int) -> list[int]:
     return text
 
 
-def held_out(model: NativeModel, task: str, n: int, seed: int = 1) -> list[list[int]]:
+def held_out(model: Model, task: str, n: int, seed: int = 1) -> list[list[int]]:
     """Prompt ids of test problems: no key of theirs is in the training data."""
     return task_prompts(model, AlignConfig("", tasks={task: n}, seed=seed), "test")
 

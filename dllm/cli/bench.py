@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 LONG = ("samplers", "windows", "stress")  # they go on where they were stopped, and print a report
 WITH_MODEL = ("generate", "lookahead", "constraints", *LONG)
 OPTIONS = {  # those that only some benches have
-    "drafter": ("drafting", "retrieval"),
+    "drafter": ("drafting", "retrieval", "pairs"),
+    "pair_head": ("pairs",),
     "small": ("gpu", "tail"),
     "against": ("gpu",),
     "task": LONG,
@@ -37,7 +38,8 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Write the JSON here too; samplers, windows: the answers so far.")
+        Path | None,
+        typer.Option(help="Write the JSON here too; samplers, windows: the answers so far; pairs: those beside it."),
     ] = None,
     n: Annotated[
         int | None,
@@ -55,7 +57,10 @@ def bench(
         list[str] | None,
         typer.Option(help="These samplers, settings of drafting, or parts of gpu or constraints; may be repeated."),
     ] = None,
-    drafter: Annotated[str, typer.Option(help="drafting, retrieval: tiny, or the folder of an aligned one.")] = "tiny",
+    drafter: Annotated[
+        str, typer.Option(help="drafting, retrieval, pairs: tiny, or the folder of an aligned one.")
+    ] = "tiny",
+    pair_head: Annotated[str, typer.Option(help="pairs: the folder of a pair head for this drafter.")] = "",
     small: Annotated[
         bool, typer.Option("--small", help="gpu, tail: tiny shapes, decoded in seconds; no figure is judged.")
     ] = False,
@@ -88,6 +93,7 @@ def bench(
         drafting,
         gpu,
         lookahead,
+        pairs,
         retrieval,
         runtime,
         samplers,
@@ -100,6 +106,8 @@ def bench(
     from dllm.tasks.registry import STRESS_TASKS
 
     model, _ = located(common)
+    if name == "pairs" and not pair_head:
+        raise DllmError("the bench 'pairs' compares with and without pair scores: give --pair-head, and its --drafter")
     short: dict[str, Callable[[], Iterable[Figure]]] = {
         "step": lambda: runtime.step(repeats),
         "generate": lambda: runtime.generate(repeats, embedded=model),
@@ -115,6 +123,9 @@ def bench(
         "constraints": lambda: constraints.run(only, n=n or 300, model=model),
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-batches": lambda: batches.run(repeats),
+        "pairs": lambda: pairs.run(
+            drafter, pair_head, n=n or 300, out=(out or Path("bench-pairs")).with_suffix(".jsonl")
+        ),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
@@ -125,8 +136,8 @@ def bench(
         hint = "; what drafts is --drafter" if name.startswith("drafting") else ""
         raise DllmError(f"--model is for the benches {', '.join(WITH_MODEL)}, not for {name!r}{hint}")
     given = {
-        "drafter": drafter != "tiny", "small": small, "against": against, "task": task, "new": new,
-        "block_length": block_length,
+        "drafter": drafter != "tiny", "pair_head": pair_head, "small": small, "against": against, "task": task,
+        "new": new, "block_length": block_length,
     }  # fmt: skip
     for option, theirs in OPTIONS.items():
         if given[option] and name not in theirs:

@@ -3,6 +3,7 @@ train one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -70,6 +71,9 @@ def speculate(
         Path | None,
         typer.Option("--corpus", help="A text file, or .jsonl of texts or ids, that suffix copies from too."),
     ] = None,
+    pair_head: Annotated[
+        str | None, typer.Option("--pair-head", help="A folder of `dllm align --pair-head`: scores of neighbours.")
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
@@ -92,7 +96,7 @@ def speculate(
 
     decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
     decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
-    kept: SpecOptions = {"store": store, "corpus": corpus or (), "graft": graft or None}
+    kept: SpecOptions = {"store": store, "corpus": corpus or (), "graft": graft or None, "pair_head": pair_head}
     out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry, **kept)
     console = Console()
     assert v.tokenizer is not None  # it has read the prompt
@@ -126,9 +130,19 @@ def align(
     problems: Annotated[int, typer.Option(min=0, help="Held-out prompts a task for tau; 0 = skip.")] = 50,
     length: Annotated[str, typer.Option(help="Length controller of that measurement.")] = "fixed:k=12",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    pair_head: Annotated[
+        bool,
+        typer.Option(
+            "--pair-head",
+            help="Leave the drafter as it is and train pair scores for it; RECIPE is as configs/align/tiny-pairs.yaml.",
+        ),
+    ] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
 ) -> None:
     """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
+    if pair_head:
+        _pair_head(recipe, problems, length, resume, overrides or ())
+        return
     from dllm.bench.drafting import held_out, tau_rows
     from dllm.drafting.registry import as_verifier
     from dllm.training.alignment import pair, run
@@ -153,3 +167,24 @@ def align(
     aligned = str(Path(config.output) / "model")
     typer.echo(f"aligned drafter: {aligned}")
     show("after", aligned)
+
+
+def _pair_head(recipe: Path, problems: int, length: str, resume: bool, overrides: Sequence[str]) -> None:
+    from dllm.bench.drafting import Course, held_out
+    from dllm.training.config import PairHeadConfig, load_config
+    from dllm.training.pair_heads import parts, run
+
+    config = load_config(recipe, overrides, PairHeadConfig)
+    folder = str(run(config, resume))
+    typer.echo(f"pair head: {folder}")
+    drafter, verifier = parts(config)
+    fixed = {"length": length, "carry": "off"}
+    settings = {
+        "eal": fixed,
+        "greedy walk over pairs": {"search": "argmax", "pair_head": folder, **fixed},
+        "eal over pairs": {"pair_head": folder, **fixed},
+    }
+    for task in config.tasks if problems else ():
+        prompts = held_out(drafter.model, task, problems)
+        for name, found in Course(verifier, drafter, prompts, settings, config.max_new_tokens).tallies():
+            typer.echo(f"{task}, {name}: tau {found.tau:.2f} ({found.note})")

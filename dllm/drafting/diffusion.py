@@ -15,13 +15,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dllm.call.generate import generate
 from dllm.decoding.graphs import Graphs, obstacle
 from dllm.drafting.drafters import Ask, Draft, Drafter, Need
 from dllm.drafting.lattice import DraftFailure, listed
 from dllm.drafting.places import Tables, bucket
-from dllm.drafting.proposal import EMPTY, Proposal, chain, sent
+from dllm.drafting.proposal import EMPTY, Proposal, chain, fit, sent
 from dllm.drafting.store import Seen
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
@@ -214,6 +215,22 @@ class DiffusionDrafter(Drafter):
         if self.vocabulary.kind == "text":
             return self._bridged(ids, table)
         return listed(table, rows, len(ids), 0 if job.u is None else job.u.shape[1])
+
+    @torch.no_grad()
+    def columns(self, texts: Sequence[Sequence[int]], k: int) -> Tensor:
+        """Logits of the `k` slots behind each of these texts, in one forward without a store: (B, k, V) in verifier
+        ids, those that are never drafted at -inf. For whoever learns from drafts; needs `reset`."""
+        model, rows = self.model, [self._row(self.vocabulary.context(ids), k)[:2] for ids in texts]
+        ids = pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True).to(model.device)  # (B, W)
+        each = [torch.arange(len(row)) for row, _ in rows]
+        pos = pad_sequence(each, batch_first=True, padding_value=-1).to(model.device)
+        hidden = model.forward(ids, pos)  # (B, W, D)
+        slots = torch.tensor([n for _, n in rows], device=model.device)[:, None] + torch.arange(k, device=model.device)
+        source = model.source(slots)[:, :, None].expand(-1, -1, hidden.shape[-1])
+        logits = model.logits(hidden.gather(1, source).flatten(0, 1)) / self.temperature
+        banned = _banned(tuple(sorted(self.banned)), self.need.vocab, logits.device)
+        logits = fit(self.vocabulary.logits(logits), self.need.vocab).masked_fill(banned, float("-inf"))
+        return logits.view(len(texts), k, -1)
 
     def _bridged(self, ids: Sequence[int], table: Tensor) -> Proposal:
         """The chain of a table (k, 2) of probabilities and tokens."""

@@ -25,6 +25,7 @@ from dllm.drafting.accept import Judge, Processors
 from dllm.drafting.control import Controller, CostAware
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
+from dllm.drafting.pair_head import PairHeadLike
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_verifier
 from dllm.drafting.search import PathSearch
@@ -53,6 +54,7 @@ class SpecOptions(TypedDict, total=False):
     m_max: int
     graphs: bool | None
     verify: str
+    pair_head: PairHeadLike
     graft: DrafterLike | Sequence[DrafterLike]
 
 
@@ -173,7 +175,9 @@ def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConf
     if isinstance(cfg.length, Controller):
         return cfg.length
     owner = drafter if drafter is None or drafter.owner is None else drafter.owner
-    key = (id(owner), sampled, str(cfg.length), str(cfg.search), cfg.tree, str(cfg.graft))
+    key = (
+        id(owner), sampled, str(cfg.length), str(cfg.search), cfg.tree, str(cfg.graft), str(cfg.pair_head),
+    )  # fmt: skip
     kept = verifier.controllers
     if key not in kept:
         kept[key] = cfg.build_controller()

@@ -35,6 +35,7 @@ from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loans import Loans
 from dllm.drafting.merge import Branches, Slots, Voice, merge
 from dllm.drafting.ngram import NgramTable
+from dllm.drafting.pair_head import PairHeadLike, as_pair_head
 from dllm.drafting.proposal import EMPTY, Proposal, sent
 from dllm.drafting.registry import DrafterLike, as_drafter, named
 from dllm.drafting.search import SEARCHES, BestFirstTree, Edges, PathSearch, SampleTree
@@ -75,6 +76,8 @@ class SpecConfig:
     graphs   CUDA graphs of rounds and drafts: None = where they can be captured, True = asked for, False = off.
     verify   how a sampled chain is judged: "token", each by the ratio test, or "block", all at once, which keeps at
              least as many in the mean (arXiv 2403.10444). Both are exact; where processors look at the text: "token".
+    pair_head   a `PairHead` or its folder: what neighbours of the drafter's lattices say of each other; candidates are
+             then the `m_max` best of each slot, whatever their mass.
     graft    another drafter, or several, whose continuations are merged into the tree (point trees only): retrieval, or
              a model; what they take is counted with the drafter.
     """
@@ -93,6 +96,7 @@ class SpecConfig:
     m_max: int = param(15, "DiffuSpec's", low=1)
     graphs: bool | None = None
     verify: str = param("token", "the field's", choices=("token", "block"))
+    pair_head: PairHeadLike = None
     graft: DrafterLike | Sequence[DrafterLike] = None
 
     def __post_init__(self) -> None:
@@ -325,7 +329,8 @@ class Speculation:
         self.drafter = forked(self.drafter)
         self.grafts = [fork for drafter in cfg.grafts if (fork := forked(drafter)) is not None]
         tree = cfg.tree or (self.search.budget if self.search.tree else 0)
-        pruning = (cfg.tau_mass, cfg.m_max)
+        self.head = as_pair_head(cfg.pair_head)
+        pruning = (cfg.tau_mass if self.head is None else 1.0, cfg.m_max)
         need = Need(
             verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer,
             self.search.draws, verifier.model, self.loans, as_store(cfg.store), self.texts,
@@ -339,6 +344,7 @@ class Speculation:
                 source.reset(self.ids, need)
         self.taps = tuple(sorted({tap for source in self.sources for tap in source.taps}))
         self._check_tree()
+        self._check_head()
 
     def propose(self) -> Talk[Proposal]:
         """What to verify next."""
@@ -430,7 +436,15 @@ class Speculation:
             return EMPTY
         self.chunks.append((len(before), lat))
         q, context = self.request, [*self.ids, *before]
-        return self.search(lat, context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
+        return self.search(self._paired(lat, context[-1]), context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
+
+    def _paired(self, lat: Lattice, anchor: int) -> Lattice:
+        """The drafter's lattice behind the token `anchor`, with what the pair head says of it."""
+        if self.head is None:
+            return lat
+        if lat.pairs is not None:
+            raise DllmError("the drafter has pair scores of its own: leave out pair_head")
+        return self.head.over(lat, anchor)
 
     def _proxy(self) -> NgramTable | None:
         if self.cfg.order < 2 or self.search.lam >= 1:
@@ -464,8 +478,22 @@ class Speculation:
         names = [other.name for other in self.sources]
         name = source.name if names.count(source.name) == 1 else f"{source.name}#{self.sources.index(source)}"
         if isinstance(draft, Lattice):
-            return Slots(name, Edges(draft, self.ids, self._proxy(), self.search.lam))
+            paired = self._paired(draft, self.ids[-1]) if source is self.drafter else draft
+            return Slots(name, Edges(paired, self.ids, self._proxy(), self.search.lam))
         return Branches(name, draft)
+
+    def _check_head(self) -> None:
+        """Refuse a pair head that would be ignored, or knows other ids."""
+        if self.head is None:
+            return
+        if self.drafter is None or self.drafter.chains_only:
+            name = "no drafter" if self.drafter is None else f"drafter {self.drafter.name!r}, which drafts chains,"
+            raise DllmError(f"a pair head weighs the candidates of a lattice, and {name} has none: leave out pair_head")
+        if self.head.vocab != self.verifier.vocab:
+            raise DllmError(
+                f"the pair head knows {self.head.vocab} ids, the verifier has {self.verifier.vocab}: train one for it "
+                "with `dllm align --pair-head`"
+            )
 
     def _check_tree(self) -> None:
         """Refuse a tree that would be ignored."""

@@ -122,13 +122,18 @@ class Tempered:
     table: NgramTable
     lam: float
 
+    @property
+    def span(self) -> int:
+        """Tokens of a context."""
+        return self.table.order - 1
+
     def state(self, ids: Sequence[int]) -> State:
         """The table's."""
         return self.table.state(ids)
 
-    def step(self, state: State, token: int) -> State:
+    def steps(self, state: State, tokens: Sequence[int]) -> list[State]:
         """The table's."""
-        return self.table.step(state, token)
+        return [self.table.step(state, t) for t in tokens]
 
     def weigh(self, slot: int, state: State, tokens: Sequence[int], logw: Sequence[float]) -> Sequence[float]:
         """(1 - mix) log w + mix log g; log w where the table does not know the context."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import ClassVar, Literal, Protocol, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,17 @@ Scorer = Callable[[Tensor, Tensor], Tensor]  # ids before (k, A), ids (k, M) -> 
 
 
 class Scores(Protocol):
-    """A source of edge weights: it weighs the candidates of a slot by the tokens before them."""
+    """A source of edge weights: it weighs the candidates of a slot by at most `span` tokens before them."""
+
+    @property
+    def span(self) -> int:
+        """See the class."""
 
     def state(self, ids: Sequence[int]) -> State:
         """What it keeps of a text `ids`; texts of one state weigh alike."""
 
-    def step(self, state: State, token: int) -> State:
-        """The state behind one more token."""
+    def steps(self, state: State, tokens: Sequence[int]) -> list[State]:
+        """The state behind one more token, for each of these."""
 
     def weigh(self, slot: int, state: State, tokens: Sequence[int], logw: Sequence[float]) -> Sequence[float]:
         """New log weights of the candidates `tokens` of a slot, from those so far, in the same order."""
@@ -53,6 +57,7 @@ class Pairs:
 
     before: Tensor
     logq: Tensor
+    span: ClassVar[int] = 1
 
     @cached_property
     def _rows(self) -> list[dict[int, list[float]]]:
@@ -62,9 +67,9 @@ class Pairs:
         """The last token."""
         return tuple(ids[-1:])
 
-    def step(self, state: State, token: int) -> State:
-        """The token."""
-        return (token,)
+    def steps(self, state: State, tokens: Sequence[int]) -> list[State]:
+        """The tokens."""
+        return [(t,) for t in tokens]
 
     def weigh(self, slot: int, state: State, tokens: Sequence[int], logw: Sequence[float]) -> Sequence[float]:
         """log q_j(. | a)."""

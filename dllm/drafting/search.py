@@ -28,9 +28,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -116,17 +118,50 @@ class Edges:
         return self.cache[key]
 
     def _weigh(self, i: int, state: Path) -> list[Edge]:
-        if not self.scores:
-            return [(t, lq, ()) for t, lq in self.lat.columns[i]]
-        tokens: tuple[int, ...]
+        tokens, logw = self._weights(i, state)
+        return list(zip(tokens, logw, self._behind(state, tokens), strict=True))
+
+    def _weights(self, i: int, state: Path) -> tuple[Sequence[int], Sequence[float]]:
+        """Candidates of slot `i`, and their log weights behind `state`."""
+        tokens: Sequence[int]
         logw: Sequence[float]
         tokens, logw = zip(*self.lat.columns[i], strict=True)
         for scores, known in zip(self.scores, state, strict=True):
             logw = scores.weigh(i, known, tokens, logw)
-        behind = [
-            tuple([scores.step(known, t) for scores, known in zip(self.scores, state, strict=True)]) for t in tokens
-        ]
-        return list(zip(tokens, logw, behind, strict=True))
+        return tokens, logw
+
+    def _behind(self, state: Path, tokens: Sequence[int]) -> list[Path]:
+        """The state behind each of these tokens."""
+        if not self.scores:
+            return [()] * len(tokens)
+        each = [scores.steps(known, tokens) for scores, known in zip(self.scores, state, strict=True)]
+        return list(zip(*each, strict=True))
+
+    def layers(self, eos: frozenset[int]) -> list[Layer]:
+        """The graph as arrays, slot by slot, as far as a path goes on."""
+        out, states, forget = list[Layer](), [self.root], all(scores.span <= 1 for scores in self.scores)
+        for i in range(self.lat.k):
+            rows, behind, index = list[Sequence[float]](), list[list[int]](), dict[Path, int]()
+            for state in states:
+                tokens, logw = self._weights(i, state)
+                rows.append(logw)
+                if not (forget and behind):  # else the states behind are those of the tokens alone
+                    paths = zip(self._behind(state, tokens), tokens, strict=True)
+                    behind.append([-1 if t in eos else index.setdefault(path, len(index)) for path, t in paths])
+            out.append(Layer(tokens, np.array(rows), np.array(behind)))
+            if not index:  # every path has ended
+                break
+            states = list(index)
+        return out
+
+
+class Layer(NamedTuple):
+    """A slot of the graph: candidates, log weights (A, M) behind each of A states, and the place of the state behind
+    each among those of the next slot, -1 behind an end token: (A, M), or (1, M) where all have the same."""
+
+    tokens: Sequence[int]
+    logw: NDArray[np.float64]
+    behind: NDArray[np.int64]
 
 
 def _weight(edge: Edge) -> float:
@@ -226,32 +261,22 @@ class EAL(PathSearch):
 
     def solve(self, edges: Edges, eos: frozenset[int] = frozenset()) -> tuple[Proposal, float]:
         """The path and its value U_0, in tokens."""
-        layers: list[list[Path]] = [[edges.root]]
-        for i in range(edges.lat.k):
-            following = (s for state in layers[i] for t, _, s in edges.out(i, state) if t not in eos)
-            layers.append(list(dict.fromkeys(following)))
-        value: dict[Path, float] = {}  # of the states of the slot behind
-
-        def accepted(edge: Edge) -> float:
-            return math.exp(min(self.power * edge[1], 0.0))
-
-        def gain(edge: Edge) -> float:
-            token, _, state = edge
-            return accepted(edge) * (1.0 + (0.0 if token in eos else value.get(state, 0.0)))
-
-        choice: list[dict[Path, Edge]] = []
-        for i in reversed(range(edges.lat.k)):
-            best = {state: max(edges.out(i, state), key=gain) for state in layers[i]}
-            value = {state: gain(edge) for state, edge in best.items()}
-            choice.append(best)
-        path: list[Edge] = []
-        state = edges.root
-        for best in reversed(choice):
-            path.append(best[state])
-            token, _, state = best[state]
-            if token in eos:
+        layers, value, choice = edges.layers(eos), np.zeros(1), list[NDArray[np.int64]]()
+        weights = [np.exp(np.minimum(self.power * layer.logw, 0.0)) for layer in layers]
+        for layer, w in zip(reversed(layers), reversed(weights), strict=True):
+            value = value if choice else np.zeros(layer.behind.max() + 2)  # the last: behind an end token
+            gain = w * (1.0 + value[layer.behind])  # (A, M)
+            choice.append(gain.argmax(1))
+            value = np.append(gain.max(1), 0.0)
+        tokens, conf, state = list[int](), list[float](), 0
+        for layer, w, best in zip(layers, weights, reversed(choice), strict=True):
+            at = best[state]
+            tokens.append(layer.tokens[at])
+            conf.append(float(w[state, at]))
+            state = layer.behind[state if len(layer.behind) > 1 else 0, at]
+            if state < 0:
                 break
-        return chain([token for token, _, _ in path], list(map(accepted, path))), value.get(edges.root, 0.0)
+        return chain(tokens, conf), float(value[0])
 
 
 @dataclass(frozen=True)

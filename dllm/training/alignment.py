@@ -25,11 +25,12 @@ from tqdm import tqdm
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError, first_line
 from dllm.models.hub import load, load_verifier, pick_device
+from dllm.models.model import Model
 from dllm.models.native import NativeModel
 from dllm.models.transformer import Transformer
 from dllm.tasks.registry import generate
 from dllm.training import checkpoint
-from dllm.training.config import AlignConfig
+from dllm.training.config import AlignConfig, Taught
 from dllm.training.data import Pair, read_prompts
 from dllm.training.diffusion import noise_levels
 from dllm.training.trainer import as_diffusion, mixed, patience
@@ -311,10 +312,13 @@ def pair(config: AlignConfig) -> tuple[NativeModel, PreTrainedModel]:
     return model, verifier
 
 
-def task_prompts(model: NativeModel, config: AlignConfig, split: str = "train") -> list[list[int]]:
+def task_prompts(model: Model, config: AlignConfig, split: str = "train") -> list[list[int]]:
     """Prompt ids of the recipe: problems of the built-in tasks, or the lines of a file."""
+    return [model.chat([{"role": "user", "content": line}]) for line in task_lines(config, split)]
+
+
+def task_lines(config: Taught, split: str = "train") -> list[str]:
+    """The same as text."""
     if config.prompts:
-        lines = read_prompts(config.prompts)
-    else:
-        lines = [e.prompt for name, n in config.tasks.items() for e in generate(name, split, n, config.seed)]
-    return [model.chat([{"role": "user", "content": line}]) for line in lines]
+        return read_prompts(config.prompts)
+    return [e.prompt for name, n in config.tasks.items() for e in generate(name, split, n, config.seed)]

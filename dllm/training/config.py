@@ -175,22 +175,16 @@ class Stage(Section):
 
 
 @dataclass(frozen=True)
-class AlignConfig(Section):
-    """A recipe (`configs/align/*.yaml`). The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B."""
+class Taught(Section):
+    """What every recipe says that learns from a verifier's own answers (`configs/align/*.yaml`)."""
 
     output: str
     drafter: Checkpoint = param(Checkpoint("tiny"), "what dllm.load takes; a causal one is turned into a dLLM first")
     verifier: Checkpoint = param(Checkpoint("tiny-ar"), "what dllm.load_verifier takes")
-    layers: int = param(0, "keep only the first layers of the drafter (a smaller copy), 0 = all", low=0)
     tasks: Mapping[str, int] = param({}, "problems per built-in task whose prompts the verifier answers")
     prompts: str = param("", "or a file, one prompt a line")
     max_new_tokens: int = param(96, "tokens of an answer of the verifier", low=1)
     block: int = param(32, "most masked tokens in a row: the k to draft with", low=1)
-    max_suffix: int = param(96, "most of them in stage two (the paper's number)", low=1)
-    separator: bool = param(True, "close the block with the tokenizer's separator; draft with the same setting")
-    alpha: float = param(1.01, "section 4 of the paper: stable; 1.02 is noisy, 1.05 diverges", low=1)
-    one: Stage = Stage(400, 2e-3)
-    two: Stage = Stage(200, 1e-3)
     batch_size: int = param(32, "rows of a forward", low=1)
     seed: int = param(0, "of problems and masks")
     dtype: Literal["float32", "bfloat16"] = param(
@@ -204,6 +198,28 @@ class AlignConfig(Section):
         super().__post_init__()
         if bool(self.tasks) == bool(self.prompts):
             raise DllmError("an alignment recipe names its prompts once: tasks or prompts")
+
+
+@dataclass(frozen=True)
+class AlignConfig(Taught):
+    """A recipe for a drafter. The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B."""
+
+    layers: int = param(0, "keep only the first layers of the drafter (a smaller copy), 0 = all", low=0)
+    max_suffix: int = param(96, "most of them in stage two (the paper's number)", low=1)
+    separator: bool = param(True, "close the block with the tokenizer's separator; draft with the same setting")
+    alpha: float = param(1.01, "section 4 of the paper: stable; 1.02 is noisy, 1.05 diverges", low=1)
+    one: Stage = Stage(400, 2e-3)
+    two: Stage = Stage(200, 1e-3)
+
+
+@dataclass(frozen=True)
+class PairHeadConfig(Taught):
+    """A recipe for a pair head: `drafter` is what dllm.speculate takes, and stays as it is."""
+
+    rank: int = param(32, "enough for a vocabulary of 664; DSpark has 256 at 150 000", low=1)
+    candidates: int = param(16, "of each slot, with which it learns; DFlash 2's", low=2)
+    steps: int = param(1500, "AdamW, linear warm-up over a tenth and linear decay over the rest", low=1)
+    lr: float = param(1e-2, "the drafter stands still, so that a coarse rate does no harm", above=0)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] = TrainConfig) -> T:  # type: ignore[assignment]

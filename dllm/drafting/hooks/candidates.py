@@ -24,6 +24,7 @@ from dllm.drafting import CausalLM, Controller, Drafter, DraftFailure, Lattice, 
 from dllm.drafting.drafters import ask, blamed
 from dllm.drafting.front import STATEFUL, separate
 from dllm.drafting.ngram import NgramTable
+from dllm.drafting.pair_head import as_pair_head
 from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
 from dllm.drafting.verifier import bare
@@ -52,7 +53,9 @@ class DraftCandidates(CandidateGenerator):
             )
         self.verifier, self.drafter, self.max_length = verifier, drafter.fork(), max_length
         self.controller: Controller = (controller or cfg.build_controller()).fork()
-        self.need = Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer)
+        self.head = as_pair_head(cfg.pair_head)
+        mass = cfg.tau_mass if self.head is None else 1.0
+        self.need = Need(verifier.vocab, verifier.eos, tau_mass=mass, m_max=cfg.m_max, tokenizer=verifier.tokenizer)
         self.proxy = NgramTable(verifier.vocab, cfg.order) if cfg.order > 1 else None
         self.criteria: list[StoppingCriteria] = []  # what ends the text
         self.known: list[int] = []
@@ -96,10 +99,14 @@ class DraftCandidates(CandidateGenerator):
         except DraftFailure:
             return EMPTY
         if isinstance(draft, Lattice):
-            draft = self.search(draft, ids, eos=self.need.eos, proxy=self.proxy) if draft.k else EMPTY
+            draft = self._searched(draft, ids) if draft.k else EMPTY
         draft = draft.within(self.k, self.need.eos)
         draft = draft.head(self.controller.trim(draft, False, self.k))
         return draft.head(self._before_stop(ids, draft.tokens))
+
+    def _searched(self, lat: Lattice, ids: list[int]) -> Proposal:
+        lat = lat if self.head is None else self.head.over(lat, ids[-1])
+        return self.search(lat, ids, eos=self.need.eos, proxy=self.proxy)
 
     def _before_stop(self, ids: list[int], draft: Sequence[int]) -> int:
         """How many drafted tokens come before the first one that ends the text: the verifier adds that one itself, and

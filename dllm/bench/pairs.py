@@ -1,0 +1,106 @@
+"""`dllm bench pairs`: what pair scores bring to the drafts of the embedded pair, by search, prompt by prompt.
+
+Every setting decodes the same held-out prompts greedily, 12 slots a draft, no carry-over; all have to give one text.
+tau counts the bonus token. Differences are of two settings over the same prompts, with a bootstrap interval over these.
+Texts are kept in a file as they come: a run that is started again goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import dllm
+from dllm.bench.drafting import K12, TASKS, Options, held_out
+from dllm.bench.runtime import Figure
+from dllm.drafting.diffusion import DiffusionDrafter
+from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.errors import DllmError
+from dllm.eval.store import append, mend, read_lines
+from dllm.models.native import NativeModel
+
+NEW = 96
+SETTINGS: dict[str, Options] = {  # those "over pairs" get the head
+    "eal": K12,
+    "argmax over pairs": {"search": "argmax", **K12},
+    "eal over pairs": K12,
+    "tree 32": {"tree": 32, **K12},
+    "tree 32 over pairs": {"tree": 32, **K12},
+}
+# a difference, and where its interval should begin with a weak drafter: the searches can differ there
+ASKED = (
+    ("eal over pairs", "argmax over pairs"),
+    ("eal over pairs", "eal"),
+    ("tree 32 over pairs", "tree 32"),
+)
+Array = NDArray[np.float64]
+Counts = dict[tuple[str, str], dict[int, tuple[int, int, int]]]  # (task, setting) -> prompt -> tokens, calls, crc
+
+
+def run(drafter: str, pair_head: str, *, n: int = 300, out: str | Path = "bench-pairs.jsonl") -> Iterator[Figure]:
+    """Decode what `out` lacks; then tau of every setting and the differences that were asked for.
+
+    Errors: a drafter that is no dLLM, a file of another drafter or head.
+    """
+    source, path = as_drafter(drafter), Path(out)
+    if not (isinstance(source, DiffusionDrafter) and isinstance(source.model, NativeModel)):
+        raise DllmError(f"the drafter of this bench is a dLLM, tiny or a folder, not {drafter!r}")
+    settings = {name: {**o, "pair_head": pair_head} if "pairs" in name else o for name, o in SETTINGS.items()}
+    found = _read(path, {"drafter": drafter, "pair_head": pair_head, "new": NEW})
+    verifier = as_verifier("tiny-ar")
+    for task in TASKS:
+        prompts = held_out(source.model, task, n)
+        missing = [(name, i) for i in range(n) for name in settings if i not in found.setdefault((task, name), {})]
+        for name, i in tqdm(missing, task, unit="text", leave=False):
+            got = dllm.speculate(verifier, source, prompts[i], max_new_tokens=NEW, **settings[name])
+            counts = sum(r.emitted for r in got.rounds), got.n_verify, crc32(repr(got.sequences).encode())
+            append(path, [{"task": task, "setting": name, "prompt": i, "counts": counts}])
+            found[task, name][i] = counts
+        yield from _figures(task, {name: [found[task, name][i] for i in range(n)] for name in settings})
+
+
+def _read(path: Path, header: Mapping[str, object]) -> Counts:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append(path, [header])
+    mend(path)
+    found: Counts = {}
+    first, *rest = read_lines(path)
+    if first != header:
+        raise DllmError(f"{path} holds texts of another drafter or pair head: choose another --out")
+    for row in rest:
+        tokens, calls, crc = row["counts"]
+        found.setdefault((row["task"], row["setting"]), {})[row["prompt"]] = tokens, calls, crc
+    return found
+
+
+def _figures(task: str, counts: Mapping[str, Sequence[tuple[int, int, int]]]) -> Iterator[Figure]:
+    for name, rows in counts.items():
+        divergent = sum(a[2] != b[2] for a, b in zip(rows, counts["eal"], strict=True))
+        tokens, calls, _ = np.array(rows).sum(0)
+        yield Figure(f"{task}, {name}: tau", tokens / calls, note=f"{calls} verify calls, {divergent} texts differ")
+    for one, other in ASKED:
+        value, low, high = difference(counts[other], counts[one])
+        yield Figure(f"{task}: tau of {one} above {other}", value, note=f"95 %: {low:+.3f} to {high:+.3f}")
+
+
+def difference(
+    a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], draws: int = 10000, seed: int = 0
+) -> tuple[float, float, float]:
+    """tau of b minus tau of a, rows of (tokens, calls) of the same prompts, and its 95 % bootstrap interval."""
+    first, second = np.array(a, dtype=float)[:, :2], np.array(b, dtype=float)[:, :2]
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(first), np.full(len(first), 1 / len(first)), size=draws)  # (draws, prompts)
+
+    def tau(w: Array, rows: Array) -> Array:
+        tokens, calls = (w @ rows).T
+        return np.asarray(tokens / calls)
+
+    ones = np.ones(len(first))
+    low, high = np.quantile(tau(weights, second) - tau(weights, first), [0.025, 0.975])
+    return float(tau(ones, second) - tau(ones, first)), float(low), float(high)

@@ -1,0 +1,207 @@
+"""A trained pair head: what it learns, how it is stored, and that it changes no text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from drafting_kit import plain
+from typer.testing import CliRunner
+
+import dllm
+from dllm.bench import pairs as bench
+from dllm.cli import app
+from dllm.drafting.drafters import Need
+from dllm.drafting.hooks.candidates import assisted_by
+from dllm.drafting.lattice import build
+from dllm.drafting.pair_head import PairHead, as_pair_head
+from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
+from dllm.training import pair_heads
+from dllm.training.config import PairHeadConfig
+from dllm.training.data import Pair
+
+torch.set_num_threads(1)
+PROMPT = "Tom has 12 apples. He buys 7 more."
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    return as_verifier("tiny-ar")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, verifier):
+    """A head of random scores, strong enough to turn every path."""
+    g = torch.Generator().manual_seed(0)
+    made = tmp_path_factory.mktemp("head")
+    PairHead(*(10 * torch.randn(2, verifier.vocab, 4, generator=g))).save(made, {"law": "mass"})
+    return str(made)
+
+
+def test_a_head_adds_the_product_of_its_rows_and_keeps_the_mass():
+    g = torch.Generator().manual_seed(3)
+    head = PairHead(*torch.randn(2, 9, 4, generator=g))
+    lat = head.over(build(torch.randn(3, 9, generator=g), 5, tau_mass=1.0, m_max=4), 7)
+    lat.check()
+    for j, b in ((0, 0), (2, 3)):
+        a = 0 if j == 0 else 1
+        before = 7 if j == 0 else int(lat.tokens[j - 1, a])
+        s = lat.logp[j] + head.successor[lat.tokens[j]] @ head.predecessor[before]
+        expected = (s - s.logsumexp(0) + lat.logp[j].logsumexp(0))[b]
+        assert float(lat.pairs.logq[j, a, b]) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"search": "argmax"}, {"tree": 4}, {"carry": "always"}])
+def test_a_pair_head_changes_the_rounds_and_not_the_text(verifier, folder, options):
+    own, with_head = (
+        dllm.speculate(verifier, "tiny", PROMPT, max_new_tokens=24, length="fixed:k=6", pair_head=head, **options)
+        for head in (None, folder)
+    )
+    assert with_head.sequences == own.sequences == plain(verifier.model, own.sequences[: own.prompt_length], 24)
+    assert with_head.n_verify > own.n_verify, "random scores spoil the drafts"
+
+
+def test_a_sampled_draft_over_pairs_repeats_under_a_seed(verifier, folder):
+    call = dict(max_new_tokens=12, temperature=0.8, seed=3, pair_head=folder)
+    for tree in (0, 6):
+        search = "sample_tree:width=2" if tree else None
+        one, two = (dllm.speculate(verifier, "tiny", PROMPT, tree=tree, search=search, **call) for _ in range(2))
+        assert one.sequences == two.sequences and {r.kind for r in one.rounds} <= {"sampled", "none"}
+
+
+def test_every_front_takes_the_folder(verifier, folder):
+    ids = torch.tensor([verifier.tokenizer(PROMPT)["input_ids"]])
+    call = dict(max_new_tokens=10, do_sample=False, attention_mask=torch.ones_like(ids))
+    text = verifier.model.generate(ids, **call)
+    spec, results = {"pair_head": folder}, []
+    hooked = dict(custom_generate=dllm.spec_generate, drafter="tiny", spec=spec, spec_results=results)
+    assert verifier.model.generate(ids, **call, **hooked).tolist() == text.tolist() and results
+    cfg = dllm.drafting.SpecConfig(length="fixed:k=4", pair_head=folder)
+    with assisted_by(verifier.model, "tiny", cfg) as candidates:
+        assert verifier.model.generate(ids, **call).tolist() == text.tolist()
+    assert candidates.head is as_pair_head(folder)
+    ran = CliRunner().invoke(app, ["speculate", PROMPT, "--pair-head", folder, "-n", "6", "--compare"])
+    assert ran.exit_code == 0 and "yes" in ran.output, ran.output
+
+
+def test_heads_that_cannot_be_used_are_one_clear_line(verifier, folder, tmp_path):
+    def speculate(head, drafter="tiny"):
+        return dllm.speculate(verifier, drafter, PROMPT, max_new_tokens=4, pair_head=head)
+
+    with pytest.raises(DllmError, match="no pair head in"):
+        speculate(str(tmp_path))
+    with pytest.raises(DllmError, match="no pair head but a"):
+        speculate("dllm/assets/tiny")
+    with pytest.raises(DllmError, match="knows 9 ids"):
+        speculate(PairHead(torch.zeros(9, 2), torch.zeros(9, 2)))
+    with pytest.raises(DllmError, match="no drafter"):
+        speculate(folder, None)
+    with pytest.raises(DllmError, match="drafts chains"):
+        speculate(folder, verifier.model)
+    PairHead(*torch.randn(2, 9, 4)).save(tmp_path, {})
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(DllmError, match="truncated or no safetensors"):
+        as_pair_head(tmp_path)
+    PairHead(*torch.randn(2, 9, 4)).save(tmp_path, {"rank": 5})
+    with pytest.raises(DllmError, match="damaged"):
+        as_pair_head(tmp_path)
+
+
+# -- training
+
+CONFIG = PairHeadConfig("", tasks={"word_problems": 4}, block=4, steps=12, batch_size=4, candidates=4, rank=4)
+
+
+@pytest.fixture(scope="module")
+def drafter(verifier):
+    made = as_drafter("tiny").fork()
+    made.reset([], Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer))
+    return made
+
+
+def test_slots_are_the_drafters_own_and_the_verifiers_tokens(drafter):
+    data = [Pair([5, 6, 7], [8, 9, 10]), Pair([11], [12, 13, 14, 15, 16])]
+    slots = pair_heads.slots_of(drafter, data, [1, 0], 4, 6)
+    assert slots.before.tolist() == [8, 9, 11, 12, 13, 14]
+    targets = [9, 10, 12, 13, 14, 15]
+    for row, target in enumerate(targets):
+        column = slots.tokens[row].tolist()
+        assert slots.place[row] == (column.index(target) if target in column else len(column))
+    alone = replace(drafter.need, tau_mass=1.0, m_max=6)
+    drafter.need = alone
+    lat = drafter.draft([5, 6, 7, 8], 4)
+    assert slots.tokens[:2, :6].tolist() == lat.tokens[:2, :6].tolist()
+    torch.testing.assert_close(slots.logp[:2, :6], lat.logp[:2, :6], atol=1e-4, rtol=0)
+
+
+def test_a_head_learns_what_follows_what(drafter, monkeypatch):
+    """Two slots, each a coin, the second equal to the first: the marginals cost ln 2 a slot, pairs half of it."""
+    coin = torch.full((2, drafter.need.vocab), -30.0)
+    coin[:, [20, 21]] = 0.0
+    monkeypatch.setattr(drafter, "columns", lambda texts, k: coin.expand(len(texts), 2, -1))
+    data = [Pair([5], [t, t]) for t in (20, 21)]
+    cfg = replace(CONFIG, block=2, steps=150, lr=0.05)
+    monkeypatch.setattr(pair_heads.random.Random, "randrange", lambda *_: 0)
+    head, losses = pair_heads.train(drafter, data, cfg)
+    assert losses[0] == pytest.approx(math.log(2), abs=0.02) and losses[-1] == pytest.approx(math.log(2) / 2, abs=0.03)
+    w = head.score(torch.tensor([[20, 21]]), torch.tensor([[20, 21]]))[0]
+    assert w[0, 0] > w[0, 1] + 3 and w[1, 1] > w[1, 0] + 3
+
+
+def test_a_run_that_goes_on_equals_one_that_was_not_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_heads, "load_verifier", lambda *_, **__: as_verifier("tiny-ar").model)
+    whole = replace(CONFIG, output=str(tmp_path / "whole"), max_new_tokens=12, save_every=5)
+    first = as_pair_head(pair_heads.run(whole))
+    cut, real = replace(whole, output=str(tmp_path / "cut")), pair_heads.nats
+    calls = iter(range(8))
+
+    def stopped(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pair_heads, "nats", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pair_heads.run(cut)
+    monkeypatch.setattr(pair_heads, "nats", real)
+    with pytest.raises(DllmError, match="--resume"):
+        pair_heads.run(cut)
+    again = as_pair_head(pair_heads.run(cut, resume=True))
+    assert torch.equal(first.predecessor, again.predecessor) and torch.equal(first.successor, again.successor)
+    assert not torch.equal(first.successor, torch.zeros_like(first.successor))
+
+
+@pytest.mark.parametrize("name", ["suffix", "tiny-ar"])
+def test_only_a_drafter_of_lattices_gets_a_head(name):
+    with pytest.raises(DllmError, match="drafts lattices"):
+        pair_heads.parts(replace(CONFIG, drafter=Checkpoint(name)))
+
+
+# -- the bench
+
+
+def test_a_difference_in_tau_has_the_interval_of_its_prompts():
+    same = [(10, 4, 0)] * 30
+    assert bench.difference(same, same) == (0.0, 0.0, 0.0)
+    value, low, high = bench.difference(same, [(10, 2 + i % 2, 0) for i in range(30)])
+    assert value == pytest.approx(10 / 2.5 - 2.5) and low < value < high and low > 1
+    assert np.isfinite([low, high]).all()
+
+
+def test_the_bench_goes_on_where_it_was_stopped(tmp_path, folder, monkeypatch):
+    out = tmp_path / "texts.jsonl"
+    monkeypatch.setattr(bench, "TASKS", ("word_problems",))
+    figures = list(bench.run("tiny", folder, n=2, out=out))
+    assert [f.name for f in figures if "differ" in f.note and "0 texts" not in f.note] == []
+    assert len(figures) == len(bench.SETTINGS) + len(bench.ASKED)
+    monkeypatch.setattr(bench, "dllm", SimpleNamespace())  # nothing is decoded again
+    assert list(bench.run("tiny", folder, n=2, out=out)) == figures
+    with pytest.raises(DllmError, match="another"):
+        list(bench.run("tiny", "elsewhere", n=2, out=out))
