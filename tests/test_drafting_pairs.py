@@ -9,10 +9,13 @@ from collections import Counter
 import golden_cases
 import pytest
 import torch
+from drafting_kit import VOCAB, plain, tiny_verifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.drafting.drafters import Need
+import dllm
+from dllm.drafting import loop
+from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.pairs import Pairs, PairScores, before_of, conditional
@@ -117,6 +120,52 @@ def test_the_ngram_proxy_tempers_pairs_as_it_tempers_marginals(seed):
     assert sum(every[Viterbi()(lat, ctx, proxy=table).tokens]) == pytest.approx(best)
     value = EAL().solve(Edges(lat, ctx, table, 0.5))[1]
     assert value == pytest.approx(max(length([math.exp(x) for x in w]) for w in every.values()))
+
+
+def test_a_table_counts_what_the_verifier_says_by_its_probabilities():
+    """Behind (5, 6): .5 and .25 of an observation; each loses 3/4 of itself to the shorter context, and so does (6)."""
+    table = NgramTable(8, 3, kappa=1.0)
+    table.feed([4, 5, 6], [1, 2], [0.5, 0.25])
+    unigram = (0.25 * 0.5 + 0.75 * 0.75 / 8) / 0.75
+    bigram = (0.25 * 0.5 + 0.75 * 0.75 * unigram) / 0.75
+    assert math.exp(table.logp((6,), [1])[0]) == pytest.approx(bigram)
+    assert math.exp(table.logp((5, 6), [1])[0]) == pytest.approx((0.25 * 0.5 + 0.75 * 0.75 * bigram) / 0.75)
+    assert table.trust((5, 6)) == pytest.approx(0.75 / 1.75) and table.state([4, 5, 6]) == (5, 6)
+    table.feed([4, 5, 6], [1], [0.9])
+    assert sum(map(math.exp, table.logp((5, 6), range(8)))) == pytest.approx(1)
+
+
+def test_the_loop_feeds_the_proxy_at_every_verified_node():
+    """Greedy texts stay the verifier's own, and behind each context stands what its logits say there."""
+    model = tiny_verifier()
+    prompt, tables = [3, 1, 4, 1, 5], []
+
+    class Watched(NgramTable):
+        def feed(self, ids, tokens, prob):
+            super().feed(ids, tokens, prob)
+            tables.append((tuple(ids), tuple(tokens), tuple(prob)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "NgramTable", Watched)
+        drafter = Sure(VOCAB)
+        out = dllm.speculate(model, drafter, prompt, max_new_tokens=12, ngrams="verifier", length="fixed:k=3")
+    assert out.sequences == plain(model, prompt, 12)
+    assert len(tables) == sum(r.nodes + 1 for r in out.rounds)
+    logits = model(torch.tensor([prompt])).logits[0, -1].float()
+    best = logits.softmax(-1).topk(8)
+    ids, tokens, prob = tables[0]
+    assert ids == tuple(prompt[-3:]) and tokens == tuple(best.indices.tolist())
+    assert prob == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+class Sure(Drafter):
+    """One forward that says nothing: every token is as likely."""
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+
+    def draft(self, ids, k, *, generator=None):
+        return self.need.lattice(torch.zeros(k, self.vocab), len(ids))
 
 
 # -- against public codes: golden/README.md says which

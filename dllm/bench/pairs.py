@@ -29,12 +29,14 @@ SETTINGS: dict[str, Options] = {  # those "over pairs" get the head
     "eal": K12,
     "argmax over pairs": {"search": "argmax", **K12},
     "eal over pairs": K12,
+    "eal:lam=1 over pairs": {"search": "eal:lam=1", **K12},  # without the n-gram proxy, as the walk
     "tree 32": {"tree": 32, **K12},
     "tree 32 over pairs": {"tree": 32, **K12},
 }
 # a difference, and where its interval should begin with a weak drafter: the searches can differ there
 ASKED = (
     ("eal over pairs", "argmax over pairs"),
+    ("eal:lam=1 over pairs", "argmax over pairs"),
     ("eal over pairs", "eal"),
     ("tree 32 over pairs", "tree 32"),
 )
@@ -95,12 +97,12 @@ def difference(
     """tau of b minus tau of a, rows of (tokens, calls) of the same prompts, and its 95 % bootstrap interval."""
     first, second = np.array(a, dtype=float)[:, :2], np.array(b, dtype=float)[:, :2]
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(first), np.full(len(first), 1 / len(first)), size=draws)  # (draws, prompts)
+    weights = rng.multinomial(len(first), np.full(len(first), 1 / len(first)), size=draws).astype(float)
 
     def tau(w: Array, rows: Array) -> Array:
         tokens, calls = (w @ rows).T
         return np.asarray(tokens / calls)
 
     ones = np.ones(len(first))
-    low, high = np.quantile(tau(weights, second) - tau(weights, first), [0.025, 0.975])
-    return float(tau(ones, second) - tau(ones, first)), float(low), float(high)
+    low, high = np.quantile(np.subtract(tau(weights, second), tau(weights, first)), [0.025, 0.975])
+    return float(np.subtract(tau(ones, second), tau(ones, first))), float(low), float(high)

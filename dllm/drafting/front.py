@@ -47,6 +47,7 @@ class SpecOptions(TypedDict, total=False):
     carry: str
     reuse_min: int
     order: int
+    ngrams: str
     decay: float
     corpus: Sequence[Sequence[int]] | str | Path
     store: StoreLike

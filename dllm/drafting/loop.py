@@ -34,7 +34,7 @@ from dllm.drafting.drafters import Ask, Draft, Drafter, Need, asked, blamed, com
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.loans import Loans
 from dllm.drafting.merge import Branches, Slots, Voice, merge
-from dllm.drafting.ngram import NgramTable
+from dllm.drafting.ngram import FED, SEEN, NgramTable
 from dllm.drafting.pair_head import PairHeadLike, as_pair_head
 from dllm.drafting.proposal import EMPTY, Proposal, sent
 from dllm.drafting.registry import DrafterLike, as_drafter, named
@@ -69,7 +69,9 @@ class SpecConfig:
     k        most slots per draft, whatever the controller says; None = no such limit.
     carry    unused slots of a draft: "auto" (reused where the controller expects more from them than from a fresh
              draft), "always", "off". Exact in every case: the lattice is carried over, not the tokens.
-    order    of the n-gram proxy over prompt and output; 0 = no proxy.
+    ngrams   what the n-gram proxy counts: the "text", prompt and output, or what the "verifier" said at every verified
+             node, rejected ones too, by its probabilities (ADED, arXiv 2407.12021).
+    order    of the n-gram proxy; 0 = no proxy.
     corpus   texts of yours, which the proxy is fitted on as well and the drafter `suffix` copies from: id sequences, or
              a file, see `corpus_ids`.
     store    what outlives a text, see `dllm.Store`, or a file to keep it in. None: every text begins anew.
@@ -89,6 +91,7 @@ class SpecConfig:
     carry: str = param("auto", "never worse than a fresh draft", choices=("auto", "always", "off"))
     reuse_min: int = param(2, "a single slot is not worth a round", low=1)
     order: int = param(3, "DiffuSpec's", low=0)
+    ngrams: str = param("text", "needs nothing of the verifier", choices=("text", "verifier"))
     decay: float = param(1.0, "a text does not fade", above=0, high=1)
     corpus: tuple[tuple[int, ...], ...] | str | Path = ()
     store: StoreLike = None
@@ -338,7 +341,8 @@ class Speculation:
         self.trust = Trust(None if need.store is None else need.store.trust)
         self.merged: dict[tuple[int, ...], tuple[str, float]] = {}  # of the nodes of a merged tree: whose, how probable
         self.sources = [d for d in (self.drafter, *self.grafts) if d is not None]
-        self.teaches = any(source.successors for source in self.sources)
+        self.feeds = cfg.ngrams == "verifier" and cfg.order > 1 and self.search.lam < 1
+        self.teaches = self.feeds or any(source.successors for source in self.sources)
         for source in self.sources:
             with blamed(source):
                 source.reset(self.ids, need)
@@ -452,9 +456,11 @@ class Speculation:
         if self.proxy is None:
             corpus = self.cfg.corpus if isinstance(self.cfg.corpus, tuple) else ()
             base = _corpus_table(corpus, self.verifier.vocab, self.cfg.order) if corpus else None
-            self.proxy = NgramTable(self.verifier.vocab, self.cfg.order, decay=self.cfg.decay, base=base)
-        self.proxy.update(self.ids[self.counted :])
-        self.counted = len(self.ids)
+            kappa = FED if self.feeds else SEEN
+            self.proxy = NgramTable(self.verifier.vocab, self.cfg.order, decay=self.cfg.decay, kappa=kappa, base=base)
+        if not self.feeds:
+            self.proxy.update(self.ids[self.counted :])
+            self.counted = len(self.ids)
         return self.proxy
 
     def _grafted(self, proposal: Proposal, room: int) -> Talk[Proposal]:
@@ -550,6 +556,9 @@ class Speculation:
         """Append what is emitted, cut at an end token or a stop string; returns it and the path to commit."""
         r, q, kept, emitted = self.stats, self.request, verdict.kept, []
         self._observe(kept)
+        if self.feeds and (proxy := self._proxy()) is not None:
+            for seen in verdict.successors:
+                proxy.feed([*self.ids[-self.cfg.order :], *seen.path], seen.best, seen.prob)
         for token in kept.emitted:
             emitted.append(token)
             self.ids.append(token)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from dllm.drafting.pairs import State
 
+SEEN, FED = 16.0, 1.0  # observations that give a trust of 1/2: of a text, and of a verifier's own probabilities
+
 
 class NgramTable:
     """Interpolated absolute discounting over token ids.
@@ -33,13 +35,14 @@ class NgramTable:
         order: int = 3,
         discount: float = 0.75,
         decay: float = 1.0,
-        kappa: float = 16.0,
+        kappa: float = SEEN,
         base: NgramTable | None = None,
     ) -> None:
         self.vocab, self.order, self.discount, self.decay, self.kappa = vocab, order, discount, decay, kappa
         self.base = base
         self.counts: dict[State, dict[int, float]] = {}
         self.total: dict[State, float] = {}
+        self.taken: dict[State, float] = {}  # observations that the discount takes from, where nothing fades
         self.unit = 1.0  # weight of a new observation: growing it is the same as fading the old ones
         self.tail: State = ()
 
@@ -61,10 +64,19 @@ class NgramTable:
         self.tail = ()
         return self
 
-    def _count(self, context: State, token: int) -> None:
+    def feed(self, ids: Sequence[int], tokens: Sequence[int], prob: Sequence[float]) -> None:
+        """Count what a verifier says behind the text `ids` (ADED, arXiv 2407.12021): each token by its probability."""
+        tail = tuple(ids[-(self.order - 1) :]) if self.order > 1 else ()
+        for n in range(len(tail) + 1):
+            for token, share in zip(tokens, prob, strict=True):
+                self._count(tail[len(tail) - n :], token, share)
+
+    def _count(self, context: State, token: int, share: float = 1.0) -> None:
         row = self.counts.setdefault(context, {})
-        row[token] = row.get(token, 0.0) + self.unit
-        self.total[context] = self.total.get(context, 0.0) + self.unit
+        n = row.get(token, 0.0)
+        row[token] = n + share * self.unit
+        self.total[context] = self.total.get(context, 0.0) + share * self.unit
+        self.taken[context] = self.taken.get(context, 0.0) + min(n + share, 1.0) - min(n, 1.0)
 
     def _rescale(self) -> None:
         for context, row in self.counts.items():
@@ -111,7 +123,7 @@ class NgramTable:
             return lower
         d, unit = self.discount, self.unit  # a faded count is worth less than one observation and loses less
         n = row.get(token, 0.0)
-        taken = sum(min(n, unit) for n in row.values()) if self.decay < 1 else unit * len(row)
+        taken = sum(min(n, unit) for n in row.values()) if self.decay < 1 else self.taken[context]
         return (n - d * min(n, unit) + d * taken * lower) / self.total[context]
 
 
