@@ -440,7 +440,8 @@ class Speculation:
             return EMPTY
         self.chunks.append((len(before), lat))
         q, context = self.request, [*self.ids, *before]
-        return self.search(self._paired(lat, context[-1]), context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
+        lat = self._paired(lat, context[-1])
+        return self.search(lat, context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
 
     def _paired(self, lat: Lattice, anchor: int) -> Lattice:
         """The drafter's lattice behind the token `anchor`, with what the pair head says of it."""

@@ -66,9 +66,7 @@ class Slots:
             return {}
         if path not in self.states:
             before = self.states[path[:-1]]
-            self.states[path] = tuple(
-                s.step(known, path[-1]) for s, known in zip(self.edges.scores, before, strict=True)
-            )
+            (self.states[path],) = self.edges.behind(before, path[-1:])
         return {token: math.exp(min(weight, 0.0)) for token, weight, _ in self.edges.out(len(path), self.states[path])}
 
 

@@ -119,7 +119,7 @@ class Edges:
 
     def _weigh(self, i: int, state: Path) -> list[Edge]:
         tokens, logw = self._weights(i, state)
-        return list(zip(tokens, logw, self._behind(state, tokens), strict=True))
+        return list(zip(tokens, logw, self.behind(state, tokens), strict=True))
 
     def _weights(self, i: int, state: Path) -> tuple[Sequence[int], Sequence[float]]:
         """Candidates of slot `i`, and their log weights behind `state`."""
@@ -130,7 +130,7 @@ class Edges:
             logw = scores.weigh(i, known, tokens, logw)
         return tokens, logw
 
-    def _behind(self, state: Path, tokens: Sequence[int]) -> list[Path]:
+    def behind(self, state: Path, tokens: Sequence[int]) -> list[Path]:
         """The state behind each of these tokens."""
         if not self.scores:
             return [()] * len(tokens)
@@ -146,7 +146,7 @@ class Edges:
                 tokens, logw = self._weights(i, state)
                 rows.append(logw)
                 if not (forget and behind):  # else the states behind are those of the tokens alone
-                    paths = zip(self._behind(state, tokens), tokens, strict=True)
+                    paths = zip(self.behind(state, tokens), tokens, strict=True)
                     behind.append([-1 if t in eos else index.setdefault(path, len(index)) for path, t in paths])
             out.append(Layer(tokens, np.array(rows), np.array(behind)))
             if not index:  # every path has ended
