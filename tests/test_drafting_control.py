@@ -307,7 +307,8 @@ def test_k_caps_every_controller(length):
     model = tiny_verifier()
     text = plain(model, PROMPT, 12)
     out = dllm.speculate(model, Script(text), PROMPT, max_new_tokens=12, length=length, k=3)
-    assert out.sequences == text and max(r.k for r in out.rounds) == 3
+    most = max(r.k for r in out.rounds)
+    assert out.sequences == text and most <= 3 and (most == 3 or length == "cost")  # which goes by the clock
     none = dllm.speculate(model, Script(text), PROMPT, max_new_tokens=12, length=length, k=0)
     assert none.sequences == text and none.n_draft == 0
 
