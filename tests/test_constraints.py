@@ -11,10 +11,12 @@ from collections import Counter
 import llguidance
 import numpy as np
 import pytest
+import sweeps
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from dllm.decoding import noise
 from dllm.decoding.canvas import Canvas
@@ -201,12 +203,35 @@ def test_posterior_and_best_member_against_all_members(seed):
     assert [t for t, open_ in zip(pred.token[0].tolist(), row, strict=True) if open_ == MASK] == [
         t for t, open_ in zip(word, row, strict=True) if open_ == MASK
     ]
-    many = list(range(len(row)))
-    rnd.shuffle(many)
-    for some in range(len(many) + 1):  # any subset of one member may be committed
-        kept = [t if i in many[:some] or t != MASK else MASK for i, t in enumerate(row)]
-        taken = [int(pred.token[0, i]) if i in many[:some] and t == MASK else t for i, t in enumerate(kept)]
-        assert alive(rule, taken)
+    star = pred.token[0].tolist()
+    columns = [(t, s) if t == MASK else (t,) for t, s in zip(row, star, strict=True)]
+    canvas = canvas_of([list(some) for some in itertools.product(*columns)])
+    assert rule.alive(canvas, bound_of(canvas)).all()  # any subset of one member may be committed
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(100))
+def test_draws_of_random_languages_follow_their_law(seed):
+    """Chi-square of 4000 rows against all members, at a drawn temperature; members that are rare share a bin."""
+    rnd = random.Random(5000 + seed)
+    tokens, ends, pattern, probs = random_case(rnd)
+    rule, accepts = rule_of(pattern, tokens, len(probs), ends), text_member(pattern, tokens, ends)
+    n, heat, row = 4000, rnd.choice([0.5, 1.0, 2.0]), [MASK] * len(probs)
+    weights = {word: weight ** (1 / heat) for word, weight in members(accepts, probs, row)}
+    if len(weights) < 2:
+        return
+    law = {word: w / sum(weights.values()) for word, w in weights.items()}
+    canvas = canvas_of([row] * n)
+    logits = torch.tensor(probs).double().log().expand(n, -1, -1)
+    keys = {"seed": torch.arange(n), "step": torch.zeros(n, dtype=torch.long)}
+    raw = Prediction(logits, torch.arange(len(row)).expand(n, -1), law=Law(heat), **keys)
+    counts = Counter(map(tuple, rule.bind(raw, canvas, bound_of(canvas)).token.tolist()))
+    assert counts.keys() <= law.keys()
+    bins = [(counts[w], n * p) for w, p in law.items() if n * p >= 5]
+    bins.append((n - sum(c for c, _ in bins), max(n - sum(e for _, e in bins), 1e-9)))
+    bins = bins if bins[-1][1] >= 5 else bins[:-1]
+    statistic = sum((c - e) ** 2 / e for c, e in bins)
+    assert len(bins) < 2 or chi2.sf(statistic, len(bins) - 1) > 1e-6
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -413,9 +438,22 @@ PATTERNS = st.recursive(
 BYTES = llguidance.LLTokenizer("byte")
 
 
-@given(PATTERNS, st.lists(st.text("abé😀0\n", max_size=7), min_size=8, max_size=8))
+TEXTS = st.lists(st.text("abé😀0\n", max_size=7), min_size=8, max_size=8)
+
+
+@given(PATTERNS, TEXTS)
 @settings(max_examples=60, deadline=None)
 def test_patterns_against_llguidance_and_re(pattern, texts):
+    agree(pattern, texts)
+
+
+@pytest.mark.sweep
+def test_many_patterns_against_llguidance_and_re():
+    given(PATTERNS, TEXTS)(settings(max_examples=sweeps.size(3000, 200), deadline=None)(agree))()
+
+
+def agree(pattern, texts):
+    """Ours, llguidance's and Python's reading of the same texts."""
     automaton, grammar = of_pattern(pattern), llguidance.LLMatcher.grammar_from_regex(pattern)
     for text in texts:
         matcher = llguidance.LLMatcher(BYTES, grammar)

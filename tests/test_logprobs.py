@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
+import re
 from typing import Any
 
 import pytest
 import torch
 from replay import standing_in
 from scripted import Scripted, peaks, probabilities, tiny
-from test_compositions import HOLES, PROMPTS, model, spec
+from test_compositions import EVERY_CACHE, HOLES, PROMPTS, model, spec
 
 import dllm
 from dllm.decoding.canvas import Canvas, Decision, Leaves, splice_columns
@@ -124,6 +126,43 @@ def test_captured_ticks_say_the_same(sampler: str, ahead: Any) -> None:
     same(plain, captured)
     if (sampler, ahead) != ("wino", {"rows": 3, "form": "chain"}):  # which no round can capture
         assert captured[0].stats["graphs"]["replays"] > 0
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", sorted(set(registry.names()) - {"fast_dllm_v2"}))
+def test_sweep(name: str, seed: int) -> None:
+    """Drawn calls: tokens and forwards are those without numbers; a lookahead, a stream and a row alone say what the
+    batch says; and where every forward is a full one, the numbers are those of forwards run again."""
+    draws = random.Random(f"{name} {seed}")
+    cache = draws.choice(EVERY_CACHE)
+    more: dict[str, Any] = {
+        "cache": cache, "block_length": draws.choice([3, 4, 8]), "logprobs": draws.choice([0, 3]), "seed": seed,
+        "temperature": draws.choice([0.0, 0.9]), "cfg_scale": draws.choice([0.0, 0.0, 0.7]), "trace": True,
+    }  # fmt: skip
+    try:
+        outs = run(spec(name), **more)
+    except DllmError as reason:
+        if not re.search("cannot use cache|both decide the inputs", str(reason)):
+            raise
+        pytest.skip(str(reason))
+    without = run(spec(name), **{**more, "logprobs": None})
+    assert [(o.tokens, o.nfe) for o in outs] == [(o.tokens, o.nfe) for o in without]
+    i = draws.randrange(len(PROMPTS))
+    same([outs[i]], [dllm.generate(model(), PROMPTS[i], sampler=spec(name), **{**CALL, **more, "seed": seed + i})])
+    events = [*dllm.stream(model(), PROMPTS[i], sampler=spec(name), **{**CALL, **more, "seed": seed + i})]
+    assert [said for event in events for said in event.logprobs] == events[-1].output.logprobs
+    try:
+        ahead = run(
+            spec(name), **more, lookahead={"rows": draws.choice([2, 4]), "form": draws.choice(["memo", "chain"])}
+        )
+    except DllmError as reason:
+        assert "lookahead" in str(reason)
+    else:
+        same(outs, ahead)
+    if name not in OTHERS and cache == "none" and more["logprobs"]:
+        for out in outs:
+            replayed(out, out.canvas_length, more["cfg_scale"])
 
 
 def test_temperature_and_bans() -> None:

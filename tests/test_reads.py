@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import dllm
+from dllm.bench import reads as bench
 from dllm.call.reads import chained
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
@@ -274,3 +275,9 @@ def test_a_temperature_sharpens_or_flattens_p_alone(whole: Any) -> None:
     assert flat.logp == plain.logp and flat.mass == plain.mass and flat.best == plain.best
     want = (torch.tensor([*plain.logp.values()], dtype=torch.float64) / 2).softmax(0).tolist()
     assert list(flat.p.values()) == pytest.approx(want, abs=10 * near)
+
+
+def test_a_bench_divides_prompts_by_seconds() -> None:
+    ticks = itertools.count(step=0.5)
+    one, eight = bench.run(3, n=16, timer=lambda: next(ticks))
+    assert (one.value, eight.value) == (32, 32) and eight.met  # each pass takes 0.5 s on this clock

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dllm.bench.runtime import Figure
 
 LONG = ("samplers", "windows", "stress")  # they go on where they were stopped, and print a report
-WITH_MODEL = ("generate", "lookahead", "constraints", *LONG)
+WITH_MODEL = ("generate", "lookahead", "constraints", "reads", *LONG)
 OPTIONS = {  # those that only some benches have
     "drafter": ("drafting", "retrieval", "pairs"),
     "pair_head": ("pairs",),
@@ -78,8 +78,8 @@ def bench(
 ) -> None:
     """Measure the runtime on this machine, ratios side by side in one run.
 
-    --model and its arguments are for generate, lookahead, constraints, samplers, windows and stress; other benches have
-    models of their own.
+    --model and its arguments are for generate, lookahead, constraints, reads, samplers, windows and stress; other
+    benches have models of their own.
     """
     import torch
     from tqdm import tqdm
@@ -94,6 +94,7 @@ def bench(
         gpu,
         lookahead,
         pairs,
+        reads,
         retrieval,
         runtime,
         samplers,
@@ -120,6 +121,7 @@ def bench(
         "attention": lambda: attention.run(only or None, repeats),
         "constraint-cost": lambda: constraint_cost.run(only or None, repeats),
         "tail": lambda: tail.run(repeats, tail.SMALL if small else tail.FULL),
+        "reads": lambda: reads.run(repeats, model=model),
         "constraints": lambda: constraints.run(only, n=n or 300, model=model),
         "drafting": lambda: drafting.run(only, repeats, n=n or 300, drafter=drafter),
         "drafting-batches": lambda: batches.run(repeats),
