@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ import dllm
 from dllm.decoding.constraints.automaton import TokenAutomaton, Vocabulary
 from dllm.errors import DllmError
 
-SECONDS = 10.0  # that a compilation may take
+SECONDS = 10  # of a processor that a compilation may take
+WAIT = 6  # times as long on the clock, where the machine is busy or limits are not known
 KEPT = 64  # automata
+LATE = "the constraint was not compiled within {} s: make its counts or its depth smaller"
 _FUTURES: OrderedDict[Hashable, Future[TokenAutomaton]] = OrderedDict()  # the last used last
 _LOCK = threading.Lock()
 
@@ -34,7 +37,8 @@ def compiled(
     asked: `kind`, `what` and `max_depth` as the worker takes them. Errors: what the worker objects to, time that runs
     out.
     """
-    text = json.dumps({**asked, "ends": list(ends), "pads": list(pads), "banned": sorted(banned)})
+    given = {**asked, "ends": list(ends), "pads": list(pads), "banned": sorted(banned), "seconds": SECONDS}
+    text = json.dumps(given)
     key = text, vocabulary.digest
     with _LOCK:
         waiting = _FUTURES.pop(key, None)
@@ -58,13 +62,13 @@ def _made(text: str, vocabulary: Vocabulary) -> TokenAutomaton:
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "dllm.decoding.constraints.worker"],
-            input=sent.getvalue(), capture_output=True, timeout=SECONDS, check=False,
+            input=sent.getvalue(), capture_output=True, timeout=WAIT * SECONDS, check=False,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise DllmError(
-            f"the constraint was not compiled within {SECONDS:.0f} s: make its counts or its depth smaller"
-        ) from None
+        raise DllmError(LATE.format(SECONDS)) from None
+    if os.name == "posix" and done.returncode == -signal.SIGXCPU:
+        raise DllmError(LATE.format(SECONDS))
     try:
         with np.load(io.BytesIO(done.stdout)) as made:
             if "error" in made:

@@ -2,7 +2,7 @@
 
     python -m dllm.decoding.constraints.worker < request.npz > automaton.npz
 
-It imports no torch, so that it starts at once, and is killed when its time is up (`compiling`).
+It imports no torch, so that it starts at once, and is killed when its time is up (`limited`, `compiling`).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def automaton(kind: str, what: object, max_depth: int | None) -> ByteAutomaton:
 
 def main() -> None:
     """Read a request, write the automaton over tokens, or what is wrong."""
-    limited()
     with np.load(io.BytesIO(sys.stdin.buffer.read())) as sent:
         asked = json.loads(sent["asked"].tobytes())
         vocabulary = Vocabulary(sent["flat"], sent["ends"])
+    limited(asked["seconds"])
     try:
         found = lifted(
             automaton(asked["kind"], asked["what"], asked["max_depth"]), vocabulary, asked["ends"], asked["pads"],
@@ -58,14 +58,15 @@ def main() -> None:
     np.savez(sys.stdout.buffer, **made)
 
 
-def limited() -> None:
-    """Have a pattern that explodes end here, not the machine."""
+def limited(seconds: int) -> None:
+    """Have a pattern that explodes end here, not the machine: by its memory, and by the processor's seconds."""
     try:
         import resource
     except ImportError:  # not on this system
         return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))
+    for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, seconds)):
+        _, hard = resource.getrlimit(what)
+        resource.setrlimit(what, (most if hard < 0 else min(most, hard), hard))
 
 
 if __name__ == "__main__":
