@@ -108,6 +108,8 @@ SOUND = {
     "cps_sample": partial(sampled, CPSSample()),
     "point tree": partial(point, BestFirstTree(6)),
     "siblings without replacement": partial(sampled, SampleTree(3, 2)),
+    "siblings at every slot": partial(sampled, SampleTree(2, 3, "3-2")),
+    "siblings at every slot over pairs": partial(sampled_pairs, SampleTree(2, 3, "2-2")),
     "chain over pairs": partial(sampled_pairs, Sample()),
     "siblings over pairs": partial(sampled_pairs, SampleTree(3, 2)),
 }
@@ -314,6 +316,7 @@ LOOPS = {
     "sample, carried over, cost": (Sample(), "cost:k_max=3", dict(carry="always", reuse_min=1)),
     "cps_sample, carried over": (CPSSample(), "fixed:k=3", dict(carry="always", reuse_min=1)),
     "sibling tree": (SampleTree(2, 2), "rejection", dict(tree=5)),
+    "siblings at two slots": (SampleTree(2, 2, "2"), "rejection", dict(tree=6)),
     "point tree": (BestFirstTree(5), "cost:k_max=3", dict(tree=5)),
     "chunks": (Sample(), "failfast:chunk=1,tau=0.1,k_max=3", {}),
     "blocks, carried over": (Sample(), "cost:k_max=3", dict(carry="always", reuse_min=1, verify="block")),

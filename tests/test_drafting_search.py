@@ -69,6 +69,28 @@ HAND = Bigram({(A, X): 0.1, (A, Y): 0.9, (B, X): 0.8, (B, Y): 0.2})
 # -- lattice
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_trees_of_siblings_at_several_slots(rows):
+    """Siblings are different tokens and share their row; a row of fewer tokens than children has them all."""
+    probs = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.6, 0.4, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    lat = build(probs.log(), 0, tau_mass=1.0, with_rows=rows)
+    g = torch.Generator().manual_seed(3)
+    seen = set()
+    for _ in range(40):
+        tree = SampleTree(2, 3, "3-2")(lat, (), generator=g)
+        assert len(tree) == 2 + 2 * 2 + 4 * 2 and tree.rows is not None
+        for children in tree.children.values():
+            slot = tree.depths[children[0]] - 1
+            assert len({tree.tokens[c] for c in children}) == len(children) == (2, 2, 2)[slot]
+            assert [tree.conf[c] for c in children] == [pytest.approx(lat.confidence[slot] / r) for r in (1, 2)]
+            for c in children:
+                assert torch.allclose(tree.rows.dense(c, 4), probs[slot].double(), atol=1e-6)
+        survival = tree.survival()
+        assert survival == sorted(survival, reverse=True)
+        seen.add(tree.tokens)
+    assert len(seen) > 20
+
+
 def test_pruning_by_hand():
     p = torch.tensor([[0.50, 0.25, 0.15, 0.06, 0.04]])
     lat = build(p.log(), 7, tau_mass=0.8, keep=[3])
@@ -379,6 +401,12 @@ def test_configured_searches():
     assert SpecConfig(tree=8, search="argmax").build_search(False) == BestFirstTree(8, 1.0)
     assert SpecConfig(search="tree").build_search(False) == BestFirstTree()
     assert SpecConfig(tree=8, search="sample_tree").build_search(True) == SampleTree(3, 2)
+    deeper = SpecConfig(tree=16, search="sample_tree:width=3,deeper=2-1").build_search(True)
+    assert deeper == SampleTree(3, 3, "2-1") and deeper.branching == [3, 2, 1]  # 3 + 6 + 6 nodes
+    assert SpecConfig(tree=2, search="sample_tree:deeper=2").build_search(True) == SampleTree(2, 1, 2)
+    for wrong in ("2,2", 0, "2--1", "x"):
+        with pytest.raises(DllmError, match="children by slot"):
+            SampleTree(deeper=wrong)
     assert SpecConfig().build_search(True) == Sample() and SpecConfig().build_search(False) == EAL()
     assert SpecConfig(corpus=[[1, 2], [3]]).corpus == ((1, 2), (3,))
 

@@ -117,14 +117,18 @@ def draws(prob: Tensor, u: Tensor) -> Tensor:
     """n tokens of each of the rows (k, V) at uniforms (k, n), without a question: (k, n) int64. They are independent,
     but those of the first row are drawn without replacement, -1 where nothing is left."""
     found = drawn(prob, u)
-    if u.shape[1] == 1:
-        return found
-    left, heads = prob[:1].double(), list[Tensor]()
+    return found if u.shape[1] == 1 else torch.cat([without(prob[:1], u[:1]), found[1:]])
+
+
+def without(prob: Tensor, u: Tensor) -> Tensor:
+    """b tokens of each of the rows (n, V) at uniforms (n, b), drawn without replacement and without a question: (n, b)
+    int64, -1 where nothing is left."""
+    left, found = prob.double(), list[Tensor]()
     for j in range(u.shape[1]):
-        head = drawn(left, u[:1, j : j + 1])
-        heads.append(head.masked_fill(left.sum(-1, keepdim=True) <= 0, -1))
-        left = left.scatter(1, head, 0.0)
-    return torch.cat([torch.cat(heads, 1), found[1:]])
+        token = drawn(left, u[:, j : j + 1])
+        found.append(token.masked_fill(left.sum(-1, keepdim=True) <= 0, -1))
+        left = left.scatter(1, token, 0.0)
+    return torch.cat(found, 1)
 
 
 def build(

@@ -146,8 +146,7 @@ class SpecConfig:
         if isinstance(search, BestFirstTree):
             return replace(search, budget=self.tree or search.budget)
         if self.tree and isinstance(search, SampleTree):
-            width = min(search.width, self.tree)
-            return SampleTree(width, max(1, min(search.depth, self.tree // width)))
+            return search.within(self.tree)
         if self.tree and not search.tree:
             return BestFirstTree(self.tree, search.lam)
         return search

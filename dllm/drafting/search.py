@@ -17,7 +17,7 @@ would bias what remains, and the ratio test with it.
 | sample | draws from the rows (DEER), with pairs left to right | sampled chain |
 | cps_sample | draws from the normalised edge weights, left to right | sampled chain |
 | tree | the B most probable prefixes | point tree |
-| sample_tree | first slot without replacement, then chains | sampled tree |
+| sample_tree | siblings drawn without replacement, at the first slot or (RSD) at several | sampled tree |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from typing import ClassVar, NamedTuple
@@ -36,15 +36,17 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm.drafting.lattice import Lattice
+from dllm.drafting.lattice import Lattice, uniforms, without
 from dllm.drafting.ngram import NgramTable, Tempered
 from dllm.drafting.pairs import Scores, State
-from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain, sent
+from dllm.errors import DllmError
 from dllm.spec import check, param
 
 Path = tuple[State, ...]  # what each source of weights keeps of the path so far
 Edge = tuple[int, float, Path]  # token, log weight, next state
 Law = tuple[list[Edge], Tensor]  # the edges of a draw, and their probabilities
+Node = tuple[int, int, float]  # token, parent, confidence
 LAM = param(0.5, "DiffuSpec's", low=0, high=1)
 
 
@@ -391,21 +393,50 @@ class BestFirstTree(PathSearch):
 @dataclass(frozen=True)
 class SampleTree(PathSearch):
     """`width` first tokens drawn without replacement, each continued by draws of its own, with pairs each given the one
-    before: recursive rejection is exact."""
+    before: recursive rejection is exact.
+
+    deeper   children of a node at the slots behind the first, such as "2-2", without replacement too (RSD-C, arXiv
+             2402.14160); behind these slots, and by default at once, each node has one.
+    """
 
     width: int = param(3, "the fourth is tried only after three rejections", low=1)
     depth: int = param(8, "pays with most pairs", low=1)
+    deeper: str | int = param("", "chains behind the first slot")
     sampled = True
     tree = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.deeper != "" and not all(b.isdecimal() and int(b) for b in str(self.deeper).split("-")):
+            raise DllmError(f"sample_tree: deeper={self.deeper!r} names children by slot, such as '2-2'")
+
     @property
     def draws(self) -> int:
-        """Each chain has its own."""
-        return self.width
+        """Each chain has its own; a tree that branches again draws level by level."""
+        return 0 if self.deeper else self.width
+
+    @property
+    def branching(self) -> list[int]:
+        """Children of a node, slot by slot."""
+        some = [self.width, *map(int, str(self.deeper).split("-") if self.deeper else ())]
+        return [*some, *[1] * (self.depth - len(some))][: self.depth]
+
+    def within(self, budget: int) -> SampleTree:
+        """The same with as many whole slots as a node budget has room for."""
+        fitting = replace(self, width=min(self.width, budget))
+        sizes = np.cumsum(np.cumprod(fitting.branching))
+        return replace(fitting, depth=max(1, int((sizes <= budget).sum())))
 
     def find(self, edges: Edges, eos: frozenset[int], generator: Generator | None) -> Proposal:
-        """The heads, each with its chain."""
-        lat, nodes = edges.lat, list[tuple[int, int, float]]()  # token, parent, confidence
+        """The heads, each with its chain or its tree."""
+        lat = edges.lat
+        if self.deeper:
+            nodes, rows = (self._given if lat.pairs is not None else self._free)(edges, generator)
+            tokens, parents, confs = zip(*nodes, strict=True)
+            tree = Proposal(tokens, parents, "sampled", rows, confs)
+            survival = tree.survival()
+            return tree.pick(sorted(range(len(tree)), key=lambda i: -survival[i]))
+        nodes = list[Node]()
         chains, rows = self._along(edges, generator) if lat.pairs is not None else self._apart(lat, generator)
         for rank, path in enumerate(chains):
             for slot, token in enumerate(path):
@@ -413,6 +444,43 @@ class SampleTree(PathSearch):
                 nodes.append((token, len(nodes) - 1 if slot else -1, conf))
         tokens, parents, confs = zip(*nodes, strict=True)
         return Proposal(tokens, parents, "sampled", rows, confs)
+
+    def _free(self, edges: Edges, generator: Generator | None) -> tuple[list[Node], Rows]:
+        """Nodes of independent draws, level by level, and their rows; the host waits once for all levels."""
+        lat, n = edges.lat, 1
+        (prob, index), levels = lat.law, list[Tensor]()
+        branching = self.branching[: lat.k]
+        for slot, b in enumerate(branching):
+            u = sent(uniforms(n, b, generator), prob.device)
+            found = without(prob[slot].expand(n, -1), u).flatten()
+            levels.append(found if index is None else index[slot][found.clamp_min(0)].where(found >= 0, -1))
+            n *= b
+        told, nodes, slots, above = torch.cat(levels).tolist(), list[Node](), list[int](), [-1]
+        for slot, b in enumerate(branching):
+            level, told, here = told[: len(above) * b], told[len(above) * b :], list[int]()
+            for i, token in enumerate(level):
+                parent, alive = above[i // b], token >= 0 and above[i // b] > -2
+                here.append(len(nodes) if alive else -2)  # fewer tokens than children: some are missing
+                if alive:
+                    nodes.append((token, parent, lat.confidence[slot] / (i % b + 1)))
+                    slots.append(slot)
+            above = here
+        return nodes, Rows(prob, index).pick(slots)
+
+    def _given(self, edges: Edges, generator: Generator | None) -> tuple[list[Node], Rows]:
+        """Nodes drawn given the one before, level by level, and their rows."""
+        nodes, laws, above = list[Node](), list[Law](), [(-1, edges.root)]
+        for slot, b in enumerate(self.branching[: edges.lat.k]):
+            here = list[tuple[int, Path]]()
+            for parent, state in above:
+                out, prob = _law(edges.out(slot, state))
+                some = torch.multinomial(prob, min(b, int((prob > 0).sum())), generator=generator).tolist()
+                for rank, at in enumerate(some):
+                    here.append((len(nodes), out[at][2]))
+                    nodes.append((out[at][0], parent, edges.lat.confidence[slot] / (rank + 1)))
+                    laws.append((out, prob))
+            above = here
+        return nodes, _rows(laws)
 
     def _apart(self, lat: Lattice, generator: Generator | None) -> tuple[list[list[int]], Rows]:
         """Chains of independent draws, and the rows of all nodes."""
