@@ -22,7 +22,7 @@ from dllm.drafting.lattice import DraftFailure, build
 from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.drafting.registry import as_drafter, as_verifier
-from dllm.drafting.retrieval import Fallback
+from dllm.drafting.retrieval import Fallback, SuffixDrafter
 from dllm.drafting.search import Sample, SampleTree
 from dllm.drafting.verifier import Verifier
 from dllm.drafting.vocabulary import Vocabulary
@@ -156,6 +156,11 @@ def test_retrieval_and_model_mix_in_chunks(models):
         verifier, drafter, [*P, *P], max_new_tokens=8, eos=[], length="failfast:chunk=2,tau=0.01", temperature=1.0
     )
     assert len(out.tokens) == 8 and "point" in {r.kind for r in out.rounds}
+
+
+def test_a_fork_retrieves_by_the_same_settings():
+    forked = Fallback(Noise(), SuffixDrafter(min_match=3, min_prob=0.4)).fork()
+    assert (forked.retrieval.min_match, forked.retrieval.min_prob) == (3, 0.4)
 
 
 def test_a_prompt_longer_than_the_drafters_context(models):
@@ -395,6 +400,15 @@ def test_requests_of_a_step_are_drafted_in_one_forward_in_vllm(monkeypatch):
 
     both = drafts(table, [5, 3])
     assert shapes == [2] and both == [*drafts(table[:1], [5]), *drafts(table[1:], [3])] and all(map(len, both))
+
+
+def test_no_keys_of_a_request_stay_in_vllm(models):
+    config, drafter = vllm_config(3), DiffusionDrafter(models("tiny-sdar-random"), vocabulary="ids")
+    config.model_config.get_vocab_size = lambda: drafter.model.vocab_size
+    proposer = DLLMProposer(config, drafter)
+    for first in (5, 6, 7):
+        assert proposer.propose([[1]], np.array([3]), np.array([[first, 8, 9]], dtype=np.int32))[0]
+    assert len(proposer.texts) == 3 and all(text.drafter.held.store is None for text in proposer.texts)
 
 
 def test_vllm_options_come_from_additional_config_or_the_environment(monkeypatch):

@@ -175,6 +175,17 @@ def test_eos_inside_a_draft_ends_the_text(verifiers):
         assert out.tokens == out.sequences[len(PROMPT) : -1]
 
 
+@pytest.mark.parametrize("search", ["sample", "cps_sample", "sample_tree"])
+def test_drawn_drafts_of_a_greedy_text(verifiers, search):
+    model, text = verifiers("llama")
+    for k, verify in itertools.product((1, 4), ("token", "block")):
+        drafter = Script([*text, *([1] * 64)], "sometimes")
+        out = speculate(
+            model, drafter, PROMPT, max_new_tokens=N, search=search, length=f"fixed:k={k}", verify=verify, seed=3
+        )
+        assert out.sequences == text and {r.kind for r in out.rounds} >= {"sampled"} and out.n_verify < N
+
+
 def test_max_length_is_never_passed(verifiers):
     model, text = verifiers("llama")
     for n in (0, 1, 2, 5):

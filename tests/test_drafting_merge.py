@@ -11,7 +11,7 @@ from drafting_kit import VOCAB, Noise, Script, from_columns, plain, tiny_verifie
 from test_drafting_law import LATTICE, by_the_loop, pvalue
 
 import dllm
-from dllm.drafting import EMPTY, Drafter, Fixed, Proposal, Rows, Store, chain
+from dllm.drafting import EMPTY, Drafter, Fixed, Proposal, Rows, Store, as_drafter, chain, loop
 from dllm.drafting.merge import Branches, Slots, merge, pooled
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.search import BestFirstTree, Edges
@@ -153,6 +153,24 @@ def test_a_second_source_that_is_right_takes_the_places():
     alone = dllm.speculate(model, Noise(), PROMPT, **options)
     both = dllm.speculate(model, Noise(), PROMPT, graft=Script(text, lattice=False), store=Store(), **options)
     assert both.sequences == text and both.tau > 2 * alone.tau
+
+
+def test_what_is_grafted_is_opened_once_a_call_and_needs_a_drafter(monkeypatch):
+    model, opened = tiny_verifier(), []
+    monkeypatch.setattr(loop, "as_drafter", lambda what: opened.append(what) or as_drafter(what))
+    options = dict(tree=6, graft="suffix", max_new_tokens=4)
+    dllm.speculate(model, Noise(), [PROMPT, PROMPT[:3]], **options)
+    assert opened.count("suffix") == 1
+    with pytest.raises(DllmError, match="there is none"):
+        dllm.speculate(model, None, PROMPT, **options)
+
+
+def test_a_tree_that_is_a_chain_keeps_to_its_nodes():
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 20)
+    drafter = Script([*text, *[1] * 20], lattice=False)
+    out = dllm.speculate(model, drafter, PROMPT, tree=4, length="failfast:chunk=3", max_new_tokens=20)
+    assert out.sequences == text and max(r.nodes for r in out.rounds) == 3
 
 
 class Banned(Drafter):

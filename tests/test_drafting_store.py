@@ -358,7 +358,7 @@ def test_a_store_belongs_to_a_tokenizer(tmp_path):
 
 @pytest.mark.parametrize(
     ("store", "says"),
-    [("no/such/folder/kept", "cannot be written to .*No such file"), (7, "a dllm.Store or the path"), (True, "path")],
+    [("no/such/folder/kept", "no folder .*folder for the store kept"), (7, "a dllm.Store or the path"), (True, "path")],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, store, says):
     monkeypatch.chdir(tmp_path)

@@ -402,6 +402,16 @@ def test_assisted_generation_ends_where_plain_decoding_does(model, agree):
         assert getattr(own, "calls", len(text) - len(PROMPT)) == len(text) - len(PROMPT)
 
 
+def test_assisted_generation_refuses_what_it_would_ignore_and_keeps_to_k(model):
+    for spec in (SpecConfig(store=dllm.Store()), SpecConfig(corpus=[[1, 2]]), SpecConfig(ngrams="verifier")):
+        with pytest.raises(DllmError, match="not read in assisted generation"), assisted_by(model, "suffix", spec):
+            pass
+    text = plain(model, PROMPT, 8)
+    with assisted_by(model, Script([*text, *[1] * 9]), SpecConfig(length="fixed:k=6", k=2)) as drafts:
+        assert model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False)[0].tolist() == text
+    assert drafts.k <= 2
+
+
 def test_assisted_blocks_nest_and_leave_nothing_behind(model, tmp_path):
     text = plain(model, PROMPT, N)
     with assisted_by(model, Script(text, "never")) as outer:
@@ -419,9 +429,14 @@ def test_assisted_blocks_nest_and_leave_nothing_behind(model, tmp_path):
     assert not any(name.startswith("_get_") or name.startswith("_prepare_") for name in vars(model))
 
 
-def test_the_blocks_of_the_page_run():
+def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "drafting.md").read_text()
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
+    monkeypatch.chdir(tmp_path)
+    Path("notes.jsonl").write_text('"Tom has 12 + 7 = 19 apples."')
+    names: dict = {"other_model": dllm.load("tiny")}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        if "z-lab/" not in block:  # these are downloaded
+            exec(block, names)
+    assert len(blocks) > 4
     assert names["results"][0].tau > 1 and names["ids"].shape[1] > 1

@@ -135,7 +135,7 @@ class Judge:
         """What stays, by the answer to `ask`; where that is empty, by a walk behind the text `prefix`."""
         if not answer:
             return self._walked(proposal, logits, prefix)
-        if proposal.kind == "sampled":
+        if self.sample and proposal.kind == "sampled":
             n, token = answer
             self._draws(1 + len(proposal) if self.block else n + 1 + (n < len(proposal)))
             return Acceptance((*proposal.tokens[:n], token), tuple(range(n)))

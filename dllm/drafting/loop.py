@@ -330,11 +330,11 @@ class Speculation:
         self.end = request.max_length if positions is None else min(request.max_length, positions - request.before)
         self.drafter = forked(self.drafter)
         self.grafts = [fork for drafter in cfg.grafts if (fork := forked(drafter)) is not None]
-        tree = cfg.tree or (self.search.budget if self.search.tree else 0)
+        self.tree = cfg.tree or (self.search.budget if self.search.tree else 0)
         self.head = as_pair_head(cfg.pair_head)
         pruning = (cfg.tau_mass if self.head is None else 1.0, cfg.m_max)
         need = Need(
-            verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, tree, verifier.tokenizer,
+            verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, self.tree, verifier.tokenizer,
             self.search.draws, verifier.model, self.loans, as_store(cfg.store), self.texts,
         )  # fmt: skip
         self.trust = Trust(None if need.store is None else need.store.trust)
@@ -399,7 +399,12 @@ class Speculation:
         """
         r, eos, settled = self.stats, self.request.eos, 0
         proposal = yield from self._fresh(k, EMPTY)
-        while len(proposal) == r.k and proposal.is_chain and (more := self.controller.more(proposal.conf, room)) > 0:
+        while (
+            len(proposal) == r.k
+            and proposal.is_chain
+            and not self.tree
+            and (more := self.controller.more(proposal.conf, room)) > 0
+        ):
             settled = len(proposal) if proposal.kind == "sampled" else 0
             if eos.intersection(proposal.tokens):
                 break
@@ -466,13 +471,12 @@ class Speculation:
     def _grafted(self, proposal: Proposal, room: int) -> Talk[Proposal]:
         """One tree of the proposal and of what the other sources say, retrieved texts or other models' lattices."""
         assert self.drafter is not None
-        budget = self.cfg.tree or self.search.budget
         voices = [self._voice(self.drafter, self.chunks[0][1] if len(self.chunks) == 1 else proposal)]
         for source in self.grafts:
-            extra = yield from _drafted(Ask(source, [*self.ids], min(budget, room), self.request.generator))
+            extra = yield from _drafted(Ask(source, [*self.ids], min(self.tree, room), self.request.generator))
             if extra is not None:
                 voices.append(self._voice(source, extra))
-        found = merge(voices, budget, room, self.trust.of, self.request.eos)
+        found = merge(voices, self.tree, room, self.trust.of, self.request.eos)
         self.merged = found.origin
         # what the text itself says may well be the drafter's special, but not what the drafter says alone
         self._check(found.proposal.tokens, self.drafter, frozenset())
@@ -504,6 +508,10 @@ class Speculation:
     def _check_tree(self) -> None:
         """Refuse a tree that would be ignored."""
         if self.grafts:
+            if self.drafter is None:
+                raise DllmError(
+                    "graft adds branches to a drafter's tree, and there is none: name one of them as drafter"
+                )
             if self.search.sampled:
                 raise DllmError("graft adds branches to point trees: leave out either graft or the search that samples")
         elif self.drafter is not None and self.drafter.chains_only and (self.cfg.tree or self.search.tree):
@@ -714,6 +722,8 @@ def rounds(
         store.check(verifier.vocab, verifier.tokenizer, type(verifier.model).__name__)
         texts += store.texts.levels
         cfg = replace(cfg, store=store)
+    if cfg.graft is not None:  # a name is loaded once
+        cfg = replace(cfg, graft=cfg.grafts)
     if isinstance(cfg.corpus, str | Path):
         cfg = replace(cfg, corpus=corpus_ids(cfg.corpus, verifier.vocab, verifier.tokenizer))
     if cfg.corpus and isinstance(cfg.corpus, tuple):

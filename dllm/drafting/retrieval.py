@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -258,7 +259,7 @@ class Fallback(Drafter):
 
     def fork(self) -> Fallback:
         """Both drafters forked."""
-        return Fallback(self.model.fork(), SuffixDrafter(self.retrieval.min_match), self.min_match)
+        return Fallback(self.model.fork(), copy(self.retrieval), self.min_match)
 
     def reset(self, ids: Sequence[int], need: Need) -> None:
         """Both begin the text."""

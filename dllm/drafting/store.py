@@ -307,6 +307,8 @@ def as_store(what: StoreLike) -> Store | None:
     path = Path(what).resolve()
     state, store = _OPEN.get(path, (None, None))
     if store is None or state != _state(path):
+        if not path.parent.is_dir():  # said before anything is decoded
+            raise DllmError(f"there is no folder {path.parent} for the store {path.name}")
         store = Store.load(path) if path.exists() else Store(path=path)
         _OPEN[path] = _state(path), store
     return store

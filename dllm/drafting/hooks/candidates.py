@@ -46,6 +46,11 @@ class DraftCandidates(CandidateGenerator):
         self.search = cfg.build_search(do_sample=False)
         if self.search.tree:
             raise DllmError("assisted generation verifies chains: use custom_generate=dllm.spec_generate for trees")
+        given = {"store": cfg.store, "corpus": cfg.corpus, "ngrams": cfg.ngrams != "text"}
+        if unread := [name for name, value in given.items() if value]:
+            raise DllmError(
+                f"{', '.join(unread)}: not read in assisted generation: use custom_generate=dllm.spec_generate"
+            )
         if drafter.successors or drafter.taps:
             raise DllmError(
                 f"{drafter.name} learns from the verifier's logits or states, which assisted generation hides: "
@@ -53,7 +58,7 @@ class DraftCandidates(CandidateGenerator):
             )
         self.verifier, self.drafter, self.max_length = verifier, drafter.fork(), max_length
         self.controller: Controller = (controller or cfg.build_controller()).fork()
-        self.head = as_pair_head(cfg.pair_head)
+        self.head, self.most = as_pair_head(cfg.pair_head), cfg.k
         mass = cfg.tau_mass if self.head is None else 1.0
         self.need = Need(verifier.vocab, verifier.eos, tau_mass=mass, m_max=cfg.m_max, tokenizer=verifier.tokenizer)
         self.proxy = NgramTable(verifier.vocab, cfg.order) if cfg.order > 1 else None
@@ -72,6 +77,7 @@ class DraftCandidates(CandidateGenerator):
         self._follow(ids)
         limits = [x for x in (self.max_length, self.verifier.max_positions) if x is not None]
         room = min(limits, default=len(ids) + 1000) - len(ids) - 1
+        room = room if self.most is None else min(room, self.most)
         self.k = max(0, min(self.controller.next_k(room), room))
         self.drafted = self._draft(ids) if self.k else EMPTY
         draft = input_ids.new_tensor([list(self.drafted.tokens)])

@@ -14,9 +14,9 @@ it `custom_proposer_backend`).
 vLLM takes tokens only, so every draft is a chain; its own verification is then exact. It runs such a class in its first
 model runner alone, and without asynchronous scheduling. Requests move between slots unannounced and have no names here,
 so what a drafter keeps of a text is found again by the text itself: the longest known one that begins it. All requests
-of a step are drafted together, in one ragged forward where the drafter is a model that takes one. Nothing of vLLM is
-imported: the class is duck-typed on the config that it is given, and it has been run against that interface only, not
-inside vLLM.
+of a step are drafted together, in one ragged forward where the drafter is a model that takes one; a dLLM keeps no keys
+of its prefix, as nobody says when a request has ended. Nothing of vLLM is imported: the class is duck-typed on the
+config that it is given, and it has been run against that interface only, not inside vLLM.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dllm.drafting import EMPTY, Drafter, DraftFailure, Lattice, Need, SpecConfig, as_drafter
+from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Ask, Draft, asked, companies
-from dllm.drafting.loans import Loans
 from dllm.errors import DllmError, first_line, unknown
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class DLLMProposer:
         if self.search.tree:
             raise DllmError("vLLM verifies chains: leave out the search that makes trees")
         self.drafter = drafter
-        self.need = Need(self.vocab, loans=Loans(False))  # one for all: drafts are made together
+        self.need = Need(self.vocab)  # one for all: drafts are made together
         self.texts: list[Text] = []  # last seen last
         self.failed = False  # said so in the log
 
@@ -117,6 +117,8 @@ class DLLMProposer:
             drafter.observe(ids.tolist(), ids[len(known.ids) :].tolist(), ())
         else:
             drafter = source.fork()
+            if isinstance(drafter, DiffusionDrafter):
+                drafter.prefix_cache = "none"  # nobody says when a request ends, so its keys would stay
             drafter.reset(ids.tolist(), self.need)
         return Text(ids, drafter)
 
