@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import wraps
 from typing import ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from drafting_kit import KINDS, Noise, Script, plain, tiny_verifier
 
 import dllm
+from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.control import CostAware, CostTable, Cut, Length
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Ask, Need, asked
@@ -183,3 +185,27 @@ def test_one_forward_drafts_for_all_rows(monkeypatch):
     outs = dllm.speculate(verifier, drafter, PROMPTS, max_new_tokens=6, length="fixed:k=3", carry="off")
     assert [o.sequences for o in outs] == [plain(verifier, p, 6) for p in PROMPTS]
     assert shapes[0] == 4 and len(shapes) == max(o.draft_forwards for o in outs)
+
+
+@pytest.mark.parametrize("law", [{}, dict(temperature=0.8, seed=4)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3-mixed"])
+def test_a_causal_lm_drafts_for_all_rows(kind, law, monkeypatch):
+    """One forward a token for the batch, also once rows have ended; a row drafts as it does alone."""
+    verifier, model, shapes = tiny_verifier(), tiny_verifier(kind, seed=5), []
+    forward = type(model).forward
+    spec = dict(length="fixed:k=3", carry="off", **law)
+    alone = []
+    for i, p in enumerate(PROMPTS):
+        own = {**spec, **({"seed": law["seed"] + i} if law else {})}
+        alone.append(dllm.speculate(verifier, ARDrafter(model), p, max_new_tokens=15, **own))
+
+    @wraps(forward)
+    def counted(self, *a, **kw):
+        shapes.append(len(kw["input_ids"])) if self is model else None
+        return forward(self, *a, **kw)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    many = dllm.speculate(verifier, ARDrafter(model), PROMPTS, max_new_tokens=15, **spec)
+    for one, out in zip(alone, many, strict=True):
+        assert out.sequences == one.sequences and out.spans == one.spans
+    assert shapes[0] == 4 and len(shapes) < sum(o.draft_forwards for o in many) / 2

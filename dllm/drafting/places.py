@@ -7,6 +7,8 @@ device from small tables, so a round of one shape is pure over static tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -38,7 +40,7 @@ class Tables:
 class Places(Tables):
     """Slots of every layer, and the tables that say what a round feeds. `cache` is what the model is given.
 
-    A forward is of all rows, or of those that `turn` to.
+    A forward is of all rows, or of those that `turn` names.
     """
 
     def __init__(self, config: PreTrainedConfig, batch: int, slots: int) -> None:
@@ -58,9 +60,10 @@ class Places(Tables):
         self.rows = self.rows.to(device)
         return super().tell(name, numbers, device)
 
-    def turn(self, row: int, device: torch.device) -> None:
-        """Have the next forwards be of one row."""
-        self.rows, self.whole = self.tell("row", [[row]], device), self.batch == 1
+    def turn(self, rows: Sequence[int], device: torch.device) -> None:
+        """Have the next forwards be of these rows."""
+        self.whole = list(rows) == list(range(self.batch))
+        self.rows = self.tell("row", [[row] for row in rows], device)
 
     def seen(self, kept: Tensor, width: int) -> Tensor:
         """The first slots of the rows of a forward, (B, H, width, D)."""
