@@ -15,6 +15,7 @@ from dllm.drafting import EMPTY, Drafter, Fixed, Proposal, Rows, Store, as_draft
 from dllm.drafting.merge import Branches, Slots, merge, pooled
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.search import BestFirstTree, Edges
+from dllm.drafting.store import BEST, as_store
 from dllm.drafting.trust import Trust
 from dllm.errors import DllmError
 
@@ -197,6 +198,10 @@ def test_what_was_learned_is_kept_in_the_file(tmp_path):
     store = Store.load(file)
     assert any(who == "noise" for who in store.trust.kept)
     assert sum(c.tries.sum() for c in store.trust.kept.values()) > 5
+    assert store.successors.ranks() == as_store(file).successors.ranks() and len(store.successors.ranks()) == BEST
+    store.save(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == file.read_bytes()
+    assert dllm.speculate(model, "recycle", PROMPT, store=tmp_path / "copy", max_new_tokens=4).n_verify
 
 
 class Columns(Drafter):

@@ -269,8 +269,8 @@ class Store:
         sound = whole and prob.shape == found["best"].shape and hits.shape == (BEST,) and top <= int(about["top"])
         if not (sound and (lengths > 0).all() and (ids >= 0).all() and ((prob >= 0) | (found["best"] < 0)).all()):
             raise ValueError("its parts do not fit together")
-        for who, (hits, tries) in zip(list(about["trust"]), found["trust"], strict=True):
-            self.trust.kept[str(who)] = Calibrator.of(hits, tries)
+        for who, counts in zip(list(about["trust"]), found["trust"], strict=True):
+            self.trust.kept[str(who)] = Calibrator.of(*counts)
         self.tokenizer, self.top = str(about["tokenizer"]), int(about["top"])
         self.texts.add(np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else [])
         following = map(_stripped, found["successors"].tolist())
