@@ -349,6 +349,7 @@ def test_an_answer_without_columns_is_the_empty_member(model: Any) -> None:
         ({"regex": "a", "min_new_tokens": 3, "max_new_tokens": 8}, "without an end token in the first 3"),
         ({"regex": "a", "logits_eos_inf": True, "max_new_tokens": 8}, "must fill them all"),
         ({"constraint": [{"regex": "a"}, {"regex": "b"}]}, "2 constraints for 1 prompts"),
+        ({"constraint": []}, "constraint= is an empty list"),
         ({"constraint": {"regexp": "a"}}, "did you mean 'regex'"),
         ({"constraint": "a"}, "must be a dllm.Constraint"),
         ({"constraint": {"regex": "a", "where": "holes"}}, "where='holes' speaks of the holes of a prompt"),

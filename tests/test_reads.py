@@ -169,7 +169,14 @@ def test_a_continuation_is_scored_by_its_chain(embedded: Any) -> None:
         ("q {x}", {"x": ["a"]}, {"temperature": 0}, "temperature=0 must be a number above 0"),
         ("q {x}", {"x": ["a"]}, {"labels": "sum"}, "labels='sum' must be one of auto, chain, product"),
         ("q {x}", {"x": ["a"]}, {"stages": [["y"]]}, "must name each of the slots once: x"),
+        ("q {x}", {"x": ["a"]}, {"stages": [["x"], []]}, "must be lists of slots"),
+        ("q {x}", {"x": ["a"]}, {"stages": "x"}, "must be lists of slots"),
         ("q {x}", {"x": ["a"]}, {"cfg_scale": -1}, "cfg_scale=-1 must be"),
+        ("q {x}", {"x": ["a"]}, {"null": ["?", "!"]}, "null= is one prompt without content"),
+        ("q {x}", {"x": {"a", "b"}}, {}, "slot 'x' needs a list of labels"),
+        ("q {x}", ["x"], {}, "must be a mapping from the names of slots"),
+        ("q {x:>3}", {"x": ["a"]}, {}, r"slot 'x' has a format, and a label stands as it is: \{x\}"),
+        (3, {"x": ["a"]}, {}, "template=3 must be a text with slots"),
     ],
 )
 def test_mistakes_get_one_clear_line(small: Any, template: str, slots: Any, more: Any, message: str) -> None:

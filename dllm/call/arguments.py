@@ -234,6 +234,8 @@ class Arguments:
             return tuple(Constraint(**said) for _ in said)
         if isinstance(self.constraint, Sequence) and not isinstance(self.constraint, str):
             each = tuple(None if given is None else Constraint.parse(given) for given in self.constraint)
+            if not each:
+                raise DllmError("constraint= is an empty list: give one constraint for each prompt, or leave it out")
             return () if each == (None,) * len(each) else each
         return (Constraint.parse(self.constraint),)
 

@@ -94,8 +94,11 @@ class Form:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, mask: int, parts: Parts, slots: Mapping[str, Sequence[str]]) -> Form:
-        """Errors: labels of different lengths, and slots that share a token."""
+        """Errors: labels of different lengths, masks in them, and slots that share a token."""
         found = {name: _slot(tokenizer, parts, name, slots) for name in slots}
+        for name, slot in found.items():
+            if any(mask in label for label in slot.labels.values()):
+                raise DllmError(f"slot {name!r}: a label holds the mask token, which is never an answer")
         first = {name: labels[0] for name, labels in slots.items()}
         ids, spans = _tokens(tokenizer, _filled(parts, first))
         order = sorted(spans, key=lambda name: spans[name])
@@ -111,11 +114,20 @@ Parts: TypeAlias = list[tuple[str, str | None]]  # the text before each slot wit
 
 
 def _parts(template: str, slots: Mapping[str, Sequence[str]]) -> Parts:
-    """A template apart. Errors: names that are not those of the slots, no labels or bad ones."""
+    """A template apart. Errors: what is no text, names that are not those of the slots, no labels or bad ones."""
+    if not isinstance(template, str):
+        raise DllmError(f"template={template!r} must be a text with slots, such as 'Answer: {{answer}}'")
+    if not isinstance(slots, Mapping):
+        raise DllmError(f"slots={slots!r} must be a mapping from the names of slots to their labels")
     try:
-        parts = [(text, name) for text, name, *_ in Formatter().parse(template)]
+        pieces = [*Formatter().parse(template)]
     except ValueError as error:
         raise DllmError(f"template {template!r}: {error}; a brace of the text is written twice") from None
+    if shaped := next((name for _, name, spec, sign in pieces if spec or sign), None):
+        raise DllmError(
+            f"template {template!r}: slot {shaped!r} has a format, and a label stands as it is: {{{shaped}}}"
+        )
+    parts: Parts = [(text, name) for text, name, *_ in pieces]
     names = [name for _, name in parts if name is not None]
     for name in names:
         if name not in slots:
@@ -134,7 +146,8 @@ def _parts(template: str, slots: Mapping[str, Sequence[str]]) -> Parts:
 
 
 def _check_labels(name: str, labels: Sequence[str]) -> None:
-    if isinstance(labels, str) or not labels or not all(isinstance(label, str) and label for label in labels):
+    listed = isinstance(labels, Sequence) and not isinstance(labels, str) and len(labels) > 0
+    if not listed or not all(isinstance(label, str) and label for label in labels):
         raise DllmError(f"slot {name!r} needs a list of labels, none of them empty; got {labels!r}")
     if len(set(labels)) < len(labels):
         raise DllmError(f"slot {name!r} has a label twice: {', '.join(map(repr, labels))}")
@@ -278,7 +291,10 @@ def read(
     forms = _forms(model.tokenizer, mask, _parts(template, slots), slots, lengths == "condition")
     order = _stages(stages, slots, forms)
     heads, single = prompt_ids(model, prompt, chat, 1)
-    given = [*heads, *(prompt_ids(model, null, chat, 1)[0] if null is not None else [])]
+    empty, one = ([], True) if null is None else prompt_ids(model, null, chat, 1)
+    if not one:
+        raise DllmError("null= is one prompt without content, which serves all prompts; give no list of them")
+    given = [*heads, *empty]
     rows = [Row.of(model, head, form) for head in given for form, _ in forms]
     look = Look(model, cfg_scale, batch_size)
     _read(look, rows, order, "chain" if labels == "auto" else labels)
@@ -293,9 +309,13 @@ def _stages(
 ) -> list[list[str]]:
     """The slots of each stage. Errors: a slot in none or in two, names of no slot, a slot that has no best label before
     the last stage."""
+    if stages is not None and not (
+        isinstance(stages, Sequence) and all(s and isinstance(s, list | tuple) for s in stages)
+    ):
+        raise DllmError(f"stages={stages!r} must be lists of slots, such as [['first'], ['second', 'third']]")
     order = [[*slots]] if stages is None else [[*stage] for stage in stages]
     named = [name for stage in order for name in stage]
-    if sorted(named) != sorted(slots):
+    if sorted(map(str, named)) != sorted(slots):
         raise DllmError(f"stages={stages!r} must name each of the slots once: {', '.join(slots)}")
     for _, apart in forms[1:]:
         for name in apart:

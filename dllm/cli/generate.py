@@ -57,6 +57,7 @@ def generate(
         str | None, typer.Option(help="The answer is a text of this grammar (lark's notation): a file, or the grammar.")
     ] = None,
     max_depth: Annotated[int | None, typer.Option(help="How deep the schema or the grammar may nest.")] = None,
+    where: Annotated[str | None, typer.Option(help="holes: with --infill, each hole is constrained by itself.")] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Log-probabilities of the tokens, with so many alternatives (0 to 20).")
     ] = None,
@@ -81,8 +82,9 @@ def generate(
         "json_schema": None if json_schema is None else _text("--json-schema", json_schema, "{"),
         "grammar": None if grammar is None else _text("--grammar", grammar, ":"),
     }
-    if max_depth is not None:
-        asked = {"constraint": {**{k: v for k, v in asked.items() if v is not None}, "max_depth": max_depth}}
+    more = {k: v for k, v in (("max_depth", max_depth), ("where", where)) if v is not None}
+    if more:
+        asked = {"constraint": {**{k: v for k, v in asked.items() if v is not None}, **more}}
     arguments |= asked
     given = None if not prompts else prompts[0] if len(prompts) == 1 else prompts
 

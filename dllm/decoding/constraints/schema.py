@@ -129,8 +129,8 @@ class _Writer:
 
     def referred(self, ref: str, where: str, refs: tuple[str, ...]) -> str | None:
         """What a reference stands for."""
-        if not ref.startswith("#"):
-            raise DllmError(f"{where}: $ref {ref!r} leads out of the schema; write it out")
+        if ref != "#" and not ref.startswith("#/"):
+            raise DllmError(f"{where}: $ref {ref!r} is no path within the schema, such as #/$defs/name; write it out")
         if ref in refs:
             if self.max_depth is None:
                 raise DllmError(f"{where}: {ref} refers to itself; say how deep with max_depth")
@@ -202,13 +202,12 @@ class _Writer:
 
     def string(self, rest: dict[str, Any], where: str) -> str:
         """A string."""
-        name, shape = rest.pop("format", None), rest.pop("pattern", None)
-        if name is not None:
+        if (name := rest.pop("format", None)) is not None:
             if name not in FORMATS:
                 raise DllmError(f"{where}: format {name!r} is not known; known: {', '.join(FORMATS)}")
             return f'"{FORMATS[name]}"'
-        if shape is not None:
-            if not (isinstance(shape, str) and shape.startswith("^") and shape.endswith("$")):
+        if (shape := rest.pop("pattern", None)) is not None:
+            if not (isinstance(shape, str) and re.fullmatch(r"\^(?:[^\\]|\\.)*\$", shape, re.DOTALL)):
                 raise DllmError(
                     f"{where}: pattern {shape!r} must begin with ^ and end with $: it says all of the string"
                 )
