@@ -385,7 +385,15 @@ def test_a_pattern_that_explodes_is_killed(model: Any, monkeypatch: pytest.Monke
 
 def test_a_pattern_makes_one_automaton_in_every_process(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = vocabulary.vocabulary(model)
-    asked = {"kind": "regex", "what": "(a|bc|d[ef]){2,4}x?", "max_depth": None, "ends": [], "pads": [], "banned": []}
+    asked = {
+        "kind": "regex",
+        "what": "(a|bc|d[ef]){2,4}x?",
+        "max_depth": None,
+        "ends": [],
+        "pads": [],
+        "banned": [],
+        "seconds": 9,
+    }
     made = set[bytes]()
     for seed in ("1", "2", "3"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
