@@ -20,8 +20,8 @@ from dllm.call.prompts import One
 from dllm.decoding.stopping import Stops
 from dllm.drafting.control import RoundStats
 from dllm.drafting.front import encode
-from dllm.drafting.loop import SpecResult
 from dllm.drafting.registry import is_drafter_name
+from dllm.drafting.request import SpecResult
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, first_line, unknown
 from dllm.eval.config import ModelSpec

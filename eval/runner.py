@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dllm.call.arguments import Arguments
 from dllm.decoding.cache import registry as caches
-from dllm.drafting.loop import SpecConfig
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.registry import is_drafter_name
 from dllm.errors import DllmError
 from dllm.eval import engines, metrics

@@ -33,8 +33,8 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.front import encode
 from dllm.drafting.hidden.drafter import HiddenDrafter
-from dllm.drafting.loop import SpecResult
 from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
+from dllm.drafting.request import SpecResult
 from dllm.drafting.verifier import Verifier, embedding
 from dllm.errors import DllmError
 from dllm.eval.arguments import layered

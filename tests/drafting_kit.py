@@ -15,10 +15,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import Lattice
-from dllm.drafting.loop import Request, SpecConfig, rounds
+from dllm.drafting.loop import rounds
 from dllm.drafting.proposal import EMPTY, chain
+from dllm.drafting.request import Request
 from dllm.drafting.verifier import Session
 
 VOCAB = 40

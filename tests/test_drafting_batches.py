@@ -19,8 +19,8 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Ask, Need, asked
 from dllm.drafting.lattice import DraftFailure
 from dllm.drafting.loans import Loans
-from dllm.drafting.loop import forked
 from dllm.drafting.proposal import chain
+from dllm.drafting.row import forked
 
 PROMPTS = [[3, 17, 5, 9], [4, 8], [6, 6, 2, 11, 7, 30, 21], [12]]
 

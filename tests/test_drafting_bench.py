@@ -11,7 +11,7 @@ from dllm.bench.drafting import SETTINGS, held_out, run, tally, wall_row
 from dllm.bench.retrieval import Answers, above
 from dllm.bench.retrieval import run as run_retrieval
 from dllm.drafting.control import RoundStats
-from dllm.drafting.loop import SpecResult
+from dllm.drafting.request import SpecResult
 from dllm.errors import DllmError
 
 torch.set_num_threads(1)

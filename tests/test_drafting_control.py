@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllm
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.control import (
     ADL,
     Calibrator,
@@ -24,7 +25,6 @@ from dllm.drafting.control import (
     RoundStats,
 )
 from dllm.drafting.front import calibrate
-from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import Proposal, chain
 from dllm.drafting.registry import as_verifier
 from dllm.drafting.search import EAL

@@ -14,12 +14,12 @@ from drafting_kit import VOCAB, Noise, Script, from_columns, golden, plain, tiny
 
 import dllm
 from dllm.drafting.autoregressive import ARDrafter
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.hooks.candidates import DraftCandidates, assisted_by
 from dllm.drafting.hooks.vllm import DLLMProposer
 from dllm.drafting.lattice import DraftFailure, build
-from dllm.drafting.loop import SpecConfig
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.retrieval import Fallback, SuffixDrafter

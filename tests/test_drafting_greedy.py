@@ -12,8 +12,8 @@ import torch
 from drafting_kit import KINDS, Noise, Script, golden, plain, tiny_verifier
 
 from dllm import speculate
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.control import CONTROLLERS
-from dllm.drafting.loop import SpecConfig
 
 torch.set_num_threads(1)
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]

@@ -24,7 +24,8 @@ from dllm.drafting.hidden.backbone import Rotary
 from dllm.drafting.hidden.config import read_head
 from dllm.drafting.hidden.drafter import Context, text_of
 from dllm.drafting.hidden.head import Head
-from dllm.drafting.loop import Request, rounds
+from dllm.drafting.loop import rounds
+from dllm.drafting.request import Request
 from dllm.drafting.search import CPSSample, Sample
 from dllm.errors import DllmError
 from dllm.eval import run as run_config

@@ -332,7 +332,9 @@ def test_position_limit_of_the_verifier():
 
 def test_the_cache_holds_all_but_the_last_token(model, text):
     """After every round, and after a tree commit the next logits equal a forward without a cache."""
-    from dllm.drafting.loop import Request, SpecConfig, rounds
+    from dllm.drafting.config import SpecConfig
+    from dllm.drafting.loop import rounds
+    from dllm.drafting.request import Request
     from dllm.drafting.verifier import Verifier
 
     for kind in KINDS:

@@ -19,13 +19,16 @@ from scipy.stats import chisquare
 from sweeps import size
 
 from dllm.drafting.accept import draw, odds, reject, walk_sample
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.control import Controller
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import build, draws, listed, uniforms
-from dllm.drafting.loop import Request, SpecConfig, Speculation, judged, proposed
+from dllm.drafting.loop import judged, proposed
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.pairs import Pairs, before_of, conditional
 from dllm.drafting.proposal import Proposal, Rows, chain
+from dllm.drafting.request import Request
+from dllm.drafting.row import Speculation
 from dllm.drafting.search import EAL, BestFirstTree, CPSSample, Sample, SampleTree
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from drafting_kit import VOCAB, Noise, Script, from_columns, plain, tiny_verifie
 from test_drafting_law import LATTICE, by_the_loop, pvalue
 
 import dllm
-from dllm.drafting import EMPTY, Drafter, Fixed, Proposal, Rows, Store, as_drafter, chain, loop
+from dllm.drafting import EMPTY, Drafter, Fixed, Proposal, Rows, Store, as_drafter, chain, config
 from dllm.drafting.merge import Branches, Slots, merge, pooled
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.search import BestFirstTree, Edges
@@ -158,7 +158,7 @@ def test_a_second_source_that_is_right_takes_the_places():
 
 def test_what_is_grafted_is_opened_once_a_call_and_needs_a_drafter(monkeypatch):
     model, opened = tiny_verifier(), []
-    monkeypatch.setattr(loop, "as_drafter", lambda what: opened.append(what) or as_drafter(what))
+    monkeypatch.setattr(config, "as_drafter", lambda what: opened.append(what) or as_drafter(what))
     options = dict(tree=6, graft="suffix", max_new_tokens=4)
     dllm.speculate(model, Noise(), [PROMPT, PROMPT[:3]], **options)
     assert opened.count("suffix") == 1

@@ -13,9 +13,9 @@ from drafting_kit import from_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.drafters import Need
 from dllm.drafting.lattice import DraftFailure, build
-from dllm.drafting.loop import SpecConfig
 from dllm.drafting.ngram import NgramTable
 from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.retrieval import SuffixAutomaton

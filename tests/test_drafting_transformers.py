@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import dllm
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.hooks.candidates import assisted_by
-from dllm.drafting.loop import SpecConfig
 from dllm.errors import DllmError
 
 PROMPT = [3, 17, 5, 9, 22, 4, 31, 8, 2, 11]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dllm.cli import app
 from dllm.decoding.cache.registry import policy
-from dllm.drafting.loop import SpecConfig
+from dllm.drafting.config import SpecConfig
 from dllm.errors import DllmError
 from dllm.eval.config import load
 from dllm.lookahead.setting import Lookahead

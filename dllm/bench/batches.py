@@ -14,8 +14,8 @@ import dllm
 from dllm.bench.drafting import TASKS, held_out, wall_row
 from dllm.bench.runtime import Figure, seconds
 from dllm.drafting.diffusion import DiffusionDrafter
-from dllm.drafting.loop import SpecResult
 from dllm.drafting.registry import as_verifier
+from dllm.drafting.request import SpecResult
 from dllm.errors import DllmError
 from dllm.models.native import NativeModel
 

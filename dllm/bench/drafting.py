@@ -22,9 +22,9 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
 from dllm.drafting.front import encode
 from dllm.drafting.lattice import Lattice
-from dllm.drafting.loop import SpecResult
 from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.drafting.request import SpecResult
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, unknown
 from dllm.models.model import Model

@@ -18,7 +18,7 @@ from dllm.errors import DllmError
 
 if TYPE_CHECKING:
     from dllm.drafting.front import SpecOptions
-    from dllm.drafting.loop import SpecResult
+    from dllm.drafting.request import SpecResult
     from dllm.drafting.verifier import CausalLM
     from dllm.models.native import NativeModel
     from dllm.models.tokenizer import Tokenizer

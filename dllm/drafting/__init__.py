@@ -9,7 +9,8 @@ from dllm.drafting.drafters import Ask, Drafter, Need
 from dllm.drafting.front import calibrate
 from dllm.drafting.hidden.drafter import HiddenDrafter
 from dllm.drafting.lattice import DraftFailure, Lattice
-from dllm.drafting.loop import SpecConfig, SpecResult
+from dllm.drafting.config import SpecConfig
+from dllm.drafting.request import SpecResult
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.retrieval import Fallback, PromptLookup, SuffixDrafter, TokenRecycling

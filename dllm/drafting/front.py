@@ -22,12 +22,14 @@ from dllm.call.arguments import RULES
 from dllm.call.prompts import Ids, One, Padding, Prompt, Several, Text, joined, listed_ids, read
 from dllm.decoding.stopping import Stops
 from dllm.drafting.accept import Judge, Processors
+from dllm.drafting.config import SpecConfig
 from dllm.drafting.control import Controller, CostAware
 from dllm.drafting.drafters import Drafter, Need
-from dllm.drafting.loop import Request, SpecConfig, SpecResult, Streamer, decode
+from dllm.drafting.loop import Streamer, decode
 from dllm.drafting.pair_head import PairHeadLike
 from dllm.drafting.proposal import EMPTY, Proposal, chain
 from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_verifier
+from dllm.drafting.request import Request, SpecResult
 from dllm.drafting.search import PathSearch
 from dllm.drafting.store import StoreLike
 from dllm.drafting.verifier import Pending, Verifier

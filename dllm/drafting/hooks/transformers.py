@@ -20,8 +20,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from dllm.drafting import CausalLM, SpecConfig, SpecResult, Verifier, as_drafter, as_verifier
 from dllm.drafting.accept import Processors
 from dllm.drafting.front import SpecOptions, processing, separate, shared_controller
-from dllm.drafting.loop import Request, Streamer, decode
+from dllm.drafting.loop import Streamer, decode
 from dllm.drafting.registry import DrafterLike
+from dllm.drafting.request import Request
 from dllm.drafting.verifier import PaddedPrompt
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
