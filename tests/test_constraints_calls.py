@@ -255,6 +255,22 @@ def spelt(tokens: list[int]) -> str:
     return "".join(string.ascii_lowercase[t] for t in tokens)
 
 
+@pytest.mark.parametrize("sampler", ["confidence", "margin", "entropy", "threshold:tau=0.5"])
+def test_columns_that_decide_each_other_are_taken_in_one_order(sampler: str) -> None:
+    """They are equally sure, and the last bits of a batch or of a lookahead do not order them."""
+    model, asked = letters(tiny()), [{"regex": p} for p in ("(ab|cd|ef){2,4}", "a{4,8}|b{4,8}|f{6}", "(ace|bdf)*")]
+    prompts = [[1, 2, 3], [4, 0], [5, 5, 1, 2, 0]]
+    call: dict[str, Any] = dict(max_new_tokens=12, block_length=12, eos=[30], sampler=sampler, logprobs=0)
+    batch = dllm.generate(model, prompts, constraint=asked, **call)
+    alone = [dllm.generate(model, p, constraint=c, **call) for p, c in zip(prompts, asked, strict=True)]
+    for others in (alone, dllm.generate(model, prompts, constraint=asked, lookahead=4, **call)):
+        for a, b in zip(batch, others, strict=True):
+            assert a.tokens == b.tokens and b.nfe <= a.nfe
+            for one, other in zip(a.logprobs or (), b.logprobs or (), strict=True):
+                assert one and other and one.logprob == pytest.approx(other.logprob, abs=1e-9)
+    assert [o.nfe for o in batch] == [o.nfe for o in alone]
+
+
 CAPTURED = ["threshold", "prophet:high=99,mid=99,low=9", "wino", "remdm", "credit"]
 
 

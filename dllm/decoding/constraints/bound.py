@@ -23,6 +23,7 @@ from dllm.decoding.constraints.passes import Columns, Lattice
 from dllm.decoding.constraints.tables import STAY, Tables
 from dllm.decoding.prediction import Prediction, draw
 
+KEPT = {torch.float64: 32, torch.float32: 16}  # bits of a score under a constraint
 GAP = 30.0  # nats: a column that is forced has no second token, and would be sure beyond all measure
 
 
@@ -160,6 +161,14 @@ def _standing(tables: Tables, canvas: Canvas, first: Tensor, stop: Tensor, count
     return open_ & inside, torch.where(inside, classes, STAY), ids.T
 
 
+def steady(score: Tensor, relative: bool) -> Tensor:
+    """A score without its last bits. A constraint ties columns together: what decides one decides the other, both are
+    equally sure, and rounding, which is another in another batch, must not order them."""
+    scale = float(1 << KEPT[score.dtype])
+    part, power = score.frexp() if relative else (score, torch.zeros_like(score, dtype=torch.int32))
+    return torch.where(score.isfinite(), ((part * scale).round() / scale).ldexp(power), score)
+
+
 class Restricted(Prediction):
     """What may still be said: posterior logits, and at the masks the tokens of one member of the language; in rows that
     are `unbound` (B, 1) what the model says."""
@@ -199,6 +208,30 @@ class Restricted(Prediction):
         law = self if self._heat == 1 else Prediction(self.logits / self._heat, self.cols)
         found = law.log_probs(token[..., None])[..., 0]
         return self._either(torch.full_like(found, torch.inf), found)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """Probability of `token`."""
+        free = super().confidence
+        return self._either(free, steady(free, relative=True))
+
+    @cached_property
+    def log_confidence(self) -> Tensor:
+        """Same order as `confidence`, still resolved where the probability rounds to one."""
+        free = super().log_confidence
+        return self._either(free, steady(free, relative=True))
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """Probability of the best token minus that of the second."""
+        free = super().margin
+        return self._either(free, steady(free, relative=False))
+
+    @cached_property
+    def negative_entropy(self) -> Tensor:
+        """Sum of p ln p, in nats."""
+        free = super().negative_entropy
+        return self._either(free, steady(free, relative=False))
 
     @cached_property
     def gap(self) -> Tensor:
