@@ -94,6 +94,8 @@ def test_heads_that_cannot_be_used_are_one_clear_line(verifier, folder, tmp_path
     def speculate(head, drafter="tiny"):
         return dllm.speculate(verifier, drafter, PROMPT, max_new_tokens=4, pair_head=head)
 
+    with pytest.raises(DllmError, match="PairHead or the path"):
+        as_pair_head(3)
     with pytest.raises(DllmError, match="no pair head in"):
         speculate(str(tmp_path))
     with pytest.raises(DllmError, match="no pair head but a"):

@@ -400,6 +400,8 @@ def test_a_corpus_that_is_none_is_one_line(tmp_path, content, says):
     file.write_text(content)
     with pytest.raises(DllmError, match=says):
         dllm.speculate(tiny_verifier(), "suffix", [1, 2], corpus=file, **K4)
+    with pytest.raises(DllmError, match=r"holds id -5: ids lie in 0..39"):
+        dllm.speculate(tiny_verifier(), "suffix", [1, 2], corpus=[[3, -5]], **K4)
     with pytest.raises(DllmError, match="cannot be read"):
         corpus_ids(tmp_path / "none.txt", VOCAB, None)
 

@@ -161,8 +161,10 @@ def validator(kind: str) -> Draft202012Validator:
 
 
 def kind_of(path: Path) -> str:
-    kinds = {"train": "train", "align": "align"}
-    return "tune" if "tune:" in path.read_text() else kinds.get(path.parent.name, "eval")
+    kinds, text = {"train": "train", "align": "align"}, path.read_text()
+    if "--pair-head" in text:
+        return "pair-head"
+    return "tune" if "tune:" in text else kinds.get(path.parent.name, "eval")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -16,6 +16,7 @@ class Kind(StrEnum):
     TUNE = "tune"
     TRAIN = "train"
     ALIGN = "align"
+    PAIR_HEAD = "pair-head"
     SAMPLERS = "samplers"
 
 
@@ -24,13 +25,14 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
     from dllm.eval import config, tuning
     from dllm.samplers import registry
     from dllm.spec import document, keys_of
-    from dllm.training.config import AlignConfig, TrainConfig
+    from dllm.training.config import AlignConfig, PairHeadConfig, TrainConfig
 
     found = {
         Kind.EVAL: config.schema,
         Kind.TUNE: tuning.schema,
         Kind.TRAIN: lambda: document(keys_of(TrainConfig)),
         Kind.ALIGN: lambda: document(keys_of(AlignConfig)),
+        Kind.PAIR_HEAD: lambda: document(keys_of(PairHeadConfig)),
         Kind.SAMPLERS: registry.schema,
     }
     typer.echo(json.dumps(found[kind](), indent=1))

@@ -133,7 +133,7 @@ def rounds(
     if isinstance(cfg.corpus, str | Path):
         cfg = replace(cfg, corpus=corpus_ids(cfg.corpus, verifier.vocab, verifier.tokenizer))
     if cfg.corpus and isinstance(cfg.corpus, tuple):
-        texts.append(corpus_index(cfg.corpus))
+        texts.append(corpus_index(cfg.corpus, verifier.vocab))
     rows, loans = list[Speculation](), Loans(cfg.graphs)
     for q in requests:
         verifier.check_ids(q.ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
@@ -69,6 +70,8 @@ def as_pair_head(what: PairHeadLike) -> PairHead | None:
     """The head of a folder, read once; None: none. Errors: no such folder, no pair head in it, damaged weights."""
     if what is None or isinstance(what, PairHead):
         return what
+    if not isinstance(what, str | PathLike):
+        raise DllmError(f"pair_head is a PairHead or the path of its folder, not {type(what).__name__}")
     folder = current(Path(what))
     try:
         written = (folder / WEIGHTS).stat().st_mtime_ns

@@ -344,8 +344,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 @lru_cache(maxsize=4)
-def corpus_index(corpus: tuple[tuple[int, ...], ...]) -> SuffixArray:
-    """The sorted places of a corpus."""
+def corpus_index(corpus: tuple[tuple[int, ...], ...], vocab: int) -> SuffixArray:
+    """The sorted places of a corpus. Errors: ids that the verifier does not have."""
+    if bad := [t for text in corpus for t in text if not 0 <= t < vocab]:
+        raise DllmError(f"the corpus holds id {bad[0]}: ids lie in 0..{vocab - 1}, those of the verifier")
     return SuffixArray([text for text in corpus if text])
 
 
