@@ -87,6 +87,10 @@ def checked(pattern: str) -> str:
         elif (sign == "^" and at == 0) or (sign == "$" and at == len(pattern) - 1):
             at += 1
             continue
+        elif pattern.startswith("{}", at):  # no count: these two signs
+            out.append(r"\{\}")
+            at += 2
+            continue
         elif sign in "^$":
             raise refuse("an anchor inside of it")
         elif _POSSESSIVE.match(pattern, at):
