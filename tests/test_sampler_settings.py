@@ -192,7 +192,8 @@ def test_a_configuration_may_ask_for_the_models_own() -> None:
 def test_samples_of_other_settings_have_another_key(folder: Path) -> None:
     def keys() -> list[str]:
         config = configured({"model": str(folder), "tasks": [{"name": "sudoku", "limit": 2}], "sampler": "factor"})
-        return Worker(config).keys(Batch(0, 0, 0, 2))
+        (found,) = Worker(config).keys(Batch((0,), 0, 0, 2))
+        return found
 
     before = keys()
     write_settings(folder, [setting("factor", {"factor": {"f": 0.02}})])

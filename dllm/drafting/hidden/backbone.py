@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dllm.drafting.hidden.config import HeadConfig, Raw, Sight
 
@@ -34,9 +34,13 @@ class Rotary:
     """Turns queries and keys by their positions. No module, so that its float32 frequencies are never cast."""
 
     def __init__(self, rope: Raw, head_dim: int) -> None:
-        made = Qwen3RotaryEmbedding(Qwen3Config(**{**rope, "head_dim": head_dim}))
-        self.frequencies: Tensor = made.inv_freq  # (D / 2,)
-        self.scaling: float = made.attention_scaling
+        config = Qwen3Config(**{**rope, "head_dim": head_dim})
+        given: Raw = dict(config.rope_parameters or {})
+        powers = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        self.frequencies: Tensor = 1.0 / given["rope_theta"] ** powers  # (D / 2,)
+        self.scaling = 1.0
+        if given["rope_type"] != "default":
+            self.frequencies, self.scaling = ROPE_INIT_FUNCTIONS[given["rope_type"]](config)
 
     def __call__(self, x: Tensor, pos: Tensor) -> Tensor:
         """x (B, heads, L, D) at positions (B, L)."""
