@@ -33,6 +33,16 @@ def run(monkeypatch, capsys):
     return go
 
 
+def test_options_reach_the_call(run):
+    asked = ("--k", "2", "--verify", "block", "--ngrams", "verifier", "--length", "fixed:k=8")
+    code, shown, error = run("speculate", PROMPT, "-n", "8", *asked)
+    assert code == 0 and int(re.search(r"verify calls\s+(\d+)", shown)[1]) >= 3, error  # at most three tokens each
+    code, _, error = run("speculate", PROMPT, "--verify", "blocks")
+    assert code == 1 and "verify" in error and "'block'" in error
+    code, _, error = run("speculate", PROMPT, "--ngrams", "texts")
+    assert code == 1 and "ngrams" in error
+
+
 @pytest.mark.parametrize("options", [[], ["--tree", "8", "--drafter", "suffix"], ["--drafter", "none", "--stop", "12"]])
 def test_text_and_metrics_are_shown(run, options):
     code, shown, error = run("speculate", PROMPT, "-n", "12", "--compare", *options)

@@ -55,10 +55,15 @@ def speculate(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 64,
-    search: Annotated[str | None, typer.Option(help="eal, cps, viterbi, argmax, sample, cps_sample.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="eal, cps, viterbi, argmax, sample, cps_sample, tree, sample_tree.")
+    ] = None,
     tree: Annotated[int, typer.Option(help="Node budget of a tree; 0 = chain.")] = 0,
     length: Annotated[str, typer.Option(help="cost, fixed:k=8, adl, failfast, heuristic, rejection.")] = "cost",
     carry: Annotated[str, typer.Option(help="Reuse unused slots of a draft: auto, always, off.")] = "auto",
+    k: Annotated[int | None, typer.Option("--k", min=0, help="Most slots per draft; default: no such limit.")] = None,
+    verify: Annotated[str, typer.Option(help="Judge a sampled chain by token or as a block.")] = "token",
+    ngrams: Annotated[str, typer.Option(help="The n-gram proxy counts the text, or what the verifier said.")] = "text",
     graft: Annotated[
         list[str] | None,
         typer.Option("--graft", help="Another drafter, whose branches join the tree; may be repeated."),
@@ -97,6 +102,7 @@ def speculate(
     decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
     decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
     kept: SpecOptions = {"store": store, "corpus": corpus or (), "graft": graft or None, "pair_head": pair_head}
+    kept |= {"k": k, "verify": verify, "ngrams": ngrams}
     out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry, **kept)
     console = Console()
     assert v.tokenizer is not None  # it has read the prompt
