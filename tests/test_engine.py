@@ -223,6 +223,19 @@ def test_a_row_enters_when_its_lane_is_due() -> None:
     assert all(own <= min(others, default=own) for own, others in entries.values())
 
 
+@pytest.mark.parametrize("cap", [1, 2])
+def test_a_row_that_enters_a_batch_is_capped_as_it_is_alone(cap: int) -> None:
+    """Also where the tick behind its entry closes another one: the first prompt is done at once."""
+
+    def script(ids: list[int]) -> torch.Tensor:
+        return peaks([(1, 0.9 if ids[0] == 0 else 0.5)] * 6, 4)
+
+    call: dict[str, Any] = dict(sampler="threshold:tau=0.6", max_new_tokens=6, max_nfe=cap)
+    alone = [dllm.generate(Scripted(script, vocab=5), [p], **call) for p in range(4)]
+    outs = dllm.generate(Scripted(script, vocab=5), [[p] for p in range(4)], batch_size=2, **call)
+    assert [(o.tokens, o.nfe) for o in outs] == [(o.tokens, o.nfe) for o in alone]
+
+
 def test_the_cap_fills_what_is_left() -> None:
     out = dllm.generate(Scripted(peaks([(1, 0.5)] * 12, 4)), [0], sampler="confidence", max_new_tokens=12, max_nfe=4)
     assert (out.nfe, out.finish_reason, out.tokens) == (4, "cap", [1] * 12)

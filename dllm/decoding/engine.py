@@ -68,7 +68,7 @@ def decode(
             if f.done:
                 batch.request[i] = None
                 free.append(i)
-            elif f.step >= caps[request] - 1 and not f.closing:
+            elif f.step >= max(1, caps[request] - 1) and not f.closing:  # one that has just entered steps once
                 meter.capped.add(request)
         # With a lookahead lanes have taken different numbers of steps. A waiting row enters a free lane once no busy
         # lane has taken fewer than that one: at this step the plain call would let it in.
