@@ -266,3 +266,9 @@ def test_names_of_other_codes() -> None:
         dllm.generate(tiny(), [1], top_logprobs=3)
     with pytest.raises(DllmError, match="logprobs=k with k alternatives"):
         dllm.generate(tiny(), [1], output_scores=True)
+
+
+@pytest.mark.parametrize("sampler", ["confidence", {"name": "daedal", "initial": 4, "factor": 3, "tail": 3}])
+def test_free_answers_have_no_posterior_also_where_columns_came_in(sampler: Any) -> None:
+    (out,) = dllm.generate(tiny(), [[4, 6, 1, 7]], sampler=sampler, max_new_tokens=12, eos=[30], logprobs=0)
+    assert out.logprobs and [x.constrained for x in out.logprobs if x is not None] == [None] * len(out.logprobs)

@@ -34,7 +34,7 @@ def marked(cols: Tensor, width: int) -> Tensor:
     return scatter(torch.zeros(cols.shape[0], width, dtype=torch.bool, device=cols.device), cols, True)
 
 
-def scatter(table: Tensor, cols: Tensor, values: Tensor | bool) -> Tensor:
+def scatter(table: Tensor, cols: Tensor, values: Tensor | float) -> Tensor:
     """The per-column table (B, L, ...) with `values` (B, W, ...) at `cols` (B, W); at -1 nothing is written."""
     spare = torch.cat([table, table[:, :1]], 1)  # its last column takes what is written nowhere
     return spare.scatter(1, spread(cols % spare.shape[1], table), values)[:, :-1]

@@ -62,7 +62,7 @@ class Logprobs(NamedTuple):
         return Logprobs(
             scatter(self.known, cols, True),
             scatter(self.value, cols, value[..., 0].to(self.value.dtype)),
-            self.bound if bound is None else scatter(self.bound, cols, bound.to(self.bound.dtype)),
+            scatter(self.bound, cols, torch.inf if bound is None else bound.to(self.bound.dtype)),
             scatter(self.ids, cols, ids),
             scatter(self.top, cols, top.to(self.top.dtype)),
         )
