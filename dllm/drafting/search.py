@@ -56,7 +56,7 @@ class PathSearch:
 
     sampled   whether tokens are drawn: then the proposal is "sampled", and the lattice comes with full rows.
     draws     of `Lattice.draw`: how many tokens it asks of each slot; a drafter may make them with the rows. 0: none.
-    tree      whether proposals branch; trees are verified one text at a time.
+    tree      whether proposals branch.
     lam       weight of the drafter's own probabilities, in [0, 1]; the rest is the n-gram table's. 1: none is made.
     budget    most nodes of a tree where the call names no `tree=`; 0: the search sees to it itself.
     """
