@@ -103,6 +103,8 @@ def speculate(
     decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
     kept: SpecOptions = {"store": store, "corpus": corpus or (), "graft": graft or None, "pair_head": pair_head}
     kept |= {"k": k, "verify": verify, "ngrams": ngrams}
+    for warm in (None, d) if compare else ():  # the first forwards of a process are slow, and would be the drafted ones
+        decode(drafter=warm, max_new_tokens=4)
     out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry, **kept)
     console = Console()
     assert v.tokenizer is not None  # it has read the prompt
