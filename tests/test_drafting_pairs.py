@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllm
-from dllm.drafting import loop
+from dllm.drafting import row as host
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.ngram import NgramTable
@@ -146,7 +146,7 @@ def test_the_loop_feeds_the_proxy_at_every_verified_node():
             tables.append((tuple(ids), tuple(tokens), tuple(prob)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "NgramTable", Watched)
+        patch.setattr(host, "NgramTable", Watched)
         drafter = Sure(VOCAB)
         out = dllm.speculate(model, drafter, prompt, max_new_tokens=12, ngrams="verifier", length="fixed:k=3")
     assert out.sequences == plain(model, prompt, 12)
