@@ -100,7 +100,7 @@ def test_ray_survives_a_lost_worker(tmp_path):
         while not over.is_set() and not killed:
             path = folder / "samples.jsonl"
             if path.exists() and path.stat().st_size:
-                busy = [p for p in me.children(recursive=True) if "ray::Worker.run" in " ".join(p.cmdline())]
+                busy = [p for p in me.children(recursive=True) if "ray::Worker.all" in " ".join(p.cmdline())]
                 if busy:
                     killed.append(busy[-1].pid)
                     os.kill(killed[0], signal.SIGKILL)
