@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dllm
-from dllm.bench.drafting import TASKS, Options, Prompts, held_out, plain_text
+from dllm.bench.drafting import K12, TASKS, Options, Prompts, held_out, plain_text
 from dllm.bench.runtime import Figure
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Drafter
@@ -27,7 +27,6 @@ from dllm.errors import DllmError
 from dllm.eval.store import append, mend, read_lines
 from dllm.models.native import NativeModel
 
-K12: Options = {"length": "fixed:k=12", "carry": "off"}
 SOURCES = ("suffix", "recycle", "stand")
 FEW, NEW = 50, 96  # prompts of a store; tokens
 RESAMPLES = 2000

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dllm.decoding.graphs import Graphs, obstacle
-from dllm.drafting.drafters import Ask, Draft, Drafter, Need
+from dllm.drafting.drafters import Ask, Draft, Need, Ragged
 from dllm.drafting.lattice import DraftFailure, uniforms
 from dllm.drafting.places import Places, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain, drawn, fit, sent
@@ -59,7 +59,7 @@ class Standing:
     tapes: dict[tuple[int, int, int, bool], Tape]
 
 
-class ARDrafter(Drafter):
+class ARDrafter(Ragged):
     """Draft k tokens one by one with a transformers causal LM of the same vocabulary; its cache is rolled back each
     round.
 
@@ -101,16 +101,10 @@ class ARDrafter(Drafter):
         """Texts of a call that one model drafts for, by one law."""
         return id(self.model), id(self.need.loans), self.need.law
 
-    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Draft:
-        """`k` forwards, on a CPU fewer behind an end token; less where the positions end."""
-        (draft,) = self.together([Ask(self, ids, k, generator)])
-        if isinstance(draft, DraftFailure):
-            raise draft
-        return draft
-
     @torch.inference_mode()
     def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
-        """Chains of all texts, a ragged forward a token; one after the other where the model takes no such batch."""
+        """Chains of all texts, a ragged forward a token, on a CPU and for one text none behind an end token; less where
+        the positions end. One text after the other where the model takes no such batch."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)  # foreign
         found, jobs = list[Draft | DraftFailure]([EMPTY] * len(asks)), dict[int, Job]()
         for i, a in enumerate(asks):
@@ -126,9 +120,9 @@ class ARDrafter(Drafter):
             told = {i: job.drafter._eager(job) for i, job in jobs.items()}
         else:
             told = dict(zip(jobs, self._placed(list(jobs.values()), graphs, limit), strict=True)) if jobs else {}
-        for i, (tape, row) in told.items():
+        for i, (numbers, laws) in told.items():
             try:
-                found[i] = jobs[i].drafter._chain(jobs[i], tape, row)
+                found[i] = jobs[i].drafter._chain(jobs[i], numbers, laws)
             except DraftFailure as failure:
                 found[i] = failure
         return found

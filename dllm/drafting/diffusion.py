@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.call.generate import generate
 from dllm.decoding.graphs import Graphs, obstacle
-from dllm.drafting.drafters import Ask, Draft, Drafter, Need
+from dllm.drafting.drafters import Ask, Draft, Need, Ragged
 from dllm.drafting.lattice import DraftFailure, listed
 from dllm.drafting.places import Tables, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, chain, fit, sent
@@ -87,7 +87,7 @@ def _banned(ids: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
         return torch.zeros(vocab, dtype=torch.bool).index_fill(0, torch.tensor(ids, dtype=torch.long), True).to(device)
 
 
-class DiffusionDrafter(Drafter):
+class DiffusionDrafter(Ragged):
     """Any loaded dLLM, shifted or not, bidirectional or block-causal.
 
     suffix_token_id   a token of the drafter behind the masks (DEER's SEP), None = nothing.
@@ -172,16 +172,9 @@ class DiffusionDrafter(Drafter):
         """What vocabulary work reads. Strings are read where they lie, so they live as long as what was captured."""
         return self.vocabulary if self.vocabulary.kind == "strings" else self.vocabulary.kind
 
-    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Draft:
-        """One forward over the text and `k` masks: a lattice, or a chain where the vocabularies meet in text only."""
-        (draft,) = self.together([Ask(self, ids, k, generator)])
-        if isinstance(draft, DraftFailure):
-            raise draft
-        return draft
-
     def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
-        """One ragged forward over all texts and their masks; those that outgrew the positions are one of their own, as
-        no store keeps them."""
+        """One ragged forward over all texts and their masks: lattices, or chains where the vocabularies meet in text
+        only. Those that outgrew the positions are one of their own, as no store keeps them."""
         drafts: list[Draft | DraftFailure] = [EMPTY] * len(asks)
         fed: dict[bool, dict[int, Job]] = {}
         for i, a in enumerate(asks):

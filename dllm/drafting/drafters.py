@@ -165,6 +165,17 @@ class Drafter:
         what it had, the verifier has read the text anew."""
 
 
+class Ragged(Drafter):
+    """Base of drafters whose drafts are made for several texts at once: they write `company` and `together`."""
+
+    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Draft:
+        """The draft of one text, see `together`."""
+        (draft,) = self.together([Ask(self, ids, k, generator)])
+        if isinstance(draft, DraftFailure):
+            raise draft
+        return draft
+
+
 def ask(drafter: Drafter, ids: Sequence[int], k: int, generator: torch.Generator | None = None) -> Draft:
     """A draft for one text, checked: a lattice or a proposal whose numbers are probabilities.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.drafting.drafters import Ask, Draft, Drafter, Need
+from dllm.drafting.drafters import Ask, Draft, Need, Ragged
 from dllm.drafting.hidden.backbone import Text
 from dllm.drafting.hidden.config import HeadConfig
 from dllm.drafting.hidden.head import Head
@@ -90,7 +90,7 @@ class Planned(NamedTuple):
     k: int
 
 
-class HiddenDrafter(Drafter):
+class HiddenDrafter(Ragged):
     """A head as its folder or class says (`read_head`). Heads without an order of their own, and those whose logits
     depend on the token just before alone, give a lattice; the others a chain, drafted left to right.
 
@@ -150,17 +150,10 @@ class HiddenDrafter(Drafter):
         """Texts that one head drafts for, with one verifier."""
         return self.head, self.model
 
-    def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Draft:
-        """One forward over the block; nothing before the first states are there, nor behind a path that the text does
-        not hold yet, unless the head is causal: then the path stands in place of the first masks."""
-        (draft,) = self.together([Ask(self, ids, k, generator)])
-        if isinstance(draft, DraftFailure):
-            raise draft
-        return draft
-
     @torch.inference_mode()
     def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
-        """The drafts of several texts by one forward."""
+        """One forward over the blocks of all texts; nothing before the first states of a text are there, nor behind a
+        path that it does not hold yet, unless the head is causal: then the path stands in place of the first masks."""
         plans = [a.drafter.plan(a) for a in asks if isinstance(a.drafter, HiddenDrafter)]
         some = [p for p in plans if p is not None]
         if not some:
