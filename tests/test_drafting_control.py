@@ -320,7 +320,9 @@ def test_metrics_count_what_happened():
         model, Script(text), PROMPT, max_new_tokens=24, length="fixed:k=5", search="argmax", carry="off"
     )
     assert out.tau == 6 and out.accepted_per_round == 5 and out.acceptance_rate == 1 and out.n_draft == 4
-    assert out.per_slot_acceptance == [1] * 5 and set(out.wall) == {"draft", "search", "verify", "commit", "other"}
+    assert out.per_slot_acceptance == [1] * 5 and set(out.wall) == {
+        "replay", "draft", "search", "verify", "commit", "other",
+    }  # fmt: skip
     assert sum(out.wall.values()) <= out.seconds and out.speedup_vs(2 * out.seconds) == pytest.approx(2)
     carried = dllm.speculate(
         model, Script(text, "sometimes"), PROMPT, max_new_tokens=24, length="fixed:k=9", search="argmax", carry="always"

@@ -233,6 +233,27 @@ def test_generate_with_a_head_keeps_padded_batches_as_they_are(name):
     assert sum(r.n_draft for r in results) > 6
 
 
+@pytest.mark.parametrize("name", ["tiny-dflash-trained-qwen3-ar-deep", "tiny-dspark-gated-qwen3-ar-deep"])
+@pytest.mark.parametrize("tree", [0, 12])
+def test_a_head_goes_on_behind_the_cache_of_earlier_turns(name, tree):
+    """It drafts as if it had read the text in one go."""
+    model, results = verifier().model, []
+    turn = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    options = dict(length="fixed:k=4", carry="off", order=0, tree=tree)
+    generate = dllm.speculator(folder(name), results=results, **options)
+    ids, cache, theirs = torch.tensor([[160, 182, 196, 169, 137]]), None, None
+    for new in ([169, 137], [160], []):
+        text = model.generate(ids, past_key_values=theirs, **turn)
+        out = model.generate(ids, past_key_values=cache, custom_generate=generate, **turn)
+        assert torch.equal(out.sequences, text.sequences)
+        if cache is not None:
+            whole = dllm.speculate(model, folder(name), ids[0].tolist(), max_new_tokens=8, **options)
+            drafted = [(r.emitted, r.k, r.nodes) for r in whole.rounds[1:]]
+            assert drafted and [(r.emitted, r.k, r.nodes) for r in results[-1].rounds][-len(drafted) :] == drafted
+        cache, theirs = out.past_key_values, text.past_key_values
+        ids = torch.cat([out.sequences, torch.tensor([new], dtype=torch.long)], 1)
+
+
 def test_the_first_round_has_no_draft_and_is_no_failed_one():
     (result,) = [dllm.speculate(verifier(), folder(HEADS[0]), [160, 182, 196], max_new_tokens=12, length="adl")]
     first = result.rounds[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from drafting_kit import KINDS, Noise, Script, plain, tiny_verifier
@@ -96,6 +98,66 @@ def test_states_of_captured_rounds_are_those_of_eager_ones(prompts, tree):
     check(model, drafter)
 
 
+def conversation(model, lead, gap, **kw):
+    """Three turns over one cache: padded in front by `lead` and before each later turn by `gap`. Per turn the ids, what
+    of them is text, and how many come before the output; then the texts."""
+    ids, real, cache, found = [0] * lead + PROMPT, [False] * lead + [True] * len(PROMPT), None, []
+    for new in ([9, 1, 4], [12], []):
+        out = model.generate(
+            torch.tensor([ids]), attention_mask=torch.tensor([real]).long(), past_key_values=cache, max_new_tokens=N,
+            do_sample=False, return_dict_in_generate=True, **kw,
+        )  # fmt: skip
+        ids, cache = out.sequences[0].tolist(), out.past_key_values
+        real += [True] * (len(ids) - len(real))
+        found.append((list(ids), list(real)))
+        ids, real = ids + [0] * gap + new, real + [False] * gap + [True] * len(new)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tree,lead,gap", [(0, 0, 0), (6, 0, 0), (0, 3, 0), (6, 2, 2)])
+def test_the_states_of_earlier_turns_are_computed_again(kind, tree, lead, gap):
+    model, results = tiny_verifier(kind), []
+    found = conversation(model, lead, gap)
+    drafter = Tapped([[t for t, r in zip(*turn, strict=True) if r] for turn in found])
+    ours = speculator(drafter, tree=tree, length="fixed:k=4", results=results)
+    assert conversation(model, lead, gap, custom_generate=ours) == found
+    for (shown, real), (_, had) in zip(found, drafter.all, strict=True):
+        ids, mask, states = torch.tensor([shown]), torch.tensor([real]), torch.cat(had)
+        at = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        out = model(ids, attention_mask=mask.long(), position_ids=at, output_hidden_states=True)
+        expected = torch.stack([out.hidden_states[tap + 1][0] for tap in drafter.taps], 1)[mask[0]]
+        assert len(expected) - 7 < len(states) < len(expected)
+        assert torch.allclose(states, expected[: len(states)], atol=1e-9)
+    assert [[r.replays for r in out.rounds] for out in results] == [
+        [int(turn > 0), *[0] * (len(out.rounds) - 1)] for turn, out in enumerate(results)
+    ]
+    assert [out.n_verify - len(out.rounds) for out in results] == [0, 1, 1]
+    assert all((out.wall["replay"] > 0) == (out.rounds[0].replays > 0) for out in results)
+    assert all(out.tau > 1.5 for out in results) and results[2].rounds[0].k, "one new token: drafted for at once"
+
+
+def test_states_of_earlier_turns_stand_where_position_ids_put_them():
+    model, at = tiny_verifier(), torch.arange(len(PROMPT))[None] * 2
+    with torch.no_grad():
+        first = model(torch.tensor([PROMPT[:6]]), position_ids=at[:, :6], use_cache=True)
+    kw = dict(max_new_tokens=N, do_sample=False, position_ids=at)
+    ids = torch.tensor([PROMPT])
+    text = model.generate(ids, past_key_values=deepcopy(first.past_key_values), **kw)[0].tolist()
+    drafter = Tapped([text])
+    out = model.generate(ids, past_key_values=first.past_key_values, custom_generate=speculator(drafter), **kw)
+    expected = model(ids[:, :6], position_ids=at[:, :6], output_hidden_states=True).hidden_states
+    assert out[0].tolist() == text
+    assert torch.allclose(drafter.all[0][1][0], torch.stack([expected[2][0], expected[0][0]], 1), atol=1e-9)
+
+
+def test_nothing_is_read_again_for_who_reads_the_text():
+    model, results = tiny_verifier(), []
+    found = conversation(model, 0, 0)
+    assert conversation(model, 0, 0, custom_generate=speculator(Noise(), results=results)) == found
+    assert not any(r.replays or r.t_replay for out in results for r in out.rounds)
+
+
 def test_nothing_is_tapped_that_nobody_reads():
     model, asked = tiny_verifier(), []
     model.register_forward_pre_hook(lambda _, args, kw: asked.append(kw.get("output_hidden_states")), with_kwargs=True)
@@ -127,10 +189,11 @@ def test_who_cannot_give_states_is_refused_in_one_line():
     drafter.taps = (1, -1)
     ids = torch.tensor([PROMPT])
     first = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    with pytest.raises(DllmError, match="hidden states, and those of an earlier turn are gone"):
+    drafter.texts.append([9, 1])
+    with pytest.raises(DllmError, match="states, which past_key_values does not hold: pass the ids of the whole text"):
         model.generate(
-            first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False,
-            custom_generate=speculator(drafter),
+            torch.tensor([[9, 1]]), attention_mask=torch.ones(1, len(PROMPT) + 3, dtype=torch.long), max_new_tokens=4,
+            past_key_values=first.past_key_values, do_sample=False, custom_generate=speculator(drafter),
         )  # fmt: skip
     with pytest.raises(DllmError, match="states, which assisted generation hides"), assisted_by(model, drafter):
         pass

@@ -41,8 +41,10 @@ class RoundStats:
     rows: int = 1  # of the verifying forward
     width: int = 0  # tokens of its widest row, 0 = of this one
     leads: bool = True  # of the rows of a forward, the one that speaks for its seconds
+    replays: int = 0  # forwards over what an earlier call left in the cache, for states that a drafter reads
     # (slot, confidence, accepted) of judged nodes
     observed: list[tuple[int, float, bool]] = field(default_factory=list)
+    t_replay: float = 0.0
     t_draft: float = 0.0
     t_search: float = 0.0
     t_verify: float = 0.0
@@ -60,7 +62,7 @@ class RoundStats:
     @property
     def wall(self) -> dict[str, float]:
         """Seconds per stage."""
-        return {name: vars(self)[f"t_{name}"] for name in ("draft", "search", "verify", "commit", "other")}
+        return {name: vars(self)[f"t_{name}"] for name in ("replay", "draft", "search", "verify", "commit", "other")}
 
     @property
     def seconds(self) -> float:
@@ -569,7 +571,7 @@ class CostAware(Controller):
 
     def update(self, r: RoundStats) -> None:
         """Book seconds, confidences and slots of a round."""
-        if r.pending == 1:
+        if r.pending == 1 and not r.replays:
             self._book(r)
         calib = self.stale if r.carried else self.calib
         for slot, conf, accepted in r.observed:

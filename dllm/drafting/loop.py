@@ -161,10 +161,10 @@ def rounds(
     with loans:
         session = session or verifier.open(len(rows), graphs=verifier.graphs(loans))
         for row in rows:
-            if row.taps and session.past:
+            if row.taps and row.request.before:
                 raise DllmError(
-                    "the drafter reads the verifier's hidden states, and those of an earlier turn are gone: "
-                    "generate without past_key_values, or with a drafter that reads the text"
+                    "the drafter reads the verifier's hidden states, which past_key_values does not hold: pass the ids "
+                    "of the whole text, so that they can be computed again"
                 )
             row.cached = session.past
             row.controller.rows = len(rows)
@@ -177,11 +177,15 @@ def rounds(
 
 
 def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
-    start = time.perf_counter()
+    start, replays = time.perf_counter(), 0
     for b, row in enumerate(rows):
         if row.verifier.restarts and row.cached <= (row.verifier.turn or 0) < len(row.ids) and not row.done:
             session.restart(b)
             row.cached = 0
+        if row.taps and row.told < row.cached:
+            row.take(session.replay(row.ids[: row.cached], row.taps), 0)
+            replays = 1
+    replayed = time.perf_counter()
     live, starts = [row for row in rows if not row.done], [row.cached for row in rows]
     drafts = iter(proposed(live))
     pending = [None if row.done else Pending(row.ids[row.cached :], next(drafts)) for row in rows]
@@ -195,12 +199,13 @@ def _round(session: Session, rows: list[Speculation]) -> list[list[int]]:
         row.take(states, at)
     end = time.perf_counter()
     verify, commit = verified - ready, end - told
-    other = end - start - verify - commit - sum(row.stats.t_draft + row.stats.t_search for row in live)
+    other = end - replayed - verify - commit - sum(row.stats.t_draft + row.stats.t_search for row in live)
     width = max(len(p.ids) + len(p.proposal) for p in pending if p is not None)
     for row in live:
         r = row.stats
         r.t_verify, r.t_commit, r.t_other = verify, commit, max(0.0, other)
         r.rows, r.width, r.leads = len(rows), width, row is live[0]
+        r.replays, r.t_replay = replays, replayed - start if replays else 0.0
         row.finish_round()
     return [emitted for emitted, _ in settled]
 

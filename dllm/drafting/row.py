@@ -55,6 +55,7 @@ class Speculation:
     loans: Loans | None = None
     texts: tuple[SuffixArray, ...] = ()  # of others
     cached: int = 0  # tokens in the verifier's cache
+    told: int = 0  # tokens whose states the drafters were handed
     counted: int = 0  # tokens in the proxy
     proxy: NgramTable | None = None
     chunks: list[tuple[int, Lattice]] = field(default_factory=list)  # (offset in the draft, lattice)
@@ -332,6 +333,7 @@ class Speculation:
 
     def take(self, states: Tensor | None, start: int) -> None:
         """Hand on the tapped states (n, T, H) of the tokens from `start` on, to each source those that it reads."""
+        self.told = start if states is None else start + len(states)
         for source in self.sources:
             if states is not None and source.taps and not self.done:
                 own = source.taps == self.taps

@@ -332,6 +332,11 @@ class Session:
         """Forget the cache of a row."""
         raise NotImplementedError
 
+    def replay(self, ids: Sequence[int], taps: Sequence[int]) -> Tensor:
+        """The states (n, T, H) of what was in the cache when the session was opened, the text `ids` (n,), read once
+        more: a cache does not hold them."""
+        raise NotImplementedError
+
 
 class Single(Session):
     """One row. Chains need no mask but the prompt's; trees bring their own and are compacted by a gather.
@@ -348,6 +353,7 @@ class Single(Session):
         self.fed: list[int] | None = None  # the padded rest of the prompt, until it is fed
         self.position = self.slots  # of the next token
         self.past = self.slots
+        self.earlier: PaddedPrompt | None = None  # what the cache held, where it was padded
         self.placed: list[int] = []
         if prompt is not None:
             self._place(prompt)
@@ -370,11 +376,22 @@ class Single(Session):
             )
         real = list(prompt.real)
         usual = [max(0, n - 1) for n in accumulate(map(int, real))]
-        positions = usual if prompt.positions is None else list(prompt.positions)
+        own = prompt.positions or ()
+        positions = [*usual[: len(usual) - len(own)], *own]
         self.fed, self.placed = list(rest), positions[len(positions) - len(rest) :]
         self.real = real[: self.slots]
         self.pending = real[self.slots :]
         self.past = sum(self.real[before:])
+        if not before:
+            self.earlier = PaddedPrompt(prompt.ids[: self.slots], self.real, positions[: self.slots])
+
+    def replay(self, ids: Sequence[int], taps: Sequence[int]) -> Tensor:
+        """One forward over what each slot held, padding included, into a cache of its own."""
+        session = Single(self.verifier, DynamicCache(config=self.verifier.config), self.earlier)
+        session.verify([Pending(ids, EMPTY)], taps)
+        (states,) = session.commit([()])
+        assert states is not None
+        return states
 
     def verify(self, rows: Sequence[Pending | None], taps: Sequence[int] = ()) -> list[Tensor | None]:
         """One forward of the ids and the nodes; the prompt's padding is fed with it."""
