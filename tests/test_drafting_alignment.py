@@ -1,8 +1,7 @@
-"""DEER's two stages: what is masked, what it weighs, and that acceptance rises."""
+"""Alignment: what the objectives mask and weigh, that acceptance rises, and runs that go on where they were cut off."""
 
 from __future__ import annotations
 
-import random
 import signal
 from dataclasses import replace
 
@@ -15,16 +14,15 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.registry import as_drafter
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
-from dllm.training import alignment
-from dllm.training.alignment import (
-    align,
-    continuations,
-    loss_of,
-    separator,
-    shrink,
-    stage_one,
-    stage_two,
-)
+from dllm.training import answers
+from dllm.training.alignment import recipe
+from dllm.training.alignment.continuation import Continuation
+from dllm.training.alignment.loop import align, drawn
+from dllm.training.alignment.objective import Learner, Rows
+from dllm.training.alignment.recipe import separator, shrink
+from dllm.training.alignment.refinement import Refinement
+from dllm.training.alignment.registry import as_objective
+from dllm.training.answers import continuations
 from dllm.training.config import AlignConfig, Stage, load_config
 from dllm.training.data import Pair
 
@@ -40,15 +38,24 @@ def model():
 DATA = [Pair([10, 11, 12], [20, 21, 22, 23, 24, 2]), Pair([10], [30 + i for i in range(20)])]
 
 
+def rows_of(objective, data, learner, seed):
+    return Rows.of(objective.texts(data, learner, drawn(seed, 0, 0)), learner.model.mask_id)
+
+
 def by_row(rows, b):
     at = rows.row == b
     return rows.column[at].tolist(), rows.target[at].tolist(), rows.weight[at]
 
 
-def test_stage_one_masks_behind_a_random_cut_and_closes_the_block(model):
+def stages(*steps_and_rates):
+    names = ("continuation", "refinement")
+    return tuple(Stage(name, *each) for name, each in zip(names, steps_and_rates, strict=True))
+
+
+def test_continuation_masks_behind_a_random_cut_and_closes_the_block(model):
     seen = set()
     for seed in range(30):
-        rows = stage_one(DATA, model, BLOCK, SEP, random.Random(seed), torch.Generator().manual_seed(seed))
+        rows = rows_of(Continuation(), DATA, Learner(model, BLOCK, SEP), seed)
         for b, c in enumerate(DATA):
             row = rows.ids[b, rows.pos[b] >= 0].tolist()
             assert row[-1] == SEP
@@ -63,19 +70,19 @@ def test_stage_one_masks_behind_a_random_cut_and_closes_the_block(model):
     assert {cut for b, cut in seen if b == 0} == set(range(6))
 
 
-def test_stage_one_masking_rate_is_the_inverse_weight(model):
+def test_the_masking_rate_is_the_inverse_weight(model):
     many, n, expected = [DATA[1]] * 64, 0, 0.0
     for seed in range(20):
-        rows = stage_one(many, model, BLOCK, None, random.Random(seed), torch.Generator().manual_seed(seed))
+        rows = rows_of(Continuation(), many, Learner(model, BLOCK), seed)
         n += len(rows.row)
         expected += sum(BLOCK / float(rows.weight[rows.row == b][0]) for b in range(64))
     assert n / expected == pytest.approx(1.0, abs=0.06)  # at least one mask a row adds a little
 
 
-def test_stage_two_masks_the_end_and_weighs_its_beginning_most(model):
+def test_refinement_masks_the_end_and_weighs_its_beginning_most(model):
     lengths = set()
     for seed in range(40):
-        rows = stage_two(DATA, model, 5, 1.1, SEP, random.Random(seed))
+        rows = rows_of(Refinement(1.1, 5), DATA, Learner(model, BLOCK, SEP), seed)
         for b, c in enumerate(DATA):
             columns, targets, weights = by_row(rows, b)
             r = len(columns)
@@ -88,12 +95,28 @@ def test_stage_two_masks_the_end_and_weighs_its_beginning_most(model):
 
 
 def test_loss_by_hand(model):
-    rows = stage_two(DATA[:1], model, 3, 1.5, SEP, random.Random(1))
+    learner, objective = Learner(model, BLOCK, SEP), Refinement(1.5, 3)
+    rows = rows_of(objective, DATA[:1], learner, 1)
     with torch.no_grad():
         hidden = model.transformer(rows.ids)
         logp = torch.log_softmax(model.transformer.head(hidden[0, rows.column]).float(), -1)
-        by_hand = -(logp[torch.arange(len(rows.target)), rows.target] * rows.weight).sum() / rows.weight.sum()
-        assert float(loss_of(model, rows)) == pytest.approx(float(by_hand), rel=1e-5)
+        by_hand = -(logp[torch.arange(len(rows.target)), rows.target] * rows.weight).sum()
+        total, weight = objective.loss(rows, learner)
+        assert float(total) == pytest.approx(float(by_hand), rel=1e-5) and weight == rows.weight.sum()
+
+
+def test_the_teacher_speaks_of_the_masked_tokens_in_their_places(model):
+    verifier = golden("tiny-llama-ar-random")
+    learner = Learner(model, BLOCK, SEP, verifier)
+    rows = rows_of(Refinement(1.5, 3), DATA, learner, 1)
+    said = learner.teacher(rows)
+    assert not said.requires_grad and said.shape == (len(rows.target), model.vocab_size)
+    for logits, b, column in zip(said, rows.row.tolist(), rows.column.tolist(), strict=True):
+        with torch.no_grad():
+            alone = verifier(rows.clean[b : b + 1, :column]).logits[0, -1]
+        torch.testing.assert_close(logits, alone[: model.vocab_size], rtol=1e-4, atol=1e-5)
+    with pytest.raises(DllmError, match="asks the verifier"):
+        Learner(model, BLOCK).teacher(rows)
 
 
 def test_acceptance_rises_on_the_verifiers_own_outputs(model):
@@ -114,15 +137,17 @@ def test_acceptance_rises_on_the_verifiers_own_outputs(model):
         return sum(len(o.tokens) for o in outs) / sum(o.n_verify for o in outs)
 
     before = tau()
-    config = AlignConfig("unused", tasks={"x": 1}, block=6, one=Stage(60, 1e-2), two=Stage(140, 6e-3), batch_size=8)
-    losses = align(small, data, config)
+    both = stages((60, 1e-2), (140, 6e-3))
+    config = AlignConfig("unused", tasks={"x": 1}, block=6, stages=both, batch_size=8)
+    losses = align(Learner(small, 6, SEP), data, config)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert tau() > before + 0.2
 
 
 def test_recipes_and_mistakes(model, tmp_path):
-    recipe = load_config("configs/align/tiny.yaml", kind=AlignConfig)
-    assert recipe.verifier.name == "tiny-ar" and recipe.one.steps > 0 and recipe.alpha == 1.01
+    tiny = load_config("configs/align/tiny.yaml", kind=AlignConfig)
+    assert tiny.verifier.name == "tiny-ar" and tiny.stages[0].steps > 0
+    assert as_objective(tiny.stages[1].objective) == Refinement(alpha=1.01, max_suffix=24)
     path = tmp_path / "r.yaml"
     path.write_text("output: x\ntasks: {word_problems: 2}\nblok: 8\n")
     with pytest.raises(DllmError, match="block"):
@@ -134,48 +159,54 @@ def test_recipes_and_mistakes(model, tmp_path):
     with pytest.raises(DllmError, match="save_every=0 must be at least 1"):
         AlignConfig("x", tasks={"word_problems": 1}, save_every=0)
     with pytest.raises(DllmError, match=r"positive lr, not 3 and -1\.0"):
-        Stage(3, -1.0)
-    with pytest.raises(DllmError, match="alpha"):
-        AlignConfig("x", tasks={"word_problems": 1}, alpha=0.5)
+        Stage("continuation", 3, -1.0)
+    with pytest.raises(DllmError, match=r"alpha=0\.5 must be at least 1"):
+        as_objective("refinement:alpha=0.5")
+    with pytest.raises(DllmError, match="did you mean 'refinement'"):
+        recipe.run(AlignConfig(str(tmp_path), tasks={"word_problems": 1}, stages=(Stage("refinment", 1, 1.0),)))
+    assert not any(tmp_path.glob("checkpoint*"))
     with pytest.raises(DllmError, match="layers"):
         shrink(model, 99)
     with pytest.raises(DllmError, match="teacher"):
-        align(model, [], AlignConfig("x", tasks={"word_problems": 1}))
+        align(Learner(model, BLOCK), [], AlignConfig("x", tasks={"word_problems": 1}))
+    with pytest.raises(DllmError, match=r"no answers in .*none\.jsonl"):
+        answers.make(AlignConfig("x", data=str(tmp_path / "none.jsonl")))
     assert separator(model) == SEP
 
 
 def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
     def config(name):
         return AlignConfig(
-            str(tmp_path / name), layers=1, tasks={"word_problems": 6}, max_new_tokens=12, block=4, max_suffix=4,
-            one=Stage(4, 1e-3), two=Stage(4, 1e-3), batch_size=2, save_every=3, threads=1,
+            str(tmp_path / name), layers=1, tasks={"word_problems": 6}, max_new_tokens=12, block=4,
+            stages=(Stage("continuation", 4, 1e-3), Stage("refinement:max_suffix=4", 4, 1e-3)),
+            batch_size=2, save_every=3, threads=1,
         )  # fmt: skip
 
-    whole = alignment.run(config("whole"))
-    steps, loss = iter(range(99)), alignment.loss_of
+    whole = recipe.run(config("whole"))
+    steps, logits = iter(range(99)), Learner.logits
 
-    def interrupted(model, rows):
+    def interrupted(learner, rows):
         if next(steps) == 5:
             signal.raise_signal(signal.SIGINT)
-        return loss(model, rows)
+        return logits(learner, rows)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     try:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(alignment, "loss_of", interrupted)
-            alignment.run(config("halves"))
+            patch.setattr(Learner, "logits", interrupted)
+            recipe.run(config("halves"))
     finally:
         signal.signal(signal.SIGINT, before)
-    answers = tmp_path / "halves" / "teacher.jsonl"
-    lines = answers.read_text().splitlines()
+    file = tmp_path / "halves" / "answers.jsonl"
+    lines = file.read_text().splitlines()
     assert len(lines) == 6
-    answers.write_text("\n".join(lines[:4]) + "\n[[1, 2], [3,")  # as a full disk would leave it
+    file.write_text("\n".join(lines[:4]) + "\n[[1, 2], [3,")  # as a full disk would leave it
     with pytest.raises(DllmError, match="go on with --resume"):
-        alignment.run(config("halves"))
+        recipe.run(config("halves"))
     with pytest.raises(DllmError, match="another recipe: block"):
-        alignment.run(replace(config("halves"), block=5), resume=True)
-    resumed = alignment.run(config("halves"), resume=True)
-    assert sorted(answers.read_text().splitlines()) == sorted(lines)
+        recipe.run(replace(config("halves"), block=5), resume=True)
+    resumed = recipe.run(config("halves"), resume=True)
+    assert sorted(file.read_text().splitlines()) == sorted(lines)
     for a, b in zip(whole.transformer.parameters(), resumed.transformer.parameters(), strict=True):
         assert torch.equal(a, b)
     drafter = as_drafter(str(tmp_path / "halves" / "model"))
@@ -186,37 +217,37 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_trained(t
     config = AlignConfig(
         str(tmp_path / "out"), verifier=Checkpoint("tests/golden/checkpoints/tiny-llama-ar-random"),
         tasks={"word_problems": 2},
-        one=Stage(1, 1e-3), two=Stage(1, 1e-3),
+        stages=stages((1, 1e-3), (1, 1e-3)),
     )  # fmt: skip
     with pytest.raises(DllmError, match="share no vocabulary"):
-        alignment.run(config)
-    assert not (tmp_path / "out" / "teacher.jsonl").exists() and not (tmp_path / "out" / "model").exists()
+        recipe.run(config)
+    assert not (tmp_path / "out" / "answers.jsonl").exists() and not (tmp_path / "out" / "model").exists()
 
 
 def test_answers_with_ids_that_the_drafter_lacks_are_left_out_with_a_word(model, caplog):
     small, odd = shrink(model, 1), Pair([10], [model.vocab_size])
-    config = AlignConfig("unused", tasks={"x": 1}, one=Stage(1, 1e-3), two=Stage(1, 1e-3), batch_size=2)
+    config = AlignConfig("unused", tasks={"x": 1}, stages=stages((1, 1e-3), (1, 1e-3)), batch_size=2)
     with caplog.at_level("WARNING"):
-        assert len(align(small, [*DATA, odd], config)) == 2
+        assert len(align(Learner(small, BLOCK), [*DATA, odd], config)) == 2
     assert "1 of 3 teacher answers" in caplog.text
     with pytest.raises(DllmError, match="lacks"):
-        align(small, [odd], config)
+        align(Learner(small, BLOCK), [odd], config)
 
 
 def test_the_dtype_of_a_recipe_is_that_of_teacher_and_saved_drafter(tmp_path, monkeypatch):
     teachers = []
-    answers = alignment.continuations
+    made_of = answers.continuations
 
     def seen(verifier, *args):
         teachers.append(verifier.dtype)
-        return answers(verifier, *args)
+        return made_of(verifier, *args)
 
-    monkeypatch.setattr(alignment, "continuations", seen)
+    monkeypatch.setattr(answers, "continuations", seen)
     config = AlignConfig(
-        str(tmp_path / "out"), layers=1, tasks={"word_problems": 3}, max_new_tokens=6, block=4, max_suffix=4,
-        one=Stage(2, 1e-3), two=Stage(0, 1e-3), batch_size=2, dtype="bfloat16", threads=1,
+        str(tmp_path / "out"), layers=1, tasks={"word_problems": 3}, max_new_tokens=6, block=4,
+        stages=(Stage("continuation", 2, 1e-3),), batch_size=2, dtype="bfloat16", threads=1,
     )  # fmt: skip
-    made = alignment.run(config)
+    made = recipe.run(config)
     assert teachers == [torch.bfloat16] and made.dtype == torch.bfloat16
     assert dllm.load(str(tmp_path / "out" / "model"), dtype="auto").dtype == torch.bfloat16
     with pytest.raises(DllmError, match="dtype"):

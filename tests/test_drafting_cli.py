@@ -82,8 +82,11 @@ def test_align_trains_and_measures(run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"output: {tmp_path}/out\nlayers: 1\ntasks: {{word_problems: 4}}\nmax_new_tokens: 12\nbatch_size: 2\n"
-        "one: {steps: 1, lr: 1e-3}\ntwo: {steps: 1, lr: 1e-3}\nblock: 4\n"
+        "stages: [{objective: continuation, steps: 1, lr: 1e-3}, {objective: refinement, steps: 1, lr: 1e-3}]\n"
+        "block: 4\n"
     )
+    code, shown, error = run("data", "make", str(recipe))
+    assert code == 0 and re.search(r"answers\.jsonl  4 answers, \d+ tokens", shown), error
     code, shown, error = run("align", str(recipe), "--problems", "2")
     assert code == 0, error
     assert "before" in shown and "after" in shown

@@ -29,8 +29,7 @@ from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError, unknown
 from dllm.models.model import Model
 from dllm.models.native import NativeModel
-from dllm.training.alignment import task_prompts
-from dllm.training.config import AlignConfig
+from dllm.tasks.registry import generate
 
 TASKS = ("word_problems", "functions")
 Options = dict[str, Any]  # arguments of `dllm.speculate`
@@ -220,7 +219,7 @@ def plain_text(v: Verifier, prompt: Sequence[int], new: int) -> list[int]:
 
 def held_out(model: Model, task: str, n: int, seed: int = 1) -> list[list[int]]:
     """Prompt ids of test problems: no key of theirs is in the training data."""
-    return task_prompts(model, AlignConfig("", tasks={task: n}, seed=seed), "test")
+    return [model.chat([{"role": "user", "content": e.prompt}]) for e in generate(task, "test", n, seed)]
 
 
 def tau_rows(

@@ -153,7 +153,7 @@ def align(
         return
     from dllm.bench.drafting import held_out, tau_rows
     from dllm.drafting.registry import as_verifier
-    from dllm.training.alignment import pair, run
+    from dllm.training.alignment.recipe import pair, run
     from dllm.training.checkpoint import begin
     from dllm.training.config import AlignConfig, load_config
 

@@ -166,6 +166,7 @@ class TrainConfig(Section):
 class Stage(Section):
     """AdamW at `lr` for `steps`, linear warm-up over a tenth and linear decay over the rest. 0 steps skip the stage."""
 
+    objective: object  # what `dllm.training.alignment.registry` reads: a name, name:key=value, or a mapping
     steps: int
     lr: float
 
@@ -183,6 +184,7 @@ class Taught(Section):
     verifier: Checkpoint = param(Checkpoint("tiny-ar"), "what dllm.load_verifier takes")
     tasks: Mapping[str, int] = param({}, "problems per built-in task whose prompts the verifier answers")
     prompts: str = param("", "or a file, one prompt a line")
+    data: str = param("", "file of its answers, made where it is missing; by default one in `output`")
     max_new_tokens: int = param(96, "tokens of an answer of the verifier", low=1)
     block: int = param(32, "most masked tokens in a row: the k to draft with", low=1)
     batch_size: int = param(32, "rows of a forward", low=1)
@@ -196,8 +198,13 @@ class Taught(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.tasks) == bool(self.prompts):
-            raise DllmError("an alignment recipe names its prompts once: tasks or prompts")
+        if (bool(self.tasks) and bool(self.prompts)) or not (self.tasks or self.prompts or self.data):
+            raise DllmError("a recipe names its prompts once: tasks or prompts, or only data that was made before")
+
+    @property
+    def answers(self) -> Path:
+        """The file of the verifier's answers."""
+        return Path(self.data) if self.data else Path(self.output) / "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -205,11 +212,8 @@ class AlignConfig(Taught):
     """A recipe for a drafter. The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B."""
 
     layers: int = param(0, "keep only the first layers of the drafter (a smaller copy), 0 = all", low=0)
-    max_suffix: int = param(96, "most of them in stage two (the paper's number)", low=1)
     separator: bool = param(True, "close the block with the tokenizer's separator; draft with the same setting")
-    alpha: float = param(1.01, "section 4 of the paper: stable; 1.02 is noisy, 1.05 diverges", low=1)
-    one: Stage = Stage(400, 2e-3)
-    two: Stage = Stage(200, 1e-3)
+    stages: tuple[Stage, ...] = (Stage("continuation", 400, 2e-3), Stage("refinement", 200, 1e-3))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Need
-from dllm.drafting.front import encode
 from dllm.drafting.lattice import pruned
 from dllm.drafting.pair_head import PairHead
 from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
@@ -27,7 +26,7 @@ from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.errors import DllmError
 from dllm.models.hub import load_verifier, pick_device
 from dllm.training import checkpoint
-from dllm.training.alignment import continuations, task_lines
+from dllm.training.answers import answers_of
 from dllm.training.config import PairHeadConfig
 from dllm.training.data import Pair
 from dllm.training.trainer import patience
@@ -141,10 +140,10 @@ def parts(config: PairHeadConfig) -> tuple[DiffusionDrafter, Verifier]:
 def run(config: PairHeadConfig, resume: bool = False) -> Path:
     """The whole recipe: teacher answers, training; returns the folder of the head, `output/pair-head`.
 
-    `resume` goes on from the checkpoint and the teacher's answers in `output`; without it the folder must hold none.
+    `resume` goes on from the checkpoint and the teacher's answers; without it `output` must hold none.
     """
     folder = Path(config.output)
-    path, answers, made = folder / checkpoint.CHECKPOINT, folder / "teacher.jsonl", folder / "pair-head"
+    path, made = folder / checkpoint.CHECKPOINT, folder / "pair-head"
     saved = checkpoint.begin(config, resume)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -158,10 +157,8 @@ def run(config: PairHeadConfig, resume: bool = False) -> Path:
         log.info("step %d saved in %s", step, path)
 
     if saved is None:
-        answers.unlink(missing_ok=True)
         save(0, None, None)
-    prompts, _ = encode(verifier, [[{"role": "user", "content": line}] for line in task_lines(config)])
-    data = continuations(verifier.model, prompts, config.max_new_tokens, config.batch_size, answers)  # type: ignore[arg-type]
+    data = answers_of(config, verifier.model)  # type: ignore[arg-type]
     log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
     head, _ = train(drafter, data, config, saved, save)
     about = {"law": "mass", "drafter": config.drafter.name, "verifier": config.verifier.name, "block": config.block}

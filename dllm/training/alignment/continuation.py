@@ -1,0 +1,31 @@
+"""Continuation distillation, DEER's first stage (arXiv 2512.15176): go on behind a random cut of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dllm.training.alignment.objective import Draw, Learner, Masked, Objective, behind
+from dllm.training.data import Pair
+from dllm.training.diffusion import noise_levels
+
+
+@dataclass(frozen=True)
+class Continuation(Objective):
+    """A random cut, a block behind it, masked at rate t with weight 1 / t; past its end an answer goes on with EOS."""
+
+    def texts(self, data: Sequence[Pair], learner: Learner, draw: Draw) -> list[Masked]:
+        """As `Objective`."""
+        block, end = learner.block, learner.model.eos_ids[0]
+        texts = []
+        for c, t in zip(data, noise_levels(len(data), draw.generator), strict=True):
+            cut = draw.rng.randrange(len(c.answer))
+            masked = torch.rand(block, generator=draw.generator) < t
+            if not bool(masked.any()):
+                masked[int(torch.randint(block, (1,), generator=draw.generator))] = True
+            target = (c.answer[cut:] + [end] * block)[:block]
+            weight = torch.full((block,), 1 / float(t))
+            texts.append(behind(c.prompt + c.answer[:cut], target, masked, weight, learner))
+        return texts
