@@ -24,6 +24,7 @@ from dllm.errors import DllmError as DllmError
 if TYPE_CHECKING:  # the same names for checkers and editors
     from dllm.call.arguments import DecodingArguments as DecodingArguments
     from dllm.call.cache_error import cache_error as cache_error
+    from dllm.call.engine import Engine as Engine
     from dllm.call.generate import generate as generate
     from dllm.call.generate import stream as stream
     from dllm.call.output import Event as Event
@@ -55,6 +56,7 @@ __path__ = [str(_HERE)]  # an editable install is a tree of links: files go by t
 _HOMES = {
     "dllm.call.arguments": "DecodingArguments",
     "dllm.call.cache_error": "cache_error",
+    "dllm.call.engine": "Engine",
     "dllm.call.generate": "generate stream",
     "dllm.call.output": "Event Output",
     "dllm.call.prompts": "Prompt",

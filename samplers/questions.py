@@ -54,7 +54,7 @@ def questions(s: Sampler, context: Context, policy: Policy | None = None, option
     policy = replace(policy or NoCache(), block_size=context.block_size, shift=context.shift)
     s = s.reading(_Blank.attention_layers)
     options = options or Options(Law(filtered=s.needs.filtered))
-    run, found = Runner(_Blank(context), policy.attach(s), policy, options, Meter(ROWS)), list[str]()
+    run, found = Runner(_Blank(context), policy.attach(s), policy, options), list[str]()
     with _mode(), _Copies(found):
         try:
             _run(run, context, found)
@@ -71,9 +71,9 @@ def _run(run: Runner, context: Context, found: list[str]) -> None:
     canvas = Canvas(ids, ids == 0, ids > 0, start, start + asked, context.mask_id)
     state, window = opened(run.s, run.policy, State.begin(canvas, start, asked, *run.s.start(canvas)))
     rows, lane = list(range(ROWS)), torch.arange(ROWS, device=DEVICE)
-    nothing = Facts(*[0] * len(Facts._fields))
+    tickets, nothing = Meter(ROWS).rows, Facts(*[0] * len(Facts._fields))
     for stale, reads in ((1, 1), (0, width)):
-        part = Part(rows, lane, slice(0, ROWS), state, window, [nothing._replace(stale=stale)] * ROWS, rows)
+        part = Part(rows, lane, slice(0, ROWS), state, window, [nothing._replace(stale=stale)] * ROWS, tickets)
         before, after = state, run.work(part, Shape(width, width, reads))
         state, window = after.state, after.window
         found += [*_changed(before.memory, state.memory), *_changed(before.columns, state.columns)]

@@ -9,7 +9,8 @@ import dllm
 from dllm.call.cache_error import cache_error
 from dllm.call.job import prepare
 from dllm.decoding.cache.registry import POLICIES, policy
-from dllm.decoding.engine import Waiting
+from dllm.decoding.engine import opening
+from dllm.decoding.meter import Meter
 from dllm.errors import DllmError
 
 MASK = 39
@@ -132,7 +133,7 @@ def test_dllm_cache_fills_its_share_with_what_was_computed_longest_ago(rho):
 def test_scattered_columns_are_recomputed_with_those_that_are_looked_at(cache, private):
     call = {"max_new_tokens": 13, "block_length": 5, "sampler": "threshold+sched", "cache": cache}
     job = prepare(tiny(), PROMPTS, call)
-    window = Waiting.of(job.sampler, job.policy, job.queue).all.window
+    window = opening(job.sampler, job.policy, job.queue, Meter(len(PROMPTS)).rows).window
     assert window.aside.any() and window.step.cols[0, 14] and (window.step.aside is not None) == private
 
 

@@ -200,7 +200,7 @@ class Uneven(Runner):
             others = [self.steps[other] for other in lanes if other != own]
             request = batch.request[own]
             assert request is not None
-            self.entries.setdefault(request, (self.steps[own], others))
+            self.entries.setdefault(request.index, (self.steps[own], others))
         self.steps[min(lanes)] += 1
         return [batch.took(self.turn(batch.part([min(lanes)])))]
 
@@ -216,7 +216,11 @@ def test_a_row_enters_when_its_lane_is_due() -> None:
 
     j = prepare(Scripted(peaks([(1, 0.5)] * 3, 4)), [[0]] * 5, {"sampler": "confidence", "max_new_tokens": 3})
     call: dict[str, Any] = {"batch_size": 2, "options": j.options, "meter": Meter(5), "runner": runner}
-    done = [t.request for t in engine.decode(j.model, j.sampler, j.policy, j.queue, **call) if t.facts[0].done]
+    done = [
+        [r.index for r in t.request]
+        for t in engine.decode(j.model, j.sampler, j.policy, j.queue, **call)
+        if t.facts[0].done
+    ]
     assert sorted(r for [r] in done) == list(range(5))
     entries = made[0].entries
     assert sorted(entries) == list(range(5))

@@ -152,7 +152,7 @@ def test_blocks_that_hits_finished_are_stored(cache_: str, sampler: str) -> None
 
 def stores_agree(checkpoint: str, cache_: str, sampler: str) -> None:
     job = prepare(model(checkpoint), PROMPTS, {**CALL, "sampler": sampler, "cache": cache_, "early_stop": False})
-    one, several = Spied(Runner), Spied(ChainRunner, setting=Lookahead(4, mode="exact", form="chain"), report={})
+    one, several = Spied(Runner), Spied(ChainRunner, setting=Lookahead(4, mode="exact", form="chain"))
     for spied in (one, several):
         for _ in job.ticks(Meter(len(PROMPTS)), spied):
             pass

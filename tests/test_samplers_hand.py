@@ -597,7 +597,7 @@ def test_daedal_traces_the_worked_example() -> None:
         [1, 1, 1, 1, 3, m, m, 4],
         [1, 1, 1, 1, 3, 1, 1, 4],
     ]
-    assert meter.nfe == [5]
+    assert meter.rows[0].nfe == 5
 
 
 def test_daedal_tail_confidence_skips_other_columns() -> None:

@@ -37,6 +37,8 @@ REVEALED = {  # expression -> its type, as mypy writes it
     'dllm.generate(m, "x", n=4)': "dllm.call.output.Output | list[dllm.call.output.Output]",
     "dllm.generate(m, input_ids=[1, 2])": "dllm.call.output.Output | list[dllm.call.output.Output]",
     'next(dllm.stream(m, "x")).output': "dllm.call.output.Output | None",
+    'dllm.Engine(m).submit("x", sampler="klass").result()': "dllm.call.output.Output",
+    'dllm.Engine(m).submit(["x", "y"]).result()': "list[dllm.call.output.Output]",
     'dllm.generate(m, "x", trace=True).trace': "dllm.decoding.trace.Trace | None",
     'dllm.score(m, "x", "y")': "float",
     'dllm.cache_error(m, "x", cache="dual")[0].max': "float",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dllm.bench.runtime import REPEATS, VOCABULARY, WINDOW, Figure, context, scene
 from dllm.decoding.cache.tail import NoCache
-from dllm.decoding.engine import Waiting
+from dllm.decoding.engine import opening
 from dllm.decoding.facts import fetch
 from dllm.decoding.meter import Meter
 from dllm.decoding.prediction import Law
@@ -103,9 +103,9 @@ class Lap:
         frame = call(name, model.vocab_size)
         sampler = build(name, frame).reading(model.attention_layers)
         policy, law = NoCache(block_size=frame.block_size, shift=frame.shift), Law(filtered=sampler.needs.filtered)
-        self.run = Runner(model, sampler, policy, Options(law), Meter(1))
+        self.run = Runner(model, sampler, policy, Options(law))
         queue = scene(sampler, mask=model.vocab_size - 1)
-        batch, self.states = Waiting.of(sampler, policy, queue).first(1), list[Batch]()
+        batch, self.states = opening(sampler, policy, queue, Meter(1).rows), list[Batch]()
         for k in range(STEPS):
             self.states.append(batch)
             batch = self.tick(k)

@@ -50,11 +50,11 @@ class Compared(Runner):
         apart = (ours.logits - theirs.logits).abs()
         apart = torch.where(torch.isfinite(theirs.logits), apart, 0.0)  # (B, W, V)
         flips = ours.argmax != theirs.argmax
-        for row, request in enumerate(part.request):
+        for row, ticket in enumerate(part.request):
             here: Tensor = apart[row][live[row]]
             if len(here):
                 values = here.max().item(), here.mean().item(), int(flips[row][live[row]].sum()), len(here)
-                self.errors[request].append(StepError(int(part.state.step[row]), *values))
+                self.errors[ticket.index].append(StepError(int(part.state.step[row]), *values))
 
 
 @overload

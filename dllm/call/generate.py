@@ -18,7 +18,7 @@ from dllm.call.steering import StepView, Streamer, ending
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.graphs import usable
 from dllm.decoding.logprobs import Logprobs
-from dllm.decoding.meter import Meter
+from dllm.decoding.meter import Meter, Ticket
 from dllm.decoding.recording import record
 from dllm.decoding.runner import Tick
 from dllm.decoding.trace import BLANK
@@ -68,9 +68,14 @@ def generate(
         call = _events(model, prompt, n, arguments, live=streamer is not None)
         events = call.events if streamer is None else _put(call, streamer)
         outputs = {event.request: event.output for event in events if event.output is not None}
+    return answers(outputs, call.single)
+
+
+def answers(outputs: Mapping[int, Output], single: bool) -> Output | list[Output]:
+    """What a call returns that got these outputs, by request. `single`: it had one prompt, and no list of them."""
     calls = max(output.calls for output in outputs.values())  # of the whole call: those of the last to finish
-    answers = [dataclasses.replace(outputs[i], calls=calls) for i in sorted(outputs)]
-    return answers[0] if call.single else answers
+    found = [dataclasses.replace(outputs[i], calls=calls) for i in sorted(outputs)]
+    return found[0] if single else found
 
 
 def _put(call: Call, streamer: Streamer) -> Iterator[Event]:
@@ -125,46 +130,72 @@ def _events(
 
 
 def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
-    meter, traces, start = Meter(len(job.prompts)), job.new_traces(), job.queue.canvas.cpu()
-    if not start.masked.any():  # max_new_tokens=0: the prompts come back as they are
-        for request in range(len(job.prompts)):
-            output = job.output(request, start, request, meter, noted=job.noted(job.queue, request))
-            yield Event(request, output.text, None, 0, output, output.tokens, output.logprobs)
-        return
-    before = start.ids.tolist() if traces else []
-    followed = [Followed(job, request, meter) for request in range(len(job.prompts))]
-    watched = live or job.args.on_step is not None or (bool(job.criteria.criteria) and job.args.early_stop)
-    for tick in job.ticks(meter):
-        meter.tick(tick.request)
-        for row, request in enumerate(tick.request if traces else []):
-            if request not in meter.halted:
-                record(traces[request], tick, row, before[request])
-        rows = [r for r, f in enumerate(tick.facts) if (watched or f.done) and tick.request[r] not in meter.halted]
-        if not rows:
-            continue
-        canvas = tick.canvas(rows)
-        for at, row in enumerate(rows):
-            own = followed[tick.request[row]]
-            noted, trace = job.noted(tick.state, tick.rows[row]), traces.get(own.request)
-            halted, most = own.halted(tick, row, canvas, at)
+    told = Told(job, drafts, live)
+    yield from told.blank()
+    for tick in job.ticks(told.meter) if told.open else ():
+        yield from told.events(tick)
+
+
+class Told:
+    """What the observers of a call are told while its rows are decoded. `live`: in between, too, not only at their
+    ends."""
+
+    def __init__(self, job: Job, drafts: bool = False, live: bool = True) -> None:
+        self.job, self.drafts, self.live = job, drafts, live
+        self.meter, self.traces = Meter(len(job.prompts)), job.new_traces()
+        self.start = job.queue.canvas.cpu()
+        self.before = self.start.ids.tolist() if self.traces else []
+        self.followed = [Followed(job, ticket) for ticket in self.meter.rows]
+        self.watched = job.args.on_step is not None or (bool(job.criteria.criteria) and job.args.early_stop)
+
+    @property
+    def open(self) -> bool:
+        """Whether there is anything to decode; max_new_tokens=0 leaves nothing."""
+        return bool(self.start.masked.any())
+
+    def blank(self) -> Iterator[Event]:
+        """The answers where nothing is to be decoded: the prompts come back as they are."""
+        for row in () if self.open else self.meter.rows:
+            output = self.job.output(row, self.start, row.index, noted=self.job.noted(self.job.queue, row.index))
+            yield Event(row.index, output.text, None, 0, output, output.tokens, output.logprobs)
+
+    def events(self, tick: Tick) -> Iterator[Event]:
+        """Those of this call's rows in a tick that rows of others may share."""
+        job, own = self.job, [r for r, ticket in enumerate(tick.request) if ticket.call is self.meter]
+        for row in own:
+            ticket = tick.request[row]
+            ticket.answered()
+            if self.traces and not ticket.halted:
+                record(self.traces[ticket.index], tick, row, self.before[ticket.index])
+        own = [r for r in own if (self.live or self.watched or tick.facts[r].done) and not tick.request[r].halted]
+        canvas = tick.canvas(own) if own else self.start
+        for at, row in enumerate(own):
+            followed = self.followed[tick.request[row].index]
+            noted, trace = job.noted(tick.state, tick.rows[row]), self.traces.get(followed.request)
+            halted, most = followed.halted(tick, row, canvas, at)
             if halted:
-                meter.halt(own.request)
+                followed.ticket.halt()
             if halted or tick.facts[row].done:
-                yield own.last(job.output(own.request, canvas, at, meter, trace, noted, most), drafts)
-            elif live and (event := own.event(tick, row, canvas, at, noted, drafts)):
+                output = job.output(followed.ticket, canvas, at, trace, noted, most)
+                yield followed.last(output, self.drafts)
+            elif self.live and (event := followed.event(tick, row, canvas, at, noted, self.drafts)):
                 yield event
 
 
 @dataclass
 class Followed:
-    """What was told of a request while it is decoded."""
+    """What was told of a row while it is decoded."""
 
     job: Job
-    request: int
-    meter: Meter
+    ticket: Ticket
     sent: str = ""  # its final text so far
     told: int = 0  # its tokens in that
     asked: int = 0  # ids about which the criteria were asked
+
+    @property
+    def request(self) -> int:
+        """Which of the call."""
+        return self.ticket.index
 
     def halted(self, tick: Tick, row: int, canvas: Canvas, at: int) -> tuple[bool, int | None]:
         """Whether a row that goes on is ended from outside; and how many ids stand where a criterion first holds."""
@@ -183,8 +214,7 @@ class Followed:
         """The row after this step, as a callback sees it."""
         f, was, end = tick.facts[row], tick.before[row], int(canvas.length[at]) - self.job.tails[self.request]
         ids, masked = (tuple(leaf[at, :end].tolist()) for leaf in (canvas.ids, canvas.masked))
-        nfe = self.meter.nfe[self.request]
-        return StepView(self.request, f.step, nfe, ids, masked, f.start, (was.lo, was.hi))
+        return StepView(self.request, f.step, self.ticket.nfe, ids, masked, f.start, (was.lo, was.hi))
 
     def closed(self, tick: Tick, row: int, canvas: Canvas, at: int) -> list[int]:
         """The ids of its text that change no more; what a sampler may revise is not among them."""
@@ -207,9 +237,7 @@ class Followed:
             return None
         self.sent, self.told = self.sent + text, self.told + len(columns)
         tokens, draft = canvas.ids[at, columns].tolist(), self.draft(canvas, at, closed) if drafts else None
-        return Event(
-            self.request, text, draft, self.meter.nfe[self.request], None, tokens, noted and noted.said(columns)
-        )
+        return Event(self.request, text, draft, self.ticket.nfe, None, tokens, noted and noted.said(columns))
 
     def draft(self, canvas: Canvas, at: int, closed: list[int]) -> str:
         """What is written behind the final text, and may still change."""

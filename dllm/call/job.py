@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +22,13 @@ from dllm.call.steering import Criteria, Processing, check_pure, listed
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Canvas, State, mapped
-from dllm.decoding.captured import CapturedRunner
+from dllm.decoding.captured import CapturedRunner, setting
 from dllm.decoding.constraints.bound import Bound
 from dllm.decoding.engine import decode
 from dllm.decoding.graphs import Counts, forget, lent, usable
 from dllm.decoding.guidance import Guidance
 from dllm.decoding.logprobs import Logprobs, Noting
-from dllm.decoding.meter import Meter
+from dllm.decoding.meter import Meter, Ticket
 from dllm.decoding.prediction import Law
 from dllm.decoding.runner import Options, Runner, Tick
 from dllm.decoding.slots import Context, Needs, Sampler
@@ -67,7 +67,6 @@ class Job:
     single: bool
     tails: list[int]  # columns of each canvas that only complete its last block
     lookahead: Lookahead | None = None
-    report: dict[int, Stats] = field(default_factory=dict)  # of the lookahead, by request
     criteria: Criteria = field(default_factory=Criteria)
     captured: NativeModel | None = None  # the model, where ticks become graphs
     counts: Counts | None = None  # of the captures
@@ -76,7 +75,7 @@ class Job:
         """Decode, by `runner` where one is given. Errors: out of memory, with a batch size that may fit."""
         size = min(self.args.batch_size, self.queue.rows)
         try:
-            with nullcontext(runner) if runner is not None else self._runner() as made:
+            with nullcontext(runner) if runner is not None else self.runner() as made:
                 yield from decode(
                     self.model, self.sampler, self.policy, self.queue,
                     batch_size=size, options=self.options, meter=meter, runner=made,
@@ -88,11 +87,25 @@ class Job:
             hint = f"try batch_size={size // 2}" if size > 1 else "try a shorter window, a cache or a smaller dtype"
             raise DllmError(f"out of memory on {self.model.device} at batch_size={size}: {hint}") from error
 
+    @property
+    def setting(self) -> Hashable:
+        """What its rows are decoded by: rows of calls in which it is equal may share forwards."""
+        width, captured = self.queue.canvas.ids.shape[1], self.captured is not None
+        return setting(self.sampler, self.policy, self.options, self.lookahead, width, captured)
+
+    def store_bytes(self) -> int:
+        """What the keys and values of one row take; 0 without a cache."""
+        if not self.policy.stored:
+            return 0
+        copies = 1 if self.sampler.inputs is None else self.sampler.inputs.lanes
+        smallest = self.model.new_store(1, 1)  # two slots: the spare one is part of every lane
+        return smallest.nbytes // 2 * (self.queue.canvas.ids.shape[1] + 1) * copies
+
     @contextmanager
-    def _runner(self) -> Iterator[Callable[..., Runner]]:
+    def runner(self) -> Iterator[Callable[..., Runner]]:
         """What decodes this call."""
         kind, ahead = self._kind(), self.lookahead
-        looking: dict[str, Any] = {} if ahead is None else {"setting": ahead, "report": self.report}
+        looking: dict[str, Any] = {} if ahead is None else {"setting": ahead}
         if self.captured is not None and issubclass(kind, CapturedRunner):
             with lent(self.captured) as graphs:
                 self.counts = graphs.counts
@@ -112,21 +125,20 @@ class Job:
 
     def output(
         self,
-        request: int,
+        ticket: Ticket,
         canvas: Canvas,
         row: int,
-        meter: Meter,
         trace: Trace | None = None,
         noted: Logprobs | None = None,
         most: int | None = None,
     ) -> Output:
-        """What a request returns that stands in a row of this canvas on the host, with what was noted of it; its trace
-        is sealed. most: tokens at which a criterion ended it."""
-        ahead, length = self.lookahead, int(canvas.length[row])
+        """What a row of the call returns that stands in this row of a canvas on the host, with what was noted of it;
+        its trace is sealed. most: tokens at which a criterion ended it."""
+        ahead, length, request = self.lookahead, int(canvas.length[row]), ticket.index
         ids, begin = canvas.ids[row, : length - self.tails[request]].tolist(), self.begin(request)
         written = self.written(request, canvas, row)
         text, tokens, through, stopped = self.stops.cut(written[:most])
-        stopped = stopped or most is not None or request in meter.halted
+        stopped = stopped or most is not None or ticket.halted
         if self.args.early_stop and stopped:
             ids = ids[: begin + through]
         columns = self.columns(request, canvas, row, len(tokens))
@@ -138,12 +150,12 @@ class Job:
             text=text,
             sequences=ids,
             tokens=tokens,
-            nfe=meter.nfe[request],
-            calls=meter.calls,
-            finish_reason=self._reason(request, stopped, meter),
-            seconds=meter.seconds[request],
-            prefill_seconds=meter.first[request],
-            positions=meter.positions[request],
+            nfe=ticket.nfe,
+            calls=ticket.call.calls,
+            finish_reason=self._reason(ticket, stopped),
+            seconds=ticket.seconds,
+            prefill_seconds=ticket.first,
+            positions=ticket.positions,
             canvas_length=length,
             decoded=int((~canvas.frozen[row] & ~canvas.masked[row])[:length].sum()),
             sampler=self.sampler.spec,
@@ -152,7 +164,7 @@ class Job:
             trace=trace,
             logprobs=noted and noted.said(columns),
             lossless=None if ahead is None else ahead.lossless,
-            stats=self._stats(request, canvas, row, tokens, written),
+            stats=self._stats(ticket, canvas, row, tokens, written),
         )
 
     def written(self, request: int, canvas: Canvas, row: int) -> list[int]:
@@ -161,19 +173,19 @@ class Job:
         return ids[: next((i for i, t in enumerate(ids) if t == canvas.mask_id), None)]
 
     @staticmethod
-    def _reason(request: int, stopped: bool, meter: Meter) -> str:
+    def _reason(ticket: Ticket, stopped: bool) -> str:
         """Why an answer ended."""
-        if request in meter.capped and request not in meter.halted:
+        if ticket.capped and not ticket.halted:
             return "cap"
         return "stop" if stopped else "length"
 
     def _stats(
-        self, request: int, canvas: Canvas, row: int, tokens: list[int], written: list[int]
+        self, ticket: Ticket, canvas: Canvas, row: int, tokens: list[int], written: list[int]
     ) -> dict[str, object]:
-        ahead = self.lookahead
-        found = self.report[request].report(ahead) if ahead and request in self.report else {}
+        ahead, stats = self.lookahead, ticket.ahead
+        found = stats.report(ahead) if ahead and isinstance(stats, Stats) else {}
         if self.options.rule is not None:
-            automaton = self.options.rule.automata[int(self.queue.memory[Bound].which[request])]
+            automaton = self.options.rule.automata[int(self.queue.memory[Bound].which[ticket.index])]
             if not automaton.free:
                 start = int(canvas.start[row])
                 answer = written[start:] if self.args.infill else tokens
@@ -223,10 +235,11 @@ class Job:
             trace.pieces = {i: self.model.tokenizer.decode([i]) for i in sorted(ids)}
 
 
-def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
-    """Check a call and lay out its canvases. Errors: every mistake that shows before the first forward."""
+def prepare(model: object, prompt: object, given: Mapping[str, Any], grain: int = 1) -> Job:
+    """Check a call and lay out its canvases, their width a multiple of `grain`. Errors: every mistake that shows before
+    the first forward."""
     args, model = Arguments.parse(given), resolve_model(model)
-    captured, grain = (model, COLUMNS) if usable(model, args.graphs) else (None, 1)
+    captured, grain = (model, max(grain, COLUMNS)) if usable(model, args.graphs) else (None, grain)
     prompts, single = prompt_ids(model, prompt, args.chat, args.n)
     canvas, windows, tails = lay_out(model, prompts, args, grain)
     if args.compile:
@@ -259,9 +272,7 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any]) -> Job:
         queue = queue._replace(memory=queue.memory.plus(bound))
     if args.check is not None or process is not None:  # they ask the device
         captured = None
-    return Job(
-        model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, {}, criteria, captured
-    )
+    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, criteria, captured)
 
 
 def _steering(args: Arguments, ahead: bool) -> tuple[Processing | None, Criteria]:

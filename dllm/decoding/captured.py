@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import Plan, Span, State, mapped
 from dllm.decoding.facts import Facts, Shape
 from dllm.decoding.graphs import Graphs, index
+from dllm.decoding.meter import served
 from dllm.decoding.prediction import Prediction
-from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped, Turn
+from dllm.decoding.runner import Answer, Batch, Options, Part, Runner, Stepped, Turn
 from dllm.decoding.slots import Sampler
 from dllm.models.transformer import KVStore, Said
 
@@ -80,6 +82,16 @@ class Board:
 
 class Unfit(RuntimeError):
     """A state that does not keep its shapes has no static tensors."""
+
+
+def setting(s: Sampler, policy: Policy, options: Options, *more: Hashable) -> tuple[Hashable, ...]:
+    """What rows are decoded by: rows for which it is equal may share forwards, and captures."""
+    try:
+        slots = _named(s._replace(starts=(), lookahead=None))
+        hash((slots, policy, options, more))
+    except (TypeError, ValueError, RecursionError):  # of a part that has no value: it equals itself alone
+        return (object(),)
+    return slots, policy, options, *more
 
 
 def _named(part: object) -> Hashable:
@@ -143,12 +155,7 @@ class CapturedRunner(Runner):
 
     def baked(self) -> tuple[Hashable, ...]:
         """What captured work depends on beside shapes; calls in which it is equal share their captures."""
-        try:
-            slots = _named(self.s._replace(starts=(), lookahead=None))
-            hash(slots)
-        except (TypeError, ValueError, RecursionError):  # of a slot that has no value: it equals itself alone
-            return (object(),)
-        return slots, self.policy, self.options
+        return setting(self.s, self.policy, self.options)
 
     def _board(self, batch: Batch) -> Board:
         super().begin(batch)
@@ -195,7 +202,7 @@ class CapturedRunner(Runner):
             self.eagerly(str(reason))
             return self.replay(batch, rows)
         request = [r for r in (batch.request[i] for i in rows) if r is not None]
-        self.meter.forward(request)
+        served(request)
         part = Part(rows, self.board.some, None, self.board.rows.state, self.board.rows.window, facts, request)
         return Stepped(part, partial(self.fill, key, rows if whole else list(range(len(rows)))))
 

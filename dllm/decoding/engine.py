@@ -1,14 +1,18 @@
-"""The engine: one `decode` loop. Follow a token from here.
+"""The engine: one loop, the ticks of a `Group`. Follow a token from here.
 
-    batch -> runner.tick: plan -> model.forward -> Prediction -> step -> opened -> flags -> facts -> retire, refill
+    waiting -> batch -> runner.tick: plan -> model.forward -> Prediction -> step -> opened -> flags -> facts -> done
 
-Rows are independent: a row's window, refresh, noise, counters and exit never depend on its neighbours. The device is
-waited for once a tick: a small table says what the host must know to go on (`facts`).
+Rows are independent: a row's window, refresh, noise, counters and exit never depend on its neighbours, so rows of any
+calls that decode by the same setting share a group, and come and go between ticks. The device is waited for once a
+tick: a small table says what the host must know to go on (`facts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
@@ -16,15 +20,16 @@ from dllm.decoding.cache.policy import Policy
 from dllm.decoding.canvas import State
 from dllm.decoding.facts import fetch, flags
 from dllm.decoding.graphs import index
-from dllm.decoding.meter import Meter
+from dllm.decoding.meter import Meter, Ticket, computed
 from dllm.decoding.runner import Batch, Options, Part, Runner, Stepped, Tick
 from dllm.decoding.slots import Sampler
 from dllm.decoding.step import opened
 from dllm.errors import DllmError
 from dllm.models.model import Model
 
+BROKEN = "the model returned NaN or infinite logits: load it in float32 or bfloat16, or check the checkpoint"
 
-@torch.inference_mode()  # as a decorator it is left at every yield
+
 def decode(
     model: Model,
     s: Sampler,
@@ -40,41 +45,161 @@ def decode(
 
     Yields the rows that stepped. Errors: NaN logits in mid-decode.
     """
-    run = runner(model, s, policy, options, meter)
-    waiting = Waiting.of(s, policy, queue)
-    caps = [options.cap(f) for f in waiting.all.facts]
-    batch = waiting.first(min(batch_size, queue.rows))
-    run.begin(batch)
-    free = list[int]()
-    while busy := batch.busy:
-        ending = [i for i in busy if batch.facts[i].closing or batch.request[i] in meter.capped]
+    group = Group(runner(model, s, policy, options), min(batch_size, queue.rows))
+    group.submit(queue, meter.rows)
+    while group.busy:
+        ticks = group.tick()
+        if any(row.broken for row in meter.rows):
+            raise DllmError(BROKEN)
+        yield from ticks
+
+
+class Waiting(NamedTuple):
+    """A row that waits for a lane."""
+
+    among: Batch  # the rows that were submitted with it, windows open
+    place: int
+
+    @property
+    def ticket(self) -> Ticket:
+        """Its own."""
+        ticket = self.among.request[self.place]
+        assert ticket is not None
+        return ticket
+
+
+class Group:
+    """Rows that decode by one setting, that of a runner, and share their forwards.
+
+    A group has `lanes` for so many at a time, and all of its canvases are of one width. Rows are submitted at any time,
+    wait in line, enter free lanes, and leave when they are done or their ticket is halted; other lanes never notice.
+    """
+
+    def __init__(self, run: Runner, lanes: int) -> None:
+        self.run, self.lanes = run, lanes
+        self.line = deque[Waiting]()
+        self.free = list(range(lanes))
+        self.caps = [0] * lanes  # steps that the row of each lane may take
+        self.batch: Batch | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return self.rows > 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that decode, or wait."""
+        return len(self.line) + (0 if self.batch is None else len(self.batch.busy))
+
+    @torch.inference_mode()
+    def submit(self, queue: State, tickets: Sequence[Ticket]) -> None:
+        """Rows, each with its ticket, for the next ticks. All windows are opened at once: one wait tells what the first
+        forward of every row needs."""
+        rows = opening(self.run.s, self.run.policy, queue, tickets)
+        self.line.extend(Waiting(rows, place) for place in range(queue.rows))
+        if self.batch is None:
+            self.batch = vacant(rows, self.lanes)
+            self.run.begin(self.batch)
+
+    @torch.inference_mode()
+    def tick(self) -> list[Tick]:
+        """Let rows leave and enter, then step: what observers are shown of it. A row whose logits have no softmax ends,
+        and its ticket says so."""
+        run, batch = self.run, self.batch
+        if batch is None:
+            return []
+        self._leave(batch)
+        self._enter(batch)
+        busy = batch.busy
+        if not busy:
+            return []
+        tickets = batch.tickets
+        ending = [i for i, t in zip(busy, tickets, strict=True) if batch.facts[i].closing or t.capped]
         parts = [batch.took(run.close(batch.part(ending)))] if ending else run.tick(batch)
         batch.facts = fetch(batch.flags)  # the wait of the tick
-        if not all(batch.facts[i].finite for i in busy):
-            raise DllmError(
-                "the model returned NaN or infinite logits: load it in float32 or bfloat16, or check the checkpoint"
-            )
+        self._broken(batch, busy)
+        ticks = list[Tick]()
         for p in parts:
             settled(batch, p)
-            ended(s, batch, p.part)
+            ended(run.s, batch, p.part)
             facts = [batch.facts[i] for i in p.part.rows]
-            meter.computed(p.part.request, [f.fed for f in facts])
-            meter.finish(r for r, f in zip(p.part.request, facts, strict=True) if f.done)
-            yield from run.ticks(p.part, facts, batch.state)
-        over(batch, [i for i in busy if batch.request[i] in meter.halted and not batch.facts[i].done])
-        for i in busy:
-            request, f = batch.request[i], batch.facts[i]
-            assert request is not None
+            computed(p.part.request, [f.fed for f in facts])
+            for ticket, f in zip(p.part.request, facts, strict=True):
+                if f.done:
+                    ticket.finish()
+            ticks += run.ticks(p.part, facts, batch.state)
+        for i, ticket in zip(busy, tickets, strict=True):
+            f = batch.facts[i]
             if f.done:
                 batch.request[i] = None
-                free.append(i)
-            elif f.step >= max(1, caps[request] - 1) and not f.closing:  # one that has just entered steps once
-                meter.capped.add(request)
-        # With a lookahead lanes have taken different numbers of steps. A waiting row enters a free lane once no busy
-        # lane has taken fewer than that one: at this step the plain call would let it in.
-        due = min((run.clock(i) for i in busy if batch.request[i] is not None), default=None)
-        entered = waiting.enter(batch, [i for i in free if due is None or run.clock(i) <= due])
-        free = [i for i in free if i not in entered]
+                self.free.append(i)
+            elif f.step >= max(1, self.caps[i] - 1) and not f.closing:  # one that has just entered steps once
+                ticket.capped = True
+        return ticks
+
+    def _leave(self, batch: Batch) -> None:
+        """Free the lanes of rows that were ended from outside."""
+        out = [i for i, ticket in enumerate(batch.request) if ticket is not None and ticket.halted]
+        over(batch, out)
+        for i in out:
+            batch.request[i] = None
+        self.free += out
+
+    def _enter(self, batch: Batch) -> None:
+        """Put the next rows of the line into free lanes.
+
+        With a lookahead lanes have taken different numbers of steps. A row enters a free lane once no busy lane has
+        taken fewer than that one: at this step the plain call would let it in.
+        """
+        clock, entering = self.run.clock, list[tuple[int, Waiting]]()
+        due = min(map(clock, batch.busy), default=None) if self.free else None
+        for lane in [i for i in self.free if due is None or clock(i) <= due]:
+            while self.line and self.line[0].ticket.halted:
+                self.line.popleft()
+            if not self.line:
+                break
+            entering.append((lane, self.line.popleft()))
+        for _, some in groupby(entering, lambda pair: id(pair[1].among)):
+            lanes, rows = zip(*some, strict=True)
+            self._put(batch, rows[0].among, lanes, [row.place for row in rows])
+        self.free = [i for i in self.free if batch.request[i] is None]
+        if self.free and not self.line and due is not None:
+            self.run.rest(self.free, due)
+
+    def _put(self, batch: Batch, among: Batch, lanes: Sequence[int], places: Sequence[int]) -> None:
+        at = index(places, batch.flags.device)
+        batch.put(list(lanes), among.state.take(at), among.window.take(at), among.flags[at])
+        for lane, place in zip(lanes, places, strict=True):
+            batch.facts[lane], batch.request[lane] = among.facts[place], among.request[place]
+            self.caps[lane] = self.run.options.cap(among.facts[place])
+
+    def _broken(self, batch: Batch, busy: list[int]) -> None:
+        """End the rows whose last logits had no softmax."""
+        rows = list[int]()
+        for i, ticket in zip(busy, batch.tickets, strict=True):
+            if not batch.facts[i].finite:
+                ticket.broken = True
+                rows.append(i)
+        if rows:
+            over(batch, rows)
+            self.run.forget(rows)
+
+
+def opening(s: Sampler, policy: Policy, queue: State, tickets: Sequence[Ticket]) -> Batch:
+    """Rows that have not stepped yet, with open windows."""
+    state, window = opened(s, policy, queue)
+    no, zero = torch.zeros_like(state.done), torch.zeros_like(state.step)
+    table = flags(state, window, covered=no, finite=~no, fed=zero)
+    return Batch(state, window, table, fetch(table), list(tickets))
+
+
+def vacant(rows: Batch, lanes: int) -> Batch:
+    """Lanes for rows such as these, all of them free: what stands there is done."""
+    at = index([0] * lanes, rows.flags.device)
+    state = rows.state.take(at)
+    state = state._replace(done=torch.ones_like(state.done))
+    return Batch(state, rows.window.take(at), rows.flags[at], rows.facts[:1] * lanes, [None] * lanes)
 
 
 def settled(batch: Batch, p: Stepped) -> None:
@@ -118,38 +243,3 @@ def finished(batch: Batch, now: Part, rows: list[int]) -> None:
     batch.put(now.rows, now.state, now.window, batch.flags[now.at])
     for i in (now.rows[j] for j in rows):
         batch.facts[i] = batch.facts[i]._replace(done=1, closing=0)
-
-
-class Waiting:
-    """The requests of a call, windows open, and how many of them have entered a row so far."""
-
-    def __init__(self, everything: Batch) -> None:
-        self.all, self.entered = everything, 0
-
-    @classmethod
-    def of(cls, s: Sampler, policy: Policy, queue: State) -> Waiting:
-        """All windows are opened at once: one wait tells what the first forward of every row needs."""
-        state, window = opened(s, policy, queue)
-        no, zero = torch.zeros_like(state.done), torch.zeros_like(state.step)
-        table = flags(state, window, covered=no, finite=~no[0], fed=zero)
-        return cls(Batch(state, window, table, fetch(table), list(range(queue.rows))))
-
-    def first(self, size: int) -> Batch:
-        """A batch of the first requests."""
-        self.entered = size
-        at = index(range(size), self.all.flags.device)
-        state, window = self.all.state.take(at), self.all.window.take(at)
-        return Batch(state, window, self.all.flags[at], self.all.facts[:size], list(range(size)))
-
-    def enter(self, batch: Batch, rows: list[int]) -> list[int]:
-        """Put the next requests into these free rows, in order; which of the rows they took."""
-        taken = rows[: len(self.all.request) - self.entered]
-        if not taken:
-            return taken
-        requests = list(range(self.entered, self.entered + len(taken)))
-        at = index(requests, batch.flags.device)
-        batch.put(taken, self.all.state.take(at), self.all.window.take(at), self.all.flags[at])
-        for row, request in zip(taken, requests, strict=True):
-            batch.facts[row], batch.request[row] = self.all.facts[request], request
-        self.entered += len(taken)
-        return taken

@@ -49,7 +49,7 @@ class Facts(NamedTuple):
 def flags(
     state: State, window: Span, covered: Tensor, finite: Tensor, fed: Tensor, doubt: Tensor | None = None
 ) -> Tensor:
-    """The `Facts` of rows with an open window, (B, F). Of the last forward: covered (B,), finite (), fed (B,), doubt
+    """The `Facts` of rows with an open window, (B, F). Of the last forward: covered, finite, fed (B,) each, doubt
     (B,), None: there is none."""
     canvas, (refresh, step), stale = state.canvas, (window.feeds(True), window.feeds(False)), window.stale
     assert stale is not None
@@ -62,7 +62,7 @@ def flags(
     zero = torch.zeros_like(state.step)
     reach, gaps = _reached(canvas, window) if Bound in state.memory else (zero, zero)
     known: dict[str, Tensor] = dict(
-        done=state.done, closing=state.closing, covered=covered, finite=finite.expand_as(covered), step=state.step,
+        done=state.done, closing=state.closing, covered=covered, finite=finite, step=state.step,
         start=canvas.start, length=canvas.length, masks=canvas.masked.sum(1),
         closed=canvas.start if closed is None else closed.end, fed=fed, lo=window.lo, hi=window.hi, stale=stale,
         size=cols.sum(1), first=cols.int().argmax(1), last=last, limit=torch.where(seen, columns, 0).amax(1),

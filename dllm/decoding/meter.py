@@ -1,51 +1,74 @@
-"""Meter: what a call cost. Samplers never count; the engine reports every forward here.
+"""What decoding costs. Samplers never count; the engine reports every forward here.
 
-`nfe` is a row's own number of forwards, `calls` the batched forwards of the whole call, `positions` the recomputed
-positions of a row (all its copies, so guidance counts twice): nfe_equiv = positions / canvas length.
+A `Meter` is one call: its batched forwards, and a `Ticket` for each of its rows. Rows of several calls may share a
+forward, so a ticket goes with its row and counts by itself: `nfe` is a row's own number of forwards, `positions` what
+they recomputed (all copies, so guidance counts twice): nfe_equiv = positions / canvas length.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A row of a call: what it has cost, and how it ends."""
+
+    call: Meter
+    index: int  # in the call
+    nfe: int = 0
+    positions: int = 0  # recomputed by its forwards
+    first: float = 0.0  # seconds from the start of the call to the row's first forward: prefill
+    seconds: float = 0.0  # to its last forward
+    capped: bool = False  # it has taken the steps that it may
+    halted: bool = False  # ended from outside
+    broken: bool = False  # its logits had no softmax
+    ahead: object = None  # statistics of the lookahead
+
+    def answered(self) -> None:
+        """Note the time of the first answer."""
+        self.first = self.first or self.call.elapsed
+
+    def finish(self) -> None:
+        """Note the time of the end."""
+        self.seconds = self.call.elapsed
+
+    def again(self) -> None:
+        """Begin anew: what it has cost so far counts no more."""
+        self.nfe = self.positions = 0
+        self.first, self.capped, self.ahead = 0.0, False, None
+
+    def halt(self) -> None:
+        """End the row from outside, whether it waits or decodes: it steps no more, and its time stands."""
+        self.halted = True
+        self.finish()
 
 
 class Meter:
-    """Counters of one call over `requests` rows."""
+    """One call over `requests` rows."""
 
     def __init__(self, requests: int) -> None:
-        self.nfe = [0] * requests
-        self.calls = 0
-        self.capped: set[int] = set()
-        self.halted: set[int] = set()  # ended from outside
-        self.seconds = [0.0] * requests  # from the start of the call to the row's last forward
-        self.first: list[float] = [0.0] * requests  # to the row's first forward: prefill
-        self.positions = [0] * requests  # recomputed by the forwards of each row
+        self.calls = 0  # batched forwards that served some of its rows
+        self.rows = [Ticket(self, index) for index in range(requests)]
         self._began = time.perf_counter()
 
-    def forward(self, requests: Iterable[int]) -> None:
-        """Count one batched forward that served these rows."""
-        self.calls += 1
-        for r in requests:
-            self.nfe[r] += 1
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the call began."""
+        return time.perf_counter() - self._began
 
-    def computed(self, requests: Iterable[int], positions: Iterable[int]) -> None:
-        """Count the positions that a forward computed for each row."""
-        for r, n in zip(requests, positions, strict=True):
-            self.positions[r] += n
 
-    def halt(self, request: int) -> None:
-        """End a row from outside: it steps no more, and its time stands."""
-        self.halted.add(request)
-        self.finish([request])
+def served(rows: Sequence[Ticket]) -> None:
+    """Count one batched forward that served these rows."""
+    for call in {row.call for row in rows}:
+        call.calls += 1
+    for row in rows:
+        row.nfe += 1
 
-    def tick(self, requests: list[int]) -> None:
-        """Note the time at which a row had its first answer."""
-        for r in requests:
-            if not self.first[r]:
-                self.first[r] = time.perf_counter() - self._began
 
-    def finish(self, requests: Iterable[int]) -> None:
-        """Note the time at which these rows ended."""
-        for r in requests:
-            self.seconds[r] = time.perf_counter() - self._began
+def computed(rows: Iterable[Ticket], positions: Iterable[int]) -> None:
+    """Count the positions that a forward computed for each row."""
+    for row, n in zip(rows, positions, strict=True):
+        row.positions += n

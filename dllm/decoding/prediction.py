@@ -117,8 +117,8 @@ class Prediction:
 
     @property
     def finite(self) -> Tensor:
-        """() bool: every column has a softmax. One NaN or +inf among its logits makes all of it NaN."""
-        return ~self.odds.isnan().any()
+        """(B,) bool: every column has a softmax. One NaN or +inf among its logits makes all of it NaN."""
+        return ~self.odds.isnan().any(1)
 
     def over(self, logits: Tensor, weights: Weights | None = None) -> Prediction:
         """The same forward with other logits (B, W, V), and attention weights where some are given."""

@@ -21,7 +21,7 @@ from dllm.decoding.constraints.bound import Bound, Reach, Rule
 from dllm.decoding.facts import Facts, Shape, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.logprobs import Logprobs
-from dllm.decoding.meter import Meter
+from dllm.decoding.meter import Ticket, served
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Sampler
 from dllm.decoding.step import expanded, opened, step
@@ -62,7 +62,7 @@ class Part(NamedTuple):
     state: State
     window: Span
     facts: list[Facts]
-    request: list[int]
+    request: list[Ticket]
 
     def take(self, some: Sequence[int]) -> Part:
         """Some of the rows, by their places among these."""
@@ -103,12 +103,17 @@ class Batch:
     window: Span
     flags: Tensor  # (B, F)
     facts: list[Facts]
-    request: list[int | None]  # of each row; None: nobody's
+    request: list[Ticket | None]  # of each row; None: nobody's
 
     @property
     def busy(self) -> list[int]:
         """The rows that decode a request."""
         return [i for i, r in enumerate(self.request) if r is not None]
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """Those of the busy rows."""
+        return [ticket for ticket in self.request if ticket is not None]
 
     def part(self, rows: list[int]) -> Part:
         """Some of the rows."""
@@ -148,7 +153,7 @@ class Tick(NamedTuple):
     """What the loop shows to its observers: the rows that stepped and their new state. Copy what you keep of that."""
 
     rows: list[int]  # of the state
-    request: list[int]  # index of the request of each
+    request: list[Ticket]  # of each
     before: list[Facts]  # what the host knew of each: the window of the step
     facts: list[Facts]  # what it knows now
     state: State
@@ -292,14 +297,23 @@ class Runner:
     s: Sampler
     policy: Policy
     options: Options
-    meter: Meter
     store: KVStore | None = field(default=None, init=False)
 
     def begin(self, batch: Batch) -> None:
         """Make room for the keys and values of this batch."""
         if self.policy.stored:
-            lanes = self.s.inputs.lanes if self.s.inputs is not None else 1
-            self.store = self.model.new_store(len(batch.request) * lanes, batch.state.canvas.ids.shape[1])
+            self.store = self.model.new_store(len(batch.request) * self.copies, batch.state.canvas.ids.shape[1])
+
+    @property
+    def copies(self) -> int:
+        """Lanes of the store that a row has, one after the other."""
+        return 1 if self.s.inputs is None else self.s.inputs.lanes
+
+    def forget(self, rows: list[int]) -> None:
+        """Empty the lanes of these rows: NaN would reach those who come next, whatever weight it has."""
+        lanes = [self.copies * row + copy for row in rows for copy in range(self.copies)]
+        for table in () if self.store is None else (*self.store.keys, *self.store.values):
+            table.index_fill_(0, index(lanes, table.device), 0.0)
 
     def tick(self, batch: Batch) -> list[Stepped]:
         """One step of every row. Refreshing and stepping rows differ in shape: at most two forwards."""
@@ -313,6 +327,9 @@ class Runner:
         """Steps that a lane has taken; lanes of the plain runner never drift apart."""
         return 0
 
+    def rest(self, lanes: list[int], clock: int) -> None:
+        """Let lanes that nobody waits for keep up with the others, which have taken so many steps."""
+
     def ticks(self, part: Part, facts: list[Facts], state: State) -> list[Tick]:
         """What observers are shown of rows of a batch that have stepped: `part` before, `facts` and the batch's state
         now."""
@@ -320,7 +337,7 @@ class Runner:
 
     def turn(self, part: Part) -> Turn:
         """One step of rows that all refresh, or all do not."""
-        self.meter.forward(part.request)
+        served(part.request)
         return self.work(part, Shape.of(part.facts, part.fed))
 
     def work(self, part: Part, shape: Shape) -> Turn:
@@ -375,7 +392,7 @@ class Runner:
 
     def close(self, part: Part) -> Turn:
         """One full forward that fills whatever is still masked in these rows."""
-        self.meter.forward(part.request)
+        served(part.request)
         state, longest = part.state, max(f.length for f in part.facts)
         shape = Shape(longest, 0, longest, padded=any(f.length < longest for f in part.facts))
         answer = self.forward(state, empty(state), plan(state, everything(state), shape, None, None))

@@ -12,6 +12,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Plan, mapped
 from dllm.decoding.captured import Board, CapturedRunner, Key, Unfit
 from dllm.decoding.columns import marked, scatter
+from dllm.decoding.meter import Ticket
 from dllm.decoding.runner import Answer, Batch, Part, Stepped, Turn
 from dllm.lookahead.chain import ChainRunner, Played
 from dllm.models.transformer import Said, Weights
@@ -35,7 +36,7 @@ class ChainBoard(Board):
 class CapturedChainRunner(ChainRunner, CapturedRunner):
     """The runner of chains that replays. It shows no steps between, so a trace and mode fast are not its own."""
 
-    answered: dict[int, int] = field(default_factory=dict)  # the request that was in each lane at its last forward
+    answered: dict[int, Ticket] = field(default_factory=dict)  # the request that was in each lane at its last forward
 
     def baked(self) -> tuple[Hashable, ...]:
         """What rounds depend on, too."""
@@ -54,7 +55,7 @@ class CapturedChainRunner(ChainRunner, CapturedRunner):
         if not self.fits:
             return super().play(batch, rows, alone)
         facts, window = [batch.facts[i] for i in rows], self.board.rows.window
-        known = any(self.answered.get(i) == batch.request[i] for i in rows)
+        known = any(self.answered.get(i) is batch.request[i] for i in rows)
         levels = self.levels(facts, window) if known and not alone else 1
         room = self.shape(facts, window, levels) if levels > 1 else None
         stepped = self.replay(batch, rows, room, levels)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Plan, Span, State, chosen, mapped
 from dllm.decoding.facts import Facts, Shape, fetch, flags, kinds
 from dllm.decoding.graphs import index
+from dllm.decoding.meter import Ticket, computed, served
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Answer, Batch, Part, Runner, Stepped, Tick, Turn
 from dllm.decoding.step import feeding, opened
@@ -35,7 +36,7 @@ T = TypeVar("T")
 class Last(NamedTuple):
     """The last answer to a row, and the row's place in it."""
 
-    request: int
+    request: Ticket
     answer: Answer
     place: int
 
@@ -58,10 +59,9 @@ class Played(NamedTuple):
 
 @dataclass(eq=False)
 class ChainRunner(Runner):
-    """The runner whose forwards answer chains of drafts. `report` collects the statistics of each request."""
+    """The runner whose forwards answer chains of drafts; a ticket gets the statistics of its row."""
 
     setting: Lookahead
-    report: dict[int, Stats]
     clocks: dict[int, int] = field(default_factory=dict)  # steps that each lane has taken
     last: dict[int, Last] = field(default_factory=dict)  # by lane
     played: dict[int, Played] = field(default_factory=dict)  # of this tick, by the first lane of each part
@@ -78,6 +78,10 @@ class ChainRunner(Runner):
     def clock(self, lane: int) -> int:
         """Steps that a lane has taken."""
         return self.clocks.get(lane, 0)
+
+    def rest(self, lanes: list[int], clock: int) -> None:
+        """See `Runner`."""
+        self.clocks.update((lane, max(self.clock(lane), clock)) for lane in lanes)
 
     def tick(self, batch: Batch) -> list[Stepped]:
         """One forward for the rows that are furthest behind, and for all of their kind: those that refresh, or do not.
@@ -100,7 +104,7 @@ class ChainRunner(Runner):
         stale = self.recent(part) if levels > 1 else None
         if stale is None:
             return batch.took(self.note(self.turn(part), Played(1, alone, [], [])))
-        self.meter.forward(part.request)
+        served(part.request)
         out = self.round(levels, self.shape(part.facts, part.window, levels), part.lanes)(
             part.state, part.window, self.lane(part), stale
         )
@@ -143,7 +147,7 @@ class ChainRunner(Runner):
     def recent(self, part: Part) -> Answer | None:
         """The last answers to these rows, to draft from; None where no row has one."""
         found = [self.last.get(lane) for lane in part.rows]
-        found = [l if l and l.request == r else None for l, r in zip(found, part.request, strict=True)]
+        found = [l if l and l.request is r else None for l, r in zip(found, part.request, strict=True)]
         first = next((l for l in found if l), None)
         if first is None:
             return None
@@ -184,11 +188,9 @@ class ChainRunner(Runner):
         before = [played.window(part.facts[j], j, taken[j] - 1) if shown else part.facts[j] for j in some]
         return [*shown, Tick(rows, request, before, [facts[j] for j in some], state)] if some else []
 
-    def count(self, request: int, played: Played, steps: int) -> None:
+    def count(self, request: Ticket, played: Played, steps: int) -> None:
         """Statistics of a row that took some steps with one forward."""
-        stats = self.report.get(request)
-        if stats is None:
-            stats = self.report[request] = Stats(delta=self.delta or 0.0, form="chain")
+        stats = self.stats(request)
         stats.steps += steps
         stats.reruns += played.alone
         stats.forwards += not played.alone
@@ -199,19 +201,26 @@ class ChainRunner(Runner):
         if played.size > 1:
             self.pace.learn(max(steps - 1, 0), played.size - 1)
 
+    def stats(self, request: Ticket) -> Stats:
+        """Those of a row."""
+        if not isinstance(request.ahead, Stats):
+            request.ahead = Stats(delta=self.delta or 0.0, form="chain")
+        assert isinstance(request.ahead, Stats)
+        return request.ahead
+
     def audit(self, part: Part, played: Played, j: int, steps: int) -> None:
         """mode fast: after every so many hits the last step of a round is taken again by itself, and compared."""
-        stats, every = self.report[part.request[j]], self.setting.audit
+        stats, every = self.stats(part.request[j]), self.setting.audit
         if self.setting.mode != "fast" or steps < 2 or stats.hits // every == (stats.hits - steps + 1) // every:
             return
         at, level = index([j], self.model.device), played.before[steps - 1]
         state, window = level.state.take(at), level.window.take(at)
         window = feeding(self.s, self.policy, state, window)
         no, zero = torch.zeros_like(state.done), torch.zeros_like(state.step)
-        facts, lane = fetch(flags(state, window, no, ~no[0], zero)), part.rows[j]
+        facts, lane = fetch(flags(state, window, no, ~no, zero)), part.rows[j]
         own = Part([lane], index([lane], at.device), slice(lane, lane + 1), state, window, facts, [part.request[j]])
         again = self.turn(own)
-        self.meter.computed(own.request, again.answer.fed.tolist())
+        computed(own.request, again.answer.fed.tolist())
         stats.audits += 1
         stats.divergences += not bool(alike(played.after[steps - 1].take(at), again.after))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Plan, State
 from dllm.decoding.graphs import index
+from dllm.decoding.meter import Ticket
 from dllm.decoding.runner import Part
 from dllm.lookahead.branches import Evaluated, Query
 from dllm.lookahead.ledger import History, Ledger
@@ -31,7 +32,7 @@ class Source(NamedTuple):
 class RowMemo:
     """What is known of the row that occupies a lane."""
 
-    def __init__(self, request: int, clock: int, ledger: Ledger, stats: Stats) -> None:
+    def __init__(self, request: Ticket, clock: int, ledger: Ledger, stats: Stats) -> None:
         self.request, self.clock, self.ledger, self.stats = request, clock, ledger, stats
         self.waiting = False  # for a forward
         self.answers: dict[bytes, Evaluated] = {}  # by the keys of their queries

@@ -73,7 +73,7 @@ class Walked(NamedTuple):
 
     taken: Tensor  # (B,) steps
     doubt: Tensor  # (B,) bool: the next decision hangs on rounding
-    finite: Tensor  # () bool: of the predictions that decided
+    finite: Tensor  # (B,) bool: of the predictions that decided
     state: State  # after these steps, the next window open
     window: Span
     before: list[Level]  # of each step
@@ -212,7 +212,7 @@ class Round:
         if self.delta is not None:
             unsure = doubtful(s, asked.state, asked.window, pred, after, self.delta).view(n, rows)
         here = (right & F.pad(~unsure[:-1], (0, 0, 1, 0), value=True)).long().cumprod(0).bool()
-        taken, finite = (here & ~unsure).sum(0), ~(pred.odds.isnan().any(1) & here.flatten()).any()
+        taken, finite = (here & ~unsure).sum(0), (pred.finite.view(n, rows) | ~here).all(0)
         at = (taken - 1).clamp(min=0) * rows + torch.arange(rows, device=taken.device)
         state, window = opened(s, run.policy, after)
         afters = [sliced(after, slice(r * rows, (r + 1) * rows)) for r in range(n)]
@@ -225,12 +225,12 @@ class Round:
         """
         s, read = self.run.s, self.reader(asked)
         state, window, valid, _ = levels[0]
-        reached, taken, doubt, finite = state, torch.zeros_like(state.step), ~valid, valid.all()
+        reached, taken, doubt, finite = state, torch.zeros_like(state.step), ~valid, torch.ones_like(valid)
         before, afters = list[Level](), list[State]()
         for r in range(len(levels)):
             pred = read(r, state, window)
             after = step(s, state, window, pred)
-            finite = finite & ~(pred.odds.isnan().any(1) & valid).any()
+            finite = finite & (pred.finite | ~valid)
             if self.delta is not None:
                 unsure = valid & doubtful(s, state, window, pred, after, self.delta)
                 doubt, valid = doubt | unsure, valid & ~unsure

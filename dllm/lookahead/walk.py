@@ -19,6 +19,7 @@ from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Plan, State, mapped
 from dllm.decoding.facts import Shape, kinds, reach
 from dllm.decoding.graphs import index
+from dllm.decoding.meter import Ticket, computed, served
 from dllm.decoding.prediction import Prediction
 from dllm.decoding.runner import Batch, Part, Runner, Stepped, Turn
 from dllm.decoding.step import expanded, feeding
@@ -35,15 +36,15 @@ from dllm.models.transformer import Outputs, Said
 
 @dataclass(eq=False)
 class LookaheadRunner(Runner):
-    """The runner that looks ahead. `report` collects the statistics of each request."""
+    """The runner that looks ahead; a ticket gets the statistics of its row."""
 
     setting: Lookahead
-    report: dict[int, Stats]
 
     def __post_init__(self) -> None:
         setting = self.setting
         self.far = setting.far(self.policy)  # of forwards with guesses; `policy` is the plain call's
         self.rows: dict[int, RowMemo] = {}  # by lane
+        self.rested: dict[int, int] = {}  # steps of lanes that stood empty meanwhile
         self.pace = Pace.of(self.model, self.s, self.policy, setting, "memo")
         self.delta = bound(setting, self.model) or 0.0
 
@@ -51,7 +52,12 @@ class LookaheadRunner(Runner):
 
     def clock(self, lane: int) -> int:
         """Steps that a lane has taken."""
-        return self.rows[lane].clock if lane in self.rows else 0
+        own = self.rows[lane].clock if lane in self.rows else 0
+        return max(own, self.rested.get(lane, 0))
+
+    def rest(self, lanes: list[int], clock: int) -> None:
+        """See `Runner`."""
+        self.rested.update(dict.fromkeys(lanes, clock))
 
     def tick(self, batch: Batch) -> list[Stepped]:
         """Step every row whose answer is known; when none is, one forward for the rows that are furthest behind.
@@ -81,15 +87,15 @@ class LookaheadRunner(Runner):
             self.pace.note(evaluated, time.perf_counter() - began, len(due[0].rows))
         return [batch.took(step) for step in steps]
 
-    def row(self, lane: int, request: int) -> RowMemo:
+    def row(self, lane: int, request: Ticket) -> RowMemo:
         """What is known of the row in this lane; a new request begins with nothing but the lane's clock."""
         row = self.rows.get(lane)
-        if row is None or row.request != request:
+        if row is None or row.request is not request:
             slots = self.store.slots if self.store is not None else 0
-            lanes = self.s.inputs.lanes if self.s.inputs is not None else 1
-            ledger = Ledger(range(lanes * lane, lanes * (lane + 1)), slots, steady=not self.policy.sparse)
-            stats = self.report[request] = Stats(delta=self.delta)
-            row = self.rows[lane] = RowMemo(request, row.clock if row else 0, ledger, stats)
+            lanes = range(self.copies * lane, self.copies * (lane + 1))
+            request.ahead = stats = Stats(delta=self.delta)
+            ledger = Ledger(lanes, slots, steady=not self.policy.sparse)
+            row = self.rows[lane] = RowMemo(request, self.clock(lane), ledger, stats)
         return row
 
     def ask(self, part: Part, rows: list[RowMemo], which: list[int], *, ahead: bool) -> list[Group]:
@@ -158,15 +164,15 @@ class LookaheadRunner(Runner):
                 answer.kv.write(self.store, answer.branch.query)
             else:
                 packed = pack([[answer.branch._replace(parent=-1)]], self.model.device)
-                self.meter.forward([row.request])
-                self.meter.computed([row.request], [answer.branch.query.size])
+                served([row.request])
+                computed([row.request], [answer.branch.query.size])
                 self.said(packed.plan)
                 row.stats.reruns += 1
 
     def evaluate(self, group: Group, guesses: list[list[Branch]]) -> tuple[Said, list[list[Evaluated]], int | None]:
         """Run the true queries and the guesses: what is said of the former as planned, answers to the latter, and the
         positions that the plan does not count itself (None: it counts them)."""
-        self.meter.forward(group.part.request)
+        served(group.part.request)
         answers, fed = list[list[Evaluated]](), None
         if not any(guesses):
             said = self.said(group.fed)
@@ -175,7 +181,7 @@ class LookaheadRunner(Runner):
             true = [Branch(q, -1, 0, own) for q, own in zip(group.queries, ids, strict=True)]
             branches = [[branch, *others] for branch, others in zip(true, guesses, strict=True)]
             packed, fed = pack(branches, self.model.device, group.fed.rows), 0
-            self.meter.computed(group.part.request, [sum(b.query.size for b in bs) for bs in branches])
+            computed(group.part.request, [sum(b.query.size for b in bs) for bs in branches])
             answers = packed.split(branches, self.run(packed.plan))
             said = laid(group.queries, [first for first, *_ in answers], group.copies)
         for i, row in enumerate(group.rows):
@@ -225,7 +231,7 @@ class LookaheadRunner(Runner):
         if query is not None:
             self.pay(row, row.ledger.due_again(query))
         again = self.turn(group.part.take([i]))
-        self.meter.computed([row.request], again.answer.fed.tolist())
+        computed([row.request], again.answer.fed.tolist())
         if query is not None:
             row.ledger.wrote(query)
         at, fast = index([i], self.model.device), self.setting.mode == "fast"

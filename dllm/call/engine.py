@@ -1,0 +1,454 @@
+"""`Engine`: a model that stays up and decodes requests as they come.
+
+    submit -> line -> admission -> a `Group` of rows with the same setting -> ticks, in turn -> events -> request
+
+One thread ticks. Requests with the same setting share forwards (`dllm.decoding.engine`), others take turns; whoever
+submits only prepares, waits and reads. A row gets token for token what `dllm.generate` gives it alone, so a request
+that ran out of memory begins anew without a trace in its stream.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, cast, overload
+
+from dllm.call.arguments import DecodingArguments
+from dllm.call.generate import Told, answers
+from dllm.call.job import Job, ModelLike, prepare, resolve_model
+from dllm.call.output import Event, Output
+from dllm.call.prompts import One, Prompt, Several, joined
+from dllm.decoding.engine import BROKEN, Group
+from dllm.decoding.graphs import Counts, forget, index
+from dllm.errors import DllmError, out_of_memory
+
+COLUMNS = 64  # canvases whose width has the same multiple of it share a store
+OVERTAKES = 8  # younger requests that may pass one that does not fit yet
+T = TypeVar("T")
+
+
+class Cancelled(DllmError):
+    """The request was cancelled, or the engine closed before it was done."""
+
+
+class QueueFull(DllmError):
+    """No room in the line."""
+
+
+class TimedOut(DllmError, TimeoutError):
+    """The request was not done in its time, or nobody waits any longer."""
+
+
+class Load(NamedTuple):
+    """What an engine does at the moment."""
+
+    running: int  # rows in lanes
+    waiting: int  # requests that are not all in lanes
+    groups: int  # settings that are being decoded
+    kv_bytes: int  # of their stores
+
+
+class Request(Generic[T]):
+    """A request of an engine: its stream, its answer, its end."""
+
+    def __init__(self, job: Job, alone: bool, deadline: float | None, wake: Callable[[], None]) -> None:
+        self.job, self.deadline = job, deadline
+        self.told = Told(job, live=False)
+        self.left = deque(range(len(job.prompts)))  # rows that have no lane yet
+        self.alone, self.setting = alone, object() if alone else job.setting
+        self.row_bytes = job.store_bytes()
+        self.passed = 0  # younger requests that went before it
+        self.retried = False  # memory ran out once
+        self.error: Exception | None = None
+        self._outputs: dict[int, Output] = {}
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._wake, self._streamed = wake, False
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self._ended.is_set()
+
+    def result(self, timeout: float | None = None) -> T:
+        """The answer, an `Output` for one prompt, else a list, as soon as it is there; `timeout` in seconds.
+
+        Errors: what ended the request (`Cancelled`, `TimedOut`, broken logits, ...); `TimedOut` also where the wait
+        ends first, and then the request goes on.
+        """
+        if not self._ended.wait(timeout):
+            raise TimedOut(f"no answer after {timeout:g} s: wait longer, or cancel the request")
+        if self.error is not None:
+            raise self.error
+        return cast(T, answers(self._outputs, self.job.single))
+
+    def stream(self, *, drafts: bool = False) -> Iterator[Event]:
+        """Events as `dllm.stream` yields them, from the beginning, whenever it is called; once a request.
+
+        Errors: those of `result`, behind the events that came before.
+        """
+        if self._streamed:
+            raise DllmError("this request is streamed already: its events come once")
+        self._streamed, self.told.drafts, self.told.live = True, drafts, True
+        return self._stream()
+
+    def _stream(self) -> Iterator[Event]:
+        while (event := self._events.get()) is not None:
+            yield event
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        """End it; its lanes are free at the next tick. An answer that is there stays."""
+        self.fail(Cancelled("the request was cancelled"))
+        self._wake()
+
+    # -- the engine's side --------------------------------------------------------------------------------------------
+
+    def hear(self, events: Iterator[Event]) -> None:
+        """Pass events on. What a callback of the request raises ends it."""
+        try:
+            for event in events:
+                self._events.put(event)
+                if event.output is not None:
+                    self._outputs[event.request] = event.output
+        except Exception as error:
+            self.fail(error)
+        if len(self._outputs) == len(self.job.prompts):
+            self._end()
+
+    def fail(self, error: Exception) -> None:
+        """End it by an error, unless it has ended."""
+        self._end(error)
+
+    def _end(self, error: Exception | None = None) -> None:
+        with self._lock:  # a caller may cancel at the same time
+            if self.done:
+                return
+            self.error = error
+            for ticket in self.told.meter.rows if error is not None else ():
+                ticket.halt()
+            self._events.put(None)
+            self._ended.set()
+
+    def again(self) -> None:
+        """Begin the rows anew that have no answer yet. What was streamed of them stays: they come to the same."""
+        self.retried = True
+        self.left = deque(i for i in range(len(self.job.prompts)) if i not in self._outputs)
+        for i in self.left:
+            self.told.meter.rows[i].again()
+
+
+@dataclass(eq=False)
+class Seats:
+    """A group, and what the engine knows of it."""
+
+    group: Group
+    held: ExitStack  # what its runner holds
+    row_bytes: int
+    counts: Counts | None  # of its graphs
+    requests: list[Request[Any]] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """Lanes for further rows."""
+        return self.group.lanes - self.rows
+
+    @property
+    def rows(self) -> int:
+        """Rows that have a lane, or are about to get one."""
+        return self.group.rows
+
+
+class Engine:
+    """A model that decodes requests as they come, in a thread of its own.
+
+    model: as `dllm.generate` takes it. max_rows: rows decoded at a time, all requests together. kv_bytes: bytes for
+    their keys and values, None: no bound. max_queue: requests that may wait. Use it in a `with` block, or `close` it.
+
+    with dllm.Engine(model) as engine:
+        requests = [engine.submit(prompt, sampler="klass") for prompt in prompts]
+        outputs = [request.result() for request in requests]
+
+    Errors: a model that decodes by no sampler of ours.
+    """
+
+    def __init__(
+        self, model: ModelLike = None, *, max_rows: int = 8, kv_bytes: int | None = None, max_queue: int = 256
+    ) -> None:
+        for name, bound in {"max_rows": max_rows, "max_queue": max_queue}.items():
+            if bound < 1:
+                raise DllmError(f"{name}={bound!r} must be at least 1")
+        self.model = resolve_model(model)
+        if self.model.own_decoder is not None:
+            raise DllmError("this model decodes itself, one prompt at a time: use dllm.generate")
+        self.max_rows, self.kv_bytes, self.max_queue = max_rows, kv_bytes, max_queue
+        self._rows = max_rows  # as far as memory lets
+        self._line = deque[Request[Any]]()
+        self._seats: dict[Hashable, Seats] = {}
+        self._closing: Literal["", "drain", "abort"] = ""
+        self._change = threading.Condition()
+        self._turns = deque[Hashable]()  # settings, the next one to tick in front
+        self._thread = threading.Thread(target=self._run, name="dllm-engine", daemon=True)
+        self._start()
+
+    @overload
+    def submit(
+        self,
+        prompt: One | None = None,
+        *,
+        n: Literal[1] = 1,
+        timeout: float | None = None,
+        wait: float | None = 0.0,
+        batch: Literal["shared", "alone"] = "shared",
+        **arguments: Unpack[DecodingArguments],
+    ) -> Request[Output]: ...
+    @overload
+    def submit(
+        self,
+        prompt: Several,
+        *,
+        n: int = 1,
+        timeout: float | None = None,
+        wait: float | None = 0.0,
+        batch: Literal["shared", "alone"] = "shared",
+        **arguments: Unpack[DecodingArguments],
+    ) -> Request[list[Output]]: ...
+    @overload
+    def submit(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        n: int = 1,
+        timeout: float | None = None,
+        wait: float | None = 0.0,
+        batch: Literal["shared", "alone"] = "shared",
+        **arguments: Unpack[DecodingArguments],
+    ) -> Request[Any]: ...
+    def submit(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        n: int = 1,
+        timeout: float | None = None,
+        wait: float | None = 0.0,
+        batch: Literal["shared", "alone"] = "shared",
+        **arguments: Unpack[DecodingArguments],
+    ) -> Request[Any]:
+        """Put a request in line; prompt, n and further arguments are those of `dllm.generate`.
+
+        timeout: seconds until it has to be done. wait: seconds to wait for room where the line is full, None: as long
+        as it takes. batch: "alone" gives every row forwards of its own, and so the very bits of `generate` in any
+        precision; "shared" rows equal it as rows of a batch do (docs/decoding.md says in which precision).
+
+        Errors: every mistake that shows before the first forward; a request that can never fit; `QueueFull`.
+        """
+        if "batch_size" in arguments:
+            raise DllmError("an engine decides itself how many rows it decodes (max_rows=): leave batch_size= out")
+        if batch not in ("shared", "alone"):
+            raise DllmError(f"batch={batch!r} must be 'shared' or 'alone'")
+        until = None if timeout is None else time.monotonic() + timeout
+        alone = batch == "alone"
+        given = {"n": n, **arguments}
+        job = prepare(self.model, joined(prompt, None, None), given, grain=1 if alone else COLUMNS)
+        request = Request[Any](job, alone, until, self._notify)
+        if self.kv_bytes is not None and request.row_bytes > self.kv_bytes:
+            raise DllmError(
+                f"a canvas of {job.queue.canvas.ids.shape[1]} columns needs {request.row_bytes} bytes for keys and "
+                f"values, and kv_bytes={self.kv_bytes}: shorten it, or give the engine more"
+            )
+        with self._change:
+            if not self._change.wait_for(lambda: self._closing or len(self._line) < self.max_queue, wait):
+                raise QueueFull(f"{self.max_queue} requests wait already: try again later, or wait= for room")
+            if self._closing:
+                raise Cancelled("the engine is closed")
+            self._line.append(request)
+            self._change.notify_all()
+        return request
+
+    @property
+    def load(self) -> Load:
+        """What it does at the moment."""
+        with self._change:
+            seats = list(self._seats.values())
+            kv = sum(s.row_bytes * s.group.lanes for s in seats)
+            return Load(sum(s.rows for s in seats), len(self._line), len(seats), kv)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests and stop: after those that were taken, or (drain=False) at once, which cancels them."""
+        with self._change:
+            self._closing = "drain" if drain and self._closing != "abort" else "abort"
+            self._change.notify_all()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)
+
+    def _notify(self) -> None:
+        with self._change:
+            self._change.notify_all()
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._thread.start()
+        atexit.register(self.close, drain=False)  # a daemon that is in the middle of a forward would crash the exit
+
+    def _run(self) -> None:
+        error: Exception = Cancelled("the engine is closed")
+        try:
+            while self._await():
+                self._turn()
+        except Exception as fault:  # one of ours: nobody shall wait for ever
+            error = fault
+        with self._change:
+            self._closing = "abort"
+            rest = [*self._line, *(r for s in self._seats.values() for r in s.requests)]
+            self._line.clear()
+            self._change.notify_all()
+        for request in rest:
+            request.fail(error)
+        for key in list(self._seats):
+            self._drop(key)
+
+    def _await(self) -> bool:
+        """Wait for something to do; whether the thread goes on."""
+        with self._change:
+            self._change.wait_for(lambda: self._closing or self._line or self._seats)
+            return self._closing != "abort" and bool(self._line or self._seats)
+
+    def _turn(self) -> None:
+        """One tick of the next group, and what comes before and after it."""
+        now = time.monotonic()
+        for request in [*self._line, *(r for s in self._seats.values() for r in s.requests)]:
+            if request.deadline is not None and now > request.deadline:
+                request.fail(TimedOut("the request was not done in its time: give it a longer timeout="))
+        for request, rows in self._admitted():
+            self._seat(request, rows)
+        if not self._turns:
+            return
+        key = self._turns[0]
+        self._turns.rotate(-1)
+        self._guarded(key, self._tick)
+
+    def _admitted(self) -> list[tuple[Request[Any], list[int]]]:
+        """Rows that get a lane now, in the order of the line; who does not fit is passed by others a few times."""
+        taken = list[tuple[Request[Any], list[int]]]()
+        with self._change:
+            free, blocked = self._rows - sum(s.rows for s in self._seats.values()), list[Request[Any]]()
+            lanes = {key: seats.room for key, seats in self._seats.items()}
+            kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
+            for request in list(self._line):
+                if request.done or not request.told.open:
+                    self._line.remove(request)
+                    request.hear(request.told.blank())
+                    continue
+                if free == 0 or any(other.passed >= OVERTAKES for other in blocked):
+                    break
+                if request.setting not in lanes:
+                    lanes[request.setting] = self._lanes(request, kv)
+                    kv += lanes[request.setting] * request.row_bytes
+                count = min(free, lanes[request.setting], len(request.left))
+                if count:
+                    taken.append((request, [request.left.popleft() for _ in range(count)]))
+                    free, lanes[request.setting] = free - count, lanes[request.setting] - count
+                    for other in blocked:
+                        other.passed += 1
+                if request.left:
+                    blocked.append(request)
+                else:
+                    self._line.remove(request)
+            self._change.notify_all()  # the line may have room
+        return taken
+
+    def _lanes(self, request: Request[Any], kv: int) -> int:
+        """Lanes of a new group for this setting, beside stores that take `kv` bytes."""
+        most = 1 if request.alone else self._rows
+        if self.kv_bytes is None or not request.row_bytes:
+            return most
+        return min(most, (self.kv_bytes - kv) // request.row_bytes)
+
+    def _seat(self, request: Request[Any], rows: list[int]) -> None:
+        """Give rows of a request to the group of their setting."""
+        key, job, tickets = request.setting, request.job, request.told.meter.rows
+
+        def enter(seats: Seats) -> None:
+            if request not in seats.requests:
+                seats.requests.append(request)
+            job.counts = seats.counts
+            queue = job.queue if len(rows) == job.queue.rows else job.queue.take(index(rows, job.model.device))
+            seats.group.submit(queue, [tickets[i] for i in rows])
+
+        if key not in self._seats:
+            held, kv = ExitStack(), sum(s.row_bytes * s.group.lanes for s in self._seats.values())
+            try:
+                make = held.enter_context(job.runner())
+                group = Group(make(job.model, job.sampler, job.policy, job.options), self._lanes(request, kv))
+            except Exception as error:
+                held.close()
+                request.fail(error)
+                return
+            with self._change:
+                self._seats[key] = Seats(group, held, request.row_bytes, job.counts)
+            self._turns.append(key)
+        self._guarded(key, enter)
+
+    def _guarded(self, key: Hashable, work: Callable[[Seats], None]) -> None:
+        """Do something with a group. An error ends its requests, but the first time that memory runs out."""
+        seats = self._seats[key]
+        try:
+            work(seats)
+        except Exception as error:
+            self._drop(key, error)
+            for request in reversed(seats.requests):  # the first to the front of the line
+                if out_of_memory(error) and not request.retried:
+                    request.again()
+                    with self._change:
+                        if request not in self._line:
+                            self._line.appendleft(request)
+                elif out_of_memory(error):
+                    request.fail(DllmError(f"out of memory on {self.model.device}: give the engine fewer max_rows"))
+                else:
+                    request.fail(error)
+            if out_of_memory(error):
+                self._rows = max(1, self._rows // 2)
+                forget(self.model)
+            return
+        with self._change:
+            seats.requests = [r for r in seats.requests if not r.done]
+        if not seats.group.busy:
+            self._drop(key)
+
+    def _drop(self, key: Hashable, error: Exception | None = None) -> None:
+        """Let a group go, with all that it holds."""
+        with self._change:
+            seats = self._seats.pop(key)
+        self._turns.remove(key)
+        if error is None:
+            seats.held.close()
+        else:  # what it holds may be half done
+            seats.held.__exit__(type(error), error, error.__traceback__)
+
+    def _tick(self, seats: Seats) -> None:
+        """A tick of this group, and what its requests are told of it."""
+        ticks = seats.group.tick()
+        calls = {request.told.meter: request for request in seats.requests}
+        for request in seats.requests:
+            if any(ticket.broken for ticket in request.told.meter.rows):
+                request.fail(DllmError(BROKEN))
+        for tick in ticks:
+            for call in dict.fromkeys(ticket.call for ticket in tick.request):
+                request = calls[call]
+                if not request.done:
+                    request.hear(request.told.events(tick))

@@ -1,0 +1,402 @@
+"""`dllm.Engine`: requests of any settings that come, wait, share forwards, fail and go, and get what they get alone.
+
+`ByHand` has no thread, so a test says when a tick is; what concerns the thread runs the real one.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import model
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from replay import standing_in
+from scripted import tiny
+
+import dllm
+from dllm.call.engine import OVERTAKES, Cancelled, QueueFull, Request, TimedOut
+from dllm.errors import DllmError
+
+PROMPTS = ("Tom has 12 apples.", "Ann has 3 cats and buys 4 more cats.", "5", "Say a number.")
+LONG = "Tom has 12 apples. He buys 7 more."  # its answer comes in several pieces
+CALL: dict[str, Any] = {"max_new_tokens": 12, "block_length": 4, "early_stop": False}
+
+
+class ByHand(dllm.Engine):
+    """An engine whose ticks are asked for."""
+
+    def _start(self) -> None:
+        pass
+
+    def turns(self, n: int) -> None:
+        for _ in range(n):
+            self._turn()
+
+    def finish(self) -> None:
+        while self._line or self._seats:
+            self._turn()
+
+
+@cache
+def embedded() -> Any:
+    return dllm.load("tiny", dtype="float64")
+
+
+@cache
+def network() -> Any:
+    return tiny()
+
+
+@cache
+def alone(prompt: str, arguments: tuple[tuple[str, Any], ...]) -> Any:
+    return dllm.generate(embedded(), prompt, **dict(arguments))
+
+
+SAMPLERS = ["confidence", "threshold:tau=0.6", "klass", "prophet", "random", "localleap+credit", "saber"]
+ARGUMENTS = st.fixed_dictionaries(
+    {"sampler": st.sampled_from(SAMPLERS), "max_new_tokens": st.sampled_from([6, 16]), "block_length": st.just(8)},
+    optional={
+        "cache": st.sampled_from(["none", "prefix", "dual"]),
+        "temperature": st.just(0.8),
+        "seed": st.integers(0, 2),
+        "lookahead": st.just(3),
+        "logprobs": st.just(1),
+    },
+)
+GUIDED = st.sampled_from([{}, {"cfg_scale": 0.5}, {"sampler": "wino"}])  # one way to feed more rows
+ENDS = st.sampled_from([{}, {}, {"stop": "7"}, {"choices": ("yes", "no", "12 apples")}, {"regex": "[0-9]{1,3} cats"}])
+ARRIVALS = st.tuples(
+    st.sampled_from(PROMPTS),
+    st.tuples(ARGUMENTS, GUIDED, ENDS).map(lambda parts: parts[0] | parts[1] | parts[2]),
+    st.integers(0, 9),  # turns before it comes
+    st.none() | st.none() | st.integers(0, 6),  # and until it is cancelled
+    st.sampled_from(["shared", "shared", "alone"]),
+)
+
+
+@given(st.lists(ARRIVALS, min_size=2, max_size=12), st.integers(1, 6))
+@settings(max_examples=10, deadline=None, phases=[Phase.generate])  # to shrink one takes minutes
+def test_every_request_gets_what_it_gets_alone(arrivals: list[Any], rows: int) -> None:
+    engine, came = ByHand(embedded(), max_rows=rows), dict[int, Request[Any]]()
+    for turn in range(16):
+        for i, (prompt, arguments, at, until, batch) in enumerate(arrivals):
+            if at == turn:
+                came[i] = engine.submit(prompt, batch=batch, **arguments)
+            if until is not None and at + until == turn:
+                came[i].cancel()
+        engine.turns(1)
+    engine.finish()
+    assert engine.load == (0, 0, 0, 0)
+    for i, (prompt, arguments, _, until, _) in enumerate(arrivals):
+        request = came[i]
+        assert request.done
+        if isinstance(request.error, Cancelled):
+            assert until is not None
+            continue
+        ours, theirs = request.result(), alone(prompt, tuple(sorted(arguments.items())))
+        assert (ours.tokens, ours.text, ours.finish_reason) == (theirs.tokens, theirs.text, theirs.finish_reason)
+        assert (ours.nfe, ours.positions) == (theirs.nfe, theirs.positions)
+        assert ours.sequences == theirs.sequences
+
+
+def test_requests_of_one_setting_share_forwards_and_join_a_group_that_runs() -> None:
+    engine = ByHand(network(), max_rows=4)
+    first = engine.submit([1, 2, 3], **CALL)
+    engine.turns(5)
+    others = [engine.submit([7, 8], seed=i, **CALL) for i in range(3)]
+    engine.turns(1)
+    assert engine.load[:3] == (4, 0, 1)
+    engine.turns(6)
+    assert first.done and not any(r.done for r in others)  # 12 forwards, one token each
+    engine.turns(5)
+    assert all(r.done for r in others)
+
+
+def test_groups_take_turns() -> None:
+    engine = ByHand(network(), max_rows=4)
+    rows = [engine.submit([1, 2, 3], sampler=s, **CALL) for s in ("confidence", "margin", "entropy")]
+    for _ in range(20):
+        engine.turns(1)
+        nfe = [r.told.meter.rows[0].nfe for r in rows]
+        assert max(nfe) - min(nfe) <= 1
+    engine.finish()
+
+
+def test_one_prompt_gives_an_output_and_several_a_list() -> None:
+    engine = ByHand(network(), max_rows=2)
+    one, several = engine.submit([1, 2], **CALL), engine.submit([[1, 2], [3], [4, 5, 6]], n=2, **CALL)
+    engine.finish()
+    plain = dllm.generate(network(), [[1, 2], [3], [4, 5, 6]], n=2, **CALL)
+    assert one.result().tokens == dllm.generate(network(), [1, 2], **CALL).tokens
+    assert [(o.tokens, o.seed) for o in several.result()] == [(o.tokens, o.seed) for o in plain]
+
+
+@pytest.mark.parametrize("late", [0, 3, 99])
+def test_a_stream_is_whole_whenever_it_is_asked_for(late: int) -> None:
+    engine = ByHand(embedded())
+    request = engine.submit(LONG, sampler="confidence", max_new_tokens=16, block_length=4, logprobs=0)
+    engine.turns(late)
+    events = request.stream()
+    engine.finish()
+    heard, output = list(events), request.result()
+    assert "".join(e.text for e in heard) == output.text
+    assert [t for e in heard for t in e.tokens] == output.tokens
+    assert [p for e in heard for p in e.logprobs] == output.logprobs
+    assert len(heard) > 1 or late == 99
+    with pytest.raises(DllmError, match="streamed already"):
+        request.stream()
+
+
+def test_drafts_are_streamed_to_those_who_ask() -> None:
+    engine = ByHand(embedded())
+    request = engine.submit(PROMPTS[0], sampler="confidence", max_new_tokens=8)
+    drafts = request.stream(drafts=True)
+    engine.finish()
+    assert [e.draft for e in drafts] == [
+        e.draft for e in dllm.stream(embedded(), PROMPTS[0], sampler="confidence", max_new_tokens=8, drafts=True)
+    ]
+
+
+def test_a_full_line_refuses_at_once_or_after_a_while() -> None:
+    engine = ByHand(network(), max_queue=1, max_rows=1)
+    first = engine.submit([1], **CALL)
+    for wait in (0.0, 0.02):
+        with pytest.raises(QueueFull, match="1 requests wait already"):
+            engine.submit([2], wait=wait, **CALL)
+    engine.turns(1)
+    second = engine.submit([2], **CALL)
+    engine.finish()
+    assert first.result() and second.result()
+
+
+def test_a_request_waits_for_room_in_the_line() -> None:
+    with dllm.Engine(network(), max_queue=1, max_rows=1) as engine:
+        requests = [engine.submit([i], wait=None, **CALL) for i in range(6)]
+        assert [len(r.result(60).tokens) for r in requests] == [12] * 6
+
+
+def test_time_runs_out_for_a_request_or_for_who_waits() -> None:
+    engine = ByHand(network(), max_rows=1)
+    running, waiting = engine.submit([1], timeout=1e9, **CALL), engine.submit([2], timeout=-1.0, **CALL)
+    engine.turns(2)
+    with pytest.raises(TimedOut, match="not done in its time"):
+        waiting.result()
+    with pytest.raises(TimeoutError, match=r"no answer after 0\.01 s"):
+        running.result(0.01)
+    running.deadline = -1.0
+    engine.finish()
+    with pytest.raises(TimedOut):
+        running.result()
+    assert engine.load == (0, 0, 0, 0)
+
+
+def test_a_cancelled_request_leaves_its_lane_to_the_next() -> None:
+    engine = ByHand(network(), max_rows=1)
+    first, second = engine.submit([1], **CALL), engine.submit([2], **CALL)
+    engine.turns(3)
+    events = first.stream()
+    first.cancel()
+    engine.turns(1)
+    assert engine.load[:2] == (0, 1)
+    engine.turns(1)
+    assert engine.load[:2] == (1, 0)
+    engine.finish()
+    with pytest.raises(Cancelled):
+        list(events)
+    assert second.result().tokens == dllm.generate(network(), [2], **CALL).tokens
+    second.cancel()
+    assert second.result()  # what is there stays
+
+
+@pytest.mark.parametrize("cache_", ["none", "dual"])
+def test_broken_logits_end_their_own_request(cache_: str) -> None:
+    """Nor do the keys and values of the broken row reach the one that takes its lane."""
+    broken = tiny()
+    with torch.no_grad():
+        broken.transformer.embed_tokens.weight[38] = torch.nan
+    call = {**CALL, "cache": cache_, "suppress_tokens": [38]}
+    engine = ByHand(broken, max_rows=2)
+    prompts = [[1, 2, 38, 4, 5], [1, 2, 3], [6, 7]]
+    requests = [engine.submit(p, **call) for p in prompts]
+    engine.finish()
+    with pytest.raises(DllmError, match="NaN"):
+        requests[0].result()
+    for prompt, request in zip(prompts[1:], requests[1:], strict=True):
+        assert request.result().tokens == dllm.generate(broken, prompt, **call).tokens
+
+
+class Short(type(tiny())):  # type: ignore[misc]
+    """A model that runs out of memory so many times, at forwards of several rows."""
+
+    times = 0
+
+    def forward(self, ids: torch.Tensor, pos: Any = None, **options: Any) -> torch.Tensor:
+        if len(ids) > 2 and self.times:
+            self.times -= 1
+            raise RuntimeError("CUDA out of memory")
+        return super().forward(ids, pos, **options)
+
+
+def test_requests_begin_anew_with_half_the_rows_where_memory_runs_out() -> None:
+    short = tiny()
+    short.__class__, short.times = Short, 1
+    engine = ByHand(short, max_rows=4)
+    requests = [engine.submit([i, i + 1], **CALL) for i in range(2)]
+    engine.turns(4)
+    late = [engine.submit([i, i + 1], **CALL) for i in range(2, 4)]
+    engine.finish()
+    for i, request in enumerate([*requests, *late]):
+        plain = dllm.generate(short, [i, i + 1], **CALL)
+        assert (request.result().tokens, request.result().nfe) == (plain.tokens, plain.nfe)
+    assert short.times == 0 and engine._rows == 2
+
+
+def test_memory_that_runs_out_again_ends_the_request() -> None:
+    short = tiny()
+    short.__class__, short.times = Short, 99
+    engine = ByHand(short, max_rows=8)
+    requests = [engine.submit([i], **CALL) for i in range(8)]
+    engine.finish()
+    assert sum("out of memory" in str(r.error) for r in requests) == 4  # those of the second try
+    assert all(r.error is None for r in requests[4:])
+
+
+def test_an_error_in_a_callback_ends_its_own_request() -> None:
+    def fails(view: Any) -> bool:
+        raise KeyError("mine")
+
+    engine = ByHand(network())
+    bad, good = engine.submit([1], on_step=fails, **CALL), engine.submit([2], **CALL)
+    engine.finish()
+    with pytest.raises(KeyError, match="mine"):
+        bad.result()
+    assert good.result().tokens == dllm.generate(network(), [2], **CALL).tokens
+
+
+def test_stores_stay_within_their_bytes() -> None:
+    lane = network().new_store(1, 64).nbytes
+    engine = ByHand(network(), max_rows=4, kv_bytes=3 * lane + 5)
+    call = {**CALL, "cache": "dual"}
+    requests = [engine.submit([i], sampler=s, **call) for i in range(3) for s in ("confidence", "margin")]
+    while not all(r.done for r in requests):
+        engine.turns(1)
+        assert engine.load.kv_bytes <= 3 * lane
+    with pytest.raises(DllmError, match=r"needs .* bytes for keys and values"):
+        engine.submit([1], **{**call, "max_new_tokens": 200})
+    assert [r.result().tokens for r in requests] == [
+        dllm.generate(network(), [i], sampler=s, **call).tokens for i in range(3) for s in ("confidence", "margin")
+    ]
+
+
+def test_who_does_not_fit_is_passed_a_few_times_only() -> None:
+    lane = network().new_store(1, 64).nbytes
+    engine = ByHand(network(), max_rows=2, kv_bytes=2 * lane)
+    call = {**CALL, "cache": "dual"}
+    small = [engine.submit([1], **call)]
+    engine.turns(1)
+    other = engine.submit([1], sampler="margin", **call)  # the store of the first group has all the bytes
+    small += [engine.submit([1], seed=i, **call) for i in range(20)]
+    engine.finish()
+    ends = [r.told.meter.rows[0].seconds + r.told.meter._began for r in small]
+    assert sum(end < other.told.meter.rows[0].seconds + other.told.meter._began for end in ends) == 1 + OVERTAKES
+
+
+def test_rows_alone_have_the_bits_of_generate_in_float32() -> None:
+    net = model("tiny-llada-random", "float32")
+    call: dict[str, Any] = {**CALL, "cache": "dual", "logprobs": 2}
+    engine = ByHand(net, max_rows=4)
+    requests = [engine.submit([5, 9, i], batch="alone", **call) for i in range(3)]
+    others = [engine.submit([7] * 9, **call) for _ in range(2)]
+    engine.finish()
+    assert all(r.done for r in others)
+    for i, request in enumerate(requests):
+        plain = dllm.generate(net, [5, 9, i], **call)
+        assert (request.result().tokens, request.result().logprobs) == (plain.tokens, plain.logprobs)
+
+
+def test_graphs_serve_several_groups() -> None:
+    call = {**CALL, "cache": "dual", "graphs": True}
+    with standing_in():
+        engine = ByHand(network(), max_rows=4)
+        requests = [engine.submit([i, 5], sampler=s, **call) for i in range(3) for s in ("confidence", "klass")]
+        engine.finish()
+    for request, (i, s) in zip(requests, ((i, s) for i in range(3) for s in ("confidence", "klass")), strict=True):
+        plain = dllm.generate(network(), [i, 5], sampler=s, **{**call, "graphs": False})
+        assert (request.result().tokens, request.result().nfe) == (plain.tokens, plain.nfe)
+        assert request.result().stats["graphs"]["replays"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"batch_size": 2}, "leave batch_size= out"),
+        ({"batch": "both"}, "must be 'shared' or 'alone'"),
+        ({"sampler": "confidense"}, "did you mean 'confidence'"),
+        ({"max_new_tokens": 10**6}, "exceed"),
+        ({"streamer": None}, "unknown argument 'streamer'"),
+    ],
+)
+def test_mistakes_are_said_by_the_call(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(DllmError, match=says):
+        ByHand(network()).submit([1], **arguments)
+
+
+def test_bounds_are_at_least_one() -> None:
+    for name in ("max_rows", "max_queue"):
+        with pytest.raises(DllmError, match=f"{name}=0 must be at least 1"):
+            ByHand(network(), **{name: 0})
+
+
+def test_nothing_to_decode_comes_back_at_once() -> None:
+    engine = ByHand(network())
+    request = engine.submit([1, 2], max_new_tokens=0)
+    engine.finish()
+    assert request.result().sequences == [1, 2]
+
+
+# -- the thread -------------------------------------------------------------------------------------------------------
+
+
+def test_threads_submit_together() -> None:
+    plain = [dllm.generate(network(), [i], **CALL).tokens for i in range(8)]
+    found: dict[int, Any] = {}
+    with dllm.Engine(network(), max_rows=3) as engine:
+
+        def ask(i: int) -> None:
+            found[i] = engine.submit([i], **CALL).result(60).tokens
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+    assert [found[i] for i in range(8)] == plain
+
+
+def test_a_block_that_ends_well_drains_and_one_that_does_not_stops() -> None:
+    with dllm.Engine(network(), max_rows=1) as engine:
+        requests = [engine.submit([i], **CALL) for i in range(3)]
+    assert all(len(r.result(0).tokens) == 12 for r in requests)
+    with pytest.raises(Cancelled, match="closed"):
+        engine.submit([1], **CALL)
+    with pytest.raises(KeyboardInterrupt), dllm.Engine(network(), max_rows=1) as engine:
+        done = engine.submit([1], **CALL)
+        done.result(60)
+        cut = [engine.submit([i], **{**CALL, "max_new_tokens": 400}) for i in range(3)]
+        raise KeyboardInterrupt
+    assert done.result(0)  # what was done stays
+    for request in cut:
+        with pytest.raises(Cancelled, match="closed"):
+            request.result(0)
+
+
+def test_a_stream_comes_while_it_is_decoded() -> None:
+    with dllm.Engine(embedded()) as engine:
+        request = engine.submit(LONG, sampler="confidence", max_new_tokens=16, block_length=4)
+        steps = [event.nfe for event in request.stream()]
+    assert len(steps) > 1 and all(a <= b for a, b in pairwise(steps))
