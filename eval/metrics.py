@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 
 from dllm.eval.records import Cell, Sample, Speed
@@ -294,6 +294,21 @@ def paired_ratio(
         return (value, math.nan, math.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         return (value, *_bootstrap(columns, speedup, confidence, seed, paired=True))
+
+
+def paired_gain(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+    """Σtop/Σbottom of b − the same of a, rows (n, 2) of the two counts of the same documents, with its paired bootstrap
+    interval."""
+    columns = (*np.asarray(a, dtype=float).T, *np.asarray(b, dtype=float).T)
+
+    def gain(*sums: Array, axis: int = -1) -> Any:
+        top_a, bottom_a, top_b, bottom_b = sums
+        return _of_sums(top_b, bottom_b, axis) - _of_sums(top_a, bottom_a, axis)
+
+    value = float(gain(*columns))
+    if len(columns[0]) < 2:
+        return (value, math.nan, math.nan)
+    return (value, *_bootstrap(columns, gain, confidence, seed, paired=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------ AUP

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from dllm.bench import batches
 from dllm.bench.drafting import SETTINGS, held_out, run, tally, wall_row
-from dllm.bench.retrieval import Answers, above
 from dllm.bench.retrieval import run as run_retrieval
 from dllm.drafting.control import RoundStats
 from dllm.drafting.request import SpecResult
@@ -65,14 +63,6 @@ def test_batches_are_drafted_together_and_alone(monkeypatch):
     monkeypatch.setattr(batches, "NEW", 4)
     rows = list(batches.run(repeats=1))
     assert [row.bound for row in rows] == [1.3, None, 1.3, None] and all(row.value > 0 for row in rows)
-
-
-def test_differences_of_tau_are_paired():
-    a = Answers(np.array([10, 20, 30]), np.array([5, 10, 10]), 99, 0)
-    b = Answers(np.array([10, 20, 30]), np.array([10, 20, 20]), 99, 0)
-    gain, low, high = above(a, b)
-    assert gain == pytest.approx(60 / 25 - 60 / 50) and 1.0 <= low <= gain <= high <= 1.5
-    assert above(a, a) == (0, 0, 0)
 
 
 def test_stores_and_merged_trees_row_by_row(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from drafting_kit import plain
@@ -14,11 +13,13 @@ from typer.testing import CliRunner
 
 import dllm
 from dllm.bench import pairs as bench
+from dllm.bench import paths
 from dllm.cli import app
 from dllm.drafting.drafters import Need
 from dllm.drafting.hooks.candidates import assisted_by
-from dllm.drafting.lattice import build
+from dllm.drafting.lattice import Lattice, build
 from dllm.drafting.pair_head import PairHead, as_pair_head
+from dllm.drafting.pairs import Pairs
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
@@ -68,7 +69,7 @@ def test_a_pair_head_changes_the_rounds_and_not_the_text(verifier, folder, optio
 
 
 def test_a_sampled_draft_over_pairs_repeats_under_a_seed(verifier, folder):
-    call = dict(max_new_tokens=12, temperature=0.8, seed=3, pair_head=folder)
+    call = dict(max_new_tokens=12, temperature=0.8, seed=3, pair_head=folder, length="fixed:k=6")
     for tree in (0, 6):
         search = "sample_tree:width=2" if tree else None
         one, two = (dllm.speculate(verifier, "tiny", PROMPT, tree=tree, search=search, **call) for _ in range(2))
@@ -189,14 +190,6 @@ def test_only_a_drafter_of_lattices_gets_a_head(name):
 # -- the bench
 
 
-def test_a_difference_in_tau_has_the_interval_of_its_prompts():
-    same = [(10, 4, 0)] * 30
-    assert bench.difference(same, same) == (0.0, 0.0, 0.0)
-    value, low, high = bench.difference(same, [(10, 2 + i % 2, 0) for i in range(30)])
-    assert value == pytest.approx(10 / 2.5 - 2.5) and low < value < high and low > 1
-    assert np.isfinite([low, high]).all()
-
-
 def test_the_bench_goes_on_where_it_was_stopped(tmp_path, folder, monkeypatch):
     out = tmp_path / "texts.jsonl"
     monkeypatch.setattr(bench, "TASKS", ("word_problems",))
@@ -207,3 +200,45 @@ def test_the_bench_goes_on_where_it_was_stopped(tmp_path, folder, monkeypatch):
     assert list(bench.run("tiny", folder, n=2, out=out)) == figures
     with pytest.raises(DllmError, match="another"):
         list(bench.run("tiny", "elsewhere", n=2, out=out))
+
+
+@pytest.mark.parametrize(("name", "search"), [("walk", "argmax"), ("eal", "eal:lam=1")])
+def test_rounds_that_are_replayed_are_those_of_a_decode(verifier, name, search):
+    head = PairHead(*(1.5 * torch.randn(2, verifier.vocab, 4, generator=torch.Generator().manual_seed(1))))
+    options = {"length": "fixed:k=12", "carry": "off", "pair_head": head, "max_new_tokens": paths.NEW}
+    got = dllm.speculate(verifier, "tiny", PROMPT, search=search, **options)
+    drafter, text = as_drafter("tiny"), Pair(got.sequences[: got.prompt_length], got.emitted)
+    drafter.reset([], Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer))
+    rounds = paths.replay(drafter, head, text, verifier.eos)
+    emitted = [r.accepted[name] + 1 for r in rounds[name]]
+    assert emitted[:-1] == [r.emitted for r in got.rounds][:-1] and len(emitted) == got.n_verify > 1
+    assert len({len(some) for some in rounds.values()}) > 1 and max(emitted) > 2  # the head turns some paths
+    for r in rounds["walk"]:
+        assert r.accepted["held"] >= max(r.accepted.values())
+        assert r.expected["eal"] >= r.expected["walk"] - 1e-9
+
+
+def test_paths_of_a_draft_by_hand():
+    """The walk takes 1, then 2; the longest path in the mean is 2, then 1; the text holds on to neither."""
+    own = torch.tensor([[0.5, 0.45], [0.6, 0.4]]).log()
+    given = torch.tensor([[[0.5, 0.45], [0.0, 0.0]], [[0.4, 0.6], [0.95, 0.05]]]).log()
+    tokens = torch.tensor([[1, 2], [1, 2]])
+    lat = Lattice(tokens, own, tokens[:, 0], 0, pairs=Pairs(torch.tensor([[7, -1], [1, 2]]), given))
+    found = paths.look(lat, 7, [2, 1, 1])
+    assert found.accepted == {"walk": 0, "eal": 2, "held": 2}
+    assert found.expected == pytest.approx({"walk": 0.5 + 0.5 * 0.6, "eal": 0.45 + 0.45 * 0.95})
+    assert paths.look(lat, 7, [1, 3]).accepted == {"walk": 1, "eal": 0, "held": 1}
+
+
+def test_paths_of_the_embedded_pair_row_by_row(folder, monkeypatch):
+    monkeypatch.setattr(paths, "TASKS", ("functions",))
+    rows = list(paths.run("tiny", folder, n=2))
+    assert [row.name for row in rows] == [
+        "functions, walk: tau", "functions, eal: tau", "functions, held: tau",
+        "functions: tau of eal above the walk", "functions: accepted of the same drafts, eal above the walk",
+        "functions: expected of the same drafts, eal above the walk",
+    ]  # fmt: skip
+    assert rows[2].value >= max(rows[0].value, rows[1].value) and rows[5].value >= -1e-9
+    assert rows[3].value == pytest.approx(rows[1].value - rows[0].value)
+    with pytest.raises(DllmError, match="pair head for a dLLM"):
+        next(paths.run("suffix", folder))

@@ -107,6 +107,14 @@ def test_paired_comparisons():
     assert math.isnan(metrics.paired_ratio(none, none, "tokens", "nfe")[0])
 
 
+def test_a_gain_is_paired():
+    a, b = [(10, 10), (20, 20), (30, 20)], [(10, 5), (20, 10), (30, 10)]
+    gain, low, high = metrics.paired_gain(a, b)
+    assert gain == pytest.approx(60 / 25 - 60 / 50) and 1.0 <= low <= gain <= high <= 1.5
+    assert metrics.paired_gain(a, a) == (0, 0, 0)
+    assert math.isnan(metrics.paired_gain(a[:1], b[:1])[1])
+
+
 def test_frontier():
     points = [(1.0, 70.0), (2.0, 70.0), (3.0, 60.0), (2.5, 55.0), (0.5, 80.0)]
     assert metrics.frontier(points) == [4, 1, 2]

@@ -12,7 +12,6 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 import dllm
@@ -21,6 +20,7 @@ from dllm.bench.runtime import Figure
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.errors import DllmError
+from dllm.eval.metrics import paired_gain
 from dllm.eval.store import append, mend, read_lines
 from dllm.models.native import NativeModel
 
@@ -40,7 +40,6 @@ ASKED = (
     ("eal over pairs", "eal"),
     ("tree 32 over pairs", "tree 32"),
 )
-Array = NDArray[np.float64]
 Counts = dict[tuple[str, str], dict[int, tuple[int, int, int]]]  # (task, setting) -> prompt -> tokens, calls, crc
 
 
@@ -87,22 +86,6 @@ def _figures(task: str, counts: Mapping[str, Sequence[tuple[int, int, int]]]) ->
         tokens, calls, _ = np.array(rows).sum(0)
         yield Figure(f"{task}, {name}: tau", tokens / calls, note=f"{calls} verify calls, {divergent} texts differ")
     for one, other in ASKED:
-        value, low, high = difference(counts[other], counts[one])
+        first, second = ([row[:2] for row in counts[name]] for name in (other, one))
+        value, low, high = paired_gain(first, second)
         yield Figure(f"{task}: tau of {one} above {other}", value, note=f"95 %: {low:+.3f} to {high:+.3f}")
-
-
-def difference(
-    a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], draws: int = 10000, seed: int = 0
-) -> tuple[float, float, float]:
-    """tau of b minus tau of a, rows of (tokens, calls) of the same prompts, and its 95 % bootstrap interval."""
-    first, second = np.array(a, dtype=float)[:, :2], np.array(b, dtype=float)[:, :2]
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(first), np.full(len(first), 1 / len(first)), size=draws).astype(float)
-
-    def tau(w: Array, rows: Array) -> Array:
-        tokens, calls = (w @ rows).T
-        return np.asarray(tokens / calls)
-
-    ones = np.ones(len(first))
-    low, high = np.quantile(np.subtract(tau(weights, second), tau(weights, first)), [0.025, 0.975])
-    return float(np.subtract(tau(ones, second), tau(ones, first))), float(low), float(high)

@@ -24,12 +24,12 @@ from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.store import Store
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
+from dllm.eval.metrics import paired_gain
 from dllm.eval.store import append, mend, read_lines
 from dllm.models.native import NativeModel
 
 SOURCES = ("suffix", "recycle", "stand")
 FEW, NEW = 50, 96  # prompts of a store; tokens
-RESAMPLES = 2000
 
 
 class Answers(NamedTuple):
@@ -86,14 +86,6 @@ class Course(NamedTuple):
         return found[0]
 
 
-def above(a: Answers, b: Answers) -> tuple[float, float, float]:
-    """The difference of tau, and its interval: both decoded the same prompts."""
-    draws = np.random.default_rng(0).integers(0, len(a.rounds), (RESAMPLES, len(a.rounds)))
-    taus = [x.emitted[draws].sum(1) / x.rounds[draws].sum(1) for x in (a, b)]
-    low, high = np.quantile(taus[0] - taus[1], [0.025, 0.975])
-    return a.tau - b.tau, float(low), float(high)
-
-
 def run(
     *, out: Path, n: int = 300, drafter: str | Drafter = "tiny", tree: int = 16, tasks: Sequence[str] = TASKS
 ) -> Iterator[Figure]:
@@ -130,7 +122,8 @@ def trees(course: Course, source: Drafter, tree: int) -> Iterator[Figure]:
 
 
 def _row(name: str, a: Answers, b: Answers) -> Figure:
-    gain, low, high = above(a, b)
+    first, second = (np.stack([x.emitted, x.rounds], 1) for x in (b, a))
+    gain, low, high = paired_gain(first, second)
     nodes = " and ".join(f"{x.nodes / x.rounds.sum():.1f}" for x in (a, b))
     note = f"{a.tau:.2f} against {b.tau:.2f}, 95 % {low:.2f} to {high:.2f}, {nodes} nodes a round"
     return Figure(name, gain, 0.0, True, f"{note}, {a.differ + b.differ} texts differ")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 LONG = ("samplers", "windows", "stress")  # they go on where they were stopped, and print a report
 WITH_MODEL = ("generate", "lookahead", "constraints", "reads", *LONG)
 OPTIONS = {  # those that only some benches have
-    "drafter": ("drafting", "retrieval", "pairs"),
-    "pair_head": ("pairs",),
+    "drafter": ("drafting", "retrieval", "pairs", "paths", "siblings"),
+    "pair_head": ("pairs", "paths"),
     "small": ("gpu", "tail"),
     "against": ("gpu",),
     "task": LONG,
@@ -58,9 +58,9 @@ def bench(
         typer.Option(help="These samplers, settings of drafting, or parts of gpu or constraints; may be repeated."),
     ] = None,
     drafter: Annotated[
-        str, typer.Option(help="drafting, retrieval, pairs: tiny, or the folder of an aligned one.")
+        str, typer.Option(help="drafting, retrieval, pairs, paths, siblings: tiny, or the folder of an aligned one.")
     ] = "tiny",
-    pair_head: Annotated[str, typer.Option(help="pairs: the folder of a pair head for this drafter.")] = "",
+    pair_head: Annotated[str, typer.Option(help="pairs, paths: the folder of a pair head for it.")] = "",
     small: Annotated[
         bool, typer.Option("--small", help="gpu, tail: tiny shapes, decoded in seconds; no figure is judged.")
     ] = False,
@@ -94,10 +94,12 @@ def bench(
         gpu,
         lookahead,
         pairs,
+        paths,
         reads,
         retrieval,
         runtime,
         samplers,
+        siblings,
         step,
         stress,
         tail,
@@ -107,8 +109,8 @@ def bench(
     from dllm.tasks.registry import STRESS_TASKS
 
     model, _ = located(common)
-    if name == "pairs" and not pair_head:
-        raise DllmError("the bench 'pairs' compares with and without pair scores: give --pair-head, and its --drafter")
+    if name in OPTIONS["pair_head"] and not pair_head:
+        raise DllmError(f"the bench {name!r} is of pair scores: give --pair-head, and its --drafter")
     short: dict[str, Callable[[], Iterable[Figure]]] = {
         "step": lambda: runtime.step(repeats),
         "generate": lambda: runtime.generate(repeats, embedded=model),
@@ -128,6 +130,8 @@ def bench(
         "pairs": lambda: pairs.run(
             drafter, pair_head, n=n or 300, out=(out or Path("bench-pairs")).with_suffix(".jsonl")
         ),
+        "paths": lambda: paths.run(drafter, pair_head, n=n or 300),
+        "siblings": lambda: siblings.run(n or 20, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
