@@ -28,7 +28,7 @@ from dllm.drafting.search import EAL, Argmax, Edges
 from dllm.errors import DllmError
 from dllm.eval.metrics import paired_gain
 from dllm.models.native import NativeModel
-from dllm.training.alignment import continuations
+from dllm.training.answers import continuations
 from dllm.training.data import Pair
 
 NEW, SLOTS, WIDTH, ROWS = 96, 12, 15, 128  # tokens a text, slots a draft, candidates a slot, texts a forward
