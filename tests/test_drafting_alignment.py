@@ -14,12 +14,13 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.registry import as_drafter
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
+from dllm.models.recast import cut
 from dllm.training import answers
 from dllm.training.alignment import recipe
 from dllm.training.alignment.continuation import Continuation
 from dllm.training.alignment.loop import align, drawn
-from dllm.training.alignment.objective import Learner, Rows
-from dllm.training.alignment.recipe import separator, shrink
+from dllm.training.alignment.objective import Learner
+from dllm.training.alignment.recipe import separator
 from dllm.training.alignment.refinement import Refinement
 from dllm.training.alignment.registry import as_objective
 from dllm.training.answers import continuations
@@ -39,7 +40,7 @@ DATA = [Pair([10, 11, 12], [20, 21, 22, 23, 24, 2]), Pair([10], [30 + i for i in
 
 
 def rows_of(objective, data, learner, seed):
-    return Rows.of(objective.texts(data, learner, drawn(seed, 0, 0)), learner.model.mask_id)
+    return learner.rows(objective.texts(data, learner, drawn(seed, 0, 0)))
 
 
 def by_row(rows, b):
@@ -125,7 +126,7 @@ def test_acceptance_rises_on_the_verifiers_own_outputs(model):
     data = continuations(verifier, prompts, 16, batch_size=2)
     for c, prompt in zip(sorted(data), sorted(prompts), strict=True):
         assert [*c.prompt, *c.answer] == plain(verifier, prompt, 16)[: len(c.prompt) + len(c.answer)]
-    small = shrink(model, 1)
+    small = cut(model, 1)
     assert small.config.n_layers == 1
     assert torch.equal(small.transformer.embed_tokens.weight, model.transformer.embed_tokens.weight)
 
@@ -166,12 +167,12 @@ def test_recipes_and_mistakes(model, tmp_path):
         recipe.run(AlignConfig(str(tmp_path), tasks={"word_problems": 1}, stages=(Stage("refinment", 1, 1.0),)))
     assert not any(tmp_path.glob("checkpoint*"))
     with pytest.raises(DllmError, match="layers"):
-        shrink(model, 99)
+        cut(model, 99)
     with pytest.raises(DllmError, match="teacher"):
         align(Learner(model, BLOCK), [], AlignConfig("x", tasks={"word_problems": 1}))
     with pytest.raises(DllmError, match=r"no answers in .*none\.jsonl"):
         answers.make(AlignConfig("x", data=str(tmp_path / "none.jsonl")))
-    assert separator(model) == SEP
+    assert separator(model, tiny) == SEP
 
 
 def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
@@ -225,7 +226,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_trained(t
 
 
 def test_answers_with_ids_that_the_drafter_lacks_are_left_out_with_a_word(model, caplog):
-    small, odd = shrink(model, 1), Pair([10], [model.vocab_size])
+    small, odd = cut(model, 1), Pair([10], [model.vocab_size])
     config = AlignConfig("unused", tasks={"x": 1}, stages=stages((1, 1e-3), (1, 1e-3)), batch_size=2)
     with caplog.at_level("WARNING"):
         assert len(align(Learner(small, BLOCK), [*DATA, odd], config)) == 2

@@ -153,14 +153,14 @@ def align(
         return
     from dllm.bench.drafting import held_out, tau_rows
     from dllm.drafting.registry import as_verifier
-    from dllm.training.alignment.recipe import pair, run
+    from dllm.training.alignment.recipe import parts_of, run
     from dllm.training.checkpoint import begin
     from dllm.training.config import AlignConfig, load_config
 
     config = load_config(recipe, overrides or (), AlignConfig)
     begin(config, resume)  # refused before anything is measured
-    first, teacher = pair(config)  # the same for a vocabulary that does not fit
-    v = as_verifier(cast("CausalLM", teacher))
+    parts = parts_of(config)  # the same for a vocabulary that does not fit
+    first, v = parts.model, as_verifier(cast("CausalLM", parts.verifier))
     prompts = {task: held_out(first, task, problems) for task in config.tasks if problems}
     if problems and not prompts:
         typer.echo("tau is measured on the built-in tasks only: this recipe has prompts of its own")

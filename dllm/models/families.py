@@ -10,6 +10,7 @@ from dllm.models.config import ModelConfig
 from dllm.models.family import Family, RawConfig
 
 SHIFT = "logits_shift"  # our own key of config.json, written where a checkpoint is aligned otherwise than its family
+BLOCKS = "attention_block_size"  # the same for attention in blocks, where the family has none
 MODULES = (llada, llada_moe, llada2, illada, dream, sdar, fast_dllm, causal)
 FAMILIES: dict[str, Family] = {f.name: f for f in (*(m.FAMILY for m in MODULES), dream.REASONER)}
 BY_CLASS = {name: family for family in FAMILIES.values() for name in family.architectures}
@@ -39,7 +40,8 @@ def read_config(raw: RawConfig) -> tuple[Family, ModelConfig]:
         raise DllmError(f"config.json of this {raw.architecture} checkpoint holds a wrong value: {error}") from error
     if wrong := _impossible(config):
         raise DllmError(f"config.json of this {raw.architecture} checkpoint is impossible: {wrong}")
-    return family, config if raw.get(SHIFT) is None else replace(config, shift=raw[SHIFT])
+    config = config if raw.get(SHIFT) is None else replace(config, shift=raw[SHIFT])
+    return family, config if raw.get(BLOCKS) is None else replace(config, block_size=raw[BLOCKS])
 
 
 def _impossible(config: ModelConfig) -> str:

@@ -62,6 +62,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("moe_router_enable_expert_bias",), FLAG),
     **dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id"), (is_id, "a whole number")),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), (lambda v: isinstance(v, dict), "an object")),
+    "attention_block_size": SIZE,
     "logits_shift": (lambda v: is_id(v) and v in (0, 1), "0 or 1"),
     "eos_token_id": (is_ids, "an id or a list of ids"),
     "mlp_only_layers": (lambda v: isinstance(v, list) and is_ids(v), "a list of layers"),

@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 OWNED = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)"
     r"|(model\.safetensors|pytorch_model\.bin)\.index\.json"
-    r"|(config|generation_config|adapter_config|drafter|sampler_settings)\.json"
+    r"|(config|generation_config|adapter_config|recast|drafter|sampler_settings)\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|merges\.txt|vocab\.txt|chat_template\.jinja"
 )

@@ -26,6 +26,7 @@ from dllm.models.foreign import describe, load_network, wrap
 from dllm.models.native import NativeModel
 from dllm.models.parallel import device_plan, process_device, split_over_processes
 from dllm.models.quantize import quantize
+from dllm.models.recast import Recast
 from dllm.models.settings import read_settings
 from dllm.models.special import resolve
 from dllm.models.tokenizer import NO_TOKENIZER, Tokenizer, load_tokenizer
@@ -57,6 +58,14 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
     place = pick_device(arguments.device)
     kind = pick_dtype(arguments.dtype, place)
     folder, adapter = locate(name_or_path, **arguments.hub), None
+    if is_adapter(folder) and (recast := Recast.read(folder)) is not None:
+        _refuse(arguments, "not for an adapter that recasts its base", "backend", "device_map", "quantization",
+                "block_size", "shift", "mask_id")  # fmt: skip
+        kept = {name: arguments.given()[name] for name in ("dtype", "device", "tokenizer") if name in arguments.given()}
+        base = load(base_of(folder), **kept)
+        model = recast.adapted(base, folder)
+        model.sampler_settings = read_settings(folder)
+        return model
     tokenizer = _tokenizer(folder, arguments)
     if is_adapter(folder):
         adapter, name_or_path = folder, base_of(folder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dllm.errors import DllmError, first_line
 from dllm.models.checkpoint import save_weights
 from dllm.models.config import Json, ModelConfig, is_id
-from dllm.models.families import FAMILIES, SHIFT, read_config
+from dllm.models.families import BLOCKS, FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
 from dllm.models.files import optional_json, replaced_checkpoint, write_json
 from dllm.models.fused import singles
@@ -152,8 +152,12 @@ class NativeModel(Model):
         values = {**self.config.raw, **family.write(self.config), "torch_dtype": dtype}
         values.pop("dtype", None)
         values.pop(SHIFT, None)
-        if read_config(RawConfig(values))[1].shift != self.shift:  # the caller settled it otherwise than the family
+        values.pop(BLOCKS, None)
+        read = read_config(RawConfig(values))[1]
+        if read.shift != self.shift:  # the caller settled it otherwise than the family
             values[SHIFT] = self.shift
+        if read.block_size != self.block_size:
+            values[BLOCKS] = self.block_size
         ids = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
         generation = {**self.generation_config, **ids}
         write_json(folder / "config.json", values)

@@ -15,7 +15,8 @@ from dllm.models.files import replaced
 from dllm.training.config import ScheduleSpec, Taught, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
-FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule")  # may differ on resume
+# may differ on resume
+FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule", "checkpointing")
 
 
 def save_atomically(value: object, path: Path) -> None:

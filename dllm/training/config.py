@@ -208,11 +208,29 @@ class Taught(Section):
 
 
 @dataclass(frozen=True)
+class RecastSpec(Section):
+    """How a causal drafter becomes a dLLM; its weights stay."""
+
+    block_size: int | None = param(
+        None, "attention in blocks of so many tokens (1: a token sees those before it); null: everything", low=1
+    )
+    shift: int = param(0, "1: position i is predicted in row i - 1, as the causal model did it", low=0, high=1)
+    mask: str = param("", "a special token that no text holds; by default the tokenizer's mask token")
+
+
+@dataclass(frozen=True)
 class AlignConfig(Taught):
     """A recipe for a drafter. The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B."""
 
     layers: int = param(0, "keep only the first layers of the drafter (a smaller copy), 0 = all", low=0)
-    separator: bool = param(True, "close the block with the tokenizer's separator; draft with the same setting")
+    recast: RecastSpec = RecastSpec()
+    lora: LoraSpec = LoraSpec()
+    separator: bool | str = param(
+        True, "close the block with the tokenizer's separator, or with this token; draft with the same setting"
+    )
+    pack: int = param(0, "tokens of a row that several texts share; 0: a text a row", low=0)
+    accumulate: int = param(1, "forwards of a step", low=1)
+    checkpointing: bool = param(False, "compute activations again in the backward: less memory, a third more time")
     stages: tuple[Stage, ...] = (Stage("continuation", 400, 2e-3), Stage("refinement", 200, 1e-3))
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dllm.errors import DllmError
+from dllm.models.adapter import CONFIG, PREFIX, WEIGHTS
+from dllm.models.config import ModelConfig
+from dllm.models.family import Family
+from dllm.models.files import write_json
 from dllm.models.fused import Fused
 from dllm.models.transformer import Transformer
 from dllm.training.config import LoraSpec
@@ -65,6 +73,8 @@ def add_lora(model: Transformer, spec: LoraSpec) -> None:
         raise DllmError(f"lora.targets: {str(error).splitlines()[0]}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # small steps would vanish in bfloat16
 
 
 def merge_lora(model: Transformer) -> Transformer:
@@ -78,3 +88,29 @@ def merge_lora(model: Transformer) -> Transformer:
     for name, apart in [(n, m) for n, m in merged.named_modules() if isinstance(m, Apart)]:
         merged.set_submodule(name, apart.fused())
     return merged.requires_grad_(True)
+
+
+def save_adapter(
+    model: Transformer, spec: LoraSpec, family: Family, config: ModelConfig, base: str, folder: Path
+) -> None:
+    """The adapters alone in peft's format, in bfloat16, under the official names of the base `config`'s family."""
+    from peft.tuners.lora import LoraLayer
+
+    modules = dict(model.named_modules())
+    official: dict[str, list[str]] = defaultdict(list)  # of a module of the backbone, as a whole or map by map
+    for name, piece in family.layout(replace(config, n_layers=model.config.n_layers)).items():
+        official[piece.parameter.removesuffix(".weight")].append(name.removesuffix(".weight"))
+    tensors = {}
+    for module, names in official.items():
+        found = modules.get(module)
+        layers = list(found.children()) if isinstance(found, Apart) else [found]
+        for layer, name in zip(layers, names, strict=False):
+            for matrix in ("lora_A", "lora_B") if isinstance(layer, LoraLayer) else ():
+                weight = getattr(layer, matrix)["default"].weight.detach()
+                tensors[f"{PREFIX}{name}.{matrix}.weight"] = weight.to("cpu", torch.bfloat16).contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": spec.rank, "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout, "target_modules": list(spec.targets), "bias": "none", "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    write_json(folder / CONFIG, settings)

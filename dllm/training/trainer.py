@@ -21,6 +21,7 @@ from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
 from dllm.models.hub import load, pick_device
 from dllm.models.native import NativeModel
+from dllm.models.recast import Recast
 from dllm.models.transformer import Transformer
 from dllm.tasks.base import Example
 from dllm.tasks.registry import task
@@ -200,11 +201,7 @@ def as_diffusion(twin: NativeModel) -> NativeModel:
         raise DllmError(
             "a diffusion run starts from a LlamaForCausalLM whose tokenizer has a mask token, or from a dLLM"
         )
-    config = replace(twin.config, family="llada", architecture="LLaDAModelLM", causal=False, shift=0, mask_id=mask_id,
-                     rope_full_precision=True, raw={})  # fmt: skip
-    backbone = Transformer(config)
-    backbone.load_state_dict(twin.transformer.state_dict())
-    return NativeModel(config, backbone, twin.tokenizer)
+    return Recast.of("model.start", twin.config, int(mask_id)).apply(twin)
 
 
 def fresh_model(spec: ModelSpec, causal: bool) -> NativeModel:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm.training.alignment.objective import Draw, Learner, Masked, Objective, behind
+from dllm.training.alignment.objective import Draw, Learner, Objective, behind
+from dllm.training.alignment.rows import Masked
 from dllm.training.data import Pair
 from dllm.training.diffusion import noise_levels
 
@@ -27,5 +28,5 @@ class Continuation(Objective):
                 masked[int(torch.randint(block, (1,), generator=draw.generator))] = True
             target = (c.answer[cut:] + [end] * block)[:block]
             weight = torch.full((block,), 1 / float(t))
-            texts.append(behind(c.prompt + c.answer[:cut], target, masked, weight, learner))
+            texts.append(behind(c.prompt + c.answer[:cut], target, masked, weight))
         return texts

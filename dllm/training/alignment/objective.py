@@ -11,22 +11,19 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dllm.errors import DllmError
 from dllm.models.native import NativeModel
+from dllm.training.alignment.rows import Masked, Reader, Rows
 from dllm.training.data import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Draw(NamedTuple):
@@ -34,48 +31,6 @@ class Draw(NamedTuple):
 
     rng: random.Random
     generator: torch.Generator
-
-
-class Masked(NamedTuple):
-    """One text of T tokens for a step, on the host."""
-
-    ids: list[int]  # clean: the prompt, the answer so far, what is to be predicted, a separator
-    masked: Tensor  # (T,) bool: what is to be predicted
-    weight: Tensor  # (T,) float, read where it is masked
-    extra: Mapping[str, Tensor] = NOTHING  # further values of every token, each (T,), for the loss
-
-
-class Rows(NamedTuple):
-    """A batch of B rows: of its M masked tokens their rows, columns, targets and weights (M,)."""
-
-    ids: Tensor  # (B, T) noisy
-    clean: Tensor  # (B, T)
-    pos: Tensor  # (B, T), -1 for padding
-    row: Tensor
-    column: Tensor
-    target: Tensor
-    weight: Tensor
-    extra: Mapping[str, Tensor]  # each (M,)
-
-    @classmethod
-    def of(cls, texts: Sequence[Masked], mask_id: int) -> Rows:
-        """The texts, one a row."""
-        clean = pad_sequence([torch.tensor(t.ids) for t in texts], batch_first=True)
-        pos = pad_sequence([torch.arange(len(t.ids)) for t in texts], batch_first=True, padding_value=-1)
-        masked = pad_sequence([t.masked for t in texts], batch_first=True)
-        row, column = masked.nonzero(as_tuple=True)
-
-        def at(values: Sequence[Tensor]) -> Tensor:
-            return pad_sequence(list(values), batch_first=True)[row, column]
-
-        extra = {name: at([t.extra[name] for t in texts]) for name in texts[0].extra}
-        weight = at([t.weight for t in texts])
-        return cls(clean.masked_fill(masked, mask_id), clean, pos, row, column, clean[row, column], weight, extra)
-
-    def to(self, device: torch.device) -> Rows:
-        """The same on a device."""
-        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**moved, extra={name: value.to(device) for name, value in self.extra.items()})
 
 
 class Sum(NamedTuple):
@@ -92,23 +47,26 @@ class Learner:
     block    most masked tokens in a row.
     sep      what closes a block, None: nothing.
     verifier the teacher; it stands still.
+    pack     tokens of a row that several texts share, 0: a text a row.
     """
 
     model: NativeModel
     block: int
     sep: int | None = None
     verifier: PreTrainedModel | None = None
+    pack: int = 0
 
-    @property
-    def tail(self) -> list[int]:
-        """What stands behind the masks."""
-        return [] if self.sep is None else [self.sep]
+    def rows(self, texts: Sequence[Masked]) -> Rows:
+        """The texts as this learner reads them, on its device."""
+        model = self.model
+        assert model.mask_id is not None  # it is a masked-diffusion model
+        tail = [] if self.sep is None else [self.sep]
+        return Rows.of(texts, Reader(model.mask_id, model.shift, model.block_size, tail, self.pack)).to(model.device)
 
     def logits(self, rows: Rows) -> Tensor:
         """What the learner says of the masked tokens: (M, V)."""
-        hidden = self.model.transformer(rows.ids, rows.pos)  # (B, T, D)
-        source = (rows.column - self.model.shift).clamp(min=0)
-        found: Tensor = self.model.transformer.head(hidden[rows.row, source])
+        hidden = self.model.transformer(rows.ids, rows.pos, visible=rows.visible)  # (B, T, D)
+        found: Tensor = self.model.transformer.head(hidden[rows.row, rows.source])
         return found
 
     @torch.no_grad()
@@ -116,9 +74,9 @@ class Learner:
         """What the verifier says of the same tokens behind the clean ones before each, (M, V) in the learner's ids."""
         if self.verifier is None:
             raise DllmError("this objective asks the verifier for its distributions, and none was given")
-        read, at = torch.unique(rows.column - 1, return_inverse=True)
+        read, at = torch.unique(rows.place - 1, return_inverse=True)
         found: Any = self.verifier(input_ids=rows.clean, use_cache=False, logits_to_keep=read)
-        logits: Tensor = found.logits[rows.row, at]
+        logits: Tensor = found.logits[rows.text, at]
         return logits[:, : self.model.vocab_size]
 
 
@@ -143,7 +101,6 @@ class Objective(ABC):
         assert not state, "an objective that keeps a state loads it"
 
 
-def behind(prefix: Sequence[int], target: Sequence[int], masked: Tensor, weight: Tensor, learner: Learner) -> Masked:
+def behind(prefix: Sequence[int], target: Sequence[int], masked: Tensor, weight: Tensor) -> Masked:
     """A text whose tokens `target` behind a clean prefix are masked or not, and weigh so, each (len(target),)."""
-    around = len(prefix), len(learner.tail)
-    return Masked([*prefix, *target, *learner.tail], F.pad(masked, around), F.pad(weight, around))
+    return Masked([*prefix, *target], F.pad(masked, (len(prefix), 0)), F.pad(weight, (len(prefix), 0)))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dllm.spec import param
-from dllm.training.alignment.objective import Draw, Learner, Masked, Objective, behind
+from dllm.training.alignment.objective import Draw, Learner, Objective, behind
+from dllm.training.alignment.rows import Masked
 from dllm.training.data import Pair
 
 
@@ -27,5 +28,5 @@ class Refinement(Objective):
             r = draw.rng.randint(1, min(self.max_suffix, end))
             weight = self.alpha ** torch.arange(r - 1, -1, -1, dtype=torch.float32)
             masked = torch.ones(r, dtype=torch.bool)
-            texts.append(behind(c.prompt + c.answer[: end - r], c.answer[end - r : end], masked, weight, learner))
+            texts.append(behind(c.prompt + c.answer[: end - r], c.answer[end - r : end], masked, weight))
         return texts
