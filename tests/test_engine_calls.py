@@ -117,6 +117,21 @@ def test_requests_of_one_setting_share_forwards_and_join_a_group_that_runs() -> 
     assert all(r.done for r in others)
 
 
+@pytest.mark.parametrize("form", ["memo", "chain"])
+def test_a_lane_that_stood_empty_does_not_hold_the_others_up(form: str) -> None:
+    """With a lookahead the rows that are furthest behind have their forward first."""
+    engine, call = ByHand(network(), max_rows=2), {**CALL, "lookahead": {"rows": 2, "form": form}}
+    first = engine.submit([1, 2, 3], **call)
+    engine.turns(4)
+    second, before = engine.submit([7, 8], **call), first.told.meter.rows[0].ahead.steps
+    engine.turns(3)
+    assert first.told.meter.rows[0].ahead.steps > before
+    engine.finish()
+    assert [r.result().tokens for r in (first, second)] == [
+        dllm.generate(network(), p, **CALL).tokens for p in ([1, 2, 3], [7, 8])
+    ]
+
+
 def test_groups_take_turns() -> None:
     engine = ByHand(network(), max_rows=4)
     rows = [engine.submit([1, 2, 3], sampler=s, **CALL) for s in ("confidence", "margin", "entropy")]
@@ -357,6 +372,75 @@ def test_nothing_to_decode_comes_back_at_once() -> None:
     request = engine.submit([1, 2], max_new_tokens=0)
     engine.finish()
     assert request.result().sequences == [1, 2]
+
+
+# -- prompts that begin alike -----------------------------------------------------------------------------------------
+
+
+@cache
+def blocks() -> Any:
+    return tiny(block_size=4)
+
+
+@pytest.mark.parametrize("switches", [{}, {"shift": 1}], ids=["plain", "shifted"])
+@pytest.mark.parametrize("sampler", ["confidence", "threshold:tau=0.2"])
+def test_blocks_of_a_prompt_are_computed_once(sampler: str, switches: dict[str, int]) -> None:
+    net = tiny(block_size=4, **switches)
+    engine, call = ByHand(net, max_rows=2), {**CALL, "sampler": sampler}
+    system = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+    prompts = [[*system, 7], [*system, 8, 8, 8, 8], system, [7, *system], [*system, 8, 8, 8, 9], [*system, 8, 8, 8]]
+    known = [0, 8, 8, 0, 12, 12]
+    for prompt, cached in zip(prompts, known, strict=True):
+        request, plain = engine.submit(prompt, **call), dllm.generate(net, prompt, **call)
+        engine.finish()
+        ours = request.result()
+        assert ours.stats.get("cached_tokens", 0) == cached
+        assert (ours.tokens, ours.nfe, ours.finish_reason) == (plain.tokens, plain.nfe, plain.finish_reason)
+        whole = cached and cached == len(prompt) // 4 * 4
+        before = net.shift if whole else 0  # what predicts the first column of the window is computed again
+        assert ours.positions == plain.positions - cached + before
+    assert engine.prefixes is not None
+    assert engine.prefixes.reuse[:3] == (15, 10, 0)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_rows_of_a_batch_reuse_what_others_left(graphs: bool) -> None:
+    prompts = [[i % 2] * 8 + [i] for i in range(8)]
+    with standing_in():
+        engine = ByHand(blocks(), max_rows=3)
+        requests = [engine.submit(p, temperature=0.5, seed=i, graphs=graphs, **CALL) for i, p in enumerate(prompts)]
+        engine.finish()
+    for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+        plain = dllm.generate(blocks(), prompt, temperature=0.5, seed=i, **CALL)
+        assert (request.result().tokens, request.result().nfe) == (plain.tokens, plain.nfe)
+    assert [r.result().stats.get("cached_tokens", 0) for r in requests] == [0, 0, 0, *[8] * 5]
+
+
+def test_blocks_that_were_used_last_stay_within_their_bytes() -> None:
+    block = blocks().new_store(1, 3).nbytes
+    engine = ByHand(blocks(), prefix_bytes=3 * block)
+    assert engine.prefixes is not None
+
+    def cached(prompt: list[int]) -> int:
+        request = engine.submit(prompt, **CALL)
+        engine.finish()
+        assert engine.prefixes is not None and engine.prefixes.reuse.nbytes <= 3 * block
+        return request.result().stats.get("cached_tokens", 0)
+
+    a, b = [1] * 8, [2] * 8
+    assert [cached(a), cached(a), cached([*a[:4], 5, 5, 5, 5])] == [0, 8, 4]
+    assert cached(b) == 0  # two blocks: of three one stays, the one that others begin with
+    assert [cached(b), cached(a)] == [8, 4]
+    assert engine.prefixes.reuse.evicted > 0
+
+
+@pytest.mark.parametrize("arguments", [{"cache": "none"}, {"cfg_scale": 0.5}, {"lookahead": 3}, {"batch": "alone"}])
+def test_what_cannot_share_a_prompt_computes_its_own(arguments: dict[str, Any]) -> None:
+    engine = ByHand(blocks())
+    for _ in range(2):
+        request = engine.submit([1] * 8, **CALL, **arguments)
+        engine.finish()
+        assert "cached_tokens" not in request.result().stats
 
 
 # -- the thread -------------------------------------------------------------------------------------------------------

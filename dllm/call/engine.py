@@ -24,6 +24,7 @@ from dllm.call.generate import Told, answers
 from dllm.call.job import Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import One, Prompt, Several, joined
+from dllm.decoding.cache.prefix import Prefixes
 from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
 from dllm.errors import DllmError, out_of_memory
@@ -171,7 +172,8 @@ class Engine:
     """A model that decodes requests as they come, in a thread of its own.
 
     model: as `dllm.generate` takes it. max_rows: rows decoded at a time, all requests together. kv_bytes: bytes for
-    their keys and values, None: no bound. max_queue: requests that may wait. Use it in a `with` block, or `close` it.
+    their keys and values, None: no bound. max_queue: requests that may wait. prefix_bytes: bytes for keys and values of
+    prompts that may come again (block-causal models). Use it in a `with` block, or `close` it.
 
     with dllm.Engine(model) as engine:
         requests = [engine.submit(prompt, sampler="klass") for prompt in prompts]
@@ -181,7 +183,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: ModelLike = None, *, max_rows: int = 8, kv_bytes: int | None = None, max_queue: int = 256
+        self,
+        model: ModelLike = None,
+        *,
+        max_rows: int = 8,
+        kv_bytes: int | None = None,
+        max_queue: int = 256,
+        prefix_bytes: int = 1 << 28,
     ) -> None:
         for name, bound in {"max_rows": max_rows, "max_queue": max_queue}.items():
             if bound < 1:
@@ -190,6 +198,7 @@ class Engine:
         if self.model.own_decoder is not None:
             raise DllmError("this model decodes itself, one prompt at a time: use dllm.generate")
         self.max_rows, self.kv_bytes, self.max_queue = max_rows, kv_bytes, max_queue
+        self.prefixes = Prefixes(self.model.block_size, prefix_bytes) if self.model.block_size else None
         self._rows = max_rows  # as far as memory lets
         self._line = deque[Request[Any]]()
         self._seats: dict[Hashable, Seats] = {}
@@ -394,7 +403,8 @@ class Engine:
             held, kv = ExitStack(), sum(s.row_bytes * s.group.lanes for s in self._seats.values())
             try:
                 make = held.enter_context(job.runner())
-                group = Group(make(job.model, job.sampler, job.policy, job.options), self._lanes(request, kv))
+                shared = self.prefixes if job.reusable and not request.alone else None
+                group = Group(make(job.model, job.sampler, job.policy, job.options), self._lanes(request, kv), shared)
             except Exception as error:
                 held.close()
                 request.fail(error)
@@ -423,6 +433,8 @@ class Engine:
                     request.fail(error)
             if out_of_memory(error):
                 self._rows = max(1, self._rows // 2)
+                if self.prefixes is not None:
+                    self.prefixes.clear()
                 forget(self.model)
             return
         with self._change:

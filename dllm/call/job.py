@@ -101,6 +101,11 @@ class Job:
         smallest = self.model.new_store(1, 1)  # two slots: the spare one is part of every lane
         return smallest.nbytes // 2 * (self.queue.canvas.ids.shape[1] + 1) * copies
 
+    @property
+    def reusable(self) -> bool:
+        """Whether keys and values of its prompts are those that another call would compute."""
+        return self.policy.resumes and self.sampler.inputs is None and self.lookahead is None
+
     @contextmanager
     def runner(self) -> Iterator[Callable[..., Runner]]:
         """What decodes this call."""
@@ -184,6 +189,8 @@ class Job:
     ) -> dict[str, object]:
         ahead, stats = self.lookahead, ticket.ahead
         found = stats.report(ahead) if ahead and isinstance(stats, Stats) else {}
+        if ticket.cached:
+            found["cached_tokens"] = ticket.cached
         if self.options.rule is not None:
             automaton = self.options.rule.automata[int(self.queue.memory[Bound].which[ticket.index])]
             if not automaton.free:

@@ -87,6 +87,11 @@ class Canvas(NamedTuple):
         """The same tokens where these columns (B, L) count as open."""
         return self._replace(masked=masked)
 
+    def given(self) -> tuple[list[list[int]], list[int]]:
+        """On the host: the ids of each row, and where its first mask is."""
+        canvas = self.cpu()
+        return canvas.ids.tolist(), canvas.first_masked().tolist()
+
     def first_masked(self) -> Tensor:
         """(B,) the leftmost masked column, L where none is left."""
         any_left = self.masked.any(1)

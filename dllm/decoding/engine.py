@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import NamedTuple
 
 import torch
 
 from dllm.decoding.cache.policy import Policy
+from dllm.decoding.cache.prefix import Prefixes, Stored
 from dllm.decoding.canvas import State
 from dllm.decoding.facts import fetch, flags
 from dllm.decoding.graphs import index
@@ -59,6 +60,8 @@ class Waiting(NamedTuple):
 
     among: Batch  # the rows that were submitted with it, windows open
     place: int
+    prompt: list[int]  # what may be kept of it: whole blocks, in a group that reuses them
+    found: list[Stored]  # of these, those that are there
 
     @property
     def ticket(self) -> Ticket:
@@ -73,10 +76,12 @@ class Group:
 
     A group has `lanes` for so many at a time, and all of its canvases are of one width. Rows are submitted at any time,
     wait in line, enter free lanes, and leave when they are done or their ticket is halted; other lanes never notice.
+    With `prefixes` the blocks that a prompt begins with are computed once (block-causal models, an exact cache).
     """
 
-    def __init__(self, run: Runner, lanes: int) -> None:
-        self.run, self.lanes = run, lanes
+    def __init__(self, run: Runner, lanes: int, prefixes: Prefixes | None = None) -> None:
+        self.run, self.lanes, self.prefixes = run, lanes, prefixes
+        self.fresh = dict[int, list[int]]()  # prompts that have just entered, by lane: their blocks are to be kept
         self.line = deque[Waiting]()
         self.free = list(range(lanes))
         self.caps = [0] * lanes  # steps that the row of each lane may take
@@ -96,8 +101,15 @@ class Group:
     def submit(self, queue: State, tickets: Sequence[Ticket]) -> None:
         """Rows, each with its ticket, for the next ticks. All windows are opened at once: one wait tells what the first
         forward of every row needs."""
+        prompts: list[list[int]] = [[] for _ in tickets]
+        found: list[list[Stored]] = [[] for _ in tickets]
+        if self.prefixes is not None:
+            prompts = [ids[:end] for ids, end in zip(*queue.canvas.given(), strict=True)]
+            found = [self.prefixes.find(ids) for ids in prompts]
+            ends = [self.prefixes.block * len(blocks) or -1 for blocks in found]
+            queue = queue._replace(cached=queue.cached._replace(frontier=queue.step.new_tensor(ends)))
         rows = opening(self.run.s, self.run.policy, queue, tickets)
-        self.line.extend(Waiting(rows, place) for place in range(queue.rows))
+        self.line.extend(map(Waiting, repeat(rows), range(queue.rows), prompts, found))
         if self.batch is None:
             self.batch = vacant(rows, self.lanes)
             self.run.begin(self.batch)
@@ -129,6 +141,7 @@ class Group:
                 if f.done:
                     ticket.finish()
             ticks += run.ticks(p.part, facts, batch.state)
+        self._keep(batch)
         for i, ticket in zip(busy, tickets, strict=True):
             f = batch.facts[i]
             if f.done:
@@ -163,6 +176,9 @@ class Group:
         for _, some in groupby(entering, lambda pair: id(pair[1].among)):
             lanes, rows = zip(*some, strict=True)
             self._put(batch, rows[0].among, lanes, [row.place for row in rows])
+        if self.prefixes is not None:
+            for lane, row in entering:
+                self._reuse(self.prefixes, lane, row)
         self.free = [i for i in self.free if batch.request[i] is None]
         if self.free and not self.line and due is not None:
             self.run.rest(self.free, due)
@@ -173,6 +189,24 @@ class Group:
         for lane, place in zip(lanes, places, strict=True):
             batch.facts[lane], batch.request[lane] = among.facts[place], among.request[place]
             self.caps[lane] = self.run.options.cap(among.facts[place])
+
+    def _reuse(self, prefixes: Prefixes, lane: int, row: Waiting) -> None:
+        """Put what is known of a prompt into the lane."""
+        store, lo = self.run.store, row.among.facts[row.place].lo
+        assert store is not None
+        if row.found:
+            prefixes.load(row.found, store, lane)
+        row.ticket.cached = prefixes.block * len(row.found)
+        self.fresh[lane] = row.prompt[:lo]  # the store keeps what lies in front of the window
+
+    def _keep(self, batch: Batch) -> None:
+        """Take the blocks of prompts from lanes that have had their first forward."""
+        for lane, ids in list(self.fresh.items()):
+            f = batch.facts[lane]
+            if f.step and f.finite and self.prefixes is not None and self.run.store is not None:
+                self.prefixes.keep(ids, self.run.store, lane)
+            if f.step or batch.request[lane] is None:
+                del self.fresh[lane]
 
     def _broken(self, batch: Batch, busy: list[int]) -> None:
         """End the rows whose last logits had no softmax."""

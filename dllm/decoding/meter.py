@@ -20,6 +20,7 @@ class Ticket:
     index: int  # in the call
     nfe: int = 0
     positions: int = 0  # recomputed by its forwards
+    cached: int = 0  # tokens of the prompt whose keys and values were there before
     first: float = 0.0  # seconds from the start of the call to the row's first forward: prefill
     seconds: float = 0.0  # to its last forward
     capped: bool = False  # it has taken the steps that it may

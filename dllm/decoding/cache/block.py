@@ -22,6 +22,7 @@ class Block(Policy):
     name: ClassVar[str] = "block"
     exact: ClassVar[bool] = True
     blockwise: ClassVar[bool | None] = True
+    resumes: ClassVar[bool] = True
 
     def frontier(self, state: State, window: Span) -> Tensor:
         """(B,) start of the block that holds the first column which may still change."""
@@ -67,6 +68,7 @@ class BlockDual(Block):
 
     name: ClassVar[str] = "block_dual"
     exact: ClassVar[bool] = False
+    resumes: ClassVar[bool] = False  # it goes by the end of what is stored, too
 
     def holds(self, state: State, window: Span) -> Cached:
         """The blocks below the frontier, and the open one as its last whole forward saw it."""

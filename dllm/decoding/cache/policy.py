@@ -91,6 +91,7 @@ class Policy(ABC):
     exact: ClassVar[bool] = False  # logits equal those of full forwards
     stored: ClassVar[bool] = True  # needs a store; False: `step` is every row's forward
     blockwise: ClassVar[bool | None] = None  # True: for block-causal models only, False: for bidirectional ones only
+    resumes: ClassVar[bool] = False  # a row may begin with the columns below `Cached.frontier` in its lane of the store
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})  # parameters by name
     sparse: ClassVar[bool] = False  # recomputes scattered columns: committed ones are read only by those who need them
     block_size: int | None = field(default=None, kw_only=True, repr=False)  # of the model
