@@ -93,6 +93,7 @@ def bench(
         drafting,
         gpu,
         lookahead,
+        objectives,
         pairs,
         paths,
         reads,
@@ -133,6 +134,7 @@ def bench(
         "paths": lambda: paths.run(drafter, pair_head, n=n or 300),
         "siblings": lambda: siblings.run(n or 20, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
+        "objectives": lambda: objectives.run(only, n=n or 300),
         "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }

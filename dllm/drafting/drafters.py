@@ -97,8 +97,8 @@ class Drafter:
     """Base of all drafters. Ids are the verifier's everywhere.
 
     A drafter writes `draft`; everything else has a default. The loop forks it for every text, then calls `reset` once,
-    and `draft`, `observe` and, for one that taps layers, `take` in turn. Whatever it drafts, the text stays the
-    verifier's own.
+    and `draft`, `observe` and, for one that taps layers, `take` in turn, at last `finish`. Whatever it drafts, the text
+    stays the verifier's own.
 
     name         what errors call it.
     forwards     model forwards since `reset`, counted by the drafter.
@@ -154,6 +154,9 @@ class Drafter:
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
         """A round is over: `ids` ends with the `emitted` tokens. `successors` is of all nodes of the round, also those
         that were rejected; empty unless it was asked for."""
+
+    def finish(self, ids: Sequence[int]) -> None:
+        """The text is over, and so are all others of the call: `ids` is all of it, prompt and output."""
 
     def lessons(self) -> Sequence[Lesson]:
         """What the text taught that a store may keep; asked for when all texts of a call are done."""

@@ -170,6 +170,8 @@ def rounds(
             row.controller.rows = len(rows)
         while not all(row.done for row in rows):
             yield _round(session, rows), rows
+    for row in rows:
+        row.finish()
     if store is not None:
         found = [(row.ids, len(row.request.ids)) for row in rows]
         store.learn(found, [lesson for row in rows for lesson in row.lessons()])

@@ -351,6 +351,12 @@ class Speculation:
                     who, together = self.merged[p.paths[child + 1]]
                     self.trust.learn(who, p.depths[child] - 1, together, child == following)
 
+    def finish(self) -> None:
+        """Tell the sources that the text is over."""
+        for source in self.sources:
+            with blamed(source):
+                source.finish(self.ids)
+
     def lessons(self) -> list[Lesson]:
         """What the text taught."""
         return [self.trust, *(lesson for source in self.sources for lesson in source.lessons())]

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from dllm import spec
 from dllm.training.alignment.continuation import Continuation
+from dllm.training.alignment.distillation import Distillation
+from dllm.training.alignment.length import Length
 from dllm.training.alignment.objective import Objective
+from dllm.training.alignment.policy import Policy
 from dllm.training.alignment.refinement import Refinement
+from dllm.training.alignment.replay import Replay
+from dllm.training.alignment.selective import Selective
 
-OBJECTIVES: dict[str, type[Objective]] = {"continuation": Continuation, "refinement": Refinement}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "continuation": Continuation,
+    "refinement": Refinement,
+    "distillation": Distillation,
+    "length": Length,
+    "selective": Selective,
+    "policy": Policy,
+    "replay": Replay,
+}
 
 
 def as_objective(what: object) -> Objective:
