@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import dllm
 from dllm.bench.drafting import K12, TASKS, Options, held_out
-from dllm.bench.pairs import difference
 from dllm.bench.runtime import Figure
 from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.errors import DllmError, unknown
+from dllm.eval.metrics import paired_gain
 from dllm.eval.store import append, mend, read_lines
 from dllm.models.arguments import Checkpoint
 from dllm.training.alignment.recipe import run as align
@@ -49,7 +49,7 @@ Counts = dict[int, tuple[int, int, int]]  # prompt -> tokens, calls, crc
 
 
 def run(
-    names: Sequence[str] | None = None, *, n: int = 300, steps: int = 100, out: str | Path = "runs/objectives"
+    names: Sequence[str] | None = None, *, n: int = 300, steps: int = 300, out: str | Path = "runs/objectives"
 ) -> Iterator[Figure]:
     """Train and decode what `out` lacks; then tau of every drafter, and what it gained over the start.
 
@@ -76,8 +76,8 @@ def run(
         found = _counts(folder, name, config, n)
         yield from _taus(name, found)
         for task in TASKS:
-            first, second = ([of[task][i] for i in range(n)] for of in (start, found))
-            value, low, high = difference(first, second)
+            first, second = ([of[task][i][:2] for i in range(n)] for of in (start, found))
+            value, low, high = paired_gain(first, second)
             divergent = sum(found[task][i][2] != start[task][i][2] for i in range(n))
             note = f"95 %: {low:+.3f} to {high:+.3f}, {divergent} texts differ"
             yield Figure(f"{task}: tau of {name} above the start's", value, note=note)

@@ -22,6 +22,7 @@ WITH_MODEL = ("generate", "lookahead", "constraints", "reads", *LONG)
 OPTIONS = {  # those that only some benches have
     "drafter": ("drafting", "retrieval", "pairs", "paths", "siblings"),
     "pair_head": ("pairs", "paths"),
+    "steps": ("objectives",),
     "small": ("gpu", "tail"),
     "against": ("gpu",),
     "task": LONG,
@@ -55,12 +56,15 @@ def bench(
     block_length: Annotated[int | None, typer.Option(min=1, help="samplers: columns of a block.")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="These samplers, settings of drafting, or parts of gpu or constraints; may be repeated."),
+        typer.Option(
+            help="These samplers, objectives, settings of drafting, parts of gpu, constraints; may be repeated."
+        ),
     ] = None,
     drafter: Annotated[
         str, typer.Option(help="drafting, retrieval, pairs, paths, siblings: tiny, or the folder of an aligned one.")
     ] = "tiny",
     pair_head: Annotated[str, typer.Option(help="pairs, paths: the folder of a pair head for it.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="objectives: of training, each; 300.")] = None,
     small: Annotated[
         bool, typer.Option("--small", help="gpu, tail: tiny shapes, decoded in seconds; no figure is judged.")
     ] = False,
@@ -134,7 +138,7 @@ def bench(
         "paths": lambda: paths.run(drafter, pair_head, n=n or 300),
         "siblings": lambda: siblings.run(n or 20, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
-        "objectives": lambda: objectives.run(only, n=n or 300),
+        "objectives": lambda: objectives.run(only, n=n or 300, steps=steps or 300),
         "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }
@@ -144,8 +148,8 @@ def bench(
         hint = "; what drafts is --drafter" if name.startswith("drafting") else ""
         raise DllmError(f"--model is for the benches {', '.join(WITH_MODEL)}, not for {name!r}{hint}")
     given = {
-        "drafter": drafter != "tiny", "pair_head": pair_head, "small": small, "against": against, "task": task,
-        "new": new, "block_length": block_length,
+        "drafter": drafter != "tiny", "pair_head": pair_head, "steps": steps, "small": small, "against": against,
+        "task": task, "new": new, "block_length": block_length,
     }  # fmt: skip
     for option, theirs in OPTIONS.items():
         if given[option] and name not in theirs:
