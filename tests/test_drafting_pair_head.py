@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from drafting_kit import plain
+from drafting_kit import VOCAB, from_columns, plain, tiny_verifier
 from typer.testing import CliRunner
 
 import dllm
 from dllm.bench import pairs as bench
 from dllm.bench import paths
 from dllm.cli import app
-from dllm.drafting.drafters import Need
+from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.hooks.candidates import assisted_by
 from dllm.drafting.lattice import Lattice, build
 from dllm.drafting.pair_head import PairHead, as_pair_head
@@ -66,6 +66,38 @@ def test_a_pair_head_changes_the_rounds_and_not_the_text(verifier, folder, optio
     )
     assert with_head.sequences == own.sequences == plain(verifier.model, own.sequences[: own.prompt_length], 24)
     assert with_head.n_verify > own.n_verify, "random scores spoil the drafts"
+
+
+class Ahead(Drafter):
+    """Drafts as if another token came first: no candidate of its first slot is right, and a wrong token leads wherever
+    the right one is the second."""
+
+    name = "ahead"
+
+    def __init__(self, text, wrong):
+        self.text, self.wrong = text, wrong
+
+    def draft(self, ids, k, *, generator=None):
+        columns = [[(self.wrong, -0.3), (t, -1.5 if i else -20.0)] for i, t in enumerate(self.text[len(ids) :][:k])]
+        return from_columns([[(self.wrong, -0.3)], *columns[1:]] if columns else [], len(ids))
+
+
+def test_the_rest_of_a_draft_is_weighed_by_the_token_that_came_in_place_of_its_first():
+    """FlexDraft's calibration by the bonus token: a draft that was made before it was known is mended behind it, though
+    it is no candidate."""
+    model = tiny_verifier()
+    text = plain(model, [5, 9, 2], 24)
+    wrong = next(t for t in range(3, VOCAB) if t not in text)
+    follows = torch.zeros(VOCAB, VOCAB)
+    follows[text[:-1], text[1:]] = 9.0
+    accepted = {}
+    for head in (None, PairHead(torch.eye(VOCAB), follows.T.contiguous())):
+        options = {"search": "argmax", "length": "fixed:k=4", "carry": "always", "pair_head": head}
+        got = dllm.speculate(model, Ahead(text, wrong), [5, 9, 2], max_new_tokens=24, **options)
+        assert got.sequences == text
+        accepted[head is None] = [r.accepted for r in got.rounds if r.carried]
+    assert set(accepted[True]) == {0}  # the first slot of what is carried over is wrong, and ends it
+    assert accepted[False] and all(n > 0 for n in accepted[False])
 
 
 def test_a_sampled_draft_over_pairs_repeats_under_a_seed(verifier, folder):

@@ -276,6 +276,27 @@ def test_tree_is_the_most_probable_prefix_set(seed, budget):
     assert larger[: len(prefixes)] == prefixes
 
 
+@settings(max_examples=25, deadline=None)
+@given(problem)
+def test_no_fanout_by_slot_beats_the_tree(seed):
+    """However many children the nodes of each slot get, and whichever paths have more: a head that ranks slots or nodes
+    (SpecBlock) can at most find the tree that best first finds, as long as the weights are right."""
+    lat, proxy, eos, ctx = random_problem(seed, k=3)
+    edges = Edges(lat, ctx, proxy, 0.5)
+
+    def reached(i, state, fanout, chance):
+        """The chances of all nodes behind one."""
+        if i < len(fanout):
+            for t, w, s in sorted(edges.out(i, state), key=lambda e: -e[1])[: fanout[i]]:
+                yield chance * math.exp(w)
+                yield from () if t in eos else reached(i + 1, s, fanout, chance * math.exp(w))
+
+    for fanout in itertools.product((1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3)):
+        chances = list(reached(0, edges.root, fanout, 1.0))
+        best = BestFirstTree(len(chances))(lat, ctx, eos=eos, proxy=proxy)
+        assert len(best) == len(chances) and sum(best.survival()) >= sum(chances) - 1e-9
+
+
 def node_paths(tree):
     out = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):

@@ -5,7 +5,7 @@
 from dllm.drafting.autoregressive import ARDrafter
 from dllm.drafting.control import ADL, Controller, CostAware, FailFast, Fixed, Heuristic, RejectionThreshold, RoundStats
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
-from dllm.drafting.drafters import Ask, Drafter, Need
+from dllm.drafting.drafters import Ask, Drafter, Need, Ragged
 from dllm.drafting.front import calibrate
 from dllm.drafting.hidden.drafter import HiddenDrafter
 from dllm.drafting.lattice import DraftFailure, Lattice
@@ -25,7 +25,7 @@ __all__ = [
     "ADL", "EAL", "EMPTY", "ARDrafter", "Argmax", "Ask", "BestFirstTree", "CPSBeam", "CPSSample", "CausalLM",
     "Controller", "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback",
     "Fixed", "Grams", "Heuristic", "HiddenDrafter", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal",
-    "RejectionThreshold", "RoundStats", "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen", "SpecConfig",
-    "SpecResult", "StandDrafter", "Store", "Successors", "SuffixDrafter", "TokenRecycling", "Verifier", "Viterbi",
-    "as_drafter", "as_verifier", "calibrate", "chain", "param",
+    "Ragged", "RejectionThreshold", "RoundStats", "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen",
+    "SpecConfig", "SpecResult", "StandDrafter", "Store", "Successors", "SuffixDrafter", "TokenRecycling", "Verifier",
+    "Viterbi", "as_drafter", "as_verifier", "calibrate", "chain", "param",
 ]  # fmt: skip

@@ -12,18 +12,17 @@ All nodes are points, so the walk over the tree is exact.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol
 
-from dllm.drafting.proposal import Proposal
+from dllm.drafting.proposal import Proposal, best_first
 from dllm.drafting.search import Edges
 from dllm.errors import DllmError
 
 Path = tuple[int, ...]
+Reached = tuple[Path, str, float]  # a node, who proposed it, and what they give it together
 
 
 class Voice(Protocol):
@@ -97,28 +96,18 @@ def merge(
     """The at most `budget` nodes, `depth` deep, that are most likely to be reached, best first; nothing behind `eos`.
 
     A node's confidence is what `trust` makes of it; its chance to be reached is the product along its path. Nodes are
-    at most as likely as their parents, so best first is optimal among all trees of the budget (ties: the smaller path).
+    at most as likely as their parents, so best first is optimal among all trees of the budget.
     """
-    nodes: list[tuple[int, int, float]] = []  # token, parent, confidence
-    origin: dict[Path, tuple[str, float]] = {}
-    heap: list[tuple[float, Path, int, int, float, str, float]] = []
-    order = count()
 
-    def offer(base: float, path: Path, parent: int) -> None:
-        said = [(voice.name, some) for voice in voices if (some := voice.says(path))]
-        if not said or len(path) >= depth:
+    def following(node: Reached, deep: int, chance: float) -> Iterator[tuple[int, float, Reached]]:
+        path = node[0]
+        if deep == depth or (path and path[-1] in eos):
             return
-        for token, conf in pooled([some for _, some in said]).items():
+        said = [(voice.name, some) for voice in voices if (some := voice.says(path))]
+        for token, conf in sorted(pooled([some for _, some in said]).items()):
             who = "+".join(name for name, some in said if token in some)
-            trusted = trust(who, len(path), conf)
-            heapq.heappush(heap, (-base * trusted, (*path, token), next(order), parent, trusted, who, conf))
+            yield token, trust(who, deep, conf), ((*path, token), who, conf)
 
-    offer(1.0, (), -1)
-    while heap and len(nodes) < budget:
-        minus, path, _, parent, trusted, who, conf = heapq.heappop(heap)
-        nodes.append((path[-1], parent, trusted))
-        origin[path] = who, conf
-        if path[-1] not in eos:
-            offer(-minus, path, len(nodes) - 1)
-    tree = Proposal(tuple(n[0] for n in nodes), tuple(n[1] for n in nodes), conf=tuple(n[2] for n in nodes))
-    return Merged(tree, origin)
+    root: Reached = ((), "", 1.0)
+    tree, reached = best_first(root, following, budget)
+    return Merged(tree, {path: (who, conf) for path, who, conf in reached})

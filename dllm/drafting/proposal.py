@@ -7,11 +7,13 @@ part of the type: `point` tokens are a deterministic function of the text so far
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from operator import index
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from dllm.errors import DllmError
 
 Kind = Literal["point", "sampled"]
+S = TypeVar("S")  # what a tree that grows knows of a node
 TOLERANCE = 1e-3  # of a sum of probabilities in float32, over vocabularies of 10^5
 
 
@@ -229,3 +232,31 @@ def chain(tokens: Sequence[int], conf: Sequence[float] = (), rows: Rows | None =
 
 
 EMPTY = chain(())
+
+
+def best_first(
+    root: S, following: Callable[[S, int, float], Iterable[tuple[int, float, S]]], budget: int
+) -> tuple[Proposal, list[S]]:
+    """The at most `budget` nodes of a tree of points that are most likely to be reached, best first, and their states.
+
+    `following(state, depth, chance)` says what may stand behind a node that is `depth` deep and reached with `chance`:
+    tokens, their confidences given the node, and their states. A node is at most as likely as its parent, so best first
+    is optimal among all trees of the budget, and a larger budget holds the smaller. Ties go to what was offered first.
+    """
+    nodes: list[tuple[int, int, float]] = []  # token, parent, confidence
+    states: list[S] = []
+    order = count()
+    heap: list[tuple[float, int, int, int, float, int, S]] = []
+
+    def offer(state: S, depth: int, chance: float, parent: int) -> None:
+        for token, conf, behind in following(state, depth, chance):
+            heapq.heappush(heap, (-chance * conf, next(order), token, parent, conf, depth + 1, behind))
+
+    offer(root, 0, 1.0, -1)
+    while heap and len(nodes) < budget:
+        minus, _, token, parent, conf, depth, state = heapq.heappop(heap)
+        nodes.append((token, parent, conf))
+        states.append(state)
+        offer(state, depth, -minus, len(nodes) - 1)
+    tokens, parents, confs = zip(*nodes, strict=True) if nodes else ((), (), ())
+    return Proposal(tokens, parents, conf=confs), states

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import Lattice
-from dllm.drafting.proposal import EMPTY, Proposal, chain
+from dllm.drafting.proposal import EMPTY, Proposal, best_first, chain
 from dllm.drafting.search import union
 from dllm.drafting.store import BEST, Lesson, Seen, Successors
 from dllm.drafting.suffixes import counted, longest
@@ -240,7 +239,7 @@ class TokenRecycling(Drafter):
         def following(path: tuple[int, ...]) -> list[tuple[int, float]]:
             return list(zip(self.table.after((path or ids)[-1]), ranks, strict=False))
 
-        return best_first(following, k, self.need)
+        return retrieved(following, k, self.need)
 
 
 class Fallback(Drafter):
@@ -290,25 +289,17 @@ class Fallback(Drafter):
         return self.model.lessons()
 
 
-def best_first(following: Callable[[tuple[int, ...]], list[tuple[int, float]]], k: int, need: Need) -> Proposal:
+def retrieved(following: Callable[[tuple[int, ...]], list[tuple[int, float]]], k: int, need: Need) -> Proposal:
     """The chain of `k` tokens, or the tree of the nodes most likely to be reached, of what `following` says of a path:
     tokens with their probabilities, best first."""
-    budget = need.tree or k
-    out: list[tuple[int, int, float]] = []  # token, parent, confidence
-    order = count()
-    heap: list[tuple[float, int, int, tuple[int, ...], float]] = []
 
-    def offer(base: float, parent: int, path: tuple[int, ...]) -> None:
-        for token, conf in following(path)[: None if need.tree else 1]:
-            heapq.heappush(heap, (-base * conf, next(order), parent, (*path, token), conf))
+    def behind(path: tuple[int, ...], depth: int, chance: float) -> list[tuple[int, float, tuple[int, ...]]]:
+        if depth == k or (path and path[-1] in need.eos):
+            return []
+        return [(token, conf, (*path, token)) for token, conf in following(path)[: None if need.tree else 1]]
 
-    offer(1.0, -1, ())
-    while heap and len(out) < budget:
-        minus, _, parent, path, conf = heapq.heappop(heap)
-        out.append((path[-1], parent, conf))
-        if len(path) < k and path[-1] not in need.eos:
-            offer(-minus, len(out) - 1, path)
-    return Proposal(tuple(o[0] for o in out), tuple(o[1] for o in out), conf=tuple(o[2] for o in out))
+    root: tuple[int, ...] = ()
+    return best_first(root, behind, need.tree or k)[0]
 
 
 def _copied(match: int, tokens: Sequence[int], need: Need) -> Proposal:

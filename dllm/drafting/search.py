@@ -27,7 +27,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dllm.drafting.lattice import Lattice, uniforms, without
 from dllm.drafting.ngram import NgramTable, Tempered
 from dllm.drafting.pairs import Scores, State
-from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain, sent
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, best_first, chain, sent
 from dllm.errors import DllmError
 from dllm.spec import check, param
 
@@ -351,9 +350,8 @@ def _rows(laws: Sequence[Law]) -> Rows:
 class BestFirstTree(PathSearch):
     """The `budget` most probable prefixes of the lattice, found best first (DDTree, arXiv 2604.12989, when lam = 1).
 
-    Popping a node offers its next sibling and its first child; as weights are at most one the pop order is the order of
-    probability, so the set is closed under parents, optimal, and grows with the budget. `fanout` caps the children of
-    a node.
+    As weights are at most one the set is closed under parents, optimal, and grows with the budget: how many children a
+    slot or a node deserves follows. `fanout` caps them, as the rest is never likely.
     """
 
     budget: int = param(32, "a verify of 33 tokens costs little more than one", low=1)
@@ -365,29 +363,15 @@ class BestFirstTree(PathSearch):
         """The most probable prefixes, most probable first."""
 
         @cache
-        def children(depth: int, state: Path) -> list[Edge]:
-            return sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
+        def children(depth: int, state: Path) -> list[tuple[int, float, Path | None]]:
+            best = sorted(edges.out(depth, state), key=lambda e: (-e[1], e[0]))[: self.fanout]
+            return [(t, math.exp(min(w, 0.0)), None if t in eos else s) for t, w, s in best]
 
-        nodes: list[tuple[int, int, float]] = []  # token, parent, confidence
-        # (-log probability, tie break, depth, parent node, parent state, rank, log probability of the parent)
-        heap: list[tuple[float, int, int, int, Path, int, float]] = []
-        order = count()
+        def following(state: Path | None, depth: int, chance: float) -> list[tuple[int, float, Path | None]]:
+            return [] if state is None or depth == edges.lat.k else children(depth, state)
 
-        def offer(depth: int, parent: int, state: Path, rank: int, base: float) -> None:
-            if depth < edges.lat.k and rank < len(children(depth, state)):
-                logp = base + children(depth, state)[rank][1]
-                heapq.heappush(heap, (-logp, next(order), depth, parent, state, rank, base))
-
-        offer(0, -1, edges.root, 0, 0.0)
-        while heap and len(nodes) < self.budget:
-            minus, _, depth, parent, state, rank, base = heapq.heappop(heap)
-            token, weight, following = children(depth, state)[rank]
-            nodes.append((token, parent, math.exp(min(weight, 0.0))))
-            offer(depth, parent, state, rank + 1, base)
-            if token not in eos:
-                offer(depth + 1, len(nodes) - 1, following, 0, -minus)
-        tokens, parents, conf = zip(*nodes, strict=True)
-        return Proposal(tokens, parents, conf=conf)
+        root: Path | None = edges.root
+        return best_first(root, following, self.budget)[0]
 
 
 @dataclass(frozen=True)

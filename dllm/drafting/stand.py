@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.lattice import draws, uniforms
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, sent
-from dllm.drafting.retrieval import best_first
+from dllm.drafting.retrieval import retrieved
 from dllm.drafting.store import BEST, Grams, Seen
 from dllm.spec import check, param
 
@@ -57,7 +57,7 @@ class StandDrafter(Drafter):
     def draft(self, ids: Sequence[int], k: int, *, generator: torch.Generator | None = None) -> Proposal:
         """Draws where the search samples, else the most probable."""
         if not self.need.sampled:
-            return best_first(lambda path: self._after(ids, path), k, self.need)
+            return retrieved(lambda path: self._after(ids, path), k, self.need)
         heads = max(1, min(self.need.draws, k)) if self.need.tree else 1
         depth = max(1, min(k, self.need.tree // heads)) if self.need.tree else k
         tokens, parents = list[int](), list[int]()

@@ -6,16 +6,14 @@ A generalised suffix tree of depth `DEPTH` (SuffixDecoding, arXiv 2411.04975) in
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import count
 from typing import TypeAlias
 
 import numpy as np
 
-from dllm.drafting.proposal import Proposal
+from dllm.drafting.proposal import Proposal, best_first
 
 DEPTH = 64  # tokens by which places are sorted: a match and what is read behind it
 REACH = 32  # of a match
@@ -169,13 +167,12 @@ def counted(
     root: Spans = [(level, *level.find(gram)) for level in levels]
     root = [(level, low, high) for level, low, high in root if low < high]
     depth = min(depth, DEPTH - match)
-    nodes: list[tuple[int, int, float]] = []  # token, parent, confidence
-    order = count()
-    heap: list[tuple[float, int, int, int, float, int, Spans]] = []
 
-    def offer(spans: Spans, base: float, parent: int, at: int) -> None:
+    def following(spans: Spans, at: int, chance: float) -> Iterator[tuple[int, float, Spans]]:
+        if not spans or at >= depth:
+            return
         total = sum(high - low for _, low, high in spans) + 1 / match
-        fewest = least / base * total  # over all levels, so in one of them a share of it
+        fewest = least / chance * total  # over all levels, so in one of them a share of it
         where: dict[int, Spans] = {}
         seen: dict[int, tuple[int, int]] = {}
         for age, (level, low, high) in enumerate(spans):
@@ -185,13 +182,6 @@ def counted(
         often = {token: sum(high - low for _, low, high in some) for token, some in where.items()}
         likely = [(n, seen[token], token) for token, n in often.items() if n >= fewest]
         for n, _, token in sorted(likely, reverse=True)[:width]:
-            heapq.heappush(heap, (-base * n / total, next(order), parent, token, n / total, at + 1, where[token]))
+            yield token, n / total, [] if ends(token) else where[token]
 
-    if root and depth > 0:
-        offer(root, 1.0, -1, 0)
-    while heap and len(nodes) < budget:
-        minus, _, parent, token, conf, at, spans = heapq.heappop(heap)
-        nodes.append((token, parent, conf))
-        if at < depth and not ends(token):
-            offer(spans, -minus, len(nodes) - 1, at)
-    return Proposal(tuple(n[0] for n in nodes), tuple(n[1] for n in nodes), conf=tuple(n[2] for n in nodes))
+    return best_first(root, following, budget)[0]
