@@ -434,6 +434,10 @@ def test_blocks_that_were_used_last_stay_within_their_bytes() -> None:
     assert engine.prefixes.reuse.evicted > 0
 
 
+def test_nothing_is_kept_where_no_bytes_are_given() -> None:
+    assert ByHand(blocks(), prefix_bytes=0).prefixes is None and ByHand(network()).prefixes is None
+
+
 @pytest.mark.parametrize("arguments", [{"cache": "none"}, {"cfg_scale": 0.5}, {"lookahead": 3}, {"batch": "alone"}])
 def test_what_cannot_share_a_prompt_computes_its_own(arguments: dict[str, Any]) -> None:
     engine = ByHand(blocks())
@@ -477,6 +481,19 @@ def test_a_block_that_ends_well_drains_and_one_that_does_not_stops() -> None:
     for request in cut:
         with pytest.raises(Cancelled, match="closed"):
             request.result(0)
+
+
+def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: dllm.Engine) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(dllm.Engine, "_turn", fails)
+    engine = dllm.Engine(network())
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        engine.submit([1], **CALL).result(60)
+    with pytest.raises(Cancelled, match="closed"):
+        engine.submit([1], **CALL)
+    engine.close()
 
 
 def test_a_stream_comes_while_it_is_decoded() -> None:

@@ -198,7 +198,8 @@ class Engine:
         if self.model.own_decoder is not None:
             raise DllmError("this model decodes itself, one prompt at a time: use dllm.generate")
         self.max_rows, self.kv_bytes, self.max_queue = max_rows, kv_bytes, max_queue
-        self.prefixes = Prefixes(self.model.block_size, prefix_bytes) if self.model.block_size else None
+        block = self.model.block_size
+        self.prefixes = Prefixes(block, prefix_bytes) if block and prefix_bytes > 0 else None
         self._rows = max_rows  # as far as memory lets
         self._line = deque[Request[Any]]()
         self._seats: dict[Hashable, Seats] = {}
@@ -340,7 +341,9 @@ class Engine:
     def _turn(self) -> None:
         """One tick of the next group, and what comes before and after it."""
         now = time.monotonic()
-        for request in [*self._line, *(r for s in self._seats.values() for r in s.requests)]:
+        with self._change:
+            known = [*self._line, *(r for s in self._seats.values() for r in s.requests)]
+        for request in known:
             if request.deadline is not None and now > request.deadline:
                 request.fail(TimedOut("the request was not done in its time: give it a longer timeout="))
         for request, rows in self._admitted():
