@@ -15,12 +15,13 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.proposal import drawn as draws_of
 from dllm.drafting.registry import as_drafter
 from dllm.errors import DllmError
+from dllm.models.recast import cut
 from dllm.training.alignment.loop import align, drawn
-from dllm.training.alignment.objective import Learner, Rows
-from dllm.training.alignment.recipe import shrink
+from dllm.training.alignment.objective import Learner
 from dllm.training.alignment.registry import as_objective
 from dllm.training.answers import continuations
 from dllm.training.config import AlignConfig, Stage
+from dllm.training.data import Pair
 from dllm.training.laws import DIVERGENCES, expected_length, kept, tvd
 from dllm.training.online import OnlineDrafter, Pace
 from dllm.training.traffic import Recorder, Traffic, masked
@@ -43,14 +44,14 @@ def data(verifier):
 
 @pytest.fixture
 def learner(verifier):
-    return Learner(shrink(dllm.load("tests/golden/checkpoints/tiny-llada-trained"), 1), BLOCK, SEP, verifier)
+    return Learner(cut(dllm.load("tests/golden/checkpoints/tiny-llada-trained"), 1), BLOCK, SEP, verifier)
 
 
 def step(what, data, learner, seed=0):
     """The objective, its rows, and its loss."""
     objective = as_objective(what)
     texts = objective.texts(data, learner, drawn(seed, 0, 0))
-    rows = Rows.of(texts, learner.model.mask_id)
+    rows = learner.rows(texts)
     total, weight = objective.loss(rows, learner)
     return objective, rows, total / weight
 
@@ -58,7 +59,7 @@ def step(what, data, learner, seed=0):
 def said(verifier, rows, clean):
     """The verifier's law of every masked token, text by text."""
     found = []
-    for b, column in zip(rows.row.tolist(), rows.column.tolist(), strict=True):
+    for b, column in zip(rows.text.tolist(), rows.place.tolist(), strict=True):
         with torch.no_grad():
             found.append(verifier(input_ids=clean[b : b + 1, :column]).logits[0, -1].float().log_softmax(-1))
     return torch.stack(found)
@@ -77,7 +78,7 @@ def test_distillation_compares_with_the_verifiers_law_behind_the_tokens_before(
     if on_policy:
         own = draws_of(q.exp(), rows.extra["u"])[:, 0]
         assert not torch.equal(own, rows.target)
-        clean[rows.row, rows.column] = own
+        clean[rows.text, rows.place] = own
     p = said(verifier, rows, clean)[:, : q.shape[1]]
     by_hand = (DIVERGENCES[name](p, q) * rows.weight).sum() / rows.weight.sum()
     assert float(loss.detach()) == pytest.approx(float(by_hand), rel=1e-4)
@@ -119,9 +120,23 @@ def test_the_loss_of_a_length_is_the_share_that_is_rejected(verifier, data, lear
     else:  # the verifier's own greedy answers
         p = torch.full_like(q, float("-inf"))
         p[torch.arange(len(p)), rows.target] = 0.0
-    lengths = expected_length(p, q, rows.target, rows.row, rows.column, tuple(rows.ids.shape), 2)
+    lengths = expected_length(p, q, rows.target, rows.text, rows.place, tuple(rows.clean.shape), 2)
     assert 0 < float(lengths.sum()) < len(q)
     assert float(loss.detach()) == pytest.approx(1 - float(lengths.sum()) / len(q), rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ("length:max_suffix=5,temperature=1", "distillation:on_policy=true,max_suffix=5"))
+def test_drafts_of_one_text_that_share_a_row_score_as_they_do_alone(verifier, what):
+    model = dllm.load("tests/golden/checkpoints/tiny-sdar-random")
+    assert model.block_size
+    learner, objective = Learner(model, BLOCK, verifier=verifier, pack=200), as_objective(what)
+    answers = [Pair([10, 11, 12], [*range(20, 50)]), Pair([13, 14], [*range(60, 80)])]
+    texts = objective.texts([answers[0], *answers], learner, drawn(3, 0, 0))
+    together = learner.rows(texts)
+    assert len(together.clean) < len(texts) and len(together.ids) == 1  # they share
+    with torch.no_grad():
+        alone = [objective.loss(learner.rows([text]), learner).total for text in texts]
+        torch.testing.assert_close(objective.loss(together, learner).total, torch.stack(alone).sum())
 
 
 OBJECTIVES = (
@@ -172,7 +187,7 @@ def test_a_recorder_keeps_what_the_verifier_said_up_to_the_rejected_slot(verifie
         again = dllm.speculate(verifier, plainly, text, max_new_tokens=told.k + 1, **FIXED)
         assert again.rounds[0].accepted == m - 1  # the slot was rejected
         row = masked(ids, told, learner)
-        assert row.ids[: told.start] == text and row.ids[-1] == SEP and len(row.ids) == told.start + told.k + 1
+        assert row.ids[: told.start] == text and len(row.ids) == told.start + told.k
         assert row.masked.nonzero()[:, 0].tolist() == list(range(told.start, told.start + told.k))
         assert row.weight.nonzero()[:, 0].tolist() == list(range(told.start, told.start + m))
 

@@ -17,7 +17,7 @@ from dllm.models.files import optional_json
 from dllm.models.hub import load
 from dllm.models.native import NativeModel
 from dllm.spec import check, param
-from dllm.training.alignment.objective import Learner, Rows
+from dllm.training.alignment.objective import Learner
 from dllm.training.checkpoint import read, save_atomically
 from dllm.training.laws import DIVERGENCES
 from dllm.training.traffic import Recorder, Traffic, loss, masked
@@ -94,7 +94,7 @@ class OnlineDrafter(Recorder):
         network.train()
         for _ in range(steps):
             drawn = self.traffic.draw(student.pace.batch_size, rng)
-            rows = Rows.of([masked(ids, told, learner) for ids, told in drawn], self.mask_id).to(self.model.device)
+            rows = learner.rows([masked(ids, told, learner) for ids, told in drawn])
             total, weight = loss(rows, learner, student.pace.divergence)
             student.optimizer.zero_grad(set_to_none=True)
             (total / weight).backward()  # type: ignore[no-untyped-call]

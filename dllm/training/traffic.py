@@ -20,7 +20,8 @@ from dllm.drafting.lattice import DraftFailure
 from dllm.drafting.store import Seen
 from dllm.errors import DllmError
 from dllm.models.native import NativeModel
-from dllm.training.alignment.objective import Learner, Masked, Rows, Sum, behind
+from dllm.training.alignment.objective import Learner, Sum, behind
+from dllm.training.alignment.rows import Masked, Rows
 from dllm.training.laws import DIVERGENCES, folded
 
 
@@ -118,10 +119,10 @@ class Recorder(DiffusionDrafter):
 def masked(ids: Sequence[int], told: Round, learner: Learner) -> Masked:
     """The draft of a round once more: its slots masked; those that were judged weigh 1, the others nothing."""
     start, k, m = told.start, told.k, len(told.best)
-    first = max(0, start + k + len(learner.tail) - learner.model.max_positions)
+    first = max(0, start + k + (learner.sep is not None) - learner.model.max_positions)
     target = (list(ids[start : start + k]) + [learner.model.eos_ids[0]] * k)[:k]
     weight = (torch.arange(k) < m).float()
-    text = behind(ids[first:start], target, torch.ones(k, dtype=torch.bool), weight, learner)
+    text = behind(ids[first:start], target, torch.ones(k, dtype=torch.bool), weight)
     around = (0, 0, start - first, len(text.ids) - (start - first) - m)
     extra = {"best": F.pad(torch.tensor(told.best), around), "prob": F.pad(torch.tensor(told.prob), around)}
     return text._replace(extra=extra)
@@ -130,9 +131,8 @@ def masked(ids: Sequence[int], told: Round, learner: Learner) -> Masked:
 def loss(rows: Rows, learner: Learner, divergence: str) -> Sum:
     """The divergence of the judged slots, by the verifier's best tokens and all others as one."""
     at = rows.weight.nonzero()[:, 0]
-    row, column, target, weight = (t[at] for t in (rows.row, rows.column, rows.target, rows.weight))
-    rows = rows._replace(row=row, column=column, target=target, weight=weight)
-    best, prob = rows.extra["best"][at], rows.extra["prob"][at]
+    weight, best, prob = rows.weight[at], rows.extra["best"][at], rows.extra["prob"][at]
+    rows = rows._replace(row=rows.row[at], source=rows.source[at])
     q = folded(learner.logits(rows).float().log_softmax(-1), best)
     p = torch.cat([prob, 1 - prob.sum(-1, keepdim=True)], -1).clamp_min(1e-6).log().log_softmax(-1)
     return Sum((DIVERGENCES[divergence](p, q) * weight).sum(), weight.sum())

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from dllm.spec import param
-from dllm.training.alignment.objective import Draw, Learner, Masked, Objective, Rows, Sum
+from dllm.training.alignment.distillation import compared, numbered
+from dllm.training.alignment.objective import Draw, Learner, Objective, Sum
 from dllm.training.alignment.refinement import Refinement
+from dllm.training.alignment.rows import Masked, Rows
 from dllm.training.data import Pair
 from dllm.training.laws import expected_length
 
@@ -31,16 +33,18 @@ class Length(Objective):
 
     def texts(self, data: Sequence[Pair], learner: Learner, draw: Draw) -> list[Masked]:
         """As `Objective`."""
-        return Refinement(1.0, self.max_suffix).texts(data, learner, draw)
+        return numbered(Refinement(1.0, self.max_suffix).texts(data, learner, draw))
 
     def loss(self, rows: Rows, learner: Learner) -> Sum:
         """What is rejected, of all that is drafted."""
-        q = learner.logits(rows).float().log_softmax(-1)
+        logits = learner.logits(rows)
         if self.temperature:
-            p = (learner.teacher(rows).float() / self.temperature).log_softmax(-1)
+            p, q = compared(learner.teacher(rows), logits, self.temperature)
         else:
+            q = logits.float().log_softmax(-1)
             p = torch.full_like(q, float("-inf")).scatter(-1, rows.target[:, None], 0.0)
-        shape = rows.ids.shape[0], rows.ids.shape[1]
-        lengths = expected_length(p, q, rows.target, rows.row, rows.column, shape, self.draws)
+        drafts, draft = torch.unique(rows.extra["draft"], return_inverse=True)
+        shape = len(drafts), rows.clean.shape[1]
+        lengths = expected_length(p, q, rows.target, draft, rows.place, shape, self.draws)
         slots = torch.ones_like(rows.weight).sum()
         return Sum(slots - lengths.sum(), slots)

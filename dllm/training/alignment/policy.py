@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from dllm.drafting.proposal import drawn
 from dllm.spec import param
-from dllm.training.alignment.distillation import uniform
-from dllm.training.alignment.objective import Draw, Learner, Masked, Rows, Sum
+from dllm.training.alignment.distillation import compared, uniform
+from dllm.training.alignment.objective import Draw, Learner, Sum
 from dllm.training.alignment.refinement import Refinement
+from dllm.training.alignment.rows import Masked, Rows
 from dllm.training.data import Pair
 from dllm.training.laws import tvd_plus
 
@@ -27,7 +28,6 @@ class Policy(Refinement):
 
     def loss(self, rows: Rows, learner: Learner) -> Sum:
         """The total variation of the masked slots."""
-        q = learner.logits(rows).float().log_softmax(-1)
-        p = (learner.teacher(rows).float() / self.temperature).log_softmax(-1)
+        p, q = compared(learner.teacher(rows), learner.logits(rows), self.temperature)
         tokens = drawn(q.detach().exp(), rows.extra["u"])
         return Sum((tvd_plus(p, q, tokens) * rows.weight).sum(), rows.weight.sum())

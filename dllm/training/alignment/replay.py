@@ -12,7 +12,8 @@ from dllm.drafting.registry import as_verifier
 from dllm.drafting.verifier import CausalLM
 from dllm.errors import DllmError
 from dllm.spec import param
-from dllm.training.alignment.objective import Draw, Learner, Masked, Objective, Rows, Sum
+from dllm.training.alignment.objective import Draw, Learner, Objective, Sum
+from dllm.training.alignment.rows import Masked, Rows
 from dllm.training.data import Pair
 from dllm.training.laws import DIVERGENCES
 from dllm.training.traffic import Recorder, Traffic, loss, masked

@@ -12,14 +12,15 @@ from dllm.models.hub import load
 from dllm.models.native import NativeModel
 from dllm.spec import param
 from dllm.training.alignment.distillation import Distillation
-from dllm.training.alignment.objective import Learner, Rows, Sum
+from dllm.training.alignment.objective import Learner, Sum
+from dllm.training.alignment.rows import Rows
 from dllm.training.laws import DIVERGENCES, kept
 
 
 @dataclass(frozen=True)
 class Selective(Distillation):
-    """Distillation of the share of each step's slots where the drafter is furthest behind a reference: a drafter of the
-    same size and start that was distilled before on all of them. What that one could not fit is left out."""
+    """Distillation of the share of each forward's slots where the drafter is furthest behind a reference: a drafter of
+    the same size and start that was distilled before on all of them. What that one could not fit is left out."""
 
     reference: str = param("", "folder of the drafter that was distilled before")
     share: float = param(0.4, "of the slots that are kept, the paper's", above=0, high=1)
@@ -36,7 +37,7 @@ class Selective(Distillation):
         p, q = self.laws(rows, learner)
         model, divergence = self._reference.to(learner.model.device), DIVERGENCES[self.divergence]
         with torch.no_grad():
-            before = replace(learner, model=model).logits(rows).float().log_softmax(-1)
+            before = replace(learner, model=model).logits(rows)[:, : p.shape[-1]].float().log_softmax(-1)
         found = divergence(p, q)
         weight = rows.weight * kept(found.detach() - divergence(p, before), self.share)
         return Sum((found * weight).sum(), weight.sum())
