@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -276,6 +277,21 @@ def test_a_draft_waits_for_the_device_once_a_row_and_states_never(name):
         assert {what.rpartition("/")[-1].partition(".")[0] for what in found} <= {
             "proposal", "lattice", "vocabulary", "drafter",
         }  # fmt: skip
+
+
+def test_a_bfloat16_verifier_leaves_the_head_as_it_was_for_the_next_one():
+    head, model = as_drafter(folder(HEADS[0])), verifier().model
+    ids, half = [160, 182, 196, 169, 137], deepcopy(model).bfloat16()
+    loaded = {name: p.clone() for name, p in head.made.named_parameters()}
+    first = dllm.speculate(model, head, ids, max_new_tokens=16, **GREEDY)
+    dllm.speculate(half, head, ids, max_new_tokens=16, **GREEDY)
+    again = dllm.speculate(model, head, ids, max_new_tokens=16, **GREEDY)
+    assert again.sequences == first.sequences and again.spans == first.spans
+    assert all(torch.equal(p, loaded[name]) for name, p in head.made.named_parameters())
+    cast = [head.made.at(torch.device("cpu"), dtype) for dtype in (torch.bfloat16, torch.float64, torch.float32)]
+    assert [next(h.parameters()).dtype for h in cast] == [torch.bfloat16, torch.float64, torch.float32]
+    assert cast[0] is head.made.at(torch.device("cpu"), torch.bfloat16) and not cast[0].elsewhere
+    assert len(head.made.elsewhere) == 2, "one a dtype, and itself"
 
 
 # -- other doors

@@ -98,7 +98,7 @@ class HiddenDrafter(Ragged):
     """
 
     def __init__(self, head: Head) -> None:
-        self.head, config = head, head.config
+        self.made, self.head, config = head, head, head.config  # as it was loaded, and where the verifier is
         self.name, self.taps = config.form, config.taps
         self.longest: int | None = config.slots[1] - config.slots[0]
         self.context = Context()
@@ -121,7 +121,8 @@ class HiddenDrafter(Ragged):
         known = self.head.to_verifier
         self.vocabulary = Vocabulary("ids" if known is None else "strings", need.vocab, known)
         weight = embedding(need.model)
-        self.head.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)
+        kind = weight.dtype if weight.dtype.is_floating_point else self.made.backbone.norm.weight.dtype
+        self.head = self.made.at(weight.device, kind)
 
     def _mask(self, need: Need) -> int:
         mask = self.head.config.mask

@@ -3,6 +3,7 @@ comes with a checkpoint is run."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,6 +46,16 @@ class Head(nn.Module):
         self.embed_tokens = nn.Embedding(vocab, hidden) if config.own is not None else None
         self.lm_head = nn.Linear(hidden, config.own, False) if config.own is not None else None
         self.to_verifier: Tensor | None = None  # (own,) the verifier's ids of a reduced vocabulary, on the host
+        self.elsewhere: dict[tuple[torch.device, torch.dtype], Head] = {}
+
+    def at(self, device: torch.device, dtype: torch.dtype) -> Head:
+        """The head on a device and in a dtype. This one stays as it was loaded, for verifiers of other dtypes."""
+        own, key = self.backbone.norm.weight, (device, dtype)
+        if (own.device, own.dtype) == key:
+            return self
+        if key not in self.elsewhere:
+            self.elsewhere[key] = copy.deepcopy(self, {id(self.elsewhere): {}}).to(device, dtype)
+        return self.elsewhere[key]
 
     def names(self) -> dict[str, str]:
         """Official name -> parameter."""
