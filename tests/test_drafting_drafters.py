@@ -23,7 +23,7 @@ from dllm.drafting.lattice import DraftFailure, build
 from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.retrieval import Fallback, SuffixDrafter
-from dllm.drafting.search import Sample, SampleTree
+from dllm.drafting.search import EAL, Sample, SampleTree
 from dllm.drafting.verifier import Verifier
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
@@ -606,3 +606,22 @@ def test_controllers_are_kept_while_their_drafter_lives():
     del kept
     gc.collect()
     assert len(controllers) == 3
+
+
+def test_controllers_are_kept_while_all_lives_that_drafts_are_made_of():
+    """A number that stood for a graft that is gone never stands for another one."""
+    model = tiny_verifier()
+    controllers, options = as_verifier(model).controllers, dict(max_new_tokens=3, tree=4)
+    for _ in range(3):
+        dllm.speculate(model, "suffix", [3, 4], graft=Noise(), **options)
+    gc.collect()
+    assert not controllers
+    kept = Noise()
+    for _ in range(2):
+        dllm.speculate(model, "suffix", [3, 4], graft=["recycle", kept], **options)
+        dllm.speculate(model, "suffix", [3, 4], graft=[{"name": "recycle"}], search=EAL(0.5), max_new_tokens=3, tree=4)
+    gc.collect()
+    assert len(controllers) == 2  # a search of equal value is the same
+    del kept
+    gc.collect()
+    assert len(controllers) == 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import statistics
+import time
 import timeit
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from types import CellType, FunctionType
 from typing import TypedDict, TypeVar, Unpack, overload
@@ -34,6 +36,7 @@ from dllm.drafting.search import PathSearch
 from dllm.drafting.store import StoreLike
 from dllm.drafting.verifier import Pending, Verifier
 from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
 from dllm.models.tokenizer import Tokenizer, by_template
 
 T = TypeVar("T")
@@ -149,15 +152,17 @@ def speculate(
         raise DllmError("a streamer follows one text: pass one prompt")
     end = v.eos if eos is None else frozenset(listed_ids("eos", eos, v.vocab))
     stops = Stops.of(end, stop, v.tokenizer)
-    requests = []
+    begun, requests = time.perf_counter(), []
+    theirs = own_processors(v, ids, max_new_tokens)
     for i, p in enumerate(ids):
         own = separate(logits_processor or []) if len(ids) > 1 else logits_processor or []
-        law = sampling(temperature, top_k, top_p, [*own_processors(v, p, max_new_tokens), *own])
+        law = sampling(temperature, top_k, top_p, [*theirs[i], *own])
         generator = None if seed is None else torch.Generator().manual_seed(seed + i)
         stopped = partial(_stopped, stops, len(p)) if stops.strings else None
         limit = len(p) + max_new_tokens
         requests.append(Request(p, limit, end, temperature > 0, law.processors, law.warp, stopped, generator))
-    results = decode(v, d, requests, cfg, controller or shared_controller(v, d, cfg, temperature > 0), streamer)
+    controller = controller or shared_controller(v, d, cfg, temperature > 0)
+    results = decode(v, d, requests, cfg, controller, streamer, begun=begun)
     for r in results:
         _end(r, stops)
     return results if many else results[0]
@@ -174,19 +179,27 @@ def _check(tokenizer: object, streamer: object, processors: object) -> None:
 
 
 def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConfig, sampled: bool) -> Controller:
-    """The controller of a pair: costs and calibration outlive a call, kept while the models of both live."""
+    """The controller of a pair: costs and calibration outlive a call, kept while all lives that drafts are made of."""
     if isinstance(cfg.length, Controller):
         return cfg.length
-    owner = drafter if drafter is None or drafter.owner is None else drafter.owner
-    key = (
-        id(owner), sampled, str(cfg.length), str(cfg.search), cfg.tree, str(cfg.graft), str(cfg.pair_head),
-    )  # fmt: skip
-    kept = verifier.controllers
+    grafts: Sequence[object] = cfg.graft if isinstance(cfg.graft, list | tuple) else [cfg.graft]
+    parts: list[object] = [drafter, cfg.search, cfg.pair_head, *grafts]
+    parts = [p.owner if isinstance(p, Drafter) and p.owner is not None else p for p in parts]
+    named = [_is_value(p) for p in parts]
+    known = tuple(str(p) if name else id(p) for p, name in zip(parts, named, strict=True))
+    key, kept = (known, sampled, str(cfg.length), cfg.tree), verifier.controllers
     if key not in kept:
         kept[key] = cfg.build_controller()
-        if owner is not None:
-            weakref.finalize(owner, kept.pop, key, None).atexit = False
+        for part, name in zip(parts, named, strict=True):
+            if not name:  # its number goes to another object once it is gone
+                weakref.finalize(part, kept.pop, key, None).atexit = False
     return kept[key]
+
+
+def _is_value(part: object) -> bool:
+    """Whether a text says all of it; else it is known by its identity."""
+    plain = isinstance(part, str | PathLike | Mapping | Checkpoint | None)
+    return plain or (isinstance(part, PathSearch) and is_dataclass(part))
 
 
 @dataclass(frozen=True)
@@ -285,14 +298,17 @@ SILENT = {
 }  # fmt: skip
 
 
-def own_processors(verifier: Verifier, prompt: Sequence[int], max_new_tokens: int) -> list[Processors]:
-    """What the model's generation config adds to its greedy law (Qwen2.5's repetition penalty, suppressed tokens, ...).
-
-    `generate` is asked, which prepares its processors for a custom decoding loop; this one only takes them.
-    """
+def own_processors(verifier: Verifier, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[Processors]]:
+    """What the model's generation config adds to its greedy law (Qwen2.5's repetition penalty, suppressed tokens, ...),
+    by the prompt."""
     config = getattr(verifier.model, "generation_config", None)  # foreign
-    if config is None or SILENT.issuperset(config.to_diff_dict()) or not (prompt and max_new_tokens):
-        return []
+    if config is None or not max_new_tokens or SILENT.issuperset(config.to_diff_dict()):
+        return [[] for _ in prompts]
+    return [_prepared(verifier, prompt, max_new_tokens) if prompt else [] for prompt in prompts]
+
+
+def _prepared(verifier: Verifier, prompt: Sequence[int], max_new_tokens: int) -> list[Processors]:
+    """`generate` is asked, which prepares its processors for a custom decoding loop; this one only takes them."""
     taken: list[Processors] = []
 
     def take(model: object, input_ids: Tensor, logits_processor: Iterable[Processors] = (), **_: object) -> Tensor:

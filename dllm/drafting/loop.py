@@ -230,9 +230,11 @@ def decode(
     controller: Controller | None = None,
     streamer: Streamer | None = None,
     session: Session | None = None,
+    begun: float | None = None,
 ) -> list[SpecResult]:
-    """All rounds: a result for each request. The streamer gets tokens as they become final."""
-    start = time.perf_counter()
+    """All rounds: a result for each request. The streamer gets tokens as they become final. `begun`: when work on the
+    requests began, by `time.perf_counter`; None: now."""
+    start = time.perf_counter() if begun is None else begun
     rows: list[Speculation] = []
     for emitted, rows in rounds(verifier, drafter, requests, cfg, controller, session):
         if streamer is not None:

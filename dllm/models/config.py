@@ -12,7 +12,7 @@ Json: TypeAlias = Mapping[str, object]  # an object of a JSON file
 
 def is_id(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def is_ids(value: object) -> TypeGuard[int | list[int] | tuple[int, ...]]:
