@@ -7,25 +7,29 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from drafting_kit import VOCAB, Clock, Noise, Script, TimedScript, plain, timed, tiny_verifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllm
+from dllm.drafting import front
 from dllm.drafting.config import SpecConfig
 from dllm.drafting.control import (
     ADL,
-    Calibrator,
     CostAware,
     CostTable,
     FailFast,
     Fixed,
     Heuristic,
+    Judged,
     RejectionThreshold,
     RoundStats,
 )
+from dllm.drafting.estimate import AcceptanceHead, Calibrator
 from dllm.drafting.front import calibrate
-from dllm.drafting.proposal import Proposal, chain
+from dllm.drafting.lattice import Lattice
+from dllm.drafting.proposal import Proposal, Spread, chain
 from dllm.drafting.registry import as_verifier
 from dllm.drafting.search import EAL
 from dllm.errors import DllmError
@@ -211,7 +215,7 @@ def test_drafting_pauses_where_it_does_not_pay_and_probes_within_its_share():
         k = c.next_k(99)
         n = c.trim(chain([1] * k, [0.02] * k), k=k) if k else 0
         assert n == min(k, 1)  # a probe is one slot, and submitted
-        c.update(RoundStats(k=k, nodes=n, observed=[(0, 0.02, False)][:k], t_draft=5.0 * k, t_verify=1.0 + n))
+        c.update(RoundStats(k=k, nodes=n, observed=[Judged(0, 0.02, False)][:k], t_draft=5.0 * k, t_verify=1.0 + n))
         asked.append(k)
         lost += 6 * k
         assert lost <= 0.1 * c.spent + 6
@@ -257,7 +261,67 @@ def test_calibration_is_censored_and_starts_at_the_confidence():
     )
     for r in out.rounds:  # slots behind the first rejection are not judged
         assert len(r.observed) == min(r.accepted + 1, r.nodes)
-        assert [ok for _, _, ok in r.observed] == [True] * r.accepted + [False] * (len(r.observed) - r.accepted)
+        assert [node.accepted for node in r.observed] == [True] * r.accepted + [False] * (len(r.observed) - r.accepted)
+
+
+def test_an_acceptance_head_begins_at_the_confidence_and_takes_the_step_of_its_posterior():
+    """By hand: x = (1, 0, 0, 1, -1, 0, 0, 0) and p = 1/2 have x'x = 3, weight 1/4, so each weight moves by x / 2 over
+    1 + 3/4."""
+    head = AcceptanceHead()
+    for conf in (0.1, 0.5, 0.9):
+        assert head(3, conf) == pytest.approx(conf) and head(0, conf, Spread(1.0, 0.3)) == pytest.approx(conf)
+    assert head(0, 0.0) == pytest.approx(0.02) and head(0, 1.0) == pytest.approx(0.98)
+    head.add(0, 0.5, True)
+    assert head.mean == pytest.approx([2 / 7, 1, 0, 2 / 7, -2 / 7, 0, 0, 0])
+    assert head.cov[0, 0] == pytest.approx(1 - 1 / 7 + head.DRIFT) and head.cov[0, 4] == pytest.approx(1 / 7)
+    assert head(0, 0.5) == pytest.approx(1 / (1 + np.exp(-6 / 7)))
+
+
+def test_an_acceptance_head_learns_what_confidence_alone_does_not_tell():
+    """Nodes of one confidence pass by their margin; counts by slot and confidence can only learn the mean."""
+    rng, head, counts = np.random.default_rng(0), AcceptanceHead(), Calibrator()
+    loss = {"head": 0.0, "counts": 0.0}
+    for i in range(600):
+        margin = float(rng.uniform(0, 4))
+        node, passed = (
+            (int(rng.integers(4)), 0.6, Spread(margin, 1.0)),
+            bool(rng.uniform() < 1 / (1 + np.exp(4 - 2 * margin))),
+        )
+        for name, estimate in (("head", head), ("counts", counts)):
+            p = estimate(*node)
+            loss[name] -= np.log(p if passed else 1 - p) * (i >= 300)
+            estimate.add(*node[:2], passed, node[2])
+    assert loss["head"] < 0.75 * loss["counts"]
+    assert head(1, 0.6, Spread(3.5, 1.0)) > 0.9 and head(1, 0.6, Spread(0.5, 1.0)) < 0.1
+    assert 0.4 < counts(1, 0.6, Spread(3.5, 1.0)) < 0.6
+
+
+def test_a_lattice_says_how_sure_each_slot_is():
+    """By hand: one candidate of mass 0.8 has its rest for a rival, two of 1/2 have none."""
+    low = float("-inf")
+    logp = torch.tensor([[0.8, 0.0], [0.5, 0.5], [0.6, 0.3]]).log()
+    lat = Lattice(
+        torch.tensor([[4, -1], [5, 6], [7, 8]]), logp.masked_fill(logp == low, low), torch.tensor([4, 5, 7]), 9
+    )
+    shares = [[0.8, 0.2], [0.5, 0.5], [0.6, 0.3, 0.1]]
+    entropy = [-sum(p * np.log(p) for p in row) for row in shares]
+    assert [s.entropy for s in lat.spread] == pytest.approx(entropy, abs=1e-6)
+    assert [s.margin for s in lat.spread] == pytest.approx([np.log(4), 0, np.log(2)], abs=1e-6)
+    tree = lat.marked(Proposal((4, 5, 6, 7), (-1, 0, 0, 2), conf=(0.8, 0.5, 0.5, 0.6)))
+    assert [s for _, _, s in tree.pick([0, 2, 3]).told] == [lat.spread[0], lat.spread[1], lat.spread[2]]
+    assert [s for _, _, s in tree.head(2).then(chain([1])).told] == [None] * 3  # what is not known of all is of none
+
+
+@pytest.mark.parametrize("length", ["cost:accept=head", "rejection:accept=head", "rejection:accept=counts"])
+def test_what_is_learned_of_acceptance_belongs_to_the_pair_and_changes_no_text(length):
+    model = tiny_verifier()
+    text = plain(model, PROMPT, 20)
+    drafter = Script(text, "sometimes")
+    for tree in (0, 8):
+        assert dllm.speculate(model, drafter, PROMPT, max_new_tokens=20, length=length, tree=tree).sequences == text
+    pair = [c.pair if hasattr(c, "pair") else c.costs.calib for c in as_verifier(model).controllers.values()]
+    begun = type(pair[0])()
+    assert len(pair) == 2 and all(p(0, 0.8, Spread(1.8, 0.6)) != begun(0, 0.8, Spread(1.8, 0.6)) for p in pair)
 
 
 def test_calibrate_measures_both_models():
@@ -265,6 +329,19 @@ def test_calibrate_measures_both_models():
     assert c.verify.keys == [1, 2, 5, 8] and c.draft.keys == [1, 4, 8] and all(v > 0 for v in c.verify.mean.values())
     out = dllm.speculate(tiny_verifier(), Noise(), PROMPT, max_new_tokens=10, controller=c)
     assert len(out.tokens) == 10
+
+
+def test_seconds_are_those_of_the_whole_call(monkeypatch):
+    """Asking the model for its own processors is work on the text, too."""
+    model, own = tiny_verifier(), front.own_processors
+
+    def slowly(*args):
+        time.sleep(0.3)
+        return own(*args)
+
+    monkeypatch.setattr(front, "own_processors", slowly)
+    outs = dllm.speculate(model, Noise(), [PROMPT, PROMPT[:4]], max_new_tokens=2)
+    assert all(out.seconds > 0.3 > sum(out.wall.values()) for out in outs)
 
 
 def test_costs_outlive_a_call():
@@ -284,7 +361,7 @@ def test_costs_and_calibration_belong_to_the_pair_record_and_pause_to_the_text()
     one = c.fork()
     assert one.costs is c.costs and one.verify.keys and one.draft.keys and c.costs.overhead > 0
     assert c.costs.tries > 4 and c.costs.calib.tries.sum() > 0 and one.calib.tries.sum() > 0
-    one.update(RoundStats(k=2, nodes=1, observed=[(0, 0.6, False)], t_draft=0.1, t_verify=0.1))
+    one.update(RoundStats(k=2, nodes=1, observed=[Judged(0, 0.6, False)], t_draft=0.1, t_verify=0.1))
     one.draft.mean, one.draft._table = dict.fromkeys(one.draft.keys, 1e6), None
     one.next_k(9)
     two = one.fork()
@@ -293,7 +370,8 @@ def test_costs_and_calibration_belong_to_the_pair_record_and_pause_to_the_text()
 
 
 def test_siblings_count_once_and_failures_count():
-    r = RoundStats(k=2, observed=[(0, 0.6, False), (0, 0.3, True), (1, 0.5, False), (1, 0.2, False)], pending=2)
+    nodes = [Judged(0, 0.6, False), Judged(0, 0.3, True), Judged(1, 0.5, False), Judged(1, 0.2, False)]
+    r = RoundStats(k=2, observed=nodes, pending=2)
     assert r.judged == {0: True, 1: False}
     c = CostAware()
     c.update(r)
@@ -428,7 +506,7 @@ def test_a_free_draft_is_always_made_and_trimmed_by_its_confidence(clock):
     sure, doubtful = f.trim(chain([1] * 16, [0.97] * 16), k=16), f.trim(chain([1] * 16, [0.3] * 16), k=16)
     assert doubtful < 3 < sure
     for _ in range(50):
-        f.update(RoundStats(k=16, nodes=1, observed=[(0, 0.8, False)], t_verify=0.0106))
+        f.update(RoundStats(k=16, nodes=1, observed=[Judged(0, 0.8, False)], t_verify=0.0106))
     assert f.next_k(99) == 16 and not f.paused
 
 

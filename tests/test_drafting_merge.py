@@ -204,6 +204,16 @@ def test_what_was_learned_is_kept_in_the_file(tmp_path):
     assert dllm.speculate(model, "recycle", PROMPT, store=tmp_path / "copy", max_new_tokens=4).n_verify
 
 
+@pytest.mark.parametrize("name", ["recycle", "stand"])
+def test_two_sources_that_saw_the_same_rounds_teach_the_store_once(name):
+    model, store = tiny_verifier(), dllm.Store()
+    out = dllm.speculate(model, name, PROMPT, graft=name, tree=6, max_new_tokens=40, length="fixed:k=4", store=store)
+    judged = sum(r.nodes + 1 for r in out.rounds)
+    assert store.successors.tries <= 40 and (name == "stand" or store.successors.tries > 20)
+    singles = sum(row.n for gram, row in store.grams.rows.items() if len(gram) == 1)
+    assert singles == (judged if name == "stand" else 0)
+
+
 class Columns(Drafter):
     """Slots of the lattice of the law tests."""
 

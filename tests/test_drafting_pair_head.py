@@ -15,6 +15,7 @@ import dllm
 from dllm.bench import pairs as bench
 from dllm.bench import paths
 from dllm.cli import app
+from dllm.drafting import Fallback
 from dllm.drafting.drafters import Drafter, Need
 from dllm.drafting.hooks.candidates import assisted_by
 from dllm.drafting.lattice import Lattice, build
@@ -137,8 +138,15 @@ def test_heads_that_cannot_be_used_are_one_clear_line(verifier, folder, tmp_path
         speculate(PairHead(torch.zeros(9, 2), torch.zeros(9, 2)))
     with pytest.raises(DllmError, match="no drafter"):
         speculate(folder, None)
-    with pytest.raises(DllmError, match="drafts chains"):
-        speculate(folder, verifier.model)
+    for name in (verifier.model, "suffix", "lookup", "recycle", "stand"):
+        with pytest.raises(DllmError, match="drafts finished tokens, has none: leave out pair_head"):
+            speculate(folder, name)
+    cfg = dllm.drafting.SpecConfig(length="fixed:k=4", pair_head=folder)
+    with assisted_by(verifier.model, "suffix", cfg), pytest.raises(DllmError, match="'suffix', which drafts finished"):
+        verifier.model.generate(torch.tensor([[5, 9, 8]]), max_new_tokens=2, do_sample=False)
+    model = as_drafter("tiny")
+    mixed = dllm.speculate(verifier, Fallback(model), PROMPT, max_new_tokens=8, pair_head=folder)
+    assert mixed.sequences == dllm.speculate(verifier, None, PROMPT, max_new_tokens=8).sequences
     PairHead(*torch.randn(2, 9, 4)).save(tmp_path, {})
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-20])

@@ -135,6 +135,32 @@ def test_a_table_counts_what_the_verifier_says_by_its_probabilities():
     assert sum(map(math.exp, table.logp((5, 6), range(8)))) == pytest.approx(1)
 
 
+def test_what_a_verifier_said_fades_with_the_text():
+    """By hand: two tokens on, an old word weighs a quarter of a new one."""
+    table = NgramTable(8, 2, decay=0.5)
+    table.feed([6], [1], [0.8])
+    table.age(2)
+    table.feed([6], [1, 2], [0.5, 0.1])
+    assert table.total[(6,)] / table.unit == pytest.approx(0.8 / 4 + 0.6)
+    assert table.counts[(6,)][1] / table.unit == pytest.approx(0.8 / 4 + 0.5)
+    table.update([3] * 2000)  # as long as it may be
+    assert 0 < table.unit <= 1e9 * 2 and all(map(math.isfinite, table.logp((), range(8))))
+
+    made = []
+
+    class Watched(NgramTable):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "NgramTable", Watched)
+        model, prompt, options = tiny_verifier(), [3, 1, 4, 1, 5], dict(ngrams="verifier", length="fixed:k=3")
+        for decay in (1.0, 0.9):
+            out = dllm.speculate(model, Sure(VOCAB), prompt, max_new_tokens=12, decay=decay, **options)
+            assert out.sequences == plain(model, prompt, 12) and made[-1].unit == pytest.approx(decay**-12)
+
+
 def test_the_loop_feeds_the_proxy_at_every_verified_node():
     """Greedy texts stay the verifier's own, and behind each context stands what its logits say there."""
     model = tiny_verifier()

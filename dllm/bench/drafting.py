@@ -43,6 +43,8 @@ SETTINGS: dict[str, Options] = {
     "tree 32, fixed 12": {"tree": 32, **K12},
     "cps, adl (DiffuSpec)": {"search": "cps", "length": "adl"},
     "eal, cost": {},
+    "eal, cost, head": {"length": "cost:accept=head"},
+    "eal, rejection, head": {"length": "rejection:accept=head"},
     "tree 32, cost": {"tree": 32},
     "suffix, fixed 12": {"drafter": "suffix", **K12},
     "suffix, cost": {"drafter": "suffix"},

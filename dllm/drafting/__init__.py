@@ -3,7 +3,8 @@
 
 # ruff: noqa: I001  # a module may take two lines
 from dllm.drafting.autoregressive import ARDrafter
-from dllm.drafting.control import ADL, Controller, CostAware, FailFast, Fixed, Heuristic, RejectionThreshold, RoundStats
+from dllm.drafting.control import ADL, Controller, CostAware, FailFast, Fixed, Heuristic, Judged, RejectionThreshold
+from dllm.drafting.control import RoundStats
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Ask, Drafter, Need, Ragged
 from dllm.drafting.front import calibrate
@@ -11,7 +12,7 @@ from dllm.drafting.hidden.drafter import HiddenDrafter
 from dllm.drafting.lattice import DraftFailure, Lattice
 from dllm.drafting.config import SpecConfig
 from dllm.drafting.request import SpecResult
-from dllm.drafting.proposal import EMPTY, Proposal, Rows, chain
+from dllm.drafting.proposal import EMPTY, Proposal, Rows, Spread, chain
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.retrieval import Fallback, PromptLookup, SuffixDrafter, TokenRecycling
 from dllm.drafting.search import EAL, Argmax, BestFirstTree, CPSBeam, CPSSample, Edges, PathSearch, Sample, SampleTree
@@ -24,8 +25,8 @@ from dllm.spec import param
 __all__ = [
     "ADL", "EAL", "EMPTY", "ARDrafter", "Argmax", "Ask", "BestFirstTree", "CPSBeam", "CPSSample", "CausalLM",
     "Controller", "CostAware", "DiffusionDrafter", "DraftFailure", "Drafter", "Edges", "FailFast", "Fallback",
-    "Fixed", "Grams", "Heuristic", "HiddenDrafter", "Lattice", "Need", "PathSearch", "PromptLookup", "Proposal",
-    "Ragged", "RejectionThreshold", "RoundStats", "Rows", "Sample", "SampleTree", "SamplerDrafter", "Seen",
-    "SpecConfig", "SpecResult", "StandDrafter", "Store", "Successors", "SuffixDrafter", "TokenRecycling", "Verifier",
-    "Viterbi", "as_drafter", "as_verifier", "calibrate", "chain", "param",
+    "Fixed", "Grams", "Heuristic", "HiddenDrafter", "Judged", "Lattice", "Need", "PathSearch", "PromptLookup",
+    "Proposal", "Ragged", "RejectionThreshold", "RoundStats", "Rows", "Sample", "SampleTree", "SamplerDrafter",
+    "Seen", "SpecConfig", "SpecResult", "Spread", "StandDrafter", "Store", "Successors", "SuffixDrafter",
+    "TokenRecycling", "Verifier", "Viterbi", "as_drafter", "as_verifier", "calibrate", "chain", "param",
 ]  # fmt: skip

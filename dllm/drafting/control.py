@@ -11,15 +11,26 @@ from __future__ import annotations
 import copy
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
 
-from dllm.drafting.proposal import Proposal
+from dllm.drafting.estimate import ESTIMATORS, Estimator
+from dllm.drafting.proposal import Proposal, Spread
 from dllm.errors import DllmError
 from dllm.spec import check, param
+
+
+class Judged(NamedTuple):
+    """A node that the verifier judged."""
+
+    slot: int  # 0 is the first behind the text
+    conf: float
+    accepted: bool
+    spread: Spread | None = None  # of its row
 
 
 @dataclass
@@ -42,8 +53,7 @@ class RoundStats:
     width: int = 0  # tokens of its widest row, 0 = of this one
     leads: bool = True  # of the rows of a forward, the one that speaks for its seconds
     replays: int = 0  # forwards over what an earlier call left in the cache, for states that a drafter reads
-    # (slot, confidence, accepted) of judged nodes
-    observed: list[tuple[int, float, bool]] = field(default_factory=list)
+    observed: list[Judged] = field(default_factory=list)
     t_replay: float = 0.0
     t_draft: float = 0.0
     t_search: float = 0.0
@@ -55,8 +65,8 @@ class RoundStats:
     def judged(self) -> dict[int, bool]:
         """slot -> was a node of it accepted? Slots behind a rejection were not judged; siblings count once."""
         out: dict[int, bool] = {}
-        for slot, _, accepted in self.observed:
-            out[slot] = out.get(slot, False) or accepted
+        for node in self.observed:
+            out[node.slot] = out.get(node.slot, False) or node.accepted
         return out
 
     @property
@@ -92,10 +102,12 @@ class Controller:
 
     k_max   most slots of a draft.
     rows    of the batch, set by the loop: a verify is shared by so many.
+    spread  whether it reads `Proposal.spread`, which takes a moment.
     """
 
     k_max: int = 32
     rows: int = 1
+    spread: bool = False
 
     def __post_init__(self) -> None:
         """The settings of one that is a dataclass. Errors: another kind, out of range."""
@@ -114,7 +126,7 @@ class Controller:
         return 0
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
-        """How many nodes to submit. Reads `proposal.conf` alone: for sampled drafts it must not depend on the draws.
+        """How many nodes to submit. Reads `proposal.told` alone: for sampled drafts it must not depend on the draws.
 
         Of a sampled draft that grew by `more` only the last chunk can be cut: a smaller number counts as that cut.
         """
@@ -129,7 +141,7 @@ class Controller:
         """`trim` of all rows of a batch that ask, likewise."""
         return [q.controller.trim(q.proposal, q.carried, q.k) for q in asked]
 
-    def keep(self, remaining: int, conf: Sequence[float]) -> bool:
+    def keep(self, remaining: int, conf: Sequence[float], spread: Sequence[Spread] = ()) -> bool:
         """Is a carried-over rest worth more than a fresh draft? Without costs: if two of its tokens should pass."""
         return float(np.cumprod(np.array(conf[:remaining])).sum()) >= 2
 
@@ -232,20 +244,38 @@ class Heuristic(Controller):
 
 @dataclass(eq=False)
 class RejectionThreshold(Controller):
-    """Stop where the chance that something was rejected passes `h` (in the manner of SpecDec++, arXiv 2405.19715).
+    """Stop where the chance that something was rejected passes `h` (SpecDec++, arXiv 2405.19715).
 
-    For a one-forward drafter the slots are already paid for: the rule trims what is submitted.
+    For a one-forward drafter the slots are already paid for: the rule trims what is submitted. `accept` says how likely
+    a node is accepted: the paper's head is "head", learned while decoding.
     """
 
     h: float = param(0.7, "the paper's", above=0, high=1)
     k_max: int = param(32, "as every controller's", low=1)
+    accept: str = param("draft", "nothing to learn", choices=tuple(ESTIMATORS))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pair = self.estimate = ESTIMATORS[self.accept]()
+        self.spread = self.estimate.spread
+
+    def fork(self) -> RejectionThreshold:
+        """What is learned belongs to the pair."""
+        twin = copy.copy(self)
+        twin.estimate = self.pair.fork()
+        return twin
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
         """The nodes before the threshold, at least one."""
         if not proposal.conf:
             return len(proposal)
-        survival = proposal.survival()
+        survival = proposal.survival([self.estimate(*node) for node in proposal.told])
         return max(1, next((i for i, s in enumerate(survival) if 1 - s > self.h), len(survival)))
+
+    def update(self, r: RoundStats) -> None:
+        """Learn from the judged nodes."""
+        for node in r.observed:
+            self.estimate.add(*node)
 
 
 class CostTable:
@@ -353,56 +383,6 @@ class Shared:
         return self.of(nearest).table(n) * (rows / nearest)
 
 
-class Calibrator:
-    """Acceptance probability of a node from its slot and confidence: Beta counts per bin, prior = the confidence
-    itself.
-
-    The data are censored: nodes behind a rejection were never judged and are not fed. Prior strength 4, clipped to
-    [0.02, 0.98]. Counts fade beyond `WINDOW` trials of a bin. A text's own calibrator starts from those of the texts
-    before it, which weigh at most `TRUST` trials a bin: enough to know a pair, little enough to see that texts differ.
-    """
-
-    EDGES = (1, 2, 4, 8, 16)
-    WINDOW, TRUST = 128, 16
-
-    def __init__(self, strength: float = 4.0, parent: Calibrator | None = None) -> None:
-        self.strength, self.parent = strength, parent
-        self.hits = np.zeros((len(self.EDGES) + 1, 10))
-        self.tries = np.zeros_like(self.hits)
-        if parent is not None:
-            weight = np.minimum(1.0, self.TRUST / np.maximum(parent.tries, 1.0))
-            self.hits, self.tries = parent.hits * weight, parent.tries * weight
-
-    @classmethod
-    def of(cls, hits: np.ndarray, tries: np.ndarray) -> Calibrator:
-        """One with counts that were kept. Errors (ValueError): of another shape, no counts."""
-        calibrator = cls()
-        if hits.shape != calibrator.hits.shape or not ((hits >= 0) & (hits <= tries)).all():
-            raise ValueError("counts of a calibration are no counts")
-        calibrator.hits, calibrator.tries = hits.astype(float), tries.astype(float)
-        return calibrator
-
-    def _bin(self, slot: int, conf: float) -> tuple[int, int]:
-        return sum(slot >= e for e in self.EDGES), min(9, int(conf * 10))
-
-    def add(self, slot: int, conf: float, accepted: bool) -> None:
-        """A judged node, also for the parent."""
-        if self.parent is not None:
-            self.parent.add(slot, conf, accepted)
-        where = self._bin(slot, conf)
-        if self.tries[where] >= self.WINDOW:
-            self.hits[where] /= 2
-            self.tries[where] /= 2
-        self.tries[where] += 1
-        self.hits[where] += accepted
-
-    def __call__(self, slot: int, conf: float) -> float:
-        """The calibrated probability of a node of this slot and confidence."""
-        where = self._bin(slot, conf)
-        a = (self.strength * conf + self.hits[where]) / (self.strength + self.tries[where])
-        return float(min(max(a, 0.02), 0.98))
-
-
 class Costs:
     """What outlives a text, because it belongs to the pair of verifier and drafter: seconds and calibration.
 
@@ -412,10 +392,10 @@ class Costs:
 
     MILD = 0.02  # of a forward, a further token's share until it is measured: weights are read but once
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[], Estimator]) -> None:
         self.verifies, self.drafts = Shared(self.MILD), Shared()
         self.overhead = 0.0  # of a round with a draft, for one row
-        self.calib, self.stale = Calibrator(), Calibrator()
+        self.calib, self.stale = make(), make()
         self.hits, self.tries = 3.2, 4.0  # of judged slots, over all texts; begins hopeful
 
 
@@ -428,7 +408,7 @@ class CostAware(Controller):
     E(k) = 1 + sum_i prod_{j<=i} a_j from calibrated confidences, T(k) from measured tables: real costs are staircases,
     so every k is tried. Two decisions a round: slots to draft (from the acceptance record of each slot), nodes to
     submit (from this draft's confidences, all of them scaled by how far the text's last ten judged nodes kept what was
-    expected of them).
+    expected of them). `accept` says how confidences are calibrated: by counts, or by an `AcceptanceHead`.
 
     Seconds and calibration (`Costs`) belong to the pair, the record of the slots and the pause to one text: `fork`
     begins it anew. Where no k beats plain decoding, drafting pauses and is probed with one slot, as often as the probes
@@ -444,17 +424,18 @@ class CostAware(Controller):
     k_max: int = param(32, "as every controller's", low=1)
     probe: float = param(0.02, "what a useless drafter may cost", low=0)
     margin: float = param(0.02, "a pause ends where drafting pays this much", low=0)
+    accept: str = param("counts", "as good in the end, and simpler", choices=("counts", "head"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.probe >= 1 or self.margin == math.inf:
             raise DllmError(f"probe is a share of the time below 1, margin finite: got {self.probe} and {self.margin}")
-        self.costs = Costs()
+        self.costs = Costs(ESTIMATORS[self.accept])
+        self.spread = self.costs.calib.spread
         self._begin()
 
     def _begin(self) -> None:
-        self.calib = Calibrator(parent=self.costs.calib)
-        self.stale = Calibrator(parent=self.costs.stale)
+        self.calib, self.stale = self.costs.calib.fork(), self.costs.stale.fork()
         self.hits, self.tries = np.zeros(self.k_max + 1), np.zeros(self.k_max + 1)
         self.passed = self.hoped = self.LENIENT  # recent judged nodes that passed, and how many should have
         self.spent = self.lost = 0.0  # seconds of the text; of them what drafts that were probes did not bring in
@@ -551,7 +532,7 @@ class CostAware(Controller):
     def _expected(self, q: Cut) -> np.ndarray:
         """Tokens that 0..N nodes of a draft should bring, the verifier's own included."""
         calib, trust, p = self.stale if q.carried else self.calib, self.passed / self.hoped, q.proposal
-        a = [min(0.98, trust * calib(d - 1, c)) for d, c in zip(p.depths, p.conf, strict=False)]
+        a = [min(0.98, trust * calib(*node)) for node in p.told]
         return _hopes(np.array(p.survival(a))) if p.conf else np.ones(len(p) + 1)
 
     def _submitted(self, best: int, most: int) -> int:
@@ -561,9 +542,10 @@ class CostAware(Controller):
             return max(best, 1 + int(np.argmin(self._verified(most)[1:])))
         return best
 
-    def keep(self, remaining: int, conf: Sequence[float]) -> bool:
+    def keep(self, remaining: int, conf: Sequence[float], spread: Sequence[Spread] = ()) -> bool:
         """Whether the rest promises at least as many tokens per second as the best fresh draft."""
-        a = np.array([self.stale(i, c) for i, c in enumerate(conf[:remaining])])
+        told = zip_longest(conf[:remaining], spread[:remaining])
+        a = np.array([self.stale(i, c, s) for i, (c, s) in enumerate(told)])
         reuse, fresh = _hopes(np.cumprod(a)), _hopes(np.cumprod(self.slots()))
         share = self._verified(max(len(a), self.k_max)) / self.rows + self.costs.overhead
         best = (fresh / (self._drafted(self.k_max) + share[: len(fresh)])).max()
@@ -574,10 +556,11 @@ class CostAware(Controller):
         if r.pending == 1 and not r.replays:
             self._book(r)
         calib = self.stale if r.carried else self.calib
-        for slot, conf, accepted in r.observed:
-            self.passed = self.FADE * self.passed + (1 - self.FADE) * self.LENIENT + accepted
-            self.hoped = self.FADE * self.hoped + (1 - self.FADE) * self.LENIENT + calib(slot, conf)
-            calib.add(slot, conf, accepted)
+        for node in r.observed:
+            hoped = calib(node.slot, node.conf, node.spread)
+            self.passed = self.FADE * self.passed + (1 - self.FADE) * self.LENIENT + node.accepted
+            self.hoped = self.FADE * self.hoped + (1 - self.FADE) * self.LENIENT + hoped
+            calib.add(*node)
         judged = {0: False} if r.failed and not r.nodes else r.judged
         for slot, accepted in judged.items():
             if not r.carried and slot < self.k_max:

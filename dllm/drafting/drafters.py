@@ -125,6 +125,11 @@ class Drafter:
         """Whether a tree budget would do nothing, so that it is refused."""
         return False
 
+    @property
+    def lattices(self) -> bool:
+        """Whether drafts are lattices, which a pair head can weigh; else it is refused."""
+        return not self.chains_only
+
     def fork(self) -> Drafter:
         """A drafter for one more text, sharing what may be shared (weights)."""
         return copy.copy(self)

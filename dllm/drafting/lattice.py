@@ -7,16 +7,17 @@ so that a column is honest about the mass it does not list.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dllm.decoding.constants import constant
 from dllm.drafting.pairs import Pairs, PairScores, before_of
-from dllm.drafting.proposal import drawn, sent
+from dllm.drafting.proposal import Proposal, Spread, drawn, sent
 from dllm.errors import DllmError
 
 Column = list[tuple[int, float]]
@@ -61,6 +62,20 @@ class Lattice:
     def confidence(self) -> list[float]:
         """Probability of the best candidate of each slot."""
         return self.logp[:, 0].exp().tolist() if self.k else []
+
+    @cached_property
+    def spread(self) -> list[Spread]:
+        """How sure each slot is; the mass that it does not list counts as one more candidate."""
+        logp = self.logp.double().numpy()
+        prob = np.exp(logp)
+        tail = np.clip(1 - prob.sum(-1, keepdims=True), 1e-9, 1)
+        entropy = -(prob * np.maximum(logp, -99)).sum(-1) - (tail * np.log(tail))[:, 0]
+        second = np.log(tail)[:, 0] if logp.shape[1] < 2 else np.where(prob[:, 1] > 0, logp[:, 1], np.log(tail)[:, 0])
+        return [Spread(*both) for both in np.stack([logp[:, 0] - second, entropy], 1).tolist()]
+
+    def marked(self, proposal: Proposal) -> Proposal:
+        """A proposal of these candidates that says how sure the slot of each node is."""
+        return replace(proposal, spread=tuple(self.spread[depth - 1] for depth in proposal.depths))
 
     @property
     def law(self) -> tuple[Tensor, Tensor | None]:

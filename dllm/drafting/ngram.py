@@ -52,9 +52,7 @@ class NgramTable:
             for n in range(min(len(self.tail), self.order - 1) + 1):
                 self._count(self.tail[len(self.tail) - n :], token)
             self.tail = (*self.tail, token)[-(self.order - 1) :] if self.order > 1 else ()
-            self.unit /= self.decay
-        if self.unit > 1e9:
-            self._rescale()
+            self.age(1)
 
     def fit(self, corpus: Iterable[Sequence[int]]) -> NgramTable:
         """Count the documents of a corpus; the text starts empty again afterwards."""
@@ -63,6 +61,12 @@ class NgramTable:
             self.update(ids)
         self.tail = ()
         return self
+
+    def age(self, tokens: int) -> None:
+        """The text grew by so many tokens: all counts fade."""
+        self.unit /= self.decay**tokens
+        if self.unit > 1e9:
+            self._rescale()
 
     def feed(self, ids: Sequence[int], tokens: Sequence[int], prob: Sequence[float]) -> None:
         """Count what a verifier says behind the text `ids` (ADED, arXiv 2407.12021): each token by its probability."""

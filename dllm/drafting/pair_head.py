@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dllm.drafting.drafters import Drafter
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.pairs import Pairs, before_of, conditional
 from dllm.errors import DllmError
@@ -78,6 +79,20 @@ def as_pair_head(what: PairHeadLike) -> PairHead | None:
     except OSError:
         raise DllmError(f"no pair head in {what}: give a folder that `dllm align --pair-head` has written") from None
     return _read(folder, written)
+
+
+def check_head(head: PairHead | None, drafter: Drafter | None, vocab: int) -> None:
+    """Refuse a head that would be ignored, or knows other ids than the verifier's `vocab`."""
+    if head is None:
+        return
+    if drafter is None or not drafter.lattices:
+        what = "no drafter" if drafter is None else f"drafter {drafter.name!r}, which drafts finished tokens,"
+        raise DllmError(f"a pair head weighs the candidates of a lattice, and {what} has none: leave out pair_head")
+    if head.vocab != vocab:
+        raise DllmError(
+            f"the pair head knows {head.vocab} ids, the verifier has {vocab}: train one for it with "
+            "`dllm align --pair-head`"
+        )
 
 
 @lru_cache(maxsize=8)

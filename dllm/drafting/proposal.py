@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from operator import index
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -82,13 +82,21 @@ def sent(numbers: ArrayLike | Tensor, device: torch.device) -> Tensor:
     return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
 
+class Spread(NamedTuple):
+    """How sure a row is, in nats."""
+
+    margin: float  # between its two best
+    entropy: float
+
+
 @dataclass(frozen=True)
 class Proposal:
     """N drafted tokens, parents before children.
 
     `parents[i]` is the node before node `i`, -1 for the last emitted token; a chain is -1, 0, 1, … `conf[i]` estimates
-    the probability that node `i` is accepted once its parent was (the length controllers read it). Siblings of a
-    sampled proposal are listed in the order in which they were drawn, without replacement.
+    the probability that node `i` is accepted once its parent was (the length controllers read it), `spread[i]` is of
+    the row of its slot, where that is known. Siblings of a sampled proposal are listed in the order in which they were
+    drawn, without replacement.
     """
 
     tokens: tuple[int, ...]
@@ -96,6 +104,7 @@ class Proposal:
     kind: Kind = "point"
     rows: Rows | None = None
     conf: tuple[float, ...] = ()
+    spread: tuple[Spread, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -154,6 +163,13 @@ class Proposal:
             out.append(1 if parent < 0 else out[parent] + 1)
         return tuple(out)
 
+    @property
+    def told(self) -> list[tuple[int, float, Spread | None]]:
+        """Slot, confidence and spread of every node: what an `Estimator` reads."""
+        conf = self.conf or [0.5] * len(self)
+        spread = self.spread or [None] * len(self)
+        return [(d - 1, c, s) for d, c, s in zip(self.depths, conf, spread, strict=True)]
+
     @cached_property
     def paths(self) -> tuple[tuple[int, ...], ...]:
         """The tokens that lead to the root, which are none, and then to each node."""
@@ -178,6 +194,7 @@ class Proposal:
             self.kind,
             None if self.rows is None else self.rows.pick(nodes),
             tuple(self.conf[i] for i in nodes) if self.conf else (),
+            tuple(self.spread[i] for i in nodes) if self.spread else (),
         )
 
     def head(self, n: int) -> Proposal:
@@ -210,6 +227,7 @@ class Proposal:
             self.kind,
             rows,
             self.conf + other.conf if self.conf and other.conf else (),
+            self.spread + other.spread if self.spread and other.spread else (),
         )
 
 

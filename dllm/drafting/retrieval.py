@@ -115,6 +115,7 @@ class SuffixDrafter(Drafter):
     """
 
     name = "suffix"
+    lattices = False
     min_match: int = param(2, "one token is no evidence", low=1)
     min_prob: float = param(0.1, "SuffixDecoding's", above=0, high=1)
 
@@ -168,6 +169,7 @@ class PromptLookup(Drafter):
     """
 
     name = "lookup"
+    lattices = False
 
     max_ngram: int = param(4, "longer ones are rare", low=1)
     min_ngram: int = param(1, "a wrong draft costs little", low=1)
@@ -210,6 +212,7 @@ class TokenRecycling(Drafter):
     """
 
     name = "recycle"
+    lattices = False
     successors = True
 
     width: int = param(BEST, "the loop hands out so many", low=1)
@@ -255,6 +258,11 @@ class Fallback(Drafter):
     def chains_only(self) -> bool:
         """As the model says."""
         return self.model.chains_only
+
+    @property
+    def lattices(self) -> bool:
+        """As the model says; what is retrieved stays as it is."""
+        return self.model.lattices
 
     def fork(self) -> Fallback:
         """Both drafters forked."""

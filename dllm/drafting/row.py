@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dllm.drafting.accept import Acceptance, Judge
 from dllm.drafting.config import SpecConfig
-from dllm.drafting.control import Controller, Cut, Length, RoundStats
+from dllm.drafting.control import Controller, Cut, Judged, Length, RoundStats
 from dllm.drafting.drafters import Ask, Draft, Drafter, Need, blamed
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.loans import Loans
 from dllm.drafting.merge import Branches, Slots, Voice, merge
 from dllm.drafting.ngram import FED, SEEN, NgramTable
-from dllm.drafting.pair_head import as_pair_head
+from dllm.drafting.pair_head import as_pair_head, check_head
 from dllm.drafting.proposal import EMPTY, Proposal, sent
 from dllm.drafting.request import Request, SpecResult
 from dllm.drafting.search import Edges, PathSearch
@@ -89,7 +89,7 @@ class Speculation:
                 source.reset(self.ids, need)
         self.taps = tuple(sorted({tap for source in self.sources for tap in source.taps}))
         self._check_tree()
-        self._check_head()
+        check_head(self.head, self.drafter, verifier.vocab)
 
     def propose(self) -> Talk[Proposal]:
         """What to verify next."""
@@ -162,7 +162,8 @@ class Speculation:
         if rest is None or policy == "off" or rest.k < self.cfg.reuse_min:
             return None
         rest = rest.head(room)
-        return rest if policy == "always" or self.controller.keep(rest.k, rest.confidence) else None
+        spread = rest.spread if self.controller.spread else ()
+        return rest if policy == "always" or self.controller.keep(rest.k, rest.confidence, spread) else None
 
     def _fresh(self, k: int, before: Proposal) -> Talk[Proposal]:
         """A draft of `k` slots behind the text and the chain `before`."""
@@ -187,7 +188,8 @@ class Speculation:
         self.chunks.append((len(before), lat))
         q, context = self.request, [*self.ids, *before]
         lat = self._paired(lat, context[-1])
-        return self.search(lat, context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
+        found = self.search(lat, context, eos=q.eos, proxy=self._proxy(), generator=q.generator)
+        return lat.marked(found) if self.controller.spread else found
 
     def _paired(self, lat: Lattice, anchor: int) -> Lattice:
         """The drafter's lattice behind the token `anchor`, with what the pair head says of it."""
@@ -234,19 +236,6 @@ class Speculation:
             return Slots(name, Edges(paired, self.ids, self._proxy(), self.search.lam))
         return Branches(name, draft)
 
-    def _check_head(self) -> None:
-        """Refuse a pair head that would be ignored, or knows other ids."""
-        if self.head is None:
-            return
-        if self.drafter is None or self.drafter.chains_only:
-            name = "no drafter" if self.drafter is None else f"drafter {self.drafter.name!r}, which drafts chains,"
-            raise DllmError(f"a pair head weighs the candidates of a lattice, and {name} has none: leave out pair_head")
-        if self.head.vocab != self.verifier.vocab:
-            raise DllmError(
-                f"the pair head knows {self.head.vocab} ids, the verifier has {self.verifier.vocab}: train one for it "
-                "with `dllm align --pair-head`"
-            )
-
     def _check_tree(self) -> None:
         """Refuse a tree that would be ignored."""
         if self.grafts:
@@ -263,11 +252,10 @@ class Speculation:
             )
 
     def _check(self, tokens: Iterable[int], source: Drafter, banned: frozenset[int]) -> None:
+        vocab = self.verifier.vocab
         for token in tokens:
-            if not 0 <= token < self.verifier.vocab:
-                raise DllmError(
-                    f"{source.name} drafted id {token}, outside the verifier's vocabulary of {self.verifier.vocab}"
-                )
+            if not 0 <= token < vocab:
+                raise DllmError(f"{source.name} drafted id {token}, outside the verifier's vocabulary of {vocab}")
             if token in banned:
                 raise DllmError(
                     f"{source.name} drafted its special id {token} (mask or pad), which must not reach the verifier"
@@ -317,6 +305,8 @@ class Speculation:
             if token in q.eos or (q.stop is not None and q.stop(self.ids)):
                 self.done, self.result.finish_reason = True, "stop"
                 break
+        if self.feeds and self.proxy is not None:
+            self.proxy.age(len(emitted))
         self.done |= len(self.ids) >= q.max_length
         self.cached = len(self.ids) - 1
         path = kept.path[: len(emitted) - 1]
@@ -342,14 +332,14 @@ class Speculation:
                     source.take(states if own else states.index_select(1, sent(at, states.device)), start)
 
     def _observe(self, kept: Acceptance) -> None:
-        p = self.proposal
+        p, told = self.proposal, self.proposal.told
         for node, following in zip([-1, *kept.path], [*kept.path, -2], strict=True):
             for child in p.children.get(node, ()):
-                conf = p.conf[child] if p.conf else 0.5
-                self.stats.observed.append((p.depths[child] - 1, conf, child == following))
+                slot, conf, spread = told[child]
+                self.stats.observed.append(Judged(slot, conf, child == following, spread))
                 if self.merged:
                     who, together = self.merged[p.paths[child + 1]]
-                    self.trust.learn(who, p.depths[child] - 1, together, child == following)
+                    self.trust.learn(who, slot, together, child == following)
 
     def finish(self) -> None:
         """Tell the sources that the text is over."""
@@ -358,8 +348,11 @@ class Speculation:
                 source.finish(self.ids)
 
     def lessons(self) -> list[Lesson]:
-        """What the text taught."""
-        return [self.trust, *(lesson for source in self.sources for lesson in source.lessons())]
+        """What the text taught. All sources saw the same rounds, so those of one kind learned the same."""
+        found: dict[type[Lesson], Lesson] = {}
+        for lesson in (self.trust, *(lesson for source in self.sources for lesson in source.lessons())):
+            found.setdefault(type(lesson), lesson)
+        return [*found.values()]
 
     def finish_round(self) -> None:
         """Learn from the round and record it."""

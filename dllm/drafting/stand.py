@@ -28,6 +28,7 @@ class StandDrafter(Drafter):
     """
 
     name = "stand"
+    lattices = False
     successors = True
 
     width: int = param(BEST, "the loop hands out so many", low=1)

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dllm.drafting.control import Calibrator
+from dllm.drafting.estimate import Calibrator
 from dllm.drafting.suffixes import REACH, SuffixArray, Texts
 from dllm.drafting.trust import Trust
 from dllm.errors import DllmError, first_line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dllm.drafting.control import Calibrator
+from dllm.drafting.estimate import Calibrator
 
 
 class Trust:

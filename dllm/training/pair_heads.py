@@ -132,7 +132,7 @@ def parts(config: PairHeadConfig) -> tuple[DiffusionDrafter, Verifier]:
     )
     verifier = as_verifier(cast(CausalLM, teacher))
     drafter.reset([], Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer))
-    if drafter.chains_only:
+    if not drafter.lattices:
         raise DllmError("the drafter reads the verifier's text in another tokenizer: it has no candidates to weigh")
     return drafter, verifier
 

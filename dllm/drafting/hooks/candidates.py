@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from dllm.drafting import CausalLM, Controller, Drafter, DraftFailure, Lattice, Need, RoundStats, SpecConfig, Verifier
+from dllm.drafting import CausalLM, Controller, Drafter, DraftFailure, Judged, Lattice, Need, RoundStats, SpecConfig
 from dllm.drafting.drafters import ask, blamed
 from dllm.drafting.front import STATEFUL, separate
 from dllm.drafting.ngram import NgramTable
-from dllm.drafting.pair_head import as_pair_head
+from dllm.drafting.pair_head import as_pair_head, check_head
 from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
-from dllm.drafting.verifier import bare
+from dllm.drafting.verifier import Verifier, bare
 from dllm.errors import DllmError
 
 
@@ -91,6 +91,7 @@ class DraftCandidates(CandidateGenerator):
         with blamed(self.drafter):
             if not self.known or ids[: len(self.known)] != self.known:
                 self.drafter.reset(ids, self.need)
+                check_head(self.head, self.drafter, self.verifier.vocab)
                 self.pending = 2
             else:
                 fresh = ids[len(self.known) :]
@@ -112,7 +113,8 @@ class DraftCandidates(CandidateGenerator):
 
     def _searched(self, lat: Lattice, ids: list[int]) -> Proposal:
         lat = lat if self.head is None else self.head.over(lat, ids[-1])
-        return self.search(lat, ids, eos=self.need.eos, proxy=self.proxy)
+        found = self.search(lat, ids, eos=self.need.eos, proxy=self.proxy)
+        return lat.marked(found) if self.controller.spread else found
 
     def _before_stop(self, ids: list[int], draft: Sequence[int]) -> int:
         """How many drafted tokens come before the first one that ends the text: the verifier adds that one itself, and
@@ -125,7 +127,7 @@ class DraftCandidates(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """What transformers accepted of the last draft."""
-        observed = [(i, c, i < num_matches) for i, c in enumerate(self.drafted.conf[: num_matches + 1])]
+        observed = [Judged(slot, c, slot < num_matches, s) for slot, c, s in self.drafted.told[: num_matches + 1]]
         r = RoundStats(self.k, len(self.drafted), self.k, num_matches, num_matches + 1, "point", pending=self.pending)
         r.observed, r.t_draft, r.t_verify = observed, self.t_draft, time.perf_counter() - self.sent
         self.controller.update(r)
