@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import replace
 
@@ -247,8 +248,11 @@ def test_the_dtype_of_a_recipe_is_that_of_teacher_and_saved_drafter(tmp_path, mo
     config = AlignConfig(
         str(tmp_path / "out"), layers=1, tasks={"word_problems": 3}, max_new_tokens=6, block=4,
         stages=(Stage("continuation", 2, 1e-3),), batch_size=2, dtype="bfloat16", threads=1,
+        trim=300,
     )  # fmt: skip
     made = recipe.run(config)
+    how = json.loads((tmp_path / "out" / "model" / "drafter.json").read_text())
+    assert len(how["vocab_keep"]) == 300 and set(made.eos_ids) <= set(how["vocab_keep"])
     assert teachers == [torch.bfloat16] and made.dtype == torch.bfloat16
     assert dllm.load(str(tmp_path / "out" / "model"), dtype="auto").dtype == torch.bfloat16
     with pytest.raises(DllmError, match="dtype"):

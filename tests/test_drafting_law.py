@@ -17,6 +17,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from sweeps import size
+from transformers import TopPLogitsWarper
 
 from dllm.drafting.accept import draw, odds, reject, walk_sample
 from dllm.drafting.config import SpecConfig
@@ -30,6 +31,7 @@ from dllm.drafting.proposal import Proposal, Rows, chain
 from dllm.drafting.request import Request
 from dllm.drafting.row import Speculation
 from dllm.drafting.search import EAL, BestFirstTree, CPSSample, Sample, SampleTree
+from dllm.drafting.vocabulary import Shared
 
 torch.set_num_threads(1)
 V, LENGTH = 5, 3
@@ -407,12 +409,29 @@ class WithDraws(Slots):
         return listed(table, rows, len(ids), self.need.draws)
 
 
+class Kept(Slots):
+    """The same over three of the five ids, drawn under the verifier's warpers: the other two have the probability 0."""
+
+    ids = torch.tensor([4, 0, 3])
+
+    def draft(self, ids, k, *, generator=None):
+        at, u = len(ids) - 1, self.need.uniforms(k, generator)
+        need = replace(self.need, warp=partial(TopPLogitsWarper(0.9), None))
+        logits = ROWS[at : at + k, self.ids.sort().values].log()
+        table, rows = need.told(logits, None, u, shared=Shared(self.ids, self.ids))
+        assert rows[:, [1, 2]].isneginf().all() and not {1, 2} & set(
+            table[:, 2 : 3 + self.need.draws].flatten().tolist()
+        )
+        return listed(table, rows, len(ids), self.need.draws)
+
+
+@pytest.mark.parametrize("drafter", [WithDraws, Kept], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("search", [Sample(), SampleTree(2, 2)], ids=lambda s: type(s).__name__)
-def test_draws_that_come_with_a_lattice_are_exact(search):
+def test_draws_that_come_with_a_lattice_are_exact(search, drafter):
     """What is left of it is drawn anew."""
     g, controller = torch.Generator().manual_seed(6), SpecConfig(length="fixed:k=3").build_controller()
     kw = dict(carry="always", reuse_min=1)
-    assert pvalue([by_the_loop(search, controller.fork(), g, WithDraws(), **kw) for _ in range(1200)]) > 1e-3
+    assert pvalue([by_the_loop(search, controller.fork(), g, drafter(), **kw) for _ in range(1200)]) > 1e-3
 
 
 # -- what is submitted must not depend on what was drawn, end tokens and sequential drafters included

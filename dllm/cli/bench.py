@@ -91,6 +91,7 @@ def bench(
     from dllm.bench import (
         attention,
         batches,
+        bounds,
         cache,
         constraint_cost,
         constraints,
@@ -137,6 +138,7 @@ def bench(
         ),
         "paths": lambda: paths.run(drafter, pair_head, n=n or 300),
         "siblings": lambda: siblings.run(n or 20, drafter=drafter),
+        "drafting-context": lambda: bounds.run_context(repeats, n=n or 40),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "objectives": lambda: objectives.run(only, n=n or 300, steps=steps or 300),
         "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),

@@ -79,6 +79,12 @@ def speculate(
     pair_head: Annotated[
         str | None, typer.Option("--pair-head", help="A folder of `dllm align --pair-head`: scores of neighbours.")
     ] = None,
+    trim: Annotated[
+        str | None, typer.Option("--trim", help="A file of `dllm trim`, or how many ids the drafter's head computes.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option("--window", help="Tokens that the drafter reads: 256, or 256:sinks=4,recall=128.")
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus, in (0, 1].")] = None,
@@ -102,7 +108,7 @@ def speculate(
     decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
     decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
     kept: SpecOptions = {"store": store, "corpus": corpus or (), "graft": graft or None, "pair_head": pair_head}
-    kept |= {"k": k, "verify": verify, "ngrams": ngrams}
+    kept |= {"k": k, "verify": verify, "ngrams": ngrams, "trim": trim, "window": window}
     for warm in (None, d) if compare else ():  # the first forwards of a process are slow, and would be the drafted ones
         decode(drafter=warm, max_new_tokens=4)
     out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry, **kept)

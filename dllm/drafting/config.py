@@ -15,6 +15,8 @@ from dllm.drafting.pair_head import PairHeadLike
 from dllm.drafting.registry import DrafterLike, as_drafter, named
 from dllm.drafting.search import SEARCHES, BestFirstTree, PathSearch, SampleTree
 from dllm.drafting.store import StoreLike
+from dllm.drafting.trim import KeepLike, as_keep
+from dllm.drafting.window import WindowLike, as_window
 from dllm.errors import DllmError, unknown
 from dllm.spec import check, param
 
@@ -42,6 +44,10 @@ class SpecConfig:
              then the `m_max` best of each slot, whatever their mass.
     graft    another drafter, or several, whose continuations are merged into the tree (point trees only): retrieval, or
              a model; what they take is counted with the drafter.
+    trim     the verifier's ids that drafts are made of: a list, a file of `dllm trim`, or how many of the first. Of a
+             drafter's head no more is computed. None: all, or what the drafter came with.
+    window   what of the text drafters read: the last tokens, or "256:sinks=4,recall=128", see `Window`. None: all of
+             it, or as the drafter came.
     """
 
     search: str | Mapping[str, object] | PathSearch | None = None
@@ -61,9 +67,13 @@ class SpecConfig:
     verify: str = param("token", "the field's", choices=("token", "block"))
     pair_head: PairHeadLike = None
     graft: DrafterLike | Sequence[DrafterLike] = None
+    trim: KeepLike = None
+    window: WindowLike = None
 
     def __post_init__(self) -> None:
         check(self, "speculate")
+        object.__setattr__(self, "trim", as_keep(self.trim))
+        object.__setattr__(self, "window", as_window(self.window))
         if self.graft is not None and not self.tree:
             raise DllmError("graft adds branches to a tree: give its node budget, such as tree=32")
         if isinstance(self.corpus, str | Path):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,16 +25,37 @@ from dllm.drafting.lattice import DraftFailure, listed
 from dllm.drafting.places import Tables, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, chain, fit, sent
 from dllm.drafting.store import Seen
+from dllm.drafting.trim import KeepLike, as_keep, kept
 from dllm.drafting.vocabulary import Vocabulary
+from dllm.drafting.window import WindowLike, as_window
 from dllm.errors import DllmError
 from dllm.models.model import ForwardOptions, Model
+from dllm.models.moe import wide
 from dllm.models.native import NativeModel
 from dllm.models.tokenizer import Tokenizer
 from dllm.models.transformer import Known, KVStore
 from dllm.samplers.registry import Spec
 
-# of a model: what its ids are to a verifier's, by that one's size and tokenizer and by the choice of the caller
-_KNOWN: WeakKeyDictionary[Model, dict[tuple[int, int, str], Vocabulary]] = WeakKeyDictionary()
+
+@dataclass(eq=False)
+class Head:
+    """What of a model's head drafts are made with."""
+
+    vocabulary: Vocabulary
+    rows: Tensor | None  # (n, D) of the ids that are kept; None: all logits are computed
+
+    def logits(self, model: Model, hidden: Tensor) -> Tensor:
+        """Logits (..., n) of hidden states (..., D), see `Vocabulary.chosen`, in float32 at least."""
+        if self.rows is None:
+            return self.vocabulary.chosen(model.logits(hidden))
+        logits = F.linear(hidden, self.rows)
+        return logits.to(wide(logits.dtype))
+
+
+# of a model: its heads, by the verifier's size and tokenizer, the choice of the caller and the ids that are kept
+_KNOWN: WeakKeyDictionary[Model, dict[tuple[int, int, str | Vocabulary, frozenset[int] | None], Head]] = (
+    WeakKeyDictionary()
+)
 SLOTS, READS = 1024, 16  # the least of captured drafts: texts and lengths share them, and so many cost next to nothing
 ROOM = 256  # slots of a store to begin with, where nothing is captured
 
@@ -59,6 +81,7 @@ class Job(NamedTuple):
     n: int  # position of the first of the slots
     k: int
     u: Tensor | None  # of its draws
+    final: int  # positions that no later round takes back
 
     @property
     def end(self) -> int:
@@ -76,8 +99,8 @@ class Held:
 
     def clear(self, lane: int) -> None:
         """What an earlier text left behind weighs nothing, but may not be NaN."""
-        for kept in () if self.store is None else (*self.store.keys, *self.store.values):
-            kept[lane].zero_()
+        for stored in () if self.store is None else (*self.store.keys, *self.store.values):
+            stored[lane].zero_()
 
 
 @cache
@@ -97,10 +120,14 @@ class DiffusionDrafter(Ragged):
                       after it, and recomputed every `refresh` drafts. Draft quality may suffer, correctness cannot.
     vocabulary        "auto", "ids", "strings" or "text": see `Vocabulary`. Text makes chains of point tokens only.
     verifier_tokenizer   None: the one that the verifier came with (inside `generate` it has none: give it here).
+    vocab_keep        the verifier's ids that drafts are made of, see `as_keep`: of the head no more is computed.
+    window            what of a text is read, see `Window`; None: as much as there are positions. Where a prefix is
+                      reused its beginning moves by half a window at a time. `trim` and `window` of a call go first.
     temperature       of the drafter's own rows, on top of the verifier's warpers.
     """
 
     name = "dllm"
+    bounds: tuple[str, ...] = ("trim", "window")
 
     def __init__(
         self,
@@ -113,6 +140,8 @@ class DiffusionDrafter(Ragged):
         vocabulary: str | Vocabulary = "auto",
         verifier_tokenizer: Tokenizer | None = None,
         temperature: float = 1.0,
+        vocab_keep: KeepLike = None,
+        window: WindowLike = None,
     ) -> None:
         if model.mask_id is None:
             raise DllmError("this model has no mask token, so it cannot draft in one forward; load it with mask_id=...")
@@ -124,10 +153,11 @@ class DiffusionDrafter(Ragged):
         self.mask_id: int = model.mask_id
         self.prefix_cache, self.refresh, self.temperature = prefix_cache, refresh, temperature
         self.choice, self.verifier_tokenizer = vocabulary, verifier_tokenizer
+        self.keep, self.window = as_keep(vocab_keep), as_window(window)
         self.held: Held | None = None
         self.lane = 0  # of this text in a store of several
-        self.valid = 0  # positions whose stored keys and values are usable
-        self.final = 0  # positions that no later round takes back
+        self.fed: list[int] = []  # ids at the positions whose stored keys and values are usable
+        self.final = 0  # tokens of the text that no later round takes back
         self.age = 0
 
     @property
@@ -138,22 +168,33 @@ class DiffusionDrafter(Ragged):
     def reset(self, ids: Sequence[int], need: Need) -> None:
         """Relate the vocabularies, ban the drafter's own special tokens, forget the store."""
         super().reset(ids, need)
-        self.vocabulary = self._vocabulary(need)
+        self.head = self._head(need)
+        self.vocabulary, self.reads = self.head.vocabulary, self.window if need.window is None else need.window
         specials = [self.model.mask_id, self.model.pad_id, self.model.bos_id, self.suffix]
         self.banned = self.vocabulary.banned(specials) - need.eos
-        self.held, self.final = None, len(ids)
+        self.held, self.fed, self.final = None, [], len(ids)
         if need.loans is not None:
             self.lane = need.loans.lane(self.model)
 
-    def _vocabulary(self, need: Need) -> Vocabulary:
-        if isinstance(self.choice, Vocabulary):
-            return self.choice
-        tokenizer = self.verifier_tokenizer or need.tokenizer
-        known, key = _KNOWN.setdefault(self.model, {}), (need.vocab, id(tokenizer), self.choice)
+    def _head(self, need: Need) -> Head:
+        tokenizer, keep = self.verifier_tokenizer or need.tokenizer, self.keep if need.trim is None else need.trim
+        ids = None if keep is None else kept(keep, need.vocab, need.eos)
+        known, key = _KNOWN.setdefault(self.model, {}), (need.vocab, id(tokenizer), self.choice, ids)
         if key not in known:
-            sizes = self.model.vocab_size, need.vocab
-            known[key] = Vocabulary.between(self.model.tokenizer, tokenizer, *sizes, self.choice)
-        return known[key]
+            vocabulary, size = self.choice, self.model.vocab_size
+            if not isinstance(vocabulary, Vocabulary):
+                vocabulary = Vocabulary.between(self.model.tokenizer, tokenizer, size, need.vocab, vocabulary)
+            vocabulary = vocabulary if ids is None else vocabulary.trimmed(ids, size)
+            known[key] = Head(vocabulary, None if ids is None else self._rows(vocabulary))
+        head = known[key]
+        if head.rows is not None and (rows := self._rows(head.vocabulary)) is not None:
+            head.rows.copy_(rows)  # the model may have learned since
+        return head
+
+    @torch.inference_mode(False)
+    def _rows(self, vocabulary: Vocabulary) -> Tensor | None:
+        assert vocabulary.shared is not None
+        return self.model.head_rows(vocabulary.shared.drafter.on(self.model.device))
 
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
         """What was emitted is final: a prefix cache may keep it."""
@@ -164,13 +205,13 @@ class DiffusionDrafter(Ragged):
         """Texts that are drafted in one forward: of one model, by one law."""
         return (
             id(self.model), id(self.need.loans), self.suffix, self.lookahead, self.prefix_cache, self.refresh,
-            self.temperature, self.banned, self._words, self.need.law,
+            self.temperature, self.banned, self._words, self.reads, self.need.law,
         )  # fmt: skip
 
     @property
     def _words(self) -> Hashable:
-        """What vocabulary work reads. Strings are read where they lie, so they live as long as what was captured."""
-        return self.vocabulary if self.vocabulary.kind == "strings" else self.vocabulary.kind
+        """What vocabulary work reads. Tables are read where they lie, so they live as long as what was captured."""
+        return self.vocabulary.kind if self.vocabulary.shared is None else self.head
 
     def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
         """One ragged forward over all texts and their masks: lattices, or chains where the vocabularies meet in text
@@ -201,7 +242,7 @@ class DiffusionDrafter(Ragged):
             return False, None
         u = None if self.vocabulary.kind == "text" else self.need.uniforms(k, a.generator)
         row, n, stored = self._row(context, k)
-        return stored, Job(self, row, 0, n, k, u)
+        return stored, Job(self, row, 0, n, k, u, max(0, self.final - (len(context) - n)))
 
     def _listed(self, ids: Sequence[int], job: Job, table: Tensor, rows: Tensor | None) -> Draft:
         """The draft of a text by what its host is told, see `_work`."""
@@ -245,18 +286,21 @@ class DiffusionDrafter(Ragged):
         held = self._hold(jobs, stored, graphs)
         for i, job in enumerate(jobs):
             job.drafter.forwards += 1
-            first = job.drafter._first(job.n) if stored else 0
+            first = job.drafter._first(job.text[: job.n]) if stored else 0
             jobs[i] = job._replace(text=job.text[first:], first=first)
         told = self._eager(jobs, held) if graphs is None else self._replayed(jobs, held, graphs)
         for job in jobs if stored else ():
-            job.drafter.valid = max(job.drafter.valid, job.drafter._settled(job.n))
+            settled = job.drafter._settled(job)
+            job.drafter.fed += job.text[len(job.drafter.fed) - job.first : settled - job.first]
         return told
 
     def _row(self, context: list[int], k: int) -> tuple[list[int], int, bool]:
         """Ids of a forward, the position of the first slot among them, and whether a store keeps those before it."""
         room = self.model.max_positions - k - self._extra(k)
-        cut = max(0, len(context) - room)
         block = self.model.block_size
+        reused = self.prefix_cache == "approx" or (self.prefix_cache == "auto" and block is not None)
+        context = self._read(context, reused)
+        cut = max(0, len(context) - room)
         if cut and block:
             cut = -(-cut // block) * block  # whole blocks, so that the rest keeps its phase
         context = context[cut:]
@@ -265,9 +309,15 @@ class DiffusionDrafter(Ragged):
         tail = [] if self.suffix is None else [self.suffix]
         if block:
             end = -(-end // block) * block
-        reused = self.prefix_cache == "approx" or (self.prefix_cache == "auto" and block is not None)
         stored = reused and not cut and self.vocabulary.kind == "ids"
         return [*context, *[self.mask_id] * (end - n), *tail], n, stored
+
+    def _read(self, context: list[int], stays: bool) -> list[int]:
+        """What is read of a text. Where keys and values stay, it begins anew by half a window at a time."""
+        unit, window = self.model.block_size or 1, self.reads
+        if window is None:
+            return context
+        return window.of(context, unit, max(unit, window.tokens // 2 // unit * unit) if stays else unit)
 
     def _hold(self, jobs: Sequence[Job], stored: bool, graphs: Graphs | None) -> Held:
         """Where such texts find what stands still; in a store of other slots they begin anew."""
@@ -289,22 +339,30 @@ class DiffusionDrafter(Ragged):
             held = self.held if self.held is not None and self.held.slots == slots else make()
         for d in drafters:
             if held is not d.held:
-                d.held, d.valid, d.age = held, 0, 0
+                d.held, d.fed, d.age = held, [], 0
                 held.clear(d.lane)
         return held
 
-    def _first(self, n: int) -> int:
-        """The first position that the store lacks. What is fed from there is stored, and fed again until it is final
-        (and, for blocks, finished)."""
+    def _first(self, context: list[int]) -> int:
+        """The first position that the store lacks of what is read. What is fed from there is stored, and fed again
+        until it is final (and, for blocks, finished)."""
         if not self.model.block_size and self.age >= self.refresh:
-            self.valid, self.age = 0, 0
+            self.fed, self.age = [], 0
         self.age += 1
-        return max(0, min(self.valid, n - 1))
+        last = max(0, len(context) - 1)
+        if self.fed[:last] != context[: min(last, len(self.fed))]:  # the window has moved
+            pairs = enumerate(zip(self.fed, context, strict=False))
+            self.fed = self.fed[: self._whole(next(i for i, (a, b) in pairs if a != b))]
+        return min(len(self.fed), last)
 
-    def _settled(self, n: int) -> int:
+    def _settled(self, job: Job) -> int:
         """Positions whose keys and values no later round changes."""
-        final, block = min(self.final, n), self.model.block_size
-        return final // block * block if block else final
+        return self._whole(min(job.final, job.n))
+
+    def _whole(self, n: int) -> int:
+        """Positions of finished blocks among the first n."""
+        block = self.model.block_size
+        return n // block * block if block else n
 
     def _obstacle(self) -> str:
         """Why drafts cannot be captured; "" if they can."""
@@ -368,13 +426,17 @@ class DiffusionDrafter(Ragged):
             options["lane"] = fed.lane
         hidden = model.forward(fed.ids, fed.pos, **options)
         at = (model.source(fed.slots) - fed.first)[..., None]  # (B, K, 1)
-        logits = model.logits(hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))) / self.temperature
+        read = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))  # (B, K, D)
         if self.vocabulary.kind == "text":
+            logits = model.logits(read) / self.temperature
             return torch.stack([t.float() for t in torch.softmax(logits.float(), -1).max(-1)], -1), None
-        banned = _banned(tuple(sorted(self.banned)), self.need.vocab, logits.device)
+        logits, shared = self.head.logits(model, read) / self.temperature, self.vocabulary.shared
+        size, ids = (
+            (self.need.vocab, self.banned) if shared is None else (len(shared.column), shared.columns(self.banned))
+        )
+        banned = _banned(tuple(sorted(ids)), size, logits.device)
         told = [
-            self.need.told(self.vocabulary.logits(text), banned, None if u is None else u[i])
-            for i, text in enumerate(logits)
+            self.need.told(text, banned, None if u is None else u[i], shared=shared) for i, text in enumerate(logits)
         ]
         rows = [row for _, row in told if row is not None]
         return torch.stack([table for table, _ in told]), torch.stack(rows) if rows else None
@@ -401,6 +463,7 @@ class SamplerDrafter(DiffusionDrafter):
     """
 
     chains_only = True
+    bounds = ("window",)
 
     def __init__(
         self,
@@ -418,15 +481,16 @@ class SamplerDrafter(DiffusionDrafter):
     @property
     def company(self) -> Hashable:
         """Texts whose drafts one call of `dllm.generate` makes: those of forks of one drafter."""
-        return id(self.arguments)
+        return id(self.arguments), self.reads
 
     def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
         """The answers of `dllm.generate`, as chains; those of one length are a batch."""
         drafts: list[Draft | DraftFailure] = [EMPTY] * len(asks)
         lengths = [min(a.k, self.model.max_positions - 1) for a in asks]
         for k in sorted({k for k in lengths if k >= 1}):
+            room = self.model.max_positions - k
             mine = [i for i, length in enumerate(lengths) if length == k]
-            texts = [self.vocabulary.context(asks[i].ids)[k - self.model.max_positions :] for i in mine]
+            texts = [self._read(self.vocabulary.context(asks[i].ids), False)[-room:] for i in mine]
             arguments = {"block_length": k, **self.arguments}
             outs = generate(self.model, texts, sampler=self.sampler, max_new_tokens=k, **arguments)
             for i, out in zip(mine, outs, strict=True):

@@ -12,13 +12,16 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from dllm.drafting.lattice import DraftFailure, Lattice, listed, paired, pruned, uniforms
+from dllm.drafting.lattice import DraftFailure, Lattice, listed, paired, pruned, renamed, uniforms
 from dllm.drafting.loans import Loans
 from dllm.drafting.pairs import PairScores
 from dllm.drafting.proposal import Proposal, fit
 from dllm.drafting.store import Lesson, Seen, Store
 from dllm.drafting.suffixes import SuffixArray
+from dllm.drafting.trim import Keep
 from dllm.drafting.verifier import CausalLM
+from dllm.drafting.vocabulary import Shared
+from dllm.drafting.window import Window
 from dllm.errors import DllmError, first_line, out_of_memory
 from dllm.models.tokenizer import Tokenizer
 
@@ -40,6 +43,8 @@ class Need:
     loans: Loans | None = None  # where models of the call find their graphs; None: nothing is captured
     store: Store | None = None  # what outlives the text; as it is when the call begins
     texts: tuple[SuffixArray, ...] = ()  # of others: those of the store, then the user's corpus
+    trim: Keep | None = None  # ids that drafts are made of, for drafters that say so; None: as the drafter has it
+    window: Window | None = None  # what of the text a drafter reads, for those that say so; None: likewise
 
     @property
     def law(self) -> Hashable:
@@ -65,16 +70,23 @@ class Need:
         banned: Tensor | None = None,
         u: Tensor | None = None,
         pairs: PairScores | None = None,
+        shared: Shared | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The table that `listed` makes a lattice of, with draws at `uniforms` u, and the full rows where the search
-        samples; on the device, which is asked nothing."""
-        logits = fit(logits, self.vocab)
+        samples; on the device, which is asked nothing.
+
+        shared   what the columns of the logits and of `banned` are, without pairs; None: the verifier's ids.
+        """
+        logits = fit(logits, self.vocab) if shared is None else logits
         if banned is not None:
             logits = logits.masked_fill(banned, float("-inf"))
         warp = self.warp if self.sampled else None
         warped = logits if warp is None else warp(logits.float())
         if pairs is None:
-            table, rows = pruned(warped, self.tau_mass, self.m_max, self.eos, u)
+            table, rows = pruned(warped, self.tau_mass, self.m_max, shared.columns(self.eos) if shared else self.eos, u)
+            if shared is not None:
+                table = renamed(table, 0 if u is None else u.shape[1], shared.named)
+                rows = shared.spread(rows, self.vocab) if self.sampled else rows
         else:
             table, rows = pruned(warped, 1.0, self.m_max, self.eos, u, pairs.walk)
             table = paired(table, 0 if u is None else u.shape[1], logits, pairs, warp)
@@ -107,6 +119,7 @@ class Drafter:
     longest      most slots that one draft can have; None: no such limit.
     banned       ids that must never reach the verifier (mask, pad, drafter-only specials): drafting one is an error.
     need         what the loop asks of the drafts of this text.
+    bounds       which of `Need.trim` and `Need.window` it goes by: "trim", "window".
     owner        what measured costs belong to and live with; None: this object. A drafter that is made anew for every
                  call names what outlives it.
     """
@@ -118,6 +131,7 @@ class Drafter:
     longest: int | None = None
     banned: frozenset[int] = frozenset()
     need: Need = Need(0)
+    bounds: tuple[str, ...] = ()
     owner: object | None = None
 
     @property

@@ -34,7 +34,9 @@ from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_ver
 from dllm.drafting.request import Request, SpecResult
 from dllm.drafting.search import PathSearch
 from dllm.drafting.store import StoreLike
+from dllm.drafting.trim import KeepLike
 from dllm.drafting.verifier import Pending, Verifier
+from dllm.drafting.window import WindowLike
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
 from dllm.models.tokenizer import Tokenizer, by_template
@@ -62,6 +64,8 @@ class SpecOptions(TypedDict, total=False):
     verify: str
     pair_head: PairHeadLike
     graft: DrafterLike | Sequence[DrafterLike]
+    trim: KeepLike
+    window: WindowLike
 
 
 class SpeculateOptions(SpecOptions, total=False):
@@ -133,7 +137,7 @@ def speculate(
                batch), or what a tokenizer returns, padded on either side; or input_ids, attention_mask.
     temperature, top_k, top_p, logits_processor, eos, stop, seed   the verifier's law and limits; request i uses
                seed + i.
-    spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, store, ...
+    spec, options   `SpecConfig` or its fields: search, tree, length, k, carry, order, graft, store, trim, ...
     controller   a length controller to keep its measurements from call to call.
 
     Returns a `SpecResult` per prompt. Raises DllmError for a verifier that cannot be rolled back and other mistakes of
@@ -187,7 +191,8 @@ def shared_controller(verifier: Verifier, drafter: Drafter | None, cfg: SpecConf
     parts = [p.owner if isinstance(p, Drafter) and p.owner is not None else p for p in parts]
     named = [_is_value(p) for p in parts]
     known = tuple(str(p) if name else id(p) for p, name in zip(parts, named, strict=True))
-    key, kept = (known, sampled, str(cfg.length), cfg.tree), verifier.controllers
+    key = known, sampled, str(cfg.length), cfg.tree, hash(cfg.trim), cfg.window
+    kept = verifier.controllers
     if key not in kept:
         kept[key] = cfg.build_controller()
         for part, name in zip(parts, named, strict=True):
@@ -366,6 +371,7 @@ def calibrate(
     prompt: Sequence[int] | None = None,
     lengths: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
     repeats: int = 3,
+    timer: Callable[[], float] = timeit.default_timer,
 ) -> CostAware:
     """A cost controller with measured tables: the median of `repeats` forwards per length behind `prompt` (default 32
     tokens)."""
@@ -389,11 +395,11 @@ def calibrate(
         if states is not None:
             d.take(states, 0)
     for n in lengths:
-        controller.verify.add(1 + n, _median_seconds(partial(verify, chain(ids[:1] * n)), repeats))
+        controller.verify.add(1 + n, _median_seconds(partial(verify, chain(ids[:1] * n)), repeats, timer))
         if d is not None and n:
-            controller.draft.add(n, _median_seconds(partial(d.draft, ids, n), repeats))
+            controller.draft.add(n, _median_seconds(partial(d.draft, ids, n), repeats, timer))
     return controller
 
 
-def _median_seconds(call: Callable[[], object], repeats: int) -> float:
-    return statistics.median(timeit.repeat(call, repeat=repeats, number=1))
+def _median_seconds(call: Callable[[], object], repeats: int, timer: Callable[[], float]) -> float:
+    return statistics.median(timeit.repeat(call, repeat=repeats, number=1, timer=timer))

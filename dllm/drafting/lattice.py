@@ -199,6 +199,12 @@ def pruned(
     return torch.cat([unusable, best == low, full.argmax(-1, keepdim=True), *some, tokens, logp], 1), full
 
 
+def renamed(table: Tensor, n: int, name: Callable[[Tensor], Tensor]) -> Tensor:
+    """A table of `pruned` with n draws whose ids have other names; -1 is none."""
+    end = 3 + n + (table.shape[1] - 3 - n) // 2
+    return torch.cat([table[:, :2], name(table[:, 2:end].long()).to(table), table[:, end:]], 1)
+
+
 def paired(table: Tensor, n: int, logits: Tensor, pairs: PairScores, warp: Callable[[Tensor], Tensor] | None) -> Tensor:
     """A table of `pruned` with n draws, of logits (k, V) under `warp`, and behind it what a head says of neighbours:
     the token before the draft and M^2 log-probabilities."""

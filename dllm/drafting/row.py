@@ -25,8 +25,10 @@ from dllm.drafting.request import Request, SpecResult
 from dllm.drafting.search import Edges, PathSearch
 from dllm.drafting.store import BEST, Lesson, Seen, as_store
 from dllm.drafting.suffixes import SuffixArray
+from dllm.drafting.trim import as_keep
 from dllm.drafting.trust import Trust
 from dllm.drafting.verifier import Verifier
+from dllm.drafting.window import as_window
 from dllm.errors import DllmError
 
 Question: TypeAlias = Length | Ask | Cut
@@ -77,7 +79,8 @@ class Speculation:
         pruning = (cfg.tau_mass if self.head is None else 1.0, cfg.m_max)
         need = Need(
             verifier.vocab, request.eos, self.search.sampled, request.warp, *pruning, self.tree, verifier.tokenizer,
-            self.search.draws, verifier.model, self.loans, as_store(cfg.store), self.texts,
+            self.search.draws, verifier.model, self.loans, as_store(cfg.store), self.texts, as_keep(cfg.trim),
+            as_window(cfg.window),
         )  # fmt: skip
         self.trust = Trust(None if need.store is None else need.store.trust)
         self.merged: dict[tuple[int, ...], tuple[str, float]] = {}  # of the nodes of a merged tree: whose, how probable
@@ -90,6 +93,7 @@ class Speculation:
         self.taps = tuple(sorted({tap for source in self.sources for tap in source.taps}))
         self._check_tree()
         check_head(self.head, self.drafter, verifier.vocab)
+        self._check_bounds()
 
     def propose(self) -> Talk[Proposal]:
         """What to verify next."""
@@ -235,6 +239,13 @@ class Speculation:
             paired = self._paired(draft, self.ids[-1]) if source is self.drafter else draft
             return Slots(name, Edges(paired, self.ids, self._proxy(), self.search.lam))
         return Branches(name, draft)
+
+    def _check_bounds(self) -> None:
+        """Refuse a trim or a window that would be ignored."""
+        for name in ("trim", "window"):
+            if getattr(self.cfg, name) is not None and not any(name in source.bounds for source in self.sources):
+                names = " and ".join(source.name for source in self.sources) or "no drafter"
+                raise DllmError(f"{name} bounds a model that drafts, which {names} is not: leave it out")
 
     def _check_tree(self) -> None:
         """Refuse a tree that would be ignored."""

@@ -1,4 +1,5 @@
-"""Ids of the drafter against ids of the verifier: the same, mapped by string, or bridged by text.
+"""Ids of the drafter against ids of the verifier: the same, mapped by string, or bridged by text; all of them, or those
+that drafts are made of.
 
 Special tokens are never assumed to share ids: mask and pad of the drafter are banned before the softmax, and so is
 every id without a counterpart, so that rows stay honest laws over verifier ids.
@@ -7,17 +8,41 @@ every id without a counterpart, so that rows stay honest laws over verifier ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dllm.decoding.constants import Constant
 from dllm.drafting.proposal import fit
 from dllm.errors import DllmError
 from dllm.models.tokenizer import Tokenizer
 
 LOOKBEHIND = 10  # verifier tokens that a re-encoded draft must reproduce before it (as in transformers)
+
+
+class Shared:
+    """The ids that drafts are made of, where these are not all: n of the drafter's and the same n of the verifier's,
+    ascending there. Logits, laws and draws are of n columns; ids that have none have the probability 0."""
+
+    def __init__(self, drafter: Tensor, verifier: Tensor) -> None:
+        order = verifier.argsort()
+        self.drafter, self.verifier = Constant(drafter[order].to), Constant(verifier[order].to)  # (n,)
+        self.column = {v: i for i, v in enumerate(verifier[order].tolist())}  # of a verifier's id
+
+    def columns(self, ids: Iterable[int]) -> frozenset[int]:
+        """Columns of those of the verifier's ids that have one."""
+        return frozenset(self.column[i] for i in ids if i in self.column)
+
+    def named(self, columns: Tensor) -> Tensor:
+        """The verifier's ids of columns of any shape; -1 stays."""
+        return self.verifier.on(columns.device)[columns.clamp_min(0)].where(columns >= 0, -1)
+
+    def spread(self, rows: Tensor, size: int) -> Tensor:
+        """Logits (..., n) as those of all `size` ids of the verifier."""
+        whole = rows.new_full((*rows.shape[:-1], size), float("-inf"))
+        return whole.index_copy(-1, self.verifier.on(rows.device), rows)
 
 
 @dataclass(eq=False)
@@ -26,6 +51,7 @@ class Vocabulary:
 
     kind   "ids" (equal), "strings" (`to_verifier[d]` = verifier id or -1), "text" (decode, re-encode; point drafts
            only).
+    keep   the verifier's ids that drafts are made of, see `trimmed`; None: all that have a counterpart.
     """
 
     kind: str
@@ -33,6 +59,7 @@ class Vocabulary:
     to_verifier: Tensor | None = None
     drafter: Tokenizer | None = None
     verifier: Tokenizer | None = None
+    keep: tuple[int, ...] | None = None
 
     @cached_property
     def from_verifier(self) -> dict[int, int]:
@@ -40,9 +67,24 @@ class Vocabulary:
         return {v: d for d, v in enumerate(self._map.tolist()) if v >= 0}
 
     @cached_property
-    def _shared(self) -> tuple[Tensor, Tensor]:
-        """The drafter's ids that have a counterpart, and it; on the device of the last logits."""
-        return (self._map >= 0).nonzero()[:, 0], self._map[self._map >= 0]
+    def shared(self) -> Shared | None:
+        """The ids that drafts are made of; None: the verifier's, all of them."""
+        keep = None if self.keep is None else torch.tensor(self.keep)
+        if self.kind == "strings":
+            known = self._map >= 0
+            known &= torch.isin(self._map, keep) if keep is not None else True
+            return Shared(known.nonzero()[:, 0], self._map[known])
+        return None if keep is None else Shared(keep, keep)
+
+    def trimmed(self, keep: Iterable[int], drafter_size: int) -> Vocabulary:
+        """The same where drafts are made of these ids of the verifier alone. Errors: none that the drafter has,
+        vocabularies that meet in text."""
+        if self.kind == "text":
+            raise DllmError("drafter and verifier meet in text only, so that no ids can be kept: leave out trim")
+        found = replace(self, keep=tuple(i for i in keep if i < drafter_size or self.kind == "strings"))
+        if found.shared is None or not found.shared.column:
+            raise DllmError("trim: the drafter has none of the ids to keep")
+        return found
 
     @classmethod
     def between(
@@ -110,12 +152,15 @@ class Vocabulary:
         return list(drafter(text, add_special_tokens=False)["input_ids"])
 
     def logits(self, logits: Tensor) -> Tensor:
-        """Drafter logits (k, V_d) as verifier logits (k, V); ids without a counterpart vanish."""
-        if self.kind == "strings":
-            out = logits.new_full((len(logits), self.size), float("-inf"))
-            source, target = self._shared = self._shared[0].to(logits.device), self._shared[1].to(logits.device)
-            return out.index_copy(1, target, logits.index_select(1, source))
-        return fit(logits, self.size)
+        """Drafter logits (..., V_d) as verifier logits (..., V); ids that drafts are not made of vanish."""
+        chosen = self.chosen(logits)
+        return chosen if self.shared is None else self.shared.spread(chosen, self.size)
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """Drafter logits (..., V_d) as those of `shared`, or of the verifier's ids where it is None."""
+        if self.shared is None:
+            return fit(logits, self.size)
+        return logits.index_select(-1, self.shared.drafter.on(logits.device))
 
     def banned(self, ids: Iterable[int | None]) -> frozenset[int]:
         """Drafter ids that must never be proposed, in verifier ids."""

@@ -72,7 +72,7 @@ class ForeignModel(NativeModel):
         if self.transformer._compiled_call_impl is None:
             self.transformer.compile(dynamic=True)
 
-    forward_with, logits = Model.forward_with, Model.logits
+    forward_with, logits, head_rows = Model.forward_with, Model.logits, Model.head_rows
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """Errors: always."""

@@ -149,6 +149,11 @@ class Model(Protocol):
         """
         return shut(hidden[..., : self.vocab_size].clone(), self.mask_id)
 
+    def head_rows(self, ids: Tensor) -> Tensor | None:
+        """A copy (n, D) of the head's weights for some ids (n,), for who reads the logits of these alone; None: there
+        is no such matrix, and only `logits` gives them."""
+        return None
+
     def source(self, pos: Tensor) -> Tensor:
         """Position whose hidden state predicts `pos`; position 0 of a shifted model reads itself."""
         return (pos - self.shift).clamp(min=0)
@@ -168,6 +173,13 @@ class Model(Protocol):
     def compile(self) -> None:
         """Compile what `forward` runs, once. Errors: a model that cannot."""
         raise DllmError("this model cannot be compiled: leave compile= out")
+
+
+@torch.no_grad()
+def rows_of(weight: Tensor, ids: Tensor) -> Tensor | None:
+    """A copy (n, D) of some rows of a matrix; None where it is quantized or split over processes."""
+    plain = type(weight.data) is Tensor and weight.dtype.is_floating_point
+    return weight[ids.to(weight.device)] if plain else None
 
 
 def shut(logits: Tensor, mask_id: int | None) -> Tensor:

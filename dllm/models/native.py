@@ -20,7 +20,7 @@ from dllm.models.families import BLOCKS, FAMILIES, SHIFT, read_config
 from dllm.models.family import RawConfig
 from dllm.models.files import optional_json, replaced_checkpoint, write_json
 from dllm.models.fused import singles
-from dllm.models.model import ForwardOptions, Model, shut
+from dllm.models.model import ForwardOptions, Model, rows_of, shut
 from dllm.models.settings import SamplerSetting, write_settings
 from dllm.models.tokenizer import Message, Tokenizer
 from dllm.models.transformer import Flags, KVStore, Outputs, Rows, Transformer
@@ -91,6 +91,11 @@ class NativeModel(Model):
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
         return shut(self.transformer.head(hidden).to(self.device), self.mask_id)
+
+    def head_rows(self, ids: Tensor) -> Tensor | None:
+        """See `Model.head_rows`."""
+        rows = rows_of(self.transformer.head_weight, ids)
+        return None if rows is None else rows.to(self.transformer.norm.weight.device)
 
     def new_store(self, lanes: int, slots: int) -> KVStore:
         """An empty key/value store for `lanes` rows of up to `slots` positions."""

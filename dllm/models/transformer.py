@@ -382,10 +382,14 @@ class Transformer(nn.Module):
             said = " ".join(str(error).split("\n\n")[0].split())  # the first line only names the backend
             raise DllmError(f"torch cannot compile this model here, leave compile= out: {said}") from error
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(rows, D) of the head, the embedding's where they are one."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., D); padding rows of the vocabulary are not computed."""
-        rows = self.config.vocab_size
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        rows, weight = self.config.vocab_size, self.head_weight
         hidden = hidden.to(weight.device) if self.spread else hidden
         if self.lm_head is None or type(weight.data) is Tensor:
             return F.linear(hidden, weight[:rows])

@@ -27,7 +27,7 @@ def answers_of(config: Taught, verifier: PreTrainedModel) -> list[Pair]:
     """The answers that a recipe learns from: those in its file, made first where they are missing."""
     path = config.answers
     if not (config.tasks or config.prompts):
-        return _read(path)
+        return read_answers(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts, _ = encode(as_verifier(cast("CausalLM", verifier)), task_lines(config))
     return continuations(verifier, prompts, config.max_new_tokens, config.batch_size, path)
@@ -96,7 +96,7 @@ def task_lines(config: Taught, split: str = "train") -> list[str]:
     return [e.prompt for name, n in config.tasks.items() for e in generate(name, split, n, config.seed)]
 
 
-def _read(path: Path) -> list[Pair]:
+def read_answers(path: Path) -> list[Pair]:
     """All answers of a file that must be there."""
     if not path.exists():
         raise DllmError(f"there are no answers in {path}: name tasks or prompts to make them from, or another file")

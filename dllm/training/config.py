@@ -231,6 +231,7 @@ class AlignConfig(Taught):
     pack: int = param(0, "tokens of a row that several texts share; 0: a text a row", low=0)
     accumulate: int = param(1, "forwards of a step", low=1)
     checkpointing: bool = param(False, "compute activations again in the backward: less memory, a third more time")
+    trim: int = param(0, "ids drafts are made of, the most frequent in the answers, see `dllm trim`; 0 = all", low=0)
     stages: tuple[Stage, ...] = (Stage("continuation", 400, 2e-3), Stage("refinement", 200, 1e-3))
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm.drafting.drafters import Ask, Draft, Need, Ragged
 from dllm.drafting.hidden.backbone import Text
@@ -23,11 +24,25 @@ from dllm.drafting.hidden.order import PairHead
 from dllm.drafting.lattice import DraftFailure, listed, uniforms
 from dllm.drafting.pairs import PairScores
 from dllm.drafting.proposal import EMPTY, Rows, chain, drawn, sent
+from dllm.drafting.trim import kept
 from dllm.drafting.verifier import CausalLM, embedding, text_config
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
+from dllm.models.model import rows_of
 
 ROOM = 256  # tokens of a store to begin with
+
+
+class Trimmed(NamedTuple):
+    """A head of some ids alone."""
+
+    vocabulary: Vocabulary
+    weight: Tensor | None  # (n, H); None: all logits are computed, and these taken
+    bias: Tensor | None  # (n,)
+
+
+# of a head's last layer: by the verifier's size and the ids that are kept
+_TRIMMED: WeakKeyDictionary[nn.Module, dict[tuple[int, frozenset[int]], Trimmed]] = WeakKeyDictionary()
 
 
 class Context:
@@ -61,21 +76,26 @@ class Context:
         self.end += n
 
     def seen(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (layers, G, end - first, D)."""
-        keys, values = (held[:, :, : self.end - self.first] for held in self.stored)
+        """Keys and values (layers, G, end - begin, D)."""
+        keys, values = (held[:, :, self.begin - self.first : self.end - self.first] for held in self.stored)
         return keys, values
+
+    @property
+    def begin(self) -> int:
+        """The first token that is seen."""
+        return self.first if self.reach is None else max(self.first, self.end - self.reach)
 
 
 def text_of(contexts: Sequence[Context]) -> Text:
     """What drafts for several texts see of them."""
-    lengths = [context.end - context.first for context in contexts]
+    lengths = [context.end - context.begin for context in contexts]
     width, device = max(lengths), contexts[0].stored[0].device
     pairs = zip(*(context.seen() for context in contexts), strict=True)
     keys, values = (
         torch.stack([F.pad(x, (0, 0, 0, width - x.shape[2])) for x in some], 1) if len(some) > 1 else some[0][:, None]
         for some in pairs
     )
-    slots, known = torch.arange(width, device=device), sent([[c.first, c.end] for c in contexts], device)
+    slots, known = torch.arange(width, device=device), sent([[c.begin, c.end] for c in contexts], device)
     pos = slots + known[:, :1]  # (B, S)
     return Text(keys, values, pos.where(pos < known[:, 1:], -1), min(lengths) < width)
 
@@ -91,11 +111,14 @@ class Planned(NamedTuple):
 
 
 class HiddenDrafter(Ragged):
-    """A head as its folder or class says (`read_head`). Heads without an order of their own, and those whose logits
-    depend on the token just before alone, give a lattice; the others a chain, drafted left to right.
+    """A head as its folder or class says (`read_head`), over all of the text or the last tokens of a window. Heads
+    without an order of their own, and those whose logits depend on the token just before alone, give a lattice; the
+    others a chain, drafted left to right.
 
     The mask id is not banned, as no public code bans it.
     """
+
+    bounds: tuple[str, ...] = ("trim", "window")
 
     def __init__(self, head: Head) -> None:
         self.made, self.head, config = head, head, head.config  # as it was loaded, and where the verifier is
@@ -117,12 +140,38 @@ class HiddenDrafter(Ragged):
             raise DllmError(f"a {self.name} head drafts with its verifier's own states: use dllm.speculate")
         check(self.head.config, need.model, need.vocab)
         self.model, self.mask = need.model, self._mask(need)
-        self.context = Context(self.head.config.reach)
-        known = self.head.to_verifier
-        self.vocabulary = Vocabulary("ids" if known is None else "strings", need.vocab, known)
+        self.context = Context(self._reach())
         weight = embedding(need.model)
         kind = weight.dtype if weight.dtype.is_floating_point else self.made.backbone.norm.weight.dtype
         self.head = self.made.at(weight.device, kind)
+        known = self.head.to_verifier
+        self.vocabulary = Vocabulary("ids" if known is None else "strings", need.vocab, known)
+        self.trimmed = None if need.trim is None else self._trimmed(kept(need.trim, need.vocab, need.eos))
+
+    def _reach(self) -> int | None:
+        """How much of the text is ever seen."""
+        window, reach = self.need.window, self.head.config.reach
+        if window is not None and (window.sinks or window.recall):
+            raise DllmError(f"a {self.name} head sees the end of a text: give window= a number, no sinks nor recall")
+        far = [n for n in (reach, None if window is None else window.tokens) if n is not None]
+        return min(far, default=None)
+
+    @property
+    def _last(self) -> Any:
+        """The layer that gives logits: the head's own, or the verifier's."""
+        return self.head.lm_head or self.model.get_output_embeddings()
+
+    def _trimmed(self, ids: frozenset[int]) -> Trimmed:
+        last = self._last
+        known, key = _TRIMMED.setdefault(last, {}), (self.need.vocab, ids)
+        if key not in known:
+            vocabulary = self.vocabulary.trimmed(ids, len(last.weight))
+            assert vocabulary.shared is not None
+            own = vocabulary.shared.drafter.on(last.weight.device)
+            bias = getattr(last, "bias", None)  # foreign
+            known[key] = Trimmed(vocabulary, rows_of(last.weight, own), None if bias is None else rows_of(bias, own))
+        self.vocabulary = known[key].vocabulary
+        return known[key]
 
     def _mask(self, need: Need) -> int:
         mask = self.head.config.mask
@@ -139,7 +188,8 @@ class HiddenDrafter(Ragged):
     @torch.inference_mode()
     def take(self, states: Tensor, start: int) -> None:
         """Project states; of a text longer than the layers see only its end."""
-        context, reach = self.context, self.head.config.reach
+        context = self.context
+        reach = context.reach
         context.back(start)
         skipped = 0 if reach is None else max(0, len(states) - reach)
         pos = torch.arange(start + skipped, start + len(states), device=states.device)
@@ -149,7 +199,7 @@ class HiddenDrafter(Ragged):
     @property
     def company(self) -> Hashable:
         """Texts that one head drafts for, with one verifier."""
-        return self.head, self.model
+        return self.head, self.model, None if self.trimmed is None else self.trimmed.vocabulary
 
     @torch.inference_mode()
     def together(self, asks: Sequence[Ask]) -> list[Draft | DraftFailure]:
@@ -161,7 +211,7 @@ class HiddenDrafter(Ragged):
             return [EMPTY] * len(asks)
         hidden = self.hidden([p.block for p in some], [p.drafter.context for p in some])
         slots = [states[p.first : p.first + p.k] for p, states in zip(some, hidden, strict=True)]
-        logits = torch.split(self.vocabulary.logits(self.logits(torch.cat(slots))), [p.k for p in some])
+        logits = torch.split(self.logits(torch.cat(slots)), [p.k for p in some])
         begun = [p.drafter.begin(p.ask, h, scores) for p, h, scores in zip(some, slots, logits, strict=True)]
         found = iter(begun)  # the device has all of its work before the host waits for the first
         return [EMPTY if p is None else _finished(next(found)) for p in plans]
@@ -177,15 +227,17 @@ class HiddenDrafter(Ragged):
         return Planned(a, self, [*a.ids[n:], *[self.mask] * (c.block - 1 - path)], c.slots[0] + path, k)
 
     def begin(self, a: Ask, hidden: Tensor, logits: Tensor) -> Callable[[], Draft]:
-        """All work of the device for a draft by the states (k, H) and logits (k, V) of its slots; what is returned
+        """All work of the device for a draft by the states (k, H) and logits (k, n) of its slots; what is returned
         waits for it."""
-        order = self.head.order
+        order, shared = self.head.order, self.vocabulary.shared
+        if order is not None and shared is not None:
+            logits = shared.spread(logits, self.need.vocab)
         if isinstance(order, PairHead):
             return self._paired(order, logits, hidden, a.ids)
         if order is not None:
             return self._chained(logits, hidden, a)
         u = self.need.uniforms(len(logits), a.generator)
-        table, rows = self.need.told(logits, None, None if u is None else sent(u, logits.device))
+        table, rows = self.need.told(logits, None, None if u is None else sent(u, logits.device), shared=shared)
         return lambda: listed(table.cpu(), rows, len(a.ids), 0 if u is None else u.shape[1])
 
     def hidden(self, blocks: Sequence[Sequence[int]], contexts: Sequence[Context]) -> Tensor:
@@ -202,9 +254,13 @@ class HiddenDrafter(Ragged):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(k, H) -> (k, V) of the head's vocabulary, scaled and capped."""
-        c, head = self.head.config, self.head.lm_head or self.model.get_output_embeddings()
-        logits: Tensor = head(hidden) * c.multiplier
+        """(k, H) -> (k, n) of the ids that drafts are made of, see `Vocabulary.chosen`; scaled and capped."""
+        c, cut = self.head.config, self.trimmed
+        if cut is not None and cut.weight is not None:
+            logits = F.linear(hidden, cut.weight, cut.bias)
+        else:
+            logits = self.vocabulary.chosen(self._last(hidden))
+        logits = logits * c.multiplier
         return c.cap * torch.tanh(logits / c.cap) if c.cap else logits
 
     def _paired(self, order: PairHead, logits: Tensor, hidden: Tensor, ids: Sequence[int]) -> Callable[[], Draft]:

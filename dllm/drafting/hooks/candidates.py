@@ -27,7 +27,9 @@ from dllm.drafting.ngram import NgramTable
 from dllm.drafting.pair_head import as_pair_head, check_head
 from dllm.drafting.proposal import EMPTY, Proposal
 from dllm.drafting.registry import DrafterLike, as_drafter, as_verifier
+from dllm.drafting.trim import as_keep
 from dllm.drafting.verifier import Verifier, bare
+from dllm.drafting.window import as_window
 from dllm.errors import DllmError
 
 
@@ -60,7 +62,10 @@ class DraftCandidates(CandidateGenerator):
         self.controller: Controller = (controller or cfg.build_controller()).fork()
         self.head, self.most = as_pair_head(cfg.pair_head), cfg.k
         mass = cfg.tau_mass if self.head is None else 1.0
-        self.need = Need(verifier.vocab, verifier.eos, tau_mass=mass, m_max=cfg.m_max, tokenizer=verifier.tokenizer)
+        self.need = Need(
+            verifier.vocab, verifier.eos, tau_mass=mass, m_max=cfg.m_max, tokenizer=verifier.tokenizer,
+            trim=as_keep(cfg.trim), window=as_window(cfg.window),
+        )  # fmt: skip
         self.proxy = NgramTable(verifier.vocab, cfg.order) if cfg.order > 1 else None
         self.criteria: list[StoppingCriteria] = []  # what ends the text
         self.known: list[int] = []

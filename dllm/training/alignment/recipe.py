@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
+from dllm.drafting.registry import as_verifier
+from dllm.drafting.trim import ranked
+from dllm.drafting.verifier import CausalLM
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError, unknown
 from dllm.models.config import ModelConfig
@@ -84,19 +87,23 @@ def run(config: AlignConfig, resume: bool = False) -> NativeModel:
     team.wait()
     if not team.first:
         data = answers_of(config, parts.verifier)
+    ends = as_verifier(cast(CausalLM, parts.verifier)).eos
+    ranking = ranked((pair.answer for pair in data), parts.vocabulary.size, ends) if config.trim else []
     data = translated(data, parts)
     log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
     verifier = parts.verifier.requires_grad_(False) if parts.vocabulary.kind == "ids" else None
     align(Learner(model, config.block, sep, verifier, config.pack), data, config, start, save, team)
     save(Place(len(config.stages), 0, {}, {}))  # nothing left to do
-    how = {} if sep is None else {"suffix_token_id": sep}
+    how: dict[str, object] = {} if sep is None else {"suffix_token_id": sep}
+    if config.trim:
+        how["vocab_keep"] = ranking[: config.trim]
     if team.first:
         export(parts, config, how)
     team.wait()
     return NativeModel(model.config, merge_lora(network).eval(), model.tokenizer) if config.lora.rank else model
 
 
-def export(parts: Parts, config: AlignConfig, how: dict[str, int]) -> None:
+def export(parts: Parts, config: AlignConfig, how: Mapping[str, object]) -> None:
     """Write what was learned into `output/model`, with the file that says how to draft with it."""
     model, folder = parts.model, Path(config.output) / "model"
     if not config.lora.rank:
