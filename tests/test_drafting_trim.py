@@ -13,6 +13,7 @@ from golden_cases import GOLDEN
 from transformers import AutoModelForCausalLM
 
 import dllm
+from dllm.bench import bounds
 from dllm.bench.bounds import again, far, only_dllm, trims
 from dllm.cli import main
 from dllm.drafting.config import SpecConfig
@@ -314,3 +315,12 @@ def test_prompts_of_the_bench_name_their_facts_far_from_the_question():
         assert len(lines) == 3 and all(line.endswith("?") for line in lines)
     text = again(1)[0].split("\n")
     assert text[0].startswith(text[-1]) and len(text) >= 5
+
+
+def test_the_bench_measures_windows_by_length_and_by_what_is_accepted(monkeypatch):
+    monkeypatch.setattr(bounds, "like_smollm2", lambda: dllm.load("tiny"))
+    monkeypatch.setattr(bounds, "LENGTHS", (20, 60))
+    monkeypatch.setattr(bounds, "READS", {"window 32": {"window": 32}})
+    rows = list(bounds.run_context(1, n=1))
+    assert len(rows) == len(bounds.CONTEXTS) + 2 and all(row.value > 0 for row in rows)
+    assert all("20: " in row.note for row in rows[:-2]) and "0 texts differ" in rows[-1].note

@@ -103,7 +103,8 @@ def run_context(repeats: int = 5, *, n: int = 40) -> Iterator[Figure]:
 def _lengths(repeats: int) -> Iterator[Figure]:
     model = like_smollm2()
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(100, 40_000, (max(LENGTHS) + 64,), generator=generator).tolist()
+    vocab, size = model.vocab_size, max(LENGTHS) + 4 * (2 + 2 * repeats)
+    text = torch.randint(vocab // 500 + 2, vocab, (size,), generator=generator).tolist()
     for name, how in CONTEXTS.items():
         found = {
             length: _rounds(DiffusionDrafter(model, vocabulary="ids", **how), text, length, repeats)
@@ -112,7 +113,10 @@ def _lengths(repeats: int) -> Iterator[Figure]:
         ratio = found[max(LENGTHS)] / found[min(LENGTHS)]
         note = ", ".join(f"{length}: {1e3 * s:.1f} ms" for length, s in found.items())
         yield Figure(
-            f"{name}: a draft at 4000 tokens to one at 50", ratio, 1.5 if how.get("window") else None, note=note
+            f"{name}: a draft at {max(LENGTHS)} tokens to one at {min(LENGTHS)}",
+            ratio,
+            1.5 if how.get("window") else None,
+            note=note,
         )
 
 
