@@ -424,7 +424,7 @@ class CostAware(Controller):
     k_max: int = param(32, "as every controller's", low=1)
     probe: float = param(0.02, "what a useless drafter may cost", low=0)
     margin: float = param(0.02, "a pause ends where drafting pays this much", low=0)
-    accept: str = param("counts", "as good in the end, and simpler", choices=("counts", "head"))
+    accept: str = param("counts", "as fast, and simpler", choices=("counts", "head"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

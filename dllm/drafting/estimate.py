@@ -6,6 +6,7 @@ The data are censored: nodes behind a rejection were never judged and are not fe
 from __future__ import annotations
 
 import math
+from operator import mul
 
 import numpy as np
 
@@ -104,6 +105,7 @@ class AcceptanceHead(Estimator):
         size = len(_features(0, 0.5, None))
         self.mean, self.cov = np.zeros(size), np.eye(size) * self.PRIOR
         self.mean[1] = 1.0
+        self.known: list[float] = self.mean.tolist()  # for single nodes lists are faster
 
     def add(self, slot: int, conf: float, accepted: bool, spread: Spread | None = None) -> None:
         """One step of the posterior."""
@@ -111,25 +113,26 @@ class AcceptanceHead(Estimator):
         p, g = _sigmoid(float(self.mean @ x)), self.cov @ x
         weight = max(p * (1 - p), 1e-4)
         gain = g / (1 + weight * float(x @ g))
-        self.cov -= weight * np.outer(gain, g)
-        self.cov[np.diag_indices_from(self.cov)] += self.DRIFT
+        self.cov -= (weight * gain)[:, None] * g
+        self.cov.flat[:: len(x) + 1] += self.DRIFT
         self.mean += gain * (accepted - p)
+        self.known = self.mean.tolist()
 
     def __call__(self, slot: int, conf: float, spread: Spread | None = None) -> float:
         """The probability by the weights as they are."""
-        return min(max(_sigmoid(float(self.mean @ _features(slot, conf, spread))), 0.02), 0.98)
+        z = sum(map(mul, self.known, _features(slot, conf, spread)))
+        return min(max(_sigmoid(z), 0.02), 0.98)
 
 
 def _features(slot: int, conf: float, spread: Spread | None) -> list[float]:
     """About one in size; nothing of a row that nobody knows."""
     conf = min(max(conf, 0.02), 0.98)
     logit = math.log(conf / (1 - conf))
-    known = (
-        [0.0] * 3
-        if spread is None
-        else [min(spread.margin, 6.0) / 2 - 1, spread.entropy - 1, logit * (spread.entropy - 1)]
-    )
-    return [1.0, logit, logit * logit / 4, float(slot == 0), math.log1p(slot) - 1, *known]
+    first = [1.0, logit, logit * logit / 4, float(slot == 0), math.log1p(slot) - 1]
+    if spread is None:
+        return [*first, 0.0, 0.0, 0.0]
+    entropy = spread.entropy - 1
+    return [*first, min(spread.margin, 6.0) / 2 - 1, entropy, logit * entropy]
 
 
 def _sigmoid(z: float) -> float:
