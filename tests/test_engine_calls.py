@@ -189,6 +189,18 @@ def test_a_full_line_refuses_at_once_or_after_a_while() -> None:
     assert first.result() and second.result()
 
 
+def test_who_was_cancelled_leaves_room_in_a_full_line() -> None:
+    engine = ByHand(network(), max_queue=2, max_rows=1)
+    running = engine.submit([1], **CALL)
+    engine.turns(1)
+    waiting, gone = (engine.submit([i], **CALL) for i in (2, 3))
+    gone.cancel()
+    engine.turns(1)
+    late = engine.submit([4], **CALL)
+    engine.finish()
+    assert all(r.result() for r in (running, waiting, late))
+
+
 def test_a_request_waits_for_room_in_the_line() -> None:
     with dllm.Engine(network(), max_queue=1, max_rows=1) as engine:
         requests = [engine.submit([i], wait=None, **CALL) for i in range(6)]
@@ -258,16 +270,17 @@ class Short(type(tiny())):  # type: ignore[misc]
 
 
 def test_requests_begin_anew_with_half_the_rows_where_memory_runs_out() -> None:
-    short = tiny()
+    short, call = tiny(), {**CALL, "trace": True}
     short.__class__, short.times = Short, 1
     engine = ByHand(short, max_rows=4)
-    requests = [engine.submit([i, i + 1], **CALL) for i in range(2)]
+    requests = [engine.submit([i, i + 1], **call) for i in range(2)]
     engine.turns(4)
-    late = [engine.submit([i, i + 1], **CALL) for i in range(2, 4)]
+    late = [engine.submit([i, i + 1], **call) for i in range(2, 4)]
     engine.finish()
     for i, request in enumerate([*requests, *late]):
-        plain = dllm.generate(short, [i, i + 1], **CALL)
+        plain = dllm.generate(short, [i, i + 1], **call)
         assert (request.result().tokens, request.result().nfe) == (plain.tokens, plain.nfe)
+        assert request.result().trace == plain.trace
     assert short.times == 0 and engine._rows == 2
 
 
@@ -291,6 +304,18 @@ def test_an_error_in_a_callback_ends_its_own_request() -> None:
     with pytest.raises(KeyError, match="mine"):
         bad.result()
     assert good.result().tokens == dllm.generate(network(), [2], **CALL).tokens
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_whose_thread_was_ended() -> None:
+    def leaves(view: Any) -> bool:
+        raise SystemExit
+
+    with dllm.Engine(network()) as engine:
+        requests = [engine.submit([1], on_step=f, **CALL) for f in (leaves, None)]
+        for request in requests:
+            with pytest.raises(Cancelled, match="closed"):
+                request.result(60)
 
 
 def test_stores_stay_within_their_bytes() -> None:

@@ -143,8 +143,7 @@ class Request(Generic[T]):
         """Begin the rows anew that have no answer yet. What was streamed of them stays: they come to the same."""
         self.retried = True
         self.left = deque(i for i in range(len(self.job.prompts)) if i not in self._outputs)
-        for i in self.left:
-            self.told.meter.rows[i].again()
+        self.told.again(self.left)
 
 
 @dataclass(eq=False)
@@ -320,17 +319,18 @@ class Engine:
         try:
             while self._await():
                 self._turn()
-        except Exception as fault:  # one of ours: nobody shall wait for ever
+        except Exception as fault:  # one of ours
             error = fault
-        with self._change:
-            self._closing = "abort"
-            rest = [*self._line, *(r for s in self._seats.values() for r in s.requests)]
-            self._line.clear()
-            self._change.notify_all()
-        for request in rest:
-            request.fail(error)
-        for key in list(self._seats):
-            self._drop(key)
+        finally:  # whatever ends the thread, SystemExit in a callback too: nobody shall wait for ever
+            with self._change:
+                self._closing = "abort"
+                rest = [*self._line, *(r for s in self._seats.values() for r in s.requests)]
+                self._line.clear()
+                self._change.notify_all()
+            for request in rest:
+                request.fail(error)
+            for key in list(self._seats):
+                self._drop(key)
 
     def _await(self) -> bool:
         """Wait for something to do; whether the thread goes on."""
@@ -361,8 +361,10 @@ class Engine:
             free, blocked = self._rows - sum(s.rows for s in self._seats.values()), list[Request[Any]]()
             lanes = {key: seats.room for key, seats in self._seats.items()}
             kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
+            for request in [r for r in self._line if r.done]:  # cancelled, or out of time: room for others
+                self._line.remove(request)
             for request in list(self._line):
-                if request.done or not request.told.open:
+                if not request.told.open:
                     self._line.remove(request)
                     request.hear(request.told.blank())
                     continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
@@ -158,6 +158,14 @@ class Told:
         for row in () if self.open else self.meter.rows:
             output = self.job.output(row, self.start, row.index, noted=self.job.noted(self.job.queue, row.index))
             yield Event(row.index, output.text, None, 0, output, output.tokens, output.logprobs)
+
+    def again(self, rows: Iterable[int]) -> None:
+        """These rows begin anew. What was told of their text stands, as they come to the same; a trace begins anew."""
+        traces, ids = self.job.new_traces(), self.start.ids.tolist()
+        for row in rows:
+            self.meter.rows[row].again()
+            if traces:
+                self.traces[row], self.before[row] = traces[row], ids[row]
 
     def events(self, tick: Tick) -> Iterator[Event]:
         """Those of this call's rows in a tick that rows of others may share."""
