@@ -183,9 +183,15 @@ class Taught(Section):
     drafter: Checkpoint = param(Checkpoint("tiny"), "what dllm.load takes; a causal one is turned into a dLLM first")
     verifier: Checkpoint = param(Checkpoint("tiny-ar"), "what dllm.load_verifier takes")
     tasks: Mapping[str, int] = param({}, "problems per built-in task whose prompts the verifier answers")
-    prompts: str = param("", "or a file, one prompt a line")
+    prompts: str = param(
+        "", "or a file: a prompt a line, or .jsonl of chat messages; `free`: the verifier makes up what users say"
+    )
+    count: int = param(1000, "how many of those that it makes up", low=1)
+    holdout: tuple[str, ...] = param((), "files that are measured on: their prompts are never learned from")
     data: str = param("", "file of its answers, made where it is missing; by default one in `output`")
     max_new_tokens: int = param(96, "tokens of an answer of the verifier", low=1)
+    temperature: float = param(0.0, "of the answers; 0: greedy", low=0)
+    sampling_batch: int = param(32, "answers that are made at once", low=1)
     block: int = param(32, "most masked tokens in a row: the k to draft with", low=1)
     batch_size: int = param(32, "rows of a forward", low=1)
     seed: int = param(0, "of problems and masks")
@@ -200,11 +206,18 @@ class Taught(Section):
         super().__post_init__()
         if (bool(self.tasks) and bool(self.prompts)) or not (self.tasks or self.prompts or self.data):
             raise DllmError("a recipe names its prompts once: tasks or prompts, or only data that was made before")
+        self.check_files()
 
     @property
     def answers(self) -> Path:
         """The file of the verifier's answers."""
         return Path(self.data) if self.data else Path(self.output) / "answers.jsonl"
+
+    def check_files(self) -> None:
+        """Errors: what is measured on would be read as training data."""
+        measured = {Path(name).resolve() for name in self.holdout}
+        if named := [name for name in (self.prompts, self.data) if name and Path(name).resolve() in measured]:
+            raise DllmError(f"{named[0]} is held out: it is measured on, and never learned from")
 
 
 @dataclass(frozen=True)

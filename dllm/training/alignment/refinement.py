@@ -19,11 +19,12 @@ class Refinement(Objective):
 
     alpha: float = param(1.01, "section 4 of the paper: stable; 1.02 is noisy, 1.05 diverges", low=1)
     max_suffix: int = param(96, "most masked tokens (the paper's number)", low=1)
+    cuts: int = param(1, "of an answer; where the learner attends in blocks they share what lies before", low=1)
 
     def texts(self, data: Sequence[Pair], learner: Learner, draw: Draw) -> list[Masked]:
         """As `Objective`."""
         texts = []
-        for c in data:
+        for c in (c for c in data for _ in range(self.cuts)):
             end = draw.rng.randint(1, len(c.answer))
             r = draw.rng.randint(1, min(self.max_suffix, end))
             weight = self.alpha ** torch.arange(r - 1, -1, -1, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dllm import spec
 from dllm.training.alignment.continuation import Continuation
+from dllm.training.alignment.diffusion import Diffusion
 from dllm.training.alignment.distillation import Distillation
 from dllm.training.alignment.length import Length
 from dllm.training.alignment.objective import Objective
@@ -20,6 +21,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "selective": Selective,
     "policy": Policy,
     "replay": Replay,
+    "diffusion": Diffusion,
 }
 
 
