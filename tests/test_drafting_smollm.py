@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dllm
 from dllm.bench.drafting import Rehearsed
 from dllm.drafting.hooks.candidates import assisted_by
 from dllm.errors import DllmError
+from dllm.models.adapter import CONFIG, WEIGHTS
+from dllm.models.files import write_json
+from dllm.models.recast import Recast
 
 pytestmark = pytest.mark.smollm
 N = 24
@@ -45,3 +49,31 @@ def test_generate_hook_and_assisted_generation(smollm):
     assert out[0].tolist() == text
     with assisted_by(model, "lookup"):
         assert model.generate(torch.tensor([ids]), **call)[0].tolist() == text
+
+
+def test_the_package_loads_into_the_own_backbone(smollm):
+    model, _, ids, _ = smollm
+    native = dllm.load("smollm2")
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits
+    torch.testing.assert_close(native.logits(native.forward(torch.tensor([ids]))), expected, atol=1e-5, rtol=1e-5)
+    assert native.config.causal and native.shift == 1
+    with pytest.raises(DllmError, match="block_size is not for smollm2"):
+        dllm.load("smollm2", block_size=32)
+
+
+def test_an_adapter_recasts_the_package_and_keeps_its_logits_where_it_says_nothing(smollm, tmp_path):
+    """Blocks of one token under the shift are the verifier's own attention."""
+    model, tokenizer, ids, _ = smollm
+    base = dllm.load("smollm2")
+    mask = tokenizer.convert_tokens_to_ids("<file_sep>")
+    Recast.of("smollm2", base.config, mask, block_size=1, shift=1).write(tmp_path)
+    stem = "base_model.model.model.layers.3.self_attn.q_proj.lora_"
+    save_file({f"{stem}A.weight": torch.ones(2, 576), f"{stem}B.weight": torch.zeros(576, 2)}, tmp_path / WEIGHTS)
+    write_json(tmp_path / CONFIG, {"base_model_name_or_path": "smollm2", "peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    made = dllm.load(tmp_path)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits
+    got = made.logits(made.forward(torch.tensor([ids])))
+    expected[..., mask] = got[..., mask]  # never predicted
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

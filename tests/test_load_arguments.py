@@ -290,3 +290,16 @@ def test_model_args_of_lm_eval(bare):
     ):
         with pytest.raises(DllmError, match=message):
             made(f"pretrained={bare},{text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("smollm2-drafter", "`dllm align configs/align/smollm2-head.yaml --head` makes one"),
+        ("smollm2-diffusion", "`dllm align configs/align/smollm2-diffusion.yaml` makes one"),
+    ],
+)
+def test_a_model_whose_weights_do_not_ship_names_its_recipe(name: str, how: str) -> None:
+    with pytest.raises(DllmError) as error:
+        locate(name)
+    assert how in str(error.value) and "\n" not in str(error.value)

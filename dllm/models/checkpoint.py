@@ -22,7 +22,7 @@ from dllm.errors import DllmError, first_line
 from dllm.models.config import ModelConfig
 from dllm.models.family import Family
 from dllm.models.files import INDEX, write_json
-from dllm.models.layout import Piece
+from dllm.models.layout import Layout, Piece
 from dllm.models.transformer import Transformer
 
 DERIVED = re.compile(r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$")  # tables that old writers stored
@@ -53,12 +53,30 @@ def load_weights(
         raise DllmError(f"config.json asks for an impossible model: {first_line(error)}") from error
     head = _tied_head(family, config)
     account(folder, where, table, head)
+    fill(model, table, _stream(where), dtype, place, folder)
+    if head is not None and head in where:
+        _check_tied_head(head, where[head], model)
+    return model
+
+
+def fill(
+    model: Transformer,
+    table: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    place: Place,
+    source: object,
+) -> None:
+    """Put official tensors in their places of a model on the meta device; those that `table` lacks are passed over.
+
+    Errors: a wrong shape, NaN or infinite values, by the name of their `source`.
+    """
     parameters = dict(model.named_parameters())
     filled: dict[str, Tensor] = {}
     broken: list[str] = []
-    for name, tensor in _stream(where):
+    for name, tensor in tensors:
         piece = table.get(name)
-        if piece is None:  # a tied head that was stored as well: checked below
+        if piece is None:  # a tied head that was stored as well
             continue
         _check_shape(name, tensor, part(parameters, piece))
         if not _finite(tensor):
@@ -69,12 +87,9 @@ def load_weights(
             filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
         part(filled, piece).copy_(tensor)
     if broken:
-        raise DllmError(f"NaN or infinite values in {_some(broken)} of {folder}")
+        raise DllmError(f"NaN or infinite values in {_some(broken)} of {source}")
     for name, value in filled.items():
         assign(model, name, value, parameters[name].requires_grad)
-    if head is not None and head in where:
-        _check_tied_head(head, where[head], model)
-    return model
 
 
 def assign(model: nn.Module, name: str, value: Tensor, requires_grad: bool = True) -> None:

