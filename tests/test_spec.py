@@ -162,8 +162,8 @@ def validator(kind: str) -> Draft202012Validator:
 
 def kind_of(path: Path) -> str:
     kinds, text = {"train": "train", "align": "align"}, path.read_text()
-    if "--pair-head" in text:
-        return "pair-head"
+    if named := next((kind for kind in ("pair-head", "head") if f"--{kind}" in text), None):
+        return named
     return "tune" if "tune:" in text else kinds.get(path.parent.name, "eval")
 
 

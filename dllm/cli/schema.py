@@ -17,6 +17,7 @@ class Kind(StrEnum):
     TRAIN = "train"
     ALIGN = "align"
     PAIR_HEAD = "pair-head"
+    HEAD = "head"
     SAMPLERS = "samplers"
 
 
@@ -25,7 +26,7 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
     from dllm.eval import config, tuning
     from dllm.samplers import registry
     from dllm.spec import document, keys_of
-    from dllm.training.config import AlignConfig, PairHeadConfig, TrainConfig
+    from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, TrainConfig
 
     found = {
         Kind.EVAL: config.schema,
@@ -33,6 +34,7 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
         Kind.TRAIN: lambda: document(keys_of(TrainConfig)),
         Kind.ALIGN: lambda: document(keys_of(AlignConfig)),
         Kind.PAIR_HEAD: lambda: document(keys_of(PairHeadConfig)),
+        Kind.HEAD: lambda: document(keys_of(HeadRecipe)),
         Kind.SAMPLERS: registry.schema,
     }
     typer.echo(json.dumps(found[kind](), indent=1))

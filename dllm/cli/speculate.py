@@ -151,9 +151,22 @@ def align(
             help="Leave the drafter as it is and train pair scores for it; RECIPE is as configs/align/tiny-pairs.yaml.",
         ),
     ] = False,
+    head: Annotated[
+        bool,
+        typer.Option(
+            "--head",
+            help="Train a head over the verifier's hidden states; RECIPE is as configs/align/smollm2-head.yaml.",
+        ),
+    ] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
 ) -> None:
     """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
+    if head:
+        from dllm.training import heads
+        from dllm.training.config import HeadRecipe, load_config
+
+        typer.echo(f"head: {heads.run(load_config(recipe, overrides or (), HeadRecipe), resume)}")
+        return
     if pair_head:
         _pair_head(recipe, problems, length, resume, overrides or ())
         return

@@ -106,7 +106,8 @@ def _loaded(found: Checkpoint) -> Drafter:
         if unread := [name for name in found.given() if name in NOT_FOR_HEADS]:
             raise DllmError(f"{', '.join(unread)}: a head over the verifier's states has its verifier's; leave it out")
         place = pick_device(found.device)
-        return HiddenDrafter(head_of_folder(folder, raw, pick_dtype(found.dtype, place), place))
+        kind = pick_dtype(found.dtype, place) if "dtype" in found.given() else None  # as it is stored
+        return HiddenDrafter(head_of_folder(folder, raw, kind, place))
     model = load(found)
     if model.config.causal:
         return _of_model(cast(CausalLM, load_verifier(found)))

@@ -25,7 +25,7 @@ from dllm.errors import DllmError, first_line
 from dllm.models.hub import load_verifier, pick_device
 from dllm.models.tokenizer import Message
 from dllm.tasks.registry import generate
-from dllm.training.config import Taught
+from dllm.training.config import Answers
 from dllm.training.data import Pair, read_prompts
 from dllm.training.holdout import Holdout, user_reader
 
@@ -39,7 +39,7 @@ PATIENCE = 20  # rounds of nothing new
 log = logging.getLogger(__name__)
 
 
-def answers_of(config: Taught, verifier: PreTrainedModel) -> list[Pair]:
+def answers_of(config: Answers, verifier: PreTrainedModel) -> list[Pair]:
     """The answers that a recipe learns from: those in its file, made first where they are missing.
 
     Errors: neither a file nor prompts to make it from; a prompt that is held out.
@@ -59,7 +59,7 @@ def answers_of(config: Taught, verifier: PreTrainedModel) -> list[Pair]:
     return _answered(config, known, lines, path)
 
 
-def make(config: Taught) -> list[Pair]:
+def make(config: Answers) -> list[Pair]:
     """The same with the recipe's own verifier and nothing else in memory."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -67,7 +67,7 @@ def make(config: Taught) -> list[Pair]:
     return answers_of(config, load_verifier(config.verifier.name, **arguments))
 
 
-def prompts_of(config: Taught) -> Sequence[str] | Sequence[list[Message]]:
+def prompts_of(config: Answers) -> Sequence[str] | Sequence[list[Message]]:
     """Problems of the built-in tasks, the lines of a file, or its conversations. Errors: a line that is none."""
     if not config.prompts:
         return [e.prompt for name, n in config.tasks.items() for e in generate(name, "train", n, config.seed)]
@@ -97,7 +97,7 @@ def _said(messages: Sequence[Message]) -> str:
 
 
 def _answered(
-    config: Taught, verifier: Verifier, lines: Sequence[str] | Sequence[list[Message]], path: Path
+    config: Answers, verifier: Verifier, lines: Sequence[str] | Sequence[list[Message]], path: Path
 ) -> list[Pair]:
     ids, _ = encode(verifier, list(lines))
     model = cast("PreTrainedModel", verifier.model)
@@ -106,7 +106,7 @@ def _answered(
     )
 
 
-def _free(config: Taught, verifier: Verifier, holdout: Holdout, path: Path) -> list[Pair]:
+def _free(config: Answers, verifier: Verifier, holdout: Holdout, path: Path) -> list[Pair]:
     """Answers to what the verifier itself says as a user, up to the number that the recipe asks for."""
     kept, left_out = _kept(path), 0
     seen = set(map(user_reader(verifier), kept))

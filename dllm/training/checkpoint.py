@@ -12,7 +12,7 @@ import torch
 from dllm import spec
 from dllm.errors import DllmError
 from dllm.models.files import replaced
-from dllm.training.config import ScheduleSpec, Taught, TrainConfig
+from dllm.training.config import Answers, ScheduleSpec, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
 # may differ on resume
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any]:
         raise DllmError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
 
 
-def begin(config: TrainConfig | Taught, resume: bool) -> dict[str, Any] | None:
+def begin(config: TrainConfig | Answers, resume: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from, None for a new run. Errors: none to resume, one of another recipe or in the way."""
     folder = Path(config.output)
     path = folder / CHECKPOINT
@@ -54,12 +54,12 @@ def begin(config: TrainConfig | Taught, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-def recipe(config: TrainConfig | Taught) -> dict[str, object]:
+def recipe(config: TrainConfig | Answers) -> dict[str, object]:
     """The recipe as plain values, as it is stored in a checkpoint."""
     return {name: spec.plain(value) for name, value in vars(config).items()}
 
 
-def _check_recipe(config: TrainConfig | Taught, saved: dict[str, Any], step: int) -> None:
+def _check_recipe(config: TrainConfig | Answers, saved: dict[str, Any], step: int) -> None:
     """DllmError unless going on from `step` under `config` repeats the run that made the checkpoint.
 
     The schedule may change where it has had no effect yet: a run can be prolonged before its decay.

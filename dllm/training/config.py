@@ -176,11 +176,10 @@ class Stage(Section):
 
 
 @dataclass(frozen=True)
-class Taught(Section):
+class Answers(Section):
     """What every recipe says that learns from a verifier's own answers (`configs/align/*.yaml`)."""
 
     output: str
-    drafter: Checkpoint = param(Checkpoint("tiny"), "what dllm.load takes; a causal one is turned into a dLLM first")
     verifier: Checkpoint = param(Checkpoint("tiny-ar"), "what dllm.load_verifier takes")
     tasks: Mapping[str, int] = param({}, "problems per built-in task whose prompts the verifier answers")
     prompts: str = param(
@@ -192,11 +191,10 @@ class Taught(Section):
     max_new_tokens: int = param(96, "tokens of an answer of the verifier", low=1)
     temperature: float = param(0.0, "of the answers; 0: greedy", low=0)
     sampling_batch: int = param(32, "answers that are made at once", low=1)
-    block: int = param(32, "most masked tokens in a row: the k to draft with", low=1)
     batch_size: int = param(32, "rows of a forward", low=1)
-    seed: int = param(0, "of problems and masks")
+    seed: int = param(0, "of weights, problems and masks")
     dtype: Literal["float32", "bfloat16"] = param(
-        "float32", "of the verifier, and of the drafter that is saved; it learns under mixed precision in float32"
+        "float32", "of the verifier, and of what is saved; it learns under mixed precision in float32"
     )
     device: str = param("auto", "cuda, mps, cpu, or the best there is")
     threads: int = param(0, "of the CPU; 0: as torch decides", low=0)
@@ -232,6 +230,14 @@ class RecastSpec(Section):
 
 
 @dataclass(frozen=True)
+class Taught(Answers):
+    """A recipe that has a drafter to begin with."""
+
+    drafter: Checkpoint = param(Checkpoint("tiny"), "what dllm.load takes; a causal one is turned into a dLLM first")
+    block: int = param(32, "most masked tokens in a row: the k to draft with", low=1)
+
+
+@dataclass(frozen=True)
 class AlignConfig(Taught):
     """A recipe for a drafter. The learning rates fit the embedded pair; DEER uses 1e-4 and 5e-5 at 0.5 B."""
 
@@ -256,6 +262,31 @@ class PairHeadConfig(Taught):
     candidates: int = param(16, "of each slot, with which it learns; DFlash 2's", low=2)
     steps: int = param(1500, "AdamW, linear warm-up over a tenth and linear decay over the rest", low=1)
     lr: float = param(1e-2, "the drafter stands still, so that a coarse rate does no harm", above=0)
+
+
+@dataclass(frozen=True)
+class HeadRecipe(Answers):
+    """A recipe for a head over the verifier's hidden states; `batch_size` counts texts of a step."""
+
+    taps: tuple[int, ...] = param((), "layers of the verifier that are read, at most its last but one")
+    mask: str = param("", "a special token of the verifier's that no text holds")
+    layers: int = param(1, "of the head", low=1)
+    intermediate_size: int = param(0, "columns inside its MLP; 0: the verifier's", low=0)
+    window: int = param(16, "states that are seen: the cost of a draft is flat in the length of the text", low=2)
+    rope_theta: float = param(100.0, "of such a window", above=0)
+    block: int = param(4, "slots of a draft", low=2)
+    rank: int = param(64, "of the Markov head", low=1)
+    vocabulary: int = param(8192, "most frequent ids, which are drafted", low=1)
+    decay: float = param(0.8, "weight of a slot over that of the one before it", above=0, high=1)
+    held_out: float = param(0.03, "share of the answers that measure tau", low=0, high=0.5)
+    anchors: int = param(32, "blocks of a text in a step, at most", low=1)
+    optimizer: OptimizerSpec = OptimizerSpec("muon", lr=1e-2, rest_lr=2e-3)
+    schedule: ScheduleSpec = ScheduleSpec(1000, 20, 600)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.taps or not self.mask:
+            raise DllmError("a recipe of a head names the layers that it reads (taps) and its mask token (mask)")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] = TrainConfig) -> T:  # type: ignore[assignment]

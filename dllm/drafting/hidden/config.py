@@ -70,6 +70,7 @@ class HeadConfig:
     mask: int | str  # the mask token's id, or what it is called in the verifier's vocabulary
     slots: tuple[int, int]  # first slot that proposes, and the one behind the last
     own: int | None = None  # ids of a head of its own, beside an embedding of its own; None: both are the verifier's
+    rows: int | None = None  # of the verifier's head: as many of its ids as are ever drafted; None: all
     fused: bool = False  # each layer mixes the taps by itself and has projections for the text
     convolution: tuple[int, int] | None = None  # kernel, channels of a group
     order: Order | None = None
@@ -228,11 +229,15 @@ def _dflash(raw: Raw) -> HeadConfig:
     if not isinstance(mask, int | str):
         raise DllmError("config.json of a drafter names its mask: mask_token_id")
     sizes = _sizes(raw)
+    rows = None if told.get("draft_vocab_size") is None else _number(told, "draft_vocab_size")
+    if rows is not None and (architecture == OWN_VOCABULARY or (order is not None and order.kind not in MARKOV)):
+        raise DllmError("draft_vocab_size is hosted for heads that have no head of their own, with DSpark's orders")
     return HeadConfig(
         form, layers=sights, taps=_taps(told.get("target_layer_ids"), len(sights), depth), depth=depth, block=block,
         mask=mask, slots=(0 if shifted else 1, end), own=sizes["vocab"] if architecture == OWN_VOCABULARY else None,
-        fused=fused, convolution=convolution, order=order, scale=float(told.get("input_embedding_scale") or 1.0),
-        multiplier=float(told.get("output_multiplier") or 1.0), cap=float(told.get("final_logit_softcapping") or 0.0),
+        rows=rows, fused=fused, convolution=convolution, order=order,
+        scale=float(told.get("input_embedding_scale") or 1.0), multiplier=float(told.get("output_multiplier") or 1.0),
+        cap=float(told.get("final_logit_softcapping") or 0.0),
         **sizes,
     )  # fmt: skip
 

@@ -41,8 +41,8 @@ class Trimmed(NamedTuple):
     bias: Tensor | None  # (n,)
 
 
-# of a head's last layer: by the verifier's size and the ids that are kept
-_TRIMMED: WeakKeyDictionary[nn.Module, dict[tuple[int, frozenset[int]], Trimmed]] = WeakKeyDictionary()
+# of a head's last layer: by the verifier's size, the ids that are kept, and the dtype of the head
+_TRIMMED: WeakKeyDictionary[nn.Module, dict[tuple[int, frozenset[int], torch.dtype], Trimmed]] = WeakKeyDictionary()
 
 
 class Context:
@@ -141,12 +141,16 @@ class HiddenDrafter(Ragged):
         check(self.head.config, need.model, need.vocab)
         self.model, self.mask = need.model, self._mask(need)
         self.context = Context(self._reach())
-        weight = embedding(need.model)
-        kind = weight.dtype if weight.dtype.is_floating_point else self.made.backbone.norm.weight.dtype
-        self.head = self.made.at(weight.device, kind)
+        weight, stored = embedding(need.model), self.made.backbone.norm.weight.dtype
+        half = stored.itemsize < 4  # then it stays so: a draft is mostly reading weights
+        self.head = self.made.at(weight.device, weight.dtype if weight.dtype.is_floating_point and not half else stored)
         known = self.head.to_verifier
+        few = None if need.trim is None else kept(need.trim, need.vocab, need.eos)
+        if known is not None and self.head.config.rows is not None:  # of the verifier's ids those that it learned
+            own = frozenset[int](known.tolist())
+            known, few = None, own if few is None else own & few
         self.vocabulary = Vocabulary("ids" if known is None else "strings", need.vocab, known)
-        self.trimmed = None if need.trim is None else self._trimmed(kept(need.trim, need.vocab, need.eos))
+        self.trimmed = None if few is None else self._trimmed(few)
 
     def _reach(self) -> int | None:
         """How much of the text is ever seen."""
@@ -157,19 +161,24 @@ class HiddenDrafter(Ragged):
         return min(far, default=None)
 
     @property
+    def _dtype(self) -> torch.dtype:
+        return self.head.backbone.norm.weight.dtype
+
+    @property
     def _last(self) -> Any:
         """The layer that gives logits: the head's own, or the verifier's."""
         return self.head.lm_head or self.model.get_output_embeddings()
 
     def _trimmed(self, ids: frozenset[int]) -> Trimmed:
-        last = self._last
-        known, key = _TRIMMED.setdefault(last, {}), (self.need.vocab, ids)
+        last, kind = self._last, self._dtype
+        known, key = _TRIMMED.setdefault(last, {}), (self.need.vocab, ids, kind)
         if key not in known:
             vocabulary = self.vocabulary.trimmed(ids, len(last.weight))
             assert vocabulary.shared is not None
             own = vocabulary.shared.drafter.on(last.weight.device)
             bias = getattr(last, "bias", None)  # foreign
-            known[key] = Trimmed(vocabulary, rows_of(last.weight, own), None if bias is None else rows_of(bias, own))
+            rows = (None if x is None else rows_of(x, own) for x in (last.weight, bias))
+            known[key] = Trimmed(vocabulary, *(None if x is None else x.to(kind) for x in rows))
         self.vocabulary = known[key].vocabulary
         return known[key]
 
@@ -250,7 +259,7 @@ class HiddenDrafter(Ragged):
 
     def _embedded(self, ids: Tensor) -> Tensor:
         embed = self.head.embed_tokens or self.model.get_input_embeddings()
-        out: Tensor = embed(ids)
+        out: Tensor = embed(ids).to(self._dtype)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -259,7 +268,8 @@ class HiddenDrafter(Ragged):
         if cut is not None and cut.weight is not None:
             logits = F.linear(hidden, cut.weight, cut.bias)
         else:
-            logits = self.vocabulary.chosen(self._last(hidden))
+            kind = self._last.weight.dtype
+            logits = self.vocabulary.chosen(self._last(hidden.to(kind) if kind.is_floating_point else hidden))
         logits = logits * c.multiplier
         return c.cap * torch.tanh(logits / c.cap) if c.cap else logits
 

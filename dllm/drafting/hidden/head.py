@@ -25,6 +25,7 @@ RENAMED = (
     (r"^final_norm\.", "norm."),
     (r"^logit_head\.", ""),
 )
+RIGHT = "markov_head.markov_w2.weight"  # of a head that drafts some of the verifier's ids: their rows alone
 UNUSED = re.compile(r"^(fc|context_proj)\.")  # of a head whose layers mix the taps themselves
 
 
@@ -36,7 +37,7 @@ class Head(nn.Module):
         self.config = config
         self.backbone = Backbone(config, rotary)
         vocab, hidden = config.vocab or 0, config.hidden_size
-        if (config.order is not None or config.own is not None) and not vocab:
+        if (config.order is not None or config.own is not None or config.rows is not None) and not vocab:
             raise DllmError("config.json of a drafter with tables over the vocabulary needs vocab_size")
         self.order = order_head(config, vocab)
         self.confidence: nn.Linear | None = None
@@ -71,8 +72,11 @@ class Head(nn.Module):
         """What a checkpoint holds, by official name; the values show the shapes."""
         parameters, c = dict(self.named_parameters()), self.config
         out: dict[str, Tensor] = {name: parameters[parameter] for name, parameter in self.names().items()}
-        if c.own is not None and c.vocab is not None and c.own < c.vocab:
-            out |= {"d2t": torch.empty(c.own, device="meta"), "t2d": torch.empty(c.vocab, device="meta")}
+        own = c.rows if c.own is None else c.own
+        if own is not None and c.vocab is not None and own < c.vocab:
+            out |= {"d2t": torch.empty(own, device="meta"), "t2d": torch.empty(c.vocab, device="meta")}
+        if c.rows is not None and RIGHT in out:
+            out[RIGHT] = out[RIGHT][: c.rows]
         return out
 
 
@@ -135,15 +139,18 @@ def _official(names: Iterable[str], head: Head) -> dict[str, str]:
 
 
 def _filled(head: Head, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device) -> Head:
-    names = head.names()
-    head.load_state_dict(
-        {names[name]: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items() if name in names},
-        assign=True,
-    )
+    names, tensors = head.names(), dict(tensors)
     if "d2t" in tensors:
         offsets, marks = tensors["d2t"].cpu().long(), tensors["t2d"].cpu().bool()
         ids = torch.arange(len(offsets)) + offsets
         if not torch.equal(ids, marks.nonzero()[:, 0]):
             raise DllmError("d2t and t2d of a drafter name different ids of the verifier: the checkpoint is damaged")
         head.to_verifier = ids
+        if head.config.rows is not None and RIGHT in tensors:
+            right = tensors[RIGHT]
+            tensors[RIGHT] = right.new_zeros(len(marks), right.shape[1]).index_copy(0, ids.to(right.device), right)
+    head.load_state_dict(
+        {names[name]: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items() if name in names},
+        assign=True,
+    )
     return head.eval().requires_grad_(False)

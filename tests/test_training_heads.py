@@ -1,0 +1,155 @@
+"""Training a head over a verifier's hidden states, on the embedded verifier."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dllm
+from dllm.cli import app
+from dllm.drafting.drafters import Need
+from dllm.drafting.hidden.config import read_head
+from dllm.drafting.registry import as_drafter, as_verifier
+from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
+from dllm.tasks.registry import generate
+from dllm.training import heads
+from dllm.training.config import HeadRecipe, ScheduleSpec
+from dllm.training.trainer import encoder
+
+ANSWERS = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Problems with their solutions, which the embedded verifier gives about so itself."""
+    encode = encoder(dllm.load("tiny-ar"))
+    pairs = [encode(e) for e in generate("word_problems", "train", ANSWERS, 0)]
+    file = tmp_path_factory.mktemp("heads") / "answers.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return file
+
+
+def recipe(data, output, **other):
+    given = dict(
+        verifier=Checkpoint("tiny-ar"), taps=(1, 4), mask="<mask>", block=3, rank=8, vocabulary=300, window=8,
+        intermediate_size=64, held_out=0.2, batch_size=8, anchors=12, schedule=ScheduleSpec(40, 4, 20), save_every=20,
+    )  # fmt: skip
+    return HeadRecipe(str(output), data=str(data), **{**given, **other})
+
+
+@pytest.fixture(scope="module")
+def mask():
+    return dllm.load_verifier("tiny-ar").tokenizer.mask_token
+
+
+@pytest.fixture(scope="module")
+def trained(data, mask, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "run"
+    return heads.run(recipe(data, output, mask=mask))
+
+
+def test_a_trained_head_drafts_what_the_verifier_says(trained, data):
+    verifier = dllm.load_verifier("tiny-ar")
+    prompt = json.loads(data.read_text().splitlines()[3])[0]
+    plain = dllm.speculate(verifier, None, prompt, max_new_tokens=24)
+    out = dllm.speculate(verifier, str(trained), prompt, max_new_tokens=24, length="fixed:k=3", carry="off")
+    assert out.tokens == plain.tokens
+    assert out.tau > 1.5  # without a head 1
+
+
+def test_what_is_saved_drafts_as_what_was_trained(trained, data):
+    """The drafter's greedy walk is the training's, with the tables multiplied out and the ids mapped."""
+    verifier = as_verifier("tiny-ar")
+    saved = torch.load(trained.parent / "checkpoint.pt", weights_only=True)
+    config = read_head(json.loads((trained / "config.json").read_text()))
+    weight = verifier.model.get_output_embeddings().weight.detach()
+    embed = verifier.model.get_input_embeddings().weight.detach()
+    head = heads.Trained(config, embed, weight[saved["known"]], saved["known"])
+    head.load_state_dict(saved["weights"])
+    for parameter in head.parameters():  # as they were saved
+        parameter.data = parameter.data.bfloat16().float()
+    texts = heads.told(verifier, [], config.taps, trained.parent / "states")[:6]
+    drafter = as_drafter(str(trained))
+    for text in texts:
+        at = text.answer + 2
+        blocks = heads.blocks_of([text], [[at]], config)
+        drafter.reset(text.ids[:at].tolist(), Need(verifier.vocab, verifier.eos, model=verifier.model))
+        drafter.take(text.states[:at].float(), 0)
+        draft = drafter.draft(text.ids[: at + 1].tolist(), 3)
+        with torch.no_grad():
+            walked, logits = head.walk(blocks)[0].tolist(), head(blocks)[0]
+        assert [column[0][0] for column in draft.columns][:1] == walked[:1]
+        first = torch.log_softmax(logits[0], -1)
+        best = int(head.own[draft.columns[0][0][0]])
+        assert draft.columns[0][0][1] == pytest.approx(float(first[best]), abs=0.1)
+
+
+def test_blocks_see_the_states_before_their_anchor():
+    config = read_head(
+        {
+            "architectures": ["DSparkDraftModel"], "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 9, "rope_theta": 100.0,
+            "layer_types": ["sliding_attention"], "sliding_window": 3, "block_size": 2, "num_target_layers": 4,
+            "mask_token_id": 8, "target_layer_ids": [1],
+            "dflash_config": {"projector_type": "dspark", "markov_rank": 2},
+        }
+    )  # fmt: skip
+    n = 6
+    best = torch.arange(n)[:, None].expand(n, heads.BEST)
+    text = heads.Told(torch.arange(n), 2, torch.zeros(n, 1, 4), best, torch.ones(n, heads.BEST))
+    blocks = heads.blocks_of([text, text], [[1, 4], [3]], config)
+    assert blocks.block.tolist() == [[1, 8], [4, 8], [3, 8]]
+    assert blocks.pos.tolist() == [[1, 2], [4, 5], [3, 4]]
+    assert blocks.before.tolist() == [[1, 2], [4, 5], [3, 4]]
+    assert blocks.best[..., 0].tolist() == [[1, 2], [4, 5], [3, 4]]  # the law behind the token before
+    assert blocks.real.tolist() == [[True, True], [True, False], [True, True]]  # nothing stands behind the last token
+    assert [[int(blocks.at[i]) if i >= 0 else -1 for i in row] for row in blocks.seen.tolist()] == [
+        [-1, 0],
+        [2, 3],
+        [1, 2],
+    ]
+
+
+def test_a_run_that_goes_on_equals_one_that_was_not_stopped(data, mask, trained, tmp_path):
+    half = recipe(data, tmp_path / "run", mask=mask, schedule=ScheduleSpec(20, 4, 0))
+    heads.run(half)
+    heads.run(recipe(data, tmp_path / "run", mask=mask), resume=True)
+    a, b = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
+        for folder in (tmp_path / "run", trained.parent)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"mask": "<nothing>"}, "'<nothing>' is no token of tiny-ar"),
+        ({"taps": (1, 5)}, "layer 5 of tiny-ar cannot be read; -1 to 4 can"),
+        ({"data": "nowhere.jsonl"}, "there are no answers in nowhere.jsonl"),
+    ],
+)
+def test_recipes_that_cannot_be_trained_are_refused(data, mask, tmp_path, other, said):
+    with pytest.raises(DllmError, match=said):
+        heads.run(recipe(**{"data": data, "output": tmp_path / "run", "mask": mask, **other}))
+
+
+def test_the_command_line_reads_such_a_recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("output: x\nverifier: tiny-ar\ndata: nowhere.jsonl\ntaps: [1]\n")
+    out = CliRunner().invoke(app, ["align", str(file), "--head"])
+    assert out.exit_code and "taps" in str(out.exception) + out.output
+
+
+def test_a_trimmed_head_takes_the_orders_of_dspark():
+    raw = {"architectures": ["DFlashDraftModel"], "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+           "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 9, "block_size": 4, "shift_label": True,
+           "mask_token_id": 8, "target_layer_ids": [1], "draft_vocab_size": 4,
+           "dflash_config": {"projector_type": "domino", "emb_dim": 2, "gru_hidden_dim": 2, "pure_draft_prefix_len": 1,
+                             "shift_label": True}}  # fmt: skip
+    with pytest.raises(DllmError, match="draft_vocab_size is hosted for"):
+        read_head(raw)
