@@ -201,19 +201,47 @@ def _append(path: Path, pairs: Iterator[tuple[Sequence[int], list[int]]]) -> Non
 
 
 def _kept(path: Path | None) -> dict[tuple[int, ...], list[int]]:
-    """prompt -> answer of an earlier run; a line that was cut off is dropped, from the file too."""
+    """prompt -> answer of an earlier run; a last line that was cut off is dropped, from the file too.
+
+    Errors: a line that is no prompt and answer.
+    """
     if path is None or not path.exists():
         return {}
     try:
         content = path.read_bytes()
         text, whole = _members(content) if path.suffix == ".gz" else (content, content.rfind(b"\n") + 1)
-        if whole < len(content):
+        rest = content[whole:]
+        if rest and path.suffix != ".gz" and _ends(rest):
+            text, rest = content + b"\n", b""
+            with path.open("ab") as file:
+                file.write(b"\n")
+        if rest:
             with path.open("r+b") as file:
                 file.truncate(whole)
         lines = spec.lines(text[: text.rfind(b"\n") + 1].decode())
-        return {tuple(prompt): answer for prompt, answer in map(json.loads, lines)}
-    except (OSError, ValueError, TypeError, zlib.error) as error:
+        return dict(_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip())
+    except (OSError, UnicodeDecodeError, zlib.error) as error:
         raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run again") from None
+
+
+def _ends(rest: bytes) -> bool:
+    """Whether what follows the last line break is a whole line all the same."""
+    try:
+        json.loads(rest)
+    except ValueError:
+        return False
+    return True
+
+
+def _pair(line: str, where: str) -> tuple[tuple[int, ...], list[int]]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DllmError(f"{where}: not JSON: {first_line(error)}") from None
+    match found:
+        case [[_, *_] as prompt, list(answer)] if all(type(t) is int and t >= 0 for t in (*prompt, *answer)):
+            return tuple(prompt), answer
+    raise DllmError(f"{where}: expected [prompt ids, answer ids], ids from 0 on and at least one in the prompt")
 
 
 def _members(content: bytes) -> tuple[bytes, int]:
