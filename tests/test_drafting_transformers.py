@@ -433,6 +433,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "drafting.md").read_text()
     monkeypatch.chdir(tmp_path)
     Path("notes.jsonl").write_text('"Tom has 12 + 7 = 19 apples."')
+    Path("kept.json").write_text("[5, 6, 7]")
     names: dict = {"other_model": dllm.load("tiny")}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     for block in blocks:

@@ -88,8 +88,9 @@ def _config(
 ) -> AlignConfig:
     data = str(folder / "answers.jsonl")
     return AlignConfig(
-        str(folder / name), drafter, tasks=TRAIN, data=data, max_new_tokens=NEW, block=16, layers=layers, stages=stages
-    )
+        str(folder / name), drafter=drafter, tasks=TRAIN, data=data, max_new_tokens=NEW, block=16, layers=layers,
+        stages=stages,
+    )  # fmt: skip
 
 
 def _counts(folder: Path, name: str, config: AlignConfig, n: int) -> Mapping[str, Counts]:

@@ -21,7 +21,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, cast, ove
 
 from dllm.call.arguments import DecodingArguments
 from dllm.call.generate import Told, answers
-from dllm.call.job import Job, ModelLike, prepare, resolve_model
+from dllm.call.job import COLUMNS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import One, Prompt, Several, joined
 from dllm.decoding.cache.prefix import Prefixes
@@ -29,7 +29,6 @@ from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
 from dllm.errors import DllmError, out_of_memory
 
-COLUMNS = 64  # canvases whose width has the same multiple of it share a store
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
 T = TypeVar("T")
 

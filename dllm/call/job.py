@@ -48,7 +48,7 @@ from dllm.samplers import Bundle, registry
 from dllm.samplers.eos_last import EosLast
 
 MAX_NEW_TOKENS = 128
-COLUMNS = 64  # captures are shared by canvases whose width has the same multiple of it
+COLUMNS = 64  # captures and an engine's stores are shared by canvases whose width has the same multiple of it
 ModelLike: TypeAlias = Model | str | Path | None  # a loaded one, a folder, a hub id; None: the embedded one
 
 
