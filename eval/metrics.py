@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -283,32 +284,33 @@ def paired_ratio(
     keys: tuple[Count, Count] = (top, bottom)
     columns = tuple(np.asarray([count(row, key) for row in rows], dtype=float) for rows in (a, b) for key in keys)
 
-    def speedup(*sums: Array, axis: int = -1) -> Any:
-        top_a, bottom_a, top_b, bottom_b = sums
-        return _of_sums(top_b, bottom_b, axis) / _of_sums(top_a, bottom_a, axis)
-
     if columns[0].sum() == 0 or columns[1].sum() == 0 or columns[3].sum() == 0:
         return (math.nan, math.nan, math.nan)
-    value = float(speedup(*columns))
-    if len(a) < 2:
-        return (value, math.nan, math.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (value, *_bootstrap(columns, speedup, confidence, seed, paired=True))
+    return _compared(columns, operator.truediv, confidence, seed)
 
 
 def paired_gain(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
     """Σtop/Σbottom of b − the same of a, rows (n, 2) of the two counts of the same documents, with its paired bootstrap
     interval."""
     columns = (*np.asarray(a, dtype=float).T, *np.asarray(b, dtype=float).T)
+    return _compared(columns, operator.sub, confidence, seed)
 
-    def gain(*sums: Array, axis: int = -1) -> Any:
+
+def _compared(
+    columns: tuple[Array, ...], how: Callable[[Array, Array], Array], confidence: float, seed: int
+) -> tuple[float, float, float]:
+    """Σtop/Σbottom of b beside that of a (`how`), with its paired bootstrap interval; columns: top and bottom of a and
+    of b."""
+
+    def beside(*sums: Array, axis: int = -1) -> Any:
         top_a, bottom_a, top_b, bottom_b = sums
-        return _of_sums(top_b, bottom_b, axis) - _of_sums(top_a, bottom_a, axis)
+        return how(_of_sums(top_b, bottom_b, axis), _of_sums(top_a, bottom_a, axis))
 
-    value = float(gain(*columns))
+    value = float(beside(*columns))
     if len(columns[0]) < 2:
         return (value, math.nan, math.nan)
-    return (value, *_bootstrap(columns, gain, confidence, seed, paired=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (value, *_bootstrap(columns, beside, confidence, seed, paired=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------ AUP
