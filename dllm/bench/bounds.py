@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ from dllm.training.data import Pair
 FEWEST = 512  # ids of the smallest head that is tried; each next one has twice as many
 HELD = 5  # every fifth answer is counted for coverage, the others for the ranking
 LENGTHS = (50, 500, 1000, 4000)
-CONTEXTS: dict[str, dict[str, Any]] = {
+CONTEXTS: dict[str, Options] = {
     "whole text": {},
     "whole text, approx": {"prefix_cache": "approx"},
     "window 256": {"window": 256},

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, cast, overload
+from typing import Generic, Literal, NamedTuple, TypeVar, Unpack, cast, overload
 
 from dllm.call.arguments import DecodingArguments
 from dllm.call.generate import Told, answers
@@ -30,7 +30,7 @@ from dllm.decoding.graphs import Counts, forget, index
 from dllm.errors import DllmError, out_of_memory
 
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
-T = TypeVar("T")
+Answer_co = TypeVar("Answer_co", covariant=True)
 
 
 class Cancelled(DllmError):
@@ -54,7 +54,7 @@ class Load(NamedTuple):
     kv_bytes: int  # of their stores
 
 
-class Request(Generic[T]):
+class Request(Generic[Answer_co]):
     """A request of an engine: its stream, its answer, its end."""
 
     def __init__(self, job: Job, alone: bool, deadline: float | None, wake: Callable[[], None]) -> None:
@@ -77,7 +77,7 @@ class Request(Generic[T]):
         """Whether it has ended, one way or another."""
         return self._ended.is_set()
 
-    def result(self, timeout: float | None = None) -> T:
+    def result(self, timeout: float | None = None) -> Answer_co:
         """The answer, an `Output` for one prompt, else a list, as soon as it is there; `timeout` in seconds.
 
         Errors: what ended the request (`Cancelled`, `TimedOut`, broken logits, ...); `TimedOut` also where the wait
@@ -87,7 +87,7 @@ class Request(Generic[T]):
             raise TimedOut(f"no answer after {timeout:g} s: wait longer, or cancel the request")
         if self.error is not None:
             raise self.error
-        return cast(T, answers(self._outputs, self.job.single))
+        return cast(Answer_co, answers(self._outputs, self.job.single))
 
     def stream(self, *, drafts: bool = False) -> Iterator[Event]:
         """Events as `dllm.stream` yields them, from the beginning, whenever it is called; once a request.
@@ -153,7 +153,7 @@ class Seats:
     held: ExitStack  # what its runner holds
     row_bytes: int
     counts: Counts | None  # of its graphs
-    requests: list[Request[Any]] = field(default_factory=list)
+    requests: list[Request[object]] = field(default_factory=list)
 
     @property
     def room(self) -> int:
@@ -199,7 +199,7 @@ class Engine:
         block = self.model.block_size
         self.prefixes = Prefixes(block, prefix_bytes) if block and prefix_bytes > 0 else None
         self._rows = max_rows  # as far as memory lets
-        self._line = deque[Request[Any]]()
+        self._line = deque[Request[object]]()
         self._seats: dict[Hashable, Seats] = {}
         self._closing: Literal["", "drain", "abort"] = ""
         self._change = threading.Condition()
@@ -239,7 +239,7 @@ class Engine:
         wait: float | None = 0.0,
         batch: Literal["shared", "alone"] = "shared",
         **arguments: Unpack[DecodingArguments],
-    ) -> Request[Any]: ...
+    ) -> Request[Output | list[Output]]: ...
     def submit(
         self,
         prompt: Prompt | None = None,
@@ -249,7 +249,7 @@ class Engine:
         wait: float | None = 0.0,
         batch: Literal["shared", "alone"] = "shared",
         **arguments: Unpack[DecodingArguments],
-    ) -> Request[Any]:
+    ) -> Request[Output | list[Output]]:
         """Put a request in line; prompt, n and further arguments are those of `dllm.generate`.
 
         timeout: seconds until it has to be done. wait: seconds to wait for room where the line is full, None: as long
@@ -266,7 +266,7 @@ class Engine:
         alone = batch == "alone"
         given = {"n": n, **arguments}
         job = prepare(self.model, joined(prompt, None, None), given, grain=1 if alone else COLUMNS)
-        request = Request[Any](job, alone, until, self._notify)
+        request = Request[Output | list[Output]](job, alone, until, self._notify)
         if self.kv_bytes is not None and request.row_bytes > self.kv_bytes:
             raise DllmError(
                 f"a canvas of {job.queue.canvas.ids.shape[1]} columns needs {request.row_bytes} bytes for keys and "
@@ -353,11 +353,11 @@ class Engine:
         self._turns.rotate(-1)
         self._guarded(key, self._tick)
 
-    def _admitted(self) -> list[tuple[Request[Any], list[int]]]:
+    def _admitted(self) -> list[tuple[Request[object], list[int]]]:
         """Rows that get a lane now, in the order of the line; who does not fit is passed by others a few times."""
-        taken = list[tuple[Request[Any], list[int]]]()
+        taken = list[tuple[Request[object], list[int]]]()
         with self._change:
-            free, blocked = self._rows - sum(s.rows for s in self._seats.values()), list[Request[Any]]()
+            free, blocked = self._rows - sum(s.rows for s in self._seats.values()), list[Request[object]]()
             lanes = {key: seats.room for key, seats in self._seats.items()}
             kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
             for request in [r for r in self._line if r.done]:  # cancelled, or out of time: room for others
@@ -385,14 +385,14 @@ class Engine:
             self._change.notify_all()  # the line may have room
         return taken
 
-    def _lanes(self, request: Request[Any], kv: int) -> int:
+    def _lanes(self, request: Request[object], kv: int) -> int:
         """Lanes of a new group for this setting, beside stores that take `kv` bytes."""
         most = 1 if request.alone else self._rows
         if self.kv_bytes is None or not request.row_bytes:
             return most
         return min(most, (self.kv_bytes - kv) // request.row_bytes)
 
-    def _seat(self, request: Request[Any], rows: list[int]) -> None:
+    def _seat(self, request: Request[object], rows: list[int]) -> None:
         """Give rows of a request to the group of their setting."""
         key, job, tickets = request.setting, request.job, request.told.meter.rows
 

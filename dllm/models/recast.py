@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dllm import spec
 from dllm.errors import DllmError
@@ -43,9 +42,17 @@ class Recast:
     shift: int = 0
 
     @classmethod
-    def of(cls, base: str, config: ModelConfig, mask_id: int, layers: int = 0, **attention: Any) -> Recast:
-        """For a base of this configuration; `layers` 0: all; attention: block_size, shift."""
-        return cls(base, sizes(config), layers or config.n_layers, mask_id, **attention)
+    def of(
+        cls,
+        base: str,
+        config: ModelConfig,
+        mask_id: int,
+        layers: int = 0,
+        block_size: int | None = None,
+        shift: int = 0,
+    ) -> Recast:
+        """For a base of this configuration; `layers` 0: all."""
+        return cls(base, sizes(config), layers or config.n_layers, mask_id, block_size, shift)
 
     @classmethod
     def read(cls, folder: Path) -> Recast | None:

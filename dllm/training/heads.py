@@ -179,7 +179,7 @@ def _said(verifier: Verifier, data: list[Pair], taps: Sequence[int]) -> Iterator
         some = [data.pop() for _ in range(min(len(data), max(1, FORWARD // width)))]
         ids = [torch.tensor(pair.prompt + pair.answer) for pair in some]
         padded, real = (pad_sequence(x, batch_first=True).to(device) for x in (ids, [torch.ones_like(x) for x in ids]))
-        out: Any = model(input_ids=padded, attention_mask=real, output_hidden_states=True, use_cache=False)
+        out = model(input_ids=padded, attention_mask=real, output_hidden_states=True, use_cache=False)
         states = torch.stack([out.hidden_states[tap + 1] for tap in taps], 2).to(torch.bfloat16).cpu()
         best = out.logits.topk(BEST)
         law = (best.values.float() - out.logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
@@ -258,7 +258,7 @@ def accepted(head: Trained, blocks: Blocks) -> float:
     return 1 + float(hits.long().cumprod(1).sum(1).float().mean())
 
 
-def config_of(recipe: HeadRecipe, verifier: Verifier) -> dict[str, Any]:
+def config_of(recipe: HeadRecipe, verifier: Verifier) -> dict[str, object]:
     """config.json of the head. Errors: a mask that the tokenizer lacks, taps that the verifier lacks."""
     given, vocab = text_config(verifier.model), verifier.vocab
     depth, heads = given.num_hidden_layers, given.num_attention_heads

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,16 @@ class Round(NamedTuple):
     prob: list[list[float]]
 
 
+Plain: TypeAlias = "tuple[int, int, list[list[int]], list[list[float]]]"  # a `Round` in a checkpoint
+
+
+class Kept(TypedDict):
+    """`Traffic` in a checkpoint."""
+
+    texts: int
+    rounds: list[tuple[list[int], list[Plain]]]
+
+
 class Traffic:
     """The last `limit` rounds with a rejection, and their texts."""
 
@@ -51,16 +61,16 @@ class Traffic:
         """`n` rounds, with replacement."""
         return rng.choices(list(self.rounds), k=n)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Kept:
         """Plain values, each text once."""
-        texts: list[tuple[list[int], list[tuple[Any, ...]]]] = []
+        texts: list[tuple[list[int], list[Plain]]] = []
         for ids, told in self.rounds:
             if not texts or texts[-1][0] is not ids:
                 texts.append((ids, []))
-            texts[-1][1].append(tuple(told))
+            texts[-1][1].append((told.start, told.k, told.best, told.prob))
         return {"texts": self.texts, "rounds": texts}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Kept) -> None:
         """What `state_dict` gave."""
         self.rounds.clear()
         for ids, rounds in state["rounds"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -165,9 +165,9 @@ class HiddenDrafter(Ragged):
         return self.head.backbone.norm.weight.dtype
 
     @property
-    def _last(self) -> Any:
+    def _last(self) -> nn.Linear:
         """The layer that gives logits: the head's own, or the verifier's."""
-        return self.head.lm_head or self.model.get_output_embeddings()
+        return self.head.lm_head or cast(nn.Linear, self.model.get_output_embeddings())
 
     def _trimmed(self, ids: frozenset[int]) -> Trimmed:
         last, kind = self._last, self._dtype

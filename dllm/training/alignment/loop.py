@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class Place(NamedTuple):
 
     stage: int
     step: int
-    optimizer: Mapping[str, Any]
-    objective: Mapping[str, Any]
+    optimizer: Mapping[str, object]
+    objective: Mapping[str, object]
 
 
 START = Place(0, 0, {}, {})

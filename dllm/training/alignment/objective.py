@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class Learner:
         if self.verifier is None:
             raise DllmError("this objective asks the verifier for its distributions, and none was given")
         read, at = torch.unique(rows.place - 1, return_inverse=True)
-        found: Any = self.verifier(input_ids=rows.clean, use_cache=False, logits_to_keep=read)
+        found = self.verifier(input_ids=rows.clean, use_cache=False, logits_to_keep=read)
         logits: Tensor = found.logits[rows.text, at]
         return logits[:, : self.model.vocab_size]
 
@@ -92,11 +92,11 @@ class Objective(ABC):
         nats = F.cross_entropy(learner.logits(rows).float(), rows.target, reduction="none")
         return Sum((nats * rows.weight).sum(), rows.weight.sum())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What it has learned itself, for a checkpoint: tensors and plain values."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from what `state_dict` gave."""
         assert not state, "an objective that keeps a state loads it"
 

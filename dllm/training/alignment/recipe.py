@@ -127,8 +127,8 @@ def parts_of(config: AlignConfig, team: Team = Team()) -> Parts:
     base = model.config
     if base.causal:
         mask = token(model, config.recast.mask, "mask", "recast.mask")
-        attention = {"block_size": config.recast.block_size, "shift": config.recast.shift}
-        recast = Recast.of(config.drafter.name, base, mask, config.layers, **attention)
+        attention = config.recast
+        recast = Recast.of(config.drafter.name, base, mask, config.layers, attention.block_size, attention.shift)
         model = recast.apply(model)
     elif config.layers:
         if config.lora.rank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 from dllm.drafting.front import speculate
 from dllm.drafting.registry import as_verifier
@@ -16,7 +16,7 @@ from dllm.training.alignment.objective import Draw, Learner, Objective, Sum
 from dllm.training.alignment.rows import Masked, Rows
 from dllm.training.data import Pair
 from dllm.training.laws import DIVERGENCES
-from dllm.training.traffic import Recorder, Traffic, loss, masked
+from dllm.training.traffic import Kept, Recorder, Traffic, loss, masked
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Replay(Objective):
         """The divergence up to the rejected slots."""
         return loss(rows, learner, self.divergence)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The rounds that are kept, and the steps since the start."""
         return {"step": self._clock["step"], "traffic": self._traffic.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """What `state_dict` gave."""
-        self._clock["step"] = state["step"]
-        self._traffic.load_state_dict(state["traffic"])
+        self._clock["step"] = cast(int, state["step"])
+        self._traffic.load_state_dict(cast(Kept, state["traffic"]))
 
     @cached_property
     def _traffic(self) -> Traffic:
@@ -62,6 +62,13 @@ class Replay(Objective):
         if learner.verifier is None:
             raise DllmError("this objective drafts for the verifier, and none was given")
         drafter = Recorder(learner.model, self._traffic, suffix_token_id=learner.sep, vocabulary="ids")
-        settings: dict[str, Any] = {"length": f"fixed:k={learner.block}", "carry": "off", "search": "argmax"}
         new, verifier = max(len(c.answer) for c in data), as_verifier(cast(CausalLM, learner.verifier))
-        speculate(verifier, drafter, [c.prompt for c in data], max_new_tokens=new, **settings)
+        speculate(
+            verifier,
+            drafter,
+            [c.prompt for c in data],
+            max_new_tokens=new,
+            length=f"fixed:k={learner.block}",
+            carry="off",
+            search="argmax",
+        )
