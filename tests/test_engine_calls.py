@@ -91,7 +91,7 @@ def test_every_request_gets_what_it_gets_alone(arrivals: list[Any], rows: int) -
                 came[i].cancel()
         engine.turns(1)
     engine.finish()
-    assert engine.load == (0, 0, 0, 0)
+    assert engine.load[:4] == (0, 0, 0, 0)
     for i, (prompt, arguments, _, until, _) in enumerate(arrivals):
         request = came[i]
         assert request.done
@@ -219,7 +219,7 @@ def test_time_runs_out_for_a_request_or_for_who_waits() -> None:
     engine.finish()
     with pytest.raises(TimedOut):
         running.result()
-    assert engine.load == (0, 0, 0, 0)
+    assert engine.load[:4] == (0, 0, 0, 0)
 
 
 def test_a_cancelled_request_leaves_its_lane_to_the_next() -> None:
@@ -526,3 +526,27 @@ def test_a_stream_comes_while_it_is_decoded() -> None:
         request = engine.submit(LONG, sampler="confidence", max_new_tokens=16, block_length=4)
         steps = [event.nfe for event in request.stream()]
     assert len(steps) > 1 and all(a <= b for a, b in pairwise(steps))
+
+
+def test_an_observer_is_told_of_every_forward_tick_and_end() -> None:
+    told = list[Any]()
+
+    class Told:
+        def forward(self, kind: str, rows: int) -> None:
+            told.append((kind, rows))
+
+        def ticked(self, seconds: float, ticks: Any) -> None:
+            assert seconds > 0
+            told.append(sum(len(tick.rows) for tick in ticks))
+
+        def ended(self, request: Request[Any]) -> None:
+            told.append(request)
+
+    engine = ByHand(network(), max_rows=2, observer=Told())
+    first, second, third = (engine.submit([1, 2, 3], seed=i, cache="dual", **CALL) for i in range(3))
+    third.cancel()
+    engine.finish()
+    assert told[0] is third and isinstance(third.error, Cancelled)
+    assert told[1:] == [("refresh", 2), 2, *[("step", 2), 2] * 3] * 3 + [first, second]
+    assert first.seconds >= first.result().seconds >= first.result().prefill_seconds >= first.result().queue_seconds > 0
+    assert first.first_text is not None and first.first_text <= first.seconds

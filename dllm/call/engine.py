@@ -14,10 +14,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Generic, Literal, NamedTuple, TypeVar, Unpack, cast, overload
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, Unpack, cast, overload
 
 from dllm.call.arguments import DecodingArguments
 from dllm.call.generate import Told, answers
@@ -27,6 +27,8 @@ from dllm.call.prompts import One, Prompt, Several, joined
 from dllm.decoding.cache.prefix import Prefixes
 from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
+from dllm.decoding.meter import Kind
+from dllm.decoding.runner import Tick
 from dllm.errors import DllmError, out_of_memory
 
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
@@ -52,25 +54,49 @@ class Load(NamedTuple):
     waiting: int  # requests that are not all in lanes
     groups: int  # settings that are being decoded
     kv_bytes: int  # of their stores
+    requests: int  # that have rows in lanes
+    lanes: int  # rows that may run at a time, as far as memory lets
+
+
+class Observer(Protocol):
+    """Who is told what an engine does, in the engine's thread, which waits meanwhile."""
+
+    def forward(self, kind: Kind, rows: int) -> None:
+        """A batched forward serves so many rows."""
+
+    def ticked(self, seconds: float, ticks: Sequence[Tick]) -> None:
+        """A tick of a group took so long, and these rows stepped. Copy what you keep."""
+
+    def ended(self, request: Request[object]) -> None:
+        """A request has its answer, or its `error`. One that was cancelled ends in the thread that cancels it."""
 
 
 class Request(Generic[Answer_co]):
     """A request of an engine: its stream, its answer, its end."""
 
-    def __init__(self, job: Job, alone: bool, deadline: float | None, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        alone: bool,
+        deadline: float | None,
+        wake: Callable[[], None],
+        observer: Observer | None = None,
+    ) -> None:
         self.job, self.deadline = job, deadline
-        self.told = Told(job, live=False)
+        self.told = Told(job, live=False, watch=None if observer is None else observer.forward)
         self.left = deque(range(len(job.prompts)))  # rows that have no lane yet
         self.alone, self.setting = alone, object() if alone else job.setting
         self.row_bytes = job.store_bytes()
         self.passed = 0  # younger requests that went before it
         self.retried = False  # memory ran out once
         self.error: Exception | None = None
+        self.first_text: float | None = None  # seconds from `submit` to the first text that was final
+        self.seconds = 0.0  # to its end
         self._outputs: dict[int, Output] = {}
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._wake, self._streamed = wake, False
+        self._wake, self._streamed, self._observer = wake, False, observer
 
     @property
     def done(self) -> bool:
@@ -117,6 +143,8 @@ class Request(Generic[Answer_co]):
         try:
             for event in events:
                 self._events.put(event)
+                if event.tokens and self.first_text is None:
+                    self.first_text = self.told.meter.elapsed
                 if event.output is not None:
                     self._outputs[event.request] = event.output
         except Exception as error:
@@ -132,11 +160,14 @@ class Request(Generic[Answer_co]):
         with self._lock:  # a caller may cancel at the same time
             if self.done:
                 return
+            self.seconds = self.told.meter.elapsed
             self.error = error
             for ticket in self.told.meter.rows if error is not None else ():
                 ticket.halt()
             self._events.put(None)
             self._ended.set()
+        if self._observer is not None:
+            self._observer.ended(self)
 
     def again(self) -> None:
         """Begin the rows anew that have no answer yet. What was streamed of them stays: they come to the same."""
@@ -171,7 +202,8 @@ class Engine:
 
     model: as `dllm.generate` takes it. max_rows: rows decoded at a time, all requests together. kv_bytes: bytes for
     their keys and values, None: no bound. max_queue: requests that may wait. prefix_bytes: bytes for keys and values of
-    prompts that may come again (block-causal models). Use it in a `with` block, or `close` it.
+    prompts that may come again (block-causal models). observer: is told of forwards, ticks and ends. Use it in a `with`
+    block, or `close` it.
 
     with dllm.Engine(model) as engine:
         requests = [engine.submit(prompt, sampler="klass") for prompt in prompts]
@@ -188,6 +220,7 @@ class Engine:
         kv_bytes: int | None = None,
         max_queue: int = 256,
         prefix_bytes: int = 1 << 28,
+        observer: Observer | None = None,
     ) -> None:
         for name, bound in {"max_rows": max_rows, "max_queue": max_queue}.items():
             if bound < 1:
@@ -195,7 +228,7 @@ class Engine:
         self.model = resolve_model(model)
         if self.model.own_decoder is not None:
             raise DllmError("this model decodes itself, one prompt at a time: use dllm.generate")
-        self.max_rows, self.kv_bytes, self.max_queue = max_rows, kv_bytes, max_queue
+        self.max_rows, self.kv_bytes, self.max_queue, self.observer = max_rows, kv_bytes, max_queue, observer
         block = self.model.block_size
         self.prefixes = Prefixes(block, prefix_bytes) if block and prefix_bytes > 0 else None
         self._rows = max_rows  # as far as memory lets
@@ -266,7 +299,7 @@ class Engine:
         alone = batch == "alone"
         given = {"n": n, **arguments}
         job = prepare(self.model, joined(prompt, None, None), given, grain=1 if alone else COLUMNS)
-        request = Request[Output | list[Output]](job, alone, until, self._notify)
+        request = Request[Output | list[Output]](job, alone, until, self._notify, self.observer)
         if self.kv_bytes is not None and request.row_bytes > self.kv_bytes:
             raise DllmError(
                 f"a canvas of {job.queue.canvas.ids.shape[1]} columns needs {request.row_bytes} bytes for keys and "
@@ -287,7 +320,8 @@ class Engine:
         with self._change:
             seats = list(self._seats.values())
             kv = sum(s.row_bytes * s.group.lanes for s in seats)
-            return Load(sum(s.rows for s in seats), len(self._line), len(seats), kv)
+            requests = len({id(r) for s in seats for r in s.requests})
+            return Load(sum(s.rows for s in seats), len(self._line), len(seats), kv, requests, self._rows)
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests and stop: after those that were taken, or (drain=False) at once, which cancels them."""
@@ -458,7 +492,10 @@ class Engine:
 
     def _tick(self, seats: Seats) -> None:
         """A tick of this group, and what its requests are told of it."""
+        began = time.perf_counter()
         ticks = seats.group.tick()
+        if self.observer is not None:
+            self.observer.ticked(time.perf_counter() - began, ticks)
         calls = {request.told.meter: request for request in seats.requests}
         for request in seats.requests:
             if any(ticket.broken for ticket in request.told.meter.rows):

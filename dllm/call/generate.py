@@ -18,7 +18,7 @@ from dllm.call.steering import StepView, Streamer, ending
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.graphs import usable
 from dllm.decoding.logprobs import Logprobs
-from dllm.decoding.meter import Meter, Ticket
+from dllm.decoding.meter import Meter, Ticket, Watch
 from dllm.decoding.recording import record
 from dllm.decoding.runner import Tick
 from dllm.decoding.trace import BLANK
@@ -138,11 +138,11 @@ def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
 
 class Told:
     """What the observers of a call are told while its rows are decoded. `live`: in between, too, not only at their
-    ends."""
+    ends. watch: is told of their forwards."""
 
-    def __init__(self, job: Job, drafts: bool = False, live: bool = True) -> None:
+    def __init__(self, job: Job, drafts: bool = False, live: bool = True, watch: Watch | None = None) -> None:
         self.job, self.drafts, self.live = job, drafts, live
-        self.meter, self.traces = Meter(len(job.prompts)), job.new_traces()
+        self.meter, self.traces = Meter(len(job.prompts), watch), job.new_traces()
         self.start = job.queue.canvas.cpu()
         self.before = self.start.ids.tolist() if self.traces else []
         self.followed = [Followed(job, ticket) for ticket in self.meter.rows]

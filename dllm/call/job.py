@@ -159,6 +159,7 @@ class Job:
             calls=ticket.call.calls,
             finish_reason=self._reason(ticket, stopped),
             seconds=ticket.seconds,
+            queue_seconds=ticket.entered,
             prefill_seconds=ticket.first,
             positions=ticket.positions,
             canvas_length=length,

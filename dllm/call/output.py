@@ -35,6 +35,7 @@ class Output:
     logprobs: list[TokenLogprob | None] | None = None
     lossless: bool | None = None  # with lookahead: whether identity with the plain call is guaranteed
     stats: dict[str, object] = field(default_factory=dict)  # of the lookahead
+    queue_seconds: float = 0.0  # of prefill_seconds, to the row's lane
 
     @property
     def tokens_per_forward(self) -> float:

@@ -202,8 +202,8 @@ class CapturedRunner(Runner):
             self.eagerly(str(reason))
             return self.replay(batch, rows)
         request = [r for r in (batch.request[i] for i in rows) if r is not None]
-        served(request)
         part = Part(rows, self.board.some, None, self.board.rows.state, self.board.rows.window, facts, request)
+        served(request, part.kind)
         return Stepped(part, partial(self.fill, key, rows if whole else list(range(len(rows)))))
 
     def static(self, key: Key, facts: list[Facts]) -> None:

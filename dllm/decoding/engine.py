@@ -189,6 +189,8 @@ class Group:
         for lane, place in zip(lanes, places, strict=True):
             batch.facts[lane], batch.request[lane] = among.facts[place], among.request[place]
             self.caps[lane] = self.run.options.cap(among.facts[place])
+            if (ticket := among.request[place]) is not None:
+                ticket.enter()
 
     def _reuse(self, prefixes: Prefixes, lane: int, row: Waiting) -> None:
         """Put what is known of a prompt into the lane."""

@@ -21,7 +21,7 @@ from dllm.decoding.constraints.bound import Bound, Reach, Rule
 from dllm.decoding.facts import Facts, Shape, flags, kinds
 from dllm.decoding.graphs import index
 from dllm.decoding.logprobs import Logprobs
-from dllm.decoding.meter import Ticket, served
+from dllm.decoding.meter import Kind, Ticket, served
 from dllm.decoding.prediction import Law, Prediction
 from dllm.decoding.slots import Sampler
 from dllm.decoding.step import expanded, opened, step
@@ -77,6 +77,11 @@ class Part(NamedTuple):
     def stale(self) -> bool:
         """Whether these rows, which are alike in that, refresh."""
         return bool(self.facts[0].stale)
+
+    @property
+    def kind(self) -> Kind:
+        """Of their forward."""
+        return "refresh" if self.stale else "step"
 
     @property
     def fed(self) -> Fed:
@@ -337,7 +342,7 @@ class Runner:
 
     def turn(self, part: Part) -> Turn:
         """One step of rows that all refresh, or all do not."""
-        served(part.request)
+        served(part.request, part.kind)
         return self.work(part, Shape.of(part.facts, part.fed))
 
     def work(self, part: Part, shape: Shape) -> Turn:
@@ -392,7 +397,7 @@ class Runner:
 
     def close(self, part: Part) -> Turn:
         """One full forward that fills whatever is still masked in these rows."""
-        served(part.request)
+        served(part.request, "closing")
         state, longest = part.state, max(f.length for f in part.facts)
         shape = Shape(longest, 0, longest, padded=any(f.length < longest for f in part.facts))
         answer = self.forward(state, empty(state), plan(state, everything(state), shape, None, None))

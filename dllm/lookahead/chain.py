@@ -104,7 +104,7 @@ class ChainRunner(Runner):
         stale = self.recent(part) if levels > 1 else None
         if stale is None:
             return batch.took(self.note(self.turn(part), Played(1, alone, [], [])))
-        served(part.request)
+        served(part.request, part.kind)
         out = self.round(levels, self.shape(part.facts, part.window, levels), part.lanes)(
             part.state, part.window, self.lane(part), stale
         )

@@ -164,7 +164,7 @@ class LookaheadRunner(Runner):
                 answer.kv.write(self.store, answer.branch.query)
             else:
                 packed = pack([[answer.branch._replace(parent=-1)]], self.model.device)
-                served([row.request])
+                served([row.request], "step")
                 computed([row.request], [answer.branch.query.size])
                 self.said(packed.plan)
                 row.stats.reruns += 1
@@ -172,7 +172,7 @@ class LookaheadRunner(Runner):
     def evaluate(self, group: Group, guesses: list[list[Branch]]) -> tuple[Said, list[list[Evaluated]], int | None]:
         """Run the true queries and the guesses: what is said of the former as planned, answers to the latter, and the
         positions that the plan does not count itself (None: it counts them)."""
-        served(group.part.request)
+        served(group.part.request, group.part.kind)
         answers, fed = list[list[Evaluated]](), None
         if not any(guesses):
             said = self.said(group.fed)
