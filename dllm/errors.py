@@ -11,6 +11,18 @@ class DllmError(ValueError):
     """A mistake in the input: the message says what is wrong and what to do."""
 
 
+class TooLong(DllmError):
+    """A prompt and its answer do not fit the model's positions."""
+
+
+class Unsatisfiable(DllmError):
+    """No member of a constraint fits the columns that it may fill."""
+
+
+class TooLarge(DllmError):
+    """A constraint takes more states, edges, bytes or time than it may."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely a slip of."""
     return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.65)), None)

@@ -18,7 +18,7 @@ LAYERS = [  # a room imports from its own and from those in earlier lines (docs/
     {"samplers", "lookahead"},
     {"call"},
     {"drafting"},
-    {"training"},
+    {"training", "serve"},
     {"eval"},
     {"bench"},
     {"cli"},

@@ -17,7 +17,7 @@ from dllm.decoding.constraints.constraint import Constraint
 from dllm.decoding.constraints.vocabulary import vocabulary
 from dllm.decoding.runner import Options
 from dllm.decoding.slots import Sampler
-from dllm.errors import DllmError
+from dllm.errors import DllmError, Unsatisfiable
 from dllm.models.model import Model
 from dllm.models.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def rule_of(
     for constraint, automaton in zip(automata, made, strict=True):
         if constraint is not None and not automaton.states:
             deep = "" if constraint.max_depth is None else f" within max_depth={constraint.max_depth}"
-            raise DllmError(f"{_named(constraint)} has no member{deep} that the tokens of this model can write")
+            raise Unsatisfiable(f"{_named(constraint)} has no member{deep} that the tokens of this model can write")
     made = tuple(a if c is None or c.where is None else a.for_holes() for c, a in zip(automata, made, strict=True))
     columns = max(1, *windows)  # that of an answer without any lies behind its end
     rule = Rule(made, columns, ends, 0 if args.infill else args.min_new_tokens)
@@ -94,15 +94,15 @@ def check(rule: Rule, bound: Bound, queue: State, sampler: Sampler, infill: bool
     if automaton.least is not None and automaton.least > size:
         begins = f", with which sampler {sampler.name!r} begins" if size < _columns(canvas, bound, row) else ""
         more = "give the holes more masks" if infill else "allow more (max_new_tokens=)"
-        raise DllmError(f"{where}{whole}{begins}; the shortest needs {automaton.least}: {more}")
+        raise Unsatisfiable(f"{where}{whole}{begins}; the shortest needs {automaton.least}: {more}")
     if infill:
-        raise DllmError(
+        raise Unsatisfiable(
             f"{where}{whole} with the text that is given around the holes, which is part of it: give the holes other "
             "lengths, or bind each by itself (where='holes')"
         )
     if rule.early:
-        raise DllmError(f"{where}{whole} without an end token in the first {rule.early} (min_new_tokens)")
-    raise DllmError(f"{where}{whole} exactly, and without end tokens it must fill them all")
+        raise Unsatisfiable(f"{where}{whole} without an end token in the first {rule.early} (min_new_tokens)")
+    raise Unsatisfiable(f"{where}{whole} exactly, and without end tokens it must fill them all")
 
 
 def _check_holes(hole: TokenAutomaton, given: list[bool], where: str) -> None:
@@ -116,7 +116,7 @@ def _check_holes(hole: TokenAutomaton, given: list[bool], where: str) -> None:
             near = sorted(sorted(lengths, key=lambda n: abs(n - size))[:6])
             said = f"{lengths[0]} or more" if every else " or ".join(map(str, near))
             masks = "1 mask" if size == 1 else f"{size} masks"
-            raise DllmError(f"{where}hole {number} has {masks}, which cannot hold a member; {said} can")
+            raise Unsatisfiable(f"{where}hole {number} has {masks}, which cannot hold a member; {said} can")
 
 
 def verdict(

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, Unpack, cast, overload
@@ -27,11 +28,13 @@ from dllm.call.prompts import One, Prompt, Several, joined
 from dllm.decoding.cache.prefix import Prefixes
 from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
-from dllm.decoding.meter import Kind
+from dllm.decoding.meter import Kind, Ticket
 from dllm.decoding.runner import Tick
+from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
 
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
+T = TypeVar("T")
 Answer_co = TypeVar("Answer_co", covariant=True)
 
 
@@ -94,9 +97,41 @@ class Request(Generic[Answer_co]):
         self.seconds = 0.0  # to its end
         self._outputs: dict[int, Output] = {}
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
+        self._tell = self._events.put
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wake, self._streamed, self._observer = wake, False, observer
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The ids in front of each answer."""
+        return self.job.prompts
+
+    @property
+    def block_length(self) -> int:
+        """Columns that are decoded before the next ones."""
+        return self.job.block_length
+
+    @property
+    def columns(self) -> list[int]:
+        """Of each canvas at first: the prompt, and what is to be written."""
+        lengths: list[int] = self.told.start.length.tolist()
+        return [length - tail for length, tail in zip(lengths, self.job.tails, strict=True)]
+
+    @property
+    def revises(self) -> bool:
+        """Whether a column of the open block may change once it is written."""
+        return self.job.sampler.needs.revises
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """What each answer has cost so far."""
+        return self.told.meter.rows
+
+    @property
+    def traces(self) -> dict[int, Trace]:
+        """Those of the answers so far, where the call asked."""
+        return self.told.traces
 
     @property
     def done(self) -> bool:
@@ -125,6 +160,18 @@ class Request(Generic[Answer_co]):
         self._streamed, self.told.drafts, self.told.live = True, drafts, True
         return self._stream()
 
+    def listen(self, tell: Callable[[Event | None], None], *, live: bool = True) -> None:
+        """Pass the same events to a function, in the engine's thread, and None at the end, whatever it was (`error`).
+
+        live: in between, too, not only the last one of each answer. `tell` must not raise.
+        """
+        self.stream()
+        self.told.live = live
+        with self._lock:
+            while not self._events.empty():
+                tell(self._events.get())
+            self._tell = tell
+
     def _stream(self) -> Iterator[Event]:
         while (event := self._events.get()) is not None:
             yield event
@@ -142,7 +189,8 @@ class Request(Generic[Answer_co]):
         """Pass events on. What a callback of the request raises ends it."""
         try:
             for event in events:
-                self._events.put(event)
+                with self._lock:
+                    self._tell(event)
                 if event.tokens and self.first_text is None:
                     self.first_text = self.told.meter.elapsed
                 if event.output is not None:
@@ -164,8 +212,8 @@ class Request(Generic[Answer_co]):
             self.error = error
             for ticket in self.told.meter.rows if error is not None else ():
                 ticket.halt()
-            self._events.put(None)
             self._ended.set()
+            self._tell(None)
         if self._observer is not None:
             self._observer.ended(self)
 
@@ -231,6 +279,8 @@ class Engine:
         self.max_rows, self.kv_bytes, self.max_queue, self.observer = max_rows, kv_bytes, max_queue, observer
         block = self.model.block_size
         self.prefixes = Prefixes(block, prefix_bytes) if block and prefix_bytes > 0 else None
+        self.ticked = time.monotonic()  # when the last tick was
+        self._works = deque[Callable[[], None]]()  # what is to be done between ticks
         self._rows = max_rows  # as far as memory lets
         self._line = deque[Request[object]]()
         self._seats: dict[Hashable, Seats] = {}
@@ -314,6 +364,34 @@ class Engine:
             self._change.notify_all()
         return request
 
+    def run(self, work: Callable[[], T]) -> T:
+        """Do something with the model in the engine's thread, between two ticks, and return what it returns.
+
+        Errors: those of `work`; `Cancelled` where the engine closes first.
+        """
+        done = Future[T]()
+
+        def do() -> None:
+            if self._closing == "abort":
+                done.set_exception(Cancelled("the engine is closed"))
+                return
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._change:
+            if self._closing:
+                raise Cancelled("the engine is closed")
+            self._works.append(do)
+            self._change.notify_all()
+        return done.result()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     @property
     def load(self) -> Load:
         """What it does at the moment."""
@@ -358,8 +436,12 @@ class Engine:
             with self._change:
                 self._closing = "abort"
                 rest = [*self._line, *(r for s in self._seats.values() for r in s.requests)]
+                works = [*self._works]
                 self._line.clear()
+                self._works.clear()
                 self._change.notify_all()
+            for work in works:
+                work()
             for request in rest:
                 request.fail(error)
             for key in list(self._seats):
@@ -368,12 +450,14 @@ class Engine:
     def _await(self) -> bool:
         """Wait for something to do; whether the thread goes on."""
         with self._change:
-            self._change.wait_for(lambda: self._closing or self._line or self._seats)
-            return self._closing != "abort" and bool(self._line or self._seats)
+            self._change.wait_for(lambda: self._closing or self._line or self._seats or self._works)
+            return self._closing != "abort" and bool(self._line or self._seats or self._works)
 
     def _turn(self) -> None:
         """One tick of the next group, and what comes before and after it."""
-        now = time.monotonic()
+        now = self.ticked = time.monotonic()
+        while self._works:
+            self._works.popleft()()
         with self._change:
             known = [*self._line, *(r for s in self._seats.values() for r in s.requests)]
         for request in known:

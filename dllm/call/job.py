@@ -35,7 +35,7 @@ from dllm.decoding.slots import Context, Needs, Sampler
 from dllm.decoding.step import step
 from dllm.decoding.stopping import Stop, Stops
 from dllm.decoding.trace import Trace
-from dllm.errors import DllmError, out_of_memory
+from dllm.errors import DllmError, TooLong, out_of_memory
 from dllm.lookahead import form
 from dllm.lookahead.captured import CapturedChainRunner
 from dllm.lookahead.chain import ChainRunner
@@ -66,6 +66,7 @@ class Job:
     stops: Stops
     single: bool
     tails: list[int]  # columns of each canvas that only complete its last block
+    block_length: int  # columns decoded before the next ones
     lookahead: Lookahead | None = None
     criteria: Criteria = field(default_factory=Criteria)
     captured: NativeModel | None = None  # the model, where ticks become graphs
@@ -280,7 +281,10 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any], grain: int 
         queue = queue._replace(memory=queue.memory.plus(bound))
     if args.check is not None or process is not None:  # they ask the device
         captured = None
-    return Job(model, args, sampler, policy, options, queue, prompts, stops, single, tails, ahead, criteria, captured)
+    return Job(
+        model, args, sampler, policy, options, queue, prompts, stops, single, tails, context.block_length, ahead,
+        criteria, captured,
+    )  # fmt: skip
 
 
 def _steering(args: Arguments, ahead: bool) -> tuple[Processing | None, Criteria]:
@@ -370,9 +374,9 @@ def new_tokens(model: Model, args: Arguments, given: int) -> int:
     default = 0 if args.infill else min(MAX_NEW_TOKENS, room)
     new = default if args.max_new_tokens is None else args.max_new_tokens
     if room < 0:
-        raise DllmError(f"a prompt of {given} tokens exceeds the model's {model.max_positions} positions")
+        raise TooLong(f"a prompt of {given} tokens exceeds the model's {model.max_positions} positions")
     if new > room:
-        raise DllmError(
+        raise TooLong(
             f"a prompt of {given} tokens and max_new_tokens={new} exceed the model's {model.max_positions} "
             f"positions; at most {room} new tokens fit"
         )

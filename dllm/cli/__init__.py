@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dllm import __version__
-from dllm.cli import bench, data, generate, read, samplers, schema, speculate, train, trim
+from dllm.cli import bench, data, generate, read, samplers, schema, serve, speculate, train, trim
 from dllm.cli import eval as evaluation
 from dllm.cli import filter as filters
 from dllm.errors import DllmError
@@ -40,7 +40,15 @@ def _main(
 
 for command in (generate.generate, generate.chat, generate.trace, read.read, samplers.samplers, bench.bench):
     app.command()(command)
-for command in (evaluation.tune, train.train, schema.schema, speculate.speculate, speculate.align, trim.trim):
+for command in (
+    evaluation.tune,
+    train.train,
+    schema.schema,
+    serve.serve,
+    speculate.speculate,
+    speculate.align,
+    trim.trim,
+):
     app.command()(command)
 for name, group in {"eval": evaluation.eval_app, "data": data.data_app, "filter": filters.filter_app}.items():
     app.add_typer(group, name=name)

@@ -19,7 +19,7 @@ import numpy as np
 
 import dllm
 from dllm.decoding.constraints.automaton import TokenAutomaton, Vocabulary
-from dllm.errors import DllmError
+from dllm.errors import DllmError, TooLarge
 
 SECONDS = 10  # of a processor that a compilation may take
 WAIT = 6  # times as long on the clock, where the machine is busy or limits are not known
@@ -66,13 +66,13 @@ def _made(text: str, vocabulary: Vocabulary) -> TokenAutomaton:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise DllmError(LATE.format(SECONDS)) from None
+        raise TooLarge(LATE.format(SECONDS)) from None
     if os.name == "posix" and done.returncode == -signal.SIGXCPU:
-        raise DllmError(LATE.format(SECONDS))
+        raise TooLarge(LATE.format(SECONDS))
     try:
         with np.load(io.BytesIO(done.stdout)) as made:
             if "error" in made:
-                raise DllmError(made["error"].tobytes().decode())
+                raise (TooLarge if "large" in made else DllmError)(made["error"].tobytes().decode())
             return TokenAutomaton(**made)
     except (ValueError, BadZipFile, EOFError) as error:
         if isinstance(error, DllmError):

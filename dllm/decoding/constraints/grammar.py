@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dllm.decoding.constraints.automaton import ByteAutomaton
 from dllm.decoding.constraints.pattern import STATES, of_pattern
-from dllm.errors import DllmError, first_line
+from dllm.errors import DllmError, TooLarge, first_line
 
 START = "start"  # the rule of a whole text, and
 AROUND = "%ignore"  # a terminal that may stand in front of it
@@ -286,7 +286,7 @@ class _Texts:
             rows.append(row)
             if len(rows) > STATES:
                 depth = "" if self.depth is None else f" at max_depth={self.depth}"
-                raise DllmError(f"grammar: more than {STATES} states{depth}, which are not kept; make it smaller")
+                raise TooLarge(f"grammar: more than {STATES} states{depth}, which are not kept; make it smaller")
         delta, final = _minimal(_table(rows, int(self.kind.max()) + 1), np.array(accepting))
         return ByteAutomaton(np.ascontiguousarray(delta[:, self.kind], np.int32), final)
 

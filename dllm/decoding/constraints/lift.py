@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm.decoding.constraints.automaton import DEAD, ByteAutomaton, Ints, TokenAutomaton, Vocabulary
-from dllm.errors import DllmError
+from dllm.errors import TooLarge
 
 EDGES = 1 << 18  # a step holds a number for each edge and column
 
@@ -119,7 +119,7 @@ def _trimmed(classes: Ints, accepting: NDArray[np.bool_], src: Ints, by: Ints, d
     state = np.cumsum(useful) - 1
     order = np.lexsort((by, src))
     if len(order) > EDGES:
-        raise DllmError(f"the constraint has {len(order)} edges over this vocabulary; at most {EDGES} are kept")
+        raise TooLarge(f"the constraint has {len(order)} edges over this vocabulary; at most {EDGES} are kept")
     return TokenAutomaton(name[classes], accepting[useful], state[src][order], by[order], state[dst][order])
 
 

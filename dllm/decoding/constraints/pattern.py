@@ -15,7 +15,7 @@ from interegular.fsm import FSM, Alphabet, State
 from numpy.typing import NDArray
 
 from dllm.decoding.constraints.automaton import ByteAutomaton
-from dllm.errors import DllmError, first_line
+from dllm.errors import DllmError, TooLarge, first_line
 
 STATES = 20_000  # of a byte automaton
 _CODES = ((0, 0xD7FF), (0xE000, 0x10FFFF))  # of characters; surrogates are none
@@ -208,7 +208,7 @@ class _Bytes:
                     if part:
                         row[lead] = self._after(depth, part)
         if len(self.table) > STATES:
-            raise DllmError(f"regex: the pattern needs {len(self.table)} states; at most {STATES} are kept")
+            raise TooLarge(f"regex: the pattern needs {len(self.table)} states; at most {STATES} are kept")
         more = np.zeros(len(self.table) - len(accepting), np.bool_)
         return ByteAutomaton(np.stack(self.table), np.concatenate([accepting, more]))
 
@@ -254,7 +254,7 @@ def of_choices(choices: Sequence[bytes]) -> ByteAutomaton:
             kept.append(state)
         place[state] = same[key]
     if len(kept) > STATES:
-        raise DllmError(f"choices: these strings need {len(kept)} states; at most {STATES} are kept")
+        raise TooLarge(f"choices: these strings need {len(kept)} states; at most {STATES} are kept")
     count = len(kept)  # the root was kept last
     delta = np.full((count, 256), -1, np.int32)
     for number, state in enumerate(kept):

@@ -18,7 +18,7 @@ from dllm.decoding.constraints.automaton import ByteAutomaton, Vocabulary
 from dllm.decoding.constraints.grammar import of_grammar
 from dllm.decoding.constraints.lift import lifted
 from dllm.decoding.constraints.pattern import of_choices, of_pattern
-from dllm.errors import DllmError
+from dllm.errors import DllmError, TooLarge
 
 LONGEST = {"regex": 1 << 12, "grammar": 1 << 16}  # bytes of what a user writes
 MEMORY = 8 << 30  # bytes of address space
@@ -33,7 +33,7 @@ def automaton(kind: str, what: object, max_depth: int | None) -> ByteAutomaton:
         return of_pattern(schema.pattern(what, max_depth))
     text = str(what)
     if (size := len(text.encode())) > LONGEST[kind]:
-        raise DllmError(f"{kind}: a text of {size} bytes; at most {LONGEST[kind]} are read")
+        raise TooLarge(f"{kind}: a text of {size} bytes; at most {LONGEST[kind]} are read")
     return of_grammar(text, max_depth) if kind == "grammar" else of_pattern(text)
 
 
@@ -43,6 +43,7 @@ def main() -> None:
         asked = json.loads(sent["asked"].tobytes())
         vocabulary = Vocabulary(sent["flat"], sent["ends"])
     limited(asked["seconds"])
+    large = False
     try:
         found = lifted(
             automaton(asked["kind"], asked["what"], asked["max_depth"]), vocabulary, asked["ends"], asked["pads"],
@@ -51,11 +52,13 @@ def main() -> None:
         made = {name: getattr(found, name) for name in ("classes", "accepting", "src", "by", "dst")}
     except DllmError as error:
         made = {"error": np.frombuffer(str(error).encode(), np.uint8)}
+        large = isinstance(error, TooLarge)
     except UnicodeEncodeError:
         made = {"error": b"the constraint has half a character in it (a surrogate), which no text holds"}
     except (MemoryError, RecursionError) as error:
+        large = True
         made = {"error": np.frombuffer(f"the constraint is too large ({type(error).__name__})".encode(), np.uint8)}
-    np.savez(sys.stdout.buffer, **made)
+    np.savez(sys.stdout.buffer, **made, **({"large": np.array(True)} if large else {}))
 
 
 def limited(seconds: int) -> None:

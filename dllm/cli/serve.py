@@ -1,0 +1,41 @@
+"""`dllm serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dllm.cli.options import named
+from dllm.errors import DllmError
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="tiny (embedded), a folder, or a Hugging Face id.")],
+    host: Annotated[str | None, typer.Option(help="Address to listen at; default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings (docs/serve.md).")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One of them, such as max_rows=16; may be repeated."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps.")] = None,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option("--model-arg", metavar="KEY=VALUE", help="Any other argument of dllm.load; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /canvas.
+
+    The API key comes from DLLM_API_KEY or a file (--set key_file=...); SIGTERM lets running answers end.
+    """
+    try:
+        from dllm.serve.server import listen, settings
+    except ModuleNotFoundError as error:
+        raise DllmError(f"{error.name} is missing: pip install 'dllm-toolkit[serve]'") from None
+    own = {"host": host, "port": port}
+    made = settings(config, sets or (), {name: value for name, value in own.items() if value is not None})
+    given = {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
+    listen(named(model, model_arg, given=given), made)

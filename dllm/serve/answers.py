@@ -1,0 +1,236 @@
+"""Answers in OpenAI's shapes: whole objects and chunks, log-probabilities, usage, and what `dllm` adds to them."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from dllm.call.output import Event, Output
+from dllm.decoding.logprobs import TokenLogprob
+from dllm.decoding.stopping import UNFINISHED
+from dllm.models.tokenizer import Tokenizer
+from dllm.serve.backend import Pending
+from dllm.serve.requests import Asked
+
+Json: TypeAlias = dict[str, Any]
+Said: TypeAlias = Sequence[tuple[int, TokenLogprob | None]]  # tokens, with what the model said of them
+
+
+@dataclass
+class Choice:
+    """One answer as it becomes final: the events of its row go in, pieces of text come out.
+
+    However the events cut an answer, its pieces join to the same text.
+    """
+
+    asked: Asked
+    index: int
+    tokenizer: Tokenizer | None
+    echo: str = ""
+    ids: list[int] = field(default_factory=list)
+    sent: int = 0  # characters of a hole's text
+    offset: int = 0  # where the next token's text begins, where log-probabilities are asked for
+    output: Output | None = None
+    times: list[tuple[float, int]] = field(default_factory=list)  # seconds, and tokens that were final then
+
+    def __post_init__(self) -> None:
+        self.offset = len(self.echo)
+
+    def feed(self, event: Event, seconds: float) -> tuple[str, Said]:
+        """The text that an event adds, and its tokens."""
+        said = list(zip(event.tokens, event.logprobs or [None] * len(event.tokens), strict=True))
+        self.ids += event.tokens
+        self.output = event.output or self.output
+        if event.text:
+            self.times.append((seconds, len(self.ids)))
+        return self._text(event), said
+
+    def _text(self, event: Event) -> str:
+        if not self.asked.holes or self.tokenizer is None:
+            return event.text
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        firm = text if event.output is not None else text.rstrip(UNFINISHED)
+        new, self.sent = firm[self.sent :], max(self.sent, len(firm))
+        return new
+
+    @property
+    def reason(self) -> str:
+        """Why it ended."""
+        assert self.output is not None
+        return "stop" if self.output.finish_reason == "stop" else "length"
+
+
+class Reply:
+    """The answer to one HTTP request."""
+
+    def __init__(self, asked: Asked, model: str, fingerprint: str, tokenizer: Tokenizer | None) -> None:
+        self.asked, self.model, self.fingerprint, self.tokenizer = asked, model, fingerprint, tokenizer
+        self.id = f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+
+    def choices(self, rows: int) -> list[Choice]:
+        """Nothing is written yet: a choice for each row."""
+        echoes = self.asked.echoes
+        return [
+            Choice(self.asked, row, self.tokenizer, "" if echoes is None else echoes[row // self.asked.n])
+            for row in range(rows)
+        ]
+
+    # -- whole --------------------------------------------------------------------------------------------------------
+
+    def whole(self, pending: Pending, choices: Sequence[Choice], said: Sequence[tuple[str, Said]]) -> Json:
+        """The object of an answer that was not streamed."""
+        kind = "chat.completion" if self.asked.chat else "text_completion"
+        answers = [
+            self._whole(choice, text, tokens) | {"dllm": about(pending, choice, self.asked)}
+            for choice, (text, tokens) in zip(choices, said, strict=True)
+        ]
+        return {**self._head(kind), "choices": answers, "usage": self.usage(pending, choices)}
+
+    def _whole(self, choice: Choice, text: str, said: Said) -> Json:
+        logprobs = self._logprobs(choice, said) if self.asked.logprobs else None
+        end = {"index": choice.index, "logprobs": logprobs, "finish_reason": choice.reason}
+        if not self.asked.chat:
+            return {"text": choice.echo + text, **end}
+        return {"message": {"role": "assistant", "content": text, "refusal": None}, **end}
+
+    # -- chunks -------------------------------------------------------------------------------------------------------
+
+    def opening(self, choice: Choice) -> Json | None:
+        """The first chunk of a choice."""
+        if self.asked.chat:
+            return self._chunk([self._part(choice, {"role": "assistant", "content": ""})])
+        return self._chunk([self._part(choice, choice.echo)]) if choice.echo else None
+
+    def chunk(self, pending: Pending, choice: Choice, text: str, said: Said, seconds: float, nfe: int) -> Json:
+        """Text that became final; the last one says how the choice ended."""
+        logprobs = self._logprobs(choice, said) if self.asked.logprobs and said else None
+        part = self._part(choice, ({"content": text} if text else {}) if self.asked.chat else text, logprobs)
+        if choice.output is not None:
+            part |= {"finish_reason": choice.reason, "dllm": about(pending, choice, self.asked)}
+        return self._chunk([part]) | {"dllm": {"tokens": len(said), "step": nfe, "t": round(seconds, 6)}}
+
+    def draft(self, choice: Choice, said: Json) -> Json:
+        """What happens on a canvas: a chunk that adds no text."""
+        return self._chunk([self._part(choice, {} if self.asked.chat else "")]) | {"dllm": said}
+
+    def last(self, pending: Pending, choices: Sequence[Choice]) -> Json:
+        """The chunk with the usage, behind all others."""
+        timeline = times(pending, choices)
+        return self._chunk([]) | {"usage": self.usage(pending, choices), "dllm": {"timeline": timeline}}
+
+    def _part(self, choice: Choice, what: Json | str, logprobs: Json | None = None) -> Json:
+        said = {"delta": what} if self.asked.chat else {"text": what}
+        return {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": None}
+
+    def _chunk(self, parts: list[Json]) -> Json:
+        kind = "chat.completion.chunk" if self.asked.chat else "text_completion"
+        return {**self._head(kind), "choices": parts, "usage": None}
+
+    def _head(self, kind: str) -> Json:
+        return {
+            "id": self.id, "object": kind, "created": self.created, "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }  # fmt: skip
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def usage(self, pending: Pending, choices: Sequence[Choice]) -> Json:
+        """Tokens: of each prompt once, of answers up to their stop."""
+        prompt = sum(map(len, pending.prompts[:: self.asked.n]))
+        answer = sum(len(choice.output.tokens) for choice in choices if choice.output is not None)
+        cached = sum(ticket.cached for ticket in pending.tickets[:: self.asked.n])
+        return {
+            "prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip
+
+    def _logprobs(self, choice: Choice, said: Said) -> Json:
+        return self._of_chat(said) if self.asked.chat else self._of_completion(choice, said)
+
+    def piece(self, token: int) -> str:
+        """The text of a token."""
+        return str(token) if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+    def _of_chat(self, said: Said) -> Json:
+        def entry(token: int, logprob: float | None) -> Json:
+            piece = self.piece(token)
+            return {
+                "token": piece,
+                "logprob": logprob,
+                "bytes": None if UNFINISHED in piece else list(piece.encode()),
+            }
+
+        return {
+            "content": [
+                {
+                    **entry(token, one and one.logprob),
+                    "top_logprobs": [entry(*pair) for pair in (one.top if one else ())],
+                }
+                for token, one in said
+            ],
+            "refusal": None,
+        }
+
+    def _of_completion(self, choice: Choice, said: Said) -> Json:
+        pieces = [self.piece(token) for token, _ in said]
+        *offsets, choice.offset = itertools.accumulate(map(len, pieces), initial=choice.offset)
+        top = [{self.piece(t): p for t, p in one.top} if one and one.top else None for _, one in said]
+        return {
+            "tokens": pieces,
+            "token_logprobs": [one and one.logprob for _, one in said],
+            "top_logprobs": top if self.asked.top else None,
+            "text_offset": offsets,
+        }
+
+
+def about(pending: Pending, choice: Choice, asked: Asked) -> Json:
+    """What the toolkit says of an answer."""
+    output, ticket = choice.output, pending.tickets[choice.index]
+    assert output is not None
+    constraint = output.stats.get("constraint")
+    said = {
+        "seed": output.seed,
+        "nfe": output.nfe,
+        "tokens_per_forward": output.tokens_per_forward,
+        "nfe_equiv": output.nfe_equiv,
+        "calls": output.calls,
+        "sampler": output.sampler,
+        "cache": output.cache,
+        "block_length": pending.block_length,
+        "canvas_length": output.canvas_length,
+        "decoded": output.decoded,
+        "finish": output.finish_reason,
+        "queue_seconds": ticket.entered,
+        "prefill_seconds": max(0.0, output.prefill_seconds - ticket.entered),
+        "decode_seconds": max(0.0, output.decode_seconds),
+        "lossless": output.lossless,
+        "canonical": constraint["canonical"] if isinstance(constraint, dict) else None,
+    }
+    return said
+
+
+def times(pending: Pending, choices: Sequence[Choice]) -> Json:
+    """When what came, in seconds from the request's admission: forwards, text, blocks of the canvas."""
+    texts = sorted(seconds for choice in choices for seconds, _ in choice.times)
+    blocks = list[float]()
+    for choice in choices:
+        done = 0.0
+        for seconds, tokens in choice.times:
+            if tokens // pending.block_length > len(blocks):
+                blocks.append(seconds - done)
+                done = seconds
+    first = min((t.first for t in pending.tickets if t.first), default=None)
+    return {
+        "first_forward": first,
+        "first_text": texts[0] if texts else None,
+        "last_text": texts[-1] if texts else None,
+        "chunks": len(texts),
+        "blocks": len(blocks),
+        "median_block_seconds": statistics.median(blocks) if blocks else None,
+    }

@@ -1,0 +1,263 @@
+"""`create_app`: the routes, and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
+from starlette.responses import Response
+
+import dllm
+from dllm.call.engine import Engine
+from dllm.serve import errors, requests
+from dllm.serve.answers import Choice, Reply
+from dllm.serve.backend import Backend, Hosted, Pending
+from dllm.serve.config import ServeConfig
+from dllm.serve.errors import ApiError, Json, told
+from dllm.serve.limits import Guard
+from dllm.serve.requests import Asked
+from dllm.serve.schema import Body, Chat, Completion
+from dllm.serve.stream import Ear, Told, chunks, whole
+
+SSE = "text/event-stream"
+
+
+class Ended(NamedTuple):
+    """How a request ended, for those who count (`Serving.counted`)."""
+
+    route: str
+    code: str  # "ok", "cancelled", or that of its error
+    pending: Pending | None  # None: it was refused
+    choices: Sequence[Choice]  # with their outputs, as far as there are any
+    seconds: float  # since it was read
+    asked: Asked | None = None
+
+
+@dataclass
+class Serving:
+    """What the routes share: `app.state.serving`."""
+
+    backend: Backend
+    config: ServeConfig
+    name: str
+    fingerprint: str = ""
+    warm: bool = False
+    draining: bool = False
+    counted: list[Callable[[Ended], None]] = field(default_factory=list)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def trouble(self) -> tuple[str, str]:
+        """Code and reason why it takes no requests; empty: it does."""
+        if self.draining:
+            return "draining", "the server is shutting down"
+        if not self.warm:
+            return "loading", "the model is being loaded"
+        return ("unavailable", said) if (said := self.backend.trouble) else ("", "")
+
+    def check(self, model: str | None) -> None:
+        """Errors: it takes no requests; another model."""
+        code, said = self.trouble
+        if code:
+            raise ApiError(503, code, said, headers={"Retry-After": "5"})
+        if model is not None and model != self.name:
+            raise ApiError(
+                404, "model_not_found", f"there is no model {model!r}; this server has {self.name!r}", "model"
+            )
+
+    def count(self, ended: Ended) -> None:
+        """Tell those who count."""
+        for tell in self.counted:
+            tell(ended)
+
+
+def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), name: str = "") -> FastAPI:
+    """The server's app over an engine that is up: any ASGI server runs it. `name`: what the model is called where the
+    configuration does not say."""
+    AppStatus.disable_automatic_graceful_drain()  # streams end with their answers, or with `stop`
+    backend = Hosted(engine) if isinstance(engine, Engine) else engine
+    serving = Serving(backend, config, config.name or name or "dllm")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(asyncio.to_thread(_warm, serving))
+        yield
+        serving.draining = True
+        await warming
+        await asyncio.to_thread(backend.close, False)
+
+    app = FastAPI(
+        title="dllm", version=dllm.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        description="OpenAI-compatible access to a masked-diffusion language model.",
+    )  # fmt: skip
+    app.state.serving = serving
+    errors.install(app)
+    app.add_middleware(Guard, config=config, keys=config.keys())
+    if config.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.origins, allow_methods=["GET", "POST"],
+            expose_headers=["X-Request-Id"], allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        )  # fmt: skip
+    _status(app, serving)
+    _answers(app, serving)
+    return app
+
+
+def _warm(serving: Serving) -> None:
+    serving.backend.warm()
+    serving.fingerprint = serving.backend.fingerprint()
+    serving.warm = True
+
+
+def _status(app: FastAPI, serving: Serving) -> None:
+    """Routes that say how the server is."""
+
+    @app.get("/health/live", response_class=Json)
+    async def live() -> Response:
+        """The process answers."""
+        return Json({"status": "ok"})
+
+    @app.get("/health", response_class=Json, responses=failures(503))
+    async def ready() -> Response:
+        """It takes requests."""
+        code, said = serving.trouble
+        load = serving.backend.load._asdict()
+        return Json({"status": code or "ok", **({"reason": said} if said else {}), "load": load}, 503 if code else 200)
+
+    def entry() -> dict[str, Any]:
+        limits = {k: v for k, v in asdict(serving.config).items() if isinstance(v, int | float) and k != "port"}
+        said = {**serving.backend.about(), "limits": limits}
+        said["defaults"] = {**said.get("defaults", {}), **serving.config.defaults}
+        return {
+            "id": serving.name, "object": "model", "created": serving.created, "owned_by": "dllm", "dllm": said,
+        }  # fmt: skip
+
+    @app.get("/v1/models", response_class=Json, responses=failures(401))
+    async def models() -> Response:
+        """The model that is served."""
+        return Json({"object": "list", "data": [entry()]})
+
+    @app.get("/v1/models/{name:path}", response_class=Json, responses=failures(401, 404))
+    async def model(name: str) -> Response:
+        """The model of this name."""
+        if name != serving.name:
+            raise ApiError(
+                404, "model_not_found", f"there is no model {name!r}; this server has {serving.name!r}", "model"
+            )
+        return Json(entry())
+
+
+def _answers(app: FastAPI, serving: Serving) -> None:
+    """Routes that answer."""
+    said = {"response_class": Json, "responses": failures(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)}
+    streams = {"responses": {200: {"content": {SSE: {}}}, **said["responses"]}}
+
+    @app.post("/v1/chat/completions", openapi_extra=body_of(Chat), **{**said, **streams})
+    async def chat(http: Request) -> Response:
+        """The next message of a conversation."""
+        return await _answered(serving, http, Chat, requests.conversed)
+
+    @app.post("/v1/completions", openapi_extra=body_of(Completion), **{**said, **streams})
+    async def completions(http: Request) -> Response:
+        """What follows a text."""
+        return await _answered(serving, http, Completion, requests.completion)
+
+
+async def _answered(serving: Serving, http: Request, kind: type[Body], reader: Callable[..., Asked]) -> Response:
+    """The answer to a request, as one object or as a stream."""
+    body, ear, route = await http.body(), Ear(serving.config.event_buffer), http.url.path
+    fields = Body()
+    try:
+        fields = kind.read(body)
+        serving.check(fields.model)
+        asked = await asyncio.to_thread(reader, fields, serving.backend, serving.config)
+        arguments = {**asked.arguments, "on_step": ear.step} if asked.drafts else asked.arguments
+        pending = await asyncio.to_thread(
+            serving.backend.submit, asked.prompt, asked.n, serving.config.request_timeout, asked.batch, arguments
+        )
+    except Exception as error:
+        refused = told(error, fields.given, requests.NAMES)
+        serving.count(Ended(route, refused.code, None, (), ear.seconds))
+        raise refused from error
+    reply = Reply(asked, serving.name, serving.fingerprint, serving.backend.tokenizer)
+
+    def ended(choices: Sequence[Choice], error: ApiError | None) -> None:
+        serving.count(Ended(route, "ok" if error is None else error.code, pending, choices, ear.seconds, asked))
+
+    ear.follow(pending, asked.stream)
+    if asked.stream:
+        config = serving.config
+        return EventSourceResponse(
+            chunks(ear, pending, reply, config, ended), ping=config.ping_seconds, send_timeout=config.send_seconds,
+            ping_message_factory=partial(ServerSentEvent, comment="ping", sep="\n"),
+        )  # fmt: skip
+    return await _whole(http, ear, pending, reply, ended)
+
+
+async def _whole(http: Request, ear: Ear, pending: Pending, reply: Reply, ended: Told) -> Response:
+    """One object, unless the client leaves first."""
+    answer, left = asyncio.create_task(whole(ear, pending, reply)), asyncio.create_task(_left(http))
+    error: ApiError | None = ApiError(499, "client_closed_request", "the client left")
+    choices: Sequence[Choice] = ()
+    try:
+        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return Response(status_code=499)
+        said, choices = answer.result()
+        error = None
+        return Json(said)
+    except ApiError as fault:
+        error = fault
+        raise
+    finally:
+        pending.cancel()
+        for task in (answer, left):
+            task.cancel()
+            with suppress(asyncio.CancelledError, ApiError):
+                await task
+        ended(choices, error)
+
+
+async def _left(http: Request) -> None:
+    """Wait until the client leaves."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Answers with these statuses, for OpenAPI."""
+    return {
+        status: {"description": "An error", "content": {"application/json": {"schema": ERROR}}} for status in statuses
+    }
+
+
+def body_of(kind: type[Body]) -> dict[str, Any]:
+    """What a route reads, for OpenAPI."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.schema()}}}}

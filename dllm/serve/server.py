@@ -1,0 +1,72 @@
+"""The process: settings from files and the command line, a model, uvicorn, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from dllm.call.engine import Engine
+from dllm.models.arguments import Checkpoint
+from dllm.models.hub import load
+from dllm.serve.app import Serving, create_app
+from dllm.serve.config import ServeConfig
+from dllm.spec import Json, Source, build, override, read
+
+log = logging.getLogger("uvicorn.error")
+
+
+def settings(path: Path | None, sets: Sequence[str], own: Mapping[str, object]) -> ServeConfig:
+    """The settings of a file, with `--set key=value` and the command line's own options over them."""
+    data, source = read(path, "configuration") if path is not None else (Json(), Source("the settings"))
+    for text in sets:
+        data, source = override(data, source, text)
+    return build(ServeConfig, {**data, **own}, source)
+
+
+def listen(checkpoint: Checkpoint, config: ServeConfig) -> None:
+    """Serve a checkpoint until a signal comes."""
+    config.keys()  # an error now, before a model is loaded
+    engine = Engine(
+        load(checkpoint), max_rows=config.max_rows, kv_bytes=config.kv_bytes, max_queue=config.max_queue,
+        prefix_bytes=config.prefix_bytes,
+    )  # fmt: skip
+    app = create_app(engine, config, Path(checkpoint.name).name)
+    Server(app.state.serving, uvicorn.Config(
+        app, host=config.host, port=config.port, limit_concurrency=config.connections, timeout_graceful_shutdown=5,
+        log_level="info", access_log=False, server_header=False,
+    )).run()  # fmt: skip
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which at the first signal lets running answers end, and ends them at the second."""
+
+    def __init__(self, serving: Serving, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.serving = serving
+        self.draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal."""
+        if self.serving.draining:
+            self.force_exit = True
+            super().handle_exit(sig, frame)
+            return
+        self.serving.draining = True
+        self._captured_signals.append(sig)
+        loop = asyncio.get_running_loop()
+        loop.call_soon_threadsafe(lambda: setattr(self, "draining", loop.create_task(self._drained())))
+
+    async def _drained(self) -> None:
+        """Wait for running answers, as long as they may take; then stop."""
+        loop, backend = asyncio.get_running_loop(), self.serving.backend
+        until = loop.time() + self.serving.config.drain_seconds
+        log.info("no more requests; those that run get %g s", self.serving.config.drain_seconds)
+        while loop.time() < until and (backend.load.running or backend.load.waiting):
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(backend.close, False)
+        self.should_exit = True

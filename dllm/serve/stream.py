@@ -1,0 +1,244 @@
+"""From the engine's thread to a client: events of a request, as one object or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple, TypeAlias
+
+from sse_starlette import ServerSentEvent
+
+from dllm.call.output import Event
+from dllm.call.steering import StepView
+from dllm.decoding.trace import BLANK
+from dllm.serve.answers import Choice, Json, Reply, Said, about
+from dllm.serve.backend import Pending
+from dllm.serve.config import ServeConfig
+from dllm.serve.errors import ApiError, dumps, told
+
+Told: TypeAlias = Callable[[Sequence[Choice], ApiError | None], None]  # choices, and what ended them
+EVENT = 200  # bytes of JSON around the text of an event, about
+TOKEN = 100  # and of a token with its log-probability
+
+
+class Stepped(NamedTuple):
+    """A step of a row as a draft event tells it."""
+
+    nfe: int
+    closed: int  # columns of the answer in front of its first mask
+    lo: int  # where the step's window began
+    length: int
+    seconds: float
+
+
+class Ear:
+    """What an event loop hears of a request. The engine's thread never waits for it."""
+
+    def __init__(self, most: int) -> None:
+        self.loop, self.wake = asyncio.get_running_loop(), asyncio.Event()
+        self.most, self.size = most, 0
+        self.events = deque[tuple[Event, float]]()
+        self.steps = dict[int, list[Stepped]]()
+        self.ended = self.late = False
+        self.began = time.perf_counter()
+        self.pending: Pending | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since the request was read."""
+        return time.perf_counter() - self.began
+
+    def follow(self, pending: Pending, live: bool) -> None:
+        """Hear this request."""
+        self.pending = pending
+        pending.listen(self._tell, live=live)
+
+    def step(self, view: StepView) -> None:
+        """A step of a row, in the engine's thread."""
+        steps, size = self.steps.setdefault(view.request, []), len(view.ids)
+        if steps and view.nfe < steps[-1].nfe:  # memory ran out, and the row has begun anew
+            steps.clear()
+        closed = view.masked.index(True) if True in view.masked else size
+        places = (at - view.start for at in (max(closed, view.start), max(view.window[0], view.start), size))
+        steps.append(Stepped(view.nfe, *places, self.seconds))
+        with suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self.wake.set)
+
+    def _tell(self, event: Event | None) -> None:
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._put, event, self.seconds)
+
+    def _put(self, event: Event | None, seconds: float) -> None:
+        if event is None:
+            self.ended = True
+        elif not self.late:
+            self.events.append((event, seconds))
+            self.size += _size(event)
+            if self.size > self.most and event.output is None and self.pending is not None:
+                self.late = True
+                self.pending.cancel()
+        self.wake.set()
+
+    def taken(self) -> list[tuple[Event, float]]:
+        """The events that have come."""
+        some = list(self.events)
+        self.events.clear()
+        self.size = 0
+        self.wake.clear()
+        return some
+
+    def failed(self) -> ApiError | None:
+        """What ended the request, if it is no answer."""
+        if self.late:
+            return ApiError(
+                408, "slow_reader", f"the reader is more than {self.most} bytes behind: the answer was cancelled"
+            )
+        error = None if self.pending is None else self.pending.error
+        return None if error is None else told(error)
+
+
+def _size(event: Event) -> int:
+    return EVENT + len(event.text) + TOKEN * (len(event.tokens) if event.logprobs else 0)
+
+
+async def whole(ear: Ear, pending: Pending, reply: Reply) -> tuple[Json, list[Choice]]:
+    """The answer as one object, and its choices. Errors: what ended it."""
+    while not ear.ended:
+        await ear.wake.wait()
+        ear.wake.clear()
+    if (error := ear.failed()) is not None:
+        raise error
+    choices = reply.choices(len(pending.prompts))
+    said: list[tuple[str, Said]] = [("", ())] * len(choices)
+    for event, seconds in ear.taken():
+        said[event.request] = choices[event.request].feed(event, seconds)
+    return reply.whole(pending, choices, said), choices
+
+
+async def chunks(
+    ear: Ear,
+    pending: Pending,
+    reply: Reply,
+    config: ServeConfig,
+    ended: Callable[[Sequence[Choice], ApiError | None], None],
+) -> AsyncIterator[ServerSentEvent]:
+    """The same as server-sent events, while it becomes final. `ended` is told how it went."""
+    choices = reply.choices(len(pending.prompts))
+    drafts = Drafts(ear, pending, reply, config.draft_seconds) if reply.asked.drafts else None
+    error: ApiError | None = ApiError(499, "client_closed_request", "the client left")
+    try:
+        for choice in choices:
+            if (opening := reply.opening(choice)) is not None:
+                yield _data(opening)
+            if drafts is not None:
+                yield _draft(drafts.start(choice))
+        while True:
+            over = ear.ended
+            for event, seconds in ear.taken():
+                choice = choices[event.request]
+                text, said = choice.feed(event, seconds)
+                if drafts is not None:
+                    for one in drafts.due(choice, all_of_them=event.output is not None):
+                        yield _draft(one)
+                if text or said or event.output is not None:
+                    yield _data(reply.chunk(pending, choice, text, said, seconds, event.nfe))
+                if drafts is not None and event.output is not None:
+                    yield _draft(drafts.end(choice))
+            if over:
+                break
+            for choice in choices if drafts is not None else ():
+                assert drafts is not None
+                for one in drafts.due(choice):
+                    yield _draft(one)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ear.wake.wait(), None if drafts is None else drafts.wait)
+        error = ear.failed()
+        if error is not None:
+            yield _data(error.body)
+            return
+        if reply.asked.usage:
+            yield _data(reply.last(pending, choices))
+        yield ServerSentEvent(data="[DONE]", sep="\n")
+    finally:
+        pending.cancel()  # the client may have left
+        ended(choices, error)
+
+
+def _data(said: object) -> ServerSentEvent:
+    return ServerSentEvent(data=dumps(said), sep="\n")
+
+
+def _draft(said: object) -> ServerSentEvent:
+    return ServerSentEvent(data=dumps(said), event="draft", sep="\n")
+
+
+class Drafts:
+    """What happens on the canvases of a request: the traces of its rows, as far as they have come, in pieces."""
+
+    def __init__(self, ear: Ear, pending: Pending, reply: Reply, pause: float) -> None:
+        self.ear, self.pending, self.reply, self.pause = ear, pending, reply, pause
+        self.told = dict[int, int]()  # steps that were told, by row
+        self.at = dict[int, float]()  # when
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until something is due; None: nothing is."""
+        behind = [row for row, steps in self.ear.steps.items() if len(steps) > self.told.get(row, 0)]
+        return min((max(0.0, self.at.get(row, 0.0) + self.pause - self.ear.seconds) for row in behind), default=None)
+
+    def start(self, choice: Choice) -> Json:
+        """The canvas before the first step."""
+        row, trace = choice.index, self.pending.traces[choice.index]
+        return self.reply.draft(choice, {
+            "kind": "start", "choice": row, "length": self._length(row), "block_length": self.pending.block_length,
+            "mask_id": trace.mask_id, "mask_piece": BLANK, "prompt_tokens": len(self.pending.prompts[row]),
+            "prompt_text": trace.prompt_text, "sampler": trace.sampler, "cache": trace.cache,
+            "seed": self.reply.asked.arguments["seed"] + row,
+        })  # fmt: skip
+
+    def due(self, choice: Choice, all_of_them: bool = False) -> list[Json]:
+        """The steps of a row since the last time, as one event; none where that was just now."""
+        row, now = choice.index, self.ear.seconds
+        steps, first = self.ear.steps.get(row, []), self.told.get(row, 0)
+        first, end = min(first, len(steps)), len(steps)
+        if end == first or (not all_of_them and now < self.at.get(row, -1.0) + self.pause):
+            return []
+        self.told[row], self.at[row] = end, now
+        trace, start, last = self.pending.traces[row], self._start(row), steps[end - 1]
+        written = dict[int, tuple[int, float | None]]()
+        for k in range(first, end):
+            for (column, token), confidence in zip(trace.commits[k], trace.confidence[k], strict=True):
+                written.pop(column, None)
+                written[column] = (token, confidence)
+        before = steps[first - 1].seconds if first else self.pending.tickets[row].entered
+        lo, hi = trace.windows[end - 1]
+        return [self.reply.draft(choice, {
+            "kind": "draft", "choice": row, "step": end, "nfe": last.nfe,
+            "window": [max(0, lo - start), max(0, hi - start)],
+            "length": last.length, "final": min(last.closed, last.lo) if self.pending.revises else last.closed,
+            "writes": [
+                [column - start, token, self.reply.piece(token), confidence]
+                for column, (token, confidence) in written.items() if token != trace.mask_id
+            ],
+            "masked_again": [column - start for column, (token, _) in written.items() if token == trace.mask_id],
+            "edits": [], "ms": round(1000 * (last.seconds - before), 3),
+        })]  # fmt: skip
+
+    def end(self, choice: Choice) -> Json:
+        """The totals of a row."""
+        assert choice.output is not None
+        return self.reply.draft(choice, {
+            "kind": "end", "choice": choice.index, "tokens": len(choice.output.tokens), "text": choice.output.text,
+            **about(self.pending, choice, self.reply.asked),
+        })  # fmt: skip
+
+    def _start(self, row: int) -> int:
+        start = self.pending.traces[row].start
+        return len(self.pending.prompts[row]) if start is None else start
+
+    def _length(self, row: int) -> int:
+        steps = self.ear.steps.get(row)
+        return steps[0].length if steps else self.pending.columns[row] - self._start(row)
