@@ -151,7 +151,7 @@ class Job:
         tokens = [ids[c] for c in columns]
         if trace is not None:
             hidden = self.tails[request] if self.args.early_stop else 0
-            self._seal(trace, canvas.ids[row, : length - hidden].tolist())
+            self._seal(trace, canvas.ids[row, : length - hidden].tolist(), text)
         return Output(
             text=text,
             sequences=ids,
@@ -236,9 +236,9 @@ class Job:
             for request, (prompt, start) in enumerate(zip(self.prompts, starts, strict=False))
         }
 
-    def _seal(self, trace: Trace, final: list[int]) -> None:
-        """Keep the final canvas and the text of its tokens."""
-        trace.final = final
+    def _seal(self, trace: Trace, final: list[int], text: str) -> None:
+        """Keep the answer, the final canvas and the text of its tokens."""
+        trace.final, trace.text = final, text
         if self.model.tokenizer is not None:
             ids = {*trace.final, *trace.prompt, *(t for pairs in trace.commits for _, t in pairs)} - {trace.mask_id}
             trace.pieces = {i: self.model.tokenizer.decode([i]) for i in sorted(ids)}

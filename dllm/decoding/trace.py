@@ -1,8 +1,7 @@
-"""Trace: what was committed when. JSON in and out; terminal and HTML views."""
+"""Trace: what was committed when. JSON in and out; what the terminal and the page show of it."""
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from bisect import bisect_left
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dllm.decoding.page import page
 from dllm.errors import DllmError
 
 BLANK = "▁"  # a masked column
@@ -37,6 +37,8 @@ class Trace:
     cache: str = ""
     arguments: dict[str, object] = field(default_factory=dict)  # of the call, as far as they are no defaults
     pieces: dict[int, str] = field(default_factory=dict)  # text of each token id, where a tokenizer is known
+    text: str = ""  # the answer, as it was returned
+    seconds: list[float] = field(default_factory=list, compare=False)  # from the call to each forward's end
 
     @property
     def order(self) -> dict[int, int]:
@@ -121,42 +123,9 @@ class Trace:
         return f"{self.sampler}{cache}: {len(self.commits)} forwards; blue came first, red last{left}"
 
     def to_html(self) -> str:
-        """A page that stands alone: every token coloured by the forward that committed it, with a slider over time."""
-        steps = len(self.commits)
-        sure = {col: p for pairs, ps in zip(self.commits, self.confidence) for (col, _), p in zip(pairs, ps)}  # noqa: B905
-        spans = []
-        for col, (text, k) in enumerate(self.cells(), self._start):
-            shown = html.escape(text).replace("\n", "⏎<br>")
-            if k is None:
-                spans.append(f'<span class="g" title="{"never decoded" if text == BLANK else "given"}">{shown}</span>')
-                continue
-            hue, p = 250 - 220 * k / max(steps - 1, 1), sure.get(col)
-            title = f"forward {k + 1}" + (f", confidence {p:.3f}" if p is not None else "")
-            spans.append(f'<span class="t" data-k="{k}" title="{title}" style="--h:{hue:.0f}">{shown}</span>')
-        prompt = html.escape("".join(self.piece(t) for t in self.prompt[: self._start]))
-        given = html.escape(json.dumps(self.arguments, ensure_ascii=False)) if self.arguments else ""
-        return _PAGE.format(
-            sampler=html.escape(self.sampler), summary=html.escape(self.summary), steps=steps, prompt=prompt,
-            cells="".join(spans), arguments=given,
-        )  # fmt: skip
+        """The canvas page with this trace in it: one file that asks no host for anything (docs/canvas.md)."""
+        return page(asdict(self))
 
     @property
     def _start(self) -> int:
         return len(self.prompt) if self.start is None else self.start
-
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Decoding trace</title>
-<style>
-body{{font:16px/1.9 ui-monospace,monospace;max-width:60em;margin:2em auto;padding:0 1em;color:#222;
-overflow-wrap:anywhere}}
-.p,.g{{color:#777;white-space:pre-wrap}} .t{{background:hsl(var(--h) 75% 82%);border-radius:3px;white-space:pre-wrap}}
-.t.off{{background:#eee;color:transparent}} input{{width:100%}} small{{color:#777}}
-</style>
-<h1>{sampler}</h1><p><output id="o">{steps}</output> of {steps} forwards<br><small>{summary}<br>{arguments}</small></p>
-<input id="s" type="range" min="0" max="{steps}" value="{steps}"><p class="p">{prompt}</p><p>{cells}</p>
-<script>
-const s=document.getElementById("s"),o=document.getElementById("o");
-s.oninput=()=>{{o.value=s.value;document.querySelectorAll(".t").forEach(t=>
-t.classList.toggle("off",+t.dataset.k>=+s.value))}};
-</script></html>
-"""
