@@ -19,7 +19,11 @@ from replay import standing_in
 from scripted import tiny
 
 import dllm
+from dllm.bench.runtime import peak_extra, random_model
+from dllm.call import budget as budgets
 from dllm.call.engine import OVERTAKES, Cancelled, QueueFull, Request, TimedOut
+from dllm.decoding.canvas import Plan
+from dllm.decoding.merging import together
 from dllm.errors import DllmError
 
 PROMPTS = ("Tom has 12 apples.", "Ann has 3 cats and buys 4 more cats.", "5", "Say a number.")
@@ -132,14 +136,128 @@ def test_a_lane_that_stood_empty_does_not_hold_the_others_up(form: str) -> None:
     ]
 
 
-def test_groups_take_turns() -> None:
+def test_groups_tick_together() -> None:
     engine = ByHand(network(), max_rows=4)
     rows = [engine.submit([1, 2, 3], sampler=s, **CALL) for s in ("confidence", "margin", "entropy")]
-    for _ in range(20):
+    for turn in range(1, 13):
         engine.turns(1)
-        nfe = [r.told.meter.rows[0].nfe for r in rows]
-        assert max(nfe) - min(nfe) <= 1
+        assert [r.told.meter.rows[0].nfe for r in rows] == [turn] * 3
+    assert engine.load[:4] == (0, 0, 0, 0)
+
+
+class Counting(type(tiny())):  # type: ignore[misc]
+    """A model that notes the rows and columns of its forwards."""
+
+    fed: list[tuple[int, int]]
+
+    def forward(self, ids: torch.Tensor, pos: Any = None, **options: Any) -> torch.Tensor:
+        self.fed.append((len(ids), ids.shape[1]))
+        return super().forward(ids, pos, **options)
+
+
+def counting() -> Any:
+    net = tiny()
+    net.__class__, net.fed = Counting, []
+    return net
+
+
+class Forwards:
+    """An observer of the rows that each forward serves, those of guidance and its like once."""
+
+    def __init__(self) -> None:
+        self.rows = list[int]()
+
+    def forward(self, kind: str, rows: int) -> None:
+        self.rows.append(rows)
+
+    def ticked(self, seconds: float, ticks: Any) -> None:
+        pass
+
+    def ended(self, request: Request[Any]) -> None:
+        pass
+
+
+MIXED: list[tuple[list[int], dict[str, Any]]] = [
+    ([1, 2, 3], {"sampler": "threshold:tau=0.2"}),
+    ([7, 8, 9, 4], {"sampler": "margin", "temperature": 0.8, "seed": 3}),
+    ([5], {"sampler": "wino"}),  # feeds more queries, which see some of the others
+    ([6, 6], {"sampler": "confidence", "cfg_scale": 0.5}),  # and this one more rows
+]
+
+
+@pytest.mark.parametrize(
+    ("switches", "first", "served"),
+    [
+        ({}, [(3, 17), (2, 14)], [3, 1]),  # with four columns of a shadow the one, and two rows of guidance the other
+        ({"shift": 1}, [(4, 16)], [3]),
+        ({"block_size": 4}, [(3, 4), (1, 8)], [2, 1]),
+    ],
+    ids=str,
+)
+def test_one_forward_serves_groups_of_other_samplers(
+    switches: dict[str, int], first: list[tuple[int, int]], served: list[int]
+) -> None:
+    net = tiny(**switches)
+    net.__class__, net.fed = Counting, []
+    heard = Forwards()
+    engine = ByHand(net, max_rows=8, observer=heard)
+    mixed = [(p, {**CALL, "cache": "none", **a}) for p, a in MIXED if not switches or "wino" not in str(a)]
+    requests = [engine.submit(p, **a) for p, a in mixed]
+    engine.turns(1)
+    assert net.fed == first and heard.rows == served
     engine.finish()
+    for (prompt, arguments), request in zip(mixed, requests, strict=True):
+        ours, plain = request.result(), dllm.generate(net, prompt, **arguments)
+        assert (ours.tokens, ours.nfe, ours.calls, ours.positions) == (
+            plain.tokens, plain.nfe, plain.calls, plain.positions
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [{"batch": "alone"}, {"cache": "dual"}, {"lookahead": 2}], ids=str)
+def test_who_has_a_forward_of_his_own(apart: dict[str, Any]) -> None:
+    """Rows that were asked to decode alone, those with a store of their own, and those that look ahead."""
+    net = counting()
+    engine = ByHand(net, max_rows=4)
+    for sampler in ("confidence", "margin"):
+        engine.submit([1, 2, 3], sampler=sampler, **CALL, **apart)
+    engine.turns(1)
+    assert len(net.fed) == 2
+
+
+def test_rows_of_few_columns_do_not_pay_for_those_of_many() -> None:
+    def plan(rows: int, columns: int) -> Plan:
+        pos = torch.arange(columns).expand(rows, -1)
+        return Plan(pos, pos, None, None, None, None, None, refresh=False, stored=False)
+
+    assert together([plan(1, 100), plan(1, 90), plan(1, 20)]) == [[0, 1]]
+    assert together([plan(1, 20), plan(4, 100), plan(9, 22)]) == [[2, 0]]
+    assert together([plan(1, 100), plan(99, 50)]) == []
+    assert together([]) == together([plan(3, 3)]) == []
+
+
+def test_a_forward_of_several_groups_that_fails_is_taken_apart() -> None:
+    """Memory that is short for both is enough for each: nobody begins anew."""
+    short = tiny()
+    short.__class__, short.times = Short, 1
+    engine = ByHand(short, max_rows=4)
+    calls = [([i, i + 1], {**CALL, "sampler": s}) for i in range(2) for s in ("confidence", "margin")]
+    requests = [engine.submit(p, **a) for p, a in calls]
+    engine.finish()
+    assert short.times == 0 and engine._rows == 4
+    for (prompt, arguments), request in zip(calls, requests, strict=True):
+        assert not request.retried
+        assert request.result().tokens == dllm.generate(short, prompt, **arguments).tokens
+
+
+def test_keys_of_groups_stay_where_a_forward_serves_others_too() -> None:
+    """A group with a cache ticks beside groups without one."""
+    engine = ByHand(network(), max_rows=4)
+    calls = [{**CALL, "sampler": s, "cache": c} for s in ("confidence", "margin") for c in ("none", "dual")]
+    requests = [engine.submit([3, 1, 4], **a) for a in calls]
+    engine.finish()
+    for arguments, request in zip(calls, requests, strict=True):
+        plain = dllm.generate(network(), [3, 1, 4], **arguments)
+        assert (request.result().tokens, request.result().nfe) == (plain.tokens, plain.nfe)
 
 
 def test_one_prompt_gives_an_output_and_several_a_list() -> None:
@@ -333,6 +451,54 @@ def test_stores_stay_within_their_bytes() -> None:
     ]
 
 
+def test_a_tick_stays_within_its_positions() -> None:
+    """Canvases have 64 columns or 128 here, and guidance feeds them twice."""
+    engine = ByHand(network(), max_rows=8, tick_positions=200)
+    calls = [CALL, {**CALL, "sampler": "margin"}, {**CALL, "cfg_scale": 0.5}, {**CALL, "max_new_tokens": 100}]
+    requests = [engine.submit([i], **call) for i in range(3) for call in calls]
+    rows = set()
+    while not all(r.done for r in requests):
+        engine.turns(1)
+        seats = engine._seats.values()
+        assert sum(s.rows * s.row_positions for s in seats) <= 200
+        rows.add(sum(s.rows for s in seats))
+    assert max(rows) == 3
+    assert [r.result().tokens for r in requests] == [
+        dllm.generate(network(), [i], **call).tokens for i in range(3) for call in calls
+    ]
+
+
+def test_a_row_that_no_tick_has_room_for_decodes_by_itself() -> None:
+    engine = ByHand(network(), max_rows=8, tick_positions=100)
+    wide, narrow = engine.submit([1], **{**CALL, "max_new_tokens": 100}), engine.submit([2], **CALL)
+    engine.turns(1)
+    assert engine.load[:2] == (1, 1)
+    engine.finish()
+    assert wide.result() and narrow.result()
+
+
+def test_bounds_are_a_share_of_the_memory_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "left", lambda device: 1 << 30)
+    engine, given = ByHand(embedded()), ByHand(embedded(), kv_bytes=1 << 20, tick_positions=500)
+    position, each = embedded().new_store(1, 1).nbytes // 2, budgets.forward_bytes(embedded())
+    assert engine.budget.kv_bytes == int(0.35 * 2**30)
+    assert engine.budget.positions == int(0.15 * 2**30) // each
+    assert given.budget[2:] == (1 << 20, 500, position, each)
+    assert given.describe() == (
+        "at most 8 rows; cpu: 1.00 GiB left beside the weights; keys and values 0.00 GiB, "
+        f"{position / 1024:.4g} KiB a position: {(1 << 20) // (512 * position)} rows of 512 columns; "
+        f"a tick 500 positions, {each / 1024:.4g} KiB each, {500 * each / 2**30:.2f} GiB"
+    )
+
+
+def test_a_position_needs_what_its_tensors_take() -> None:
+    """Over a forward with its logits, in bytes that are held at the peak."""
+    net, n = random_model(width=256, layers=2, vocabulary=3000, positions=512), 400
+    ids = torch.zeros(1, n, dtype=torch.long)
+    held = peak_extra(lambda: net.logits(net.forward(ids)).softmax(-1).max(-1))
+    assert held <= n * budgets.forward_bytes(net) <= 4 * held
+
+
 def test_who_does_not_fit_is_passed_a_few_times_only() -> None:
     lane = network().new_store(1, 64).nbytes
     engine = ByHand(network(), max_rows=2, kv_bytes=2 * lane)
@@ -387,7 +553,7 @@ def test_mistakes_are_said_by_the_call(arguments: dict[str, Any], says: str) -> 
 
 
 def test_bounds_are_at_least_one() -> None:
-    for name in ("max_rows", "max_queue"):
+    for name in ("max_rows", "max_queue", "kv_bytes", "tick_positions"):
         with pytest.raises(DllmError, match=f"{name}=0 must be at least 1"):
             ByHand(network(), **{name: 0})
 

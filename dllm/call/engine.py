@@ -1,15 +1,16 @@
 """`Engine`: a model that stays up and decodes requests as they come.
 
-    submit -> line -> admission -> a `Group` of rows with the same setting -> ticks, in turn -> events -> request
+    submit -> line -> admission -> a `Group` of rows with the same setting -> a tick of all groups -> events -> request
 
-One thread ticks. Requests with the same setting share forwards (`dllm.decoding.engine`), others take turns; whoever
-submits only prepares, waits and reads. A row gets token for token what `dllm.generate` gives it alone, so a request
-that ran out of memory begins anew without a trace in its stream.
+One thread ticks. Requests with the same setting are a group (`dllm.decoding.engine`), and one forward serves several
+groups where it can (`dllm.decoding.merging`); whoever submits only prepares, waits and reads. A row gets token for
+token what `dllm.generate` gives it alone, so one that ran out of memory begins anew without a trace in its stream.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import queue
 import threading
 import time
@@ -18,9 +19,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, Unpack, cast, overload
 
+import torch
+
 from dllm.call.arguments import DecodingArguments
+from dllm.call.budget import budget
 from dllm.call.generate import Told, answers
 from dllm.call.job import COLUMNS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
@@ -28,11 +33,14 @@ from dllm.call.prompts import One, Prompt, Several, joined
 from dllm.decoding.cache.prefix import Prefixes
 from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
-from dllm.decoding.meter import Kind, Ticket
-from dllm.decoding.runner import Tick
+from dllm.decoding.merging import merged, parted, together
+from dllm.decoding.meter import Kind, Ticket, served
+from dllm.decoding.runner import Ask, Tick
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
+from dllm.models.transformer import Said
 
+log = logging.getLogger(__name__)
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
 T = TypeVar("T")
 Answer_co = TypeVar("Answer_co", covariant=True)
@@ -89,7 +97,7 @@ class Request(Generic[Answer_co]):
         self.told = Told(job, live=False, watch=None if observer is None else observer.forward)
         self.left = deque(range(len(job.prompts)))  # rows that have no lane yet
         self.alone, self.setting = alone, object() if alone else job.setting
-        self.row_bytes = job.store_bytes()
+        self.row_bytes, self.row_positions = job.store_bytes(), job.row_positions
         self.passed = 0  # younger requests that went before it
         self.retried = False  # memory ran out once
         self.error: Exception | None = None
@@ -231,8 +239,12 @@ class Seats:
     group: Group
     held: ExitStack  # what its runner holds
     row_bytes: int
+    row_positions: int
     counts: Counts | None  # of its graphs
+    alone: bool  # its forwards are its own
     requests: list[Request[object]] = field(default_factory=list)
+    said: dict[int, Said] = field(default_factory=dict)  # in this tick to what its group asked, by place
+    seconds: float = 0.0  # of this tick so far, whole forwards that it shares among them
 
     @property
     def room(self) -> int:
@@ -249,9 +261,10 @@ class Engine:
     """A model that decodes requests as they come, in a thread of its own.
 
     model: as `dllm.generate` takes it. max_rows: rows decoded at a time, all requests together. kv_bytes: bytes for
-    their keys and values, None: no bound. max_queue: requests that may wait. prefix_bytes: bytes for keys and values of
-    prompts that may come again (block-causal models). observer: is told of forwards, ticks and ends. Use it in a `with`
-    block, or `close` it.
+    their keys and values; tick_positions: columns of all rows that decode at a time, copies counted; None: a share of
+    the memory that is left beside the weights (`budget`). max_queue: requests that may wait. prefix_bytes: bytes for
+    keys and values of prompts that may come again (block-causal models). observer: is told of forwards, ticks and ends.
+    Use it in a `with` block, or `close` it.
 
     with dllm.Engine(model) as engine:
         requests = [engine.submit(prompt, sampler="klass") for prompt in prompts]
@@ -266,27 +279,31 @@ class Engine:
         *,
         max_rows: int = 8,
         kv_bytes: int | None = None,
+        tick_positions: int | None = None,
         max_queue: int = 256,
         prefix_bytes: int = 1 << 28,
         observer: Observer | None = None,
     ) -> None:
-        for name, bound in {"max_rows": max_rows, "max_queue": max_queue}.items():
-            if bound < 1:
+        bounds = {"max_rows": max_rows, "max_queue": max_queue, "tick_positions": tick_positions, "kv_bytes": kv_bytes}
+        for name, bound in bounds.items():
+            if bound is not None and bound < 1:
                 raise DllmError(f"{name}={bound!r} must be at least 1")
         self.model = resolve_model(model)
         if self.model.own_decoder is not None:
             raise DllmError("this model decodes itself, one prompt at a time: use dllm.generate")
-        self.max_rows, self.kv_bytes, self.max_queue, self.observer = max_rows, kv_bytes, max_queue, observer
+        self.max_rows, self.max_queue, self.observer = max_rows, max_queue, observer
+        self.budget = budget(self.model, kv_bytes, tick_positions)
+        log.info("engine: %s", self.describe())
         block = self.model.block_size
         self.prefixes = Prefixes(block, prefix_bytes) if block and prefix_bytes > 0 else None
         self.ticked = time.monotonic()  # when the last tick was
         self._works = deque[Callable[[], None]]()  # what is to be done between ticks
+        self.most = 0  # rows that have decoded at a time
         self._rows = max_rows  # as far as memory lets
         self._line = deque[Request[object]]()
         self._seats: dict[Hashable, Seats] = {}
         self._closing: Literal["", "drain", "abort"] = ""
         self._change = threading.Condition()
-        self._turns = deque[Hashable]()  # settings, the next one to tick in front
         self._thread = threading.Thread(target=self._run, name="dllm-engine", daemon=True)
         self._start()
 
@@ -350,10 +367,10 @@ class Engine:
         given = {"n": n, **arguments}
         job = prepare(self.model, joined(prompt, None, None), given, grain=1 if alone else COLUMNS)
         request = Request[Output | list[Output]](job, alone, until, self._notify, self.observer)
-        if self.kv_bytes is not None and request.row_bytes > self.kv_bytes:
+        if request.row_bytes > self.budget.kv_bytes:
             raise DllmError(
                 f"a canvas of {job.queue.canvas.ids.shape[1]} columns needs {request.row_bytes} bytes for keys and "
-                f"values, and kv_bytes={self.kv_bytes}: shorten it, or give the engine more"
+                f"values, and kv_bytes={self.budget.kv_bytes}: shorten it, or give the engine more"
             )
         with self._change:
             if not self._change.wait_for(lambda: self._closing or len(self._line) < self.max_queue, wait):
@@ -391,6 +408,10 @@ class Engine:
     def alive(self) -> bool:
         """Whether its thread runs."""
         return self._thread.is_alive()
+
+    def describe(self) -> str:
+        """How much it decodes at a time, and how that was found, in one line."""
+        return f"at most {self.max_rows} rows; {self.budget.describe()}"
 
     @property
     def load(self) -> Load:
@@ -454,7 +475,7 @@ class Engine:
             return self._closing != "abort" and bool(self._line or self._seats or self._works)
 
     def _turn(self) -> None:
-        """One tick of the next group, and what comes before and after it."""
+        """One tick of every group, and what comes before and after it."""
         now = self.ticked = time.monotonic()
         while self._works:
             self._works.popleft()()
@@ -465,11 +486,38 @@ class Engine:
                 request.fail(TimedOut("the request was not done in its time: give it a longer timeout="))
         for request, rows in self._admitted():
             self._seat(request, rows)
-        if not self._turns:
-            return
-        key = self._turns[0]
-        self._turns.rotate(-1)
-        self._guarded(key, self._tick)
+        asked = list[tuple[Seats, int, Ask]]()
+        for key in list(self._seats):
+            self._guarded(key, partial(self._ask, asked))
+        self._forward(asked)
+        for key in list(self._seats):
+            self._guarded(key, self._tick)
+
+    def _ask(self, asked: list[tuple[Seats, int, Ask]], seats: Seats) -> None:
+        """Let rows of this group leave and enter, and note the forwards that others may share with it."""
+        began, seats.said = time.perf_counter(), {}
+        seats.group.turnover()
+        if not seats.alone:
+            asked += [(seats, place, ask) for place, ask in enumerate(seats.group.ask())]
+        seats.seconds = time.perf_counter() - began
+
+    @torch.inference_mode()
+    def _forward(self, asked: Sequence[tuple[Seats, int, Ask]]) -> None:
+        """Run the forwards that serve several groups. Who gets no answer has one of its own, where an error hits nobody
+        else."""
+        for some in together([ask.plan for *_, ask in asked]):
+            own = [asked[i] for i in some]
+            plans, began = [ask.plan for *_, ask in own], time.perf_counter()
+            try:
+                said = parted(own[0][0].group.run.said(merged(plans)), plans)
+            except Exception as error:
+                log.debug("a forward of several groups failed, each has one of its own: %s", error)
+                continue
+            served([ticket for *_, ask in own for ticket in ask.part.request], own[0][2].part.kind)
+            for seats in {id(seats): seats for seats, *_ in own}.values():
+                seats.seconds += time.perf_counter() - began
+            for (seats, place, _), part in zip(own, said, strict=True):
+                seats.said[place] = part
 
     def _admitted(self) -> list[tuple[Request[object], list[int]]]:
         """Rows that get a lane now, in the order of the line; who does not fit is passed by others a few times."""
@@ -478,6 +526,7 @@ class Engine:
             free, blocked = self._rows - sum(s.rows for s in self._seats.values()), list[Request[object]]()
             lanes = {key: seats.room for key, seats in self._seats.items()}
             kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
+            taking = sum(s.row_positions * s.rows for s in self._seats.values())
             for request in [r for r in self._line if r.done]:  # cancelled, or out of time: room for others
                 self._line.remove(request)
             for request in list(self._line):
@@ -490,8 +539,11 @@ class Engine:
                 if request.setting not in lanes:
                     lanes[request.setting] = self._lanes(request, kv)
                     kv += lanes[request.setting] * request.row_bytes
-                count = min(free, lanes[request.setting], len(request.left))
+                fits = (self.budget.positions - taking) // request.row_positions
+                fits = fits if taking else max(1, fits)  # a row that no tick has room for decodes by itself
+                count = min(free, lanes[request.setting], len(request.left), max(0, fits))
                 if count:
+                    taking += count * request.row_positions
                     taken.append((request, [request.left.popleft() for _ in range(count)]))
                     free, lanes[request.setting] = free - count, lanes[request.setting] - count
                     for other in blocked:
@@ -501,14 +553,14 @@ class Engine:
                 else:
                     self._line.remove(request)
             self._change.notify_all()  # the line may have room
+            running = sum(s.rows for s in self._seats.values()) + sum(len(rows) for _, rows in taken)
+            self.most = max(self.most, running)
         return taken
 
     def _lanes(self, request: Request[object], kv: int) -> int:
         """Lanes of a new group for this setting, beside stores that take `kv` bytes."""
         most = 1 if request.alone else self._rows
-        if self.kv_bytes is None or not request.row_bytes:
-            return most
-        return min(most, (self.kv_bytes - kv) // request.row_bytes)
+        return min(most, (self.budget.kv_bytes - kv) // request.row_bytes) if request.row_bytes else most
 
     def _seat(self, request: Request[object], rows: list[int]) -> None:
         """Give rows of a request to the group of their setting."""
@@ -532,8 +584,9 @@ class Engine:
                 request.fail(error)
                 return
             with self._change:
-                self._seats[key] = Seats(group, held, request.row_bytes, job.counts)
-            self._turns.append(key)
+                self._seats[key] = Seats(
+                    group, held, request.row_bytes, request.row_positions, job.counts, request.alone
+                )
         self._guarded(key, enter)
 
     def _guarded(self, key: Hashable, work: Callable[[Seats], None]) -> None:
@@ -568,7 +621,6 @@ class Engine:
         """Let a group go, with all that it holds."""
         with self._change:
             seats = self._seats.pop(key)
-        self._turns.remove(key)
         if error is None:
             seats.held.close()
         else:  # what it holds may be half done
@@ -577,9 +629,9 @@ class Engine:
     def _tick(self, seats: Seats) -> None:
         """A tick of this group, and what its requests are told of it."""
         began = time.perf_counter()
-        ticks = seats.group.tick()
+        ticks = seats.group.advance(seats.said)
         if self.observer is not None:
-            self.observer.ticked(time.perf_counter() - began, ticks)
+            self.observer.ticked(seats.seconds + time.perf_counter() - began, ticks)
         calls = {request.told.meter: request for request in seats.requests}
         for request in seats.requests:
             if any(ticket.broken for ticket in request.told.meter.rows):

@@ -39,6 +39,7 @@ from dllm.errors import DllmError, TooLong, out_of_memory
 from dllm.lookahead import form
 from dllm.lookahead.captured import CapturedChainRunner
 from dllm.lookahead.chain import ChainRunner
+from dllm.lookahead.pace import ROWS
 from dllm.lookahead.setting import Lookahead, Stats
 from dllm.models.hub import load
 from dllm.models.model import Model
@@ -101,6 +102,13 @@ class Job:
         copies = 1 if self.sampler.inputs is None else self.sampler.inputs.lanes
         smallest = self.model.new_store(1, 1)  # two slots: the spare one is part of every lane
         return smallest.nbytes // 2 * (self.queue.canvas.ids.shape[1] + 1) * copies
+
+    @property
+    def row_positions(self) -> int:
+        """What a forward of one row computes at most: its canvas, as often as inputs and a lookahead feed it."""
+        copies, ahead = 1 if self.sampler.inputs is None else self.sampler.inputs.lanes, self.lookahead
+        rows = 1 if ahead is None else ahead.max_rows or (max(ROWS) if ahead.rows == "auto" else int(ahead.rows))
+        return self.queue.canvas.ids.shape[1] * copies * rows
 
     @property
     def reusable(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from types import FunctionType, MethodType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,7 @@ def overwrite(old: Rows, new: Rows) -> None:
 class CapturedRunner(Runner):
     """The runner that replays."""
 
+    shares: ClassVar[bool] = False
     graphs: Graphs
 
     def begin(self, batch: Batch) -> None:

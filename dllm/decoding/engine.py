@@ -10,8 +10,9 @@ tick: a small table says what the host must know to go on (`facts`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, repeat
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,12 @@ from dllm.decoding.canvas import State
 from dllm.decoding.facts import fetch, flags
 from dllm.decoding.graphs import index
 from dllm.decoding.meter import Meter, Ticket, computed
-from dllm.decoding.runner import Batch, Options, Part, Runner, Stepped, Tick
+from dllm.decoding.runner import Ask, Batch, Options, Part, Runner, Stepped, Tick
 from dllm.decoding.slots import Sampler
 from dllm.decoding.step import opened
 from dllm.errors import DllmError
 from dllm.models.model import Model
+from dllm.models.transformer import Said
 
 BROKEN = "the model returned NaN or infinite logits: load it in float32 or bfloat16, or check the checkpoint"
 
@@ -86,6 +88,7 @@ class Group:
         self.free = list(range(lanes))
         self.caps = [0] * lanes  # steps that the row of each lane may take
         self.batch: Batch | None = None
+        self.asked: list[Ask] = []  # that others may answer, in this tick
 
     @property
     def busy(self) -> bool:
@@ -114,21 +117,42 @@ class Group:
             self.batch = vacant(rows, self.lanes)
             self.run.begin(self.batch)
 
-    @torch.inference_mode()
     def tick(self) -> list[Tick]:
-        """Let rows leave and enter, then step: what observers are shown of it. A row whose logits have no softmax ends,
-        and its ticket says so."""
+        """Let rows leave and enter, then step by forwards of their own: what observers are shown of it."""
+        self.turnover()
+        return self.advance()
+
+    @torch.inference_mode()
+    def turnover(self) -> None:
+        """Let rows leave, and others enter."""
+        if self.batch is not None:
+            self._leave(self.batch)
+            self._enter(self.batch)
+
+    @torch.inference_mode()
+    def ask(self) -> list[Ask]:
+        """The forwards that the next step waits for, if others may share them: `advance` takes what they said."""
         run, batch = self.run, self.batch
-        if batch is None:
+        if run.shares and batch is not None and batch.busy and not ending(batch):
+            self.asked = run.asks(batch)
+        return self.asked
+
+    @torch.inference_mode()
+    def advance(self, said: Mapping[int, Said] = MappingProxyType({})) -> list[Tick]:
+        """Step, by what forwards `said` to what was asked, by place, and by own ones: what observers are shown of it.
+
+        A row whose logits have no softmax ends, and its ticket says so.
+        """
+        run, batch = self.run, self.batch
+        if batch is None or not batch.busy:
             return []
-        self._leave(batch)
-        self._enter(batch)
-        busy = batch.busy
-        if not busy:
-            return []
-        tickets = batch.tickets
-        ending = [i for i, t in zip(busy, tickets, strict=True) if batch.facts[i].closing or t.capped]
-        parts = [batch.took(run.close(batch.part(ending)))] if ending else run.tick(batch)
+        busy, tickets, last = batch.busy, batch.tickets, ending(batch)
+        asked, self.asked = self.asked, []
+        if asked:
+            answers = [said[i] if i in said else run.alone(ask) for i, ask in enumerate(asked)]
+            parts = [batch.took(run.told(ask, own)) for ask, own in zip(asked, answers, strict=True)]
+        else:
+            parts = [batch.took(run.close(batch.part(last)))] if last else run.tick(batch)
         batch.facts = fetch(batch.flags)  # the wait of the tick
         self._broken(batch, busy)
         ticks = list[Tick]()
@@ -220,6 +244,11 @@ class Group:
         if rows:
             over(batch, rows)
             self.run.forget(rows)
+
+
+def ending(batch: Batch) -> list[int]:
+    """Rows whose next forward fills what is left."""
+    return [i for i, t in zip(batch.busy, batch.tickets, strict=True) if batch.facts[i].closing or t.capped]
 
 
 def opening(s: Sampler, policy: Policy, queue: State, tickets: Sequence[Ticket]) -> Batch:

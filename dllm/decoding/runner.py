@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,6 +141,16 @@ class Batch:
         """Carry out the step that some rows took."""
         self.put(turn.part.rows, turn.state, turn.window, turn.flags)
         return Stepped(turn.part, turn.answer.filled)
+
+
+class Ask(NamedTuple):
+    """A step that waits for its forward."""
+
+    part: Part
+    shape: Shape
+    window: Span  # its reads cut to the shape
+    plan: Plan  # what is fed
+    queries: int  # the planned ones; inputs may feed more behind them
 
 
 class Turn(NamedTuple):
@@ -298,6 +308,7 @@ class Answer:
 class Runner:
     """Runs plans: expands the inputs, calls the model, counts, and takes the step that the prediction allows."""
 
+    shares: ClassVar[bool] = True  # whether forwards of others may answer what it `asks`; else it makes its own
     model: Model
     s: Sampler
     policy: Policy
@@ -345,11 +356,31 @@ class Runner:
         served(part.request, part.kind)
         return self.work(part, Shape.of(part.facts, part.fed))
 
+    def asks(self, batch: Batch) -> list[Ask]:
+        """The forwards that the next step of every row waits for (`shares`)."""
+        parts = [batch.part(rows) for rows in kinds(batch.busy, batch.facts)]
+        return [self.ask(part, Shape.of(part.facts, part.fed)) for part in parts]
+
     def work(self, part: Part, shape: Shape) -> Turn:
         """The same in these sizes: plan, forward, step, next window. It asks the device nothing: it can be captured."""
-        window = part.window.cut(shape.reads)
-        answer = self.forward(part.state, window, self.planned(part, shape))
-        pred = answer.read(window.reads, shape.reach)
+        ask = self.ask(part, shape)
+        return self.told(ask, self.said(ask.plan))
+
+    def alone(self, ask: Ask) -> Said:
+        """What a forward of its own says to an ask."""
+        served(ask.part.request, ask.part.kind)
+        return self.said(ask.plan)
+
+    def ask(self, part: Part, shape: Shape) -> Ask:
+        """The half of the work in front of the forward."""
+        window, plan = part.window.cut(shape.reads), self.planned(part, shape)
+        return Ask(part, shape, window, expanded(self.s, part.state, window, plan), plan.pos.shape[1])
+
+    def told(self, ask: Ask, said: Said) -> Turn:
+        """The half behind it."""
+        part, window = ask.part, ask.window
+        answer = self.answer(part.state, window, ask.plan, said, ask.queries)
+        pred = answer.read(window.reads, ask.shape.reach)
         return self.stepped(part, answer, pred, self.options.step(self.s, part.state, window, pred))
 
     def planned(self, part: Part, shape: Shape) -> Plan:

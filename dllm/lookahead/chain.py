@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,7 @@ class Played(NamedTuple):
 class ChainRunner(Runner):
     """The runner whose forwards answer chains of drafts; a ticket gets the statistics of its row."""
 
+    shares: ClassVar[bool] = False
     setting: Lookahead
     clocks: dict[int, int] = field(default_factory=dict)  # steps that each lane has taken
     last: dict[int, Last] = field(default_factory=dict)  # by lane

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dllm.decoding.cache.policy import planned
 from dllm.decoding.canvas import Plan, State, mapped
@@ -38,6 +39,7 @@ from dllm.models.transformer import Outputs, Said
 class LookaheadRunner(Runner):
     """The runner that looks ahead; a ticket gets the statistics of its row."""
 
+    shares: ClassVar[bool] = False
     setting: Lookahead
 
     def __post_init__(self) -> None:

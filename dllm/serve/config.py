@@ -23,7 +23,8 @@ class ServeConfig:
     defaults: Mapping[str, object] = param({}, "arguments of dllm.generate for requests that leave them out")
     # the engine
     max_rows: int = param(8, "rows decoded at a time", low=1)
-    kv_bytes: int | None = param(None, "bytes for keys and values; None: no bound", low=1)
+    kv_bytes: int | None = param(None, "bytes for keys and values; null: a share of what is left", low=1)
+    tick_positions: int | None = param(None, "columns of all rows that decode at a time; null: by memory", low=1)
     max_queue: int = param(256, "requests that wait; the next one gets status 429", low=1)
     prefix_bytes: int = param(1 << 28, "bytes for keys and values of prompts that may come again", low=0)
     # what a request may be

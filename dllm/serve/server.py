@@ -32,9 +32,10 @@ def listen(checkpoint: Checkpoint, config: ServeConfig) -> None:
     """Serve a checkpoint until a signal comes."""
     config.keys()  # an error now, before a model is loaded
     engine = Engine(
-        load(checkpoint), max_rows=config.max_rows, kv_bytes=config.kv_bytes, max_queue=config.max_queue,
-        prefix_bytes=config.prefix_bytes,
+        load(checkpoint), max_rows=config.max_rows, kv_bytes=config.kv_bytes, tick_positions=config.tick_positions,
+        max_queue=config.max_queue, prefix_bytes=config.prefix_bytes,
     )  # fmt: skip
+    log.info("engine: %s", engine.describe())
     app = create_app(engine, config, Path(checkpoint.name).name)
     Server(app.state.serving, uvicorn.Config(
         app, host=config.host, port=config.port, limit_concurrency=config.connections, timeout_graceful_shutdown=5,
