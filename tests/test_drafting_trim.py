@@ -19,6 +19,7 @@ from dllm.cli import main
 from dllm.drafting.config import SpecConfig
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Ask, Need, asked
+from dllm.drafting.reading import Readings
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.trim import as_keep, coverage, kept, ranked, sizes
 from dllm.drafting.vocabulary import Vocabulary
@@ -98,7 +99,9 @@ def test_a_model_without_a_matrix_for_a_head_is_cut_behind_it(monkeypatch):
     same(drafter(m, Need(m.vocab_size - 1, frozenset({8})), vocab_keep=KEPT).draft(P, 4), expected)
 
 
-@pytest.mark.parametrize("more", [{}, {"tree": 6}, {"window": 6}, {"window": "4:sinks=2,recall=4,chunk=2"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"tree": 6}, {"window": 6}, {"window": "4:sinks=2,recall=4,chunk=2"}, {"window": "auto"}], ids=str
+)
 def test_texts_stay_the_verifiers_own(more):
     verifier, m = golden("tiny-llama-ar-random"), model(LLADA)
     prompts = [P, P[:4], [*P, 3, 3]]
@@ -269,6 +272,87 @@ def test_a_head_over_states_sees_the_last_tokens_alone():
         head.fork().reset(ids, Need(verifier.vocab, model=verifier.model, window=Window(6, sinks=1)))
 
 
+def readings(seconds, beside=0.0):
+    """What drafts took that fed so many tokens, each measured twice."""
+    found = Readings()
+    for n, taken in seconds.items():
+        for _ in range(2):
+            found.drafts.of(1).add(n, taken)
+    found.beside.add(1, beside)
+    return found
+
+
+LASTING = [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("each", "beside"), [(0.001, 0.0), (0.001, 0.12), (0.0001, 0.12), (0.02, 0.12)])
+def test_a_reading_is_the_widest_that_adds_a_tenth_to_the_cheapest_round(each, beside):
+    cost = {n: 0.04 + each * n for n in (12, 72, 128, 256, 512, 1024)}
+    taken = lambda tokens, drafts: 0.04 + each * ((tokens + 8) + (drafts - 1) * 12) / drafts  # noqa: E731
+    found = readings(cost, beside).choose(5000, 8, 1, LASTING)
+    every = {(64 << i, n): taken(64 << i, n) for i in range(6) for n in LASTING}
+    cheapest = min(taken(64, n) for n in LASTING)
+    fits = [(w, -n) for (w, n), s in every.items() if s <= cheapest + 0.1 * (cheapest + beside) + 1e-9]
+    assert (found.tokens, -found.drafts) == max(fits)
+
+
+def test_a_reading_at_most_doubles_and_begins_small():
+    flat = {n: 0.05 for n in (12, 72)}
+    assert Readings().choose(5000, 8, 1, LASTING) == (64, 8)
+    assert readings(flat).choose(5000, 8, 1, LASTING) == (128, 1)
+    assert readings({**flat, 128: 0.05}).choose(5000, 8, 1, LASTING) == (256, 1)
+    assert readings(flat).choose(40, 8, 1, LASTING) == (40, 1)  # a short text is read whole
+    assert readings({72: 0.05}).choose(40, 8, 1, LASTING)[1] == 8  # what it takes to keep a reading is tried first
+    assert readings({**flat, 96: 0.05}).choose(5000, 8, 1, [1], unit=48).tokens == 192  # whole blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "each", "least", "most"), [(LLADA, 0.0, 90, 200), (LLADA, 0.01, 0, 64), (SDAR, 0.01, 0, 72)]
+)
+def test_a_measured_window_costs_the_same_behind_any_text(name, each, least, most, monkeypatch):
+    """A clock that only the drafter's forwards move: they take so much a token, and a tenth of a second."""
+    m, fed, clock = model(name), [], [0.0]
+    forward = m.forward
+
+    def spied(ids, *a, **kw):
+        fed.append(ids.shape[1])
+        clock[0] += 0.1 + each * ids.shape[1]
+        return forward(ids, *a, **kw)
+
+    monkeypatch.setattr("dllm.drafting.diffusion.perf_counter", lambda: clock[0])
+    m.forward = spied
+    text = [int(t) for t in torch.randint(3, 90, (400,), generator=torch.Generator().manual_seed(3))]
+    room = m.max_positions * 2 // 3
+    means = {}
+    for n in (70, min(300, room)):
+        d, ids = drafter(m, window="auto"), text[:n]
+        d.reset(ids, d.need)
+        for _ in range(24):
+            before = len(fed)
+            lat = d.draft(ids, 4)
+            assert lat.k == 4
+            if len(fed) - before == 1 and fed[before] > d.reading.tokens:  # read anew: that of the text that it reads
+                m.forward = forward
+                same(lat, drafter(m, prefix_cache="none").draft(d._read(ids, False), 4))
+                m.forward = spied
+            ids = [*ids, *text[-2:]]
+            d.observe(ids, ids[-2:], ())
+        means[n] = np.mean(fed[-16:])
+    assert least < d.reading.tokens <= most
+    if each:
+        assert means[min(300, room)] < 1.5 * means[70]
+
+
+def test_a_measured_window_is_refused_where_nothing_measures():
+    at = GOLDEN / "checkpoints"
+    verifier = as_verifier(AutoModelForCausalLM.from_pretrained(at / "tiny-qwen3-ar-deep-random", dtype=torch.float64))
+    head = as_drafter(str(at / "tiny-dflash-trained-qwen3-ar-deep"))
+    with pytest.raises(DllmError, match="give window= a number"):
+        dllm.speculate(verifier, head, P, window="auto")
+    with pytest.raises(DllmError, match="give window= a number"):
+        dllm.speculate("tiny-ar", SamplerDrafter(dllm.load("tiny")), P, window="auto")
+
+
 def test_windows_are_written_in_one_way():
     assert (
         as_window("256:sinks=4,recall=128")
@@ -276,6 +360,7 @@ def test_windows_are_written_in_one_way():
         == as_window({"tokens": 256, "sinks": 4, "recall": 128})
     )
     assert as_window(40) == as_window("40") == Window(40)
+    assert as_window("auto:sinks=4") == as_window({"tokens": "auto", "sinks": 4}) == Window(None, 4)
     for wrong, said in ((0, "at least 1"), ("x", "an integer"), ({"tokns": 3}, "tokens"), ("9:sinks=-1", "at least 0")):
         with pytest.raises(DllmError, match=said):
             as_window(wrong)

@@ -34,6 +34,7 @@ CONTEXTS: dict[str, Options] = {
     "window 256": {"window": 256},
     "window 256, approx": {"window": 256, "prefix_cache": "approx"},
     "window 192, recall 64": {"window": "192:recall=64"},
+    "auto": {"window": "auto"},
 }
 READS: dict[str, Options] = {
     "whole text": {},
@@ -41,6 +42,7 @@ READS: dict[str, Options] = {
     "window 32": {"window": 32},
     "window 32, 16 sinks": {"window": "32:sinks=16"},
     "window 32, recall 32": {"window": "32:recall=32,chunk=16"},
+    "auto": {"window": "auto"},
 }
 
 

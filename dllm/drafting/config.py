@@ -46,8 +46,8 @@ class SpecConfig:
              a model; what they take is counted with the drafter.
     trim     the verifier's ids that drafts are made of: a list, a file of `dllm trim`, or how many of the first. Of a
              drafter's head no more is computed. None: all, or what the drafter came with.
-    window   what of the text drafters read: the last tokens, or "256:sinks=4,recall=128", see `Window`. None: all of
-             it, or as the drafter came.
+    window   what of the text drafters read: the last tokens, or "256:sinks=4,recall=128", see `Window`; "auto": as much
+             as costs little by what drafts take. None: all of it, or as the drafter came.
     """
 
     search: str | Mapping[str, object] | PathSearch | None = None

@@ -7,9 +7,10 @@ masks.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain as joined
+from time import perf_counter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,10 +25,11 @@ from dllm.drafting.drafters import Ask, Draft, Need, Ragged
 from dllm.drafting.lattice import DraftFailure, listed
 from dllm.drafting.places import Tables, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, chain, fit, sent
+from dllm.drafting.reading import Reading, Readings
 from dllm.drafting.store import Seen
 from dllm.drafting.trim import KeepLike, as_keep, kept
 from dllm.drafting.vocabulary import Vocabulary
-from dllm.drafting.window import WindowLike, as_window
+from dllm.drafting.window import Window, WindowLike, as_window
 from dllm.errors import DllmError
 from dllm.models.model import ForwardOptions, Model
 from dllm.models.moe import wide
@@ -56,6 +58,7 @@ class Head:
 _KNOWN: WeakKeyDictionary[Model, dict[tuple[int, int, str | Vocabulary, frozenset[int] | None], Head]] = (
     WeakKeyDictionary()
 )
+_MEASURED: WeakKeyDictionary[Model, Readings] = WeakKeyDictionary()  # of drafts of a model, whatever they are for
 SLOTS, READS = 1024, 16  # the least of captured drafts: texts and lengths share them, and so many cost next to nothing
 ROOM = 256  # slots of a store to begin with, where nothing is captured
 
@@ -122,7 +125,8 @@ class DiffusionDrafter(Ragged):
     verifier_tokenizer   None: the one that the verifier came with (inside `generate` it has none: give it here).
     vocab_keep        the verifier's ids that drafts are made of, see `as_keep`: of the head no more is computed.
     window            what of a text is read, see `Window`; None: as much as there are positions. Where a prefix is
-                      reused its beginning moves by half a window at a time. `trim` and `window` of a call go first.
+                      reused its beginning moves by half a window at a time. "auto": how much, and whether it is reused,
+                      by what drafts take, see `Readings`. `trim` and `window` of a call go first.
     temperature       of the drafter's own rows, on top of the verifier's warpers.
     """
 
@@ -158,7 +162,11 @@ class DiffusionDrafter(Ragged):
         self.lane = 0  # of this text in a store of several
         self.fed: list[int] = []  # ids at the positions whose stored keys and values are usable
         self.final = 0  # tokens of the text that no later round takes back
-        self.age = 0
+        self.age = 0  # drafts since all was read
+        self.reading: Reading | None = None  # by what was measured
+        self.begun = 0  # tokens of the text when that was chosen
+        self.drafted = 0.0  # when the last draft was there
+        self.fellows = 1  # texts that were drafted for together then
 
     @property
     def chains_only(self) -> bool:
@@ -173,6 +181,7 @@ class DiffusionDrafter(Ragged):
         specials = [self.model.mask_id, self.model.pad_id, self.model.bos_id, self.suffix]
         self.banned = self.vocabulary.banned(specials) - need.eos
         self.held, self.fed, self.final = None, [], len(ids)
+        self.reading, self.drafted = None, 0.0
         if need.loans is not None:
             self.lane = need.loans.lane(self.model)
 
@@ -199,13 +208,16 @@ class DiffusionDrafter(Ragged):
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
         """What was emitted is final: a prefix cache may keep it."""
         self.final = len(ids)
+        if self.drafted:
+            self._measured.beside.add(self.fellows, (perf_counter() - self.drafted) / self.fellows)
+            self.drafted = 0.0
 
     @property
     def company(self) -> Hashable:
         """Texts that are drafted in one forward: of one model, by one law."""
         return (
-            id(self.model), id(self.need.loans), self.suffix, self.lookahead, self.prefix_cache, self.refresh,
-            self.temperature, self.banned, self._words, self.reads, self.need.law,
+            id(self.model), id(self.need.loans), self.suffix, self.lookahead, self.temperature, self.banned,
+            self._words, self.need.law,
         )  # fmt: skip
 
     @property
@@ -220,12 +232,15 @@ class DiffusionDrafter(Ragged):
         fed: dict[bool, dict[int, Job]] = {}
         for i, a in enumerate(asks):
             assert isinstance(a.drafter, DiffusionDrafter)
+            a.drafter.fellows = len(asks)
             stored, job = a.drafter._job(a)
             if job is not None:
                 fed.setdefault(stored, {})[i] = job
         for stored, jobs in fed.items():
-            table, rows = self._told(list(jobs.values()), stored)
+            start, mine = perf_counter(), list(jobs.values())
+            table, rows = self._told(mine, stored)
             table = table.cpu()  # the one wait for a draft
+            self._measure(mine, perf_counter() - start)
             for at, (i, job) in enumerate(jobs.items()):
                 row = None if rows is None else rows[at, : job.k]
                 try:
@@ -241,8 +256,49 @@ class DiffusionDrafter(Ragged):
         if k < 1:
             return False, None
         u = None if self.vocabulary.kind == "text" else self.need.uniforms(k, a.generator)
+        self._look(len(context), k)
         row, n, stored = self._row(context, k)
         return stored, Job(self, row, 0, n, k, u, max(0, self.final - (len(context) - n)))
+
+    def _look(self, length: int, k: int) -> None:
+        """Choose how much of a text of `length` tokens is read, where that is measured and the last reading is over."""
+        window, block, last = self.reads, self.model.block_size, self.reading
+        if window is None or window.tokens is not None:
+            return
+        room = self.model.max_positions - k - self._extra(k)
+        if last is not None and last.drafts > 1 and last.tokens + length - self.begun <= room:
+            lasts = length - self.begun < last.tokens // 2 if block else self.age < last.drafts
+            if lasts:
+                return
+        most = max(1, min(length, room * 2 // 3 - window.sinks - window.recall))
+        lasting = [self.refresh]  # blocks that are over stay as they are, so that none is read anew for freshness
+        if self.prefix_cache == "none" or self.vocabulary.kind != "ids":
+            lasting = [1]
+        elif not block:
+            lasting = [*(1 << i for i in range(self.refresh.bit_length()) if 1 << i < self.refresh), self.refresh]
+        self.reading = self._measured.choose(most, k, self.fellows, lasting, block or 1)
+        self.begun, self.age = length, self.reading.drafts  # what is kept is read anew
+
+    @property
+    def looks(self) -> Window | None:
+        """What is read of the text now, in tokens; None: all of it."""
+        window, reading = self.reads, self.reading
+        if window is None or window.tokens is not None:
+            return window
+        return None if reading is None else replace(window, tokens=reading.tokens)
+
+    @property
+    def _measured(self) -> Readings:
+        return _MEASURED.setdefault(self.model, Readings())
+
+    def _measure(self, jobs: Sequence[Job], seconds: float) -> None:
+        """Note what a draft took, where that decides how much is read. A text's first round reads the prompt: what
+        stands beside it is no other round's."""
+        if self.reads is None or self.reads.tokens is not None:
+            return
+        self._measured.drafts.of(len(jobs)).add(max(len(job.text) for job in jobs), seconds)
+        for job in jobs:
+            job.drafter.drafted = perf_counter() if job.drafter.forwards > 1 else 0.0
 
     def _listed(self, ids: Sequence[int], job: Job, table: Tensor, rows: Tensor | None) -> Draft:
         """The draft of a text by what its host is told, see `_work`."""
@@ -298,7 +354,10 @@ class DiffusionDrafter(Ragged):
         """Ids of a forward, the position of the first slot among them, and whether a store keeps those before it."""
         room = self.model.max_positions - k - self._extra(k)
         block = self.model.block_size
-        reused = self.prefix_cache == "approx" or (self.prefix_cache == "auto" and block is not None)
+        if self.reading is None:
+            reused = self.prefix_cache == "approx" or (self.prefix_cache == "auto" and block is not None)
+        else:
+            reused = self.reading.drafts > 1
         context = self._read(context, reused)
         cut = max(0, len(context) - room)
         if cut and block:
@@ -313,11 +372,16 @@ class DiffusionDrafter(Ragged):
         return [*context, *[self.mask_id] * (end - n), *tail], n, stored
 
     def _read(self, context: list[int], stays: bool) -> list[int]:
-        """What is read of a text. Where keys and values stay, it begins anew by half a window at a time."""
-        unit, window = self.model.block_size or 1, self.reads
-        if window is None:
+        """What is read of a text. Where keys and values stay, it begins anew by half a window at a time, or, where it
+        is measured, with every reading."""
+        unit, window, hop = self.model.block_size or 1, self.reads, self.model.block_size or 1
+        if window is None or (window.tokens is None and self.reading is None):
             return context
-        return window.of(context, unit, max(unit, window.tokens // 2 // unit * unit) if stays else unit)
+        if window.tokens is None and self.reading is not None:
+            window = replace(window, tokens=max(1, self.reading.tokens + len(context) - self.begun))
+        elif window.tokens is not None and stays:
+            hop = max(unit, window.tokens // 2 // unit * unit)
+        return window.of(context, unit, hop)
 
     def _hold(self, jobs: Sequence[Job], stored: bool, graphs: Graphs | None) -> Held:
         """Where such texts find what stands still; in a store of other slots they begin anew."""
@@ -346,7 +410,8 @@ class DiffusionDrafter(Ragged):
     def _first(self, context: list[int]) -> int:
         """The first position that the store lacks of what is read. What is fed from there is stored, and fed again
         until it is final (and, for blocks, finished)."""
-        if not self.model.block_size and self.age >= self.refresh:
+        lasting = self.refresh if self.reading is None else self.reading.drafts
+        if not self.model.block_size and self.age >= lasting:
             self.fed, self.age = [], 0
         self.age += 1
         last = max(0, len(context) - 1)
@@ -477,6 +542,14 @@ class SamplerDrafter(DiffusionDrafter):
         super().__init__(model, vocabulary=vocabulary, verifier_tokenizer=verifier_tokenizer)
         self.sampler, self.arguments = sampler, arguments
         self.name = f"sampler {sampler or 'of the family'}"
+
+    def reset(self, ids: Sequence[int], need: Need) -> None:
+        """As any drafter. Errors: a window that is measured."""
+        super().reset(ids, need)
+        if self.reads is not None and self.reads.tokens is None:
+            raise DllmError(
+                "the drafts of a sampler are of several forwards, which nothing measures: give window= a number"
+            )
 
     @property
     def company(self) -> Hashable:

@@ -16,16 +16,17 @@ import numpy as np
 from dllm import spec
 from dllm.spec import check, param
 
+AUTO = "auto"
 RECENT, LEAST, MOST = 32, 2, 8  # tokens that pieces are looked up by; of a run that agrees: too few, and no better
 
 
 @dataclass(frozen=True)
 class Window:
-    """The last `tokens`, the first `sinks`, and up to `recall` tokens in pieces of `chunk` that hold what followed the
-    runs of the last 32 tokens elsewhere: retrieval that looks at ids alone, where RAPID (arXiv 2502.20330) embeds and
-    SpecPC (arXiv 2506.08373) asks a drafter's attention."""
+    """The last `tokens`, None for as many as `Readings` finds to cost little, the first `sinks`, and up to `recall`
+    tokens in pieces of `chunk` that hold what followed the runs of the last 32 tokens elsewhere: retrieval that looks
+    at ids alone, where RAPID (arXiv 2502.20330) embeds and SpecPC (arXiv 2506.08373) asks a drafter's attention."""
 
-    tokens: int = param(512, "as much as the embedded dLLM has positions", low=1)
+    tokens: int | None = param(512, "as much as the embedded dLLM has positions", low=1)
     sinks: int = param(0, "dLLMs were not seen to need them", low=0)
     recall: int = param(0, "pays where a text repeats its beginning", low=0)
     chunk: int = param(32, "two drafts of sixteen", low=1)
@@ -36,6 +37,7 @@ class Window:
     def of(self, ids: Sequence[int], unit: int = 1, hop: int = 1) -> list[int]:
         """What is read of a text, in whole units but for its end, whose beginning moves by `hop`, a multiple of the
         unit: until then the tokens that are read stay where they are."""
+        assert self.tokens is not None  # whoever measures says how many
         sinks = -(-self.sinks // unit) * unit
         start = max(0, len(ids) - self.tokens - sinks) // hop * hop + sinks
         if start <= sinks:
@@ -50,14 +52,15 @@ WindowLike: TypeAlias = int | str | Mapping[str, object] | Window | None
 
 
 def as_window(given: WindowLike) -> Window | None:
-    """A window of a number of tokens, "256:sinks=4,recall=128" or a mapping. Errors: anything else."""
+    """A window of a number of tokens or "auto", "256:sinks=4,recall=128" or a mapping. Errors: anything else."""
     if given is None or isinstance(given, Window):
         return given
     if isinstance(given, str):
         name, _, options = spec.named(given, "window")
-        given = {"tokens": spec.number("int", name), **options}
+        given = {"tokens": name, **options}
     elif not isinstance(given, Mapping):
         given = {"tokens": given}
+    given = {key: None if key == "tokens" and value == AUTO else value for key, value in given.items()}
     return Window(**spec.settings("window", Window, given))
 
 

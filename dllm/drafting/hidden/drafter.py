@@ -155,7 +155,7 @@ class HiddenDrafter(Ragged):
     def _reach(self) -> int | None:
         """How much of the text is ever seen."""
         window, reach = self.need.window, self.head.config.reach
-        if window is not None and (window.sinks or window.recall):
+        if window is not None and (window.sinks or window.recall or window.tokens is None):
             raise DllmError(f"a {self.name} head sees the end of a text: give window= a number, no sinks nor recall")
         far = [n for n in (reach, None if window is None else window.tokens) if n is not None]
         return min(far, default=None)
