@@ -359,11 +359,11 @@ class Runner:
     def asks(self, batch: Batch) -> list[Ask]:
         """The forwards that the next step of every row waits for (`shares`)."""
         parts = [batch.part(rows) for rows in kinds(batch.busy, batch.facts)]
-        return [self.ask(part, Shape.of(part.facts, part.fed)) for part in parts]
+        return [self.pose(part, Shape.of(part.facts, part.fed)) for part in parts]
 
     def work(self, part: Part, shape: Shape) -> Turn:
         """The same in these sizes: plan, forward, step, next window. It asks the device nothing: it can be captured."""
-        ask = self.ask(part, shape)
+        ask = self.pose(part, shape)
         return self.told(ask, self.said(ask.plan))
 
     def alone(self, ask: Ask) -> Said:
@@ -371,7 +371,7 @@ class Runner:
         served(ask.part.request, ask.part.kind)
         return self.said(ask.plan)
 
-    def ask(self, part: Part, shape: Shape) -> Ask:
+    def pose(self, part: Part, shape: Shape) -> Ask:
         """The half of the work in front of the forward."""
         window, plan = part.window.cut(shape.reads), self.planned(part, shape)
         return Ask(part, shape, window, expanded(self.s, part.state, window, plan), plan.pos.shape[1])
