@@ -153,4 +153,4 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         found[name] = json.loads((tmp_path / name / "losses0.json").read_text())
     assert json.loads((tmp_path / "two" / "losses1.json").read_text()) == found["two"]
     assert found["two"] == pytest.approx(found["one"], rel=1e-4) and len(found["one"]) == 10
-    assert len((tmp_path / "two" / "answers.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "two" / "answers.jsonl").read_text().splitlines()) == 7

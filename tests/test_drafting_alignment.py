@@ -24,7 +24,7 @@ from dllm.training.alignment.objective import Learner
 from dllm.training.alignment.recipe import separator
 from dllm.training.alignment.refinement import Refinement
 from dllm.training.alignment.registry import as_objective
-from dllm.training.answers import continuations
+from dllm.training.answers import Style, continuations
 from dllm.training.config import AlignConfig, Stage, load_config
 from dllm.training.data import Pair
 
@@ -124,7 +124,7 @@ def test_the_teacher_speaks_of_the_masked_tokens_in_their_places(model):
 def test_acceptance_rises_on_the_verifiers_own_outputs(model):
     verifier = golden("tiny-llama-ar-random")
     prompts = [[10 + i, 40 + i, 70 + i] for i in range(4)]
-    data = continuations(verifier, prompts, 16, batch_size=2)
+    data = continuations(verifier, prompts, Style(16), 2)
     for c, prompt in zip(sorted(data), sorted(prompts), strict=True):
         assert [*c.prompt, *c.answer] == plain(verifier, prompt, 16)[: len(c.prompt) + len(c.answer)]
     small = cut(model, 1)
@@ -201,8 +201,8 @@ def test_an_interrupted_run_goes_on_to_the_same_drafter(tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
     file = tmp_path / "halves" / "answers.jsonl"
     lines = file.read_text().splitlines()
-    assert len(lines) == 6
-    file.write_text("\n".join(lines[:4]) + "\n[[1, 2], [3,")  # as a full disk would leave it
+    assert len(lines) == 7 and json.loads(lines[0])["verifier"] == "tiny-ar"
+    file.write_text("\n".join(lines[:5]) + "\n[[1, 2], [3,")  # as a full disk would leave it
     with pytest.raises(DllmError, match="go on with --resume"):
         recipe.run(config("halves"))
     with pytest.raises(DllmError, match="another recipe: block"):
@@ -241,7 +241,7 @@ def test_the_dtype_of_a_recipe_is_that_of_teacher_and_saved_drafter(tmp_path, mo
     made_of = answers.continuations
 
     def seen(verifier, *args):
-        teachers.append(verifier.dtype)
+        teachers.append(verifier.model.dtype)
         return made_of(verifier, *args)
 
     monkeypatch.setattr(answers, "continuations", seen)

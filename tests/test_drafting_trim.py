@@ -25,7 +25,7 @@ from dllm.drafting.trim import as_keep, coverage, kept, ranked, sizes
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.drafting.window import Window, as_window
 from dllm.errors import DllmError
-from dllm.training.answers import read_answers
+from dllm.training.answer_file import read_answers
 
 torch.set_num_threads(1)
 P = [5, 9, 33, 100, 12, 44, 7, 81, 19]

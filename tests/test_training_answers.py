@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from drafting_kit import golden
 
 import dllm
 from dllm.cli import main
+from dllm.decoding.prediction import Law
 from dllm.drafting.registry import as_verifier
 from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
 from dllm.training import answers
-from dllm.training.answers import continuations, make
+from dllm.training.answer_file import AnswerFile, read_answers
+from dllm.training.answers import Kept, Style, Turn, Users, continuations, make
 from dllm.training.config import AlignConfig, load_config
 from dllm.training.holdout import Holdout, user_reader
 
@@ -27,20 +31,85 @@ def config_of(folder, **changes):
     return replace(AlignConfig(str(folder), data=str(folder / "a.jsonl"), max_new_tokens=6, threads=1), **changes)
 
 
+SETTINGS = {"verifier": "me", "max_new_tokens": 6}
+
+
+def kept(path):
+    return AnswerFile(path, SETTINGS, SETTINGS)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("cut", [1, 2, 30, 100_000])
-def test_a_file_that_was_cut_off_anywhere_is_completed(tmp_path, name, cut):
+def test_a_file_that_was_cut_off_anywhere_is_completed(tmp_path, name, cut, monkeypatch):
     verifier, path = golden("tiny-llama-ar-random"), tmp_path / name
-    whole = continuations(verifier, PROMPTS, 6, 2, path)
+    whole = continuations(verifier, PROMPTS, Style(6), 2, kept(path))
     content = path.read_bytes()
     path.write_bytes(content[: max(0, len(content) - cut)])
-    calls, generate = [], verifier.generate
-    verifier.generate = lambda ids, **options: calls.append(len(ids)) or generate(ids, **options)
-    assert continuations(verifier, PROMPTS, 6, 2, path) == whole
+    made, add = [], Kept.add
+    monkeypatch.setattr(Kept, "add", lambda self, *pair: made.append(pair) or add(self, *pair))
+    assert continuations(verifier, PROMPTS, Style(6), 2, kept(path)) == whole
     lost = 0 if cut == 1 and not name.endswith("gz") else 7 if cut == 100_000 else None  # a line break alone is no loss
-    assert sum(calls) == lost if lost is not None else 1 <= sum(calls) < 7  # only what was lost is made again
+    assert len(made) == lost if lost is not None else 1 <= len(made) < 7  # only what was lost is made again
     text = gzip.decompress(path.read_bytes()) if name.endswith("gz") else path.read_bytes()
-    assert sorted(map(json.loads, text.decode().splitlines())) == sorted([list(p), a] for p, a in whole)
+    first, *lines = map(json.loads, text.decode().splitlines())
+    assert first == SETTINGS and sorted(lines) == sorted([list(p), a] for p, a in whole)
+
+
+def test_a_file_that_was_made_otherwise_is_no_answer(tmp_path, caplog):
+    config = config_of(tmp_path, tasks={"word_problems": 2})
+    made = make(config)
+    path = tmp_path / "a.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first == {"verifier": "tiny-ar", "dtype": "float32", "max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0,
+                     "seed": 0}  # fmt: skip
+    for changes, said in (
+        ({"max_new_tokens": 7}, r"a\.jsonl were made with max_new_tokens 6, not 7: set that, or name another file"),
+        ({"dtype": "bfloat16", "temperature": 0.5}, "dtype 'float32', not 'bfloat16'; temperature 0.0, not 0.5:"),
+        (
+            {"verifier": Checkpoint("tests/golden/checkpoints/tiny-llama-ar-random"), "tasks": {}},
+            "verifier 'tiny-ar', not",
+        ),
+    ):
+        with pytest.raises(DllmError, match=said):
+            make(replace(config, **changes))
+    assert sorted(make(replace(config, tasks={}, max_new_tokens=99))) == sorted(
+        made
+    )  # what is there, and nothing to add
+    assert len(make(replace(config, seed=1))) == 2  # greedy: other problems of the same law
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with caplog.at_level("WARNING"):
+        assert make(replace(config, max_new_tokens=7)) == made
+    assert "does not say what its answers were made with" in caplog.text
+
+
+def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    kept(path).add([((1, 2), [3])])
+    before = path.read_bytes()
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, text):
+            self.file.write(text[:5])
+            raise OSError("No space left on device")
+
+    opens = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode: Full(opens(self, mode)))
+    file = kept(path)
+    with pytest.raises(DllmError, match=r"could not write .*No space left"):
+        file.add([((4,), [5])])
+    assert path.read_bytes() == before and (4,) not in file.pairs
 
 
 @pytest.mark.parametrize(
@@ -50,14 +119,16 @@ def test_a_line_that_is_no_prompt_and_answer_is_named(tmp_path, line):
     path = tmp_path / "own.jsonl"
     path.write_text(f"[[1, 2], [3]]\n\n{line}\n")
     with pytest.raises(DllmError, match=r"own\.jsonl, line 3: "):
-        answers.read_answers(path)
+        read_answers(path)
     assert path.read_text().endswith(f"{line}\n")  # somebody else's file stays as it is
 
 
 def test_sampled_answers_depend_on_the_seed_alone():
     verifier = golden("tiny-llama-ar-random")
-    one, again, other = (continuations(verifier, PROMPTS, 8, 3, None, 1.0, seed) for seed in (0, 0, 1))
-    assert one == again != other and one != continuations(verifier, PROMPTS, 8, 3)
+    one, again, other = (
+        continuations(verifier, PROMPTS, Style(8, Law(1.0), seed), n) for seed, n in ((0, 3), (0, 7), (1, 3))
+    )
+    assert one == again != other and one != continuations(verifier, PROMPTS, Style(8))
 
 
 def test_prompts_of_every_kind(tmp_path):
@@ -91,35 +162,92 @@ def test_what_is_held_out_is_never_learned_from(tmp_path, monkeypatch):
         Holdout.of(["nowhere.jsonl"])
 
 
+class Played:
+    """In the verifier's place: users say the next of some lines, and answers are one token."""
+
+    def __init__(self, verifier, lines):
+        self.verifier, self.lines, self.turns = verifier, iter(lines), []
+
+    def answers(self, more):
+        end = next(iter(self.verifier.eos))
+        while some := more(3):
+            for ask in some:
+                if isinstance(ask, Turn):
+                    self.turns.append(ask)
+                    line = next(self.lines)
+                    made = list(self.verifier.tokenizer(line, add_special_tokens=False)["input_ids"])
+                    yield ask, [*made, end] if line[-1] in ".?" else made  # others are cut off
+                else:
+                    yield ask, [end]
+
+
+def played(monkeypatch, lines):
+    made = Played(as_verifier("tiny-ar"), lines)
+    monkeypatch.setattr(answers, "answerer", lambda *_: made)
+    return made
+
+
+def said_in(pairs):
+    return sorted(user_reader(as_verifier("tiny-ar"))(p.prompt).strip() for p in pairs)
+
+
 def test_the_verifier_makes_up_prompts_without_those_that_are_held_out(tmp_path, monkeypatch, caplog):
     measured = tmp_path / "m.txt"
     measured.write_text("Tom has 0.\n")
-    rounds = iter(range(99))
-    monkeypatch.setattr(answers, "_users", lambda verifier, n, seed: [f"Tom has {i}." for i in range(next(rounds) + 2)])
-    config = config_of(tmp_path, prompts="free", count=3, holdout=(str(measured),))
+    config = config_of(tmp_path, prompts="free", count=3, holdout=(str(measured),), openings=("Tom",))
+    lines = [
+        "Tom has 0.",
+        "Tom has 1.",
+        "Tom has 1.",
+        "Tom has 2",
+        "Tom.",
+        "Tom has <eos> 8.",
+        "Tom has 3.",
+        "Tom has 4.",
+        *["Tom has 5."] * 9,
+    ]
+    lines = [line[3:].replace("<eos>", as_verifier("tiny-ar").tokenizer.eos_token) for line in lines]
+    made = played(monkeypatch, lines)
     with caplog.at_level("WARNING"):
         found = make(config)
-    said = [user_reader(as_verifier("tiny-ar"))(p.prompt).strip() for p in found]
-    assert said == ["Tom has 1.", "Tom has 2.", "Tom has 3."] and "held out" in caplog.text
+    assert (
+        said_in(found) == ["Tom has 1.", "Tom has 3.", "Tom has 4."] and "1 made-up prompts are held out" in caplog.text
+    )
+    (whole,), _ = answers.encode(made.verifier, ["Tom has 3 apples."])
+    assert all(t.prompt == tuple(whole[: len(t.prompt)]) and len(t.prompt) < len(whole) for t in made.turns)
+    assert len({t.seed for t in made.turns}) == len(made.turns)
+    played(monkeypatch, [])
     assert make(config) == found  # nothing left to do
+    monkeypatch.setattr(answers, "PATIENCE", 20)
+    played(monkeypatch, [" has 1."] * 20)
     with pytest.raises(DllmError, match="makes up nothing new after 3 prompts"):
-        monkeypatch.setattr(answers, "_users", lambda *_: ["Tom has 2."])
         make(replace(config, count=4))
 
 
-def test_the_user_is_played_up_to_the_end_of_the_turn(monkeypatch):
-    verifier = as_verifier("tiny-ar")
-    ids, end = verifier.tokenizer("Tom has 3 apples.")["input_ids"], next(iter(verifier.eos))
-    seen = []
+def test_openings_begin_some_of_the_made_up_prompts(tmp_path, monkeypatch):
+    config = config_of(tmp_path, prompts="free", count=30, openings=("Tom has", "Ann has"))
+    made = played(monkeypatch, [f" {i} apples." for i in range(99)])
+    found = said_in(make(config))
+    assert len(found) == 30 and {s[:7] for s in found} == {"Tom has", "Ann has"}
+    assert all(made.verifier.tokenizer.decode(t.prompt[-t.said :]).strip() in config.openings for t in made.turns)
+    users = Users(made.verifier, config.openings, Holdout(), AnswerFile(), Style(6))
+    users.opened = answers.OPENED  # as where a template has something before the user's words
+    assert 0.5 < sum(users._turn().said > 0 for _ in range(300)) / 300 < 0.7
+    with pytest.raises(DllmError, match="begins with what the user says: prompts: free needs openings"):
+        make(replace(config, openings=(), data=str(tmp_path / "b.jsonl")))
+    measured = tmp_path / "m.txt"
+    measured.write_text("ann  has\n")
+    with pytest.raises(DllmError, match=r"prompt 2 of openings \('Ann has'\) is held out"):
+        make(replace(config, holdout=(str(measured),)))
+    with pytest.raises(DllmError, match="how made-up prompts begin"):
+        replace(config, prompts="", tasks={"word_problems": 1})
 
-    def drawn(model, prompts, *rest):
-        seen.extend(prompts)
-        return [[*ids, end], [*ids], [end]]
 
-    monkeypatch.setattr(answers, "_drawn", drawn)
-    assert [said.strip() for said in answers._users(verifier, 3, "0")] == ["Tom has 3 apples."]
-    (whole,), _ = answers.encode(verifier, ["Tom has 3 apples."])
-    assert len(seen) == 3 and seen[0] == whole[: len(seen[0])] and len(seen[0]) < len(whole)
+def test_users_are_played_by_the_verifier_itself(tmp_path):
+    config = config_of(tmp_path, prompts="free", count=2, openings=("Tom has 3 apples. He buys",), sampling_batch=4)
+    first = make(config)
+    assert len(first) == 2 and all(pair.answer for pair in first)
+    assert make(replace(config, count=3))[:2] == first  # goes on from there
 
 
 @pytest.mark.parametrize("name", ["smollm2-drafter", "smollm2-diffusion"])
@@ -127,7 +255,8 @@ def test_the_recipes_for_smollm2_run_on_a_small_stand_in(tmp_path, monkeypatch, 
     """Ten steps of each with the embedded causal model in SmolLM2's place, from the command line."""
     changes = {
         "output": tmp_path / "out", "data": tmp_path / "a.jsonl.gz", "drafter": "tiny-ar", "verifier": "tiny-ar",
-        "recast.mask": '"<mask>"', "prompts": '""', "tasks": "{word_problems: 6}", "max_new_tokens": 12,
+        "recast.mask": '"<mask>"', "prompts": '""', "openings": "[]", "tasks": "{word_problems: 6}",
+        "max_new_tokens": 12,
         "batch_size": 4, "pack": 128, "lora.rank": 4, "threads": 1,
     }  # fmt: skip
     recipe = f"configs/align/{name}.yaml"

@@ -19,7 +19,7 @@ from dllm.models.recast import cut
 from dllm.training.alignment.loop import align, drawn
 from dllm.training.alignment.objective import Learner
 from dllm.training.alignment.registry import as_objective
-from dllm.training.answers import continuations
+from dllm.training.answers import Style, continuations
 from dllm.training.config import AlignConfig, Stage
 from dllm.training.data import Pair
 from dllm.training.laws import DIVERGENCES, expected_length, kept, tvd
@@ -39,7 +39,7 @@ def verifier():
 
 @pytest.fixture(scope="module")
 def data(verifier):
-    return continuations(verifier, PROMPTS, NEW)
+    return continuations(verifier, PROMPTS, Style(NEW))
 
 
 @pytest.fixture

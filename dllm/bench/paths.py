@@ -28,7 +28,7 @@ from dllm.drafting.search import EAL, Argmax, Edges
 from dllm.errors import DllmError
 from dllm.eval.metrics import paired_gain
 from dllm.models.native import NativeModel
-from dllm.training.answers import continuations
+from dllm.training.answers import Style, continuations
 from dllm.training.data import Pair
 
 NEW, SLOTS, WIDTH, ROWS = 96, 12, 15, 128  # tokens a text, slots a draft, candidates a slot, texts a forward
@@ -62,7 +62,7 @@ def run(drafter: str, pair_head: str, *, n: int = 300) -> Iterator[Figure]:
         raise DllmError(f"this bench compares paths over a pair head for a dLLM, tiny or a folder, not {drafter!r}")
     source.reset([], Need(verifier.vocab, verifier.eos, tokenizer=verifier.tokenizer))
     for task in TASKS:
-        texts = continuations(verifier.model, held_out(source.model, task, n), NEW)  # type: ignore[arg-type]
+        texts = continuations(verifier, held_out(source.model, task, n), Style(NEW))
         found: list[dict[str, list[Round]]] = []
         for text in tqdm(texts, task, unit="text", leave=False):
             found.append(replay(source, head, text, verifier.eos))

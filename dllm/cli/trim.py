@@ -28,7 +28,7 @@ def trim(
 
     from dllm.bench.bounds import only_dllm, trims
     from dllm.drafting.registry import as_drafter, as_verifier
-    from dllm.training.answers import read_answers
+    from dllm.training.answer_file import read_answers
 
     torch.set_num_threads(1)
     v, pairs = as_verifier(verifier), read_answers(answers)

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -255,15 +255,32 @@ def _of_package(name: str, kind: torch.dtype | None, place: torch.device, argume
     _refuse(arguments, f"not for {name}, an autoregressive model of a package", "backend", "device_map", "quantization",
             "attn_implementation", "mask_id", "block_size", "shift")  # fmt: skip
     network = _packaged(name, torch.float32, torch.device("cpu"))
+    tokenizer = _tokenizer(Path(), arguments) if arguments.tokenizer is not None else cast("Any", network).tokenizer
+    return rebuilt(network, name, kind, place, tokenizer, arguments.eos_ids)
+
+
+def rebuilt(
+    network: PreTrainedModel,
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    tokenizer: Tokenizer | None = None,
+    eos_ids: int | Sequence[int] | None = None,
+) -> NativeModel:
+    """A loaded autoregressive model of transformers in the backbone of this package, with weights of its own; by
+    default in the dtype and on the device that it has.
+
+    Errors: an architecture that the backbone is not, weights that are not exactly those of the architecture.
+    """
     raw = RawConfig({**network.config.to_dict(), "architectures": [type(network).__name__]})
     raw.pop("quantization_config", None)  # the weights are expanded
     family, config = read_config(raw)
-    tokenizer = _tokenizer(Path(), arguments) if arguments.tokenizer is not None else cast("Any", network).tokenizer
     generation = cast("Any", network).generation_config.to_dict()
-    config = resolve(config, family, tokenizer, generation, None, arguments.eos_ids)
+    config = resolve(config, family, tokenizer, generation, None, eos_ids)
+    place = network.device if device is None else device
     transformer, table, found = build(config), family.layout(config), network.state_dict()
     account(name, found, table, "lm_head.weight" if config.tied else None)
-    fill(transformer, table, found.items(), kind, lambda _: place, name)
+    fill(transformer, table, found.items(), dtype, lambda _: place, name)
     return NativeModel(config, transformer.eval(), tokenizer)
 
 

@@ -1,66 +1,96 @@
-"""The verifier's own answers, which drafters and pair heads learn from: made in batches, kept in a file.
+"""The verifier's own answers, which drafters and heads learn from: made in lanes, kept in a file.
 
-The file has a line `[prompt ids, answer ids]` each, and grows batch by batch, so that a kill at any moment costs the
-batch that was being made; with the ending .gz every batch is a gzip member.
+Prompts are the built-in tasks', those of a file, or what the verifier itself says as a user.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
+import random
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from tqdm import tqdm
 
-from dllm import spec
+from dllm.decoding.prediction import Law
 from dllm.drafting.front import encode
-from dllm.drafting.registry import as_verifier
+from dllm.drafting.registry import VerifierLike, as_verifier
 from dllm.drafting.verifier import CausalLM, Verifier
 from dllm.errors import DllmError, first_line
 from dllm.models.hub import load_verifier, pick_device
 from dllm.models.tokenizer import Message
 from dllm.tasks.registry import generate
+from dllm.training.answer_file import AnswerFile, read_answers
 from dllm.training.config import Answers
 from dllm.training.data import Pair, read_prompts
 from dllm.training.holdout import Holdout, user_reader
+from dllm.training.sampling import GREEDY, Ask, answerer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FREE = "free"  # the name of no file: the verifier makes up its prompts
-USER = 56  # tokens of a made-up prompt at most; longer ones are rare, and often lose the thread
-NUCLEUS = 0.95  # of a made-up prompt: at temperature 1 the tail of the law is noise
-PATIENCE = 20  # rounds of nothing new
+USER = 64  # tokens that are made up of a prompt, at most; longer ones are rare, and often lose the thread
+LEAST = 4  # tokens of a prompt, its end included
+MADE_UP = Law(1.0, 0.95)  # of a prompt: at temperature 1 the tail of the law is noise
+OPENED = 0.6  # share of the made-up prompts that begin with an opening: the rest is what the verifier itself would ask
+PATIENCE = 1000  # made-up prompts in a row of which none is new
 log = logging.getLogger(__name__)
 
 
 def answers_of(config: Answers, verifier: PreTrainedModel) -> list[Pair]:
     """The answers that a recipe learns from: those in its file, made first where they are missing.
 
-    Errors: neither a file nor prompts to make it from; a prompt that is held out.
+    Errors: neither a file nor prompts to make it from; a prompt that is held out; a file that was made otherwise.
     """
     path, holdout = config.answers, Holdout.of(config.holdout)
+    holdout.check("openings", config.openings)
     known = as_verifier(cast("CausalLM", verifier))
-    if config.tasks or config.prompts:
+    making = bool(config.tasks or config.prompts)
+    if making:
         path.parent.mkdir(parents=True, exist_ok=True)
-    if holdout:
-        holdout.check(path, map(user_reader(known), _kept(path)))
-    if config.prompts == FREE:
-        return _free(config, known, holdout, path)
-    if not (config.tasks or config.prompts):
+    elif not path.exists():
         return read_answers(path)
+    file = AnswerFile(path, settings_of(config), compared(config))
+    if holdout:
+        holdout.check(path, map(user_reader(known), file.pairs))
+    if not making:
+        return file.of()
+    law = Law(config.temperature, config.top_p if config.top_p < 1 else None)
+    style, width = Style(config.max_new_tokens, law, config.seed), config.sampling_batch
+    if config.prompts == FREE:
+        Users(known, config.openings, holdout, file, style).make(config.count, width)
+        return file.of()
     lines = prompts_of(config)
     holdout.check(config.prompts or "tasks", (line if isinstance(line, str) else _said(line) for line in lines))
-    return _answered(config, known, lines, path)
+    ids, _ = encode(known, list(lines))
+    return continuations(known, ids, style, width, file)
+
+
+def settings_of(config: Answers) -> dict[str, object]:
+    """What answers are made with, as their file says it."""
+    given = {"dtype": config.dtype, **config.verifier.given()}
+    source = {"verifier": config.verifier.name} | {k: given[k] for k in ("revision", "subfolder") if k in given}
+    names = "max_new_tokens", "temperature", "top_p", "seed"
+    return {**source, "dtype": str(given["dtype"]), **{name: getattr(config, name) for name in names}}
+
+
+def compared(config: Answers) -> list[str]:
+    """Of that, what answers in a file must agree with: a recipe without prompts takes what the verifier said, and
+    greedy answers are the same for all seeds."""
+    if not (config.tasks or config.prompts):
+        return ["verifier"]
+    drawn = ("top_p", "seed") if config.temperature else ()
+    return ["verifier", "revision", "subfolder", "dtype", "max_new_tokens", "temperature", *drawn]
 
 
 def make(config: Answers) -> list[Pair]:
-    """The same with the recipe's own verifier and nothing else in memory."""
+    """The same with the recipe's own verifier."""
     if config.threads:
         torch.set_num_threads(config.threads)
     arguments = {"dtype": config.dtype, "device": pick_device(config.device), **config.verifier.given()}
@@ -96,168 +126,159 @@ def _said(messages: Sequence[Message]) -> str:
     return next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), "")
 
 
-def _answered(
-    config: Answers, verifier: Verifier, lines: Sequence[str] | Sequence[list[Message]], path: Path
-) -> list[Pair]:
-    ids, _ = encode(verifier, list(lines))
-    model = cast("PreTrainedModel", verifier.model)
-    return continuations(
-        model, ids, config.max_new_tokens, config.sampling_batch, path, config.temperature, config.seed
-    )
+@dataclass(frozen=True)
+class Style:
+    """How prompts are answered: at most `limit` tokens, by a law, with draws that depend on prompt and seed."""
 
+    limit: int
+    law: Law = GREEDY
+    seed: int = 0
 
-def _free(config: Answers, verifier: Verifier, holdout: Holdout, path: Path) -> list[Pair]:
-    """Answers to what the verifier itself says as a user, up to the number that the recipe asks for."""
-    kept, left_out = _kept(path), 0
-    seen = set(map(user_reader(verifier), kept))
-    idle = 0  # rounds in a row that gave nothing new
-    with tqdm(total=config.count, initial=len(kept), desc="free prompts", unit="prompt", leave=False) as bar:
-        while len(kept) < config.count:
-            said = [
-                s for s in _users(verifier, config.sampling_batch, f"{config.seed} {len(kept)} {idle}") if s not in seen
-            ]
-            new = [line for line in dict.fromkeys(said) if line not in holdout][: config.count - len(kept)]
-            left_out += sum(line in holdout for line in said)
-            seen.update(said)
-            if new:
-                _answered(config, verifier, new, path)
-            before, kept = len(kept), _kept(path)
-            bar.update(len(kept) - before)
-            idle = 0 if len(kept) > before else idle + 1
-            if idle == PATIENCE:
-                raise DllmError(f"the verifier makes up nothing new after {len(kept)} prompts: set count to that")
-    if left_out:
-        log.warning("%d made-up prompts are held out: left out", left_out)
-    return read_answers(path)
-
-
-def _users(verifier: Verifier, n: int, seed: str) -> list[str]:
-    """What a user says, `n` times: the chat template's opening of the user's turn, continued at temperature 1."""
-    (opened,), _ = encode(verifier, ["X"])
-    tokenizer = verifier.tokenizer
-    assert tokenizer is not None  # it has encoded
-    text = tokenizer.decode(opened)
-    head, x, _ = text.rpartition("X")
-    if not x or not tokenizer.chat_template:
-        raise DllmError("prompts: free needs a verifier with a chat template, whose user it can play")
-    ids = list(tokenizer(head, add_special_tokens=False)["input_ids"])
-    model = cast("PreTrainedModel", verifier.model)
-    drawn = _drawn(model, [ids] * n, USER, 1.0, seed, NUCLEUS)
-    ended = [turn[:-1] for turn in drawn if turn and turn[-1] in verifier.eos]
-    return [said for turn in ended if len(turn) >= 4 and (said := tokenizer.decode(turn).strip())]
+    def ask(self, prompt: Sequence[int]) -> Ask:
+        """A prompt to be answered."""
+        return Ask(tuple(prompt), self.limit, self.law, zlib.crc32(f"{self.seed} {list(prompt)}".encode()))
 
 
 def continuations(
-    verifier: PreTrainedModel,
+    verifier: VerifierLike,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_size: int = 32,
-    path: Path | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+    style: Style,
+    width: int = 32,
+    file: AnswerFile | None = None,
 ) -> list[Pair]:
-    """The verifier's own answers to prompts given as ids, made in the order of their lengths.
+    """The verifier's own answers to prompts given as ids, `width` at once; those that the file has are not made again,
+    and prompts that leave no room for an answer are left out."""
+    known, file = as_verifier(verifier), AnswerFile() if file is None else file
+    room = (known.max_positions or sys.maxsize) - style.limit
+    fit = [tuple(p) for p in prompts if len(p) <= room]
+    if len(fit) < len(prompts):
+        log.warning(
+            "%d prompts are longer than the %d tokens that the verifier's positions leave beside an answer: left out",
+            len(prompts) - len(fit),
+            room,
+        )
+    left = [style.ask(p) for p in sorted({*fit} - file.pairs.keys(), key=lambda p: (-len(p), p))]
 
-    With `path` each answer is kept in that file as soon as it is there, and those of an earlier run are not made again.
-    """
-    kept = _kept(path)
-    missing = sorted({tuple(p) for p in prompts} - kept.keys(), key=lambda p: (len(p), p))
-    for at in tqdm(range(0, len(missing), batch_size), desc="teacher", unit="batch", leave=False):
-        some = missing[at : at + batch_size]
-        answers = _drawn(verifier, some, max_new_tokens, temperature, f"{seed} {some[0]}")
-        kept |= zip(some, answers, strict=True)
-        if path is not None:
-            _append(path, zip(some, answers, strict=True))
-    return [Pair(list(p), kept[tuple(p)]) for p in prompts if kept[tuple(p)]]
+    def more(n: int) -> list[Ask]:
+        taken = left[-n:][::-1]
+        del left[-n:]
+        return taken
 
-
-def _drawn(
-    verifier: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    seed: str,
-    top_p: float = 1.0,
-) -> list[list[int]]:
-    """A batch of answers, each up to its end token and with it."""
-    pad = verifier.generation_config.pad_token_id or 0
-    end = verifier.generation_config.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=verifier.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=verifier.device)
-    law = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    torch.manual_seed(zlib.crc32(seed.encode()))
-    texts = verifier.generate(  # type: ignore[operator]
-        ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **{"do_sample": False, **law}
-    )[:, width:].tolist()
-    return [text[: next((n + 1 for n, t in enumerate(text) if t in ends), len(text))] for text in texts]
+    if left:
+        with Kept(file, width, len(left)) as kept:
+            for ask, answer in answerer(known, width).answers(more):
+                kept.add(ask.prompt, answer)
+    return file.of(fit)
 
 
-def _append(path: Path, pairs: Iterator[tuple[Sequence[int], list[int]]]) -> None:
-    lines = "".join(f"{json.dumps([list(p), a], separators=(',', ':'))}\n" for p, a in pairs).encode()
-    with path.open("ab") as file:
-        file.write(gzip.compress(lines) if path.suffix == ".gz" else lines)
+class Kept:
+    """Answers on their way into a file, some at once, and all at the end whatever ends it; with a bar."""
+
+    def __init__(self, file: AnswerFile, some: int, total: int) -> None:
+        self.file, self.some, self.new, self.tokens = file, some, list[tuple[tuple[int, ...], list[int]]](), 0
+        self.bar = tqdm(total=total, desc="answers", unit="answer", leave=False, disable=not total)
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.file.add(self.new)
+
+    def __len__(self) -> int:
+        return len(self.file.pairs) + len(self.new)
+
+    def add(self, prompt: tuple[int, ...], answer: list[int]) -> None:
+        """One more."""
+        self.new.append((prompt, answer))
+        self.tokens += len(answer)
+        self.bar.update()
+        self.bar.set_postfix(tokens=self.tokens, refresh=False)
+        if len(self.new) >= self.some:
+            self.file.add(self.new)
+            self.new = []
 
 
-def _kept(path: Path | None) -> dict[tuple[int, ...], list[int]]:
-    """prompt -> answer of an earlier run; a last line that was cut off is dropped, from the file too.
+@dataclass(frozen=True)
+class Turn(Ask):
+    """The beginning of a user's turn; its last `said` ids are the user's own."""
 
-    Errors: a line that is no prompt and answer.
-    """
-    if path is None or not path.exists():
-        return {}
-    try:
-        content = path.read_bytes()
-        text, whole = _members(content) if path.suffix == ".gz" else (content, content.rfind(b"\n") + 1)
-        rest = content[whole:]
-        if rest and path.suffix != ".gz" and _ends(rest):
-            text, rest = content + b"\n", b""
-            with path.open("ab") as file:
-                file.write(b"\n")
-        if rest:
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        lines = spec.lines(text[: text.rfind(b"\n") + 1].decode())
-        return dict(_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip())
-    except (OSError, UnicodeDecodeError, zlib.error) as error:
-        raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run again") from None
+    said: int = 0
 
 
-def _ends(rest: bytes) -> bool:
-    """Whether what follows the last line break is a whole line all the same."""
-    try:
-        json.loads(rest)
-    except ValueError:
-        return False
-    return True
+class Users:
+    """Prompts that the verifier makes up, as the user of its chat template, and its answers to them."""
 
+    def __init__(
+        self, verifier: Verifier, openings: Sequence[str], holdout: Holdout, file: AnswerFile, style: Style
+    ) -> None:
+        self.verifier, self.holdout, self.file, self.style = verifier, holdout, file, style
+        (opened,), _ = encode(verifier, ["X"])
+        tokenizer = verifier.tokenizer
+        assert tokenizer is not None  # it has encoded
+        self.tokenizer = tokenizer
+        head, x, _ = tokenizer.decode(opened).rpartition("X")
+        if not x or not tokenizer.chat_template:
+            raise DllmError("prompts: free needs a verifier with a chat template, whose user it can play")
+        self.head, *self.openings = [
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (head, *openings)
+        ]
+        self.opened = OPENED if self.head else 1.0
+        if not (self.head or self.openings):
+            raise DllmError(
+                "this verifier's chat template begins with what the user says: prompts: free needs openings"
+            )
+        self.seen = set(map(user_reader(verifier), file.pairs))
+        self.begun = len(file.pairs)  # a run that goes on hears other users than the one before it
+        self.turns, self.playing, self.asked, self.idle, self.left_out = 0, 0, 0, 0, 0
+        self.waiting = list[Ask]()
 
-def _pair(line: str, where: str) -> tuple[tuple[int, ...], list[int]]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DllmError(f"{where}: not JSON: {first_line(error)}") from None
-    match found:
-        case [[_, *_] as prompt, list(answer)] if all(type(t) is int and t >= 0 for t in (*prompt, *answer)):
-            return tuple(prompt), answer
-    raise DllmError(f"{where}: expected [prompt ids, answer ids], ids from 0 on and at least one in the prompt")
+    def make(self, count: int, width: int) -> None:
+        """Answers until the file has `count` of them. Errors: nothing new is made up."""
+        if self.begun >= count:
+            return
+        with Kept(self.file, width, count - self.begun) as kept:
 
+            def more(n: int) -> list[Ask]:
+                taken = self.waiting[:n]
+                del self.waiting[:n]
+                self.asked += len(taken)
+                missing = count - len(kept) - self.asked - len(self.waiting)
+                turns = [self._turn() for _ in range(min(n - len(taken), 2 * missing - self.playing))]
+                self.playing += len(turns)
+                return taken + turns
 
-def _members(content: bytes) -> tuple[bytes, int]:
-    """The text of all whole gzip members, and where the last of them ends."""
-    text, whole = b"", 0
-    while whole < len(content):
-        member = zlib.decompressobj(wbits=31)
-        more = member.decompress(content[whole:])
-        if not member.eof:
-            break
-        text, whole = text + more, len(content) - len(member.unused_data)
-    return text, whole
+            for ask, answer in answerer(self.verifier, width).answers(more):
+                if isinstance(ask, Turn):
+                    self.playing -= 1
+                    self._heard(ask, answer, count - len(kept) - self.asked - len(self.waiting))
+                else:
+                    self.asked -= 1
+                    kept.add(ask.prompt, answer)
+                if self.idle == PATIENCE:
+                    raise DllmError(f"the verifier makes up nothing new after {len(kept)} prompts: set count to that")
+        if self.left_out:
+            log.warning("%d made-up prompts are held out: left out", self.left_out)
 
+    def _turn(self) -> Turn:
+        self.turns += 1
+        rng = random.Random(f"{self.style.seed} {self.begun} {self.turns}")
+        opening = rng.choice(self.openings) if self.openings and rng.random() < self.opened else ()
+        return Turn((*self.head, *opening), USER, MADE_UP, rng.getrandbits(32), len(opening))
 
-def read_answers(path: Path) -> list[Pair]:
-    """All answers of a file that must be there."""
-    if not path.exists():
-        raise DllmError(f"there are no answers in {path}: name tasks or prompts to make them from, or another file")
-    return [Pair(list(prompt), answer) for prompt, answer in _kept(path).items() if answer]
+    def _heard(self, turn: Turn, made: list[int], missing: int) -> None:
+        """Ask what a user has said to the end, if it is new and one more is missing."""
+        said = [*turn.prompt[len(turn.prompt) - turn.said :], *made[:-1]]
+        text = self.tokenizer.decode(said)
+        whole = made[-1] in self.verifier.eos and len(said) + 1 >= LEAST
+        plain = text == self.tokenizer.decode(said, skip_special_tokens=True)  # no turn within the turn
+        text, self.idle = text.strip(), self.idle + 1
+        if not (whole and plain and text) or text in self.seen:
+            return
+        self.seen.add(text)
+        if text in self.holdout:
+            self.left_out += 1
+        elif missing > 0:
+            (ids,), _ = encode(self.verifier, [text])
+            self.waiting.append(self.style.ask(ids))
+            self.idle = 0

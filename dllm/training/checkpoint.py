@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from dllm.training.config import Answers, ScheduleSpec, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
 # may differ on resume
-FREE = ("output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule", "checkpointing")
+FREE = (
+    "output", "device", "threads", "log_every", "save_every", "tensorboard", "schedule", "checkpointing",
+    "sampling_batch",
+)  # fmt: skip
 
 
 def save_atomically(value: object, path: Path) -> None:
@@ -64,7 +68,9 @@ def _check_recipe(config: TrainConfig | Answers, saved: dict[str, Any], step: in
 
     The schedule may change where it has had no effect yet: a run can be prolonged before its decay.
     """
-    mine, theirs = (dict(spec.flat(values, Mapping)) for values in (recipe(config), saved))
+    defaults = {f.name: spec.plain(f.default) for f in fields(config) if f.default is not MISSING}
+    # a key that the checkpoint lacks came later, and had no effect before
+    mine, theirs = (dict(spec.flat(values, Mapping)) for values in (recipe(config), {**defaults, **saved}))
     differ = [k for k in mine | theirs if mine.get(k) != theirs.get(k) and k.split(".")[0] not in FREE]
     if isinstance(config, TrainConfig):
         old = spec.build(ScheduleSpec, saved["schedule"])

@@ -186,10 +186,12 @@ class Answers(Section):
         "", "or a file: a prompt a line, or .jsonl of chat messages; `free`: the verifier makes up what users say"
     )
     count: int = param(1000, "how many of those that it makes up", low=1)
+    openings: tuple[str, ...] = param((), "how some of these begin, as `Summarize:`, so that they are of more kinds")
     holdout: tuple[str, ...] = param((), "files that are measured on: their prompts are never learned from")
     data: str = param("", "file of its answers, made where it is missing; by default one in `output`")
     max_new_tokens: int = param(96, "tokens of an answer of the verifier", low=1)
     temperature: float = param(0.0, "of the answers; 0: greedy", low=0)
+    top_p: float = param(1.0, "mass of the tokens that answers are drawn from", above=0, high=1)
     sampling_batch: int = param(32, "answers that are made at once", low=1)
     batch_size: int = param(32, "rows of a forward", low=1)
     seed: int = param(0, "of weights, problems and masks")
@@ -204,6 +206,8 @@ class Answers(Section):
         super().__post_init__()
         if (bool(self.tasks) and bool(self.prompts)) or not (self.tasks or self.prompts or self.data):
             raise DllmError("a recipe names its prompts once: tasks or prompts, or only data that was made before")
+        if self.openings and self.prompts != "free":
+            raise DllmError("openings are how made-up prompts begin: they need prompts: free")
         self.check_files()
 
     @property
