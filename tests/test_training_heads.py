@@ -18,6 +18,7 @@ from dllm.models.arguments import Checkpoint
 from dllm.tasks.registry import generate
 from dllm.training import heads
 from dllm.training.config import HeadRecipe, ScheduleSpec
+from dllm.training.data import Pair
 from dllm.training.trainer import encoder
 
 ANSWERS = 40
@@ -74,7 +75,8 @@ def test_what_is_saved_drafts_as_what_was_trained(trained, data):
         parameter.data = parameter.data.bfloat16().float()
     texts = heads.told(verifier, [], config.taps, trained.parent / "states")[:6]
     drafter = as_drafter(str(trained))
-    for text in texts:
+    for stored in texts:
+        text = stored.read()
         at = text.answer + 2
         blocks = heads.blocks_of([text], [[at]], config)
         drafter.reset(text.ids[:at].tolist(), Need(verifier.vocab, verifier.eos, model=verifier.model))
@@ -86,6 +88,41 @@ def test_what_is_saved_drafts_as_what_was_trained(trained, data):
         first = torch.log_softmax(logits[0], -1)
         best = int(head.own[draft.columns[0][0][0]])
         assert draft.columns[0][0][1] == pytest.approx(float(first[best]), abs=0.1)
+
+
+def test_states_stay_on_the_disk_and_are_those_of_the_verifier(trained):
+    verifier = as_verifier("tiny-ar")
+    texts = heads.told(verifier, [], (1, 4), trained.parent / "states")
+    held = next(text for text in texts if len(text.ids) > 9)
+    told = held.read()
+    with torch.no_grad():
+        out = verifier.model(told.ids[None], output_hidden_states=True)
+    expected = torch.stack([out.hidden_states[i + 1][0] for i in (1, 4)], 1)
+    assert torch.equal(told.ids, held.ids.long()) and told.states.shape == (len(held.ids), 2, expected.shape[-1])
+    torch.testing.assert_close(told.states.float(), expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(told.best[:, 0], out.logits[0].argmax(-1))
+    again = heads.told(verifier, [Pair(t.ids[: t.answer].tolist(), t.ids[t.answer :].tolist()) for t in texts], (1, 4),
+                       trained.parent / "states")  # fmt: skip
+    assert len(again) == len(texts)  # nothing is computed twice
+
+
+def test_memory_that_runs_out_names_a_batch_that_fits(data, mask, tmp_path, monkeypatch):
+    score, forward = heads.score, heads._forward
+
+    def scored(head, blocks, decay):
+        if len(blocks.block) > 30:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return score(head, blocks, decay)
+
+    def read(verifier, some, taps):
+        if len(some) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(verifier, some, taps)
+
+    monkeypatch.setattr(heads, "score", scored)
+    monkeypatch.setattr(heads, "_forward", read)  # texts are read in batches that fit
+    with pytest.raises(DllmError, match=r"batch_size 8 does not fit on cpu: batch_size 2 does"):
+        heads.run(recipe(data, tmp_path / "run", mask=mask))
 
 
 def test_blocks_see_the_states_before_their_anchor():

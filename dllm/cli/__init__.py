@@ -11,7 +11,7 @@ from dllm import __version__
 from dllm.cli import bench, data, generate, read, samplers, schema, serve, speculate, train, trim
 from dllm.cli import eval as evaluation
 from dllm.cli import filter as filters
-from dllm.errors import DllmError
+from dllm.errors import DllmError, first_line, out_of_memory
 
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
@@ -63,6 +63,10 @@ def main() -> None:
         app()
     except DllmError as error:
         _fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        _fail(f"out of memory ({first_line(error)}): a smaller batch, dtype bfloat16 or another device needs less")
     except OSError as error:  # a file that cannot be read or written
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except SystemExit as ended:

@@ -17,10 +17,13 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -30,7 +33,7 @@ from dllm.drafting.hidden.backbone import Backbone, Layer, Rotary, Text
 from dllm.drafting.hidden.config import HeadConfig, read_head
 from dllm.drafting.registry import as_verifier
 from dllm.drafting.verifier import CausalLM, Verifier, embedding, text_config
-from dllm.errors import DllmError
+from dllm.errors import DllmError, out_of_memory
 from dllm.models.checkpoint import opened
 from dllm.models.files import replaced, replaced_checkpoint, write_json
 from dllm.models.hub import load_verifier, pick_device
@@ -39,7 +42,8 @@ from dllm.training.answers import answers_of
 from dllm.training.config import HeadRecipe
 from dllm.training.data import Pair
 from dllm.training.optim import Optimizers, build_optimizers
-from dllm.training.trainer import mixed, patience
+from dllm.training.steps import fitting, run_steps
+from dllm.training.trainer import mixed
 
 log = logging.getLogger(__name__)
 BEST = 16  # ids that the verifier's law of a position is kept for
@@ -156,36 +160,77 @@ def frequent(data: Sequence[Pair], n: int, vocab: int) -> Tensor:
     return torch.tensor(sorted(ranked[:n]))
 
 
-def told(verifier: Verifier, data: Sequence[Pair], taps: Sequence[int], folder: Path) -> list[Told]:
-    """What the verifier says of every text, from the files in `folder`; what they lack is added."""
+@dataclass(frozen=True)
+class Stored:
+    """Where what the verifier says of a text is written: rows `first` to `last` of a file that is mapped, not read."""
+
+    ids: Tensor  # (n,)
+    answer: int
+    file: safe_open
+    first: int
+    last: int
+
+    def read(self) -> Told:
+        """The text with its states."""
+        parts = (self.file.get_slice(name) for name in ("states", "best", "law"))  # type: ignore[no-untyped-call]
+        states, best, law = (part[self.first : self.last] for part in parts)
+        return Told(self.ids.long(), self.answer, states, best.long(), law.float())
+
+
+def told(verifier: Verifier, data: Sequence[Pair], taps: Sequence[int], folder: Path) -> list[Stored]:
+    """What the verifier says of every text, in the files of `folder`; what they lack is added. The states, kilobytes a
+    token, stay on the disk: a step reads those of its texts."""
     folder.mkdir(exist_ok=True)
     files = sorted(folder.glob("*.safetensors"))
-    found = [text for file in files for text in _read(file)]
-    kept = {tuple(text.ids.tolist()) for text in found}
-    rest = [pair for pair in data if (*pair.prompt, *pair.answer) not in kept]
+    found = [text for file in files for text in _stored(file)]
+    kept = {_key(text.ids) for text in found}
+    rest = [pair for pair in data if _key(torch.tensor(pair.prompt + pair.answer)) not in kept]
     rest.sort(key=lambda pair: len(pair.prompt) + len(pair.answer))
     for at in tqdm(range(0, len(rest), SHARD), "states", unit="file", disable=not rest):
         file = folder / f"{len(files) + at // SHARD:05d}.safetensors"
         _write(list(_said(verifier, rest[at : at + SHARD], taps)), file)
-        found += _read(file)  # with its rounding, as a run that goes on will read it
+        found += _stored(file)
     return found
 
 
-@torch.no_grad()
-def _said(verifier: Verifier, data: list[Pair], taps: Sequence[int]) -> Iterator[Told]:
-    model, device, data = verifier.model, verifier.device, list(data)
+def _key(ids: Tensor) -> bytes:
+    return ids.int().numpy().tobytes()
+
+
+def _said(verifier: Verifier, data: Sequence[Pair], taps: Sequence[int]) -> Iterator[Told]:
+    """Of texts in the order of their lengths, the longest first. Errors: not even one fits into memory."""
+    data, room = list(data), FORWARD
     while data:
-        width = len(data[-1].prompt) + len(data[-1].answer)  # the longest
-        some = [data.pop() for _ in range(min(len(data), max(1, FORWARD // width)))]
-        ids = [torch.tensor(pair.prompt + pair.answer) for pair in some]
-        padded, real = (pad_sequence(x, batch_first=True).to(device) for x in (ids, [torch.ones_like(x) for x in ids]))
-        out = model(input_ids=padded, attention_mask=real, output_hidden_states=True, use_cache=False)
-        states = torch.stack([out.hidden_states[tap + 1] for tap in taps], 2).to(torch.bfloat16).cpu()
-        best = out.logits.topk(BEST)
-        law = (best.values.float() - out.logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
-        for i, (pair, x) in enumerate(zip(some, ids, strict=True)):
-            n = len(x)
-            yield Told(x, len(pair.prompt), states[i, :n].clone(), best.indices[i, :n].cpu(), law[i, :n].clone())
+        width = len(data[-1].prompt) + len(data[-1].answer)
+        some = data[-max(1, room // width) :]
+        try:
+            told = _forward(verifier, some, taps)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(some) == 1:
+                raise DllmError(
+                    f"a text of {width} tokens does not fit on {verifier.device}: cut the answers"
+                ) from error
+            room = len(some) * width // 2
+            continue
+        yield from told
+        del data[-len(some) :]
+
+
+@torch.no_grad()
+def _forward(verifier: Verifier, some: Sequence[Pair], taps: Sequence[int]) -> list[Told]:
+    ids, device = [torch.tensor(pair.prompt + pair.answer) for pair in some], verifier.device
+    padded, real = (pad_sequence(x, batch_first=True).to(device) for x in (ids, [torch.ones_like(x) for x in ids]))
+    out = verifier.model(input_ids=padded, attention_mask=real, output_hidden_states=True, use_cache=False)
+    states = torch.stack([out.hidden_states[tap + 1] for tap in taps], 2).to(torch.bfloat16).cpu()
+    best = out.logits.topk(BEST)
+    law = (best.values.float() - out.logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
+    return [
+        Told(x, len(pair.prompt), states[i, :n].clone(), best.indices[i, :n].cpu(), law[i, :n].clone())
+        for i, (pair, x) in enumerate(zip(some, ids, strict=True))
+        for n in [len(x)]
+    ]
 
 
 def _write(texts: Sequence[Told], file: Path) -> None:
@@ -201,13 +246,14 @@ def _write(texts: Sequence[Told], file: Path) -> None:
         save_file(tensors, draft)
 
 
-def _read(file: Path) -> Iterator[Told]:
-    with opened(file) as stored:
-        ids, best, law, states = (stored.get_tensor(name) for name in ("ids", "best", "law", "states"))
-        lengths, answers = (stored.get_tensor(name).tolist() for name in ("lengths", "answers"))
-    parts = zip(*(x.split(lengths) for x in (ids.long(), states, best.long(), law.float())), strict=True)
-    for (some, state, top, probs), answer in zip(parts, answers, strict=True):
-        yield Told(some, answer, state, top, probs)
+def _stored(file: Path) -> Iterator[Stored]:
+    stored = opened(file)
+    names = "ids", "lengths", "answers"
+    ids, lengths, answers = (stored.get_tensor(name) for name in names)  # type: ignore[no-untyped-call]
+    last = lengths.cumsum(0)
+    places = answers.tolist(), (last - lengths).tolist(), last.tolist()
+    for some, answer, first, end in zip(ids.clone().split(lengths.tolist()), *places, strict=True):
+        yield Stored(some, answer, stored, first, end)
 
 
 def blocks_of(texts: Sequence[Told], anchors: Sequence[Sequence[int]], config: HeadConfig) -> Blocks:
@@ -296,23 +342,23 @@ def config_of(recipe: HeadRecipe, verifier: Verifier) -> dict[str, object]:
     }
 
 
-def held_out(text: Told, share: float) -> bool:
+def held_out(text: Stored, share: float) -> bool:
     """Whether an answer is left for measurement: by its prompt, so that more data move none of the others."""
     digest = hashlib.sha256(json.dumps(text.ids[: text.answer].tolist()).encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
-def draw(texts: Sequence[Told], n: int, anchors: int, rng: random.Random) -> tuple[list[Told], list[list[int]]]:
+def draw(texts: Sequence[Stored], n: int, anchors: int, rng: random.Random) -> tuple[list[Told], list[list[int]]]:
     """`n` texts, and up to `anchors` places of each answer that have a token behind them."""
     some = rng.choices(texts, k=n)
     spans = [range(text.answer, len(text.ids) - 1) for text in some]
-    return some, [sorted(rng.sample(span, min(anchors, len(span)))) for span in spans]
+    return [text.read() for text in some], [sorted(rng.sample(span, min(anchors, len(span)))) for span in spans]
 
 
 def train(
     head: Trained,
-    texts: Sequence[Told],
-    held: Sequence[Told],
+    texts: Sequence[Stored],
+    held: Sequence[Stored],
     recipe: HeadRecipe,
     saved: Mapping[str, Any] | None = None,
     save: Callable[[int, Optimizers], None] | None = None,
@@ -323,35 +369,36 @@ def train(
     if saved is not None and saved["step"]:
         first = saved["step"]
         optimizers.load_state_dict(saved["optimizer"])
-    rng = random.Random(f"{recipe.seed} held out")
     device = head.embed.device
-    probe = blocks_of(*draw(held, 24, 16, rng), head.config).to(device)
+    probe = blocks_of(*draw(held, 24, 16, random.Random(f"{recipe.seed} held out")), head.config).to(device)
     tau = accepted(head, probe)
-    steps = tqdm(range(first, recipe.schedule.steps), "head", initial=first, total=recipe.schedule.steps, unit="step")
-    with steps as bar, patience() as interrupted:
-        for step in bar:
-            rng = random.Random(f"{recipe.seed} head {step}")
-            some = draw(texts, recipe.batch_size, recipe.anchors, rng)
-            blocks = blocks_of(*some, head.config).to(device)
-            with mixed(recipe.dtype, device):
-                loss, share = score(head, blocks, recipe.decay)
-                loss.backward()  # type: ignore[no-untyped-call]
-                if not optimizers.step(step):
-                    raise DllmError(f"the gradient is not finite at step {step}: lower optimizer.lr")
-            losses.append(float(loss.detach()))
-            slots = "/".join(f"{s:.2f}" for s in share.tolist())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", slots=slots, held_out=f"tau {tau:.2f}")
-            last = step + 1 == recipe.schedule.steps
-            if (step + 1) % recipe.save_every == 0 or last or interrupted.is_set():
-                with mixed(recipe.dtype, device), torch.no_grad():
-                    (nats, share), tau = score(head, probe, recipe.decay), accepted(head, probe)
-                said = "/".join(f"{s:.3f}" for s in share.tolist())
-                log.info("step %d: held-out loss %.3f, slots %s, tau %.3f", step + 1, float(nats), said, tau)
-                if save is not None:
-                    save(step + 1, optimizers)
-            if interrupted.is_set():
-                log.warning("stopped after step %d: go on with --resume", step + 1)
-                raise KeyboardInterrupt
+
+    def backward(step: int, size: int) -> Score:
+        some = draw(texts, size, recipe.anchors, random.Random(f"{recipe.seed} head {step}"))
+        blocks = blocks_of(*some, head.config).to(device)
+        with mixed(recipe.dtype, device):
+            found = score(head, blocks, recipe.decay)
+            found.loss.backward()  # type: ignore[no-untyped-call]
+        return found
+
+    def take(step: int) -> dict[str, str]:
+        loss, share = fitting(recipe.batch_size, partial(backward, step), device)
+        if not optimizers.step(step):
+            raise DllmError(f"the gradient is not finite at step {step}: lower optimizer.lr")
+        losses.append(float(loss.detach()))
+        slots = "/".join(f"{s:.2f}" for s in share.tolist())
+        return {"loss": f"{losses[-1]:.3f}", "slots": slots, "held_out": f"tau {tau:.2f}"}
+
+    def measured(done: int) -> None:
+        nonlocal tau
+        with mixed(recipe.dtype, device), torch.no_grad():
+            (nats, share), tau = score(head, probe, recipe.decay), accepted(head, probe)
+        said = "/".join(f"{s:.3f}" for s in share.tolist())
+        log.info("step %d: held-out loss %.3f, slots %s, tau %.3f", done, float(nats), said, tau)
+        if save is not None:
+            save(done, optimizers)
+
+    run_steps("head", first, recipe.schedule.steps, take, measured, recipe.save_every)
     return losses
 
 

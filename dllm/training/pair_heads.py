@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Need
@@ -29,7 +29,7 @@ from dllm.training import checkpoint
 from dllm.training.answers import answers_of
 from dllm.training.config import PairHeadConfig
 from dllm.training.data import Pair
-from dllm.training.trainer import patience
+from dllm.training.steps import fitting, run_steps
 
 log = logging.getLogger(__name__)
 Save = Callable[[int, PairHead, torch.optim.Optimizer], None]
@@ -97,27 +97,28 @@ def train(
         with torch.no_grad():
             for weight, kept in zip(weights, saved["weights"], strict=True):
                 weight.copy_(kept)
-    steps = tqdm(range(first, config.steps), "pair head", initial=first, total=config.steps, unit="step")
-    with steps as bar, patience() as interrupted:
-        for step in bar:
-            rng = random.Random(f"{config.seed} pairs {step}")
-            some = rng.choices(data, k=config.batch_size)
-            cuts = [rng.randrange(len(c.answer)) for c in some]
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, 10 * (step + 1) / config.steps, 1 - step / config.steps)
-            loss, own = nats(head, slots_of(drafter, some, cuts, config.block, config.candidates))
-            if not bool(torch.isfinite(loss)):
-                raise DllmError(f"the loss is not finite at step {step}: lower lr")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", without=f"{float(own):.3f}")
-            if save is not None and ((step + 1) % config.save_every == 0 or interrupted.is_set()):
-                save(step + 1, head, optimizer)
-            if interrupted.is_set():
-                log.warning("stopped after step %d: go on with --resume", step + 1)
-                raise KeyboardInterrupt
+
+    def backward(step: int, size: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(f"{config.seed} pairs {step}")
+        some = rng.choices(data, k=size)
+        cuts = [rng.randrange(len(c.answer)) for c in some]
+        loss, own = nats(head, slots_of(drafter, some, cuts, config.block, config.candidates))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss, own
+
+    def take(step: int) -> dict[str, str]:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, 10 * (step + 1) / config.steps, 1 - step / config.steps)
+        loss, own = fitting(config.batch_size, partial(backward, step), drafter.model.device)
+        if not bool(torch.isfinite(loss)):
+            raise DllmError(f"the loss is not finite at step {step}: lower lr")
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        return {"loss": f"{losses[-1]:.3f}", "without": f"{float(own):.3f}"}
+
+    kept = None if save is None else lambda done: save(done, head, optimizer)
+    run_steps("pair head", first, config.steps, take, kept, config.save_every)
     return PairHead(head.predecessor.detach(), head.successor.detach()), losses
 
 

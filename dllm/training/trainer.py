@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dllm.errors import DllmError
 from dllm.models.config import ModelConfig
@@ -32,6 +29,7 @@ from dllm.training.log import Curve
 from dllm.training.lora import add_lora, merge_lora
 from dllm.training.objectives import Autoregressive, Diffusion, Loss
 from dllm.training.optim import build_optimizers
+from dllm.training.steps import run_steps
 from dllm.training.tokenizer import embedded_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -75,30 +73,24 @@ class Trainer:
         seen: list[tuple[float, int, int]] = []  # since the last line of the log: loss, correct tokens, tokens
         self.backbone.train()
         feed = self.batches.from_step(self.step * config.accumulate)
-        steps = range(self.step, config.schedule.steps)
-        bar = tqdm(steps, initial=self.step, total=config.schedule.steps, desc="training", unit="step")
-        with bar, patience() as interrupted:
-            for step in bar:
-                for part in range(config.accumulate):
-                    seen.append(self._backward(next(feed), step, part))
-                if not self.optimizers.step(step):
-                    self._fail(step, "gradient")
-                self.step = step + 1
-                if self.step % config.log_every == 0 or self.step == config.schedule.steps:
-                    losses, correct, tokens = zip(*seen, strict=True)
-                    loss, accuracy = sum(losses) / len(seen), sum(correct) / max(1, sum(tokens))
-                    seen.clear()
-                    rows = self.step * config.batch_size * config.accumulate
-                    seconds = spent + time.monotonic() - started
-                    rate = config.schedule.rate(step)
-                    self.curve.add(step=self.step, loss=loss, accuracy=accuracy, rate=rate, rows=rows, seconds=seconds)
-                    bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.4f}")
-                if self.step % config.save_every == 0 or interrupted.is_set():
-                    self.save()
-                if interrupted.is_set():
-                    logger.warning("stopped after step %d, saved in %s: go on with --resume", self.step, self.path)
-                    raise KeyboardInterrupt
-        self.save()
+
+        def take(step: int) -> dict[str, str] | None:
+            for part in range(config.accumulate):
+                seen.append(self._backward(next(feed), step, part))
+            if not self.optimizers.step(step):
+                self._fail(step, "gradient")
+            self.step = step + 1
+            if self.step % config.log_every and self.step != config.schedule.steps:
+                return None
+            losses, correct, tokens = zip(*seen, strict=True)
+            loss, accuracy = sum(losses) / len(seen), sum(correct) / max(1, sum(tokens))
+            seen.clear()
+            rows = self.step * config.batch_size * config.accumulate
+            seconds, rate = spent + time.monotonic() - started, config.schedule.rate(step)
+            self.curve.add(step=self.step, loss=loss, accuracy=accuracy, rate=rate, rows=rows, seconds=seconds)
+            return {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.4f}"}
+
+        run_steps("training", self.step, config.schedule.steps, take, lambda _: self.save(), config.save_every)
         return self.export()
 
     def save(self) -> None:
@@ -152,29 +144,6 @@ class Trainer:
 def train(config: TrainConfig, resume: bool = False, model: NativeModel | None = None) -> NativeModel:
     """Run a recipe from the start, or from its checkpoint; returns the trained model."""
     return Trainer(config, resume, model).run()
-
-
-@contextmanager
-def patience() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets instead of striking.
-
-    None is caught elsewhere than in the main thread, nor where the process ignores it (as background jobs of a shell).
-    """
-    asked = threading.Event()
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield asked
-        return
-
-    def note(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def mixed(precision: str, device: torch.device) -> AbstractContextManager[object]:

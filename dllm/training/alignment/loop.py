@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from dllm.errors import DllmError, out_of_memory
 from dllm.models.transformer import Transformer
@@ -21,8 +20,9 @@ from dllm.training.alignment.registry import as_objective
 from dllm.training.alignment.rows import Masked
 from dllm.training.config import AlignConfig, Stage
 from dllm.training.data import Pair
+from dllm.training.steps import run_steps
 from dllm.training.team import Team
-from dllm.training.trainer import mixed, patience
+from dllm.training.trainer import mixed
 
 log = logging.getLogger(__name__)
 
@@ -59,34 +59,49 @@ def align(
     weights = [p for p in network.parameters() if p.requires_grad]
     network.train()
     for number in range(start.stage, len(objectives)):
-        stage, objective = config.stages[number], objectives[number]
-        optimizer = torch.optim.AdamW(weights, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        first = start.step if number == start.stage else 0
-        if first:
-            optimizer.load_state_dict(dict(start.optimizer))
-            objective.load_state_dict(start.objective)
-        name = f"stage {number + 1}"
-        steps = tqdm(range(first, stage.steps), name, initial=first, total=stage.steps, disable=not team.first or None)
-        with steps as bar, patience() as interrupted, recomputed(network, config.checkpointing):
-            for step in bar:
-                draw = drawn(config.seed, number, step)
-                some = draw.rng.choices(data, k=config.batch_size)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(stage, step)
-                loss = backward(objective, learner, objective.texts(some, learner, draw), weights, config, team)
-                if not bool(torch.isfinite(loss)):
-                    raise DllmError(f"the loss of {name} is not finite at step {step}: lower lr or alpha")
-                torch.nn.utils.clip_grad_norm_(weights, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(float(loss))
-                bar.set_postfix(loss=f"{losses[-1]:.3f}")
-                if save is not None and ((step + 1) % config.save_every == 0 or interrupted.is_set()):
-                    save(Place(number, step + 1, optimizer.state_dict(), objective.state_dict()))
-                if interrupted.is_set():
-                    log.warning("stopped in %s after step %d: go on with --resume", name, step + 1)
-                    raise KeyboardInterrupt
+        here = start if number == start.stage else Place(number, 0, {}, {})
+        with recomputed(network, config.checkpointing):
+            losses += run_stage(objectives[number], here, learner, data, weights, config, save, team)
     network.eval()
+    return losses
+
+
+def run_stage(
+    objective: Objective,
+    start: Place,
+    learner: Learner,
+    data: Sequence[Pair],
+    weights: Sequence[torch.nn.Parameter],
+    config: AlignConfig,
+    save: Callable[[Place], None] | None,
+    team: Team,
+) -> list[float]:
+    """One stage from `start` on; see `align`."""
+    stage, name, losses = config.stages[start.stage], f"stage {start.stage + 1}", list[float]()
+    optimizer = torch.optim.AdamW(weights, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    if start.step:
+        optimizer.load_state_dict(dict(start.optimizer))
+        objective.load_state_dict(start.objective)
+
+    def take(step: int) -> dict[str, str]:
+        draw = drawn(config.seed, start.stage, step)
+        some = draw.rng.choices(data, k=config.batch_size)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(stage, step)
+        loss = backward(objective, learner, objective.texts(some, learner, draw), weights, config, team)
+        if not bool(torch.isfinite(loss)):
+            raise DllmError(f"the loss of {name} is not finite at step {step}: lower lr or alpha")
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss))
+        return {"loss": f"{losses[-1]:.3f}"}
+
+    def kept(done: int) -> None:
+        if save is not None:
+            save(Place(start.stage, done, optimizer.state_dict(), objective.state_dict()))
+
+    run_steps(name, start.step, stage.steps, take, kept, config.save_every, team.first)
     return losses
 
 
