@@ -86,8 +86,8 @@ def _lines(path: Path) -> list[str]:
     """The whole lines of a file; a last one that was cut off is dropped, from the file too."""
     if not path.exists():
         return []
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         text, whole = _members(content) if path.suffix == ".gz" else (content, content.rfind(b"\n") + 1)
         rest = content[whole:]
         if rest and path.suffix != ".gz" and _ends(rest):
@@ -98,7 +98,7 @@ def _lines(path: Path) -> list[str]:
             with path.open("r+b") as file:
                 file.truncate(whole)
         return spec.lines(text[: text.rfind(b"\n") + 1].decode())
-    except (OSError, UnicodeDecodeError, zlib.error) as error:
+    except (UnicodeDecodeError, zlib.error) as error:
         raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run again") from None
 
 

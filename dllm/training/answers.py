@@ -64,7 +64,8 @@ def answers_of(config: Answers, verifier: PreTrainedModel) -> list[Pair]:
     law = Law(config.temperature, config.top_p if config.top_p < 1 else None)
     style, width = Style(config.max_new_tokens, law, config.seed), config.sampling_batch
     if config.prompts == FREE:
-        Users(known, config.openings, holdout, file, style).make(config.count, width)
+        if len(file.pairs) < config.count:
+            Users(known, config.openings, holdout, file, style).make(config.count, width)
         return file.of()
     lines = prompts_of(config)
     holdout.check(config.prompts or "tasks", (line if isinstance(line, str) else _said(line) for line in lines))
@@ -235,8 +236,6 @@ class Users:
 
     def make(self, count: int, width: int) -> None:
         """Answers until the file has `count` of them. Errors: nothing new is made up."""
-        if self.begun >= count:
-            return
         with Kept(self.file, width, count - self.begun) as kept:
 
             def more(n: int) -> list[Ask]:
