@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ import dllm
 from dllm.cli import main
 from dllm.cli.speculate import CORRECTION, coloured
 from dllm.drafting.registry import as_verifier
+from dllm.training.online import OnlineDrafter
 
 torch.set_num_threads(1)
 PROMPT = "Tom has 12 apples. He buys 7 more."
@@ -67,6 +71,37 @@ def test_text_and_metrics_are_shown(run, options):
 def test_mistakes_take_one_line(run, options, says):
     code, _, error = run("speculate", PROMPT, *options)
     assert code == 1 and says in error.strip().splitlines()[-1]
+
+
+def test_a_drafter_learns_from_the_texts_and_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    folder = str(tmp_path / "online")
+    asked = ("-n", "12", "--learn", folder, "--pace", "every=2", "--pace", "steps=1")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n\nAnn has 3 pens.\n"))
+    code, shown, error = run("speculate", "-", *asked)
+    assert code == 0 and "1 texts, 0 updates" in shown and "2 texts, 1 updates" in shown, error
+
+    finish = OnlineDrafter.finish
+
+    def struck(self, ids):  # Ctrl-C while it writes
+        os.kill(os.getpid(), signal.SIGINT)
+        finish(self, ids)
+
+    monkeypatch.setattr(OnlineDrafter, "finish", struck)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Bob has 2 books.\nAnn has 3 pens.\n"))
+    code, shown, error = run("speculate", "-", *asked)
+    assert code == 130 and "3 texts, 1 updates" in shown and "go on with the same command" in error
+    assert OnlineDrafter.load(folder).traffic.texts == 3
+    for more, says in (
+        (["--drafter", "suffix"], "dLLM that drafts, which 'suffix' is not"),
+        (["--drafter", "tiny-ar"], "began as 'tiny'"),
+        (["--pace", "evry=2"], "did you mean 'every'"),
+        (["--learn", str(tmp_path)], "not a folder of a drafter that learns"),
+        (["--learn", str(tmp_path / "new"), "--drafter", "tiny-ar"], "no masked-diffusion model"),
+    ):
+        code, _, error = run("speculate", PROMPT, *asked[:4], *more)
+        assert code == 1 and says in error.strip().splitlines()[-1]
+    code, _, error = run("speculate", PROMPT, "--pace", "every=2")
+    assert code == 1 and "give --learn FOLDER" in error
 
 
 def test_signs_of_several_tokens_keep_their_colour():

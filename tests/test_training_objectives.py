@@ -12,10 +12,13 @@ from drafting_kit import golden, plain
 import dllm
 from dllm.bench import objectives as bench
 from dllm.drafting.diffusion import DiffusionDrafter
+from dllm.drafting.drafters import Need
 from dllm.drafting.proposal import drawn as draws_of
 from dllm.drafting.registry import as_drafter
+from dllm.drafting.window import Window
 from dllm.errors import DllmError
 from dllm.models.recast import cut
+from dllm.training import online
 from dllm.training.alignment.loop import align, drawn
 from dllm.training.alignment.objective import Learner
 from dllm.training.alignment.registry import as_objective
@@ -271,6 +274,63 @@ def test_an_online_drafter_refuses_what_it_cannot_learn(verifier, learner):
         Pace(steps=0)
     with pytest.raises(DllmError, match="divergence"):
         Pace(divergence="kl")
+
+
+KEPT = [*range(3, 90, 2), 100]
+
+
+def test_a_trimmed_head_is_that_of_the_weights_that_were_learned(verifier, learner, tmp_path):
+    drafter = OnlineDrafter(learner.model, pace=Pace(every=4, steps=5, lr=3e-3))
+    for _ in range(2):  # a call whose texts end with an update, and one behind it
+        outs = decode(verifier, drafter, trim=KEPT, window=9)
+        assert [out.sequences for out in outs] == [plain(verifier, p, NEW) for p in PROMPTS]
+    drafter.save(tmp_path)
+    need = Need(verifier.config.vocab_size, frozenset({8}), trim=tuple(KEPT), window=Window(9))
+    text = [*PROMPTS[0], *range(20, 40)]
+    one, other = drafter.fork(), as_drafter(str(tmp_path))
+    for source in (one, other):
+        source.reset(text, need)
+    rows = learner.model.transformer.head_weight[one.head.vocabulary.shared.drafter.on(torch.device("cpu"))]
+    assert torch.equal(one.head.rows, rows) and not one.head.rows.requires_grad
+    assert torch.allclose(one.draft(text, 4).logp, other.draft(text, 4).logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [5, "5:sinks=1", "auto"])
+def test_what_is_learned_reads_what_the_drafts_read(verifier, learner, window):
+    drafter = OnlineDrafter(learner.model, pace=Pace(every=0, lr=3e-3))
+    decode(verifier, drafter, window=window)
+    seen = drafter.traffic.window
+    assert seen.tokens == (5 if window != "auto" else 64)  # or as much more as cost little
+    for ids, told in drafter.traffic.rounds:
+        row = masked(ids, told, drafter_learner := Learner(learner.model, 0, None), seen)
+        read = seen.of(ids[: told.start])
+        assert row.ids[: len(read)] == read and len(row.ids) == len(read) + told.k
+        assert row.masked.nonzero()[:, 0].tolist() == list(range(len(read), len(read) + told.k))
+        assert row.extra["best"][len(read)].tolist() == told.best[0]
+        assert drafter_learner.rows([row]).ids.shape[1] == len(row.ids)
+    losses = drafter.update(12)
+    assert losses[-1] < losses[0]
+
+
+def test_a_kill_within_a_save_leaves_what_loads(verifier, learner, tmp_path, monkeypatch):
+    drafter = OnlineDrafter(learner.model, pace=Pace(every=4, steps=1))
+    decode(verifier, drafter)
+    drafter.save(tmp_path)
+    before, write = weights(drafter), online.save_atomically
+    for file in ("online.pt", "traffic.pt"):
+        decode(verifier, drafter)
+
+        def killed(value, path, file=file):
+            if path.name == file:
+                raise KeyboardInterrupt
+            write(value, path)
+
+        monkeypatch.setattr(online, "save_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            drafter.save(tmp_path)
+        again = OnlineDrafter.load(tmp_path)
+        assert again.traffic.texts == len(PROMPTS) and again.student.updates == {"online.pt": 1, "traffic.pt": 3}[file]
+        assert torch.equal(weights(again), before if file == "online.pt" else weights(drafter))
 
 
 def test_a_draw_is_with_replacement_and_by_its_generator_alone(verifier, learner):

@@ -3,7 +3,9 @@ train one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dllm import spec
 from dllm.cli.options import named
 from dllm.errors import DllmError
 
@@ -22,13 +25,15 @@ if TYPE_CHECKING:
     from dllm.drafting.verifier import CausalLM
     from dllm.models.native import NativeModel
     from dllm.models.tokenizer import Tokenizer
+    from dllm.training.online import OnlineDrafter
 
+DRAFTER = "tiny"
 ACCEPTED = ("green", "cyan")  # alternating, so that the rounds can be told apart
 CORRECTION = "bold yellow"
 
 
 def speculate(
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; -: each line of standard input is one.")],
     verifier: Annotated[str, typer.Option("--verifier", help="tiny-ar, a folder, or a Hugging Face id.")] = "tiny-ar",
     drafter: Annotated[
         str,
@@ -36,7 +41,7 @@ def speculate(
             "--drafter",
             help="tiny, a folder, a Hugging Face id, suffix, lookup, recycle, stand, one of another package, or none.",
         ),
-    ] = "tiny",
+    ] = DRAFTER,
     verifier_arg: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,7 +88,8 @@ def speculate(
         str | None, typer.Option("--trim", help="A file of `dllm trim`, or how many ids the drafter's head computes.")
     ] = None,
     window: Annotated[
-        str | None, typer.Option("--window", help="Tokens that the drafter reads: 256, or 256:sinks=4,recall=128.")
+        str | None,
+        typer.Option("--window", help="Tokens that the drafter reads: 256, 256:sinks=4,recall=128, auto (measured)."),
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
@@ -93,37 +99,107 @@ def speculate(
     graphs: Annotated[
         bool | None, typer.Option("--graphs/--no-graphs", help="CUDA graphs; on where the pair allows it.")
     ] = None,
+    learn: Annotated[
+        Path | None,
+        typer.Option(
+            "--learn",
+            metavar="FOLDER",
+            help="The drafter learns from these texts where its drafts are rejected, and is kept in FOLDER, from which "
+            "it goes on; --drafter says what it is at first.",
+        ),
+    ] = None,
+    pace: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pace",
+            metavar="KEY=VALUE",
+            help="How it learns: every=8 (texts), steps=4, lr=3e-4, batch_size=16, divergence, limit; may be repeated.",
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also decode plainly: speed-up and equality.")] = False,
 ) -> None:
     """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
     from dllm.drafting.front import speculate as run
     from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
+    from dllm.training.trainer import patience
 
-    v = as_verifier(named(verifier, verifier_arg, "--verifier-arg"))
+    if pace and learn is None:
+        raise DllmError("--pace is of a drafter that learns: give --learn FOLDER")
     if drafter_arg and (drafter == "none" or is_drafter_name(drafter)):
         raise DllmError(f"--drafter-arg is for a model that drafts, not for {drafter!r}")
+    v = as_verifier(named(verifier, verifier_arg, "--verifier-arg"))
+    online = None if learn is None else _learner(learn, drafter, drafter_arg, pace or ())
     source = named(drafter, drafter_arg, "--drafter-arg") if drafter_arg else drafter
-    d = None if drafter == "none" else as_drafter(source)
+    d = online or (None if drafter == "none" else as_drafter(source))
 
-    decode = partial(run, v, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+    decode = partial(run, v, max_new_tokens=max_new_tokens, temperature=temperature)
     decode = partial(decode, top_k=top_k, top_p=top_p, seed=seed, stop=stop, graphs=graphs)
     kept: SpecOptions = {"store": store, "corpus": corpus or (), "graft": graft or None, "pair_head": pair_head}
     kept |= {"k": k, "verify": verify, "ngrams": ngrams, "trim": trim, "window": window}
-    for warm in (None, d) if compare else ():  # the first forwards of a process are slow, and would be the drafted ones
-        decode(drafter=warm, max_new_tokens=4)
-    out: SpecResult = decode(drafter=d, search=search, tree=tree, length=length, carry=carry, **kept)
     console = Console()
-    assert v.tokenizer is not None  # it has read the prompt
-    console.print(coloured(out, v.tokenizer), highlight=False)
-    table = Table("metric", "value", box=None)
-    for name, value in out.metrics().items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    if compare:
-        plain: SpecResult = decode(drafter=None)
-        table.add_row("speed-up", f"{out.speedup_vs(plain):.3g}")
-        if temperature == 0:
-            table.add_row("equal to plain decoding", "yes" if plain.tokens == out.tokens else "no (a tie in rounding)")
-    console.print(table)
+    assert online is None or learn is not None
+    for number, text in enumerate(_prompts(prompt)):
+        warming = (None, d if online is None else online.model)
+        for warm in warming if compare and not number else ():  # the first forwards of a process are slow
+            decode(drafter=warm, prompt=text, max_new_tokens=4)
+        with patience() if online is not None else nullcontext() as interrupted:
+            out: SpecResult = decode(
+                drafter=d, prompt=text, search=search, tree=tree, length=length, carry=carry, **kept
+            )
+            if online is not None and learn is not None:
+                online.save(learn)
+        assert v.tokenizer is not None  # it has read the prompt
+        console.print(coloured(out, v.tokenizer), highlight=False)
+        table = Table("metric", "value", box=None)
+        for name, value in out.metrics().items():
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        if compare:
+            plain: SpecResult = decode(drafter=None, prompt=text)
+            same = "yes" if plain.tokens == out.tokens else "no (a tie in rounding)"
+            table.add_row("speed-up", f"{out.speedup_vs(plain):.3g}")
+            table.add_row(*(("equal to plain decoding", same) if temperature == 0 else ()))
+        if online is not None:
+            told = f"{online.traffic.texts} texts, {online.student.updates} updates, in {learn}"
+            table.add_row("learned from", told)
+        console.print(table)
+        if interrupted is not None and interrupted.is_set():
+            typer.echo(f"stopped; what was learned is in {learn}: go on with the same command", err=True)
+            raise typer.Exit(130)
+
+
+def _prompts(given: str) -> Iterator[str]:
+    """The prompt, or each line of standard input as it comes. Errors: bytes that are no text."""
+    if given != "-":
+        yield given
+        return
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DllmError(f"standard input is no {error.encoding} text: {error.reason} at byte {error.start}") from None
+
+
+def _learner(folder: Path, drafter: str, arguments: list[str] | None, pace: Sequence[str]) -> OnlineDrafter:
+    """The drafter that `folder` keeps, or else this one, which begins to learn. Errors: a drafter that cannot learn, a
+    folder that is of another drafter."""
+    from dllm.drafting.registry import is_drafter_name
+    from dllm.models.arguments import pairs
+    from dllm.training.online import OnlineDrafter, Pace
+
+    if drafter == "none" or is_drafter_name(drafter):
+        raise DllmError(f"--learn is for a dLLM that drafts, which {drafter!r} is not")
+    how = Pace(**spec.settings("--pace", Pace, pairs(pace, "--pace")))
+    if not OnlineDrafter.holds(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DllmError(f"--learn {folder}: not a folder of a drafter that learns, and not empty; name a new one")
+        return OnlineDrafter.load(named(drafter, arguments, "--drafter-arg"), pace=how)
+    found = OnlineDrafter.load(named(str(folder), arguments, "--drafter-arg"), pace=how)
+    if drafter not in (DRAFTER, found.start, str(folder)):
+        raise DllmError(
+            f"{folder} holds a drafter that began as {found.start!r}: leave out --drafter, or name another folder"
+        )
+    return found
 
 
 def coloured(out: SpecResult, tokenizer: Tokenizer) -> Text:

@@ -25,7 +25,7 @@ from dllm.drafting.drafters import Ask, Draft, Need, Ragged
 from dllm.drafting.lattice import DraftFailure, listed
 from dllm.drafting.places import Tables, bucket
 from dllm.drafting.proposal import EMPTY, Proposal, chain, fit, sent
-from dllm.drafting.reading import Reading, Readings
+from dllm.drafting.reading import LEAST, Reading, Readings
 from dllm.drafting.store import Seen
 from dllm.drafting.trim import KeepLike, as_keep, kept
 from dllm.drafting.vocabulary import Vocabulary
@@ -281,11 +281,11 @@ class DiffusionDrafter(Ragged):
 
     @property
     def looks(self) -> Window | None:
-        """What is read of the text now, in tokens; None: all of it."""
+        """What is read of such texts now, in tokens; None: all of it."""
         window, reading = self.reads, self.reading
         if window is None or window.tokens is not None:
             return window
-        return None if reading is None else replace(window, tokens=reading.tokens)
+        return None if reading is None else replace(window, tokens=max(LEAST, reading.tokens))
 
     @property
     def _measured(self) -> Readings:

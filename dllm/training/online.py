@@ -7,22 +7,24 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
+from dllm import spec
+from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
-from dllm.models.files import optional_json
-from dllm.models.hub import load
+from dllm.models.files import current, optional_json, replaced_checkpoint
+from dllm.models.hub import load, locate
 from dllm.models.native import NativeModel
 from dllm.spec import check, param
 from dllm.training.alignment.objective import Learner
 from dllm.training.checkpoint import read, save_atomically
 from dllm.training.laws import DIVERGENCES
-from dllm.training.traffic import Recorder, Traffic, loss, masked
+from dllm.training.traffic import Kept, Recorder, Traffic, loss, masked
 
-STATE = "online.pt"
+STATE, TRAFFIC = "online.pt", "traffic.pt"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class _Student:
         self.model, self.pace, self.updates = model, pace, 0
         self.optimizer = torch.optim.AdamW(model.transformer.parameters(), pace.lr, betas=(0.9, 0.98))
         self.lock = threading.Lock()
+        self.saved: tuple[Path, int] | None = None  # where weights were last written, and after how many updates
 
 
 class OnlineDrafter(Recorder):
@@ -69,6 +72,7 @@ class OnlineDrafter(Recorder):
             raise DllmError("an online drafter learns: load the model with dtype='float32', and without quantization")
         super().__init__(model, Traffic(pace.limit), **options)
         self.options = options
+        self.start = ""  # what it was before it learned, where that has a name
         self.student = _Student(model, pace)
 
     def finish(self, ids: Sequence[int]) -> None:
@@ -94,7 +98,7 @@ class OnlineDrafter(Recorder):
         network.train()
         for _ in range(steps):
             drawn = self.traffic.draw(student.pace.batch_size, rng)
-            rows = learner.rows([masked(ids, told, learner) for ids, told in drawn])
+            rows = learner.rows([masked(ids, told, learner, self.traffic.window) for ids, told in drawn])
             total, weight = loss(rows, learner, student.pace.divergence)
             student.optimizer.zero_grad(set_to_none=True)
             (total / weight).backward()  # type: ignore[no-untyped-call]
@@ -106,22 +110,47 @@ class OnlineDrafter(Recorder):
         return losses
 
     def save(self, folder: str | Path) -> Path:
-        """Weights, as a checkpoint that any drafter is loaded from, and beside them what goes on learning."""
-        with self.student.lock:
-            made = self.student.model.save(folder, extra={"drafter.json": self.options})
-            state = {"updates": self.student.updates, "traffic": self.traffic.state_dict()}
-            save_atomically({**state, "optimizer": self.student.optimizer.state_dict()}, made / STATE)
-        return made
+        """Weights, as a checkpoint that any drafter is loaded from, and beside them what goes on learning.
+
+        Weights are written only where they changed since they were last written there. A kill at any moment leaves what
+        was there before, or all of it but the last rounds. Errors: a disk that is full.
+        """
+        student, folder = self.student, Path(folder)
+        how = {name: spec.plain(value) for name, value in self.options.items()}
+        with student.lock:
+            folder.mkdir(parents=True, exist_ok=True)
+            if student.saved != (folder, student.updates):
+                with replaced_checkpoint(folder) as draft:
+                    student.model.save(draft, extra={"drafter.json": how})
+                    state = {"start": self.start, "updates": student.updates}
+                    save_atomically({**state, "optimizer": student.optimizer.state_dict()}, draft / STATE)
+                student.saved = folder, student.updates
+            save_atomically(self.traffic.state_dict(), folder / TRAFFIC)
+        return folder
+
+    @staticmethod
+    def holds(folder: str | Path) -> bool:
+        """Whether `save` wrote there."""
+        return (current(Path(folder)) / STATE).exists()
 
     @classmethod
-    def load(cls, folder: str | Path, *, pace: Pace = Pace(), device: str = "cpu") -> Self:
-        """What `save` wrote, or any aligned drafter, which begins to learn."""
-        model = load(Checkpoint(str(folder)), dtype=torch.float32, device=device)
-        options = optional_json(Path(folder) / "drafter.json")
-        drafter = cls(model, pace=pace, **options)
-        if (Path(folder) / STATE).exists():
-            state = read(Path(folder) / STATE)
+    def load(cls, what: str | Path | Checkpoint, *, pace: Pace = Pace(), device: str | None = None) -> Self:
+        """What `save` wrote, or any aligned drafter or dLLM, which begins to learn. Errors: a model of another kind,
+        and of another type than float32."""
+        found = what if isinstance(what, Checkpoint) else Checkpoint(str(what))
+        model = load(Checkpoint(found.name, **{"dtype": "float32", "device": device, **found.given()}))
+        if not isinstance(model, NativeModel) or model.mask_id is None:
+            raise DllmError(f"{found.name} is no masked-diffusion model, which is what learns from traffic")
+        model.sampler_settings = {}  # they are of the weights that are about to change
+        folder = locate(found.name, **found.hub)
+        options = optional_json(folder / "drafter.json")
+        drafter = cls(model, pace=pace, **spec.settings(f"{folder}/drafter.json", DiffusionDrafter, options))
+        drafter.start = found.name
+        if (folder / STATE).exists():
+            state = read(folder / STATE)
             drafter.student.optimizer.load_state_dict(state["optimizer"])
-            drafter.student.updates = state["updates"]
-            drafter.traffic.load_state_dict(state["traffic"])
+            drafter.start, drafter.student.updates = state["start"], state["updates"]
+            drafter.student.saved = Path(found.name), state["updates"]
+        if (kept := Path(found.name) / TRAFFIC).exists():
+            drafter.traffic.load_state_dict(cast(Kept, read(kept)))
         return drafter

@@ -18,6 +18,7 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.drafters import Ask, Draft, Need
 from dllm.drafting.lattice import DraftFailure
 from dllm.drafting.store import Seen
+from dllm.drafting.window import Window
 from dllm.errors import DllmError
 from dllm.models.native import NativeModel
 from dllm.training.alignment.objective import Learner, Sum, behind
@@ -51,6 +52,7 @@ class Traffic:
     def __init__(self, limit: int) -> None:
         self.rounds: deque[tuple[list[int], Round]] = deque(maxlen=limit)  # each with its whole text
         self.texts = 0  # that were ever added
+        self.window: Window | None = None  # what drafts last read of a text; what is learned from reads no more
 
     def add(self, ids: list[int], rounds: Sequence[Round]) -> None:
         """A text that is over."""
@@ -123,17 +125,21 @@ class Recorder(DiffusionDrafter):
 
     def finish(self, ids: Sequence[int]) -> None:
         """Hand over what the text taught."""
+        self.traffic.window = self.looks
         self.traffic.add(list(ids), self.kept)
 
 
-def masked(ids: Sequence[int], told: Round, learner: Learner) -> Masked:
-    """The draft of a round once more: its slots masked; those that were judged weigh 1, the others nothing."""
-    start, k, m = told.start, told.k, len(told.best)
-    first = max(0, start + k + (learner.sep is not None) - learner.model.max_positions)
+def masked(ids: Sequence[int], told: Round, learner: Learner, window: Window | None = None) -> Masked:
+    """The draft of a round once more, behind what such a window reads: its slots masked; those that were judged weigh
+    1, the others nothing."""
+    start, k, m, unit = told.start, told.k, len(told.best), learner.model.block_size or 1
+    read = list(ids[:start]) if window is None else window.of(ids[:start], unit, unit)
+    cut = max(0, len(read) + k + (learner.sep is not None) - learner.model.max_positions)
+    read = read[-(-cut // unit) * unit :]
     target = (list(ids[start : start + k]) + [learner.model.eos_ids[0]] * k)[:k]
     weight = (torch.arange(k) < m).float()
-    text = behind(ids[first:start], target, torch.ones(k, dtype=torch.bool), weight)
-    around = (0, 0, start - first, len(text.ids) - (start - first) - m)
+    text = behind(read, target, torch.ones(k, dtype=torch.bool), weight)
+    around = (0, 0, len(read), len(text.ids) - len(read) - m)
     extra = {"best": F.pad(torch.tensor(told.best), around), "prob": F.pad(torch.tensor(told.prob), around)}
     return text._replace(extra=extra)
 
