@@ -20,6 +20,9 @@ def serve(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One of them, such as max_rows=16; may be repeated."),
     ] = None,
+    speculate: Annotated[
+        str | None, typer.Option(metavar="DRAFTER", help="MODEL is an autoregressive verifier, and this drafts for it.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps.")] = None,
     model_arg: Annotated[
@@ -35,7 +38,7 @@ def serve(
         from dllm.serve.server import listen, settings
     except ModuleNotFoundError as error:
         raise DllmError(f"{error.name} is missing: pip install 'dllm-toolkit[serve]'") from None
-    own = {"host": host, "port": port}
+    own = {"host": host, "port": port, "speculate": speculate}
     made = settings(config, sets or (), {name: value for name, value in own.items() if value is not None})
     given = {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
     listen(named(model, model_arg, given=given), made)

@@ -44,9 +44,9 @@ class Tokenizer(Protocol):
         """Every token with its id."""
 
     def apply_chat_template(
-        self, chat: list[dict[str, str]], /, *, tokenize: bool, return_dict: bool, add_generation_prompt: bool = False
+        self, chat: list[dict[str, str]], /, *, tokenize: bool, return_dict: bool, **how: Any
     ) -> Any:
-        """Ids or text of a conversation."""
+        """Ids or text of a conversation; further names are the template's."""
 
     def save_pretrained(self, folder: Path, /) -> object:
         """Write its files."""
@@ -73,7 +73,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise DllmError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
 
 
-def by_template(tokenizer: Tokenizer, messages: Sequence[Message], *, tokenize: bool = True, **how: bool) -> Any:
+def by_template(tokenizer: Tokenizer, messages: Sequence[Message], *, tokenize: bool = True, **how: Any) -> Any:
     """Ids (or text) of a conversation by the tokenizer's own template. Errors: whatever the template objects to."""
     try:
         return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=tokenize, return_dict=False, **how)

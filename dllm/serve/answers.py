@@ -6,8 +6,8 @@ import itertools
 import secrets
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from dllm.call.output import Event, Output
@@ -16,6 +16,7 @@ from dllm.decoding.stopping import UNFINISHED
 from dllm.models.tokenizer import Tokenizer
 from dllm.serve.backend import Pending
 from dllm.serve.requests import Asked
+from dllm.serve.tools import Message, Piece, Splitter, hidden
 
 Json: TypeAlias = dict[str, Any]
 Said: TypeAlias = Sequence[tuple[int, TokenLogprob | None]]  # tokens, with what the model said of them
@@ -32,8 +33,11 @@ class Choice:
     index: int
     tokenizer: Tokenizer | None
     echo: str = ""
+    splitter: Splitter | None = None
+    message: Message = field(default_factory=Message)
     ids: list[int] = field(default_factory=list)
-    sent: int = 0  # characters of a hole's text
+    waiting: list[tuple[int, TokenLogprob | None]] = field(default_factory=list)  # tokens whose text is held back
+    sent: int = 0  # characters of the text, where it is that of the ids
     offset: int = 0  # where the next token's text begins, where log-probabilities are asked for
     output: Output | None = None
     times: list[tuple[float, int]] = field(default_factory=list)  # seconds, and tokens that were final then
@@ -41,19 +45,34 @@ class Choice:
     def __post_init__(self) -> None:
         self.offset = len(self.echo)
 
-    def feed(self, event: Event, seconds: float) -> tuple[str, Said]:
-        """The text that an event adds, and its tokens."""
-        said = list(zip(event.tokens, event.logprobs or [None] * len(event.tokens), strict=True))
+    def feed(self, event: Event, seconds: float) -> tuple[list[Json | str], Said]:
+        """What an event adds, deltas of a chat's message or text, and its tokens."""
+        self.waiting += zip(event.tokens, event.logprobs or [None] * len(event.tokens), strict=True)
         self.ids += event.tokens
         self.output = event.output or self.output
         if event.text:
             self.times.append((seconds, len(self.ids)))
-        return self._text(event), said
+        new, end = self._new(self._text(event), event.output is not None), event.output is not None
+        if not new and not end:
+            return [], []
+        said, self.waiting = self.waiting, []
+        return new, said
+
+    def _new(self, text: str, end: bool) -> list[Json | str]:
+        if not self.asked.chat:
+            return [text] if text else []
+        plain = [Piece("content", text)] if text else []
+        pieces = plain if self.splitter is None else self.splitter.feed(text, end)
+        return [delta for piece in pieces for delta in self.message.deltas(piece)]
 
     def _text(self, event: Event) -> str:
-        if not self.asked.holes or self.tokenizer is None:
+        """What is new of the text. It is that of the ids where the engine's own has more than the answer, or less: the
+        prompt around a hole, markers that are special tokens."""
+        if self.tokenizer is None or not (self.asked.holes or (self.splitter is not None and hidden(self.tokenizer))):
             return event.text
-        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        ends = {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")}  # foreign
+        shown = self.ids if self.asked.holes else [i for i in self.ids if i not in ends]
+        text = str(self.tokenizer.decode(shown, skip_special_tokens=self.asked.holes))
         firm = text if event.output is not None else text.rstrip(UNFINISHED)
         new, self.sent = firm[self.sent :], max(self.sent, len(firm))
         return new
@@ -62,6 +81,8 @@ class Choice:
     def reason(self) -> str:
         """Why it ended."""
         assert self.output is not None
+        if self.message.calls:
+            return "tool_calls"
         return "stop" if self.output.finish_reason == "stop" else "length"
 
 
@@ -75,29 +96,35 @@ class Reply:
 
     def choices(self, rows: int) -> list[Choice]:
         """Nothing is written yet: a choice for each row."""
-        echoes = self.asked.echoes
+        asked, echoes = self.asked, self.asked.echoes
         return [
-            Choice(self.asked, row, self.tokenizer, "" if echoes is None else echoes[row // self.asked.n])
+            Choice(
+                asked,
+                row,
+                self.tokenizer,
+                "" if echoes is None else echoes[row // asked.n],
+                Splitter.of(asked.tools, self.tokenizer) if asked.chat else None,
+            )
             for row in range(rows)
         ]
 
     # -- whole --------------------------------------------------------------------------------------------------------
 
-    def whole(self, pending: Pending, choices: Sequence[Choice], said: Sequence[tuple[str, Said]]) -> Json:
+    def whole(self, pending: Pending, choices: Sequence[Choice], said: Sequence[tuple[list[Json | str], Said]]) -> Json:
         """The object of an answer that was not streamed."""
         kind = "chat.completion" if self.asked.chat else "text_completion"
         answers = [
-            self._whole(choice, text, tokens) | {"dllm": about(pending, choice, self.asked)}
-            for choice, (text, tokens) in zip(choices, said, strict=True)
+            self._whole(choice, new, tokens) | {"dllm": about(pending, choice, self.asked)}
+            for choice, (new, tokens) in zip(choices, said, strict=True)
         ]
         return {**self._head(kind), "choices": answers, "usage": self.usage(pending, choices)}
 
-    def _whole(self, choice: Choice, text: str, said: Said) -> Json:
+    def _whole(self, choice: Choice, new: Sequence[Json | str], said: Said) -> Json:
         logprobs = self._logprobs(choice, said) if self.asked.logprobs else None
         end = {"index": choice.index, "logprobs": logprobs, "finish_reason": choice.reason}
         if not self.asked.chat:
-            return {"text": choice.echo + text, **end}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}, **end}
+            return {**end, "text": choice.echo + "".join(map(str, new))}
+        return {**end, "message": choice.message.whole}
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -107,13 +134,18 @@ class Reply:
             return self._chunk([self._part(choice, {"role": "assistant", "content": ""})])
         return self._chunk([self._part(choice, choice.echo)]) if choice.echo else None
 
-    def chunk(self, pending: Pending, choice: Choice, text: str, said: Said, seconds: float, nfe: int) -> Json:
-        """Text that became final; the last one says how the choice ended."""
+    def chunks(
+        self, pending: Pending, choice: Choice, new: Sequence[Json | str], said: Said, seconds: float, nfe: int
+    ) -> Iterator[Json]:
+        """What became final; the last one says how the choice ended."""
         logprobs = self._logprobs(choice, said) if self.asked.logprobs and said else None
-        part = self._part(choice, ({"content": text} if text else {}) if self.asked.chat else text, logprobs)
+        first, *others = new or [{} if self.asked.chat else ""]
+        parts = [self._part(choice, first, logprobs), *(self._part(choice, other) for other in others)]
         if choice.output is not None:
-            part |= {"finish_reason": choice.reason, "dllm": about(pending, choice, self.asked)}
-        return self._chunk([part]) | {"dllm": {"tokens": len(said), "step": nfe, "t": round(seconds, 6)}}
+            parts[-1] |= {"finish_reason": choice.reason, "dllm": about(pending, choice, self.asked)}
+        for part in parts:
+            yield self._chunk([part]) | {"dllm": {"tokens": len(said), "step": nfe, "t": round(seconds, 6)}}
+            said = ()
 
     def draft(self, choice: Choice, said: Json) -> Json:
         """What happens on a canvas: a chunk that adds no text."""
@@ -194,7 +226,7 @@ def about(pending: Pending, choice: Choice, asked: Asked) -> Json:
     output, ticket = choice.output, pending.tickets[choice.index]
     assert output is not None
     constraint = output.stats.get("constraint")
-    said = {
+    said: Json = {
         "seed": output.seed,
         "nfe": output.nfe,
         "tokens_per_forward": output.tokens_per_forward,
@@ -212,6 +244,10 @@ def about(pending: Pending, choice: Choice, asked: Asked) -> Json:
         "lossless": output.lossless,
         "canonical": constraint["canonical"] if isinstance(constraint, dict) else None,
     }
+    if asked.trace and output.trace is not None:
+        trace = asdict(output.trace)
+        trace["arguments"].pop("on_step", None)
+        said["trace"] = trace
     return said
 
 
@@ -220,11 +256,11 @@ def times(pending: Pending, choices: Sequence[Choice]) -> Json:
     texts = sorted(seconds for choice in choices for seconds, _ in choice.times)
     blocks = list[float]()
     for choice in choices:
-        done = 0.0
+        before, done = 0.0, 0
         for seconds, tokens in choice.times:
-            if tokens // pending.block_length > len(blocks):
-                blocks.append(seconds - done)
-                done = seconds
+            if tokens // pending.block_length > done:
+                blocks.append(seconds - before)
+                before, done = seconds, tokens // pending.block_length
     first = min((t.first for t in pending.tickets if t.first), default=None)
     return {
         "first_forward": first,

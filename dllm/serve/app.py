@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -25,7 +26,7 @@ from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError, Json, told
 from dllm.serve.limits import Guard
 from dllm.serve.requests import Asked
-from dllm.serve.schema import Body, Chat, Completion
+from dllm.serve.schema import Body, Chat, Completion, Read
 from dllm.serve.stream import Ear, Told, chunks, whole
 
 SSE = "text/event-stream"
@@ -52,6 +53,7 @@ class Serving:
     fingerprint: str = ""
     warm: bool = False
     draining: bool = False
+    mean: float = 1.0  # seconds of an answer, the last ones the most
     counted: list[Callable[[Ended], None]] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -74,8 +76,16 @@ class Serving:
                 404, "model_not_found", f"there is no model {model!r}; this server has {self.name!r}", "model"
             )
 
+    @property
+    def wait(self) -> int:
+        """Seconds after which a line that is full has room again, about."""
+        load = self.backend.load
+        return max(1, math.ceil(self.mean * (load.waiting + 1) / max(1, load.lanes)))
+
     def count(self, ended: Ended) -> None:
         """Tell those who count."""
+        if ended.code == "ok":
+            self.mean += (ended.seconds - self.mean) / 16
         for tell in self.counted:
             tell(ended)
 
@@ -171,6 +181,23 @@ def _answers(app: FastAPI, serving: Serving) -> None:
         """What follows a text."""
         return await _answered(serving, http, Completion, requests.completion)
 
+    @app.post("/v1/reads", openapi_extra=body_of(Read), **said)
+    async def reads(http: Request) -> Response:
+        """Probabilities of labels at the open slots of an answer, in one forward."""
+        ear, given = Ear(serving.config.event_buffer), Read.read(await http.body())
+        try:
+            serving.check(given.model)
+            found = await asyncio.to_thread(serving.backend.read, requests.reading(given, serving.backend))
+        except Exception as error:
+            raise told(error, given.given) from error
+        serving.count(Ended(http.url.path, "ok", None, (), ear.seconds))
+        slots = {name: {**asdict(slot), "best": slot.best, "margin": slot.margin} for name, slot in found.slots.items()}
+        return Json({
+            "object": "reading", "model": serving.name, "system_fingerprint": serving.fingerprint, "slots": slots,
+            "nfe": found.nfe, "sees_suffix": found.sees_suffix,
+            "usage": {"prompt_tokens": len(found.canvas), "completion_tokens": 0, "total_tokens": len(found.canvas)},
+        })  # fmt: skip
+
 
 async def _answered(serving: Serving, http: Request, kind: type[Body], reader: Callable[..., Asked]) -> Response:
     """The answer to a request, as one object or as a stream."""
@@ -186,6 +213,8 @@ async def _answered(serving: Serving, http: Request, kind: type[Body], reader: C
         )
     except Exception as error:
         refused = told(error, fields.given, requests.NAMES)
+        if refused.code == "queue_full":
+            refused.headers["Retry-After"] = str(serving.wait)
         serving.count(Ended(route, refused.code, None, (), ear.seconds))
         raise refused from error
     reply = Reply(asked, serving.name, serving.fingerprint, serving.backend.tokenizer)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from dllm.decoding.constraints.constraint import Constraint
+from dllm.models.tokenizer import Tokenizer, by_template
 from dllm.serve.errors import ApiError
+from dllm.serve.tools import Template, Tools
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 DEPTH = 4  # of an answer that is any JSON object
@@ -23,20 +26,55 @@ NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/
 """
 
 
-def conversation(messages: object) -> list[dict[str, Any]]:
-    """Messages with texts as contents. Errors: no list of messages, unknown roles, parts that are no text."""
+def conversation(
+    messages: object, tools: Tools | None, tokenizer: Tokenizer | None
+) -> list[dict[str, Any]] | list[int]:
+    """Messages with texts as contents, or their ids where the template is told of tools.
+
+    Errors: no list of messages, unknown roles, parts that are no text, what the template objects to.
+    """
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages is a list of at least one message")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    template = Template.of(tokenizer)
+    said = [_message(message, f"messages[{i}]", template.calls) for i, message in enumerate(messages)]
+    if tokenizer is None or tools is None or not template.tools:
+        return said
+    ids = by_template(tokenizer, said, add_generation_prompt=True, tools=tools.given)
+    return [*ids, *tokenizer(tools.opening, add_special_tokens=False)["input_ids"]] if tools.opening else list(ids)
 
 
-def _message(given: object, where: str) -> dict[str, Any]:
+def _message(given: object, where: str, calls: bool) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise _wrong(f"{where} must be an object with role and content")
     role = given.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise _wrong(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": _content(given.get("content"), where)}
+    content, called = given.get("content"), given.get("tool_calls")
+    if role != "assistant" or not called:
+        return {"role": ROLES[role], "content": _content(content, where)}
+    said = _called(called, where)
+    text = "" if content is None else _content(content, where)
+    if calls:
+        return {"role": role, "content": text, "tool_calls": said}
+    return {"role": role, "content": "\n".join([*([text] if text else []), *(json.dumps(c["function"]) for c in said)])}
+
+
+def _called(given: object, where: str) -> list[dict[str, Any]]:
+    """Calls of an earlier answer, their arguments as objects, which is what templates write."""
+    if not isinstance(given, list):
+        raise _wrong(f"{where}: tool_calls is a list")
+    found = list[dict[str, Any]]()
+    for call in given:
+        match call:
+            case {"function": {"name": str(name), "arguments": str(text)}}:
+                try:
+                    arguments = json.loads(text)
+                except (ValueError, RecursionError):
+                    raise _wrong(f"{where}: the arguments of a call are JSON") from None
+                found.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+            case _:
+                raise _wrong(f"{where}: a call has a function with a name and arguments")
+    return found
 
 
 def _content(given: object, where: str) -> str:

@@ -21,6 +21,7 @@ class ServeConfig:
     port: int = param(8000, "0 takes a free one", low=0, high=65535)
     name: str | None = param(None, "what clients call the model; None: the last part of its path or id")
     defaults: Mapping[str, object] = param({}, "arguments of dllm.generate for requests that leave them out")
+    speculate: str | None = param(None, "a drafter: the model is then an autoregressive verifier")
     # the engine
     max_rows: int = param(8, "rows decoded at a time", low=1)
     kv_bytes: int | None = param(None, "bytes for keys and values; null: a share of what is left", low=1)

@@ -48,7 +48,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers or {}
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers = dict(headers or {})
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -58,7 +59,7 @@ class ApiError(Exception):
 
     def response(self) -> Json:
         """The whole answer."""
-        return Json(self.body, self.status, dict(self.headers))
+        return Json(self.body, self.status, self.headers)
 
 
 def told(error: BaseException, fields: Collection[str] = (), names: Mapping[str, str] | None = None) -> ApiError:

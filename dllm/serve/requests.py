@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from dllm.call.job import MAX_NEW_TOKENS, mask_of
 from dllm.call.prompts import as_list, encode
+from dllm.decoding.constraints.constraint import Constraint
 from dllm.errors import DllmError
 from dllm.models.model import Model
 from dllm.samplers import registry
@@ -17,7 +18,8 @@ from dllm.serve.backend import Backend
 from dllm.serve.chat import conversation, formatted
 from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError
-from dllm.serve.schema import Chat, Completion, Fields
+from dllm.serve.schema import Chat, Completion, Fields, Read
+from dllm.serve.tools import Tools, offered
 
 # arguments that a request calls by another name
 NAMES = {"max_new_tokens": "max_tokens"}
@@ -43,6 +45,8 @@ class Asked:
     logprobs: bool
     top: int  # alternatives of a token
     echoes: tuple[str, ...] | None = None  # what stands in front of the answers to each prompt
+    trace: bool = False
+    tools: Tools | None = None
     holes: bool = False  # the answer is what was written into the hole of each prompt
 
 
@@ -78,11 +82,24 @@ def conversed(given: Chat, backend: Backend, config: ServeConfig) -> Asked:
         if given.max_tokens is not None:
             raise ApiError(400, "invalid_value", "max_tokens and max_completion_tokens are one: give one", "max_tokens")
         arguments["max_new_tokens"] = given.max_completion_tokens
+    tools = offered(given.tools, given.tool_choice, given.parallel_tool_calls, backend.tokenizer)
+    if tools is not None and tools.bound:
+        if "constraint" in arguments:
+            raise ApiError(
+                400, "invalid_value", "the answer is bound to a call: leave response_format out", "tool_choice"
+            )
+        arguments["constraint"] = Constraint(json_schema=tools.schema)
     arguments["logprobs"] = (given.top_logprobs or 0) if given.logprobs else None
     return Asked(
-        chat=True, prompt=conversation(given.messages), logprobs=given.logprobs, top=given.top_logprobs or 0,
-        **shared(given, config, arguments),
+        chat=True, prompt=conversation(given.messages, tools, backend.tokenizer), tools=tools,
+        logprobs=given.logprobs, top=given.top_logprobs or 0, **shared(given, config, arguments),
     )  # fmt: skip
+
+
+def reading(given: Read, backend: Backend) -> dict[str, Any]:
+    """The arguments of `dllm.read`. Errors: a model that reads nothing."""
+    masked(backend, "model")
+    return {name: value for name, value in vars(given).items() if name != "model" and value is not None}
 
 
 def shared(given: Fields, config: ServeConfig, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +120,7 @@ def shared(given: Fields, config: ServeConfig, arguments: dict[str, Any]) -> dic
         "stream": given.stream,
         "usage": bool(options and options.get("include_usage")),
         "drafts": given.draft,
+        "trace": given.return_trace,
         "batch": given.batch,
     }
 

@@ -15,6 +15,7 @@ from dllm.models.arguments import Checkpoint
 from dllm.models.hub import load
 from dllm.serve.app import Serving, create_app
 from dllm.serve.config import ServeConfig
+from dllm.serve.pair import Pair
 from dllm.spec import Json, Source, build, override, read
 
 log = logging.getLogger("uvicorn.error")
@@ -28,15 +29,22 @@ def settings(path: Path | None, sets: Sequence[str], own: Mapping[str, object]) 
     return build(ServeConfig, {**data, **own}, source)
 
 
-def listen(checkpoint: Checkpoint, config: ServeConfig) -> None:
-    """Serve a checkpoint until a signal comes."""
-    config.keys()  # an error now, before a model is loaded
+def hosted(checkpoint: Checkpoint, config: ServeConfig) -> Engine | Pair:
+    """What decodes: an engine, or a verifier with its drafter. Errors: those of loading."""
+    if config.speculate is not None:
+        return Pair(checkpoint, None if config.speculate == "none" else config.speculate, config.max_queue)
     engine = Engine(
         load(checkpoint), max_rows=config.max_rows, kv_bytes=config.kv_bytes, tick_positions=config.tick_positions,
         max_queue=config.max_queue, prefix_bytes=config.prefix_bytes,
     )  # fmt: skip
     log.info("engine: %s", engine.describe())
-    app = create_app(engine, config, Path(checkpoint.name).name)
+    return engine
+
+
+def listen(checkpoint: Checkpoint, config: ServeConfig) -> None:
+    """Serve a checkpoint until a signal comes."""
+    config.keys()  # an error now, before a model is loaded
+    app = create_app(hosted(checkpoint, config), config, Path(checkpoint.name).name)
     Server(app.state.serving, uvicorn.Config(
         app, host=config.host, port=config.port, limit_concurrency=config.connections, timeout_graceful_shutdown=5,
         log_level="info", access_log=False, server_header=False,

@@ -112,7 +112,7 @@ async def whole(ear: Ear, pending: Pending, reply: Reply) -> tuple[Json, list[Ch
     if (error := ear.failed()) is not None:
         raise error
     choices = reply.choices(len(pending.prompts))
-    said: list[tuple[str, Said]] = [("", ())] * len(choices)
+    said: list[tuple[list[Json | str], Said]] = [([], ())] * len(choices)
     for event, seconds in ear.taken():
         said[event.request] = choices[event.request].feed(event, seconds)
     return reply.whole(pending, choices, said), choices
@@ -139,12 +139,13 @@ async def chunks(
             over = ear.ended
             for event, seconds in ear.taken():
                 choice = choices[event.request]
-                text, said = choice.feed(event, seconds)
+                new, said = choice.feed(event, seconds)
                 if drafts is not None:
                     for one in drafts.due(choice, all_of_them=event.output is not None):
                         yield _draft(one)
-                if text or said or event.output is not None:
-                    yield _data(reply.chunk(pending, choice, text, said, seconds, event.nfe))
+                if new or event.output is not None:
+                    for one in reply.chunks(pending, choice, new, said, seconds, event.nfe):
+                        yield _data(one)
                 if drafts is not None and event.output is not None:
                     yield _draft(drafts.end(choice))
             if over:
@@ -230,9 +231,11 @@ class Drafts:
     def end(self, choice: Choice) -> Json:
         """The totals of a row."""
         assert choice.output is not None
+        totals = about(self.pending, choice, self.reply.asked)
+        totals.pop("trace", None)  # the last chunk of the text has it
         return self.reply.draft(choice, {
             "kind": "end", "choice": choice.index, "tokens": len(choice.output.tokens), "text": choice.output.text,
-            **about(self.pending, choice, self.reply.asked),
+            **totals,
         })  # fmt: skip
 
     def _start(self, row: int) -> int:

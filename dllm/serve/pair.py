@@ -1,0 +1,248 @@
+"""A verifier and its drafter as a server's backend: `dllm serve VERIFIER --speculate DRAFTER`.
+
+The text is the verifier's own, that of `dllm.speculate`. Answers are decoded one at a time, in the order of the line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+import dllm
+from dllm.call.engine import Cancelled, Load, QueueFull, TimedOut
+from dllm.call.output import Event, Output
+from dllm.call.reads import Reading
+from dllm.decoding.meter import Meter, Ticket
+from dllm.decoding.stopping import Stops
+from dllm.decoding.trace import Trace
+from dllm.drafting.drafters import Drafter
+from dllm.drafting.front import SpecOptions, encode, speculate
+from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_verifier
+from dllm.drafting.request import SpecResult
+from dllm.drafting.verifier import Verifier
+from dllm.errors import DllmError
+from dllm.models.native import fingerprint
+from dllm.models.tokenizer import Tokenizer
+from dllm.serve.errors import ApiError
+
+TAKEN = {"max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed", "chat"}
+NEW = 128  # tokens of an answer that says nothing
+
+
+@dataclass(eq=False)
+class Draft:
+    """A request of a pair: a row for each answer."""
+
+    prompts: list[list[int]]
+    stops: Stops
+    deadline: float
+    arguments: dict[str, Any]
+    error: Exception | None = None
+    meter: Meter = field(init=False)
+    done: bool = False
+    heard: list[Event | None] = field(default_factory=list)
+    block_length: int = 1
+    revises: bool = False
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(len(self.prompts))
+        self.lock = threading.Lock()
+        self.tell: Callable[[Event | None], None] = self.heard.append
+
+    @property
+    def columns(self) -> list[int]:
+        """Tokens of each text at most."""
+        return [len(ids) + self.arguments["max_new_tokens"] for ids in self.prompts]
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """What each answer has cost."""
+        return self.meter.rows
+
+    @property
+    def traces(self) -> dict[int, Trace]:
+        """There is no canvas."""
+        return {}
+
+    def listen(self, tell: Callable[[Event | None], None], *, live: bool = True) -> None:
+        """Pass its events to a function, in the pair's thread, and None at the end."""
+        with self.lock:
+            for event in self.heard:
+                tell(event)
+            self.tell = tell
+
+    def hear(self, event: Event) -> None:
+        """Pass an event on."""
+        with self.lock:
+            if not self.done:
+                self.tell(event)
+
+    def end(self, error: Exception | None = None) -> None:
+        """End it, unless it has ended."""
+        with self.lock:
+            if not self.done:
+                self.done, self.error = True, error
+                self.tell(None)
+
+    def cancel(self) -> None:
+        """End it; the verifier's next token is its last."""
+        self.end(Cancelled("the request was cancelled"))
+
+
+class Follower:
+    """Tells a request what its text has become, token by token: a streamer of `speculate`."""
+
+    def __init__(self, request: Draft, row: int) -> None:
+        self.request, self.row = request, row
+        self.ids, self.sent, self.told = list[int](), "", 0
+
+    def put(self, value: Tensor) -> None:
+        """The next token. Errors: the request has ended, its time is over."""
+        request, ticket = self.request, self.request.tickets[self.row]
+        ticket.answered()
+        if request.done:
+            raise Cancelled("the request was cancelled")
+        if time.monotonic() > request.deadline:
+            raise TimedOut("the request was not done in its time")
+        self.ids += value.tolist()
+        firm = request.stops.settled(self.ids)
+        text = firm[len(self.sent) :]
+        if text:
+            count = request.stops.reach(self.ids, len(firm))
+            tokens, self.sent, self.told = self.ids[self.told : count], firm, count
+            request.hear(Event(self.row, text, None, len(self.ids), None, tokens))
+
+    def end(self) -> None:
+        """There are no more."""
+
+
+class Pair:
+    """Answers by `dllm.speculate`, in a thread of their own."""
+
+    model = None
+
+    def __init__(
+        self, verifier: VerifierLike, drafter: DrafterLike, max_queue: int = 256, options: SpecOptions | None = None
+    ) -> None:
+        self.verifier: Verifier = as_verifier(verifier)
+        self.drafter: Drafter | None = as_drafter(drafter)
+        self.named = str(drafter)
+        self.max_queue, self.options = max_queue, options or SpecOptions()
+        self.line = deque[Draft]()
+        self.running: Draft | None = None
+        self.closing = False
+        self.change = threading.Condition()
+        self.thread = threading.Thread(target=self._run, name="dllm-pair", daemon=True)
+        self.thread.start()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The verifier's."""
+        return self.verifier.tokenizer
+
+    @property
+    def load(self) -> Load:
+        """What it does at the moment."""
+        busy = int(self.running is not None)
+        return Load(running=busy, waiting=len(self.line), groups=busy, kv_bytes=0, requests=busy, lanes=1)
+
+    @property
+    def trouble(self) -> str:
+        """A thread that has ended."""
+        return "" if self.thread.is_alive() else "the pair has stopped"
+
+    def about(self) -> dict[str, Any]:
+        """The pair."""
+        limit = getattr(self.verifier.config, "max_position_embeddings", None)  # foreign
+        return {"family": "speculation", "drafter": self.named, "max_positions": limit, "samplers": [], "caches": [],
+                "mask_id": None, "block_size": None, "defaults": {}}  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """The verifier's weights, the package, precision and kind of device: the drafter decides no text."""
+        network = self.verifier.model
+        assert isinstance(network, Module)
+        weight = next(network.parameters())
+        said = "|".join((fingerprint(network), dllm.__version__, str(weight.dtype), weight.device.type))
+        return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+    def submit(self, prompt: Any, n: int, timeout: float, batch: str, arguments: Mapping[str, Any]) -> Draft:
+        """Put a request in line. Errors: arguments that a verifier does not take, a full line."""
+        if odd := sorted(arguments.keys() - TAKEN):
+            raise ApiError(400, "unsupported", f"{odd[0]} is for a masked-diffusion model that writes the text", odd[0])
+        given = {"max_new_tokens": NEW, **arguments}
+        ids, _ = encode(self.verifier, prompt, given.pop("chat", None))
+        stops = Stops.of(self.verifier.eos, given.get("stop"), self.tokenizer)
+        request = Draft([p for p in ids for _ in range(n)], stops, time.monotonic() + timeout, given)
+        with self.change:
+            if self.closing:
+                raise Cancelled("the pair is closed")
+            if len(self.line) >= self.max_queue:
+                raise QueueFull(f"{self.max_queue} requests wait already: try again later")
+            self.line.append(request)
+            self.change.notify_all()
+        return request
+
+    def read(self, arguments: Mapping[str, Any]) -> Reading:
+        """Errors: a verifier reads nothing."""
+        raise DllmError("reads are for a masked-diffusion model")
+
+    def warm(self) -> None:
+        """One short answer."""
+        self._decoded([self.verifier.vocab - 1], {"max_new_tokens": 2}, None)
+
+    def close(self, drain: bool) -> None:
+        """Take no more requests and stop: after those that were taken, or (drain=False) at once."""
+        with self.change:
+            self.closing = True
+            if not drain:
+                for request in (*self.line, *([self.running] if self.running else [])):
+                    request.end(Cancelled("the pair is closed"))
+            self.change.notify_all()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self.change:
+                self.running = None
+                self.change.wait_for(lambda: self.line or self.closing)
+                if not self.line:
+                    return
+                request = self.running = self.line.popleft()
+            try:
+                for row in range(len(request.prompts)):
+                    if request.done:
+                        break
+                    self._answer(request, row)
+                request.end()
+            except Exception as error:
+                request.end(error)
+
+    def _answer(self, request: Draft, row: int) -> None:
+        ticket, ids = request.tickets[row], request.prompts[row]
+        ticket.enter()
+        given = {**request.arguments, "seed": request.arguments["seed"] + row}
+        follower = Follower(request, row)
+        r = self._decoded(ids, given, follower)
+        ticket.finish()
+        text = r.text or ""
+        output = Output(
+            text=text, sequences=r.sequences, tokens=r.tokens, nfe=r.n_verify, calls=r.n_verify,
+            finish_reason=r.finish_reason, seconds=ticket.seconds, prefill_seconds=ticket.first,
+            positions=sum(s.nodes + s.pending for s in r.rounds), canvas_length=len(r.sequences),
+            decoded=len(r.emitted), sampler=f"speculate:{self.named}", cache="", seed=given["seed"],
+        )  # fmt: skip
+        request.hear(Event(row, text[len(follower.sent) :], None, r.n_verify, output, r.tokens[follower.told :]))
+
+    def _decoded(self, ids: list[int], arguments: Mapping[str, Any], follower: Follower | None) -> SpecResult:
+        made: SpecResult = speculate(
+            self.verifier, self.drafter, input_ids=ids, streamer=follower, **arguments, **self.options
+        )
+        return made
