@@ -105,7 +105,7 @@ class Request(Generic[Answer_co]):
         self.seconds = 0.0  # to its end
         self._outputs: dict[int, Output] = {}
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
-        self._tell = self._events.put
+        self._tell: Callable[[Event | None], None] = self._events.put
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wake, self._streamed, self._observer = wake, False, observer

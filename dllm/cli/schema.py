@@ -18,6 +18,7 @@ class Kind(StrEnum):
     ALIGN = "align"
     PAIR_HEAD = "pair-head"
     HEAD = "head"
+    SERVE = "serve"
     SAMPLERS = "samplers"
 
 
@@ -25,6 +26,7 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
     """Print the JSON Schema (2020-12) of a YAML file: keys, types, ranges and what they are for."""
     from dllm.eval import config, tuning
     from dllm.samplers import registry
+    from dllm.serve.config import ServeConfig
     from dllm.spec import document, keys_of
     from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, TrainConfig
 
@@ -35,6 +37,7 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
         Kind.ALIGN: lambda: document(keys_of(AlignConfig)),
         Kind.PAIR_HEAD: lambda: document(keys_of(PairHeadConfig)),
         Kind.HEAD: lambda: document(keys_of(HeadRecipe)),
+        Kind.SERVE: lambda: document(keys_of(ServeConfig)),
         Kind.SAMPLERS: registry.schema,
     }
     typer.echo(json.dumps(found[kind](), indent=1))

@@ -44,9 +44,9 @@ class Tokenizer(Protocol):
         """Every token with its id."""
 
     def apply_chat_template(
-        self, chat: list[dict[str, str]], /, *, tokenize: bool, return_dict: bool, **how: Any
+        self, chat: list[dict[str, str]], /, *, tokenize: bool, return_dict: bool, add_generation_prompt: bool = False
     ) -> Any:
-        """Ids or text of a conversation; further names are the template's."""
+        """Ids or text of a conversation."""
 
     def save_pretrained(self, folder: Path, /) -> object:
         """Write its files."""

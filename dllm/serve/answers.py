@@ -201,7 +201,7 @@ class Reply:
         return {
             "content": [
                 {
-                    **entry(token, one and one.logprob),
+                    **entry(token, None if one is None else one.logprob),
                     "top_logprobs": [entry(*pair) for pair in (one.top if one else ())],
                 }
                 for token, one in said

@@ -93,7 +93,7 @@ class Serving:
 def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), name: str = "") -> FastAPI:
     """The server's app over an engine that is up: any ASGI server runs it. `name`: what the model is called where the
     configuration does not say."""
-    AppStatus.disable_automatic_graceful_drain()  # streams end with their answers, or with `stop`
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # streams end with their answers
     backend = Hosted(engine) if isinstance(engine, Engine) else engine
     serving = Serving(backend, config, config.name or name or "dllm")
 
@@ -168,8 +168,11 @@ def _status(app: FastAPI, serving: Serving) -> None:
 
 def _answers(app: FastAPI, serving: Serving) -> None:
     """Routes that answer."""
-    said = {"response_class": Json, "responses": failures(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)}
-    streams = {"responses": {200: {"content": {SSE: {}}}, **said["responses"]}}
+    said: dict[str, Any] = {
+        "response_class": Json,
+        "responses": failures(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+    }
+    streams: dict[str, Any] = {"responses": {200: {"content": {SSE: {}}}, **said["responses"]}}
 
     @app.post("/v1/chat/completions", openapi_extra=body_of(Chat), **{**said, **streams})
     async def chat(http: Request) -> Response:

@@ -156,7 +156,8 @@ class Hosted:
 
     def read(self, arguments: Mapping[str, Any]) -> Reading:
         """`dllm.read`, between two ticks."""
-        return self.engine.run(lambda: read(self.engine.model, **arguments))
+        found: Reading = self.engine.run(lambda: read(self.engine.model, **arguments))
+        return found
 
     def warm(self) -> None:
         """One short answer."""

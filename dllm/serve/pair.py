@@ -242,7 +242,5 @@ class Pair:
         request.hear(Event(row, text[len(follower.sent) :], None, r.n_verify, output, r.tokens[follower.told :]))
 
     def _decoded(self, ids: list[int], arguments: Mapping[str, Any], follower: Follower | None) -> SpecResult:
-        made: SpecResult = speculate(
-            self.verifier, self.drafter, input_ids=ids, streamer=follower, **arguments, **self.options
-        )
+        made: SpecResult = speculate(self.verifier, self.drafter, ids, streamer=follower, **arguments, **self.options)
         return made

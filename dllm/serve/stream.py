@@ -62,8 +62,8 @@ class Ear:
         if steps and view.nfe < steps[-1].nfe:  # memory ran out, and the row has begun anew
             steps.clear()
         closed = view.masked.index(True) if True in view.masked else size
-        places = (at - view.start for at in (max(closed, view.start), max(view.window[0], view.start), size))
-        steps.append(Stepped(view.nfe, *places, self.seconds))
+        closed, lo = (max(0, at - view.start) for at in (closed, view.window[0]))
+        steps.append(Stepped(view.nfe, closed, lo, size - view.start, self.seconds))
         with suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.wake.set)
 

@@ -43,7 +43,6 @@ def main() -> None:
         asked = json.loads(sent["asked"].tobytes())
         vocabulary = Vocabulary(sent["flat"], sent["ends"])
     limited(asked["seconds"])
-    large = False
     try:
         found = lifted(
             automaton(asked["kind"], asked["what"], asked["max_depth"]), vocabulary, asked["ends"], asked["pads"],
@@ -52,13 +51,14 @@ def main() -> None:
         made = {name: getattr(found, name) for name in ("classes", "accepting", "src", "by", "dst")}
     except DllmError as error:
         made = {"error": np.frombuffer(str(error).encode(), np.uint8)}
-        large = isinstance(error, TooLarge)
+        if isinstance(error, TooLarge):
+            made["large"] = np.ones(1)
     except UnicodeEncodeError:
         made = {"error": b"the constraint has half a character in it (a surrogate), which no text holds"}
     except (MemoryError, RecursionError) as error:
-        large = True
-        made = {"error": np.frombuffer(f"the constraint is too large ({type(error).__name__})".encode(), np.uint8)}
-    np.savez(sys.stdout.buffer, **made, **({"large": np.array(True)} if large else {}))
+        said = f"the constraint is too large ({type(error).__name__})"
+        made = {"error": np.frombuffer(said.encode(), np.uint8), "large": np.ones(1)}
+    np.savez(sys.stdout.buffer, **made)
 
 
 def limited(seconds: int) -> None:
