@@ -121,7 +121,7 @@ def speculate(
     """Decode PROMPT speculatively; accepted spans are coloured, corrections and bonus tokens are yellow."""
     from dllm.drafting.front import speculate as run
     from dllm.drafting.registry import as_drafter, as_verifier, is_drafter_name
-    from dllm.training.trainer import patience
+    from dllm.training.steps import patience
 
     if pace and learn is None:
         raise DllmError("--pace is of a drafter that learns: give --learn FOLDER")
