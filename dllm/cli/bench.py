@@ -144,8 +144,14 @@ def bench(
         "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }
+    if name == "serve":  # of an extra
+        try:
+            from dllm.bench import serve
+        except ModuleNotFoundError as error:
+            raise DllmError(f"{error.name} is missing: pip install 'dllm-toolkit[serve]'") from None
+        benches["serve"] = lambda: serve.run(repeats, requests=n or serve.REQUESTS)
     if name not in (*benches, *LONG, "all"):
-        raise unknown("bench", name, [*benches, *LONG, "all"])
+        raise unknown("bench", name, [*benches, "serve", *LONG, "all"])
     if model != Checkpoint() and name not in WITH_MODEL:
         hint = "; what drafts is --drafter" if name.startswith("drafting") else ""
         raise DllmError(f"--model is for the benches {', '.join(WITH_MODEL)}, not for {name!r}{hint}")
