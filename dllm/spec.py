@@ -547,11 +547,22 @@ def _one_of(hint: object, data: object, source: Source, keys: Keys, limits: Limi
         try:
             return fit(option, data, source, keys, limits)
         except DllmError:
-            if len(options) == 1:
+            if len(options) == 1 or (_form(option) == "plain" and not misfit(option, data)):  # only its limits bar it
                 raise
-    words = {"tuple": "a list", "mapping": "`key: value` pairs"}
-    said = [KINDS[o.__name__].words if o in (int, float, bool, str) else words[_form(o)] for o in options]
-    raise source.error(keys, f"{data!r} is none of {', '.join(said)}")
+    raise source.error(keys, f"{data!r} is none of {', '.join(map(_words, options))}")
+
+
+def _words(hint: Any) -> str:
+    """What a value of this annotation is."""
+    match _form(hint):
+        case "literal":
+            return " or ".join(map(repr, get_args(hint)))
+        case "tuple":
+            return "a list"
+        case "mapping":
+            return "`key: value` pairs"
+        case _:
+            return KINDS[hint.__name__].words
 
 
 def _form(hint: object) -> str:

@@ -188,6 +188,9 @@ class Setting:
     source: Source = field(default=NOWHERE, compare=False, repr=False)  # where its keys were given
 
 
+AUTO = 64  # documents of a batch where memory says how many of them decode at a time: what a kill may cost
+
+
 @dataclass(frozen=True)
 class Config:
     """A whole evaluation. `settings` is the expanded matrix."""
@@ -198,7 +201,7 @@ class Config:
     seed: int = param(0, "of decoding; request i uses seed + i")
     data: str | None = param(None, "a folder of local data, BENCHMARK/SPLIT.jsonl: documents of lm-eval's tasks")
     limit: int | None = param(None, "the first documents of every task only", low=1)
-    batch_size: int = param(8, "prompts decoded at a time", low=1)
+    batch_size: int | Literal["auto"] = param(8, "prompts decoded at a time; auto: as many as memory takes", low=1)
     warmup: int = param(1, "batches decoded and thrown away before a setting's clock starts", low=0)
     repeats: int = param(1, "times that every batch is decoded; its seconds are the median", low=1)
     trace: int = param(0, "documents per task and setting whose commit order is kept; AR-ness is theirs", low=0)
@@ -211,6 +214,11 @@ class Config:
     about: str = param("", "printed above the report")
     out: str | None = param(None, "the folder of the run; null: runs/NAME")
     source: Source = field(default=NOWHERE, compare=False, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """Documents of a batch, which is finished or not as a whole; of an automatic one not all decode at a time."""
+        return AUTO if self.batch_size == "auto" else self.batch_size
 
     def plain(self) -> Json:
         """The configuration as plain YAML values that `load` reads back: `None`s left out, the sweep spelled out

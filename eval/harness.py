@@ -33,13 +33,13 @@ from dllm.call.reads import chained
 from dllm.errors import DllmError, nearest, unknown
 from dllm.eval import metrics
 from dllm.eval.arguments import THEIRS, layered, translated
-from dllm.eval.config import Config, Setting, TaskSpec
+from dllm.eval.config import AUTO, Config, Setting, TaskSpec
 from dllm.eval.lm_tasks import CodeEval, Theirs, confine, note, one_line, prepared
 from dllm.eval.records import Cell, Clock, Decoding, Sample
 from dllm.eval.results import Found
 from dllm.eval.store import Store, sample_key
 from dllm.eval.tasks import Unavailable, confined
-from dllm.eval.worker import Decoded, Worker, arguments, attempt, failed, measure
+from dllm.eval.worker import Decoded, Worker, admitted, arguments, attempt, failed, measure, together
 from dllm.models.arguments import RENAMED, LoadArguments
 from dllm.models.model import Model
 from dllm.models.tokenizer import by_template
@@ -113,7 +113,8 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
     """A masked-diffusion model behind lm-eval's interface.
 
     pretrained        what `dllm.load` takes; or `model`, a loaded one
-    batch_size        rows decoded together ("auto" is 8); a batch holds requests of equal arguments, ragged in length
+    batch_size        rows decoded together ("auto": as many as memory takes); a batch holds requests of equal
+                      arguments, ragged in length
     mc_num, mc_batch  samples of the likelihood bound, and how many of them go through the model at once
     likelihood        of a continuation: `bound`, the Monte-Carlo one, or `chain`, exact for the order from left to
                       right, a forward a token (docs/reads.md)
@@ -157,7 +158,8 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
         if self.model.tokenizer is None:
             raise DllmError(f"{pretrained} has no tokenizer, and lm-eval asks with text")
         self.tokenizer = self.model.tokenizer
-        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size or 1)
+        self.automatic = str(batch_size).startswith("auto")
+        self.batch_size = AUTO if self.automatic else int(batch_size or 1)
         self.mc_num, self.mc_batch, self.check_greedy, self.seed = int(mc_num), int(mc_batch), check_greedy, int(seed)
         self.likelihood = _likelihood(likelihood)
         self.add_bos_token = bool(add_bos_token)
@@ -336,8 +338,8 @@ class DiffusionLM(LM):  # type: ignore[misc]  # it has no types
 
     def decode(self, asks: Sequence[Ask], arguments: Decoding, seed: int) -> list[Decoded]:
         """One batch of equal arguments."""
-        given = {**arguments, "seed": seed, "batch_size": len(asks)}
-        return [*dllm.generate(self.model, [ask.ids for ask in asks], **given)]
+        decode = admitted if self.automatic else together
+        return [*decode(self.model, [ask.ids for ask in asks], arguments, seed)]
 
     def _ids(self, context: str, room: int) -> tuple[list[int], int]:
         """Token ids, cut on the left where context and answer would not fit, and how many were cut."""
@@ -541,7 +543,7 @@ def _managed(spec: TaskSpec) -> TaskManager:
 class Drafting(DiffusionLM):
     """A verifier whose answers are drafted as a setting says; the prompts are the verifier's."""
 
-    def __init__(self, name: str, worker: Worker, setting: Setting, batch_size: int, seed: int):
+    def __init__(self, name: str, worker: Worker, setting: Setting, batch_size: int | str, seed: int):
         super().__init__(name, worker.model(setting.model), batch_size=batch_size, seed=seed)
         assert setting.speculate is not None
         self.worker, self.setting, self.verifier = worker, setting, worker.verifier(setting.speculate.verifier)

@@ -17,6 +17,7 @@ class Clock(TypedDict, total=False):
     processor: float  # seconds of this process on all cores, divided by the rows: what else runs here is not in it
     share: float  # of its batch, divided by the rows
     rows: int  # of its batch
+    admitted: int  # of these decoded at a time at most, where memory says how many
     prefill_seconds: float
     decode_seconds: float
     peak_mb: float

@@ -82,11 +82,14 @@ def _facts(results: Results) -> str:
     n = config.repeats
     repeats = "" if n == 1 else f"; {n} times, of which seconds are the median"
     calls = f"{config.warmup} call{'s' if config.warmup != 1 else ''}"
+    size = str(config.batch_size)
+    if most := [row["clock"]["admitted"] for row in results.rows if "admitted" in row.get("clock", {})]:
+        size += f" ({min(most)} to {max(most)} rows at a time, as memory took them)"
     lines = [
         f"- hardware: {env.get('hardware', 'unknown')}",
         f"- software: Python {env.get('python')}, {packages}",
         f"- weights: {weights or 'unknown'}",
-        f"- seed {config.seed}, batches of {config.batch_size}, engine {config.engine.kind}",
+        f"- seed {config.seed}, batches of {size}, engine {config.engine.kind}",
         f"- warm-up: {calls} before each setting decoded and left out of every figure",
         f"- every batch was decoded under all settings of its model, one after the other, before the next{repeats}",
         f"- intervals: {config.confidence:.0%} bootstrap of {metrics.RESAMPLES} (exact binomial where all agree)",

@@ -234,8 +234,8 @@ def batches(config: Config, settings: Sequence[int], sizes: Sequence[int]) -> It
     """Fixed batches of documents: the same whatever was finished before, so that a resumed batch is the batch it
     was."""
     for task, size in enumerate(sizes):
-        for start in range(0, size, config.batch_size):
-            yield Batch(tuple(settings), task, start, min(start + config.batch_size, size))
+        for start in range(0, size, config.batch):
+            yield Batch(tuple(settings), task, start, min(start + config.batch, size))
 
 
 def _decode(

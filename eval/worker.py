@@ -320,8 +320,8 @@ class Worker:
         if setting.speculate is not None:
             return [self._speculate(setting.speculate, model, p, decoding, seed + i) for i, p in enumerate(prompts)]
         assert model is not None  # no verifier: the model decodes
-        several = cast("Several", list(prompts))
-        return [*dllm.generate(model, several, seed=seed, batch_size=len(prompts), trace=trace, **decoding)]
+        decoding = {**decoding, "trace": trace}
+        return [*(admitted if self.config.batch_size == "auto" else together)(model, prompts, decoding, seed)]
 
     def _read(self, setting: Setting, spec: ReadSpec, prompts: list[Prompt], decoding: Decoding) -> list[Decoded]:
         """The most probable label of each prompt."""
@@ -416,6 +416,20 @@ class Worker:
             folder.mkdir(parents=True, exist_ok=True)
             output.trace.save(folder / f"{key}.json")
         return {"arness": output.trace.arness(tokens=len(output.tokens))}
+
+
+def together(model: Model, prompts: Sequence[One], decoding: Decoding, seed: int) -> list[Output]:
+    """One batch; row i draws with `seed + i`."""
+    return dllm.generate(model, cast("Several", list(prompts)), seed=seed, batch_size=len(prompts), **decoding)
+
+
+def admitted(model: Model, prompts: Sequence[One], decoding: Decoding, seed: int) -> list[Output]:
+    """The same answers, as many rows at a time as an engine takes."""
+    with dllm.Engine(model, max_rows=len(prompts), max_queue=len(prompts)) as engine:
+        requests = [engine.submit(prompt, seed=seed + i, **decoding) for i, prompt in enumerate(prompts)]
+        outputs = [request.result() for request in requests]
+    log.info("%d prompts, %d at a time: %s", len(prompts), engine.most, engine.describe())
+    return [replace(output, stats={**output.stats, "rows": engine.most}) for output in outputs]
 
 
 def messages(prompt: Prompt) -> list[dict[str, str]]:
@@ -513,11 +527,12 @@ def clock(output: Decoded) -> Clock:
     """A sample's own seconds, from the start of its call."""
     if isinstance(output, Talk):
         parts: list[dict[str, float]] = [cast("dict[str, float]", clock(answer)) for answer in output.answers]
-        return cast("Clock", {name: sum(part[name] for part in parts) for name in parts[0]})
+        return cast("Clock", {n: (max if n == "admitted" else sum)(part[n] for part in parts) for n in parts[0]})
     if not isinstance(output, Output):
         return {"seconds": output.seconds}
     stages: Clock = {"prefill_seconds": output.prefill_seconds, "decode_seconds": output.decode_seconds}
-    return {"seconds": output.seconds, **stages}
+    most: Clock = {"admitted": cast(int, output.stats["rows"])} if "rows" in output.stats else {}
+    return {"seconds": output.seconds, **stages, **most}
 
 
 def memory() -> Clock:

@@ -129,6 +129,7 @@ def test_a_saved_configuration_reads_back_as_itself(tmp_path):
         ("tasks:\n", "no tasks"),
         ("tasks: [sudoku]\nlimit: 0\n", "line 2: limit: must be at least 1, found 0"),
         ("tasks: [sudoku]\nbatch_size: 0\n", "line 2: batch_size: must be at least 1, found 0"),
+        ("tasks: [sudoku]\nbatch_size: autos\n", "line 2: batch_size: 'autos' is none of an integer, 'auto'"),
         ("tasks: [sudoku]\nsampler: 3\n", "a sampler is a name"),
         ("- x\n", "expected `key: value` pairs"),
         ("", "the file is empty"),

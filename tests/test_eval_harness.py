@@ -18,12 +18,17 @@ import torch
 
 pytest.importorskip("lm_eval")
 
+import lm_eval.models  # noqa: F401  # lists its own, which ours alone would stand for
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
 import dllm
 from dllm.errors import DllmError
 from dllm.eval import run
 from dllm.eval.harness import DiffusionLM
 from dllm.eval.lm_tasks import CodeEval
 from dllm.eval.tasks import confined
+from dllm.tasks.registry import generate
 
 MODEL = str(Path(__file__).parent / "golden" / "checkpoints" / "tiny-llada-trained")
 
@@ -237,8 +242,9 @@ def test_a_document_draws_the_same_whatever_stands_beside_it(model):
     """Seeds follow the document: batches of any size, a limit, another rank's share."""
     given = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
     all_of_them = [SimpleNamespace(args=(f"Tom has {i}", given), doc_id=i) for i in range(5)]
-    texts = [DiffusionLM(MODEL, model, batch_size=n).generate_until(all_of_them, True) for n in (1, 2, 5)]
-    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 1
+    sizes = (1, 2, 5, "auto")
+    texts = [DiffusionLM(MODEL, model, batch_size=n).generate_until(all_of_them, True) for n in sizes]
+    assert texts == [texts[0]] * 4 and len(set(texts[0])) > 1
     assert DiffusionLM(MODEL, model, batch_size=4).generate_until(all_of_them[1::2], True) == texts[0][1::2]
 
 
@@ -471,3 +477,50 @@ def test_helpers_of_a_benchmarks_head_are_its_own():
     assert CodeEval().compute([check], [programs], k=[2, 10])[0] == {
         "pass@2": 1.0
     }  # of two programs there is no best of 10
+
+
+SERVED = """
+task: tiny_served
+dataset_path: json
+dataset_kwargs: {data_files: {test: PATH}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 48, do_sample: false}
+filter_list: [{name: number, filter: [{function: regex, regex_pattern: "#### (-?[0-9]+)"}, {function: take_first}]}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+def test_a_server_has_the_accuracy_of_an_evaluation(tmp_path):
+    """lm-eval's own client, `local-chat-completions`, against the embedded model, and `dllm eval` of the same."""
+    pytest.importorskip("tenacity")
+    serve = pytest.importorskip("dllm.bench.serve")
+    problems = generate("word_problems", "test", 10)
+    rows = [{"question": e.prompt, "answer": e.answer.split("####")[-1].strip()} for e in problems]
+    (tmp_path / "served.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "served.yaml").write_text(SERVED.replace("PATH", str(tmp_path / "served.jsonl")))
+    options = {"include_path": str(tmp_path), "include_defaults": False}
+    ours = run(
+        {
+            "name": "served", "tasks": [{"name": "lm-eval:tiny_served", "options": options}], "warmup": 0,
+            "model": {"name": "tiny", "device": "cpu"}, "generate": {"chat": True},
+        },
+        out=tmp_path / "r",
+        progress=False,
+    )  # fmt: skip
+    with serve.serving(dllm.load("tiny", device="cpu")) as port:
+        theirs = simple_evaluate(
+            model="local-chat-completions",
+            model_args={"base_url": f"http://127.0.0.1:{port}/v1/chat/completions", "model": "dllm"},
+            tasks=["tiny_served"],
+            task_manager=TaskManager(**options),
+            apply_chat_template=True,
+            bootstrap_iters=0,
+        )
+    accuracy = theirs["results"]["tiny_served"]["exact_match,number"]
+    assert accuracy == ours.cells[0]["accuracy"] > 0
+    said = [row["text"] for row in sorted(ours.rows, key=lambda row: row["index"])]
+    assert [sample["resps"][0][0] for sample in theirs["samples"]["tiny_served"]] == said

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import dllm
+from dllm.call import budget
 from dllm.errors import DllmError
 from dllm.eval import read, run
 from dllm.eval.config import load
@@ -241,6 +242,20 @@ def test_a_row_is_the_same_in_batches_of_any_size_when_tokens_are_drawn(tmp_path
     assert texts[1] == texts[4] == texts[6] and len({text for *_, text, _ in texts[1]}) > 6
     run(config(generate=drawn, seed=3, limit=3), out=tmp_path / "later", progress=False)  # document 0 draws as 3 does
     assert outcome(tmp_path / "later")[0]["text"] != texts[1][0][2]
+
+
+def test_an_automatic_batch_decodes_what_memory_takes_and_changes_no_answer(tmp_path, monkeypatch):
+    """As many rows at a time as an engine admits: here two canvases of 64 columns, the third waits."""
+    monkeypatch.setattr(budget, "left", lambda device: int(2.5 * 64 / 0.15 * budget.forward_bytes(dllm.load(MODEL))))
+    drawn = {"max_new_tokens": 8, "block_length": 4, "temperature": 1.0}
+    for size in (1, "auto"):
+        run(config(generate=drawn, batch_size=size), out=tmp_path / str(size), progress=False)
+    one, several = (
+        [(row["setting"], row["index"], row["text"], row["tokens"], row["nfe"]) for row in outcome(tmp_path / size)]
+        for size in ("1", "auto")
+    )
+    assert one == several
+    assert "batches of auto (2 to 2 rows at a time, as memory took them)" in (tmp_path / "auto/report.md").read_text()
 
 
 def test_other_weights_are_other_samples(tmp_path):
