@@ -31,6 +31,8 @@ from dllm.call.job import COLUMNS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import One, Prompt, Several, joined
 from dllm.decoding.cache.prefix import Prefixes
+from dllm.decoding.canvas import State
+from dllm.decoding.canvas import joined as stacked
 from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
 from dllm.decoding.merging import merged, parted, together
@@ -484,8 +486,11 @@ class Engine:
         for request in known:
             if request.deadline is not None and now > request.deadline:
                 request.fail(TimedOut("the request was not done in its time: give it a longer timeout="))
+        admitted = dict[Hashable, list[tuple[Request[object], list[int]]]]()
         for request, rows in self._admitted():
-            self._seat(request, rows)
+            admitted.setdefault(request.setting, []).append((request, rows))
+        for several in admitted.values():
+            self._seat(several)
         asked = list[tuple[Seats, int, Ask]]()
         for key in list(self._seats):
             self._guarded(key, partial(self._ask, asked))
@@ -562,16 +567,21 @@ class Engine:
         most = 1 if request.alone else self._rows
         return min(most, (self.budget.kv_bytes - kv) // request.row_bytes) if request.row_bytes else most
 
-    def _seat(self, request: Request[object], rows: list[int]) -> None:
-        """Give rows of a request to the group of their setting."""
-        key, job, tickets = request.setting, request.job, request.told.meter.rows
+    def _seat(self, several: Sequence[tuple[Request[object], list[int]]]) -> None:
+        """Give rows of requests of one setting to its group, all together: their windows are opened at once."""
+        request, _ = several[0]
+        key, job = request.setting, request.job
 
         def enter(seats: Seats) -> None:
-            if request not in seats.requests:
-                seats.requests.append(request)
-            job.counts = seats.counts
-            queue = job.queue if len(rows) == job.queue.rows else job.queue.take(index(rows, job.model.device))
-            seats.group.submit(queue, [tickets[i] for i in rows])
+            queues, tickets = list[State](), list[Ticket]()
+            for each, rows in several:
+                if each not in seats.requests:
+                    seats.requests.append(each)
+                queue, own = each.job.queue, each.told.meter.rows
+                each.job.counts = seats.counts
+                queues.append(queue if len(rows) == queue.rows else queue.take(index(rows, job.model.device)))
+                tickets += [own[i] for i in rows]
+            seats.group.submit(stacked(queues), tickets)
 
         if key not in self._seats:
             held, kv = ExitStack(), sum(s.row_bytes * s.group.lanes for s in self._seats.values())
@@ -581,7 +591,8 @@ class Engine:
                 group = Group(make(job.model, job.sampler, job.policy, job.options), self._lanes(request, kv), shared)
             except Exception as error:
                 held.close()
-                request.fail(error)
+                for each, _ in several:
+                    each.fail(error)
                 return
             with self._change:
                 self._seats[key] = Seats(
