@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import DllmError, unknown
-from dllm.eval.store import as_lines, disk_errors, write
+from dllm.eval.store import write
+from dllm.models.lines import as_lines, disk_errors
 
 log = logging.getLogger(__name__)
 Fields = dict[str, Any]  # a document of a file, by its columns

@@ -14,7 +14,8 @@ from dllm.errors import DllmError
 from dllm.eval.records import Environment, Sample
 from dllm.eval.report import slug
 from dllm.eval.results import read
-from dllm.eval.store import as_lines, disk_errors, read_mapping, write
+from dllm.eval.store import read_mapping, write
+from dllm.models.lines import as_lines, disk_errors
 
 
 def export(run: str | Path, to: str | Path) -> list[Path]:

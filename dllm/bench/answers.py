@@ -25,8 +25,8 @@ from dllm.bench.planted import Planted
 from dllm.errors import DllmError, first_line
 from dllm.eval.metrics import interval, ratio, verdicts
 from dllm.eval.records import Sample
-from dllm.eval.store import append, mend, read_lines
 from dllm.models.arguments import Checkpoint
+from dllm.models.lines import append, mend, read_lines
 from dllm.models.native import NativeModel
 from dllm.samplers.registry import check, published
 from dllm.tasks import registry as tasks

@@ -22,8 +22,8 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.errors import DllmError, unknown
 from dllm.eval.metrics import paired_gain
-from dllm.eval.store import append, mend, read_lines
 from dllm.models.arguments import Checkpoint
+from dllm.models.lines import append, mend, read_lines
 from dllm.training.alignment.recipe import run as align
 from dllm.training.checkpoint import CHECKPOINT
 from dllm.training.config import AlignConfig, Stage

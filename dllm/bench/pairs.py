@@ -21,7 +21,7 @@ from dllm.drafting.diffusion import DiffusionDrafter
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.errors import DllmError
 from dllm.eval.metrics import paired_gain
-from dllm.eval.store import append, mend, read_lines
+from dllm.models.lines import append, mend, read_lines
 from dllm.models.native import NativeModel
 
 NEW = 96

@@ -25,7 +25,7 @@ from dllm.drafting.store import Store
 from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
 from dllm.eval.metrics import paired_gain
-from dllm.eval.store import append, mend, read_lines
+from dllm.models.lines import append, mend, read_lines
 from dllm.models.native import NativeModel
 
 SOURCES = ("suffix", "recycle", "stand")
