@@ -694,7 +694,7 @@ def test_a_stream_comes_while_it_is_decoded() -> None:
     assert len(steps) > 1 and all(a <= b for a, b in pairwise(steps))
 
 
-def test_an_observer_is_told_of_every_forward_tick_and_end() -> None:
+def test_an_observer_is_told_of_every_forward_and_tick() -> None:
     told = list[Any]()
 
     class Told:
@@ -705,14 +705,10 @@ def test_an_observer_is_told_of_every_forward_tick_and_end() -> None:
             assert seconds > 0
             told.append(sum(len(tick.rows) for tick in ticks))
 
-        def ended(self, request: Request[Any]) -> None:
-            told.append(request)
-
     engine = ByHand(network(), max_rows=2, observer=Told())
     first, second, third = (engine.submit([1, 2, 3], seed=i, cache="dual", **CALL) for i in range(3))
     third.cancel()
     engine.finish()
-    assert told[0] is third and isinstance(third.error, Cancelled)
-    assert told[1:] == [("refresh", 2), 2, *[("step", 2), 2] * 3] * 3 + [first, second]
-    assert first.seconds >= first.result().seconds >= first.result().prefill_seconds >= first.result().queue_seconds > 0
-    assert first.first_text is not None and first.first_text <= first.seconds
+    assert told == [("refresh", 2), 2, *[("step", 2), 2] * 3] * 3
+    for output in (first.result(), second.result()):
+        assert output.seconds > output.prefill_seconds > output.queue_seconds > 0

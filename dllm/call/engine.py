@@ -36,7 +36,7 @@ from dllm.decoding.canvas import joined as stacked
 from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
 from dllm.decoding.merging import merged, parted, together
-from dllm.decoding.meter import Kind, Ticket, served
+from dllm.decoding.meter import Kind, Ticket, Watch, served
 from dllm.decoding.runner import Ask, Tick
 from dllm.decoding.trace import Trace
 from dllm.errors import DllmError, out_of_memory
@@ -80,37 +80,27 @@ class Observer(Protocol):
     def ticked(self, seconds: float, ticks: Sequence[Tick]) -> None:
         """A tick of a group took so long, and these rows stepped. Copy what you keep."""
 
-    def ended(self, request: Request[object]) -> None:
-        """A request has its answer, or its `error`. One that was cancelled ends in the thread that cancels it."""
-
 
 class Request(Generic[Answer_co]):
     """A request of an engine: its stream, its answer, its end."""
 
     def __init__(
-        self,
-        job: Job,
-        alone: bool,
-        deadline: float | None,
-        wake: Callable[[], None],
-        observer: Observer | None = None,
+        self, job: Job, alone: bool, deadline: float | None, wake: Callable[[], None], watch: Watch | None = None
     ) -> None:
         self.job, self.deadline = job, deadline
-        self.told = Told(job, live=False, watch=None if observer is None else observer.forward)
+        self.told = Told(job, live=False, watch=watch)
         self.left = deque(range(len(job.prompts)))  # rows that have no lane yet
         self.alone, self.setting = alone, object() if alone else job.setting
         self.row_bytes, self.row_positions = job.store_bytes(), job.row_positions
         self.passed = 0  # younger requests that went before it
         self.retried = False  # memory ran out once
         self.error: Exception | None = None
-        self.first_text: float | None = None  # seconds from `submit` to the first text that was final
-        self.seconds = 0.0  # to its end
         self._outputs: dict[int, Output] = {}
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
         self._tell: Callable[[Event | None], None] = self._events.put
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._wake, self._streamed, self._observer = wake, False, observer
+        self._wake, self._streamed = wake, False
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -201,8 +191,6 @@ class Request(Generic[Answer_co]):
             for event in events:
                 with self._lock:
                     self._tell(event)
-                if event.tokens and self.first_text is None:
-                    self.first_text = self.told.meter.elapsed
                 if event.output is not None:
                     self._outputs[event.request] = event.output
         except Exception as error:
@@ -218,14 +206,11 @@ class Request(Generic[Answer_co]):
         with self._lock:  # a caller may cancel at the same time
             if self.done:
                 return
-            self.seconds = self.told.meter.elapsed
             self.error = error
             for ticket in self.told.meter.rows if error is not None else ():
                 ticket.halt()
             self._ended.set()
             self._tell(None)
-        if self._observer is not None:
-            self._observer.ended(self)
 
     def again(self) -> None:
         """Begin the rows anew that have no answer yet. What was streamed of them stays: they come to the same."""
@@ -265,8 +250,8 @@ class Engine:
     model: as `dllm.generate` takes it. max_rows: rows decoded at a time, all requests together. kv_bytes: bytes for
     their keys and values; tick_positions: columns of all rows that decode at a time, copies counted; None: a share of
     the memory that is left beside the weights (`budget`). max_queue: requests that may wait. prefix_bytes: bytes for
-    keys and values of prompts that may come again (block-causal models). observer: is told of forwards, ticks and ends.
-    Use it in a `with` block, or `close` it.
+    keys and values of prompts that may come again (block-causal models). observer: is told of forwards and ticks. Use it in
+    a `with` block, or `close` it.
 
     with dllm.Engine(model) as engine:
         requests = [engine.submit(prompt, sampler="klass") for prompt in prompts]
@@ -368,7 +353,8 @@ class Engine:
         alone = batch == "alone"
         given = {"n": n, **arguments}
         job = prepare(self.model, joined(prompt, None, None), given, grain=1 if alone else COLUMNS)
-        request = Request[Output | list[Output]](job, alone, until, self._notify, self.observer)
+        watch = None if self.observer is None else self.observer.forward
+        request = Request[Output | list[Output]](job, alone, until, self._notify, watch)
         if request.row_bytes > self.budget.kv_bytes:
             raise DllmError(
                 f"a canvas of {job.queue.canvas.ids.shape[1]} columns needs {request.row_bytes} bytes for keys and "

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dllm import __version__
-from dllm.cli import bench, data, generate, read, samplers, schema, serve, speculate, train, trim
+from dllm.cli import bench, data, generate, read, run_batch, samplers, schema, serve, speculate, train, trim
 from dllm.cli import eval as evaluation
 from dllm.cli import filter as filters
 from dllm.errors import DllmError, first_line, out_of_memory
@@ -45,6 +45,7 @@ for command in (
     train.train,
     schema.schema,
     serve.serve,
+    run_batch.run_batch,
     speculate.speculate,
     speculate.align,
     trim.trim,

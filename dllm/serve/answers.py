@@ -6,7 +6,7 @@ import itertools
 import secrets
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -109,6 +109,14 @@ class Reply:
         ]
 
     # -- whole --------------------------------------------------------------------------------------------------------
+
+    def answered(self, pending: Pending, events: Iterable[tuple[Event, float]]) -> tuple[Json, list[Choice]]:
+        """The object of an answer whose events have all come, each with its seconds, and its choices."""
+        choices = self.choices(len(pending.prompts))
+        said: list[tuple[list[Json | str], Said]] = [([], ())] * len(choices)
+        for event, seconds in events:
+            said[event.request] = choices[event.request].feed(event, seconds)
+        return self.whole(pending, choices, said), choices
 
     def whole(self, pending: Pending, choices: Sequence[Choice], said: Sequence[tuple[list[Json | str], Said]]) -> Json:
         """The object of an answer that was not streamed."""

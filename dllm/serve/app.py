@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -25,22 +25,12 @@ from dllm.serve.backend import Backend, Hosted, Pending
 from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError, Json, told
 from dllm.serve.limits import Guard
+from dllm.serve.metrics import PAGE, Ended, Metrics
 from dllm.serve.requests import Asked
 from dllm.serve.schema import Body, Chat, Completion, Read
 from dllm.serve.stream import Ear, Told, chunks, whole
 
 SSE = "text/event-stream"
-
-
-class Ended(NamedTuple):
-    """How a request ended, for those who count (`Serving.counted`)."""
-
-    route: str
-    code: str  # "ok", "cancelled", or that of its error
-    pending: Pending | None  # None: it was refused
-    choices: Sequence[Choice]  # with their outputs, as far as there are any
-    seconds: float  # since it was read
-    asked: Asked | None = None
 
 
 @dataclass
@@ -119,6 +109,7 @@ def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), na
         )  # fmt: skip
     _status(app, serving)
     _answers(app, serving)
+    _metrics(app, serving)
     return app
 
 
@@ -164,6 +155,20 @@ def _status(app: FastAPI, serving: Serving) -> None:
                 404, "model_not_found", f"there is no model {name!r}; this server has {serving.name!r}", "model"
             )
         return Json(entry())
+
+
+def _metrics(app: FastAPI, serving: Serving) -> None:
+    """Count what is served, and the route that says it."""
+    backend = serving.backend
+    metrics = Metrics(backend, serving.name)
+    serving.counted.append(metrics.ended)
+    if isinstance(backend, Hosted):
+        backend.engine.observer = metrics
+
+    @app.get("/metrics", responses={200: {"content": {PAGE: {}}}})
+    async def scrape() -> Response:
+        """What Prometheus reads."""
+        return Response(metrics.page(), media_type=PAGE)
 
 
 def _answers(app: FastAPI, serving: Serving) -> None:

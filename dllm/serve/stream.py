@@ -14,7 +14,7 @@ from sse_starlette import ServerSentEvent
 from dllm.call.output import Event
 from dllm.call.steering import StepView
 from dllm.decoding.trace import BLANK
-from dllm.serve.answers import Choice, Json, Reply, Said, about
+from dllm.serve.answers import Choice, Json, Reply, about
 from dllm.serve.backend import Pending
 from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError, dumps, told
@@ -111,11 +111,7 @@ async def whole(ear: Ear, pending: Pending, reply: Reply) -> tuple[Json, list[Ch
         ear.wake.clear()
     if (error := ear.failed()) is not None:
         raise error
-    choices = reply.choices(len(pending.prompts))
-    said: list[tuple[list[Json | str], Said]] = [([], ())] * len(choices)
-    for event, seconds in ear.taken():
-        said[event.request] = choices[event.request].feed(event, seconds)
-    return reply.whole(pending, choices, said), choices
+    return reply.answered(pending, ear.taken())
 
 
 async def chunks(
