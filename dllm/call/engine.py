@@ -250,8 +250,8 @@ class Engine:
     model: as `dllm.generate` takes it. max_rows: rows decoded at a time, all requests together. kv_bytes: bytes for
     their keys and values; tick_positions: columns of all rows that decode at a time, copies counted; None: a share of
     the memory that is left beside the weights (`budget`). max_queue: requests that may wait. prefix_bytes: bytes for
-    keys and values of prompts that may come again (block-causal models). observer: is told of forwards and ticks. Use it in
-    a `with` block, or `close` it.
+    keys and values of prompts that may come again (block-causal models). observer: is told of forwards and ticks.
+    Use it in a `with` block, or `close` it.
 
     with dllm.Engine(model) as engine:
         requests = [engine.submit(prompt, sampler="klass") for prompt in prompts]

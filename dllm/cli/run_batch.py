@@ -45,8 +45,11 @@ def run_batch(
     given = {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
     made, checkpoint = settings(config, sets or (), {}), named(model, model_arg, given=given)
     batch = Batch(source, target, made, Path(checkpoint.name).name)
-    with hosted(checkpoint, made) as engine:
-        answered, failed = batch.run(engine, prune=prune)
+    backend = hosted(checkpoint, made)
+    try:
+        answered, failed = batch.run(backend, prune=prune)
+    finally:
+        backend.close(drain=False)
     typer.echo(f"{answered} answers and {failed} errors in {target}", err=True)
     if failed:
         raise typer.Exit(1)

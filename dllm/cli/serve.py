@@ -23,6 +23,10 @@ def serve(
     speculate: Annotated[
         str | None, typer.Option(metavar="DRAFTER", help="MODEL is an autoregressive verifier, and this drafts for it.")
     ] = None,
+    replicas: Annotated[int | None, typer.Option(help="So many of it behind one address (Ray Serve).")] = None,
+    autoscale: Annotated[
+        str | None, typer.Option(metavar="MIN:MAX", help="The same, as many as the requests need.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps.")] = None,
     model_arg: Annotated[
@@ -35,10 +39,15 @@ def serve(
     The API key comes from DLLM_API_KEY or a file (--set key_file=...); SIGTERM lets running answers end.
     """
     try:
+        from dllm.serve.replicas import Scale, replicated
         from dllm.serve.server import listen, settings
     except ModuleNotFoundError as error:
         raise DllmError(f"{error.name} is missing: pip install 'dllm-toolkit[serve]'") from None
     own = {"host": host, "port": port, "speculate": speculate}
     made = settings(config, sets or (), {name: value for name, value in own.items() if value is not None})
     given = {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
-    listen(named(model, model_arg, given=given), made)
+    checkpoint, scale = named(model, model_arg, given=given), Scale.read(replicas, autoscale)
+    if scale is None:
+        listen(checkpoint, made)
+    else:
+        replicated(checkpoint, made, scale)

@@ -160,7 +160,7 @@ def _status(app: FastAPI, serving: Serving) -> None:
 def _metrics(app: FastAPI, serving: Serving) -> None:
     """Count what is served, and the route that says it."""
     backend = serving.backend
-    metrics = Metrics(backend, serving.name)
+    app.state.metrics = metrics = Metrics(backend, serving.name)
     serving.counted.append(metrics.ended)
     if isinstance(backend, Hosted):
         backend.engine.observer = metrics

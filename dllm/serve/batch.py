@@ -27,7 +27,7 @@ from dllm.models.files import replaced
 from dllm.models.lines import append, as_lines, disk_errors, mend
 from dllm.serve import requests
 from dllm.serve.answers import Json, Reply
-from dllm.serve.backend import Hosted, Pending
+from dllm.serve.backend import Backend, Hosted, Pending
 from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError, told
 from dllm.serve.requests import NAMES, Asked
@@ -81,10 +81,10 @@ class Batch:
         self.target, self.config, self.name = target, config, config.name or name
         self.done = SimpleQueue[Started]()
 
-    def run(self, engine: Engine, *, prune: bool = False) -> tuple[int, int]:
+    def run(self, engine: Engine | Backend, *, prune: bool = False) -> tuple[int, int]:
         """Answer what has no answer yet, and put the file in the order of the requests; how many lines of it are
         answers, and how many errors. prune: let answers to other requests go."""
-        self.backend = Hosted(engine)
+        self.backend = Hosted(engine) if isinstance(engine, Engine) else engine
         self.fingerprint = self.backend.fingerprint()
         rows = list(self._lines())
         with disk_errors(self.target), self._alone():

@@ -6,11 +6,21 @@ No text of a prompt or an answer, no key and no user is in them, and the values 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    Metric,
+    generate_latest,
+)
 
 import dllm
 from dllm.decoding.meter import Kind, Ticket
@@ -38,12 +48,18 @@ class Ended(NamedTuple):
     asked: Asked | None = None
 
 
+def present(backend: Backend, fact: str) -> float:
+    """A fact of what the engine does at the moment."""
+    return float(getattr(backend.load, fact))
+
+
 class Metrics:
     """The figures of one server, in a registry of their own: an observer of its engine, which also hears of every
     request that has ended."""
 
     def __init__(self, backend: Backend, name: str) -> None:
         self.registry = registry = CollectorRegistry()
+        self.labels: dict[str, str] = {}  # of every figure
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"dllm_{name}", what, labels, registry=registry)
@@ -81,7 +97,7 @@ class Metrics:
             ("groups", "groups", "Settings that are being decoded"),
         ):
             now = Gauge(f"dllm_{gauge}", what, registry=registry)
-            now.set_function(lambda fact=fact: getattr(backend.load, fact))
+            now.set_function(partial(present, backend, fact))
         model = backend.model
         about = {} if model is None else {
             "family": model.family, "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type,
@@ -93,7 +109,13 @@ class Metrics:
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""
-        return generate_latest(self.registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures, each with `labels`, as the client library asks a registry for them."""
+        for family in self.registry.collect():
+            family.samples = [s._replace(labels={**self.labels, **s.labels}) for s in family.samples]
+            yield family
 
     # -- the engine's thread ------------------------------------------------------------------------------------------
 

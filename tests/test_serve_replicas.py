@@ -1,0 +1,116 @@
+"""Replicas under Ray Serve: one that is killed, and more requests than there is room for."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
+from dllm.serve.config import ServeConfig
+from dllm.serve.replicas import Scale, deploy
+
+CHAT = "/v1/chat/completions"
+
+
+SCALES = [
+    (3, "1:2", "give one of them"),
+    (0, None, "--replicas 0"),
+    (None, "4:2", "--autoscale 4:2"),
+    (None, "x", "MIN:MAX"),
+]
+
+
+@pytest.mark.parametrize(("replicas", "autoscale", "says"), SCALES)
+def test_a_scale_that_is_none_is_one_line(replicas: int | None, autoscale: str | None, says: str) -> None:
+    with pytest.raises(DllmError, match=says):
+        Scale.read(replicas, autoscale)
+
+
+def test_scales_are_numbers_and_ranges() -> None:
+    assert (Scale.read(None, None), Scale.read(3, None), Scale.read(None, "1:8")) == (None, Scale(3, 3), Scale(1, 8))
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """Two replicas of one lane each, with room for one in each line and two in the router's."""
+    ray = pytest.importorskip("ray")
+    serve = pytest.importorskip("ray.serve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    patient = {"health_check_initial_delay_ms": 120_000, "health_check_timeout_ms": 120_000, "worker_niceness": 0}
+    config = ServeConfig(port=port, max_rows=1, max_queue=2, defaults={"block_length": 4})
+    try:
+        deploy(
+            Checkpoint("tiny", device="cpu"), config, Scale(2, 2), num_cpus=4, log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}, _system_config=patient, _node_ip_address="127.0.0.1",
+        )  # fmt: skip
+        until = time.monotonic() + 300
+        while time.monotonic() < until:  # both are warm
+            said = [ask(port, 4)[0] for _ in range(6)]
+            if set(said) == {200}:
+                break
+            time.sleep(1)
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def opened(port: int, tokens: int, stream: bool = False) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    body = {"messages": [{"role": "user", "content": "Tom has 12 apples."}], "max_tokens": tokens, "stream": stream}
+    body |= {"sampler": "confidence", "min_new_tokens": tokens}
+    connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+def ask(port: int, tokens: int) -> tuple[int, str]:
+    response = opened(port, tokens)
+    response.read()
+    return response.status, response.getheader("Retry-After") or ""
+
+
+@pytest.mark.ray
+def test_a_replica_that_dies_breaks_its_streams_and_a_retry_succeeds(port: int) -> None:
+    import psutil
+
+    response = opened(port, 400, stream=True)
+    assert response.status == 200 and response.readline().startswith(b"data: ")
+    found = [p for p in psutil.process_iter() if "ServeReplica:dllm" in " ".join(p.cmdline())]
+    assert len(found) == 2
+    for process in found:
+        process.cpu_percent()
+    time.sleep(0.5)
+    busy = max(found, key=lambda process: process.cpu_percent())
+    os.kill(busy.pid, signal.SIGKILL)
+    try:
+        rest = response.read()
+    except (http.client.IncompleteRead, ConnectionError) as error:
+        rest = getattr(error, "partial", b"")
+    assert b"[DONE]" not in rest  # nobody takes it for whole
+    assert ask(port, 4)[0] == 200
+
+
+@pytest.mark.ray
+def test_who_finds_no_room_is_told_when_to_come_again(port: int) -> None:
+    said = list[tuple[int, str]]()
+    threads = [threading.Thread(target=lambda: said.append(ask(port, 64))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = {code for code, _ in said}
+    assert codes == {200, 429}
+    assert all(again.isdecimal() and int(again) > 0 for code, again in said if code == 429)
