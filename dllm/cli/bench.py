@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LONG = ("samplers", "windows", "stress")  # they go on where they were stopped, and print a report
 WITH_MODEL = ("generate", "lookahead", "constraints", "reads", *LONG)
 OPTIONS = {  # those that only some benches have
-    "drafter": ("drafting", "retrieval", "pairs", "paths", "siblings"),
+    "drafter": ("drafting", "retrieval", "pairs", "paths", "siblings", "drafting-vocabularies"),
     "pair_head": ("pairs", "paths"),
     "steps": ("objectives",),
     "small": ("gpu", "tail"),
@@ -109,6 +109,7 @@ def bench(
         step,
         stress,
         tail,
+        vocabularies,
         windows,
     )  # fmt: skip
     from dllm.bench.answers import Frame
@@ -139,6 +140,7 @@ def bench(
         "paths": lambda: paths.run(drafter, pair_head, n=n or 300),
         "siblings": lambda: siblings.run(n or 20, drafter=drafter),
         "drafting-context": lambda: bounds.run_context(repeats, n=n or 40),
+        "drafting-vocabularies": lambda: vocabularies.run(n or 100, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "objectives": lambda: objectives.run(only, n=n or 300, steps=steps or 300),
         "retrieval": lambda: retrieval.run(out=Path("bench-retrieval.jsonl"), n=n or 300, drafter=drafter),

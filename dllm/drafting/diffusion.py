@@ -121,7 +121,8 @@ class DiffusionDrafter(Ragged):
     prefix_cache      "auto": exact keys and values of finished blocks for a block-causal model; for a bidirectional
                       one the prefix is recomputed ("none") or, with "approx", reused although it never saw the tokens
                       after it, and recomputed every `refresh` drafts. Draft quality may suffer, correctness cannot.
-    vocabulary        "auto", "ids", "strings" or "text": see `Vocabulary`. Text makes chains of point tokens only.
+    vocabulary        "auto", "ids", "strings", "ngrams" or "text": see `Vocabulary`. Text makes chains of point tokens
+                      only, n-grams chains and trees of them.
     verifier_tokenizer   None: the one that the verifier came with (inside `generate` it has none: give it here).
     vocab_keep        the verifier's ids that drafts are made of, see `as_keep`: of the head no more is computed.
     window            what of a text is read, see `Window`; None: as much as there are positions. Where a prefix is
@@ -173,6 +174,11 @@ class DiffusionDrafter(Ragged):
         """Text that is tokenised anew has no columns of candidates."""
         return self.vocabulary.kind == "text"
 
+    @property
+    def lattices(self) -> bool:
+        """Where drafts are points alone there are none."""
+        return not self.vocabulary.points
+
     def reset(self, ids: Sequence[int], need: Need) -> None:
         """Relate the vocabularies, ban the drafter's own special tokens, forget the store."""
         super().reset(ids, need)
@@ -182,6 +188,8 @@ class DiffusionDrafter(Ragged):
         self.banned = self.vocabulary.banned(specials) - need.eos
         self.held, self.fed, self.final = None, [], len(ids)
         self.reading, self.drafted = None, 0.0
+        if self.vocabulary.kind == "ngrams":
+            self.vocabulary.bridge_of_ngrams.learn(ids, len(ids))
         if need.loans is not None:
             self.lane = need.loans.lane(self.model)
 
@@ -208,6 +216,8 @@ class DiffusionDrafter(Ragged):
     def observe(self, ids: Sequence[int], emitted: Sequence[int], successors: Sequence[Seen]) -> None:
         """What was emitted is final: a prefix cache may keep it."""
         self.final = len(ids)
+        if self.vocabulary.kind == "ngrams":
+            self.vocabulary.bridge_of_ngrams.learn(ids, len(emitted))
         if self.drafted:
             self._measured.beside.add(self.fellows, (perf_counter() - self.drafted) / self.fellows)
             self.drafted = 0.0
@@ -255,7 +265,7 @@ class DiffusionDrafter(Ragged):
         k = min(a.k, self.model.max_positions - self._extra(a.k) - 1)
         if k < 1:
             return False, None
-        u = None if self.vocabulary.kind == "text" else self.need.uniforms(k, a.generator)
+        u = None if self.vocabulary.points else self.need.uniforms(k, a.generator)
         self._look(len(context), k)
         row, n, stored = self._row(context, k)
         return stored, Job(self, row, 0, n, k, u, max(0, self.final - (len(context) - n)))
@@ -302,7 +312,7 @@ class DiffusionDrafter(Ragged):
 
     def _listed(self, ids: Sequence[int], job: Job, table: Tensor, rows: Tensor | None) -> Draft:
         """The draft of a text by what its host is told, see `_work`."""
-        if self.vocabulary.kind == "text":
+        if self.vocabulary.points:
             return self._bridged(ids, table)
         return listed(table, rows, len(ids), 0 if job.u is None else job.u.shape[1])
 
@@ -323,13 +333,17 @@ class DiffusionDrafter(Ragged):
         return logits.view(len(texts), k, -1)
 
     def _bridged(self, ids: Sequence[int], table: Tensor) -> Proposal:
-        """The chain of a table (k, 2) of probabilities and tokens."""
-        best, draft = table[:, 0], table[:, 1].long().tolist()
-        if not bool(torch.isfinite(best).all()):
+        """The proposal of a table (k, 2 m) of best probabilities and tokens."""
+        if not bool(torch.isfinite(table).all()):
             raise DraftFailure("the drafter returned NaN or infinite logits")
+        best, tokens = (half.tolist() for half in table.chunk(2, 1))
+        if self.vocabulary.kind == "ngrams":
+            slots = [dict(zip(map(int, ids), prob, strict=True)) for ids, prob in zip(tokens, best, strict=True)]
+            return self.vocabulary.bridge_of_ngrams.proposal(slots, self.need.tree, self.banned)
+        draft = [int(ids[0]) for ids in tokens]
         end = next((i for i, t in enumerate(draft) if t in self.model.eos_ids), len(draft))
-        tokens = self.vocabulary.chain(ids, draft[:end], len(draft))
-        return chain(tokens, [float(best[:end].mean())] * len(tokens))
+        found = self.vocabulary.chain(ids, draft[:end], len(draft))
+        return chain(found, [float(table[:end, 0].mean())] * len(found))
 
     def _extra(self, k: int) -> int:
         return self.lookahead + (self.suffix is not None) + (self.model.block_size or 0)
@@ -478,7 +492,7 @@ class DiffusionDrafter(Ragged):
 
     def _work(self, fed: Fed, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The forward of a draft and all that its host is told, u (B, K, n): a table of `Need.told` (B, K, .) and full
-        rows (B, K, V), or, where the vocabularies meet in text, best probabilities and tokens (B, K, 2)."""
+        rows (B, K, V), or, where drafts are points, the best probabilities and tokens (B, K, 2 m)."""
         model, options = self.model, ForwardOptions()
         assert self.held is not None
         if fed.known is not None:
@@ -492,9 +506,10 @@ class DiffusionDrafter(Ragged):
         hidden = model.forward(fed.ids, fed.pos, **options)
         at = (model.source(fed.slots) - fed.first)[..., None]  # (B, K, 1)
         read = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))  # (B, K, D)
-        if self.vocabulary.kind == "text":
-            logits = model.logits(read) / self.temperature
-            return torch.stack([t.float() for t in torch.softmax(logits.float(), -1).max(-1)], -1), None
+        if self.vocabulary.points:
+            prob = torch.softmax(model.logits(read).float() / self.temperature, -1)
+            best = prob.topk(1 if self.vocabulary.kind == "text" else self.need.m_max, -1)
+            return torch.cat([best.values, best.indices.float()], -1), None
         logits, shared = self.head.logits(model, read) / self.temperature, self.vocabulary.shared
         size, ids = (
             (self.need.vocab, self.banned) if shared is None else (len(shared.column), shared.columns(self.banned))

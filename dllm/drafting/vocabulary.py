@@ -1,5 +1,5 @@
-"""Ids of the drafter against ids of the verifier: the same, mapped by string, or bridged by text; all of them, or those
-that drafts are made of.
+"""Ids of the drafter against ids of the verifier: the same, mapped by string, mapped with n-grams, or bridged by text;
+all of them, or those that drafts are made of.
 
 Special tokens are never assumed to share ids: mask and pad of the drafter are banned before the softmax, and so is
 every id without a counterpart, so that rows stay honest laws over verifier ids.
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.constants import Constant
+from dllm.drafting.bridge import Bridge
 from dllm.drafting.proposal import fit
-from dllm.errors import DllmError
+from dllm.errors import DllmError, unknown
 from dllm.models.tokenizer import Tokenizer
 
+KINDS = ("auto", "ids", "strings", "ngrams", "text")
 LOOKBEHIND = 10  # verifier tokens that a re-encoded draft must reproduce before it (as in transformers)
 
 
@@ -49,8 +51,8 @@ class Shared:
 class Vocabulary:
     """How drafter ids relate to verifier ids.
 
-    kind   "ids" (equal), "strings" (`to_verifier[d]` = verifier id or -1), "text" (decode, re-encode; point drafts
-           only).
+    kind   "ids" (equal), "strings" (`to_verifier[d]` = verifier id or -1), "ngrams" (the same, and what is several of
+           the drafter's ids, see `Bridge`; point drafts only), "text" (decode, re-encode; point chains only).
     keep   the verifier's ids that drafts are made of, see `trimmed`; None: all that have a counterpart.
     """
 
@@ -67,6 +69,17 @@ class Vocabulary:
         return {v: d for d, v in enumerate(self._map.tolist()) if v >= 0}
 
     @cached_property
+    def bridge_of_ngrams(self) -> Bridge:
+        """What was learned so far of the tokens that are several of the drafter's."""
+        direct = {d: v for d, v in enumerate(self._map.tolist()) if v >= 0}
+        return Bridge(*self._tokenizers, direct)
+
+    @property
+    def points(self) -> bool:
+        """Whether drafts are points alone: they have no columns in the verifier's ids."""
+        return self.kind in ("ngrams", "text")
+
+    @cached_property
     def shared(self) -> Shared | None:
         """The ids that drafts are made of; None: the verifier's, all of them."""
         keep = None if self.keep is None else torch.tensor(self.keep)
@@ -79,8 +92,9 @@ class Vocabulary:
     def trimmed(self, keep: Iterable[int], drafter_size: int) -> Vocabulary:
         """The same where drafts are made of these ids of the verifier alone. Errors: none that the drafter has,
         vocabularies that meet in text."""
-        if self.kind == "text":
-            raise DllmError("drafter and verifier meet in text only, so that no ids can be kept: leave out trim")
+        if self.points:
+            where = "text" if self.kind == "text" else "n-grams"
+            raise DllmError(f"drafter and verifier meet in {where}, so that no ids can be kept: leave out trim")
         found = replace(self, keep=tuple(i for i in keep if i < drafter_size or self.kind == "strings"))
         if found.shared is None or not found.shared.column:
             raise DllmError("trim: the drafter has none of the ids to keep")
@@ -101,8 +115,10 @@ class Vocabulary:
         "auto" takes equal ids where every shared string has one id, the string map where at least half of the drafter's
         strings exist on both sides, else text. Raises DllmError where nothing can work.
         """
+        if kind not in KINDS:
+            raise unknown("vocabulary", kind, KINDS)
         if drafter is None or verifier is None or kind == "ids":
-            if kind in ("strings", "text"):
+            if kind not in ("auto", "ids"):
                 raise DllmError(f"vocabulary={kind!r} needs both tokenizers")
             smaller, larger = sorted((drafter_size, verifier_size))
             if kind == "auto" and smaller < 0.9 * larger:
@@ -145,7 +161,7 @@ class Vocabulary:
         """Verifier ids as drafter ids."""
         if self.kind == "ids":
             return list(ids)
-        if self.kind == "strings" and all(i in self.from_verifier for i in ids):
+        if self.kind != "text" and all(i in self.from_verifier for i in ids):
             return [self.from_verifier[i] for i in ids]
         drafter, verifier = self._tokenizers
         text = verifier.decode(list(ids))
@@ -165,7 +181,7 @@ class Vocabulary:
     def banned(self, ids: Iterable[int | None]) -> frozenset[int]:
         """Drafter ids that must never be proposed, in verifier ids."""
         given = {i for i in ids if i is not None}
-        if self.kind == "strings":
+        if self.kind in ("strings", "ngrams"):
             given = {int(self._map[i]) for i in given if i < len(self._map)}
         return frozenset(i for i in given if 0 <= i < self.size) if self.kind != "text" else frozenset()
 
@@ -173,6 +189,8 @@ class Vocabulary:
         """Drafter tokens behind verifier text `ids` as at most `k` verifier tokens, up to the first that has none."""
         if self.kind == "text":
             draft = self.bridge(ids, draft, k)
+        elif self.kind == "ngrams":
+            draft = self.bridge_of_ngrams.merged(draft)
         elif self.kind == "strings":
             draft = self._map[list(draft)].tolist()
         return list(draft[: next((i for i, t in enumerate(draft[:k]) if not 0 <= t < self.size), k)])
