@@ -242,6 +242,19 @@ def test_padding_rows_of_an_embedding_do_not_matter():
     assert Vocabulary.between(None, None, 256, 255).logits(torch.zeros(2, 256)).shape == (2, 255)
 
 
+@pytest.mark.parametrize("name", ["tiny-llada-trained", "tiny-dream-random", "tiny-sdar-random"])
+def test_ids_that_the_drafter_lacks_are_not_read(models, name):
+    model = models(name)
+    size = model.vocab_size
+    drafters = [DiffusionDrafter(model, vocabulary="ids") for _ in range(2)]
+    drafts = []
+    for drafter, ids in zip(drafters, ([*P, size + 3, 9], [*P, 9]), strict=True):
+        drafter.reset(ids, Need(size + 5))
+        drafts.append(drafter.draft(ids, 4))
+    assert torch.equal(drafts[0].tokens, drafts[1].tokens) and drafts[0].start == drafts[1].start + 1
+    assert len(drafters[0].draft([size, size + 1], 4)) == 0  # nothing to go by
+
+
 @pytest.mark.parametrize("kind", ["strings", "text"])
 def test_a_drafter_with_another_tokenizer_is_lossless(models, kind):
     model, verifier = models("tiny-llada-trained"), golden("tiny-llama-ar-random")

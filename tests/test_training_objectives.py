@@ -312,6 +312,26 @@ def test_what_is_learned_reads_what_the_drafts_read(verifier, learner, window):
     assert losses[-1] < losses[0]
 
 
+def test_an_update_that_does_not_fit_takes_the_same_step_in_parts(verifier, learner, tmp_path, monkeypatch):
+    drafter = OnlineDrafter(learner.model, pace=Pace(every=0, batch_size=8))
+    decode(verifier, drafter)
+    drafter.save(tmp_path)
+    again, score, most = OnlineDrafter.load(tmp_path, pace=Pace(every=0, batch_size=8)), online.loss, [3]
+
+    def scarce(rows, learner, divergence):
+        if len(rows.ids) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(rows, learner, divergence)
+
+    (whole,) = drafter.update(1)
+    monkeypatch.setattr(online, "loss", scarce)
+    assert again.update(1) == pytest.approx([whole], abs=1e-5)
+    torch.testing.assert_close(weights(again), weights(drafter), rtol=0, atol=2e-5)
+    most[0] = 0
+    with pytest.raises(DllmError, match="not even one round"):
+        again.update(1)
+
+
 def test_a_kill_within_a_save_leaves_what_loads(verifier, learner, tmp_path, monkeypatch):
     drafter = OnlineDrafter(learner.model, pace=Pace(every=4, steps=1))
     decode(verifier, drafter)

@@ -263,7 +263,7 @@ class DiffusionDrafter(Ragged):
         """What such a draft feeds, all of it, and whether a store keeps what is known."""
         context = self.vocabulary.context(a.ids)
         k = min(a.k, self.model.max_positions - self._extra(a.k) - 1)
-        if k < 1:
+        if k < 1 or not context:
             return False, None
         u = None if self.vocabulary.points else self.need.uniforms(k, a.generator)
         self._look(len(context), k)

@@ -54,6 +54,7 @@ class Vocabulary:
     kind   "ids" (equal), "strings" (`to_verifier[d]` = verifier id or -1), "ngrams" (the same, and what is several of
            the drafter's ids, see `Bridge`; point drafts only), "text" (decode, re-encode; point chains only).
     keep   the verifier's ids that drafts are made of, see `trimmed`; None: all that have a counterpart.
+    known  of equal ids, how many the drafter has; None: all. What it lacks it does not read.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Vocabulary:
     drafter: Tokenizer | None = None
     verifier: Tokenizer | None = None
     keep: tuple[int, ...] | None = None
+    known: int | None = None
 
     @cached_property
     def from_verifier(self) -> dict[int, int]:
@@ -126,7 +128,7 @@ class Vocabulary:
                     f"drafter ({drafter_size} ids) and verifier ({verifier_size} ids) share no vocabulary: "
                     "give both tokenizers, so that drafts can be mapped by string or text"
                 )
-            return cls("ids", verifier_size)
+            return cls("ids", verifier_size, known=drafter_size)
         left, right = _strings(drafter), _strings(verifier)
         table = torch.full((drafter_size,), -1)
         for string, d in left.items():
@@ -143,7 +145,7 @@ class Vocabulary:
             raise DllmError(
                 "drafter and verifier share no vocabulary: no token string exists on both sides; use 'text'"
             )
-        return cls(kind, verifier_size, None if kind == "text" else table, drafter, verifier)
+        return cls(kind, verifier_size, None if kind == "text" else table, drafter, verifier, known=drafter_size)
 
     @property
     def _map(self) -> Tensor:
@@ -160,7 +162,7 @@ class Vocabulary:
     def context(self, ids: Sequence[int]) -> list[int]:
         """Verifier ids as drafter ids."""
         if self.kind == "ids":
-            return list(ids)
+            return list(ids) if self.known is None else [i for i in ids if i < self.known]
         if self.kind != "text" and all(i in self.from_verifier for i in ids):
             return [self.from_verifier[i] for i in ids]
         drafter, verifier = self._tokenizers

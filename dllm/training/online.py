@@ -13,16 +13,17 @@ import torch
 
 from dllm import spec
 from dllm.drafting.diffusion import DiffusionDrafter
-from dllm.errors import DllmError
+from dllm.errors import DllmError, out_of_memory
 from dllm.models.arguments import Checkpoint
 from dllm.models.files import current, optional_json, replaced_checkpoint
 from dllm.models.hub import load, locate
 from dllm.models.native import NativeModel
 from dllm.spec import check, param
+from dllm.training.alignment.loop import doubling
 from dllm.training.alignment.objective import Learner
 from dllm.training.checkpoint import read, save_atomically
 from dllm.training.laws import DIVERGENCES
-from dllm.training.traffic import Kept, Recorder, Traffic, loss, masked
+from dllm.training.traffic import Kept, Recorder, Round, Traffic, loss, masked
 
 STATE, TRAFFIC = "online.pt", "traffic.pt"
 
@@ -98,16 +99,32 @@ class OnlineDrafter(Recorder):
         network.train()
         for _ in range(steps):
             drawn = self.traffic.draw(student.pace.batch_size, rng)
-            rows = learner.rows([masked(ids, told, learner, self.traffic.window) for ids, told in drawn])
-            total, weight = loss(rows, learner, student.pace.divergence)
-            student.optimizer.zero_grad(set_to_none=True)
-            (total / weight).backward()  # type: ignore[no-untyped-call]
+            losses.append(self._gradients(drawn, learner))
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             student.optimizer.step()
-            losses.append(float(total.detach() / weight))
         student.optimizer.zero_grad(set_to_none=True)
         network.eval()
         return losses
+
+    def _gradients(self, drawn: Sequence[tuple[list[int], Round]], learner: Learner) -> float:
+        """The loss of a step, and its gradients, in as few forwards as fit. Errors: not even one round does."""
+        student, weight = self.student, sum(len(told.best) for _, told in drawn)
+        for parts in doubling(1, len(drawn)):
+            student.optimizer.zero_grad(set_to_none=True)
+            lost = 0.0
+            try:
+                for i in range(parts):
+                    some = drawn[i * len(drawn) // parts : (i + 1) * len(drawn) // parts]
+                    rows = learner.rows([masked(ids, told, learner, self.traffic.window) for ids, told in some])
+                    total = loss(rows, learner, student.pace.divergence).total / weight
+                    total.backward()  # type: ignore[no-untyped-call]
+                    lost += float(total.detach())
+                return lost
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+        student.model.transformer.eval()
+        raise DllmError(f"not even one round of an update fits on {learner.model.device}: give a window")
 
     def save(self, folder: str | Path) -> Path:
         """Weights, as a checkpoint that any drafter is loaded from, and beside them what goes on learning.
