@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 
@@ -34,7 +35,8 @@ SETTINGS = {
 
 
 class Merged:
-    """A tokenizer whose vocabulary has further tokens behind another's: pairs of tokens, of which some are pairs."""
+    """A tokenizer whose vocabulary has further tokens behind another's: pairs of tokens, of which some are pairs. It
+    does what relating vocabularies asks of one."""
 
     def __init__(self, base: Tokenizer, size: int, texts: Sequence[Sequence[int]], merges: int) -> None:
         self.base, self.size, self.pairs = base, size, dict[tuple[int, int], int]()
@@ -47,7 +49,6 @@ class Merged:
             self.pairs[best] = token
             texts = [self._merge(text, best) for text in texts]
         self.parts = {token: pair for pair, token in self.pairs.items()}
-        self.chat_template = None
 
     def __len__(self) -> int:
         return self.size + len(self.pairs)
@@ -101,7 +102,7 @@ def run(n: int = 100, *, drafter: str = "tiny") -> Iterator[Figure]:
         found: dict[str, list[tuple[int, int]]] = {}
         for name, (kind, tree) in SETTINGS.items():
             one = DiffusionDrafter(
-                source.model, vocabulary=kind, verifier_tokenizer=theirs, suffix_token_id=source.suffix
+                source.model, vocabulary=kind, verifier_tokenizer=cast(Tokenizer, theirs), suffix_token_id=source.suffix
             )
             need = Need(len(theirs), verifier.eos, tree=tree)
             found[name] = [_rounds(one.fork(), need, *case) for case in cases]

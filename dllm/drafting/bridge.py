@@ -51,7 +51,7 @@ class Bridge:
         longest n-gram that it begins with, so an n-gram loses what longer ones take of it."""
         found = list[tuple[int, float, int]]()
         for first, chance in slots[at].items() if at < len(slots) else ():
-            held = {(first,): (self.direct.get(first), chance)}
+            held: dict[tuple[int, ...], tuple[int | None, float]] = {(first,): (self.direct.get(first), chance)}
             for gram, token in sorted(self.grams.get(first, {}).items(), key=lambda one: len(one[0])):
                 if at + len(gram) <= len(slots) and all(d in slots[at + j] for j, d in enumerate(gram)):
                     whole = float(np.prod([slots[at + j][d] for j, d in enumerate(gram)]))
