@@ -95,6 +95,26 @@ def test_laws_share_a_forward_and_what_an_answer_leads_to_is_asked_next():
     )
 
 
+def test_what_prompts_begin_with_is_read_once(monkeypatch):
+    verifier = verifier_of(f"{CHECKPOINTS}tiny-llama-ar-random")
+    head, asks, lanes = (9, 8, 7, 6, 5), asks_of(verifier, Law(), 6), answerer(verifier, 2)
+    asks = [Ask((*head, *ask.prompt), ask.limit) for ask in asks] + [Ask((9, 8, 50), 5), Ask((40,), 5)]
+    fed, forward = [], lanes.model.forward
+
+    def counted(ids, pos=None, **options):
+        fed.append(ids.numel() if pos is None else int((pos >= 0).sum()))
+        return forward(ids, pos, **options)
+
+    monkeypatch.setattr(lanes.model, "forward", counted)
+    answers = made(lanes, asks)
+    assert answers == made(Generated(verifier.model, verifier.eos, 1), asks)
+    monkeypatch.setattr(lanes, "_begin", lambda texts: 0)
+    once = sum(fed)
+    fed.clear()
+    assert made(lanes, asks) == answers
+    assert sum(fed) - once == 5 * (6 - 1) + 2  # of six prompts and of one that shares two tokens
+
+
 def test_memory_that_runs_out_halves_the_lanes(monkeypatch, caplog):
     verifier = verifier_of(f"{CHECKPOINTS}tiny-llama-ar-random")
     asks, lanes = asks_of(verifier, Law()), answerer(verifier, 12)

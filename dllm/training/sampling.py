@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -88,6 +89,7 @@ class Lanes:
 
     def __init__(self, model: NativeModel, ends: frozenset[int], width: int) -> None:
         self.model, self.ends, self.width = model, ends, width
+        self.begun, self.head = list[int](), model.new_store(1, 0)  # what the first prompts began with
 
     def answers(self, more: More[A]) -> Iterator[tuple[A, list[int]]]:
         """See `Answerer`. Errors: not even one prompt fits into memory."""
@@ -138,16 +140,28 @@ class Lanes:
         rest = sorted(((i, lane) for i in at if (lane := lanes[i]) is not None), key=lambda of: len(of[1].ids))
         device = self.model.device
         while rest:
+            begin = self._begin([row.ids[:-1] for _, row in rest])
             width = len(rest[-1][1].ids)  # the longest
-            some = [rest.pop() for _ in range(min(len(rest), max(1, FORWARD // width)))]
-            ids = [torch.tensor(lane.ids) for _, lane in some]
-            pos = pad_sequence([torch.arange(len(x)) for x in ids], batch_first=True, padding_value=-1)
+            some = [rest.pop() for _ in range(min(len(rest), max(1, FORWARD // (width - begin))))]
+            ids = [torch.tensor(row.ids[begin:]) for _, row in some]
+            pos = pad_sequence([begin + torch.arange(len(x)) for x in ids], batch_first=True, padding_value=-1)
+            place, last = sent([i for i, _ in some], device), sent([[len(x) - 1] for x in ids], device)[..., None]
+            for known, mine in zip(self.head.keys + self.head.values, store.keys + store.values, strict=True):
+                mine[place, :, :begin] = known[:, :, :begin]
             hidden = self.model.forward(
-                sent(pad_sequence(ids, batch_first=True), device), sent(pos, device), store=store,
-                lane=sent([i for i, _ in some], device), known=Known(padded=True, slots=width),
+                sent(pad_sequence(ids, batch_first=True), device), sent(pos, device), store=store, lane=place,
+                known=Known(padded=True, slots=width),
             )  # fmt: skip
-            ends = sent([[len(x) - 1] for x in ids], device)[..., None].expand(-1, -1, hidden.shape[-1])
-            yield from self._take(lanes, [i for i, _ in some], hidden.gather(1, ends)[:, 0])
+            hidden = hidden.gather(1, last.expand(-1, -1, hidden.shape[-1]))
+            yield from self._take(lanes, [i for i, _ in some], hidden[:, 0])
+
+    def _begin(self, texts: Sequence[list[int]]) -> int:
+        """How many tokens these texts begin with that need not be read: a chat template's, which were read once."""
+        if not self.begun and len(texts) > 1 and (n := _common(texts)):
+            self.begun, self.head = texts[0][:n], self.model.new_store(1, n)
+            known = Known(lanes=slice(0, 1), write=slice(0, n), slots=n)
+            self.model.forward(sent([self.begun], self.model.device), store=self.head, known=known)
+        return _common([self.begun, *texts])
 
     def _next(self, lanes: list[Lane[A] | None], store: KVStore) -> Iterator[tuple[A, list[int]]]:
         """One more token of every lane; an empty one reads a token that nobody sees."""
@@ -171,6 +185,12 @@ class Lanes:
                 lanes[i] = None
                 done.append((lane.ask, lane.ids[begin:]))
         yield from done
+
+
+def _common(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with."""
+    same = (len({*column}) == 1 for column in zip(*texts, strict=False))
+    return sum(takewhile(bool, same))
 
 
 class Generated:
