@@ -55,6 +55,22 @@ def test_a_file_that_was_cut_off_anywhere_is_completed(tmp_path, name, cut, monk
     assert first == SETTINGS and sorted(lines) == sorted([list(p), a] for p, a in whole)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("cut", [1, 9])
+def test_a_file_that_is_only_read_stays_as_it_is(tmp_path, name, cut):
+    """It may be somebody's whose copy has not ended; a file of one member is lost whole otherwise."""
+    path = tmp_path / name
+    kept(path).add([((i, 9), [i]) for i in range(20)])
+    path.write_bytes(path.read_bytes()[:-cut])
+    before = path.read_bytes()
+    read_answers(path)
+    file = kept(path)
+    assert path.read_bytes() == before
+    for prompt in ((50,), (51,)):
+        file.add([(prompt, [1])])
+    assert kept(path).pairs == file.pairs and {(50,), (51,)} <= file.pairs.keys()
+
+
 def test_a_file_that_was_made_otherwise_is_no_answer(tmp_path, caplog):
     config = config_of(tmp_path, tasks={"word_problems": 2})
     made = make(config)

@@ -12,6 +12,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dllm import spec
 from dllm.errors import DllmError, first_line
@@ -34,7 +35,7 @@ class AnswerFile:
         self, path: Path | None = None, settings: Mapping[str, object] | None = None, compared: Iterable[str] = ()
     ) -> None:
         self.path, self.settings = path, settings
-        lines = [] if path is None else _lines(path)
+        lines, self.torn = ([], None) if path is None else _lines(path)
         first = _read(lines[0], f"{path}, line 1") if lines and lines[0].strip() else None
         said = first if isinstance(first, dict) and NAMED in first else None
         pairs = [(line, i) for i, line in enumerate(lines, 1) if line.strip() and (i > 1 or said is None)]
@@ -59,15 +60,17 @@ class AnswerFile:
         lines += [[list(prompt), answer] for prompt, answer in new.items()]
         text = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines).encode()
         with self.path.open("ab") as file:
-            whole = file.tell()
+            whole, between = self.torn or (file.tell(), b"")
             try:
-                file.write(gzip.compress(text) if self.path.suffix == ".gz" else text)
+                if self.torn is not None:
+                    file.truncate(whole)
+                file.write(between + (gzip.compress(text) if self.path.suffix == ".gz" else text))
                 file.flush()
             except OSError as error:
                 file.truncate(whole)
                 raise DllmError(f"could not write {self.path}: {error}; what is in it stays, run again") from error
         self.pairs |= new
-        self.empty = False
+        self.empty, self.torn = False, None
 
     def of(self, prompts: Iterable[Sequence[int]] | None = None) -> list[Pair]:
         """The answers to some prompts, or all; those without a token are left out."""
@@ -82,22 +85,28 @@ def read_answers(path: Path, settings: Mapping[str, object] | None = None, compa
     return AnswerFile(path, settings, compared).of()
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; a last one that was cut off is dropped, from the file too."""
+class Torn(NamedTuple):
+    """The end of a file whose last line was cut off, or has no line break."""
+
+    whole: int  # bytes in front of it, which stay
+    between: bytes  # goes between them and what is added
+
+
+def _lines(path: Path) -> tuple[list[str], Torn | None]:
+    """The whole lines of a file, and its end where that is torn: it is mended by what is added, as a file that is only
+    read may be another's, or be copied still."""
     if not path.exists():
-        return []
-    content = path.read_bytes()
+        return [], None
+    content, torn = path.read_bytes(), None
     try:
         text, whole = _members(content) if path.suffix == ".gz" else (content, content.rfind(b"\n") + 1)
         rest = content[whole:]
         if rest and path.suffix != ".gz" and _ends(rest):
-            text, rest = content + b"\n", b""
-            with path.open("ab") as file:
-                file.write(b"\n")
-        if rest:
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        return spec.lines(text[: text.rfind(b"\n") + 1].decode())
+            text, torn = content + b"\n", Torn(len(content), b"\n")
+        elif rest:
+            torn = Torn(whole, b"")
+            log.warning("%s was cut off: the last %d bytes are no whole answer and left out", path, len(rest))
+        return spec.lines(text[: text.rfind(b"\n") + 1].decode()), torn
     except (UnicodeDecodeError, zlib.error) as error:
         raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run again") from None
 
