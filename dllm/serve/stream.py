@@ -13,7 +13,7 @@ from sse_starlette import ServerSentEvent
 
 from dllm.call.output import Event
 from dllm.call.steering import StepView
-from dllm.decoding.trace import BLANK
+from dllm.decoding.trace import BLANK, Trace
 from dllm.serve.answers import Choice, Json, Reply, about
 from dllm.serve.backend import Pending
 from dllm.serve.config import ServeConfig
@@ -27,6 +27,7 @@ TOKEN = 100  # and of a token with its log-probability
 class Stepped(NamedTuple):
     """A step of a row as a draft event tells it."""
 
+    step: int  # counted from 1
     nfe: int
     closed: int  # columns of the answer in front of its first mask
     lo: int  # where the step's window began
@@ -59,11 +60,11 @@ class Ear:
     def step(self, view: StepView) -> None:
         """A step of a row, in the engine's thread."""
         steps, size = self.steps.setdefault(view.request, []), len(view.ids)
-        if steps and view.nfe < steps[-1].nfe:  # memory ran out, and the row has begun anew
-            steps.clear()
+        if steps and view.step <= steps[-1].step:  # memory ran out, and the row has begun anew
+            self.steps[view.request] = steps = []
         closed = view.masked.index(True) if True in view.masked else size
         closed, lo = (max(0, at - view.start) for at in (closed, view.window[0]))
-        steps.append(Stepped(view.nfe, closed, lo, size - view.start, self.seconds))
+        steps.append(Stepped(view.step, view.nfe, closed, lo, size - view.start, self.seconds))
         with suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.wake.set)
 
@@ -183,7 +184,7 @@ class Drafts:
     @property
     def wait(self) -> float | None:
         """Seconds until something is due; None: nothing is."""
-        behind = [row for row, steps in self.ear.steps.items() if len(steps) > self.told.get(row, 0)]
+        behind = [row for row in self.ear.steps if self._known(row)[2] > self.told.get(row, 0)]
         return min((max(0.0, self.at.get(row, 0.0) + self.pause - self.ear.seconds) for row in behind), default=None)
 
     def start(self, choice: Choice) -> Json:
@@ -199,12 +200,11 @@ class Drafts:
     def due(self, choice: Choice, all_of_them: bool = False) -> list[Json]:
         """The steps of a row since the last time, as one event; none where that was just now."""
         row, now = choice.index, self.ear.seconds
-        steps, first = self.ear.steps.get(row, []), self.told.get(row, 0)
-        first, end = min(first, len(steps)), len(steps)
-        if end == first or (not all_of_them and now < self.at.get(row, -1.0) + self.pause):
+        first, (trace, steps, end) = self.told.get(row, 0), self._known(row)
+        if end <= first or (not all_of_them and now < self.at.get(row, -1.0) + self.pause):
             return []
         self.told[row], self.at[row] = end, now
-        trace, start, last = self.pending.traces[row], self._start(row), steps[end - 1]
+        start, last = self._start(row), steps[end - 1]
         written = dict[int, tuple[int, float | None]]()
         for k in range(first, end):
             for (column, token), confidence in zip(trace.commits[k], trace.confidence[k], strict=True):
@@ -233,6 +233,12 @@ class Drafts:
             "kind": "end", "choice": choice.index, "tokens": len(choice.output.tokens), "text": choice.output.text,
             **totals,
         })  # fmt: skip
+
+    def _known(self, row: int) -> tuple[Trace, list[Stepped], int]:
+        """Trace and steps of a row, and how many are in both: where memory ran out, the trace begins anew before the
+        steps do."""
+        trace, steps = self.pending.traces[row], self.ear.steps.get(row, [])
+        return trace, steps, min(len(steps), len(trace.seconds))
 
     def _start(self, row: int) -> int:
         start = self.pending.traces[row].start
