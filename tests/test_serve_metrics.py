@@ -38,11 +38,14 @@ def test_figures_are_those_of_the_answers() -> None:
         assert code == 200
         assert server.ask(CHAT, {**asked, "regex": "["})[0] == 400
         assert server.ask(CHAT, {**asked, "model": "other"})[0] == 404
+        assert server.ask("/v1/of/my/own/", b"{}", **{"Content-Type": "text/plain"})[0] == 415
         assert server.idle()
         after = figures(server)
     new = {key: value - before.get(key, 0) for key, value in after.items()}
     said = [choice["dllm"] for choice in answer["choices"]]
     assert new["requests_total", "ok", CHAT] == 1 and new["requests_total", "error", CHAT] == 2
+    assert new["requests_total", "error", "other"] == new["errors_total", "unsupported_media_type"] == 1
+    assert new["constraint_compilations_total", "refused"] == 1
     assert new["errors_total", "model_not_found"] == new["errors_total", "invalid_value"] == 1
     assert new["tokens_total", "final"] == answer["usage"]["completion_tokens"] > 0
     assert new["tokens_total", "prompt"] == answer["usage"]["prompt_tokens"] > 0

@@ -101,7 +101,11 @@ def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), na
     )  # fmt: skip
     app.state.serving = serving
     errors.install(app)
-    app.add_middleware(Guard, config=config, keys=config.keys())
+
+    def refused(path: str, error: ApiError) -> None:
+        serving.count(Ended(path, error.code, None, (), 0.0))
+
+    app.add_middleware(Guard, config=config, keys=config.keys(), refused=refused)
     if config.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.origins, allow_methods=["GET", "POST"],

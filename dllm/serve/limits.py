@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,11 +23,15 @@ class Guard:
     """An ASGI middleware. It reads bodies whole, within their bounds, before a route sees anything of a request.
 
     uvicorn bounds neither the time nor the size of a body. Headers are the reverse proxy's (docs/serve.md).
+    `refused` is told the path and the error of what it answers itself.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, keys: Sequence[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ServeConfig, keys: Sequence[str], refused: Callable[[str, ApiError], None]
+    ) -> None:
         self.app, self.config = app, config
         self.keys = [key.encode() for key in keys]
+        self.refused = refused
         self.busy = Counter[bytes]()  # requests of each key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,6 +67,7 @@ class Guard:
                 if not self.busy[key]:
                     del self.busy[key]
         except ApiError as error:
+            self.refused(scope["path"], error)
             await error.response()(scope, receive, marked)
         except Gone:
             return

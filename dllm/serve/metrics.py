@@ -21,8 +21,10 @@ from prometheus_client import (
     Metric,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
 
 import dllm
+from dllm.decoding.constraints import compiling
 from dllm.decoding.meter import Kind, Ticket
 from dllm.decoding.runner import Tick
 from dllm.serve.answers import Choice
@@ -35,6 +37,7 @@ COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEFT = "client_closed_request"
 PAGE = CONTENT_TYPE_LATEST
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/reads")  # whatever else a client may ask for is "other"
 
 
 class Ended(NamedTuple):
@@ -113,7 +116,11 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The figures, each with `labels`, as the client library asks a registry for them."""
-        for family in self.registry.collect():
+        about = "Constraints that were asked for: made, known, refused"
+        compiled = CounterMetricFamily("dllm_constraint_compilations", about, labels=["outcome"])
+        for outcome in ("made", "known", "refused"):
+            compiled.add_metric([outcome], compiling.OUTCOMES[outcome])
+        for family in (*self.registry.collect(), compiled):
             family.samples = [s._replace(labels={**self.labels, **s.labels}) for s in family.samples]
             yield family
 
@@ -150,7 +157,7 @@ class Metrics:
     def ended(self, request: Ended) -> None:
         """A request of a route has ended."""
         outcome = {"ok": "ok", LEFT: "cancelled"}.get(request.code, "error")
-        self.requests.labels(request.route, outcome).inc()
+        self.requests.labels(request.route if request.route in ROUTES else "other", outcome).inc()
         if outcome == "error":
             self.errors.labels(request.code).inc()
         if request.pending is None:

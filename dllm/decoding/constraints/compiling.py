@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +25,7 @@ SECONDS = 10  # of a processor that a compilation may take
 WAIT = 6  # times as long on the clock, where the machine is busy or limits are not known
 KEPT = 64  # automata
 LATE = "the constraint was not compiled within {} s: make its counts or its depth smaller"
+OUTCOMES = Counter[str]()  # of what was asked for: made, known (there, or about to be), refused
 _FUTURES: OrderedDict[Hashable, Future[TokenAutomaton]] = OrderedDict()  # the last used last
 _LOCK = threading.Lock()
 
@@ -45,13 +46,18 @@ def compiled(
         future = _FUTURES[key] = Future[TokenAutomaton]() if waiting is None else waiting
         if len(_FUTURES) > KEPT:
             _FUTURES.popitem(last=False)
+    outcome = "known"
     if waiting is None:
         try:
             future.set_result(_made(text, vocabulary))
+            outcome = "made"
         except BaseException as error:
+            outcome = "refused"
             with _LOCK:
                 _FUTURES.pop(key, None)
             future.set_exception(error)
+    with _LOCK:
+        OUTCOMES[outcome] += 1
     return future.result()
 
 
