@@ -1,21 +1,27 @@
-"""The canvas page in a real browser: saved traces, step by step, by keyboard, with hostile text in them."""
+"""The canvas page in a real browser: saved traces, answers of a server, keyboard, hostile text."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from scripted import Scripted, peaks
+from serve_kit import MESSAGES, PROMPT, Gate, serving
 
 import dllm
 from dllm.decoding.page import policy, source
 from dllm.decoding.trace import Trace
+from dllm.serve.app import create_app
+from dllm.serve.config import ServeConfig
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
@@ -43,11 +49,11 @@ def page(browser: Browser) -> Iterator[Page]:
     """A page that may complain of nothing: no error of its script, nothing that its policy forbids."""
     page, complaints = browser.new_page(), []
     page.set_default_timeout(20_000)
-    page.on("console", lambda message: complaints.append(message.text))
+    page.on("console", lambda message: complaints.append(message.text))  # refused requests belong to the tests
     page.on("pageerror", lambda error: complaints.append(str(error)))
     yield page
     page.close()
-    assert complaints == []
+    assert [said for said in complaints if not said.startswith("Failed to load resource")] == []
 
 
 def visit(page: Page, trace: Trace, folder: Path) -> None:
@@ -255,3 +261,144 @@ SNAPSHOT = """
     - figure "milliseconds a forward, at most 20.0"
     - button "Download trace"
 """
+
+
+# -- of a server -------------------------------------------------------------------------------------------------------
+
+KEY = "none"  # what the kit's own client sends
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DLLM_API_KEY", KEY)
+        with serving() as site:
+            yield site
+
+
+def ready(page: Page, site: Any, **fields: str) -> None:
+    """Open the server's page, and fill the fields of a request."""
+    page.goto(site.url)
+    expect(page.locator("#said")).to_have_text(re.compile("asks for an API key"))
+    expect(page.locator("#run")).to_be_disabled()
+    page.locator("#key").fill(KEY)
+    page.locator("#key").press("Tab")
+    expect(page.locator("#run")).to_be_enabled()
+    for name, value in {"prompt": PROMPT, "length": "24", "block": "8", **fields}.items():
+        field = page.locator(f"#{name}")
+        (field.select_option if name in ("kind", "bound", "cache") else field.fill)(value)
+
+
+def snippet(page: Page, kind: str) -> str:
+    """A request as the page copies it."""
+    page.locator(f"#{kind}").click()
+    expect(page.locator("#snippet")).to_have_text(re.compile("^curl" if kind == "curl" else "import openai"))
+    text = page.locator("#snippet").text_content()
+    assert text is not None
+    return text
+
+
+def asked(page: Page) -> dict[str, Any]:
+    """The body of the request that the page copies for curl."""
+    found: dict[str, Any] = json.loads(shlex.split(snippet(page, "curl").replace("\\\n", ""))[-1])
+    return found
+
+
+@chromium
+def test_an_answer_fills_in_and_is_what_the_api_says(page: Page, site: Any, tmp_path: Path, capsys: Any) -> None:
+    ready(page, site, sampler="klass:kappa=0.9", rival="confidence", top="2")
+    page.locator("#run").click()
+    expect(page.locator(".state")).to_have_text(["done", "done"], timeout=60_000)
+    site.client.api_key = KEY
+    common = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "seed": 0, "temperature": 0}
+    for panel, sampler in enumerate(("klass:kappa=0.9", "confidence")):
+        extra = {"block_length": 8, "return_trace": True, "sampler": sampler}
+        plain = site.client.chat.completions.create(**common, extra_body=extra).choices[0]
+        answer, trace = plain.message.content, plain.dllm["trace"]
+        assert page.locator(".answer").nth(panel).text_content() == answer
+        shown = "".join(text for text, _ in cells(page, panel)).replace("⏎", "")
+        assert shown.startswith(answer)
+        with page.expect_download() as download:
+            page.locator(".save").nth(panel).click()
+        download.value.save_as(tmp_path / "run.json")
+        saved = Trace.load(tmp_path / "run.json")
+        assert (saved.text, saved.commits, saved.sampler) == (answer, trace["commits"], trace["sampler"])
+    expect(page.locator("#follow")).to_be_hidden()
+    page.locator(".canvas").nth(1).locator("span").first.hover()
+    told = re.compile(r"column 1 · final, step \d+ · confidence .* · “Tom” .* · “")
+    expect(page.locator(".token").nth(1)).to_have_text(told)
+    go(page, 0)
+    assert {text for text, _ in cells(page, 1)} == {"▁"}
+    exec(snippet(page, "python"), {})
+    assert "".join(capsys.readouterr().out).strip() == page.locator(".answer").first.text_content()
+
+
+@chromium
+def test_a_run_can_be_cancelled_and_its_lanes_are_free(page: Page, site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready(page, site, sampler="confidence")
+    gate = Gate(monkeypatch, site.backend.model)
+    gate.shut()
+    try:
+        page.locator("#run").click()
+        expect(page.locator("#following")).to_be_visible()
+        assert gate.inside.wait(20)
+        page.locator("#cancel").click()
+        expect(page.locator(".state")).to_have_text("cancelled")
+        expect(page.locator("#run")).to_be_enabled()
+    finally:
+        gate.open.set()
+    site.idle()
+
+
+@chromium
+def test_a_refusal_is_text(page: Page, site: Any) -> None:
+    ready(page, site, sampler=HOSTILE, prompt=HOSTILE)
+    page.locator("#run").click()
+    expect(page.locator(".state")).to_have_text(re.compile("img src=x"))
+    page.locator("#sampler").fill("confidence:steps=")
+    page.locator("#run").click()
+    expect(page.locator(".state")).to_have_text(re.compile("steps"))
+    assert page.locator("img").count() == 0
+    page.locator("#bound").select_option("json_schema")
+    page.locator("#rule").fill("{")
+    page.locator("#run").click()
+    expect(page.locator("#said")).to_have_text(re.compile("^no JSON schema: "))
+
+
+@chromium
+def test_every_field_reaches_the_request_but_the_key(page: Page, site: Any) -> None:
+    ready(page, site, seed="7", temperature="0.5", cache="prefix", sampler="klass", prompt="it's")
+    common = {"model": "tiny", "max_tokens": 24, "temperature": 0.5, "seed": 7, "cache": "prefix", "block_length": 8,
+              "sampler": "klass"}  # fmt: skip
+    assert asked(page) == {**common, "messages": [{"role": "user", "content": "it's"}]}
+    assert "Bearer $DLLM_API_KEY" in page.locator("#snippet").text_content()
+    page.locator("#kind").select_option("text")
+    page.locator("#top").fill("3")
+    for kind, rule, field in (
+        ("regex", "a\\d", {"regex": "a\\d"}),
+        ("choices", "one\ntwo\n", {"choices": ["one", "two"]}),
+        ("json_schema", '{"type": "null"}', {"constraint": {"json_schema": {"type": "null"}}}),
+    ):
+        page.locator("#bound").select_option(kind)
+        page.locator("#rule").fill(rule)
+        assert asked(page) == {**common, "prompt": "it's", "logprobs": 3, **field}
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+
+
+@chromium
+def test_the_form_can_be_read_at_320_pixels(page: Page, site: Any) -> None:
+    page.set_viewport_size({"width": 320, "height": 640})
+    ready(page, site, bound="regex", rule="[0-9]{400}")
+    snippet(page, "python")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    assert [seen for seen in page.evaluate(CONTRAST) if seen[0] < 4.5] == []
+
+
+def test_the_page_may_ask_its_own_server_alone(site: Any) -> None:
+    first = httpx2.get(site.url)
+    assert (first.status_code, first.headers["Location"]) == (307, "canvas")
+    page = httpx2.get(f"{site.url}/canvas")
+    assert page.text == source()
+    allowed = page.headers["Content-Security-Policy"]
+    assert allowed == f"{policy()}; connect-src 'self'; frame-ancestors 'none'"
+    assert "/canvas" not in {route.path for route in create_app(site.backend, ServeConfig(canvas=False)).routes}

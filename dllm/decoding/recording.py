@@ -19,5 +19,6 @@ def record(trace: Trace, tick: Tick, row: int, before: list[int]) -> None:
     trace.confidence.append([round(math.exp(value[col]), 6) if known[col] else None for col in changed])
     trace.windows.append([tick.before[row].lo, tick.before[row].hi])
     trace.lengths.append(length)
-    trace.seconds.append(round(tick.request[row].call.elapsed, 6))
+    ticket = tick.request[row]
+    trace.seconds.append(round(ticket.call.elapsed - ticket.entered, 6))
     before[:] = new

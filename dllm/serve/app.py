@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 import dllm
 from dllm.call.engine import Engine
-from dllm.serve import errors, requests
+from dllm.serve import canvas, errors, requests
 from dllm.serve.answers import Choice, Reply
 from dllm.serve.backend import Backend, Hosted, Pending
 from dllm.serve.config import ServeConfig
@@ -114,6 +114,8 @@ def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), na
     _status(app, serving)
     _answers(app, serving)
     _metrics(app, serving)
+    if config.canvas:
+        canvas.add(app)
     return app
 
 
