@@ -249,9 +249,10 @@ SNAPSHOT = """
   - paragraph: first last · draft behind the final text · ▁ masked · taken back · window
   - region "wino, cache dual":
     - heading "wino, cache dual" [level=2]
+    - status
     - paragraph: step 2 of 4 · 2 of 4 columns final · 1.00 tokens a forward · 67 tokens/s · 15.0 ms a forward
     - paragraph: a prompt
-    - listbox "Canvas of wino, cache dual":
+    - listbox "Canvas 1":
       - option "one"
       - option "two"
       - option "wrong"

@@ -38,7 +38,7 @@ class Trace:
     arguments: dict[str, object] = field(default_factory=dict)  # of the call, as far as they are no defaults
     pieces: dict[int, str] = field(default_factory=dict)  # text of each token id, where a tokenizer is known
     text: str = ""  # the answer, as it was returned
-    seconds: list[float] = field(default_factory=list, compare=False)  # from its lane to each forward
+    seconds: list[float] = field(default_factory=list, compare=False)  # in its lane, at each forward's end
 
     @property
     def order(self) -> dict[int, int]:
