@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -491,6 +493,20 @@ def test_bounds_are_a_share_of_the_memory_that_is_left(monkeypatch: pytest.Monke
     )
 
 
+@pytest.mark.parametrize(("most", "left"), [("1000000", 700_000), ("200000", 0), ("max", None)])
+def test_a_container_bounds_the_memory_and_its_cache_of_files_is_free(
+    most: str, left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{most}\n")
+    (tmp_path / "memory.current").write_text("999000\n")
+    (tmp_path / "memory.stat").write_text(
+        "anon 300000\nfile 699000\ninactive_anon 5\ninactive_file 500000\nactive_file 199000\n"
+    )
+    found = budgets.left(torch.device("cpu"))
+    assert found == left if left is not None else found > 1_000_000
+
+
 def test_a_position_needs_what_its_tensors_take() -> None:
     """Over a forward with its logits, in bytes that are held at the peak."""
     net, n = random_model(width=256, layers=2, vocabulary=3000, positions=512), 400
@@ -550,6 +566,17 @@ def test_graphs_serve_several_groups() -> None:
 def test_mistakes_are_said_by_the_call(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(DllmError, match=says):
         ByHand(network()).submit([1], **arguments)
+
+
+def test_an_engine_that_had_nothing_to_do_is_not_late() -> None:
+    """Requests that come together after a pause: the second finds the engine at work, not stuck."""
+    engine = ByHand(network())
+    engine.ticked -= 100
+    engine.submit([1], **CALL)
+    assert time.monotonic() - engine.ticked < 50
+    engine.ticked -= 100
+    engine.submit([2], **CALL)
+    assert time.monotonic() - engine.ticked > 50  # it has work, and does not do it
 
 
 def test_bounds_are_at_least_one() -> None:

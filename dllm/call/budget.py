@@ -12,6 +12,7 @@ from dllm.models.model import Model
 from dllm.models.native import NativeModel
 
 GIB = 1 << 30
+GROUP = Path("/sys/fs/cgroup")  # of this process, where it is in a container
 LOGITS = 4  # tables (positions, V) in float32 at once: logits, their softmax, and a copy of both
 COLUMNS = 512  # of the canvas that a description counts in
 
@@ -62,16 +63,21 @@ def budget(model: Model, kv_bytes: int | None = None, positions: int | None = No
 
 
 def left(device: torch.device) -> int:
-    """Bytes of memory that nobody has taken: a device's, or those of this machine and of the group of this process."""
+    """Bytes of memory that nobody has taken: a device's, or those of this machine and of the group of this process.
+    What is kept for reuse alone, by the allocator or as a cache of files, is nobody's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [4 * GIB]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")] or found
-        group = Path("/sys/fs/cgroup")
-        most, used = ((group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        found.append(max(0, int(most) - int(used)))
+        names = "memory.max", "memory.current", "memory.stat"
+        most, used, told = ((GROUP / name).read_text(encoding="ascii") for name in names)
+        files = [
+            int(line.split()[1]) for line in told.splitlines() if line.startswith(("active_file", "inactive_file"))
+        ]
+        found.append(max(0, int(most) - int(used) + sum(files)))
     except (OSError, ValueError):  # another system, or a group without a bound
         pass
     return min(found)

@@ -283,7 +283,7 @@ class Engine:
         log.info("engine: %s", self.describe())
         block = self.model.block_size
         self.prefixes = Prefixes(block, prefix_bytes) if block and prefix_bytes > 0 else None
-        self.ticked = time.monotonic()  # when the last tick was
+        self.ticked = time.monotonic()  # when the last tick began, or work came for the next one
         self._works = deque[Callable[[], None]]()  # what is to be done between ticks
         self.most = 0  # rows that have decoded at a time
         self._rows = max_rows  # as far as memory lets
@@ -365,6 +365,8 @@ class Engine:
                 raise QueueFull(f"{self.max_queue} requests wait already: try again later, or wait= for room")
             if self._closing:
                 raise Cancelled("the engine is closed")
+            if not (self._line or self._seats):  # it had nothing to do, and is not late
+                self.ticked = time.monotonic()
             self._line.append(request)
             self._change.notify_all()
         return request
