@@ -265,6 +265,8 @@ def test_a_saved_online_drafter_goes_on_to_the_same_weights(verifier, learner, t
         decode(verifier, one)
     torch.testing.assert_close(weights(again), weights(drafter), rtol=0, atol=0)
     assert isinstance(as_drafter(str(tmp_path)), DiffusionDrafter)  # and anybody drafts with it
+    slower = OnlineDrafter.load(tmp_path, pace=Pace(lr=1e-5))
+    assert [group["lr"] for group in slower.student.optimizer.param_groups] == [1e-5]
 
 
 def test_an_online_drafter_refuses_what_it_cannot_learn(verifier, learner):

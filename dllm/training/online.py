@@ -166,6 +166,8 @@ class OnlineDrafter(Recorder):
         if (folder / STATE).exists():
             state = read(folder / STATE)
             drafter.student.optimizer.load_state_dict(state["optimizer"])
+            for group in drafter.student.optimizer.param_groups:  # its rate was that of another pace
+                group["lr"] = pace.lr
             drafter.start, drafter.student.updates = state["start"], state["updates"]
             drafter.student.saved = Path(found.name), state["updates"]
         if (kept := Path(found.name) / TRAFFIC).exists():
