@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ def chat(text: str) -> list[dict[str, str]]:
 def content(row: dict[str, Any]) -> str:
     choice = row["response"]["body"]["choices"][0]
     return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def test_a_batch_waits_for_room_in_the_line(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(source, [{"prompt": f"{i}", "max_tokens": 2} for i in range(12)])
+    with dllm.Engine(embedded(), max_rows=2, max_queue=1) as engine:
+        assert Batch(source, target, replace(CONFIG, max_rows=2, max_queue=1), "tiny").run(engine) == (12, 0)
 
 
 def test_every_line_has_its_answer_or_its_error_in_its_place(tmp_path: Path) -> None:

@@ -150,10 +150,10 @@ class Batch:
 
     def _answer(self, rows: Sequence[Line], bar: tqdm[Any]) -> None:
         """Decode, and write each answer as soon as it is there."""
-        under_way = 0
+        under_way, most = 0, min(AHEAD * self.config.max_rows, self.config.max_queue)  # nobody finds the line full
         try:
             for row in rows:
-                while under_way >= AHEAD * self.config.max_rows:
+                while under_way >= most:
                     under_way -= self._write(bar)
                 self._start(row)
                 under_way += 1
