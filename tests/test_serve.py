@@ -123,6 +123,7 @@ def test_a_suffix_stands_behind_what_is_written(site, model):
     asked = {"prompt": before, "suffix": behind, "max_tokens": 5}
     got = site.client.completions.create(model="tiny", **asked)
     assert got.choices[0].text == model.tokenizer.decode(want.tokens) == " 12 + 7 = 19"
+    assert got.usage.prompt_tokens == sum(map(len, ids)) and got.usage.completion_tokens == 5
     assert streamed(site, asked)[1] == {0: got.choices[0].text}
 
 
@@ -318,7 +319,8 @@ def test_reads_are_those_of_dllm_read(site, model):
     want = dllm.read(model, asked["prompt"], asked["template"], slots=asked["slots"])["n"]
     got = site.post("/v1/reads", asked).json()["slots"]["n"]
     assert got["best"] == want.best and got["logp"] == pytest.approx(want.logp)
-    assert site.post("/v1/reads", {**asked, "slots": {}}).json()["error"]["code"] == "invalid_value"
+    for odd in ({"slots": {}}, {"slots": {"n": "12"}}, {"prompt": ["a", "b"]}, {"stages": ["n"]}, {"template": "{m}"}):
+        assert site.post("/v1/reads", {**asked, **odd}).json()["error"]["code"] == "invalid_value"
 
 
 def test_models_say_what_is_served(site):
@@ -395,7 +397,7 @@ def test_what_cannot_be_honoured_is_refused_before_the_first_forward(site, body,
 
 @pytest.mark.parametrize("field", ["frequency_penalty", "presence_penalty", "service_tier", "user", "metadata"])
 def test_fields_that_say_nothing_are_taken(site, field):
-    value = {"service_tier": "auto", "user": "me", "metadata": {"a": "b"}}.get(field, 0)
+    value = {"service_tier": "auto", "user": "me", "metadata": {"a": "b"}}.get(field, 0.0)
     assert site.post(CHAT, ask(**{field: value})).status_code == 200
 
 

@@ -8,17 +8,17 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from dllm.call.output import Event, Output
 from dllm.decoding.logprobs import TokenLogprob
 from dllm.decoding.stopping import UNFINISHED
 from dllm.models.tokenizer import Tokenizer
-from dllm.serve.backend import Pending
+from dllm.serve.backend import Backend, Pending
 from dllm.serve.requests import Asked
 from dllm.serve.tools import Message, Piece, Splitter, hidden
+from dllm.spec import Json
 
-Json: TypeAlias = dict[str, Any]
 Said: TypeAlias = Sequence[tuple[int, TokenLogprob | None]]  # tokens, with what the model said of them
 
 
@@ -89,8 +89,9 @@ class Choice:
 class Reply:
     """The answer to one HTTP request."""
 
-    def __init__(self, asked: Asked, model: str, fingerprint: str, tokenizer: Tokenizer | None) -> None:
-        self.asked, self.model, self.fingerprint, self.tokenizer = asked, model, fingerprint, tokenizer
+    def __init__(self, asked: Asked, model: str, fingerprint: str, backend: Backend) -> None:
+        self.asked, self.model, self.fingerprint, self.tokenizer = asked, model, fingerprint, backend.tokenizer
+        self.mask = None if backend.model is None else backend.model.mask_id
         self.id = f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
@@ -182,7 +183,7 @@ class Reply:
 
     def usage(self, pending: Pending, choices: Sequence[Choice]) -> Json:
         """Tokens: of each prompt once, of answers up to their stop."""
-        prompt = sum(map(len, pending.prompts[:: self.asked.n]))
+        prompt = sum(token != self.mask for ids in pending.prompts[:: self.asked.n] for token in ids)
         answer = sum(len(choice.output.tokens) for choice in choices if choice.output is not None)
         cached = sum(ticket.cached for ticket in pending.tickets[:: self.asked.n])
         return {

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
+from starlette.background import BackgroundTask
 from starlette.responses import Response
 
 import dllm
 from dllm.call.engine import Engine
+from dllm.decoding.constraints.constraint import KINDS
+from dllm.errors import first_line
 from dllm.serve import canvas, errors, requests
 from dllm.serve.answers import Choice, Reply
 from dllm.serve.backend import Backend, Hosted, Pending
 from dllm.serve.config import ServeConfig
-from dllm.serve.errors import ApiError, Json, told
+from dllm.serve.errors import ApiError, JsonAnswer, told
 from dllm.serve.limits import Guard
 from dllm.serve.metrics import PAGE, Ended, Metrics
 from dllm.serve.requests import Asked
 from dllm.serve.schema import Body, Chat, Completion, Read
 from dllm.serve.stream import Ear, Told, chunks, whole
+from dllm.spec import Json
 
+log = logging.getLogger(__name__)
 SSE = "text/event-stream"
+THREADS = 32  # for what a request does before it is in line: templates, tokens, canvases
+COMPILING = 4  # requests whose constraints are compiled at a time: each takes a process, and seconds
+CONSTRAINTS = {*KINDS, "constraint"}
 
 
 @dataclass
@@ -42,9 +51,11 @@ class Serving:
     name: str
     fingerprint: str = ""
     warm: bool = False
+    failed: str = ""  # why it will never answer
     draining: bool = False
     mean: float = 1.0  # seconds of an answer, the last ones the most
     counted: list[Callable[[Ended], None]] = field(default_factory=list)
+    compiling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMPILING))
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -53,7 +64,7 @@ class Serving:
         if self.draining:
             return "draining", "the server is shutting down"
         if not self.warm:
-            return "loading", "the model is being loaded"
+            return ("unavailable", self.failed) if self.failed else ("loading", "the model is being loaded")
         return ("unavailable", said) if (said := self.backend.trouble) else ("", "")
 
     def check(self, model: str | None) -> None:
@@ -62,9 +73,12 @@ class Serving:
         if code:
             raise ApiError(503, code, said, headers={"Retry-After": "5"})
         if model is not None and model != self.name:
-            raise ApiError(
-                404, "model_not_found", f"there is no model {model!r}; this server has {self.name!r}", "model"
-            )
+            raise self.unknown(model)
+
+    def unknown(self, model: str) -> ApiError:
+        """The error for another model's name."""
+        said = f"there is no model {model!r}; this server has {self.name!r}"
+        return ApiError(404, "model_not_found", said, "model")
 
     @property
     def wait(self) -> int:
@@ -89,6 +103,7 @@ def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), na
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         warming = asyncio.create_task(asyncio.to_thread(_warm, serving))
         yield
         serving.draining = True
@@ -120,27 +135,34 @@ def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), na
 
 
 def _warm(serving: Serving) -> None:
-    serving.backend.warm()
-    serving.fingerprint = serving.backend.fingerprint()
-    serving.warm = True
+    """The first answer, which shows whether the model answers at all."""
+    try:
+        serving.backend.warm()
+        serving.fingerprint = serving.backend.fingerprint()
+        serving.warm = True
+    except Exception as error:
+        log.exception("the model gives no answer")
+        serving.failed = f"the model gives no answer: {first_line(error)}"
 
 
 def _status(app: FastAPI, serving: Serving) -> None:
     """Routes that say how the server is."""
 
-    @app.get("/health/live", response_class=Json)
+    @app.get("/health/live", response_class=JsonAnswer)
     async def live() -> Response:
         """The process answers."""
-        return Json({"status": "ok"})
+        return JsonAnswer({"status": "ok"})
 
-    @app.get("/health", response_class=Json, responses=failures(503))
+    @app.get("/health", response_class=JsonAnswer, responses=failures(503))
     async def ready() -> Response:
         """It takes requests."""
         code, said = serving.trouble
         load = serving.backend.load._asdict()
-        return Json({"status": code or "ok", **({"reason": said} if said else {}), "load": load}, 503 if code else 200)
+        return JsonAnswer(
+            {"status": code or "ok", **({"reason": said} if said else {}), "load": load}, 503 if code else 200
+        )
 
-    def entry() -> dict[str, Any]:
+    def entry() -> Json:
         limits = {k: v for k, v in asdict(serving.config).items() if isinstance(v, int | float) and k != "port"}
         said = {**serving.backend.about(), "limits": limits}
         said["defaults"] = {**said.get("defaults", {}), **serving.config.defaults}
@@ -148,19 +170,17 @@ def _status(app: FastAPI, serving: Serving) -> None:
             "id": serving.name, "object": "model", "created": serving.created, "owned_by": "dllm", "dllm": said,
         }  # fmt: skip
 
-    @app.get("/v1/models", response_class=Json, responses=failures(401))
+    @app.get("/v1/models", response_class=JsonAnswer, responses=failures(401))
     async def models() -> Response:
         """The model that is served."""
-        return Json({"object": "list", "data": [entry()]})
+        return JsonAnswer({"object": "list", "data": [entry()]})
 
-    @app.get("/v1/models/{name:path}", response_class=Json, responses=failures(401, 404))
+    @app.get("/v1/models/{name:path}", response_class=JsonAnswer, responses=failures(401, 404))
     async def model(name: str) -> Response:
         """The model of this name."""
         if name != serving.name:
-            raise ApiError(
-                404, "model_not_found", f"there is no model {name!r}; this server has {serving.name!r}", "model"
-            )
-        return Json(entry())
+            raise serving.unknown(name)
+        return JsonAnswer(entry())
 
 
 def _metrics(app: FastAPI, serving: Serving) -> None:
@@ -179,11 +199,11 @@ def _metrics(app: FastAPI, serving: Serving) -> None:
 
 def _answers(app: FastAPI, serving: Serving) -> None:
     """Routes that answer."""
-    said: dict[str, Any] = {
-        "response_class": Json,
+    said: Json = {
+        "response_class": JsonAnswer,
         "responses": failures(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
     }
-    streams: dict[str, Any] = {"responses": {200: {"content": {SSE: {}}}, **said["responses"]}}
+    streams: Json = {"responses": {200: {"content": {SSE: {}}}, **said["responses"]}}
 
     @app.post("/v1/chat/completions", openapi_extra=body_of(Chat), **{**said, **streams})
     async def chat(http: Request) -> Response:
@@ -206,7 +226,7 @@ def _answers(app: FastAPI, serving: Serving) -> None:
             raise told(error, given.given) from error
         serving.count(Ended(http.url.path, "ok", None, (), ear.seconds))
         slots = {name: {**asdict(slot), "best": slot.best, "margin": slot.margin} for name, slot in found.slots.items()}
-        return Json({
+        return JsonAnswer({
             "object": "reading", "model": serving.name, "system_fingerprint": serving.fingerprint, "slots": slots,
             "nfe": found.nfe, "sees_suffix": found.sees_suffix,
             "usage": {"prompt_tokens": len(found.canvas), "completion_tokens": 0, "total_tokens": len(found.canvas)},
@@ -222,16 +242,19 @@ async def _answered(serving: Serving, http: Request, kind: type[Body], reader: C
         serving.check(fields.model)
         asked = await asyncio.to_thread(reader, fields, serving.backend, serving.config)
         arguments = {**asked.arguments, "on_step": ear.step} if asked.drafts else asked.arguments
-        pending = await asyncio.to_thread(
-            serving.backend.submit, asked.prompt, asked.n, serving.config.request_timeout, asked.batch, arguments
-        )
+        free = not arguments.keys() & CONSTRAINTS
+        line: AbstractAsyncContextManager[None] = nullcontext() if free else serving.compiling
+        async with line:
+            pending = await asyncio.to_thread(
+                serving.backend.submit, asked.prompt, asked.n, serving.config.request_timeout, asked.batch, arguments
+            )
     except Exception as error:
         refused = told(error, fields.given, requests.NAMES)
         if refused.code == "queue_full":
             refused.headers["Retry-After"] = str(serving.wait)
         serving.count(Ended(route, refused.code, None, (), ear.seconds))
         raise refused from error
-    reply = Reply(asked, serving.name, serving.fingerprint, serving.backend.tokenizer)
+    reply = Reply(asked, serving.name, serving.fingerprint, serving.backend)
 
     def ended(choices: Sequence[Choice], error: ApiError | None) -> None:
         serving.count(Ended(route, "ok" if error is None else error.code, pending, choices, ear.seconds, asked))
@@ -242,6 +265,7 @@ async def _answered(serving: Serving, http: Request, kind: type[Body], reader: C
         return EventSourceResponse(
             chunks(ear, pending, reply, config, ended), ping=config.ping_seconds, send_timeout=config.send_seconds,
             ping_message_factory=partial(ServerSentEvent, comment="ping", sep="\n"),
+            background=BackgroundTask(pending.cancel),  # the client may have left before the first event
         )  # fmt: skip
     return await _whole(http, ear, pending, reply, ended)
 
@@ -257,7 +281,7 @@ async def _whole(http: Request, ear: Ear, pending: Pending, reply: Reply, ended:
             return Response(status_code=499)
         said, choices = answer.result()
         error = None
-        return Json(said)
+        return JsonAnswer(said)
     except ApiError as fault:
         error = fault
         raise
@@ -294,13 +318,13 @@ ERROR = {
 }
 
 
-def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def failures(*statuses: int) -> dict[int | str, Json]:
     """Answers with these statuses, for OpenAPI."""
     return {
         status: {"description": "An error", "content": {"application/json": {"schema": ERROR}}} for status in statuses
     }
 
 
-def body_of(kind: type[Body]) -> dict[str, Any]:
+def body_of(kind: type[Body]) -> Json:
     """What a route reads, for OpenAPI."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.schema()}}}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import dllm
 from dllm.call.engine import Engine, Load
@@ -19,6 +19,7 @@ from dllm.models.model import Model
 from dllm.models.native import NativeModel
 from dllm.models.tokenizer import Tokenizer
 from dllm.samplers import registry
+from dllm.spec import Json
 
 STUCK = 30.0  # seconds without a tick, with work waiting
 
@@ -78,16 +79,16 @@ class Backend(Protocol):
     def trouble(self) -> str:
         """Why it cannot answer; empty: it can."""
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         """What /v1/models says of it."""
 
     def fingerprint(self) -> str:
         """What decides an answer beside the request."""
 
-    def submit(self, prompt: Any, n: int, timeout: float, batch: str, arguments: Mapping[str, Any]) -> Pending:
+    def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Pending:
         """Put a request in line. Errors: those of `Engine.submit`."""
 
-    def read(self, arguments: Mapping[str, Any]) -> Reading:
+    def read(self, arguments: Json) -> Reading:
         """`dllm.read`."""
 
     def warm(self) -> None:
@@ -128,7 +129,7 @@ class Hosted:
             return f"no forward has ended for {late:.0f} s"
         return ""
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         """The model, what can be asked of it, and what it is asked where nothing is said."""
         model, said = self.engine.model, defaults(self.engine.model)
         return {
@@ -151,18 +152,20 @@ class Hosted:
         said = "|".join((weights, words, dllm.__version__, str(model.dtype), model.device.type))
         return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
-    def submit(self, prompt: Any, n: int, timeout: float, batch: str, arguments: Mapping[str, Any]) -> Pending:
+    def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Pending:
         """Put a request in line."""
         return self.engine.submit(prompt, n=n, timeout=timeout, batch=batch, **arguments)  # type: ignore[call-overload, no-any-return]
 
-    def read(self, arguments: Mapping[str, Any]) -> Reading:
+    def read(self, arguments: Json) -> Reading:
         """`dllm.read`, between two ticks."""
         found: Reading = self.engine.run(lambda: read(self.engine.model, **arguments))
         return found
 
     def warm(self) -> None:
         """One short answer."""
-        self.engine.submit([0] if self.engine.model.shift else None, max_new_tokens=2, steps=1).result()
+        model = self.engine.model
+        odd = {model.mask_id, model.pad_id, model.bos_id, *model.eos_ids}
+        self.engine.submit([next(i for i in range(model.vocab_size) if i not in odd)], max_new_tokens=2).result()
 
     def close(self, drain: bool) -> None:
         """Take no more requests and stop."""

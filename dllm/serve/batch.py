@@ -26,12 +26,13 @@ from dllm.errors import DllmError
 from dllm.models.files import replaced
 from dllm.models.lines import append, as_lines, disk_errors, mend
 from dllm.serve import requests
-from dllm.serve.answers import Json, Reply
+from dllm.serve.answers import Reply
 from dllm.serve.backend import Backend, Hosted, Pending
 from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError, told
 from dllm.serve.requests import NAMES, Asked
 from dllm.serve.schema import Chat, Completion, mapping
+from dllm.spec import Json
 
 AHEAD = 4  # requests under way for each lane: enough that none waits until the next line is read
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -199,7 +200,7 @@ class Batch:
             error = {key: fault.body["error"][key] for key in ("code", "message")}
         else:
             assert one.asked is not None and one.pending is not None
-            reply = Reply(one.asked, self.name, self.fingerprint, self.backend.tokenizer)
+            reply = Reply(one.asked, self.name, self.fingerprint, self.backend)
             body, _ = reply.answered(one.pending, [(event, 0.0) for event in one.events])
             status, error = 200, None
         request = one.line.key.removeprefix("batch_")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from dllm.decoding.constraints.constraint import Constraint
 from dllm.models.tokenizer import Tokenizer, by_template
 from dllm.serve.errors import ApiError
 from dllm.serve.tools import Template, Tools
+from dllm.spec import Json
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 DEPTH = 4  # of an answer that is any JSON object
@@ -26,9 +26,7 @@ NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/
 """
 
 
-def conversation(
-    messages: object, tools: Tools | None, tokenizer: Tokenizer | None
-) -> list[dict[str, Any]] | list[int]:
+def conversation(messages: object, tools: Tools | None, tokenizer: Tokenizer | None) -> list[Json] | list[int]:
     """Messages with texts as contents, or their ids where the template is told of tools.
 
     Errors: no list of messages, unknown roles, parts that are no text, what the template objects to.
@@ -43,7 +41,7 @@ def conversation(
     return [*ids, *tokenizer(tools.opening, add_special_tokens=False)["input_ids"]] if tools.opening else list(ids)
 
 
-def _message(given: object, where: str, calls: bool) -> dict[str, Any]:
+def _message(given: object, where: str, calls: bool) -> Json:
     if not isinstance(given, Mapping):
         raise _wrong(f"{where} must be an object with role and content")
     role = given.get("role")
@@ -59,11 +57,11 @@ def _message(given: object, where: str, calls: bool) -> dict[str, Any]:
     return {"role": role, "content": "\n".join([*([text] if text else []), *(json.dumps(c["function"]) for c in said)])}
 
 
-def _called(given: object, where: str) -> list[dict[str, Any]]:
+def _called(given: object, where: str) -> list[Json]:
     """Calls of an earlier answer, their arguments as objects, which is what templates write."""
     if not isinstance(given, list):
         raise _wrong(f"{where}: tool_calls is a list")
-    found = list[dict[str, Any]]()
+    found = list[Json]()
     for call in given:
         match call:
             case {"function": {"name": str(name), "arguments": str(text)}}:
@@ -93,7 +91,7 @@ def _wrong(message: str) -> ApiError:
     return ApiError(400, "invalid_value", message, "messages")
 
 
-def formatted(given: object) -> dict[str, Any]:
+def formatted(given: object) -> Json:
     """The arguments that a response_format stands for. Errors: an unknown one."""
     if given is None:
         return {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from dllm.call.engine import Cancelled, QueueFull, TimedOut
 from dllm.errors import DllmError, TooLarge, TooLong, Unsatisfiable, out_of_memory
@@ -21,10 +21,8 @@ KINDS = {401: "authentication_error", 429: "rate_limit_error"}  # of a status; e
 NO_RETRY = {"x-should-retry": "false"}  # the official client would decode it all again
 
 
-class Json(Response):
+class JsonAnswer(JSONResponse):
     """A JSON answer. A lone surrogate, which no UTF-8 can say, stays the escape that it came as."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """The bytes."""
@@ -57,9 +55,9 @@ class ApiError(Exception):
         kind = KINDS.get(self.status, INVALID if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Json:
+    def response(self) -> JsonAnswer:
         """The whole answer."""
-        return Json(self.body, self.status, self.headers)
+        return JsonAnswer(self.body, self.status, self.headers)
 
 
 def told(error: BaseException, fields: Collection[str] = (), names: Mapping[str, str] | None = None) -> ApiError:

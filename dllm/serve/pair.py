@@ -9,9 +9,8 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -32,6 +31,7 @@ from dllm.errors import DllmError
 from dllm.models.native import fingerprint
 from dllm.models.tokenizer import Tokenizer
 from dllm.serve.errors import ApiError
+from dllm.spec import Json
 
 TAKEN = {"max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed", "chat"}
 NEW = 128  # tokens of an answer that says nothing
@@ -44,7 +44,7 @@ class Draft:
     prompts: list[list[int]]
     stops: Stops
     deadline: float
-    arguments: dict[str, Any]
+    arguments: Json
     error: Exception | None = None
     meter: Meter = field(init=False)
     done: bool = False
@@ -159,7 +159,7 @@ class Pair:
         """A thread that has ended."""
         return "" if self.thread.is_alive() else "the pair has stopped"
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         """The pair."""
         limit = getattr(self.verifier.config, "max_position_embeddings", None)  # foreign
         return {"family": "speculation", "drafter": self.named, "max_positions": limit, "samplers": [], "caches": [],
@@ -173,7 +173,7 @@ class Pair:
         said = "|".join((fingerprint(network), dllm.__version__, str(weight.dtype), weight.device.type))
         return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
-    def submit(self, prompt: Any, n: int, timeout: float, batch: str, arguments: Mapping[str, Any]) -> Draft:
+    def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Draft:
         """Put a request in line. Errors: arguments that a verifier does not take, a full line."""
         if odd := sorted(arguments.keys() - TAKEN):
             raise ApiError(400, "unsupported", f"{odd[0]} is for a masked-diffusion model that writes the text", odd[0])
@@ -190,7 +190,7 @@ class Pair:
             self.change.notify_all()
         return request
 
-    def read(self, arguments: Mapping[str, Any]) -> Reading:
+    def read(self, arguments: Json) -> Reading:
         """Errors: a verifier reads nothing."""
         raise DllmError("reads are for a masked-diffusion model")
 
@@ -241,6 +241,6 @@ class Pair:
         )  # fmt: skip
         request.hear(Event(row, text[len(follower.sent) :], None, r.n_verify, output, r.tokens[follower.told :]))
 
-    def _decoded(self, ids: list[int], arguments: Mapping[str, Any], follower: Follower | None) -> SpecResult:
+    def _decoded(self, ids: list[int], arguments: Json, follower: Follower | None) -> SpecResult:
         made: SpecResult = speculate(self.verifier, self.drafter, ids, streamer=follower, **arguments, **self.options)
         return made

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from dllm.call.job import MAX_NEW_TOKENS, mask_of
 from dllm.call.prompts import as_list, encode
@@ -20,6 +20,7 @@ from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError
 from dllm.serve.schema import Chat, Completion, Fields, Read
 from dllm.serve.tools import Tools, offered
+from dllm.spec import Json
 
 # arguments that a request calls by another name
 NAMES = {"max_new_tokens": "max_tokens"}
@@ -35,9 +36,9 @@ class Asked:
     """A request, read."""
 
     chat: bool
-    prompt: Any
+    prompt: object
     n: int
-    arguments: dict[str, Any]  # of `dllm.generate`
+    arguments: Json  # of `dllm.generate`
     stream: bool
     usage: bool  # a stream ends with it
     drafts: bool
@@ -60,7 +61,7 @@ def completion(given: Completion, backend: Backend, config: ServeConfig) -> Aske
     echoes = None
     if given.echo:
         echoes = tuple(p if isinstance(p, str) else spoken(backend, p) for p in prompts)
-    prompt: Any = given.prompt
+    prompt: object = given.prompt
     if given.suffix is not None:
         model = masked(backend, "suffix")
         prompt = [holed(model, p, given.suffix, given.max_tokens) for p in prompts]
@@ -96,13 +97,19 @@ def conversed(given: Chat, backend: Backend, config: ServeConfig) -> Asked:
     )  # fmt: skip
 
 
-def reading(given: Read, backend: Backend) -> dict[str, Any]:
-    """The arguments of `dllm.read`. Errors: a model that reads nothing."""
+def reading(given: Read, backend: Backend) -> Json:
+    """The arguments of `dllm.read`. Errors: a model that reads nothing, several prompts, labels that are no texts."""
     masked(backend, "model")
+    if not as_list(given.prompt)[1]:
+        raise ApiError(400, "invalid_value", "a read is of one prompt", "prompt")
+    if not isinstance(given.slots, Mapping) or not all(map(texts, given.slots.values())):
+        raise ApiError(400, "invalid_value", "slots is an object: lists of labels by the names of slots", "slots")
+    if given.stages is not None and not (isinstance(given.stages, list) and all(map(texts, given.stages))):
+        raise ApiError(400, "invalid_value", "stages is a list of lists of slots", "stages")
     return {name: value for name, value in vars(given).items() if name != "model" and value is not None}
 
 
-def shared(given: Fields, config: ServeConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+def shared(given: Fields, config: ServeConfig, arguments: Json) -> Json:
     """What both kinds of request say alike."""
     bounded(given.n, config.max_n, "answers", "n")
     if given.draft and not given.stream:
@@ -125,7 +132,7 @@ def shared(given: Fields, config: ServeConfig, arguments: dict[str, Any]) -> dic
     }
 
 
-def arguments_of(given: Fields, config: ServeConfig) -> dict[str, Any]:
+def arguments_of(given: Fields, config: ServeConfig) -> Json:
     """The arguments that fields say, over the server's own."""
     stop = given.stop
     if stop is not None:
@@ -145,13 +152,18 @@ def arguments_of(given: Fields, config: ServeConfig) -> dict[str, Any]:
     return {**config.defaults, **own}
 
 
+def texts(given: object) -> bool:
+    """Whether this is a list of texts."""
+    return isinstance(given, list) and all(isinstance(text, str) for text in given)
+
+
 def bounded(count: int, most: int, what: str, param: str) -> None:
     """Errors: more than there may be."""
     if count > most:
         raise ApiError(400, "invalid_value", f"{count} {what}; this server takes at most {most}", param)
 
 
-def no_files(sampler: Any) -> None:
+def no_files(sampler: registry.Spec) -> None:
     """Errors: a parameter that names a file. What a client names is never opened."""
     for method in registry.parse(sampler):
         hints = get_type_hints(type(method))
@@ -172,7 +184,7 @@ def masked(backend: Backend, field: str) -> Model:
     return backend.model
 
 
-def holed(model: Model, prompt: Any, suffix: str, columns: int | None) -> list[int]:
+def holed(model: Model, prompt: str | list[int], suffix: str, columns: int | None) -> list[int]:
     """The ids of a prompt, masks for its answer, and the suffix. Errors: no room for them."""
     before = encode(model, prompt, False) if isinstance(prompt, str) else list(prompt)
     behind = encode(model, suffix, False)

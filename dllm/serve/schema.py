@@ -48,9 +48,9 @@ class Body:
         known = {f.name: f for f in fields(cls)}
         for name in [name for name in given if name in NEUTRAL and name not in known]:
             value = given.pop(name)
-            if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
+            if isinstance(value, bool) != (name == "store") or value not in NEUTRAL[name]:
                 raise ApiError(400, "unsupported", f"{name}={value!r} is not supported: leave it out", name)
-        hints, read = get_type_hints(cls), dict[str, Any]()
+        hints, read = get_type_hints(cls), Json()
         for name, value in given.items():
             if name not in known:
                 raise ApiError(400, "unknown_parameter", str(unknown("field", name, (*known, *NEUTRAL))), name)
@@ -189,7 +189,7 @@ SHAPES: Mapping[str, Json] = {  # of fields that have a reader of their own
 }
 
 
-def mapping(body: bytes) -> dict[str, Any]:
+def mapping(body: bytes) -> Json:
     """A body as a JSON object. Errors: no UTF-8, no JSON (NaN and Infinity are none), no object."""
     try:
         given = json.loads(body.decode("utf-8"), parse_constant=_no_number)

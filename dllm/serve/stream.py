@@ -14,10 +14,11 @@ from sse_starlette import ServerSentEvent
 from dllm.call.output import Event
 from dllm.call.steering import StepView
 from dllm.decoding.trace import BLANK, Trace
-from dllm.serve.answers import Choice, Json, Reply, about
+from dllm.serve.answers import Choice, Reply, about
 from dllm.serve.backend import Pending
 from dllm.serve.config import ServeConfig
 from dllm.serve.errors import ApiError, dumps, told
+from dllm.spec import Json
 
 Told: TypeAlias = Callable[[Sequence[Choice], ApiError | None], None]  # choices, and what ended them
 EVENT = 200  # bytes of JSON around the text of an event, about

@@ -11,11 +11,12 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from dllm.decoding.stopping import special_tokens
 from dllm.models.tokenizer import Tokenizer
 from dllm.serve.errors import ApiError
+from dllm.spec import Json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"  # of Qwen's templates, which Dream, SDAR and Fast-dLLM have
 THINK, THOUGHT = "<think>", "</think>"
@@ -41,14 +42,14 @@ class Template(NamedTuple):
 class Tools:
     """What an answer may call, or must."""
 
-    functions: dict[str, Mapping[str, Any]]  # the schema of each one's arguments
-    given: Sequence[Mapping[str, Any]]  # as the template takes them
+    functions: dict[str, Mapping[str, object]]  # the schema of each one's arguments
+    given: Sequence[Mapping[str, object]]  # as the template takes them
     bound: bool  # the answer is one call
     parallel: bool
     template: Template
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def schema(self) -> Json:
         """That of a call, for an answer that is bound to one."""
         each = [
             {
@@ -67,7 +68,7 @@ class Tools:
         return f"{OPEN}\n" if self.bound and self.template.calls else ""
 
 
-def _moved(schema: Any, root: str) -> Any:
+def _moved(schema: object, root: str) -> object:
     """A schema whose references to itself lead to where it stands now."""
     if isinstance(schema, Mapping):
         return {
@@ -79,7 +80,7 @@ def _moved(schema: Any, root: str) -> Any:
     return [_moved(item, root) for item in schema] if isinstance(schema, list) else schema
 
 
-def offered(given: Any, choice: Any, parallel: bool, tokenizer: Tokenizer | None) -> Tools | None:
+def offered(given: object, choice: object, parallel: bool, tokenizer: Tokenizer | None) -> Tools | None:
     """The tools of a request; None: it has none. Errors: functions and choices that are none, a model that cannot."""
     if not given:
         if choice not in (None, "none", "auto"):
@@ -110,10 +111,10 @@ def offered(given: Any, choice: Any, parallel: bool, tokenizer: Tokenizer | None
     raise _wrong("tool_choice is none, auto, required, or one function", "tool_choice")
 
 
-def _function(tool: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+def _function(tool: object, where: str) -> tuple[str, Mapping[str, object]]:
     match tool:
         case {"type": "function", "function": {"name": str(name), **said}} if re.fullmatch(r"[\w-]{1,64}", name, re.A):
-            schema = said.get("parameters") or {"type": "object", "properties": {}}
+            schema: object = said.get("parameters") or {"type": "object", "properties": {}}
             if isinstance(schema, Mapping):
                 return name, schema
     raise _wrong(
@@ -225,9 +226,9 @@ class Message:
 
     content: str = ""
     reasoning: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[Json] = field(default_factory=list)
 
-    def deltas(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def deltas(self, piece: Piece) -> Iterator[Json]:
         """Those of a piece; a call's name comes before its arguments."""
         if piece.kind == "content":
             self.content += piece.text
@@ -243,9 +244,9 @@ class Message:
             yield {"tool_calls": [{"index": index, "function": {"arguments": piece.text}}]}
 
     @property
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Json:
         """The message."""
-        said: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        said: Json = {"role": "assistant", "content": self.content, "refusal": None}
         if self.reasoning:
             said["reasoning_content"] = self.reasoning
         return {**said, "content": self.content or None, "tool_calls": self.calls} if self.calls else said

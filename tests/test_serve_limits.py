@@ -1,0 +1,248 @@
+"""What a server lets in, and how an answer ends that nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import httpx2
+import openai
+import pytest
+from serve_kit import CHAT, MESSAGES, TEXT, Gate, serving
+
+import dllm
+from dllm.call.engine import Engine
+from dllm.errors import DllmError
+from dllm.serve import stream
+from dllm.serve.config import KEY, ServeConfig
+from dllm.serve.errors import told
+from dllm.serve.pair import Pair
+from dllm.serve.server import settings
+
+ASK = {"messages": MESSAGES, "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dllm.load("tiny")
+
+
+@pytest.fixture
+def site(model, request):
+    """A server with the settings that a test is marked with (`settled`)."""
+    config = ServeConfig(**getattr(request, "param", {}))
+    with serving(Engine(model, max_rows=config.max_rows, max_queue=config.max_queue), config) as site:
+        yield site
+
+
+def settled(**given):
+    return pytest.mark.parametrize("site", [given], indirect=True, ids=[""])
+
+
+def raw(site, text, wait=5.0):
+    """What comes back for bytes that are sent as they are."""
+    host, port = site.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as link:
+        link.sendall(text)
+        return link.recv(1 << 16).decode()
+
+
+def test_keys_come_from_the_environment_and_a_file(model, monkeypatch, tmp_path):
+    (tmp_path / "keys").write_text("two\n\nthree\n")
+    monkeypatch.setenv(KEY, "one")
+    with serving(Engine(model), ServeConfig(key_file=tmp_path / "keys")) as site:
+        for key in ("one", "two", "three"):
+            assert site.post(CHAT, ASK, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer four"}, {"Authorization": "Basic one"}, {"Authorization": "one"}):
+            answer = site.post(CHAT, ASK, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert "x-request-id" in answer.headers
+        with pytest.raises(openai.AuthenticationError):
+            site.client.models.list()
+        assert httpx2.get(f"{site.url}/health").status_code == 200  # probes have no key
+    (tmp_path / "none").write_text("\n")
+    with pytest.raises(DllmError, match="holds no API key"):
+        ServeConfig(key_file=tmp_path / "none").keys()
+
+
+@settled(body_bytes=300, body_seconds=0.3)
+def test_bodies_are_bounded_in_size_and_time(site):
+    assert site.post(TEXT, {"prompt": "a" * 300}).json()["error"]["code"] == "request_too_large"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    assert raw(site, f"{head}Content-Length: 10000000000\r\n\r\n".encode()).startswith("HTTP/1.1 413")
+    chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n" + "40\r\n" + "a" * 64 + "\r\n"
+    assert raw(site, chunked.encode() + b"ff\r\n" + b"a" * 255 + b"\r\n").startswith("HTTP/1.1 413")
+    assert raw(site, f"{head}Content-Length: 50\r\n\r\n".encode() + b'{"a').startswith("HTTP/1.1 408")
+    assert site.post(TEXT, {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_body_of_another_type_is_refused(site):
+    answer = site.post(CHAT, ASK, headers={"Content-Type": "text/plain"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def together(site, count, body=None):
+    """So many requests at a time: their statuses and answers."""
+
+    async def one(client):
+        answer = await client.post(f"{site.url}{CHAT}", json=body or ASK)
+        return answer.status_code, answer.headers.get("retry-after"), answer.json()
+
+    async def every():
+        async with httpx2.AsyncClient(timeout=30, limits=httpx2.Limits(max_connections=count)) as client:
+            return await asyncio.gather(*(one(client) for _ in range(count)))
+
+    return asyncio.run(every())
+
+
+@settled(per_key=2)
+def test_one_key_has_so_many_requests_at_a_time(site, model, monkeypatch):
+    gate = Gate(monkeypatch, model)
+    gate.shut()
+    release = _later(gate)
+    answers = together(site, 5)
+    release.join()
+    assert sorted(status for status, *_ in answers) == [200, 200, 429, 429, 429]
+    refused = next(answer for answer in answers if answer[0] == 429)
+    assert refused[1] == "1" and refused[2]["error"]["type"] == "rate_limit_error"
+
+
+def _later(gate, seconds=0.7):
+    thread = threading.Timer(seconds, gate.open.set)
+    thread.start()
+    return thread
+
+
+@settled(max_rows=1, max_queue=2)
+def test_a_full_line_says_when_to_come_again_and_the_client_does(site, model, monkeypatch):
+    gate = Gate(monkeypatch, model)
+    gate.shut()
+    release = _later(gate)
+    answers = together(site, 6)
+    release.join()
+    counts = [status for status, *_ in answers]
+    assert set(counts) == {200, 429} and counts.count(200) in (2, 3)
+    refused = next(answer for answer in answers if answer[0] == 429)
+    assert int(refused[1]) >= 1 and refused[2]["error"]["code"] == "queue_full"
+    gate.shut()
+    release = _later(gate, 0.3)
+    client = openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=5)
+
+    async def every():
+        asked = (client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=4) for _ in range(6))
+        return await asyncio.gather(*asked)
+
+    assert len(asyncio.run(every())) == 6
+
+
+def test_an_answer_is_cancelled_when_its_client_leaves_streamed_or_not(site, model, monkeypatch):
+    counted = []
+    site.app.state.serving.counted.append(counted.append)
+    gate = Gate(monkeypatch, model)
+    for live in (True, False):
+        gate.shut()
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(site.url + CHAT, json={"messages": MESSAGES, "stream": live}, timeout=0.4)
+        assert gate.inside.wait(5)
+        until = time.monotonic() + 5
+        while not counted or counted[-1].code != "client_closed_request":
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        counted.clear()
+        gate.open.set()
+        site.idle()
+
+
+@settled(request_timeout=0.2)
+def test_an_answer_that_takes_too_long_is_no_answer(site, model, monkeypatch):
+    gate = Gate(monkeypatch, model)
+    gate.shut()
+    release = _later(gate, 0.5)
+    answer = site.post(CHAT, ASK)
+    release.join()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert answer.headers["x-should-retry"] == "false"
+    gate.shut()
+    release = _later(gate, 0.5)
+    with pytest.raises(openai.APIError, match="not done in its time"):
+        list(site.client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
+    release.join()
+
+
+@settled(event_buffer=500, defaults={"sampler": "confidence", "block_length": 1})
+def test_a_reader_that_is_too_slow_is_cut_off(site, model, monkeypatch):
+    taken = stream.Ear.taken
+    monkeypatch.setattr(stream.Ear, "taken", lambda ear: taken(ear) if ear.ended else ear.wake.clear() or [])
+    events = site.events(CHAT, {"messages": MESSAGES, "max_tokens": 32})
+    assert json.loads(events[-1][1])["error"]["code"] == "slow_reader"
+    site.idle()
+
+
+def test_pages_of_other_origins_ask_where_the_settings_name_them(model):
+    with serving(Engine(model), ServeConfig(origins=("https://page.example",))) as site:
+        allowed = site.post(CHAT, ASK, headers={"Origin": "https://page.example"})
+        assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+        assert (
+            "access-control-allow-origin" not in site.post(CHAT, ASK, headers={"Origin": "https://b.example"}).headers
+        )
+
+
+def test_a_server_that_drains_or_is_stuck_takes_no_requests(site, monkeypatch):
+    serving = site.app.state.serving
+    monkeypatch.setattr(serving, "draining", True)
+    for answer in (site.post(CHAT, ASK), httpx2.get(f"{site.url}/health")):
+        assert answer.status_code == 503 and "draining" in answer.text
+    assert httpx2.get(f"{site.url}/health/live").status_code == 200
+    monkeypatch.setattr(serving, "draining", False)
+    monkeypatch.setattr(type(serving.backend), "trouble", "no forward has ended for 31 s")
+    assert httpx2.get(f"{site.url}/health").json()["reason"] == "no forward has ended for 31 s"
+
+
+def test_a_fault_of_ours_says_nothing_of_its_inside(site, monkeypatch):
+    monkeypatch.setattr(type(site.app.state.serving.backend), "submit", lambda *_: 1 / 0)
+    answer = site.post(CHAT, ASK)
+    assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
+    assert answer.json()["error"]["type"] == "server_error" and "division" not in answer.text
+    assert told(RuntimeError("CUDA out of memory")).code == "out_of_memory"
+
+
+def test_settings_come_from_a_file_the_command_line_and_their_limits(tmp_path):
+    (tmp_path / "serve.yaml").write_text("port: 9000\nmax_rows: 4\ndefaults: {sampler: klass}\n")
+    made = settings(tmp_path / "serve.yaml", ["max_rows=16", "defaults.cache=dual"], {"port": 0})
+    assert (made.port, made.max_rows, made.defaults) == (0, 16, {"sampler": "klass", "cache": "dual"})
+    with pytest.raises(DllmError, match="did you mean 'max_rows'"):
+        settings(None, ["max_row=3"], {})
+    with pytest.raises(DllmError, match="at least 1"):
+        settings(None, ["max_rows=0"], {})
+
+
+def test_a_pair_serves_the_verifiers_own_text(monkeypatch):
+    verifier = dllm.load_verifier("tiny-ar")
+    with serving(Pair(verifier, "tiny")) as site:
+        asked = {"messages": MESSAGES, "max_tokens": 24, "n": 2, "temperature": 1.0, "seed": 3}
+        got = site.post(CHAT, asked).json()
+        want = [dllm.speculate(verifier, "tiny", MESSAGES, max_new_tokens=24, temperature=1.0, seed=s) for s in (3, 4)]
+        assert [c["message"]["content"] for c in got["choices"]] == [w.text for w in want]
+        assert got["usage"]["completion_tokens"] == sum(len(w.tokens) for w in want)
+        parts = site.client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=24, stream=True)
+        text = "".join(p.choices[0].delta.content or "" for p in parts)
+        assert text == dllm.speculate(verifier, None, MESSAGES, max_new_tokens=24).text
+        for odd in ({"sampler": "klass"}, {"regex": "a"}, {"draft": True, "stream": True}):
+            assert site.post(CHAT, {**ASK, **odd}).json()["error"]["code"] == "unsupported"
+        assert site.post("/v1/reads", {"prompt": "a", "template": "{b}", "slots": {"b": ["c"]}}).status_code == 400
+        assert site.client.models.list().data[0].model_extra["dllm"]["drafter"] == "tiny"
+
+
+def test_no_event_is_lost_to_a_listener_that_comes_late(model):
+    """An engine's request passes on what came before it was listened to."""
+    with Engine(model) as engine:
+        request = engine.submit(MESSAGES, max_new_tokens=8, sampler="threshold")
+        output, heard = request.result(), []
+        request.listen(heard.append)
+        assert heard[-1] is None and "".join(event.text for event in heard[:-1]) == output.text
+        assert engine.run(lambda: 3) == 3
+        with pytest.raises(ZeroDivisionError):
+            engine.run(lambda: 1 / 0)

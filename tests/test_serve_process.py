@@ -1,0 +1,76 @@
+"""`dllm serve` as a process: the commands of docs/serve.md, kill -9 and a restart, an orderly end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+from serve_kit import CHAT, MESSAGES
+
+PAGE = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+ASK = {"messages": MESSAGES, "temperature": 1.0, "seed": 7, "max_tokens": 24}
+LONG = {"messages": MESSAGES, "sampler": "confidence", "block_length": 4, "max_tokens": 96, "stream": True}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
+
+
+@contextmanager
+def process(*command):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = [sys.executable, "-m", *" ".join(command).replace("8000", str(port)).split()]
+    made = subprocess.Popen(said, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    try:
+        while True:
+            assert made.poll() is None and time.monotonic() < until, (
+                made.stdout.read() if made.poll() is not None else ""
+            )
+            try:
+                if httpx2.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx2.TransportError:
+                pass
+            time.sleep(0.1)
+        yield made, url
+    finally:
+        made.kill()
+        made.wait()
+
+
+def test_the_page_serves_a_kill_loses_nothing_and_a_signal_lets_answers_end():
+    command = re.search(r"^dllm serve tiny .*$", PAGE, re.M)[0]
+    with process(command) as (made, url):
+        answer = httpx2.post(url + CHAT, json=ASK, timeout=60).json()["choices"][0]["message"]
+        curl = next(block for block in blocks("bash") if "curl" in block).replace("http://127.0.0.1:8000", url)
+        shown = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, check=True, text=True).stdout)
+        assert shown["choices"][0]["message"]["content"]
+        code = blocks("python")[0].replace("http://127.0.0.1:8000", url)
+        exec(compile(code, "docs/serve.md", "exec"), {})
+        with pytest.raises(httpx2.TransportError), httpx2.stream("POST", url + CHAT, json=LONG, timeout=30) as stream:
+            for n, _ in enumerate(stream.iter_lines()):
+                if n == 3:
+                    os.kill(made.pid, signal.SIGKILL)
+    with process(command) as (made, url):
+        assert httpx2.post(url + CHAT, json=ASK, timeout=60).json()["choices"][0]["message"] == answer
+        with httpx2.stream("POST", url + CHAT, json=LONG, timeout=60) as stream:
+            lines = []
+            for line in stream.iter_lines():
+                lines.append(line)
+                if len(lines) == 3:
+                    made.send_signal(signal.SIGTERM)
+        assert lines[-1] == "data: [DONE]" or lines[-2] == "data: [DONE]"
+        assert made.wait(20) in (0, -signal.SIGTERM)
