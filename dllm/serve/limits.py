@@ -50,7 +50,7 @@ class Guard:
 
         key = b""
         try:
-            if scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
+            if routed(scope).startswith("/v1/") and scope["method"] != "OPTIONS":
                 key = self._key(headers)
                 if self.busy[key] >= self.config.per_key:
                     raise ApiError(
@@ -111,6 +111,12 @@ class Guard:
         except TimeoutError:
             said = f"the body was not complete after {self.config.body_seconds:g} s"
             raise ApiError(408, "timeout", said, headers={"Connection": "close"}) from None
+
+
+def routed(scope: Scope) -> str:
+    """The path that routes are found by: behind where the app is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if path.startswith(f"{root}/") else path
 
 
 def named(given: str) -> str:
