@@ -581,7 +581,7 @@ def test_a_tree_is_honoured_or_refused(models):
         for tree in (dict(tree=8), dict(search="tree")):
             with pytest.raises(DllmError, match="drafts chains here"):
                 dllm.speculate(verifier, drafter, P, **tree, **kw)
-    with pytest.raises(DllmError, match="point trees"):
+    with pytest.raises(DllmError, match="merges points"):
         dllm.speculate(verifier, model, P, tree=8, graft="suffix", search="sample_tree", temperature=1.0, **kw)
     assert SpecConfig(tree=7, search="sample_tree:width=2").build_search(True) == SampleTree(2, 3)
 

@@ -526,18 +526,32 @@ def test_early_names_of_tensors_are_known(tmp_path):
 
 def test_a_context_forgets_what_no_layer_sees_and_takes_a_text_back():
     context, n = Context(reach=100), 0
-    for _ in range(40):
-        k = torch.arange(n, n + 37.0).view(1, 1, -1, 1)
-        context.append(k, -k, 0)
+
+    def seen():
+        context.catch_up(lambda states, pos: (states[:, 0, 0].view(1, 1, -1, 1), pos.view(1, 1, -1, 1)))
+        text = text_of([context])
+        assert text.keys.flatten().tolist() == text.values.flatten().tolist() == text.pos[0].tolist()
+        return text.pos[0].tolist()
+
+    def take(count, start):
+        context.take(torch.arange(start, start + float(count)).view(-1, 1, 1), start)
+
+    for i in range(40):
+        take(37, n)
         n += 37
-    text = text_of([context])
-    assert context.end == n and text.keys.flatten().tolist() == text.pos[0].tolist() and len(text.pos[0]) >= 100
+        if i % 7 == 3:  # drafts come now and then
+            assert len(seen()) >= min(n, 100) and seen()[-1] == n - 1
+    assert context.held < 200 and seen() == list(range(n - 100, n))
     assert context.stored[0].shape[2] < 400
-    context.back(n - 5)
-    assert text_of([context]).pos[0, -1] == n - 6
-    context.append(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), 200)
-    assert text_of([context]).pos[0].tolist() == [n + 195, n + 196, n + 197]
+    take(3, n - 5)
+    assert seen()[-1] == n - 3
+    take(4, n - 2)
+    take(4, n + 2)
+    take(1, n + 3)  # within what waits
+    assert seen()[-5:] == list(range(n - 1, n + 4))
+    take(250, n + 4)
+    assert seen() == list(range(n + 154, n + 254)) and context.end == n + 254
     with pytest.raises(DllmError, match="were not handed over"):
-        context.back(n + 900)
-    context.back(0)
-    assert context.end == context.first == 0
+        take(1, n + 900)
+    take(2, 0)
+    assert seen() == [0, 1] and context.first == 0

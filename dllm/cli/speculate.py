@@ -71,7 +71,7 @@ def speculate(
     ngrams: Annotated[str, typer.Option(help="The n-gram proxy counts the text, or what the verifier said.")] = "text",
     graft: Annotated[
         list[str] | None,
-        typer.Option("--graft", help="Another drafter, whose branches join the tree; may be repeated."),
+        typer.Option("--graft", help="Another drafter, which joins the tree or the chain; may be repeated."),
     ] = None,
     store: Annotated[
         Path | None,

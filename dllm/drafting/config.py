@@ -42,8 +42,9 @@ class SpecConfig:
              least as many in the mean (arXiv 2403.10444). Both are exact; where processors look at the text: "token".
     pair_head   a `PairHead` or its folder: what neighbours of the drafter's lattices say of each other; candidates are
              then the `m_max` best of each slot, whatever their mass.
-    graft    another drafter, or several, whose continuations are merged into the tree (point trees only): retrieval, or
-             a model; what they take is counted with the drafter.
+    graft    another drafter, or several, whose continuations are merged with the drafter's (points only): retrieval, or
+             a model; what they take is counted with the drafter. Into one tree; without a tree the best chain of all is
+             taken, and the drafter is asked where `length` expects more of it than of what was retrieved.
     trim     the verifier's ids that drafts are made of: a list, a file of `dllm trim`, or how many of the first. Of a
              drafter's head no more is computed. None: all, or what the drafter came with.
     window   what of the text drafters read: the last tokens, or "256:sinks=4,recall=128", see `Window`; "auto": as much
@@ -74,8 +75,6 @@ class SpecConfig:
         check(self, "speculate")
         object.__setattr__(self, "trim", as_keep(self.trim))
         object.__setattr__(self, "window", as_window(self.window))
-        if self.graft is not None and not self.tree:
-            raise DllmError("graft adds branches to a tree: give its node budget, such as tree=32")
         if isinstance(self.corpus, str | Path):
             return
         try:
@@ -111,7 +110,7 @@ class SpecConfig:
 
     def build_search(self, do_sample: bool) -> PathSearch:
         """The search of a text, a tree search where a tree is asked for."""
-        given = self.search or ("sample" if do_sample and not self.tree else "eal")
+        given = self.search or ("sample" if do_sample and not self.tree and self.graft is None else "eal")
         search = given if isinstance(given, PathSearch) else named("search", given, SEARCHES)
         if isinstance(search, BestFirstTree):
             return replace(search, budget=self.tree or search.budget)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
@@ -31,6 +31,7 @@ class Judged(NamedTuple):
     conf: float
     accepted: bool
     spread: Spread | None = None  # of its row
+    own: bool = True  # the drafter's, else of what is grafted
 
 
 @dataclass
@@ -54,6 +55,7 @@ class RoundStats:
     leads: bool = True  # of the rows of a forward, the one that speaks for its seconds
     replays: int = 0  # forwards over what an earlier call left in the cache, for states that a drafter reads
     observed: list[Judged] = field(default_factory=list)
+    unsent: list[Judged] = field(default_factory=list)  # drafted, not submitted, and judged by what the text said
     t_replay: float = 0.0
     t_draft: float = 0.0
     t_search: float = 0.0
@@ -64,10 +66,7 @@ class RoundStats:
     @property
     def judged(self) -> dict[int, bool]:
         """slot -> was a node of it accepted? Slots behind a rejection were not judged; siblings count once."""
-        out: dict[int, bool] = {}
-        for node in self.observed:
-            out[node.slot] = out.get(node.slot, False) or node.accepted
-        return out
+        return _by_slot(self.observed)
 
     @property
     def wall(self) -> dict[str, float]:
@@ -80,11 +79,20 @@ class RoundStats:
         return sum(self.wall.values())
 
 
+def _by_slot(nodes: Iterable[Judged]) -> dict[int, bool]:
+    out: dict[int, bool] = {}
+    for node in nodes:
+        out[node.slot] = out.get(node.slot, False) or node.accepted
+    return out
+
+
 class Length(NamedTuple):
-    """A row asks how many slots to draft, of at most `room`."""
+    """A row asks how many slots to draft, of at most `room`. `offered`: the chances of the nodes of a chain that is
+    there without a forward."""
 
     controller: Controller
     room: int
+    offered: Sequence[float] = ()
 
 
 class Cut(NamedTuple):
@@ -275,7 +283,7 @@ class RejectionThreshold(Controller):
     def update(self, r: RoundStats) -> None:
         """Learn from the judged nodes."""
         for node in r.observed:
-            self.estimate.add(*node)
+            self.estimate.add(node.slot, node.conf, node.accepted, node.spread)
 
 
 class CostTable:
@@ -397,6 +405,7 @@ class Costs:
         self.overhead = 0.0  # of a round with a draft, for one row
         self.calib, self.stale = make(), make()
         self.hits, self.tries = 3.2, 4.0  # of judged slots, over all texts; begins hopeful
+        self.spent = self.lost = 0.0  # seconds of all texts; of them what drafts that were probes did not bring in
 
 
 @dataclass(eq=False)
@@ -412,8 +421,10 @@ class CostAware(Controller):
 
     Seconds and calibration (`Costs`) belong to the pair, the record of the slots and the pause to one text: `fork`
     begins it anew. Where no k beats plain decoding, drafting pauses and is probed with one slot, as often as the probes
-    have lost at most `probe` of the text's time. A drafter whose cost is not known yet is probed as well. A draft that
-    takes under a percent of a verify is always made: its confidences decide what is submitted.
+    of all texts have lost at most `probe` of their time. A probe of points that does not pay is not submitted: what the
+    text says next judges it all the same, so it costs a draft and no wider verify. A drafter whose cost is not known
+    yet is probed as well. A draft that takes under a percent of a verify is always made: its confidences decide what
+    is submitted.
 
     The tables are learned while decoding; `calibrate` (dllm.drafting.front) fills them beforehand.
     """
@@ -422,7 +433,7 @@ class CostAware(Controller):
     FADE, LENIENT = 0.9, 2.0  # of the record of hopes: a memory of ten nodes, and nodes that it begins with
 
     k_max: int = param(32, "as every controller's", low=1)
-    probe: float = param(0.02, "what a useless drafter may cost", low=0)
+    probe: float = param(0.01, "what a useless drafter may cost", low=0)
     margin: float = param(0.02, "a pause ends where drafting pays this much", low=0)
     accept: str = param("counts", "as fast, and simpler", choices=("counts", "head"))
 
@@ -438,7 +449,6 @@ class CostAware(Controller):
         self.calib, self.stale = self.costs.calib.fork(), self.costs.stale.fork()
         self.hits, self.tries = np.zeros(self.k_max + 1), np.zeros(self.k_max + 1)
         self.passed = self.hoped = self.LENIENT  # recent judged nodes that passed, and how many should have
-        self.spent = self.lost = 0.0  # seconds of the text; of them what drafts that were probes did not bring in
         self.paused = self.probing = False
         self.fellows = 1  # of the last draft
 
@@ -489,6 +499,8 @@ class CostAware(Controller):
         if not self.costs.drafts.measured:
             return [min(room, c._probe()) for c, room in zip(mine, rooms, strict=True)]
         plain, drafted = float(self._verified(0)[0]), self._drafted(widest)
+        there = _together([_hopes(np.asarray(q.offered)) for q in asked], rows)
+        least = float((there / self._verified(len(there) - 1)).max())  # tokens a second without a draft
         if drafted[widest] <= self.FREE * plain / self.rows:
             for c in mine:
                 c.paused = False
@@ -496,7 +508,7 @@ class CostAware(Controller):
         hopes = [_hopes(np.cumprod(c.slots()[:room])) for c, room in zip(mine, rooms, strict=True)]
         rate = _together(hopes, rows) / (len(mine) * (drafted + self.costs.overhead) + self._verified(widest))
         best = 1 + int(np.argmax(rate[1:]))
-        gain = float(rate[best]) * plain / rows
+        gain = float(rate[best]) / least
         return [min(room, c._chosen(best, gain)) for c, room in zip(mine, rooms, strict=True)]
 
     def _chosen(self, best: int, gain: float) -> int:
@@ -505,8 +517,8 @@ class CostAware(Controller):
         return self._probe() if self.paused else best
 
     def _probe(self) -> int:
-        """A slot where the probes of this text may lose more, else none."""
-        self.probing = self.lost <= self.probe * self.spent
+        """A slot where probes may lose more, else none."""
+        self.probing = self.costs.lost <= self.probe * self.costs.spent
         return int(self.probing)
 
     def trim(self, proposal: Proposal, carried: bool = False, k: int = 0) -> int:
@@ -525,7 +537,7 @@ class CostAware(Controller):
         least = max((len(q.proposal) for q, w in zip(asked, whole, strict=True) if w), default=0)
         best = least + int(np.argmax(rate[least:]))
         return [
-            len(q.proposal) if w or not len(q.proposal) else c._submitted(min(best, len(q.proposal)), len(q.proposal))
+            len(q.proposal) if w or not len(q.proposal) else c._submitted(min(best, len(q.proposal)), q.proposal)
             for c, q, w in zip(mine, asked, whole, strict=True)
         ]
 
@@ -535,12 +547,12 @@ class CostAware(Controller):
         a = [min(0.98, trust * calib(*node)) for node in p.told]
         return _hopes(np.array(p.survival(a))) if p.conf else np.ones(len(p) + 1)
 
-    def _submitted(self, best: int, most: int) -> int:
-        """The best number of nodes, or what a probe submits of `most`: what is never submitted is never learned
-        about, so it is the number that is verified fastest."""
-        if self.probing or (not best and self.spent and self._probe()):
-            return max(best, 1 + int(np.argmin(self._verified(most)[1:])))
-        return best
+    def _submitted(self, best: int, p: Proposal) -> int:
+        """The best number of nodes. Of trees and draws nothing is learned that is not submitted: there a probe takes
+        the number that is verified fastest."""
+        if p.told_by_text or not (self.probing or (not best and self.costs.spent and self._probe())):
+            return best
+        return max(best, 1 + int(np.argmin(self._verified(len(p))[1:])))
 
     def keep(self, remaining: int, conf: Sequence[float], spread: Sequence[Spread] = ()) -> bool:
         """Whether the rest promises at least as many tokens per second as the best fresh draft."""
@@ -556,12 +568,16 @@ class CostAware(Controller):
         if r.pending == 1 and not r.replays:
             self._book(r)
         calib = self.stale if r.carried else self.calib
-        for node in r.observed:
+        nodes = [*r.observed, *r.unsent]
+        for node in nodes:
             hoped = calib(node.slot, node.conf, node.spread)
             self.passed = self.FADE * self.passed + (1 - self.FADE) * self.LENIENT + node.accepted
             self.hoped = self.FADE * self.hoped + (1 - self.FADE) * self.LENIENT + hoped
-            calib.add(*node)
-        judged = {0: False} if r.failed and not r.nodes else r.judged
+            calib.add(node.slot, node.conf, node.accepted, node.spread)
+        own = [node for node in nodes if node.own]
+        judged = {0: False} if r.failed and not r.nodes else _by_slot(own)
+        if any(node.own and node.accepted for node in r.unsent):  # a probe that was right earns another at once
+            self.costs.lost = min(self.costs.lost, self.probe * self.costs.spent)
         for slot, accepted in judged.items():
             if not r.carried and slot < self.k_max:
                 self.tries[slot + 1] += 1
@@ -585,11 +601,11 @@ class CostAware(Controller):
             costs.overhead += 0.1 * (r.t_search + (r.t_commit + r.t_other) / r.rows - costs.overhead)
         share = costs.verifies.seconds(r.rows, 1 + r.nodes) / r.rows
         plain = float(share[1])
-        self.spent += r.t_draft + r.t_verify / r.rows
+        costs.spent += r.t_draft + r.t_verify / r.rows
         if self.probing:
             draft = float(self._drafted(r.k)[r.k]) if r.k and not r.carried else 0.0
             wider = float(share[1 + r.nodes]) - plain
-            self.lost = max(0.0, self.lost + draft + wider + costs.overhead - r.accepted * plain)
+            costs.lost = max(0.0, costs.lost + draft + wider + costs.overhead - r.accepted * plain)
 
 
 def _own(controller: Controller) -> CostAware:

@@ -75,21 +75,21 @@ class Need:
         """The table that `listed` makes a lattice of, with draws at `uniforms` u, and the full rows where the search
         samples; on the device, which is asked nothing.
 
-        shared   what the columns of the logits and of `banned` are, without pairs; None: the verifier's ids.
+        shared   what the columns of the logits and of `banned` are; None: the verifier's ids.
         """
         logits = fit(logits, self.vocab) if shared is None else logits
         if banned is not None:
             logits = logits.masked_fill(banned, float("-inf"))
         warp = self.warp if self.sampled else None
-        warped = logits if warp is None else warp(logits.float())
-        if pairs is None:
-            table, rows = pruned(warped, self.tau_mass, self.m_max, shared.columns(self.eos) if shared else self.eos, u)
-            if shared is not None:
-                table = renamed(table, 0 if u is None else u.shape[1], shared.named)
-                rows = shared.spread(rows, self.vocab) if self.sampled else rows
-        else:
-            table, rows = pruned(warped, 1.0, self.m_max, self.eos, u, pairs.walk)
-            table = paired(table, 0 if u is None else u.shape[1], logits, pairs, warp)
+        warped, n = logits if warp is None else warp(logits.float()), 0 if u is None else u.shape[1]
+        eos, named = (self.eos, None) if shared is None else (shared.columns(self.eos), shared.named)
+        mass, also = (self.tau_mass, None) if pairs is None else (1.0, pairs.walk)
+        table, rows = pruned(warped, mass, self.m_max, eos, u, also)
+        beside = [] if pairs is None else [paired(table, n, logits, pairs, warp, named)]
+        if shared is not None:
+            table = renamed(table, n, shared.named)
+            rows = shared.spread(rows, self.vocab) if self.sampled else rows
+        table = torch.cat([table, *beside], 1) if beside else table
         return table, rows if self.sampled else None
 
 
@@ -120,6 +120,7 @@ class Drafter:
     banned       ids that must never reach the verifier (mask, pad, drafter-only specials): drafting one is an error.
     need         what the loop asks of the drafts of this text.
     bounds       which of `Need.trim` and `Need.window` it goes by: "trim", "window".
+    free         whether a draft takes no forward, next to nothing beside a model's.
     owner        what measured costs belong to and live with; None: this object. A drafter that is made anew for every
                  call names what outlives it.
     """
@@ -132,6 +133,7 @@ class Drafter:
     banned: frozenset[int] = frozenset()
     need: Need = Need(0)
     bounds: tuple[str, ...] = ()
+    free: bool = False
     owner: object | None = None
 
     @property

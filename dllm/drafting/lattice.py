@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dllm.decoding.constants import constant
-from dllm.drafting.pairs import Pairs, PairScores, before_of
+from dllm.drafting.pairs import Names, Pairs, PairScores, before_of
 from dllm.drafting.proposal import Proposal, Spread, drawn, sent
 from dllm.errors import DllmError
 
@@ -199,22 +199,29 @@ def pruned(
     return torch.cat([unusable, best == low, full.argmax(-1, keepdim=True), *some, tokens, logp], 1), full
 
 
-def renamed(table: Tensor, n: int, name: Callable[[Tensor], Tensor]) -> Tensor:
+def renamed(table: Tensor, n: int, name: Names) -> Tensor:
     """A table of `pruned` with n draws whose ids have other names; -1 is none."""
     end = 3 + n + (table.shape[1] - 3 - n) // 2
     return torch.cat([table[:, :2], name(table[:, 2:end].long()).to(table), table[:, end:]], 1)
 
 
-def paired(table: Tensor, n: int, logits: Tensor, pairs: PairScores, warp: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """A table of `pruned` with n draws, of logits (k, V) under `warp`, and behind it what a head says of neighbours:
-    the token before the draft and M^2 log-probabilities."""
-    tokens = table[:, 3 + n :].chunk(2, 1)[0].long()
-    logq = pairs.table(tokens, logits, warp).flatten(1)
-    return torch.cat([table, pairs.anchor.expand(len(table), 1).to(table), logq], 1)
+def paired(
+    table: Tensor,
+    n: int,
+    logits: Tensor,
+    pairs: PairScores,
+    warp: Callable[[Tensor], Tensor] | None,
+    named: Names | None = None,
+) -> Tensor:
+    """What a head says of neighbours in a table of `pruned` with n draws, of logits (k, V) under `warp`: the token
+    before the draft and M^2 log-probabilities, which stand behind the table."""
+    columns = table[:, 3 + n :].chunk(2, 1)[0].long()
+    logq = pairs.table(columns, logits, warp, named).flatten(1)
+    return torch.cat([pairs.anchor.expand(len(table), 1).to(table), logq], 1)
 
 
 def listed(table: Tensor, rows: Tensor | None, start: int, n: int = 0, pairs: bool = False) -> Lattice:
-    """The lattice of a table of `pruned` with n draws, or of `paired`, on the host.
+    """The lattice of a table of `pruned` with n draws, with `paired` behind it or not, on the host.
 
     Raises DraftFailure on NaN or +inf.
     """

@@ -1,4 +1,4 @@
-"""Drafts of several sources in one tree under one budget.
+"""Drafts of several sources in one tree under one budget, or the best chain of what they say.
 
 At every node each source that knows the way there says what comes next: a finished proposal by its branches, a lattice
 by the candidates of its slot, whatever led there. The nodes most likely to be reached are taken, whoever proposed them,
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dllm.drafting.proposal import Proposal, best_first
 from dllm.drafting.search import Edges
@@ -78,12 +77,23 @@ def pooled(said: Sequence[dict[int, float]]) -> dict[int, float]:
     return out
 
 
-@dataclass(frozen=True)
-class Merged:
+class Merged(NamedTuple):
     """A tree, and of every node who proposed it and what they give it together."""
 
     proposal: Proposal
     origin: dict[Path, tuple[str, float]]
+
+
+def best_chain(tree: Proposal) -> Proposal:
+    """The path of a tree of points from which most tokens are to be expected."""
+    hoped = list[float]()
+    for parent, chance in zip(tree.parents, tree.survival(), strict=True):
+        hoped.append(chance + (hoped[parent] if parent >= 0 else 0.0))
+    node, path = max(range(len(tree)), key=hoped.__getitem__, default=-1), list[int]()
+    while node >= 0:
+        path.append(node)
+        node = tree.parents[node]
+    return tree.pick(path[::-1])
 
 
 def merge(

@@ -26,7 +26,8 @@ from dllm.errors import DllmError
 
 State = tuple[int, ...]  # what a source of weights keeps of the tokens before a slot
 Law: TypeAlias = Literal["candidates", "mass", "full"]
-Scorer = Callable[[Tensor, Tensor], Tensor]  # ids before (k, A), ids (k, M) -> w (k, A, M); no id is negative
+Scorer = Callable[[Tensor, Tensor], Tensor]  # ids before (k, A), columns (k, M) -> w (k, A, M); none is negative
+Names = Callable[[Tensor], Tensor]  # ids of columns; -1 stays
 
 
 class Scores(Protocol):
@@ -95,12 +96,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a head says of one draft, where its forward was.
+    """What a head says of one draft, where its forward was. Columns are those of the draft's logits.
 
-    score    w of ids before and ids: (k, A), (k, M) -> (k, A, M).
+    score    w of ids before and columns: (k, A), (k, M) -> (k, A, M).
     anchor   (1,) int64: the token before slot 0.
     law      how scores become weights, see above.
-    walk     (k,) ids, one a slot, that are candidates however small their marginal: the head's own greedy path.
+    walk     (k,) columns, one a slot, that are candidates however small their marginal: the head's own greedy path.
     """
 
     score: Scorer
@@ -112,16 +113,23 @@ class PairScores:
         if self.law not in get_args(Law):
             raise DllmError(f"the law of pair scores is one of {', '.join(get_args(Law))}, not {self.law!r}")
 
-    def table(self, tokens: Tensor, logits: Tensor, warp: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def table(
+        self,
+        columns: Tensor,
+        logits: Tensor,
+        warp: Callable[[Tensor], Tensor] | None = None,
+        named: Names | None = None,
+    ) -> Tensor:
         """log q_j(b | a) of the candidates (k, M), -1 padded, of logits (k, V), for a in `before` them: (k, M, M).
 
         Nothing is asked of the device. `warp` (of rows (n, M): temperature, ...) comes before the law, which is then
-        "candidates": what is drawn from.
+        "candidates": what is drawn from. `named`: what the columns of the logits are; None: their ids.
         """
-        width = tokens.shape[1]
-        ids, before = tokens.clamp_min(0), before_of(tokens, self.anchor).clamp_min(0)
+        width = columns.shape[1]
+        ids, tokens = columns.clamp_min(0), columns if named is None else named(columns)
+        before = before_of(tokens, self.anchor).clamp_min(0)
         logq = torch.log_softmax(logits.float(), -1)  # (k, V)
-        own = logq.gather(1, ids).masked_fill(tokens < 0, float("-inf"))  # (k, M)
+        own = logq.gather(1, ids).masked_fill(columns < 0, float("-inf"))  # (k, M)
         s = own[:, None] + self.score(before, ids).float()  # (k, M, M)
         if warp is not None:
             return torch.log_softmax(warp(s.view(-1, width)).view_as(s), -1)

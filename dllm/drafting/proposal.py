@@ -147,6 +147,12 @@ class Proposal:
         """Whether every node follows the one before."""
         return self.parents == tuple(range(-1, len(self.tokens) - 1))
 
+    @property
+    def told_by_text(self) -> bool:
+        """Whether the text that follows says what would have been accepted, also of nodes that nobody verifies: points
+        of a chain stay where the text says the same."""
+        return self.kind == "point" and self.is_chain
+
     @cached_property
     def children(self) -> dict[int, list[int]]:
         """node -> its children in order; the root is -1."""

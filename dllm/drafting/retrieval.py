@@ -116,6 +116,7 @@ class SuffixDrafter(Drafter):
 
     name = "suffix"
     lattices = False
+    free = True
     min_match: int = param(2, "one token is no evidence", low=1)
     min_prob: float = param(0.1, "SuffixDecoding's", above=0, high=1)
 
@@ -170,6 +171,7 @@ class PromptLookup(Drafter):
 
     name = "lookup"
     lattices = False
+    free = True
 
     max_ngram: int = param(4, "longer ones are rare", low=1)
     min_ngram: int = param(1, "a wrong draft costs little", low=1)
@@ -213,6 +215,7 @@ class TokenRecycling(Drafter):
 
     name = "recycle"
     lattices = False
+    free = True
     successors = True
 
     width: int = param(BEST, "the loop hands out so many", low=1)

@@ -17,7 +17,7 @@ from dllm.drafting.control import Controller, Cut, Judged, Length, RoundStats
 from dllm.drafting.drafters import Ask, Draft, Drafter, Need, blamed
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.loans import Loans
-from dllm.drafting.merge import Branches, Slots, Voice, merge
+from dllm.drafting.merge import Branches, Merged, Slots, Voice, best_chain, merge
 from dllm.drafting.ngram import FED, SEEN, NgramTable
 from dllm.drafting.pair_head import as_pair_head, check_head
 from dllm.drafting.proposal import EMPTY, Proposal, sent
@@ -63,6 +63,8 @@ class Speculation:
     chunks: list[tuple[int, Lattice]] = field(default_factory=list)  # (offset in the draft, lattice)
     rest: Lattice | None = None
     proposal: Proposal = EMPTY
+    unsent: Proposal = EMPTY  # a chain that was drafted behind the proposal, or earlier, and not submitted
+    unsent_at: int = 0  # of its nodes how many the text has said
     stats: RoundStats = field(default_factory=RoundStats)
 
     def __post_init__(self) -> None:
@@ -102,8 +104,7 @@ class Speculation:
         if turn is not None and len(self.ids) <= turn:
             room = min(room, turn - len(self.ids))
         room = room if self.cfg.k is None else min(room, self.cfg.k)
-        self.chunks, self.merged = [], {}
-        self.proposal = EMPTY
+        self.chunks, self.proposal = [], EMPTY
         if self.drafter is not None and room > 0:
             before = self._forwards()
             self.proposal = yield from self._draft(room)
@@ -119,21 +120,31 @@ class Speculation:
         assert self.drafter is not None
         r, eos = self.stats, self.request.eos
         longest = room if self.drafter.longest is None else min(room, self.drafter.longest)
-        k = yield from _number(Length(self.controller, longest))
-        if k <= 0:
+        offers = (yield from self._offers(room)) if self.grafts and not self.tree else []
+        offered, origin = self._joined(offers, room)
+        k = yield from _number(Length(self.controller, longest, offered.survival()))
+        if k <= 0 and not len(offered):
             return EMPTY
-        rest, settled = self._carried(room), 0
-        if rest is not None:
+        rest, settled = self._carried(room) if k > 0 else None, 0
+        self.unsent, self.merged = EMPTY, {}
+        if k <= 0:
+            proposal, self.merged = offered, origin
+        elif rest is not None:
             r.carried, r.k, r.l_gen = True, rest.k, rest.first_eos(eos)
             proposal = self._search(rest, [])
         else:
             proposal, settled = yield from self._chunks(k, longest)
-        self._check(proposal.tokens, self.drafter, self.drafter.banned)
-        if self.grafts and proposal.kind == "point":
+        self._check(proposal.tokens, self.drafter, self.drafter.banned if k > 0 else frozenset())
+        if self.tree and self.grafts and proposal.kind == "point":
             proposal = yield from self._grafted(proposal, room)
+        elif offers and k > 0 and proposal.kind == "point":
+            proposal, self.merged = self._joined([Branches(self._name(self.drafter), proposal), *offers], room)
         # first how much, then the cut at end tokens: the length of a sampled draft must not depend on what was drawn
         n = yield from _number(Cut(self.controller, proposal, r.carried, 0 if r.carried else r.k))
-        return proposal.head(max(settled, n)).within(room, eos)
+        submitted = proposal.head(max(settled, n)).within(room, eos)
+        if proposal.told_by_text and not r.carried:
+            self.unsent, self.unsent_at = proposal, len(submitted)
+        return submitted
 
     def _chunks(self, k: int, room: int) -> Talk[tuple[Proposal, int]]:
         """A draft of `k` slots, grown while the controller asks for more; and how much of it `trim` may not cut.
@@ -216,6 +227,22 @@ class Speculation:
             self.counted = len(self.ids)
         return self.proxy
 
+    def _offers(self, room: int) -> Talk[list[Branches]]:
+        """What the other sources of a chain say."""
+        voices = list[Branches]()
+        for source in self.grafts:
+            found = yield from _drafted(Ask(source, [*self.ids], min(room, self.controller.k_max)))
+            if isinstance(found, Proposal) and len(found):
+                self._check(found.tokens, source, source.banned)
+                voices.append(Branches(self._name(source), found))
+        return voices
+
+    def _joined(self, voices: Sequence[Branches], room: int) -> Merged:
+        """The best chain of what sources say, by what the word of each is worth."""
+        nodes = sum(len(voice.behind) for voice in voices)
+        found = merge(voices, nodes, room, self.trust.of, self.request.eos)
+        return Merged(best_chain(found.proposal), found.origin)
+
     def _grafted(self, proposal: Proposal, room: int) -> Talk[Proposal]:
         """One tree of the proposal and of what the other sources say, retrieved texts or other models' lattices."""
         assert self.drafter is not None
@@ -233,12 +260,17 @@ class Speculation:
         return found.proposal
 
     def _voice(self, source: Drafter, draft: Lattice | Proposal) -> Voice:
-        names = [other.name for other in self.sources]
-        name = source.name if names.count(source.name) == 1 else f"{source.name}#{self.sources.index(source)}"
+        name = self._name(source)
         if isinstance(draft, Lattice):
             paired = self._paired(draft, self.ids[-1]) if source is self.drafter else draft
             return Slots(name, Edges(paired, self.ids, self._proxy(), self.search.lam))
         return Branches(name, draft)
+
+    def _name(self, source: Drafter | None) -> str:
+        names = [other.name for other in self.sources]
+        if source is None or names.count(source.name) == 1:
+            return source.name if source else ""
+        return f"{source.name}#{self.sources.index(source)}"
 
     def _check_bounds(self) -> None:
         """Refuse a trim or a window that would be ignored."""
@@ -251,11 +283,15 @@ class Speculation:
         """Refuse a tree that would be ignored."""
         if self.grafts:
             if self.drafter is None:
-                raise DllmError(
-                    "graft adds branches to a drafter's tree, and there is none: name one of them as drafter"
-                )
+                raise DllmError("graft adds to what a drafter says, and there is none: name one of them as drafter")
             if self.search.sampled:
-                raise DllmError("graft adds branches to point trees: leave out either graft or the search that samples")
+                raise DllmError("graft merges points: leave out either graft or the search that samples")
+            dear = next((source.name for source in self.grafts if not source.free), None)
+            if dear is not None and not self.tree:
+                raise DllmError(
+                    f"a chain takes grafts that cost no forward, which {dear} is not: make it the drafter, or give a "
+                    "tree's node budget, such as tree=32"
+                )
         elif self.drafter is not None and self.drafter.chains_only and (self.cfg.tree or self.search.tree):
             raise DllmError(
                 f"drafter {self.drafter.name!r} drafts chains here: leave out the tree, or add branches to it with "
@@ -343,14 +379,27 @@ class Speculation:
                     source.take(states if own else states.index_select(1, sent(at, states.device)), start)
 
     def _observe(self, kept: Acceptance) -> None:
-        p, told = self.proposal, self.proposal.told
+        p = self.proposal
         for node, following in zip([-1, *kept.path], [*kept.path, -2], strict=True):
             for child in p.children.get(node, ()):
-                slot, conf, spread = told[child]
-                self.stats.observed.append(Judged(slot, conf, child == following, spread))
-                if self.merged:
-                    who, together = self.merged[p.paths[child + 1]]
-                    self.trust.learn(who, slot, together, child == following)
+                self.stats.observed.append(self._judged(p, child, child == following))
+
+        if len(kept.path) < len(p):
+            self.unsent = EMPTY
+        for token in kept.emitted[len(kept.path) :]:
+            if self.unsent_at < len(self.unsent):
+                said = self.unsent.tokens[self.unsent_at] == token
+                self.stats.unsent.append(self._judged(self.unsent, self.unsent_at, said))
+                self.unsent, self.unsent_at = self.unsent if said else EMPTY, self.unsent_at + 1
+
+    def _judged(self, p: Proposal, node: int, accepted: bool) -> Judged:
+        """A node that was judged; what its sources are worth is learned."""
+        slot, conf, spread = p.told[node]
+        who, together = self.merged.get(p.paths[node + 1], ("", conf))
+        if who:
+            self.trust.learn(who, slot, together, accepted)
+        own = not who or bool(self.tree) or f"{who}+".startswith(f"{self._name(self.drafter)}+")  # its voice is first
+        return Judged(slot, conf, accepted, spread, own)
 
     def finish(self) -> None:
         """Tell the sources that the text is over."""

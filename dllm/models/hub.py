@@ -23,6 +23,7 @@ from dllm.models.families import read_config
 from dllm.models.family import Family, RawConfig
 from dllm.models.files import current, optional_json
 from dllm.models.foreign import describe, load_network, wrap
+from dllm.models.linear import fast_for_few
 from dllm.models.native import NativeModel
 from dllm.models.parallel import device_plan, process_device, split_over_processes
 from dllm.models.quantize import quantize
@@ -247,6 +248,7 @@ def load_verifier(name_or_path: object, **given: Unpack[LoadOptions]) -> PreTrai
     model.eval()
     model.tokenizer = _tokenizer(folder, arguments)
     found: PreTrainedModel = model if arguments.device_map is not None else model.to(place)
+    fast_for_few(found)
     return found
 
 
@@ -294,7 +296,8 @@ def _packaged(name: str, dtype: torch.dtype, place: torch.device) -> PreTrainedM
     file = next(Path(found.origin).parent.rglob("*.gguf"))
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     model.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return cast("PreTrainedModel", model.eval().to(place))
+    fast_for_few(model.eval().to(place))
+    return cast("PreTrainedModel", model)
 
 
 def locate(name: str | Path, revision: str | None = None, *, subfolder: str | None = None, **hub: Any) -> Path:

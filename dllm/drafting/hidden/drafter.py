@@ -1,7 +1,8 @@
 """A head over the verifier's hidden states as drafter: one forward over a block of masks behind the newest token.
 
-States are projected to keys and values as they arrive; they themselves are not kept. The block always has its full
-width, as every mask of it is seen by the others; fewer slots of it are used where fewer are asked for.
+States are projected to keys and values when a draft needs them, so that rounds without one cost a copy; of a text
+longer than the layers see only its end is kept. The block always has its full width, as every mask of it is seen by the
+others; fewer slots of it are used where fewer are asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dllm.drafting.trim import kept
 from dllm.drafting.verifier import CausalLM, embedding, text_config
 from dllm.drafting.vocabulary import Vocabulary
 from dllm.errors import DllmError
+from dllm.models.linear import linear
 from dllm.models.model import rows_of
 
 ROOM = 256  # tokens of a store to begin with
@@ -39,41 +41,77 @@ class Trimmed(NamedTuple):
     vocabulary: Vocabulary
     weight: Tensor | None  # (n, H); None: all logits are computed, and these taken
     bias: Tensor | None  # (n,)
+    right: Tensor | None  # (n, r) of the order head
 
 
-# of a head's last layer: by the verifier's size, the ids that are kept, and the dtype of the head
-_TRIMMED: WeakKeyDictionary[nn.Module, dict[tuple[int, frozenset[int], torch.dtype], Trimmed]] = WeakKeyDictionary()
+# of a head and the layer that gives its logits: by the ids that are kept
+_TRIMMED: WeakKeyDictionary[Head, WeakKeyDictionary[nn.Module, dict[frozenset[int], Trimmed]]] = WeakKeyDictionary()
 
 
 class Context:
-    """Keys and values (layers, G, S, D) of the text, from token `first` on to `end`; no more than `reach` are seen."""
+    """What is known of the text: the states of its tokens up to `end`, as keys and values (layers, G, S, D) those from
+    `first` to `made`. No more than `reach` are ever seen."""
 
     def __init__(self, reach: int | None = None) -> None:
-        self.reach, self.first, self.end = reach, 0, 0
+        self.reach, self.first, self.made = reach, 0, 0
         self.stored: list[Tensor] = []
+        self.waiting: list[Tensor] = []  # states (n, T, H) of the newest tokens
+        self.held = 0  # tokens of these
+        self.end = 0
 
-    def back(self, start: int) -> None:
-        """Forget what is behind the first `start` tokens. Errors: more is missing than that."""
+    def take(self, states: Tensor, start: int) -> None:
+        """States (n, T, H) of the tokens from `start` on; what was known of these is forgotten. Errors: something is
+        missing before them."""
         if start > self.end:
             raise DllmError(f"the states of tokens {self.end} to {start - 1} were not handed over")
-        self.first, self.end = min(self.first, start), start
+        self._back(start)
+        self.end = start + len(states)
+        self._hold(states if self.reach is None else states[max(0, len(states) - self.reach) :])
+        while self.reach is not None and self.held - len(self.waiting[0]) >= self.reach:
+            self.held -= len(self.waiting.pop(0))
 
-    def append(self, keys: Tensor, values: Tensor, skipped: int) -> None:
-        """Keys and values (layers, G, n, D) of the next tokens, behind `skipped` ones that are never seen."""
-        if skipped:
-            self.end += skipped
-            self.first = self.end
-        n, old = keys.shape[2], self.end - self.first
+    def _hold(self, states: Tensor) -> None:
+        self.waiting.append(states.clone())
+        self.held += len(states)
+
+    def _back(self, start: int) -> None:
+        """Forget what is behind the first `start` tokens."""
+        surplus, self.end = self.end - start, start
+        while surplus and self.waiting:
+            last = self.waiting.pop()
+            self.held -= len(last)
+            if len(last) > surplus:
+                self._hold(last[: len(last) - surplus])
+            surplus -= min(surplus, len(last))
+        self.made = min(self.made, start)
+        self.first = min(self.first, start)
+
+    def catch_up(self, project: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Keys and values of what waits; `project` makes them of states (n, T, H) at positions (n,)."""
+        if not self.waiting:
+            return
+        states = torch.cat(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
+        pos = torch.arange(self.end - len(states), self.end, device=states.device)
+        keys, values = project(states, pos)
+        self.waiting, self.held = [], 0
+        self._append(keys, values)
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """Keys and values (layers, G, n, D) of the newest tokens."""
+        n = keys.shape[2]
+        if self.end - n > self.made:  # what lies between is never seen
+            self.first = self.end - n
+        old = self.end - n - self.first
         if not self.stored or old + n > self.stored[0].shape[2]:
             kept = old if self.reach is None else min(old, self.reach)
             layers, groups, _, width = keys.shape
             larger = [keys.new_zeros(layers, groups, max(ROOM, 2 * (kept + n)), width) for _ in range(2)]
             for new, held in zip(larger, self.stored, strict=False):
                 new[:, :, :kept] = held[:, :, old - kept : old]
-            self.stored, self.first, old = larger, self.end - kept, kept
+            self.stored, self.first, old = larger, self.end - n - kept, kept
         for held, new in zip(self.stored, (keys, values), strict=True):
             held[:, :, old : old + n] = new
-        self.end += n
+        self.made = self.end
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Keys and values (layers, G, end - begin, D)."""
@@ -144,13 +182,15 @@ class HiddenDrafter(Ragged):
         weight, stored = embedding(need.model), self.made.backbone.norm.weight.dtype
         half = stored.itemsize < 4  # then it stays so: a draft is mostly reading weights
         self.head = self.made.at(weight.device, weight.dtype if weight.dtype.is_floating_point and not half else stored)
-        known = self.head.to_verifier
+        known, order = self.head.to_verifier, self.head.order
         few = None if need.trim is None else kept(need.trim, need.vocab, need.eos)
         if known is not None and self.head.config.rows is not None:  # of the verifier's ids those that it learned
             own = frozenset[int](known.tolist())
             known, few = None, own if few is None else own & few
         self.vocabulary = Vocabulary("ids" if known is None else "strings", need.vocab, known)
         self.trimmed = None if few is None else self._trimmed(few)
+        whole = None if order is None else order.right
+        self.right = whole if self.trimmed is None or whole is None else self.trimmed.right
 
     def _reach(self) -> int | None:
         """How much of the text is ever seen."""
@@ -170,17 +210,20 @@ class HiddenDrafter(Ragged):
         return self.head.lm_head or cast(nn.Linear, self.model.get_output_embeddings())
 
     def _trimmed(self, ids: frozenset[int]) -> Trimmed:
-        last, kind = self._last, self._dtype
-        known, key = _TRIMMED.setdefault(last, {}), (self.need.vocab, ids, kind)
-        if key not in known:
+        last, order = self._last, self.head.order
+        known = _TRIMMED.setdefault(self.head, WeakKeyDictionary()).setdefault(last, {})
+        if ids not in known:
             vocabulary = self.vocabulary.trimmed(ids, len(last.weight))
-            assert vocabulary.shared is not None
-            own = vocabulary.shared.drafter.on(last.weight.device)
+            shared = vocabulary.shared
+            assert shared is not None
+            own = shared.drafter.on(last.weight.device)
             bias = getattr(last, "bias", None)  # foreign
-            rows = (None if x is None else rows_of(x, own) for x in (last.weight, bias))
-            known[key] = Trimmed(vocabulary, *(None if x is None else x.to(kind) for x in rows))
-        self.vocabulary = known[key].vocabulary
-        return known[key]
+            weight, bias = (None if x is None else rows_of(x, own) for x in (last.weight, bias))
+            right = None if order is None else order.right[shared.verifier.on(order.right.device)]
+            kept_rows = (None if x is None else x.to(self._dtype) for x in (weight, bias, right))
+            known[ids] = Trimmed(vocabulary, *kept_rows)
+        self.vocabulary = known[ids].vocabulary
+        return known[ids]
 
     def _mask(self, need: Need) -> int:
         mask = self.head.config.mask
@@ -196,14 +239,12 @@ class HiddenDrafter(Ragged):
 
     @torch.inference_mode()
     def take(self, states: Tensor, start: int) -> None:
-        """Project states; of a text longer than the layers see only its end."""
-        context = self.context
-        reach = context.reach
-        context.back(start)
-        skipped = 0 if reach is None else max(0, len(states) - reach)
-        pos = torch.arange(start + skipped, start + len(states), device=states.device)
-        weight = self.head.backbone.norm.weight
-        context.append(*self.head.backbone.keys(states[skipped:].to(weight), pos), skipped)
+        """Keep them until a draft is asked for."""
+        self.context.take(states, start)
+
+    def _project(self, states: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.head.backbone.keys(states.to(self.head.backbone.norm.weight), pos)
+        return keys, values
 
     @property
     def company(self) -> Hashable:
@@ -239,8 +280,6 @@ class HiddenDrafter(Ragged):
         """All work of the device for a draft by the states (k, H) and logits (k, n) of its slots; what is returned
         waits for it."""
         order, shared = self.head.order, self.vocabulary.shared
-        if order is not None and shared is not None:
-            logits = shared.spread(logits, self.need.vocab)
         if isinstance(order, PairHead):
             return self._paired(order, logits, hidden, a.ids)
         if order is not None:
@@ -251,6 +290,8 @@ class HiddenDrafter(Ragged):
 
     def hidden(self, blocks: Sequence[Sequence[int]], contexts: Sequence[Context]) -> Tensor:
         """States (B, block, H) of the slots of blocks behind their texts."""
+        for context in contexts:
+            context.catch_up(self._project)
         text = text_of(contexts)
         pos = [list(range(c.end, c.end + len(block))) for c, block in zip(contexts, blocks, strict=True)]
         ids, at = sent([list(block) for block in blocks], text.pos.device), sent(pos, text.pos.device)
@@ -266,7 +307,7 @@ class HiddenDrafter(Ragged):
         """(k, H) -> (k, n) of the ids that drafts are made of, see `Vocabulary.chosen`; scaled and capped."""
         c, cut = self.head.config, self.trimmed
         if cut is not None and cut.weight is not None:
-            logits = F.linear(hidden, cut.weight, cut.bias)
+            logits = linear(hidden, cut.weight, cut.bias)
         else:
             kind = self._last.weight.dtype
             logits = self.vocabulary.chosen(self._last(hidden.to(kind) if kind.is_floating_point else hidden))
@@ -274,12 +315,13 @@ class HiddenDrafter(Ragged):
         return c.cap * torch.tanh(logits / c.cap) if c.cap else logits
 
     def _paired(self, order: PairHead, logits: Tensor, hidden: Tensor, ids: Sequence[int]) -> Callable[[], Draft]:
-        """A lattice with the scores of neighbours. The greedy path of the head over its whole vocabulary is in it."""
+        """A lattice with the scores of neighbours. The greedy path of the head over all of its ids is in it."""
         anchor = sent([ids[-1]], logits.device)
         walk = None if order.top else self._walk(logits, hidden, anchor, None)[0]
-        pairs = PairScores(partial(order.scores, hidden), anchor, order.law, walk)
+        assert self.right is not None
+        pairs = PairScores(partial(order.scores, hidden, self.right), anchor, order.law, walk)
         need = replace(self.need, m_max=order.top, eos=frozenset()) if order.top else self.need
-        table, rows = need.told(logits, pairs=pairs)
+        table, rows = need.told(logits, pairs=pairs, shared=self.vocabulary.shared)
         return lambda: listed(table.cpu(), rows, len(ids), pairs=True)
 
     def _chained(self, logits: Tensor, hidden: Tensor, a: Ask) -> Callable[[], Draft]:
@@ -287,10 +329,11 @@ class HiddenDrafter(Ragged):
         need, k = self.need, len(logits)
         u = sent(uniforms(1, k, a.generator), logits.device) if need.sampled else None
         anchor = sent([a.ids[-1]], logits.device)
-        tokens, scores = self._walk(logits, hidden, anchor, u)
+        columns, scores = self._walk(logits, hidden, anchor, u)
+        tokens, shared = self._named(columns), self.vocabulary.shared
         rows = torch.softmax(scores.double(), -1)
         sure = self.confidence(hidden, torch.cat([anchor, tokens[:-1]]))
-        conf = rows.gather(1, tokens[:, None])[:, 0] if sure is None else torch.sigmoid(sure)
+        conf = rows.gather(1, columns[:, None])[:, 0] if sure is None else torch.sigmoid(sure)
         told = torch.stack([tokens.double(), conf.double(), rows.isfinite().all(-1).double()])
 
         def finish() -> Draft:
@@ -299,30 +342,36 @@ class HiddenDrafter(Ragged):
                 raise DraftFailure("the drafter returned NaN or infinite logits")
             ids = [int(t) for t in drafted]
             if u is not None:
-                return chain(ids, rows=Rows(rows, sound=True))
+                index = None if shared is None else shared.verifier.on(rows.device).expand_as(rows)
+                return chain(ids, rows=Rows(rows, index, sound=True))
             end = next((i + 1 for i, t in enumerate(ids) if t in need.eos), k)
             return chain(ids[:end], confs[:end])
 
         return finish
 
     def _walk(self, logits: Tensor, hidden: Tensor, anchor: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens (k,) left to right behind an anchor (1,), the best of each slot given those before, or the draws at
-        uniforms u (1, k) under the verifier's warpers; and the scores (k, V) that they were taken by."""
+        """Columns (k,) left to right behind an anchor (1,), the best of each slot given those before, or the draws at
+        uniforms u (1, k) under the verifier's warpers; and the scores (k, n) that they were taken by."""
         order, state, prev = self.head.order, None, anchor
-        assert order is not None
-        tokens, rows = list[Tensor](), list[Tensor]()
+        assert order is not None and self.right is not None
+        columns, rows = list[Tensor](), list[Tensor]()
         for j in range(len(logits)):
             row = logits[j : j + 1]
-            bias, state = order.bias(prev, self._embedded(prev), hidden[j : j + 1], state)
-            row = row + bias if j >= order.skip else row
+            left, state = order.step(prev, self._embedded(prev), hidden[j : j + 1], state)
+            row = row + linear(left, self.right) if j >= order.skip else row
             if u is None:
-                prev = row.argmax(-1)
+                columns.append(row.argmax(-1))
             else:
                 row = row if self.need.warp is None else self.need.warp(row.float())
-                prev = drawn(torch.softmax(row.double(), -1), u[:, j : j + 1])[0]
-            tokens.append(prev)
+                columns.append(drawn(torch.softmax(row.double(), -1), u[:, j : j + 1])[0])
+            prev = self._named(columns[-1])
             rows.append(row)
-        return torch.cat(tokens), torch.cat(rows)
+        return torch.cat(columns), torch.cat(rows)
+
+    def _named(self, columns: Tensor) -> Tensor:
+        """The verifier's ids of columns of the logits."""
+        shared = self.vocabulary.shared
+        return columns if shared is None else shared.named(columns)
 
     def confidence(self, hidden: Tensor, before: Tensor) -> Tensor | None:
         """Logits (k,) that each drafted token is taken, by its slot's state and the token before it."""

@@ -16,6 +16,7 @@ from dllm.drafting.hidden.config import HeadConfig, Raw, read_head
 from dllm.drafting.hidden.order import order_head
 from dllm.errors import DllmError, first_line
 from dllm.models.checkpoint import account, accounted, stored
+from dllm.models.linear import fast_for_few
 
 # how formats call what z-lab calls otherwise
 RENAMED = (
@@ -153,4 +154,5 @@ def _filled(head: Head, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
         {names[name]: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items() if name in names},
         assign=True,
     )
+    fast_for_few(head)
     return head.eval().requires_grad_(False)

@@ -8,6 +8,8 @@ Shapes: prev (m,) tokens of the verifier, hidden (m, H) states of the slot, V th
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,16 +19,22 @@ from dllm.drafting.pairs import Law
 
 
 class OrderHead(nn.Module):
-    """A bias on a slot's logits, slot after slot. `prefix` begins the names of its tensors."""
+    """A bias on a slot's logits, slot after slot: <left, right[b]> for every id b, so that some ids cost what their
+    rows do. `prefix` begins the names of its tensors."""
 
     prefix: str = ""
     skip: int = 0  # first slots that have none
     top: int = 0  # candidates that a slot is restricted to; 0: all
 
-    def bias(
+    def step(
         self, prev: Tensor, embedded: Tensor, hidden: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """(m, V) and the next state; the state of slot 0 is None. embedded (m, H): of prev, by the verifier."""
+        """left (m, r) and the next state; the state of slot 0 is None. embedded (m, H): of prev, by the verifier."""
+        raise NotImplementedError
+
+    @property
+    def right(self) -> Tensor:
+        """(V, r)."""
         raise NotImplementedError
 
 
@@ -39,21 +47,16 @@ class PairHead(OrderHead):
         """(m, r)."""
         raise NotImplementedError
 
-    @property
-    def right(self) -> Tensor:
-        """(V, r)."""
-        raise NotImplementedError
-
-    def scores(self, hidden: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-        """w of slots (k, H): ids before (k, A), ids (k, M) -> (k, A, M)."""
+    def scores(self, hidden: Tensor, right: Tensor, before: Tensor, columns: Tensor) -> Tensor:
+        """w of slots (k, H): ids before (k, A), and rows `columns` (k, M) of right (n, r) -> (k, A, M)."""
         left = self.left(before.flatten(), hidden.repeat_interleave(before.shape[1], 0)).view(*before.shape, -1)
-        return torch.einsum("kar,kmr->kam", left, self.right[ids])
+        return torch.einsum("kar,kmr->kam", left, right[columns])
 
-    def bias(
+    def step(
         self, prev: Tensor, embedded: Tensor, hidden: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `OrderHead`."""
-        return self.left(prev, hidden) @ self.right.T, None
+        return self.left(prev, hidden), None
 
 
 class Markov(PairHead):
@@ -90,7 +93,7 @@ class Recurrent(OrderHead):
         self.markov_w1, self.markov_w2 = nn.Embedding(vocab, rank), nn.Linear(rank, vocab, False)
         self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
 
-    def bias(
+    def step(
         self, prev: Tensor, embedded: Tensor, hidden: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `OrderHead`."""
@@ -98,7 +101,13 @@ class Recurrent(OrderHead):
         state = torch.zeros_like(w1) if state is None else state
         g, c, o = self.joint_proj(torch.cat([state, w1, hidden], -1)).chunk(3, -1)
         g = torch.sigmoid(g)
-        return self.markov_w2(torch.tanh(o)), g * state + (1 - g) * torch.tanh(c)
+        return torch.tanh(o), g * state + (1 - g) * torch.tanh(c)
+
+    @property
+    def right(self) -> Tensor:
+        """W2."""
+        weight: Tensor = self.markov_w2.weight
+        return weight
 
 
 class Selector(PairHead):
@@ -135,12 +144,19 @@ class Domino(OrderHead):
             nn.Linear(hidden + order.state, order.rank, False), nn.SiLU(), nn.Linear(order.rank, vocab, False)
         )
 
-    def bias(
+    def step(
         self, prev: Tensor, embedded: Tensor, hidden: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `OrderHead`."""
         state = self.prefix_gru(embedded, state)
-        return self.embed_proj(torch.cat([hidden, state], -1)), state
+        left: Tensor = self.embed_proj[:-1](torch.cat([hidden, state], -1))
+        return left, state
+
+    @property
+    def right(self) -> Tensor:
+        """The last layer of the projection."""
+        weight: Tensor = cast(nn.Linear, self.embed_proj[-1]).weight
+        return weight
 
 
 class GRU(nn.Module):
