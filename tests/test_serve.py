@@ -114,6 +114,7 @@ def test_echo_puts_the_prompt_in_front(site):
     assert got.text.startswith(PROMPT)
     assert got.logprobs.text_offset[:1] in ([], [len(PROMPT)])
     assert streamed(site, asked)[1] == {0: got.text}
+    assert site.post(TEXT, {"prompt": [-1], "echo": True}).json()["error"]["code"] == "invalid_value"
 
 
 def test_a_suffix_stands_behind_what_is_written(site, model):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from dllm.call.job import MAX_NEW_TOKENS, mask_of
-from dllm.call.prompts import as_list, encode
+from dllm.call.prompts import as_list, check_ids, encode
 from dllm.decoding.constraints.constraint import Constraint
 from dllm.errors import DllmError
 from dllm.models.model import Model
@@ -196,4 +196,5 @@ def spoken(backend: Backend, ids: list[int]) -> str:
     """The text of a prompt that came as ids."""
     if backend.tokenizer is None:
         raise DllmError("this model has no tokenizer: leave echo out")
+    check_ids(ids, len(backend.tokenizer), "the prompt")
     return str(backend.tokenizer.decode(ids))
