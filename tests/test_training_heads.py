@@ -106,6 +106,15 @@ def test_states_stay_on_the_disk_and_are_those_of_the_verifier(trained):
     assert len(again) == len(texts)  # nothing is computed twice
 
 
+def test_states_that_are_added_replace_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(heads, "SHARD", 1)
+    verifier, data = as_verifier("tiny-ar"), [Pair([5, 6], list(range(7, 9 + i))) for i in range(3)]
+    heads.told(verifier, data[:2], (1, 4), tmp_path)
+    (tmp_path / "00000.safetensors").unlink()
+    assert len(heads.told(verifier, data, (1, 4), tmp_path)) == 3
+    assert [file.stem for file in sorted(tmp_path.iterdir())] == ["00001", "00002", "00003"]
+
+
 def test_memory_that_runs_out_names_a_batch_that_fits(data, mask, tmp_path, monkeypatch):
     score, forward = heads.score, heads._forward
 

@@ -182,12 +182,13 @@ def told(verifier: Verifier, data: Sequence[Pair], taps: Sequence[int], folder: 
     token, stay on the disk: a step reads those of its texts."""
     folder.mkdir(exist_ok=True)
     files = sorted(folder.glob("*.safetensors"))
+    first = max((int(file.stem) for file in files), default=-1) + 1  # files may have been removed
     found = [text for file in files for text in _stored(file)]
     kept = {_key(text.ids) for text in found}
     rest = [pair for pair in data if _key(torch.tensor(pair.prompt + pair.answer)) not in kept]
     rest.sort(key=lambda pair: len(pair.prompt) + len(pair.answer))
     for at in tqdm(range(0, len(rest), SHARD), "states", unit="file", disable=not rest):
-        file = folder / f"{len(files) + at // SHARD:05d}.safetensors"
+        file = folder / f"{first + at // SHARD:05d}.safetensors"
         _write(list(_said(verifier, rest[at : at + SHARD], taps)), file)
         found += _stored(file)
     return found
