@@ -17,6 +17,7 @@ import dllm
 from dllm.call.engine import Engine
 from dllm.errors import DllmError
 from dllm.serve import stream
+from dllm.serve.answers import Choice
 from dllm.serve.config import KEY, ServeConfig
 from dllm.serve.errors import told
 from dllm.serve.pair import Pair
@@ -207,6 +208,17 @@ def test_a_fault_of_ours_says_nothing_of_its_inside(site, monkeypatch):
     assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
     assert answer.json()["error"]["type"] == "server_error" and "division" not in answer.text
     assert told(RuntimeError("CUDA out of memory")).code == "out_of_memory"
+
+
+def test_an_answer_that_fails_is_told_and_counted_as_our_fault_streamed_or_not(site, monkeypatch):
+    counted = []
+    site.app.state.serving.counted.append(counted.append)
+    monkeypatch.setattr(Choice, "feed", lambda *_: 1 / 0)
+    answer = site.post(CHAT, ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert json.loads(site.events(CHAT, ASK)[-1][1])["error"]["code"] == "internal_error"
+    site.idle()
+    assert [ended.code for ended in counted] == ["internal_error", "internal_error"]
 
 
 def test_settings_come_from_a_file_the_command_line_and_their_limits(tmp_path):

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -280,17 +280,17 @@ async def _whole(http: Request, ear: Ear, pending: Pending, reply: Reply, ended:
         if not answer.done():
             return Response(status_code=499)
         said, choices = answer.result()
+        made = JsonAnswer(said)
         error = None
-        return JsonAnswer(said)
-    except ApiError as fault:
-        error = fault
-        raise
+        return made
+    except Exception as fault:
+        error = told(fault)
+        raise error from fault
     finally:
         pending.cancel()
-        for task in (answer, left):
-            task.cancel()
-            with suppress(asyncio.CancelledError, ApiError):
-                await task
+        answer.cancel()
+        left.cancel()
+        await asyncio.gather(answer, left, return_exceptions=True)
         ended(choices, error)
 
 

@@ -124,7 +124,7 @@ async def chunks(
     ended: Callable[[Sequence[Choice], ApiError | None], None],
 ) -> AsyncIterator[ServerSentEvent]:
     """The same as server-sent events, while it becomes final. `ended` is told how it went."""
-    choices = reply.choices(len(pending.prompts))
+    choices = reply.choices(pending.prompts)
     drafts = Drafts(ear, pending, reply, config.draft_seconds) if reply.asked.drafts else None
     error: ApiError | None = ApiError(499, "client_closed_request", "the client left")
     try:
@@ -161,6 +161,9 @@ async def chunks(
         if reply.asked.usage:
             yield _data(reply.last(pending, choices))
         yield ServerSentEvent(data="[DONE]", sep="\n")
+    except Exception as fault:
+        error = told(fault)
+        yield _data(error.body)
     finally:
         pending.cancel()  # the client may have left
         ended(choices, error)
