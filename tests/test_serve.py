@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from types import SimpleNamespace
 
 import jsonschema
 import openai
@@ -12,8 +13,13 @@ import pytest
 from serve_kit import CHAT, MESSAGES, PROMPT, TEXT, serving
 
 import dllm
+from dllm.call.output import Event
+from dllm.decoding.stopping import Stops
 from dllm.decoding.trace import Trace
+from dllm.serve.answers import Choice
 from dllm.serve.config import ServeConfig
+from dllm.serve.requests import completion
+from dllm.serve.schema import Completion
 from dllm.serve.tools import Splitter, Template, Tools
 
 
@@ -126,6 +132,39 @@ def test_a_suffix_stands_behind_what_is_written(site, model):
     assert got.choices[0].text == model.tokenizer.decode(want.tokens) == " 12 + 7 = 19"
     assert got.usage.prompt_tokens == sum(map(len, ids)) and got.usage.completion_tokens == 5
     assert streamed(site, asked)[1] == {0: got.choices[0].text}
+
+
+@pytest.mark.parametrize("given", ["chat", "hole"])
+def test_a_stop_string_inside_of_a_token_cuts_a_text_that_is_read_from_the_ids(given):
+    tokenizer, chat = dllm.load("tiny").tokenizer, given == "chat"
+    before = [] if chat else tokenizer("Tom has", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("He buys 7 apples." if chat else " 12 apples.", add_special_tokens=False)["input_ids"]
+    if chat:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+        ids = [*tokenizer("<think></think>", add_special_tokens=False)["input_ids"], *ids]
+    stops = Stops.of((), "uys" if chat else "ples", tokenizer)
+    asked = SimpleNamespace(chat=chat, holes=not chat)
+    splitter = Splitter.of(None, tokenizer) if chat else None
+    texts = set()
+    for live in (False, True):
+        choice, cut = Choice(asked, 0, tokenizer, splitter=splitter, before=before), stops.cut([*before, *ids])
+        heard, told, new = "", len(before), []
+        for n in range(1, len(ids) + 1) if live else ():
+            text = stops.settled([*before, *ids[:n]])
+            count = max(told, stops.reach([*before, *ids[:n]], len(text)))
+            new += choice.feed(Event(0, text[len(heard) :], None, n, None, [*before, *ids][told:count]), 0.0)[0]
+            heard, told = text, count
+        output = SimpleNamespace(tokens=cut.tokens)
+        new += choice.feed(Event(0, cut.text[len(heard) :], None, 9, output, cut.tokens[told:]), 0.0)[0]
+        texts.add("".join(one["content"] if chat else one for one in new))
+    assert texts == {"He b" if chat else " 12 ap"}
+
+
+def test_a_hole_is_as_wide_as_the_server_says_where_the_request_says_nothing(site):
+    prompt, config = f"{PROMPT}<|sep|>Tom has", ServeConfig(defaults={"max_new_tokens": 5, "seed": 7})
+    asked = completion(Completion(prompt=prompt, suffix=" apples."), site.app.state.serving.backend, config)
+    assert asked.prompt[0].count(site.backend.model.mask_id) == 5
+    assert asked.arguments["seed"] == 7
 
 
 def test_infill_returns_the_whole_text(site, model):

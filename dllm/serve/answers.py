@@ -37,6 +37,8 @@ class Choice:
     message: Message = field(default_factory=Message)
     ids: list[int] = field(default_factory=list)
     waiting: list[tuple[int, TokenLogprob | None]] = field(default_factory=list)  # tokens whose text is held back
+    before: Sequence[int] = ()  # the prompt's ids in front of a hole
+    heard: int = 0  # characters of the engine's text
     sent: int = 0  # characters of the text, where it is that of the ids
     offset: int = 0  # where the next token's text begins, where log-probabilities are asked for
     output: Output | None = None
@@ -67,13 +69,16 @@ class Choice:
 
     def _text(self, event: Event) -> str:
         """What is new of the text. It is that of the ids where the engine's own has more than the answer, or less: the
-        prompt around a hole, markers that are special tokens."""
+        prompt around a hole, markers that are special tokens. What the engine's lacks of a last token, which a stop
+        string begins in or bytes leave unfinished, it lacks as well."""
+        self.heard += len(event.text)
         if self.tokenizer is None or not (self.asked.holes or (self.splitter is not None and hidden(self.tokenizer))):
             return event.text
         ends = {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")}  # foreign
         shown = self.ids if self.asked.holes else [i for i in self.ids if i not in ends]
         text = str(self.tokenizer.decode(shown, skip_special_tokens=self.asked.holes))
-        firm = text if event.output is not None else text.rstrip(UNFINISHED)
+        plain = str(self.tokenizer.decode([*self.before, *self.ids], skip_special_tokens=True))
+        firm = text[: max(0, len(text) - max(0, len(plain) - self.heard))]
         new, self.sent = firm[self.sent :], max(self.sent, len(firm))
         return new
 
@@ -95,8 +100,8 @@ class Reply:
         self.id = f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
-    def choices(self, rows: int) -> list[Choice]:
-        """Nothing is written yet: a choice for each row."""
+    def choices(self, prompts: Sequence[list[int]]) -> list[Choice]:
+        """Nothing is written yet: a choice for each prompt of a request under way."""
         asked, echoes = self.asked, self.asked.echoes
         return [
             Choice(
@@ -105,15 +110,16 @@ class Reply:
                 self.tokenizer,
                 "" if echoes is None else echoes[row // asked.n],
                 Splitter.of(asked.tools, self.tokenizer) if asked.chat else None,
+                before=tuple(itertools.takewhile(lambda token: token != self.mask, ids)) if asked.holes else (),
             )
-            for row in range(rows)
+            for row, ids in enumerate(prompts)
         ]
 
     # -- whole --------------------------------------------------------------------------------------------------------
 
     def answered(self, pending: Pending, events: Iterable[tuple[Event, float]]) -> tuple[Json, list[Choice]]:
         """The object of an answer whose events have all come, each with its seconds, and its choices."""
-        choices = self.choices(len(pending.prompts))
+        choices = self.choices(pending.prompts)
         said: list[tuple[list[Json | str], Said]] = [([], ())] * len(choices)
         for event, seconds in events:
             said[event.request] = choices[event.request].feed(event, seconds)

@@ -64,7 +64,7 @@ def completion(given: Completion, backend: Backend, config: ServeConfig) -> Aske
     prompt: object = given.prompt
     if given.suffix is not None:
         model = masked(backend, "suffix")
-        prompt = [holed(model, p, given.suffix, given.max_tokens) for p in prompts]
+        prompt = [holed(model, p, given.suffix, arguments.get("max_new_tokens")) for p in prompts]
         arguments |= {"infill": True, "max_new_tokens": None}
     return Asked(
         chat=False, prompt=prompt, echoes=echoes, holes=given.suffix is not None, logprobs=given.logprobs is not None,
@@ -144,12 +144,13 @@ def arguments_of(given: Fields, config: ServeConfig) -> Json:
     if given.sampler is not None:
         no_files(given.sampler)
     own = {name: vars(given)[name] for name in SAME if vars(given)[name] is not None}
-    own |= {"seed": secrets.randbelow(1 << 31) if given.seed is None else given.seed}
+    if given.seed is not None:
+        own["seed"] = given.seed
     if given.max_tokens is not None:
         own["max_new_tokens"] = given.max_tokens
     if given.return_trace or given.draft:
         own["trace"] = True
-    return {**config.defaults, **own}
+    return {"seed": secrets.randbelow(1 << 31), **config.defaults, **own}
 
 
 def texts(given: object) -> bool:
