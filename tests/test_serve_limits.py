@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import threading
 import time
@@ -14,14 +15,16 @@ import pytest
 from serve_kit import CHAT, MESSAGES, TEXT, Gate, serving
 
 import dllm
-from dllm.call.engine import Engine
+from dllm.call.engine import Engine, QueueFull, TimedOut
+from dllm.drafting.registry import as_verifier
 from dllm.errors import DllmError
+from dllm.models.arguments import Checkpoint
 from dllm.serve import stream
 from dllm.serve.answers import Choice
 from dllm.serve.config import KEY, ServeConfig
 from dllm.serve.errors import told
 from dllm.serve.pair import Pair
-from dllm.serve.server import settings
+from dllm.serve.server import hosted, settings
 
 ASK = {"messages": MESSAGES, "max_tokens": 4}
 
@@ -229,6 +232,49 @@ def test_settings_come_from_a_file_the_command_line_and_their_limits(tmp_path):
         settings(None, ["max_row=3"], {})
     with pytest.raises(DllmError, match="at least 1"):
         settings(None, ["max_rows=0"], {})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temprature": 1}, "did you mean 'temperature'"),
+        ({"max_new_tokens": "many"}, "an integer"),
+        ({"sampler": "klas"}, "did you mean 'klass'"),
+        ({"cache": "duel"}, "did you mean 'dual'"),
+        ({"batch_size": 4}, "leave it out"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_defaults_that_no_request_could_have_are_refused_at_the_start(given, said):
+    with pytest.raises(DllmError, match=f"defaults: .*{said}"):
+        ServeConfig(defaults=given)
+
+
+def test_a_pair_refuses_defaults_of_another_kind_of_model():
+    with pytest.raises(DllmError, match="defaults: cfg_scale is for a masked-diffusion model"):
+        hosted(Checkpoint("tiny-ar"), ServeConfig(speculate="tiny", defaults={"cfg_scale": 1.0}))
+
+
+def test_in_the_line_of_a_pair_time_runs_and_who_leaves_has_no_place(monkeypatch):
+    verifier = as_verifier("tiny-ar")
+    pair, gate = Pair(verifier, None, max_queue=2), Gate(monkeypatch, verifier.model)
+    gate.shut()
+
+    def submit(timeout):
+        return pair.submit("Tom has", 1, timeout, "shared", {"max_new_tokens": 4, "seed": 0, "chat": False})
+
+    running = submit(60)
+    assert gate.inside.wait(5)
+    late, left = submit(0.1), submit(60)
+    with pytest.raises(QueueFull):
+        submit(60)
+    left.cancel()
+    last, ended = submit(math.inf), threading.Event()
+    late.listen(lambda event: ended.set() if event is None else None)
+    assert ended.wait(5) and isinstance(late.error, TimedOut) and pair.load.waiting == 1
+    gate.open.set()
+    pair.close(drain=True)
+    assert running.error is None and last.error is None and last.heard[-1] is None
 
 
 def test_a_pair_serves_the_verifiers_own_text(monkeypatch):

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dllm.call.arguments import Arguments
+from dllm.decoding.cache import registry as caches
 from dllm.errors import DllmError
+from dllm.samplers import registry
 from dllm.spec import check, param
 
 KEY = "DLLM_API_KEY"  # the environment variable that holds the API key
+OWN = {"n", "batch_size"}  # arguments that a request says, or the engine decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,15 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check(self, "serve")
+        try:
+            if own := sorted(self.defaults.keys() & OWN):
+                raise DllmError(f"{own[0]} is no default of a server: leave it out")
+            said = Arguments.parse(self.defaults)
+            caches.policy(said.cache)
+            if said.sampler is not None:
+                registry.parse(said.sampler)
+        except DllmError as error:
+            raise DllmError(f"defaults: {error}") from None
 
     def keys(self) -> tuple[str, ...]:
         """The API keys that open /v1; none: it is open to all. Errors: a file that cannot be read, or holds none."""

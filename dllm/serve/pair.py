@@ -93,7 +93,7 @@ class Draft:
                 self.tell(None)
 
     def cancel(self) -> None:
-        """End it; the verifier's next token is its last."""
+        """End it: its place in line is free, and the verifier's next token is its last."""
         self.end(Cancelled("the request was cancelled"))
 
 
@@ -105,13 +105,11 @@ class Follower:
         self.ids, self.sent, self.told = list[int](), "", 0
 
     def put(self, value: Tensor) -> None:
-        """The next token. Errors: the request has ended, its time is over."""
+        """The next token. Errors: the request has ended."""
         request, ticket = self.request, self.request.tickets[self.row]
         ticket.answered()
         if request.done:
             raise Cancelled("the request was cancelled")
-        if time.monotonic() > request.deadline:
-            raise TimedOut("the request was not done in its time")
         self.ids += value.tolist()
         firm = request.stops.settled(self.ids)
         text = firm[len(self.sent) :]
@@ -142,6 +140,7 @@ class Pair:
         self.change = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="dllm-pair", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._watch, name="dllm-pair-watch", daemon=True).start()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -151,8 +150,9 @@ class Pair:
     @property
     def load(self) -> Load:
         """What it does at the moment."""
-        busy = int(self.running is not None)
-        return Load(running=busy, waiting=len(self.line), groups=busy, kv_bytes=0, requests=busy, lanes=1)
+        with self.change:
+            busy, waiting = int(self.running is not None), len(self._waiting)
+        return Load(running=busy, waiting=waiting, groups=busy, kv_bytes=0, requests=busy, lanes=1)
 
     @property
     def trouble(self) -> str:
@@ -184,6 +184,7 @@ class Pair:
         with self.change:
             if self.closing:
                 raise Cancelled("the pair is closed")
+            self.line = deque(self._waiting)
             if len(self.line) >= self.max_queue:
                 raise QueueFull(f"{self.max_queue} requests wait already: try again later")
             self.line.append(request)
@@ -203,10 +204,33 @@ class Pair:
         with self.change:
             self.closing = True
             if not drain:
-                for request in (*self.line, *([self.running] if self.running else [])):
+                for request in self._held:
                     request.end(Cancelled("the pair is closed"))
             self.change.notify_all()
         self.thread.join()
+        with self.change:
+            self.change.notify_all()  # nothing is left to watch
+
+    @property
+    def _waiting(self) -> list[Draft]:
+        """Those in line that have not ended."""
+        return [request for request in self.line if not request.done]
+
+    @property
+    def _held(self) -> list[Draft]:
+        """They, and the one that is answered."""
+        return [*self._waiting, *([self.running] if self.running else [])]
+
+    def _watch(self) -> None:
+        """End requests whose time is over, in line or not, whatever the verifier does meanwhile."""
+        with self.change:
+            while self.thread.is_alive():
+                now = time.monotonic()
+                for request in self._held:
+                    if request.deadline <= now:
+                        request.end(TimedOut("the request was not done in its time"))
+                due = [request.deadline - now for request in self._held if not request.done]
+                self.change.wait(min([threading.TIMEOUT_MAX, *due]))
 
     def _run(self) -> None:
         while True:

@@ -11,11 +11,12 @@ from types import FrameType
 import uvicorn
 
 from dllm.call.engine import Engine
+from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
 from dllm.models.hub import load
 from dllm.serve.app import Serving, create_app
 from dllm.serve.config import ServeConfig
-from dllm.serve.pair import Pair
+from dllm.serve.pair import TAKEN, Pair
 from dllm.spec import Json, Source, build, override, read
 
 log = logging.getLogger("uvicorn.error")
@@ -32,6 +33,8 @@ def settings(path: Path | None, sets: Sequence[str], own: Mapping[str, object]) 
 def hosted(checkpoint: Checkpoint, config: ServeConfig) -> Engine | Pair:
     """What decodes: an engine, or a verifier with its drafter. Errors: those of loading."""
     if config.speculate is not None:
+        if odd := sorted(config.defaults.keys() - TAKEN):
+            raise DllmError(f"defaults: {odd[0]} is for a masked-diffusion model that writes the text: leave it out")
         return Pair(checkpoint, None if config.speculate == "none" else config.speculate, config.max_queue)
     engine = Engine(
         load(checkpoint), max_rows=config.max_rows, kv_bytes=config.kv_bytes, tick_positions=config.tick_positions,
