@@ -280,14 +280,14 @@ def test_in_the_line_of_a_pair_time_runs_and_who_leaves_has_no_place(monkeypatch
 def test_a_pair_serves_the_verifiers_own_text(monkeypatch):
     verifier = dllm.load_verifier("tiny-ar")
     with serving(Pair(verifier, "tiny")) as site:
-        asked = {"messages": MESSAGES, "max_tokens": 24, "n": 2, "temperature": 1.0, "seed": 3}
+        asked = {"messages": MESSAGES, "max_tokens": 10, "n": 2, "temperature": 1.0, "seed": 3}
         got = site.post(CHAT, asked).json()
-        want = [dllm.speculate(verifier, "tiny", MESSAGES, max_new_tokens=24, temperature=1.0, seed=s) for s in (3, 4)]
+        want = [dllm.speculate(verifier, "tiny", MESSAGES, max_new_tokens=10, temperature=1.0, seed=s) for s in (3, 4)]
         assert [c["message"]["content"] for c in got["choices"]] == [w.text for w in want]
         assert got["usage"]["completion_tokens"] == sum(len(w.tokens) for w in want)
-        parts = site.client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=24, stream=True)
+        parts = site.client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=10, stream=True)
         text = "".join(p.choices[0].delta.content or "" for p in parts)
-        assert text == dllm.speculate(verifier, None, MESSAGES, max_new_tokens=24).text
+        assert text == dllm.speculate(verifier, None, MESSAGES, max_new_tokens=10).text
         for odd in ({"sampler": "klass"}, {"regex": "a"}, {"draft": True, "stream": True}):
             assert site.post(CHAT, {**ASK, **odd}).json()["error"]["code"] == "unsupported"
         assert site.post("/v1/reads", {"prompt": "a", "template": "{b}", "slots": {"b": ["c"]}}).status_code == 400

@@ -51,21 +51,16 @@ def process(*command):
         made.wait()
 
 
-def test_the_page_serves_a_kill_loses_nothing_and_a_signal_lets_answers_end():
-    command = re.search(r"^dllm serve tiny .*$", PAGE, re.M)[0]
-    with process(command) as (made, url):
-        answer = httpx2.post(url + CHAT, json=ASK, timeout=60).json()["choices"][0]["message"]
+COMMAND = re.search(r"^dllm serve tiny .*$", PAGE, re.M)[0]
+
+
+def test_the_page_serves_and_a_signal_lets_answers_end():
+    with process(COMMAND) as (made, url):
         curl = next(block for block in blocks("bash") if "curl" in block).replace("http://127.0.0.1:8000", url)
         shown = json.loads(subprocess.run(["bash", "-c", curl], capture_output=True, check=True, text=True).stdout)
         assert shown["choices"][0]["message"]["content"]
         code = blocks("python")[0].replace("http://127.0.0.1:8000", url)
         exec(compile(code, "docs/serve.md", "exec"), {})
-        with pytest.raises(httpx2.TransportError), httpx2.stream("POST", url + CHAT, json=LONG, timeout=30) as stream:
-            for n, _ in enumerate(stream.iter_lines()):
-                if n == 3:
-                    os.kill(made.pid, signal.SIGKILL)
-    with process(command) as (made, url):
-        assert httpx2.post(url + CHAT, json=ASK, timeout=60).json()["choices"][0]["message"] == answer
         with httpx2.stream("POST", url + CHAT, json=LONG, timeout=60) as stream:
             lines = []
             for line in stream.iter_lines():
@@ -74,3 +69,15 @@ def test_the_page_serves_a_kill_loses_nothing_and_a_signal_lets_answers_end():
                     made.send_signal(signal.SIGTERM)
         assert lines[-1] == "data: [DONE]" or lines[-2] == "data: [DONE]"
         assert made.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.sweep
+def test_a_kill_loses_nothing():
+    with process(COMMAND) as (made, url):
+        answer = httpx2.post(url + CHAT, json=ASK, timeout=60).json()["choices"][0]["message"]
+        with pytest.raises(httpx2.TransportError), httpx2.stream("POST", url + CHAT, json=LONG, timeout=30) as stream:
+            for n, _ in enumerate(stream.iter_lines()):
+                if n == 3:
+                    os.kill(made.pid, signal.SIGKILL)
+    with process(COMMAND) as (_, url):
+        assert httpx2.post(url + CHAT, json=ASK, timeout=60).json()["choices"][0]["message"] == answer
