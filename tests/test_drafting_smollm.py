@@ -42,6 +42,15 @@ def test_greedy_text_is_its_own(smollm, options):
         assert out.sequences == text
 
 
+@pytest.mark.parametrize("options", [{}, {"graft": "suffix"}, {"tree": 6}, {"length": "fixed:k=3"}], ids=str)
+def test_the_head_that_ships_drafts_and_changes_nothing(smollm, options):
+    model, _, ids, text = smollm
+    out = dllm.speculate(model, "smollm2-drafter", ids, max_new_tokens=N, **options)
+    assert out.sequences == text
+    if options.get("length"):
+        assert out.tau > 1.2
+
+
 def test_generate_hook_and_assisted_generation(smollm):
     model, _, ids, text = smollm
     call = dict(attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=N, do_sample=False)

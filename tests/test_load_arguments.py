@@ -14,6 +14,7 @@ import torch
 from test_cli import Dllm, dllm  # noqa: F401
 
 import dllm as toolkit
+from dllm.drafting.hidden.config import read_head
 from dllm.errors import DllmError
 from dllm.eval import config as configuration
 from dllm.models.arguments import Checkpoint, LoadArguments
@@ -299,7 +300,17 @@ def test_model_args_of_lm_eval(bare):
         ("smollm2-diffusion", "`dllm align configs/align/smollm2-diffusion.yaml` makes one"),
     ],
 )
-def test_a_model_whose_weights_do_not_ship_names_its_recipe(name: str, how: str) -> None:
+def test_a_model_whose_weights_do_not_ship_names_its_recipe(
+    name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dllm.models.hub.ASSETS", tmp_path)
     with pytest.raises(DllmError) as error:
         locate(name)
     assert how in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_head_that_ships_is_small_and_fits_the_verifier_it_is_for() -> None:
+    folder = locate("smollm2-drafter")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
+    config = read_head(json.loads((folder / "config.json").read_text()))
+    assert (config.hidden_size, config.block, config.reach) == (576, 4, 16)
