@@ -73,7 +73,8 @@ class Ask(NamedTuple):
 
     def alone(self, model: NativeModel) -> Output:
         """Its answer by itself."""
-        return dllm.generate(model, self.prompt, chat=False, **self.arguments)
+        out: Output = dllm.generate(model, self.prompt, chat=False, **self.arguments)
+        return out
 
     @property
     def body(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import dllm
 from dllm.bench.drafting import TASKS, held_out
 from dllm.bench.runtime import Figure
 from dllm.drafting.diffusion import DiffusionDrafter
-from dllm.drafting.drafters import Need, ask
+from dllm.drafting.drafters import Drafter, Need, ask
 from dllm.drafting.lattice import Lattice
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.errors import DllmError
@@ -114,7 +114,7 @@ def run(n: int = 100, *, drafter: str = "tiny") -> Iterator[Figure]:
             yield Figure(f"{task}, {name}: tau", tokens / rounds, note=note)
 
 
-def _rounds(drafter: DiffusionDrafter, need: Need, prompt: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
+def _rounds(drafter: Drafter, need: Need, prompt: Sequence[int], answer: Sequence[int]) -> tuple[int, int]:
     """Tokens and rounds of a greedy text that is known."""
     ids, at, rounds = list(prompt), 0, 0
     drafter.reset(ids, need)

@@ -433,7 +433,7 @@ class CostAware(Controller):
     FADE, LENIENT = 0.9, 2.0  # of the record of hopes: a memory of ten nodes, and nodes that it begins with
 
     k_max: int = param(32, "as every controller's", low=1)
-    probe: float = param(0.01, "what a useless drafter may cost", low=0)
+    probe: float = param(0.02, "what a useless drafter may cost", low=0)
     margin: float = param(0.02, "a pause ends where drafting pays this much", low=0)
     accept: str = param("counts", "as fast, and simpler", choices=("counts", "head"))
 
