@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dllm.errors import DllmError
+from dllm.spec import Json
 
 PATIENCE = 120.0  # seconds that a client waits
 
@@ -25,7 +26,7 @@ class Load:
     """What clients ask for."""
 
     port: int
-    bodies: list[dict[str, Any]]
+    bodies: list[Json]
     clients: int  # that ask at a time
     delays: list[float] = field(default_factory=list)  # seconds from the beginning to each request; none: at once
     leaves: dict[str, float] = field(default_factory=dict)  # by place: the client goes away so many seconds later
@@ -45,7 +46,7 @@ class Heard(NamedTuple):
 
 
 def ask(
-    port: int, bodies: Sequence[dict[str, Any]], *, clients: int | None = None, delays: Sequence[float] = (),
+    port: int, bodies: Sequence[Json], *, clients: int | None = None, delays: Sequence[float] = (),
     leaves: dict[int, float] | None = None,
 ) -> tuple[list[Heard | None], float]:  # fmt: skip
     """What so many clients hear of these requests, None who went away; and the seconds of all together.
@@ -60,18 +61,18 @@ def ask(
     )  # fmt: skip
     if done.returncode:
         raise DllmError(f"clients failed: {done.stderr[-500:]}")
-    said: dict[str, Any] = json.loads(done.stdout)
+    said: Json = json.loads(done.stdout)
     if said["errors"]:
         raise DllmError(f"{len(said['errors'])} of {len(bodies)} requests failed; the first: {said['errors'][0]}")
     return [heard and Heard(*heard) for heard in said["heard"]], float(said["seconds"])
 
 
-def told(port: int, body: dict[str, Any], leave: float | None = None) -> Heard | None:
+def told(port: int, body: Json, leave: float | None = None) -> Heard | None:
     """What a server streams to one client; None: it went away so many seconds after its request.
 
     Errors: a status other than 200, with its message; an error in the stream.
     """
-    began, first, text, last = time.perf_counter(), 0.0, "", dict[str, Any]()
+    began, first, text, last = time.perf_counter(), 0.0, "", Json()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         given = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
@@ -85,7 +86,7 @@ def told(port: int, body: dict[str, Any], leave: float | None = None) -> Heard |
         for line in response:
             if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                 continue
-            chunk: dict[str, Any] = json.loads(line[6:])
+            chunk: Json = json.loads(line[6:])
             if "error" in chunk:
                 raise DllmError(f"an error in the stream: {chunk['error']}")
             if chunk.get("dllm", {}).get("tokens") and not first:
@@ -105,7 +106,7 @@ def told(port: int, body: dict[str, Any], leave: float | None = None) -> Heard |
     )  # fmt: skip
 
 
-def main(load: Load) -> dict[str, Any]:
+def main(load: Load) -> Json:
     """What was heard, and errors."""
     heard, errors, lock = dict[int, Heard | None](), list[str](), threading.Lock()
     line, began = iter(range(len(load.bodies))), time.perf_counter()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 import uvicorn
@@ -30,13 +30,14 @@ from dllm.models.model import ForwardOptions
 from dllm.models.native import NativeModel
 from dllm.serve.app import create_app
 from dllm.serve.config import ServeConfig
+from dllm.spec import Json
 from dllm.tasks import registry as tasks
 
 FORWARD = 0.02  # seconds
 ROWS, REQUESTS = 8, 24  # at a time, and in all
 SCALES = (1, 4, 8, 16)
 RATES = (0.5, 0.9, 1.5)  # of what ROWS rows can do
-CALL: dict[str, Any] = {"max_new_tokens": 32, "block_length": 8}
+CALL: Json = {"max_new_tokens": 32, "block_length": 8}
 SAMPLERS = ("threshold", "klass", "confidence")
 
 
@@ -69,7 +70,7 @@ class Ask(NamedTuple):
     """A request, in the words of `generate`."""
 
     prompt: str
-    arguments: dict[str, Any]
+    arguments: Json
 
     def alone(self, model: NativeModel) -> Output:
         """Its answer by itself."""
@@ -77,13 +78,13 @@ class Ask(NamedTuple):
         return out
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         """The same over HTTP."""
         given = dict(self.arguments)
         return {"prompt": self.prompt, "max_tokens": given.pop("max_new_tokens"), "temperature": 0.0, **given}
 
 
-def asks(n: int, *, mixed: bool = False, **more: Any) -> list[Ask]:
+def asks(n: int, *, mixed: bool = False, **more: object) -> list[Ask]:
     """So many requests; mixed: of several samplers, lengths and temperatures."""
     prompts = [e.prompt for e in tasks.generate("word_problems", "test", n)]
     if not mixed:

@@ -68,7 +68,8 @@ def left(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [4 * GIB]
+    known = hasattr(os, "sysconf")  # foreign
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if known else [4 * GIB]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")] or found

@@ -11,9 +11,9 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from dllm.errors import DllmError
+from dllm.spec import Json
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _line(row: Mapping[str, object]) -> str:
 _HALF = re.compile("[\ud800-\udfff]")  # half of a character, which JSON may hold and UTF-8 may not
 
 
-def read_lines(path: Path, kinds: Mapping[str, type] = types.MappingProxyType({})) -> list[dict[str, Any]]:
+def read_lines(path: Path, kinds: Mapping[str, type] = types.MappingProxyType({})) -> list[Json]:
     """The objects of all complete lines; none where there is no file. Errors: a line that is none, or whose keys are
     not of these `kinds`: no kill leaves one."""
     try:

@@ -137,7 +137,7 @@ class Hosted:
             "mask_id": model.mask_id,
             "block_size": model.block_size,
             "max_positions": model.max_positions,
-            "chat": bool(getattr(model.tokenizer, "chat_template", None)),
+            "chat": bool(getattr(model.tokenizer, "chat_template", None)),  # foreign
             "samplers": registry.names(),
             "caches": caches.names(),
             "defaults": {"sampler": said.sampler, "cache": caches.default(model, None).name,

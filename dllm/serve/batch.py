@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -46,7 +46,7 @@ class Line:
     key: str
     name: str | None  # custom_id
     url: str = ""
-    body: Mapping[str, Any] = field(default_factory=dict)
+    body: Mapping[str, object] = field(default_factory=dict)
     wrong: ApiError | None = None  # why it is none
 
 
@@ -149,7 +149,7 @@ class Batch:
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
-    def _answer(self, rows: Sequence[Line], bar: tqdm[Any]) -> None:
+    def _answer(self, rows: Sequence[Line], bar: tqdm[NoReturn]) -> None:
         """Decode, and write each answer as soon as it is there."""
         under_way, most = 0, min(AHEAD * self.config.max_rows, self.config.max_queue)  # nobody finds the line full
         try:
@@ -183,7 +183,7 @@ class Batch:
 
         one.pending.listen(tell, live=False)
 
-    def _write(self, bar: tqdm[Any]) -> int:
+    def _write(self, bar: tqdm[NoReturn]) -> int:
         """Wait for an answer, and write those that are there; how many."""
         some = [self.done.get()]
         while not self.done.empty():
@@ -252,7 +252,7 @@ class Batch:
         return len(rows) - failed, failed
 
 
-def said(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def said(row: Mapping[str, object]) -> tuple[str, Json]:
     """Where a line's request goes, and its body. Errors: neither a line of OpenAI's, nor a prompt, nor messages."""
     if "url" in row or "body" in row:
         url, body = row.get("url"), row.get("body")

@@ -53,7 +53,7 @@ class Ended(NamedTuple):
 
 def present(backend: Backend, fact: str) -> float:
     """A fact of what the engine does at the moment."""
-    return float(getattr(backend.load, fact))
+    return float(backend.load._asdict()[fact])
 
 
 class Metrics:

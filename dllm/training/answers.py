@@ -78,7 +78,7 @@ def settings_of(config: Answers) -> dict[str, object]:
     given = {"dtype": config.dtype, **config.verifier.given()}
     source = {"verifier": config.verifier.name} | {k: given[k] for k in ("revision", "subfolder") if k in given}
     names = "max_new_tokens", "temperature", "top_p", "seed"
-    return {**source, "dtype": str(given["dtype"]), **{name: getattr(config, name) for name in names}}
+    return {**source, "dtype": str(given["dtype"]), **{name: vars(config)[name] for name in names}}
 
 
 def compared(config: Answers) -> list[str]:
