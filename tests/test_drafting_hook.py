@@ -299,8 +299,8 @@ def test_options_are_checked(model):
         dllm.speculate(tiny_verifier(), None, "a string")
     with pytest.raises(DllmError, match="prompt"):
         dllm.speculate(model, None)
-    with pytest.raises(DllmError, match=r"graft.*tree=32"):
-        dllm.speculate(model, Noise(), PROMPT, graft="suffix")
+    with pytest.raises(DllmError, match=r"grafts that cost no forward.*tree=32"):
+        dllm.speculate(model, Noise(), PROMPT, graft=Noise())
     with pytest.raises(DllmError, match="a prompt is"):
         dllm.speculate(model, None, 3.5)
     with pytest.raises(DllmError, match="top_p"):

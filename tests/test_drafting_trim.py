@@ -152,7 +152,7 @@ def test_a_kept_id_is_an_id_and_ends_are_always_kept(tmp_path):
     path.write_text("{oops")
     with pytest.raises(DllmError, match="no JSON list of ids"):
         as_keep(path)
-    with pytest.raises(DllmError, match="meet in text only"):
+    with pytest.raises(DllmError, match="meet in text, so that no ids can be kept"):
         Vocabulary("text", 10).trimmed([1], 10)
     with pytest.raises(DllmError, match="has none of the ids"):
         Vocabulary("ids", 10).trimmed([9], 9)
@@ -265,6 +265,7 @@ def test_a_head_over_states_sees_the_last_tokens_alone():
         seen.take(states[start : start + 5].double(), start)
     whole.reset(ids, Need(verifier.vocab, verifier.eos, model=verifier.model))
     whole.take(states.double(), 0)
+    whole.context.catch_up(whole._project)
     whole.context.first = 24
     whole.context.stored = [held[:, :, 24:] for held in whole.context.stored]
     same(seen.draft(ids, 4), whole.draft(ids, 4))

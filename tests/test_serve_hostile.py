@@ -42,7 +42,7 @@ def embedded() -> Any:
 def server() -> Iterator[Served]:
     with served(embedded(), CONFIG) as server:
         yield server
-        print(f"the slowest /health took {max(TOOK):.3f} s")  # pytest -s
+        print(f"the slowest /health took {max(TOOK, default=0):.3f} s")  # pytest -s
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +64,11 @@ def healthy(server: Served) -> Iterator[None]:
         over.set()
         watching.join()
     assert set(said) <= {200}
-    assert server.idle()
-    code, answer = server.ask(CHAT, asked())
+    until = time.monotonic() + 60
+    code = 429
+    while code == 429 and time.monotonic() < until:  # what was sent last may be read after the engine came to rest
+        assert server.idle()
+        code, answer = server.ask(CHAT, asked())
     assert code == 200 and answer["choices"][0]["message"]["content"]
 
 
