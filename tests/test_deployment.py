@@ -101,9 +101,10 @@ def test_the_page_names_every_figure() -> None:
     pytest.importorskip("prometheus_client")
     from types import SimpleNamespace
 
+    from dllm.call.engine import Load
     from dllm.serve.metrics import Metrics
 
-    load = SimpleNamespace(running=0, waiting=0, groups=0, kv_bytes=0, requests=0, lanes=1)
+    load = Load(running=0, waiting=0, groups=0, kv_bytes=0, requests=0, lanes=1)
     metrics = Metrics(SimpleNamespace(load=load, model=None), "x")  # type: ignore[arg-type]
     names = {family.name.removeprefix("dllm_") for family in metrics.collect()}
     said = {name.partition("{")[0] for name in re.findall(r"`([a-z_]+(?:\{[^`]*\})?)`", PAGE)}
