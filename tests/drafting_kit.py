@@ -214,3 +214,24 @@ class ByText(Drafter):
     def draft(self, ids, k, *, generator=None):
         self.forwards += 1
         return self.mine.draft(ids, k, generator=generator)
+
+
+class Words:
+    """A tokenizer over an explicit list of pieces, longest match first."""
+
+    def __init__(self, pieces):
+        self.pieces = list(pieces)
+
+    def get_vocab(self):
+        return {p: i for i, p in enumerate(self.pieces)}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(self.pieces[i] for i in ids)
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = []
+        while text:
+            piece = max((p for p in self.pieces if text.startswith(p)), key=len)
+            ids.append(self.pieces.index(piece))
+            text = text[len(piece) :]
+        return {"input_ids": ids}

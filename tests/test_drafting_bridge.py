@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from drafting_kit import golden, plain
+from drafting_kit import Words, golden, plain
 from golden_cases import GOLDEN
 
 import dllm
@@ -19,28 +19,6 @@ from dllm.errors import DllmError
 
 torch.set_num_threads(1)
 P = [5, 9, 33, 100, 12, 44, 7, 81, 19]
-
-
-class Words:
-    """A tokenizer of pieces, the longest first."""
-
-    def __init__(self, pieces):
-        self.pieces = list(pieces)
-        self.at = {p: i for i, p in enumerate(self.pieces)}
-
-    def get_vocab(self):
-        return self.at
-
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(self.pieces[i] for i in ids)
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = []
-        while text:
-            piece = max((p for p in self.pieces if text.startswith(p)), key=len)
-            ids.append(self.at[piece])
-            text = text[len(piece) :]
-        return {"input_ids": ids}
 
 
 def bridge(*texts):

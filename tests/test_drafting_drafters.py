@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from drafting_kit import VOCAB, Noise, Script, from_columns, golden, plain, tiny_verifier
+from drafting_kit import VOCAB, Noise, Script, Words, from_columns, golden, plain, tiny_verifier
 
 import dllm
 from dllm.drafting.autoregressive import ARDrafter
@@ -187,27 +187,6 @@ def test_drafter_options_are_checked(models):
 
 
 # -- vocabularies
-
-
-class Words:
-    """A tokenizer over an explicit list of pieces, longest match first."""
-
-    def __init__(self, pieces):
-        self.pieces = list(pieces)
-
-    def get_vocab(self):
-        return {p: i for i, p in enumerate(self.pieces)}
-
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(self.pieces[i] for i in ids)
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = []
-        while text:
-            piece = max((p for p in self.pieces if text.startswith(p)), key=len)
-            ids.append(self.pieces.index(piece))
-            text = text[len(piece) :]
-        return {"input_ids": ids}
 
 
 def test_equal_ids_string_map_and_bridge():

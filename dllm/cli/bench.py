@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dllm.cli.options import loading, located, takes
+from dllm.cli.options import loading, located, needing, takes
 from dllm.errors import DllmError, unknown
 from dllm.models.arguments import Checkpoint
 
@@ -147,10 +147,8 @@ def bench(
         "gpu": lambda: gpu.run(only, repeats, small=small, against=against, minutes=minutes),
     }
     if name == "serve":  # of an extra
-        try:
+        with needing("serve"):
             from dllm.bench import serve
-        except ModuleNotFoundError as error:
-            raise DllmError(f"{error.name} is missing: pip install 'dllm-toolkit[serve]'") from None
         benches["serve"] = lambda: serve.run(repeats, requests=n or serve.REQUESTS)
     if name not in (*benches, *LONG, "all"):
         raise unknown("bench", name, [*benches, "serve", *LONG, "all"])

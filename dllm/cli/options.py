@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -28,10 +29,7 @@ def takes(shared: Command) -> Callable[[Command], Command]:
     return widened
 
 
-def loading(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="tiny (embedded), a folder, or a Hugging Face id.")
-    ] = "tiny",
+def arguments(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps.")] = None,
     model_arg: Annotated[
@@ -43,6 +41,15 @@ def loading(
             "backend=transformers, revision=v2, quantization=int8, local_files_only=true; may be repeated.",
         ),
     ] = None,
+) -> None:
+    """The arguments of `dllm.load` beside the model."""
+
+
+@takes(arguments)
+def loading(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="tiny (embedded), a folder, or a Hugging Face id.")
+    ] = "tiny",
 ) -> None:
     """A model, and the arguments of `dllm.load`."""
 
@@ -88,6 +95,17 @@ def located(common: Mapping[str, object]) -> tuple[Checkpoint, DecodingArguments
     model, texts = str(others.pop("model")), cast("list[str] | None", others.pop("model_arg"))
     given = {name: value for name in ("dtype", "device") if (value := others.pop(name)) is not None}
     return named(model, texts, given=given), cast("DecodingArguments", others)
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Imports of what an extra brings. Errors: one line that names it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from dllm.errors import DllmError
+
+        raise DllmError(f"{error.name} is missing: pip install 'dllm-toolkit[{extra}]'") from None
 
 
 def named(

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from dllm.cli.options import named
-from dllm.errors import DllmError
+from dllm.cli.options import arguments, located, needing, takes
 
 
+@takes(arguments)
 def serve(
     model: Annotated[str, typer.Argument(help="tiny (embedded), a folder, or a Hugging Face id.")],
     host: Annotated[str | None, typer.Option(help="Address to listen at; default 127.0.0.1.")] = None,
@@ -27,26 +27,18 @@ def serve(
     autoscale: Annotated[
         str | None, typer.Option(metavar="MIN:MAX", help="The same, as many as the requests need.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps.")] = None,
-    model_arg: Annotated[
-        list[str] | None,
-        typer.Option("--model-arg", metavar="KEY=VALUE", help="Any other argument of dllm.load; may be repeated."),
-    ] = None,
+    **common: object,
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /canvas.
 
     The API key comes from DLLM_API_KEY or a file (--set key_file=...); SIGTERM lets running answers end.
     """
-    try:
+    with needing("serve"):
         from dllm.serve.replicas import Scale, replicated
         from dllm.serve.server import listen, settings
-    except ModuleNotFoundError as error:
-        raise DllmError(f"{error.name} is missing: pip install 'dllm-toolkit[serve]'") from None
     own = {"host": host, "port": port, "speculate": speculate}
     made = settings(config, sets or (), {name: value for name, value in own.items() if value is not None})
-    given = {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
-    checkpoint, scale = named(model, model_arg, given=given), Scale.read(replicas, autoscale)
+    checkpoint, scale = located({"model": model, **common})[0], Scale.read(replicas, autoscale)
     if scale is None:
         listen(checkpoint, made)
     else:

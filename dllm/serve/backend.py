@@ -98,6 +98,11 @@ class Backend(Protocol):
         """Take no more requests and stop."""
 
 
+def printed(*facts: str) -> str:
+    """The fingerprint of these facts."""
+    return f"fp_{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}"
+
+
 class Hosted:
     """An engine as a server's backend."""
 
@@ -149,8 +154,7 @@ class Hosted:
         model = self.engine.model
         weights = model.fingerprint() if isinstance(model, NativeModel) else str(model)
         words = "" if model.tokenizer is None else repr(sorted(model.tokenizer.get_vocab().items()))
-        said = "|".join((weights, words, dllm.__version__, str(model.dtype), model.device.type))
-        return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        return printed(weights, words, dllm.__version__, str(model.dtype), model.device.type)
 
     def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Pending:
         """Put a request in line."""

@@ -5,7 +5,6 @@ The text is the verifier's own, that of `dllm.speculate`. Answers are decoded on
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import deque
@@ -30,6 +29,7 @@ from dllm.drafting.verifier import Verifier
 from dllm.errors import DllmError
 from dllm.models.native import fingerprint
 from dllm.models.tokenizer import Tokenizer
+from dllm.serve.backend import printed
 from dllm.serve.errors import ApiError
 from dllm.spec import Json
 
@@ -170,8 +170,7 @@ class Pair:
         network = self.verifier.model
         assert isinstance(network, Module)
         weight = next(network.parameters())
-        said = "|".join((fingerprint(network), dllm.__version__, str(weight.dtype), weight.device.type))
-        return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        return printed(fingerprint(network), dllm.__version__, str(weight.dtype), weight.device.type)
 
     def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Draft:
         """Put a request in line. Errors: arguments that a verifier does not take, a full line."""
