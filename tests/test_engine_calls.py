@@ -231,24 +231,21 @@ def test_rows_of_few_columns_do_not_pay_for_those_of_many() -> None:
         pos = torch.arange(columns).expand(rows, -1)
         return Plan(pos, pos, None, None, None, None, None, refresh=False, stored=False)
 
-    assert together([plan(1, 100), plan(1, 90), plan(1, 20)]) == [[0, 1]]
-    assert together([plan(1, 20), plan(4, 100), plan(9, 22)]) == [[2, 0]]
-    assert together([plan(1, 100), plan(99, 50)]) == []
-    assert together([]) == together([plan(3, 3)]) == []
+    assert together([plan(1, 100), plan(1, 90), plan(1, 20)], 999) == [[0, 1]]
+    assert together([plan(1, 20), plan(4, 100), plan(9, 22)], 999) == [[2, 0]]
+    assert together([plan(1, 100), plan(99, 50)], 9999) == []
+    assert together([], 999) == together([plan(3, 3)], 999) == []
 
 
-def test_a_forward_of_several_groups_that_fails_is_taken_apart() -> None:
-    """Memory that is short for both is enough for each: nobody begins anew."""
-    short = tiny()
-    short.__class__, short.times = Short, 1
-    engine = ByHand(short, max_rows=4)
-    calls = [([i, i + 1], {**CALL, "sampler": s}) for i in range(2) for s in ("confidence", "margin")]
-    requests = [engine.submit(p, **a) for p, a in calls]
-    engine.finish()
-    assert short.times == 0 and engine._rows == 4
-    for (prompt, arguments), request in zip(calls, requests, strict=True):
-        assert not request.retried
-        assert request.result().tokens == dllm.generate(short, prompt, **arguments).tokens
+def test_forwards_of_several_plans_have_a_bound() -> None:
+    plans = [torch.zeros(1, 10, dtype=torch.long)] * 5
+    made = [Plan(pos, pos, None, None, None, None, None, refresh=False, stored=False) for pos in plans]
+    assert [together(made, most) for most in (50, 49, 25, 10)] == [
+        [[0, 1, 2, 3, 4]],
+        [[0, 1, 2, 3]],
+        [[0, 1], [2, 3]],
+        [],
+    ]
 
 
 def test_keys_of_groups_stay_where_a_forward_serves_others_too() -> None:
@@ -378,40 +375,114 @@ def test_broken_logits_end_their_own_request(cache_: str) -> None:
 
 
 class Short(type(tiny())):  # type: ignore[misc]
-    """A model that runs out of memory so many times, at forwards of several rows."""
+    """A model that runs out of memory above so many rows, or positions; at most so many times."""
 
-    times = 0
+    rows, positions, times = 99, 9999, 9999
 
     def forward(self, ids: torch.Tensor, pos: Any = None, **options: Any) -> torch.Tensor:
-        if len(ids) > 2 and self.times:
+        if self.times and (len(ids) > self.rows or ids.numel() > self.positions):
             self.times -= 1
             raise RuntimeError("CUDA out of memory")
         return super().forward(ids, pos, **options)
 
 
+def short(**bounds: int) -> Any:
+    net = tiny()
+    net.__class__ = Short
+    for name, bound in bounds.items():
+        setattr(net, name, bound)
+    return net
+
+
+def test_a_forward_of_several_groups_that_fails_is_taken_apart() -> None:
+    """Memory that is short for both is enough for each: nobody begins anew, and nothing as large is tried again."""
+    net = short(rows=3)
+    engine = ByHand(net, max_rows=4)
+    calls = [([i, i + 1], {**CALL, "sampler": s}) for i in range(2) for s in ("confidence", "margin")]
+    requests = [engine.submit(p, **a) for p, a in calls]
+    engine.finish()
+    assert net.times == 9998 and engine.load.lanes == 4
+    for (prompt, arguments), request in zip(calls, requests, strict=True):
+        assert not request.retried
+        assert request.result().tokens == dllm.generate(net, prompt, **arguments).tokens
+
+
+def test_forwards_are_shared_again_after_a_calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows are too many for one forward, and every fifth tick finds out whether they still are."""
+    monkeypatch.setattr(budgets, "CALM", 5)
+    net = short(positions=60)
+    engine = ByHand(net, max_rows=4, tick_positions=256)
+    requests = [engine.submit([3, 1], **{**CALL, "max_new_tokens": 40}, sampler=s) for s in ("confidence", "margin")]
+    tried = list[int]()
+    for turn in range(1, 41):
+        if turn == 23:  # the others have left the device
+            net.positions = 9999
+        before = net.times
+        engine.turns(1)
+        tried += [turn] * (before - net.times)
+    assert tried == [1, 6, 11, 16, 21] and engine._shared.now == 256
+    assert requests[0].result().calls + requests[1].result().calls == 80
+
+
 def test_requests_begin_anew_with_half_the_rows_where_memory_runs_out() -> None:
-    short, call = tiny(), {**CALL, "trace": True}
-    short.__class__, short.times = Short, 1
-    engine = ByHand(short, max_rows=4)
+    net, call = short(rows=2, times=1), {**CALL, "trace": True}
+    engine = ByHand(net, max_rows=4)
     requests = [engine.submit([i, i + 1], **call) for i in range(2)]
     engine.turns(4)
     late = [engine.submit([i, i + 1], **call) for i in range(2, 4)]
     engine.finish()
     for i, request in enumerate([*requests, *late]):
-        plain = dllm.generate(short, [i, i + 1], **call)
+        plain = dllm.generate(net, [i, i + 1], **call)
         assert (request.result().tokens, request.result().nfe) == (plain.tokens, plain.nfe)
         assert request.result().trace == plain.trace
-    assert short.times == 0 and engine._rows == 2
+    assert net.times == 0 and engine.load.lanes == 2
 
 
-def test_memory_that_runs_out_again_ends_the_request() -> None:
-    short = tiny()
-    short.__class__, short.times = Short, 99
-    engine = ByHand(short, max_rows=8)
-    requests = [engine.submit([i], **CALL) for i in range(8)]
+def test_rows_are_halved_until_they_fit() -> None:
+    net = short(rows=2)
+    engine = ByHand(net, max_rows=64)
+    requests = [engine.submit([i], **CALL) for i in range(16)]
     engine.finish()
-    assert sum("out of memory" in str(r.error) for r in requests) == 4  # those of the second try
-    assert all(r.error is None for r in requests[4:])
+    assert net.times == 9996 and engine.load.lanes == 2  # 16, 8, 4
+    assert [r.result().tokens for r in requests] == [dllm.generate(net, [i], **CALL).tokens for i in range(16)]
+
+
+def test_rows_are_halved_once_where_several_groups_fail_in_a_tick() -> None:
+    net = short(rows=2, times=2)
+    engine = ByHand(net, max_rows=8)
+    requests = [engine.submit([i], **CALL, sampler=s, cache="dual") for s in ("confidence", "margin") for i in range(4)]
+    engine.turns(1)
+    assert net.times == 0 and engine.load.lanes == 4 and all(r.retried for r in requests)
+    engine.finish()
+    assert all(r.error is None for r in requests)
+
+
+def test_a_row_that_does_not_fit_by_itself_ends_its_request() -> None:
+    """And nobody else's, however often it made them begin anew."""
+    net = short(positions=60)
+    engine = ByHand(net, max_rows=8)
+    long = engine.submit([1], **{**CALL, "max_new_tokens": 80})
+    others = [engine.submit([i], **CALL) for i in range(6)]
+    engine.finish()
+    with pytest.raises(DllmError, match="out of memory on cpu with one row by itself: shorten its canvas"):
+        long.result()
+    assert [r.result().tokens for r in others] == [dllm.generate(net, [i], **CALL).tokens for i in range(6)]
+
+
+def test_rows_grow_back_after_a_calm_but_not_under_who_began_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "CALM", 5)
+    net = short(rows=2, times=1)
+    engine = ByHand(net, max_rows=6)
+    for i in range(4):
+        engine.submit([i], **CALL)
+    lanes = list[int]()
+    for _ in range(26):  # one that fails, twelve for each two
+        engine.turns(1)
+        lanes.append(engine.load.lanes)
+    assert set(lanes[:25]) == {2}
+    engine.submit([5], **{**CALL, "max_new_tokens": 40})
+    engine.turns(30)
+    assert engine.load.lanes == 6  # at most what was asked for
 
 
 def test_an_error_in_a_callback_ends_its_own_request() -> None:

@@ -1,8 +1,10 @@
-"""What an engine takes of a device beside the weights: bytes for keys and values, and the positions of a tick."""
+"""What an engine takes of a device beside the weights: bytes for keys and values, the positions of a tick, and less of
+both where memory runs out all the same (`Room`)."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ GIB = 1 << 30
 GROUP = Path("/sys/fs/cgroup")  # of this process, where it is in a container
 LOGITS = 4  # tables (positions, V) in float32 at once: logits, their softmax, and a copy of both
 COLUMNS = 512  # of the canvas that a description counts in
+CALM = 256  # ticks until twice as much is tried again: a try that fails costs a forward, and this many hide it
 
 
 class Shares(NamedTuple):
@@ -26,6 +29,28 @@ class Shares(NamedTuple):
 
 OWN = Shares(0.7, 0.2)  # an accelerator's memory is one program's
 COMMON = Shares(0.35, 0.15)  # on the host others allocate, too
+
+
+@dataclass
+class Room:
+    """How much is tried at a time: half of what memory ran out at, and twice as much again after a calm."""
+
+    most: int
+    now: int = field(init=False)
+    calm: int = field(init=False, default=0)  # ticks since it last changed
+
+    def __post_init__(self) -> None:
+        self.now = self.most
+
+    def short(self, tried: int) -> None:
+        """Memory ran out at so much; to say the same again changes nothing."""
+        self.now, self.calm = max(1, min(self.now, tried // 2)), 0
+
+    def ticked(self) -> None:
+        """A tick is over."""
+        self.calm += 1
+        if self.calm >= CALM:
+            self.now, self.calm = min(self.most, 2 * self.now), 0
 
 
 class Budget(NamedTuple):

@@ -25,7 +25,7 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, Unpack, cast
 import torch
 
 from dllm.call.arguments import DecodingArguments
-from dllm.call.budget import budget
+from dllm.call.budget import Room, budget
 from dllm.call.generate import Told, answers
 from dllm.call.job import COLUMNS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
@@ -93,7 +93,7 @@ class Request(Generic[Answer_co]):
         self.alone, self.setting = alone, object() if alone else job.setting
         self.row_bytes, self.row_positions = job.store_bytes(), job.row_positions
         self.passed = 0  # younger requests that went before it
-        self.retried = False  # memory ran out once
+        self.retried = False  # memory ran out
         self.error: Exception | None = None
         self._outputs: dict[int, Output] = {}
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
@@ -286,7 +286,9 @@ class Engine:
         self.ticked = time.monotonic()  # when the last tick began, or work came for the next one
         self._works = deque[Callable[[], None]]()  # what is to be done between ticks
         self.most = 0  # rows that have decoded at a time
-        self._rows = max_rows  # as far as memory lets
+        self._rows = Room(max_rows)  # as far as memory lets
+        self._shared = Room(self.budget.positions)  # of a forward that serves several groups
+        self._running = 0  # rows in this tick
         self._line = deque[Request[object]]()
         self._seats: dict[Hashable, Seats] = {}
         self._closing: Literal["", "drain", "abort"] = ""
@@ -410,7 +412,7 @@ class Engine:
             seats = list(self._seats.values())
             kv = sum(s.row_bytes * s.group.lanes for s in seats)
             requests = len({id(r) for s in seats for r in s.requests})
-            return Load(sum(s.rows for s in seats), len(self._line), len(seats), kv, requests, self._rows)
+            return Load(sum(s.rows for s in seats), len(self._line), len(seats), kv, requests, self._rows.now)
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests and stop: after those that were taken, or (drain=False) at once, which cancels them."""
@@ -485,6 +487,9 @@ class Engine:
         self._forward(asked)
         for key in list(self._seats):
             self._guarded(key, self._tick)
+        self._shared.ticked()
+        if not any(request.retried for request in known):  # more rows could end who has begun anew at fewer
+            self._rows.ticked()
 
     def _ask(self, asked: list[tuple[Seats, int, Ask]], seats: Seats) -> None:
         """Let rows of this group leave and enter, and note the forwards that others may share with it."""
@@ -498,13 +503,15 @@ class Engine:
     def _forward(self, asked: Sequence[tuple[Seats, int, Ask]]) -> None:
         """Run the forwards that serve several groups. Who gets no answer has one of its own, where an error hits nobody
         else."""
-        for some in together([ask.plan for *_, ask in asked]):
+        for some in together([ask.plan for *_, ask in asked], self._shared.now):
             own = [asked[i] for i in some]
             plans, began = [ask.plan for *_, ask in own], time.perf_counter()
             try:
                 said = parted(own[0][0].group.run.said(merged(plans)), plans)
             except Exception as error:
                 log.debug("a forward of several groups failed, each has one of its own: %s", error)
+                if out_of_memory(error):
+                    self._shared.short(sum(len(p.pos) for p in plans) * max(p.pos.shape[1] for p in plans))
                 continue
             served([ticket for *_, ask in own for ticket in ask.part.request], own[0][2].part.kind)
             for seats in {id(seats): seats for seats, *_ in own}.values():
@@ -516,7 +523,7 @@ class Engine:
         """Rows that get a lane now, in the order of the line; who does not fit is passed by others a few times."""
         taken = list[tuple[Request[object], list[int]]]()
         with self._change:
-            free, blocked = self._rows - sum(s.rows for s in self._seats.values()), list[Request[object]]()
+            free, blocked = self._rows.now - sum(s.rows for s in self._seats.values()), list[Request[object]]()
             lanes = {key: seats.room for key, seats in self._seats.items()}
             kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
             taking = sum(s.row_positions * s.rows for s in self._seats.values())
@@ -546,13 +553,13 @@ class Engine:
                 else:
                     self._line.remove(request)
             self._change.notify_all()  # the line may have room
-            running = sum(s.rows for s in self._seats.values()) + sum(len(rows) for _, rows in taken)
-            self.most = max(self.most, running)
+            self._running = sum(s.rows for s in self._seats.values()) + sum(len(rows) for _, rows in taken)
+            self.most = max(self.most, self._running)
         return taken
 
     def _lanes(self, request: Request[object], kv: int) -> int:
         """Lanes of a new group for this setting, beside stores that take `kv` bytes."""
-        most = 1 if request.alone else self._rows
+        most = 1 if request.alone else self._rows.now
         return min(most, (self.budget.kv_bytes - kv) // request.row_bytes) if request.row_bytes else most
 
     def _seat(self, several: Sequence[tuple[Request[object], list[int]]]) -> None:
@@ -579,8 +586,7 @@ class Engine:
                 group = Group(make(job.model, job.sampler, job.policy, job.options), self._lanes(request, kv), shared)
             except Exception as error:
                 held.close()
-                for each, _ in several:
-                    each.fail(error)
+                self._failed([each for each, _ in several], error)
                 return
             with self._change:
                 self._seats[key] = Seats(
@@ -589,32 +595,41 @@ class Engine:
         self._guarded(key, enter)
 
     def _guarded(self, key: Hashable, work: Callable[[Seats], None]) -> None:
-        """Do something with a group. An error ends its requests, but the first time that memory runs out."""
+        """Do something with a group. An error ends it."""
         seats = self._seats[key]
         try:
             work(seats)
         except Exception as error:
             self._drop(key, error)
-            for request in reversed(seats.requests):  # the first to the front of the line
-                if out_of_memory(error) and not request.retried:
-                    request.again()
-                    with self._change:
-                        if request not in self._line:
-                            self._line.appendleft(request)
-                elif out_of_memory(error):
-                    request.fail(DllmError(f"out of memory on {self.model.device}: give the engine fewer max_rows"))
-                else:
-                    request.fail(error)
-            if out_of_memory(error):
-                self._rows = max(1, self._rows // 2)
-                if self.prefixes is not None:
-                    self.prefixes.clear()
-                forget(self.model)
+            self._failed(seats.requests, error)
             return
         with self._change:
             seats.requests = [r for r in seats.requests if not r.done]
         if not seats.group.busy:
             self._drop(key)
+
+    def _failed(self, requests: Sequence[Request[object]], error: Exception) -> None:
+        """An error ends these requests. Where memory ran out they begin anew among half as many rows, unless it ran out
+        for one row by itself."""
+        short = out_of_memory(error)
+        if short and self._running <= 1:
+            error = DllmError(
+                f"out of memory on {self.model.device} with one row by itself: shorten its canvas, or give the engine "
+                "fewer kv_bytes"
+            )
+        for request in reversed(requests):  # the first to the front of the line
+            if short and self._running > 1:
+                request.again()
+                with self._change:
+                    if request not in self._line:
+                        self._line.appendleft(request)
+            else:
+                request.fail(error)
+        if short:
+            self._rows.short(self._running)
+            if self.prefixes is not None:
+                self.prefixes.clear()
+            forget(self.model)
 
     def _drop(self, key: Hashable, error: Exception | None = None) -> None:
         """Let a group go, with all that it holds."""

@@ -21,8 +21,9 @@ from dllm.models.transformer import Known, Said
 WASTE, HOST_WASTE = 0.25, 0.1
 
 
-def together(plans: Sequence[Plan]) -> list[list[int]]:
-    """Which plans are one forward, by their places. A plan in no list has a forward of its own."""
+def together(plans: Sequence[Plan], most: int) -> list[list[int]]:
+    """Which plans are one forward of at most so many positions, by their places. A plan in no list has a forward of its
+    own."""
     sizes = [plan.pos.numel() for plan in plans]
     waste = HOST_WASTE if plans and plans[0].pos.device.type == "cpu" else WASTE
     free = [i for i, plan in enumerate(plans) if not plan.stored and plan.rows is None]
@@ -30,7 +31,7 @@ def together(plans: Sequence[Plan]) -> list[list[int]]:
     for i in sorted(free, key=lambda i: plans[i].pos.shape[1], reverse=True):
         run = [*runs[-1], i] if runs else [i]
         rows, width = sum(len(plans[j].pos) for j in run), plans[run[0]].pos.shape[1]
-        if runs and rows * width <= (1 + waste) * sum(sizes[j] for j in run):
+        if runs and rows * width <= min(most, (1 + waste) * sum(sizes[j] for j in run)):
             runs[-1] = run
         else:
             runs.append([i])
