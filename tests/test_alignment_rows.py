@@ -12,6 +12,7 @@ import dllm
 from dllm.models.native import NativeModel
 from dllm.models.transformer import Transformer
 from dllm.training.alignment.continuation import Continuation
+from dllm.training.alignment.diffusion import Diffusion
 from dllm.training.alignment.loop import drawn
 from dllm.training.alignment.objective import Learner
 from dllm.training.data import Pair
@@ -74,3 +75,21 @@ def test_a_masked_token_is_read_where_it_would_be_drafted():
     drafted = learner.model.forward(ids[None])[0, int(first) - 1]
     hidden = learner.model.transformer(rows.ids, rows.pos, visible=rows.visible)[rows.row, rows.source]
     torch.testing.assert_close(hidden[0], drafted)
+
+
+@pytest.mark.parametrize("block_size", [4, None])
+def test_blocks_and_their_complements_mask_every_token_of_an_answer_once(block_size):
+    learner = learner_of(block_size, 1, pack=1000)
+    texts = Diffusion(complementary=True).texts(DATA, learner, drawn(0, 0, 0))
+    assert all(text.masked.any() for text in texts)
+    size, end = block_size or learner.block, learner.model.eos_ids[0]
+    for pair in DATA:
+        ids = [*pair.prompt, *pair.answer]
+        ids += [end] * (-len(ids) % size)
+        times = torch.zeros(len(ids))
+        for text in texts:
+            if text.ids == ids[: len(text.ids)]:
+                times[: len(text.ids)] += text.masked
+        assert times.tolist() == [0.0] * len(pair.prompt) + [1.0] * (len(ids) - len(pair.prompt))
+    half = Diffusion().texts(DATA, learner, drawn(0, 0, 0))
+    assert len(half) < len(texts) and all(any(torch.equal(t.masked, h.masked) for t in texts) for h in half)

@@ -10,6 +10,7 @@ import torch
 from dllm.training.alignment.objective import Draw, Learner, Objective
 from dllm.training.alignment.rows import Masked
 from dllm.training.data import Pair
+from dllm.spec import param
 from dllm.training.diffusion import noise_levels
 
 
@@ -20,6 +21,10 @@ class Diffusion(Objective):
     The answer is filled up with its end token to the end of a block, as a decoder meets it. A learner that attends in
     blocks reads the blocks before each clean; for one that attends to everything the answer is one block.
     """
+
+    complementary: bool = param(
+        False, "each block a second time, with what was kept masked: every token is learned (arXiv 2509.26328)"
+    )
 
     def texts(self, data: Sequence[Pair], learner: Learner, draw: Draw) -> list[Masked]:
         """As `Objective`."""
@@ -35,4 +40,7 @@ class Diffusion(Objective):
                 u[: max(first, start)] = 2.0
                 masked = (u < t) | (u == u.min())  # at least one
                 texts.append(Masked(ids[:stop], masked, torch.ones(stop)))
+                kept = ~masked & (u < 2.0)
+                if self.complementary and bool(kept.any()):
+                    texts.append(Masked(ids[:stop], kept, torch.ones(stop)))
         return texts
