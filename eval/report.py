@@ -309,7 +309,7 @@ def _against_first(results: Results, task: str, rows: Sequence[Sample]) -> str:
     return f"Against {order[0]}, document by document:\n\n" + compact(["setting", *PAIR], lines)
 
 
-PAIR = ("Δ accuracy, points", "only first right", "only this right", "McNemar p", "TPF ratio", "NFE ratio")
+PAIR = ("same text", "Δ accuracy, points", "only first right", "only this right", "McNemar p", "TPF ratio", "NFE ratio")
 
 
 def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, seed: int) -> list[str]:
@@ -325,6 +325,7 @@ def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, se
     first, second = [x for x, _ in fine], [y for _, y in fine]
     speed = metrics.paired_ratio(first, second, "tokens", "nfe", confidence, seed)
     nfe = sum(r["nfe"] for r in second) / max(1, sum(r["nfe"] for r in first))
+    same = sum(x["text"] == y["text"] for x, y in fine)
     graded = [
         f"{100 * difference[0]:+.1f} ({100 * difference[1]:+.1f} … {100 * difference[2]:+.1f})",
         str(test["only_a"]),
@@ -332,6 +333,7 @@ def pair(a: Mapping[str, Sample], b: Mapping[str, Sample], confidence: float, se
         f"{test['p']:.3f}",
     ]
     return [
+        f"{same}/{len(fine)}",
         *(graded if any(row["correct"] is not None for row in (*a.values(), *b.values())) else ["–"] * len(graded)),
         "–" if math.isnan(speed[0]) else f"{number(speed[0])}× ({number(speed[1])} … {number(speed[2])})",
         f"{number(nfe)}×",

@@ -67,8 +67,8 @@ def test_report_puts_published_figures_beside_ours(tmp_path):
     assert "| sudoku | credit | tpf | 5.00 | 4.00 | -1.00 |" in text
     assert "| sudoku | credit | tokens_per_second | 10.00 | 20.00 | +10.00 |" in text
     assert "- the weather" in text
-    assert "| threshold | +0.0 (+0.0 … +0.0) | 0 | 0 | 1.000 | 2.00× (2.00 … 2.00) | 0.50× |" in text
-    assert "| credit | -50.0" in text and "| 4 | 0 | 0.125 | 4.00× " in text
+    assert "| threshold | 8/8 | +0.0 (+0.0 … +0.0) | 0 | 0 | 1.000 | 2.00× (2.00 … 2.00) | 0.50× |" in text
+    assert "| credit | 8/8 | -50.0" in text and "| 4 | 0 | 0.125 | 4.00× " in text
     assert results.cell("sudoku", "threshold")["tpf"] == 2.0
     assert "## Overview" not in text  # of one task
     # all begin at the slowest, confidence; credit loses more than 5 points, so it has no area
@@ -122,7 +122,8 @@ def test_compare(tmp_path):
     text = compare(tmp_path / "a", tmp_path / "b")
     assert "| seed | 0 | 4 |" in text and "| weights.tiny | abc | xyz |" in text
     line = next(line for line in text.splitlines() if line.startswith("| threshold"))
-    assert "| 8 | 75.0 | 37.5 | -37.5" in line and "| 3 | 0 | 0.250 | 1.00×" in line
+    assert "| 8 | 75.0 | 37.5 |" in line and "| 3 | 0 | 0.250 | 1.00×" in line
+    assert "| 37.5 | 8/8 | -37.5" in line  # the texts are the same, the verdicts are not
     shell = CliRunner().invoke(app, ["eval", "compare", str(tmp_path / "a"), str(tmp_path / "b")])
     assert shell.exit_code == 0 and "| seed | 0 | 4 |" in shell.stdout
     other = [{**r, "target": "?"} for r in ALL]
@@ -136,7 +137,7 @@ def test_compare(tmp_path):
 def test_single_settings_are_compared_whatever_their_names(tmp_path):
     folder_of(tmp_path / "a", rows("confidence", [1, 0], 4, 4), matrix={"sampler": ["confidence"]})
     folder_of(tmp_path / "b", rows("threshold", [1, 1], 4, 2), matrix={"sampler": ["threshold"]})
-    assert "| confidence → threshold | 2 | 50.0 | 100.0 | +50.0" in compare(tmp_path / "a", tmp_path / "b")
+    assert "| confidence → threshold | 2 | 50.0 | 100.0 | 2/2 | +50.0" in compare(tmp_path / "a", tmp_path / "b")
 
 
 def test_plots_are_drawn(tmp_path):
