@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dllm.spec import param
 from dllm.training.alignment.objective import Draw, Learner, Objective
 from dllm.training.alignment.rows import Masked
 from dllm.training.data import Pair
-from dllm.spec import param
 from dllm.training.diffusion import noise_levels
 
 
