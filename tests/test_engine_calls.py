@@ -457,6 +457,19 @@ def test_rows_are_halved_once_where_several_groups_fail_in_a_tick() -> None:
     assert all(r.error is None for r in requests)
 
 
+def test_who_began_anew_waits_while_more_rows_run_than_fit() -> None:
+    net = short(positions=200)
+    engine = ByHand(net, max_rows=8)
+    calls = [([i], CALL) for i in range(6)] + [([i], {**CALL, "max_new_tokens": 120}) for i in range(2)]
+    requests = [engine.submit(p, **a) for p, a in calls]
+    engine.turns(2)
+    assert engine.load[:3] == (6, 2, 1) and engine.load.lanes == 4
+    engine.finish()
+    assert net.times == 9997  # the two rows together, and so again
+    for (prompt, arguments), request in zip(calls, requests, strict=True):
+        assert request.result().tokens == dllm.generate(net, prompt, **arguments).tokens
+
+
 def test_a_row_that_does_not_fit_by_itself_ends_its_request() -> None:
     """And nobody else's, however often it made them begin anew."""
     net = short(positions=60)

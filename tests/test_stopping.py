@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from scripted import Scripted, peaks
 from tokenizers import Tokenizer, decoders, models
 
 import dllm
 from dllm.decoding.stopping import Stops
 from dllm.errors import DllmError
+from dllm.models.tokenizer import NEAR, Detokenizer
 
 PROBLEM = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
 
@@ -104,6 +108,53 @@ def test_settled_text_only_grows_into_the_answer(tokenizer: Any, vocabulary: Any
         for i in range(9):  # what is asked while decoding, from the end of the text, agrees
             if not rules.ended(ids[:i]):
                 assert rules.ended(ids[: i + 1], seen=i) == rules.cut(ids[: i + 1]).stopped
+
+
+RUNS = [1 + b for b in "é€😀h".encode()] + [257, 257]
+BYTE = [f"<0x{b:02X}>" for b in "é€ ".encode()]
+SPACED = words(
+    "?", "▁", "▁a", "b", "▁b", ".", "<s>", *BYTE, special=("<s>",),
+    decoder=decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocabulary"),
+    [(SIGNS, range(9)), (BYTES, RUNS), (PIECES, range(1, 8)), (SPACED, range(13)), ("tiny", range(280))],
+    ids=["plain", "byte runs", "words joined", "spaces", "characters of several ids"],
+)
+@pytest.mark.parametrize("special", [False, True])
+@settings(max_examples=15, deadline=None, phases=[Phase.generate])
+@given(seed=st.integers(0, 999), cut=st.sampled_from([1, 3, 40, 99]))
+def test_text_of_pieces_is_that_of_all_ids(tokenizer: Any, vocabulary: Any, special: bool, seed: int, cut: int) -> None:
+    """However they are cut; and an id is decoded a bounded number of times."""
+    tokenizer = dllm.load("tiny").tokenizer if tokenizer == "tiny" else tokenizer
+    drawn = random.Random(seed)
+    ids = [drawn.choice(vocabulary) for _ in range(400)]
+    counted = Counted(tokenizer)
+    text = Detokenizer(counted, special)
+    for i in range(0, len(ids), cut):
+        assert text.feed(ids[i : i + cut]) == tokenizer.decode(ids[: i + cut], skip_special_tokens=not special)
+    assert counted.most <= 5 * NEAR + 2 * cut
+
+
+def test_a_byte_that_is_none_breaks_its_whole_run_in_pieces_too() -> None:
+    text, ids = Detokenizer(BYTES), [1 + b for b in "é".encode()] * 60
+    assert text.feed(ids) == "é" * 60
+    assert text.feed([256, 257]) == BYTES.decode([*ids, 256, 257]) == "\ufffd" * 121 + "hi"
+
+
+class Counted:
+    """A tokenizer that notes the longest text it was asked for."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.convert_ids_to_tokens, self.tokenizer, self.most = tokenizer.convert_ids_to_tokens, tokenizer, 0
+
+    def decode(self, ids: list[int], **how: Any) -> Any:
+        self.most = max(self.most, len(ids))
+        return self.tokenizer.decode(ids, **how)
 
 
 CALLS = [

@@ -523,7 +523,8 @@ class Engine:
         """Rows that get a lane now, in the order of the line; who does not fit is passed by others a few times."""
         taken = list[tuple[Request[object], list[int]]]()
         with self._change:
-            free, blocked = self._rows.now - sum(s.rows for s in self._seats.values()), list[Request[object]]()
+            blocked = list[Request[object]]()
+            free = max(0, self._rows.now - sum(s.rows for s in self._seats.values()))  # more may run than fit by now
             lanes = {key: seats.room for key, seats in self._seats.items()}
             kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
             taking = sum(s.row_positions * s.rows for s in self._seats.values())

@@ -18,7 +18,7 @@ from torch import Tensor
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.slots import Closed, View
 from dllm.errors import DllmError
-from dllm.models.tokenizer import Tokenizer
+from dllm.models.tokenizer import Tokenizer, is_byte
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character, perhaps not yet
 
@@ -139,7 +139,7 @@ class Stops:
         if self.tokenizer is None:
             return 0
         names = map(self.tokenizer.convert_ids_to_tokens, reversed(ids[-64:]))
-        return sum(1 for _ in itertools.takewhile(_is_byte, names))
+        return sum(1 for _ in itertools.takewhile(is_byte, names))
 
 
 def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -165,10 +165,6 @@ def valid_text(text: str) -> str:
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of the text that a stop string may begin with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _is_byte(name: object) -> bool:
-    return isinstance(name, str) and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
 
 
 def _joins_words(tokenizer: Tokenizer) -> bool:

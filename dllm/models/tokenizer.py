@@ -1,9 +1,11 @@
-"""Tokenizers: what is asked of one, and those of checkpoint folders. They are read from data files alone."""
+"""Tokenizers: what is asked of one, those of checkpoint folders, which are read from data files alone, and the text of
+ids that come piece by piece."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ CLASSES = {  # the files that each class of transformers reads; the first that a
     "BertTokenizer": ("vocab.txt",),
 }
 Message = Mapping[str, str]  # "role" and "content"
+NEAR = 16  # ids before an id, and behind it, that may change its text: spaces, characters of several ids, clean-ups
 
 
 class Tokenizer(Protocol):
@@ -79,3 +82,43 @@ def by_template(tokenizer: Tokenizer, messages: Sequence[Message], *, tokenize: 
         return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=tokenize, return_dict=False, **how)
     except Exception as error:  # a template can raise whatever it likes
         raise DllmError(f"the tokenizer's chat template cannot write this: {first_line(error)}") from error
+
+
+@dataclass
+class Detokenizer:
+    """The text of ids that come piece by piece. It is that of `decode` for all of them, and only the last ones are
+    decoded again."""
+
+    tokenizer: Tokenizer
+    special: bool = False  # whether special tokens show
+    ids: list[int] = field(default_factory=list)  # the last ones
+    settled: str = ""  # text of the others, and of some of these
+    known: int = 0  # characters of the last ones' text that are settled
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text, with these ids behind the others."""
+        self.ids += ids
+        text = self._decode(self.ids)
+        whole = self.settled + text[self.known :]
+        if len(self.ids) >= 4 * NEAR:
+            self._settle(text)
+        return whole
+
+    def _settle(self, text: str) -> None:
+        """Let ids go, if the text shows that those behind them are written alike without them."""
+        cut = len(self.ids) - NEAR
+        front, rest = self.ids[:cut], self.ids[cut - NEAR :]
+        names = self.tokenizer.convert_ids_to_tokens(rest[NEAR:])
+        head, near, end = self._decode(front), self._decode(rest[:NEAR]), self._decode(rest)
+        apart = near and text == head + end[len(near) :] and end.startswith(near)
+        if apart and not all(map(is_byte, names)):
+            self.settled += head[self.known :]
+            self.ids, self.known = rest, len(near)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not self.special))
+
+
+def is_byte(name: object) -> bool:
+    """Whether this token is a byte of SentencePiece: a run of them is decoded as a whole."""
+    return isinstance(name, str) and len(name) == 6 and name.startswith("<0x") and name.endswith(">")

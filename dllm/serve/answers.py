@@ -13,7 +13,7 @@ from typing import TypeAlias
 from dllm.call.output import Event, Output
 from dllm.decoding.logprobs import TokenLogprob
 from dllm.decoding.stopping import UNFINISHED
-from dllm.models.tokenizer import Tokenizer
+from dllm.models.tokenizer import Detokenizer, Tokenizer
 from dllm.serve.backend import Backend, Pending
 from dllm.serve.requests import Asked
 from dllm.serve.tools import Message, Piece, Splitter, hidden
@@ -35,7 +35,7 @@ class Choice:
     echo: str = ""
     splitter: Splitter | None = None
     message: Message = field(default_factory=Message)
-    ids: list[int] = field(default_factory=list)
+    count: int = 0  # of its tokens
     waiting: list[tuple[int, TokenLogprob | None]] = field(default_factory=list)  # tokens whose text is held back
     before: Sequence[int] = ()  # the prompt's ids in front of a hole
     heard: int = 0  # characters of the engine's text
@@ -43,17 +43,25 @@ class Choice:
     offset: int = 0  # where the next token's text begins, where log-probabilities are asked for
     output: Output | None = None
     times: list[tuple[float, int]] = field(default_factory=list)  # seconds, and tokens that were final then
+    shown: Detokenizer | None = field(init=False, default=None)  # where its text is not the engine's: that of its ids
+    plain: Detokenizer | None = field(init=False, default=None)  # and the engine's
+    ends: frozenset[int] = field(init=False, default=frozenset())  # tokens that are never shown
 
     def __post_init__(self) -> None:
-        self.offset = len(self.echo)
+        self.offset, holes = len(self.echo), self.asked.holes
+        if self.tokenizer is not None and (holes or (self.splitter is not None and hidden(self.tokenizer))):
+            self.shown, self.plain = Detokenizer(self.tokenizer, special=not holes), Detokenizer(self.tokenizer)
+            self.plain.feed(self.before)
+            ends = [getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")]  # foreign
+            self.ends = frozenset() if holes else frozenset(ends)
 
     def feed(self, event: Event, seconds: float) -> tuple[list[Json | str], Said]:
         """What an event adds, deltas of a chat's message or text, and its tokens."""
         self.waiting += zip(event.tokens, event.logprobs or [None] * len(event.tokens), strict=True)
-        self.ids += event.tokens
+        self.count += len(event.tokens)
         self.output = event.output or self.output
         if event.text:
-            self.times.append((seconds, len(self.ids)))
+            self.times.append((seconds, self.count))
         new, end = self._new(self._text(event), event.output is not None), event.output is not None
         if not new and not end:
             return [], []
@@ -72,13 +80,10 @@ class Choice:
         prompt around a hole, markers that are special tokens. What the engine's lacks of a last token, which a stop
         string begins in or bytes leave unfinished, it lacks as well."""
         self.heard += len(event.text)
-        if self.tokenizer is None or not (self.asked.holes or (self.splitter is not None and hidden(self.tokenizer))):
+        if self.shown is None or self.plain is None:
             return event.text
-        ends = {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")}  # foreign
-        shown = self.ids if self.asked.holes else [i for i in self.ids if i not in ends]
-        text = str(self.tokenizer.decode(shown, skip_special_tokens=self.asked.holes))
-        plain = str(self.tokenizer.decode([*self.before, *self.ids], skip_special_tokens=True))
-        firm = text[: max(0, len(text) - max(0, len(plain) - self.heard))]
+        text = self.shown.feed(token for token in event.tokens if token not in self.ends)
+        firm = text[: max(0, len(text) - max(0, len(self.plain.feed(event.tokens)) - self.heard))]
         new, self.sent = firm[self.sent :], max(self.sent, len(firm))
         return new
 
