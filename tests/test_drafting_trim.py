@@ -8,17 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from drafting_kit import golden, plain, tiny_verifier
 from golden_cases import GOLDEN
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dllm
 from dllm.bench import bounds
 from dllm.bench.bounds import again, far, only_dllm, trims
 from dllm.cli import main
+from dllm.drafting.accept import odds
 from dllm.drafting.config import SpecConfig
 from dllm.drafting.diffusion import DiffusionDrafter, SamplerDrafter
 from dllm.drafting.drafters import Ask, Need, asked
+from dllm.drafting.hidden import drafter as drafter_of_states
 from dllm.drafting.reading import Readings
 from dllm.drafting.registry import as_drafter, as_verifier
 from dllm.drafting.trim import as_keep, coverage, kept, ranked, sizes
@@ -135,6 +139,111 @@ def test_a_trimmed_head_over_states_drafts_only_what_is_kept():
         assert out.sequences == text[: len(out.sequences)]
         assert drafted and all(t % 2 == 0 or t == -1 for t in drafted)
         assert head.context.end == 0  # the fork of the text had its own
+
+
+# -- heads of two factors
+
+
+DEEP = GOLDEN / "checkpoints" / "tiny-qwen3-ar-deep-random"
+
+
+def slim(folder, name, rank, known=None):
+    """A public head with an output head of two factors, of all ids or of those `known`; and their product."""
+    source = GOLDEN / "checkpoints" / f"tiny-{name}-qwen3-ar-deep"
+    raw, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    hidden, vocab = raw["hidden_size"], raw["vocab_size"]
+    ids, g = torch.arange(vocab) if known is None else torch.tensor(known), torch.Generator().manual_seed(rank)
+    up, down = torch.randn(len(ids), rank, generator=g), torch.randn(rank, hidden, generator=g) * 0.2
+    raw["dflash_config"]["head_rank"] = rank
+    if known is not None:
+        raw["dflash_config"]["draft_vocab_size"] = len(ids)
+        marks = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
+        tensors |= {"d2t": ids - torch.arange(len(ids)), "t2d": marks}
+        tensors["markov_head.markov_w2.weight"] = tensors["markov_head.markov_w2.weight"][ids]
+    save_file({**tensors, "lm_head.weight": up, "lm_head_down.weight": down}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw))
+    whole = torch.zeros(vocab, hidden, dtype=torch.float64).index_copy(0, ids, up.double() @ down.double())
+    return as_drafter(str(folder)), whole
+
+
+def deep(weight=None):
+    """The verifier of the public heads in float64, with another head if one is given."""
+    network = AutoModelForCausalLM.from_pretrained(DEEP, dtype=torch.float64).eval()
+    if weight is not None:
+        network.lm_head.weight = torch.nn.Parameter(weight)
+    return as_verifier(network)
+
+
+def first_draft(head, verifier, k=3, **need):
+    """Behind a text whose states are some numbers."""
+    d, g = head.fork(), torch.Generator().manual_seed(1)
+    d.reset(P, Need(verifier.vocab, frozenset({8}), model=verifier.model, **need))
+    d.take(torch.randn(len(P) - 1, len(d.taps), 48, generator=g, dtype=torch.float64), 0)
+    return d.draft(P, k, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["dflash-trained", "dflash2-scaled", "dspark-dflashconfig", "domino"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_slim_head_drafts_as_rows_that_are_its_product(name, sampled, tmp_path):
+    few, weight = slim(tmp_path, name, 6)
+    whole = as_drafter(str(GOLDEN / "checkpoints" / f"tiny-{name}-qwen3-ar-deep"))
+    for trim in (None, tuple(KEPT)):
+        expected = first_draft(whole, deep(weight), sampled=sampled, trim=trim)
+        found = first_draft(few, deep(), sampled=sampled, trim=trim)
+        assert type(found) is type(expected)
+        if hasattr(found, "logp"):  # a lattice
+            assert torch.equal(found.tokens, expected.tokens)
+            torch.testing.assert_close(found.logp, expected.logp, rtol=0, atol=1e-9)
+        else:
+            assert found.tokens == expected.tokens
+            if sampled:
+                laws = (draft.rows.laws(255) for draft in (found, expected))
+                torch.testing.assert_close(*laws, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("trim", [None, (3, 9, 40, 77)])
+@torch.inference_mode()
+def test_the_law_of_a_text_stays_the_verifiers_to_the_last_bit_with_a_slim_head(trim, tmp_path, monkeypatch):
+    """Every draft of two tokens by two factors of a few ids, brought about by its uniforms, and all that may stay."""
+    known = [3, 8, 9, 40, 51, 77]
+    (head, _), verifier = slim(tmp_path, "dspark-dflashconfig", 4, known), deep()
+    ids = [i for i in known if trim is None or i in trim or i == 8]  # an end is always kept
+    texts = torch.arange(verifier.vocab)[:, None]
+    prompt = torch.tensor(P).expand(len(texts), -1)
+    logits = verifier.model(torch.cat([prompt, texts], 1)).logits[:, len(P) - 1 :]
+    first, second = torch.softmax(logits[0, 0], -1), torch.softmax(logits[:, 1], -1)  # (V,), (V, V)
+
+    def drafted(*u):
+        uniforms = torch.tensor([u], dtype=torch.float64)
+        monkeypatch.setattr(drafter_of_states, "uniforms", lambda *_: uniforms)
+        draft = first_draft(head, verifier, 2, sampled=True, trim=trim)
+        return draft.tokens, F.pad(draft.rows.laws(verifier.vocab), (0, 0, 0, 1))
+
+    def middle(row, token):
+        return float(row[:token].sum() + row[token] / 2)
+
+    law, total = torch.zeros_like(second), 0.0
+    for a in ids:
+        u = middle(drafted(0.5, 0.5)[1][0], a)
+        row = drafted(u, 0.5)[1][1]
+        for b in ids:
+            tokens, q = drafted(u, middle(row, b))
+            assert [*tokens] == [a, b] and float(q[0, a] * q[1, b]) > 0
+            chance = float(q[0, a] * q[1, b])
+            p = torch.stack([first, second[a], second[b]])  # the last is of no matter here
+            stays, rest = odds(p, q, torch.tensor([a, b]))
+            neither, one, both = float((1 - stays).prod()), float(stays[0] * (1 - stays[1])), float(stays[1])
+            law += chance * neither * rest[0][:, None] * second
+            law[a] += chance * one * rest[1]
+            law[a, b] += chance * both
+            total += chance
+    assert total == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(law, first[:, None] * second, rtol=0, atol=1e-14)
+
+
+def test_a_slim_head_is_narrower_than_its_states(tmp_path):
+    with pytest.raises(DllmError, match=r"head_rank is hosted for heads .* below their hidden_size"):
+        slim(tmp_path, "domino", 48)
 
 
 def test_a_kept_id_is_an_id_and_ends_are_always_kept(tmp_path):

@@ -22,7 +22,7 @@ WITH_MODEL = ("generate", "lookahead", "constraints", "reads", *LONG)
 OPTIONS = {  # those that only some benches have
     "drafter": ("drafting", "retrieval", "pairs", "paths", "siblings", "drafting-vocabularies"),
     "pair_head": ("pairs", "paths"),
-    "steps": ("objectives",),
+    "steps": ("objectives", "drafting-heads"),
     "small": ("gpu", "tail"),
     "against": ("gpu",),
     "task": LONG,
@@ -64,7 +64,9 @@ def bench(
         str, typer.Option(help="drafting, retrieval, pairs, paths, siblings: tiny, or the folder of an aligned one.")
     ] = "tiny",
     pair_head: Annotated[str, typer.Option(help="pairs, paths: the folder of a pair head for it.")] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="objectives: of training, each; 300.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="objectives, drafting-heads: of training, each; 300.")
+    ] = None,
     small: Annotated[
         bool, typer.Option("--small", help="gpu, tail: tiny shapes, decoded in seconds; no figure is judged.")
     ] = False,
@@ -97,6 +99,7 @@ def bench(
         constraints,
         drafting,
         gpu,
+        heads,
         lookahead,
         objectives,
         pairs,
@@ -140,6 +143,7 @@ def bench(
         "paths": lambda: paths.run(drafter, pair_head, n=n or 300),
         "siblings": lambda: siblings.run(n or 20, drafter=drafter),
         "drafting-context": lambda: bounds.run_context(repeats, n=n or 40),
+        "drafting-heads": lambda: heads.run(repeats, n=n or 100, steps=steps or 300),
         "drafting-vocabularies": lambda: vocabularies.run(n or 100, drafter=drafter),
         "drafting-smollm": lambda: drafting.run_smollm(only, repeats),
         "objectives": lambda: objectives.run(only, n=n or 300, steps=steps or 300),

@@ -281,6 +281,7 @@ class HeadRecipe(Answers):
     block: int = param(4, "slots of a draft", low=2)
     rank: int = param(64, "of the Markov head", low=1)
     vocabulary: int = param(8192, "most frequent ids, which are drafted", low=1)
+    head_rank: int = param(0, "of an output head of its own in two factors (SlimSpec); 0: the verifier's rows", low=0)
     decay: float = param(0.8, "weight of a slot over that of the one before it", above=0, high=1)
     held_out: float = param(0.03, "share of the answers that measure tau", low=0, high=0.5)
     anchors: int = param(32, "blocks of a text in a step, at most", low=1)

@@ -70,7 +70,8 @@ class HeadConfig:
     mask: int | str  # the mask token's id, or what it is called in the verifier's vocabulary
     slots: tuple[int, int]  # first slot that proposes, and the one behind the last
     own: int | None = None  # ids of a head of its own, beside an embedding of its own; None: both are the verifier's
-    rows: int | None = None  # of the verifier's head: as many of its ids as are ever drafted; None: all
+    rows: int | None = None  # of the verifier's ids as many as are ever drafted; None: all
+    slim: int | None = None  # width inside of a head of its own, of two factors (SlimSpec); None: the verifier's rows
     fused: bool = False  # each layer mixes the taps by itself and has projections for the text
     convolution: tuple[int, int] | None = None  # kernel, channels of a group
     order: Order | None = None
@@ -83,6 +84,11 @@ class HeadConfig:
         """How much of the text is ever seen; None: all of it."""
         far = [sight.reach for sight in self.layers]
         return None if None in far else max(n for n in far if n is not None)
+
+    @property
+    def columns(self) -> int | None:
+        """Logits of a head of its own; None: the verifier's head gives them."""
+        return self.own if self.slim is None else self.rows or self.vocab
 
     @property
     def conditions(self) -> bool:
@@ -232,10 +238,13 @@ def _dflash(raw: Raw) -> HeadConfig:
     rows = None if told.get("draft_vocab_size") is None else _number(told, "draft_vocab_size")
     if rows is not None and (architecture == OWN_VOCABULARY or (order is not None and order.kind not in MARKOV)):
         raise DllmError("draft_vocab_size is hosted for heads that have no head of their own, with DSpark's orders")
+    slim = None if told.get("head_rank") is None else _number(told, "head_rank")
+    if slim is not None and (architecture == OWN_VOCABULARY or slim >= sizes["hidden_size"]):
+        raise DllmError("head_rank is hosted for heads without a vocabulary of their own, and below their hidden_size")
     return HeadConfig(
         form, layers=sights, taps=_taps(told.get("target_layer_ids"), len(sights), depth), depth=depth, block=block,
         mask=mask, slots=(0 if shifted else 1, end), own=sizes["vocab"] if architecture == OWN_VOCABULARY else None,
-        rows=rows, fused=fused, convolution=convolution, order=order,
+        rows=rows, slim=slim, fused=fused, convolution=convolution, order=order,
         scale=float(told.get("input_embedding_scale") or 1.0), multiplier=float(told.get("output_multiplier") or 1.0),
         cap=float(told.get("final_logit_softcapping") or 0.0),
         **sizes,

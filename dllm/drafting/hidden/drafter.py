@@ -186,7 +186,7 @@ class HiddenDrafter(Ragged):
         few = None if need.trim is None else kept(need.trim, need.vocab, need.eos)
         if known is not None and self.head.config.rows is not None:  # of the verifier's ids those that it learned
             own = frozenset[int](known.tolist())
-            known, few = None, own if few is None else own & few
+            known, few = None if self.head.lm_head is None else known, own if few is None else own & few
         self.vocabulary = Vocabulary("ids" if known is None else "strings", need.vocab, known)
         self.trimmed = None if few is None else self._trimmed(few)
         whole = None if order is None else order.right
@@ -306,6 +306,7 @@ class HiddenDrafter(Ragged):
     def logits(self, hidden: Tensor) -> Tensor:
         """(k, H) -> (k, n) of the ids that drafts are made of, see `Vocabulary.chosen`; scaled and capped."""
         c, cut = self.head.config, self.trimmed
+        hidden = hidden if self.head.lm_head_down is None else self.head.lm_head_down(hidden)
         if cut is not None and cut.weight is not None:
             logits = linear(hidden, cut.weight, cut.bias)
         else:
@@ -405,7 +406,7 @@ def check(c: HeadConfig, model: CausalLM, vocab: int) -> None:
         why = f"layers {', '.join(map(str, c.taps))}, the verifier's may lie in -1 to {depth - 2}"
     elif c.vocab is not None and c.vocab != vocab:
         why = f"a vocabulary of {c.vocab}, the verifier has {vocab}"
-    elif c.own is None and model.get_output_embeddings() is None:
+    elif c.columns is None and model.get_output_embeddings() is None:
         why = "the verifier's head, which it does not show"
     if why:
         raise DllmError(f"this {c.form} head is for another verifier: it reads {why}")

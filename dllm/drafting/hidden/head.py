@@ -38,7 +38,7 @@ class Head(nn.Module):
         self.config = config
         self.backbone = Backbone(config, rotary)
         vocab, hidden = config.vocab or 0, config.hidden_size
-        if (config.order is not None or config.own is not None or config.rows is not None) and not vocab:
+        if not vocab and any(x is not None for x in (config.order, config.own, config.rows, config.slim)):
             raise DllmError("config.json of a drafter with tables over the vocabulary needs vocab_size")
         self.order = order_head(config, vocab)
         self.confidence: nn.Linear | None = None
@@ -46,8 +46,10 @@ class Head(nn.Module):
             token = config.order.rank if config.order.confidence == "hidden+token" else 0
             self.confidence = nn.Linear(hidden + token, 1)
         self.embed_tokens = nn.Embedding(vocab, hidden) if config.own is not None else None
-        self.lm_head = nn.Linear(hidden, config.own, False) if config.own is not None else None
-        self.to_verifier: Tensor | None = None  # (own,) the verifier's ids of a reduced vocabulary, on the host
+        self.lm_head_down = nn.Linear(hidden, config.slim, False) if config.slim is not None else None
+        width, columns = config.slim or hidden, config.columns
+        self.lm_head = nn.Linear(width, columns, False) if columns is not None else None
+        self.to_verifier: Tensor | None = None  # (n,) the verifier's ids of a reduced vocabulary, on the host
         self.elsewhere: dict[tuple[torch.device, torch.dtype], Head] = {}
 
     def at(self, device: torch.device, dtype: torch.dtype) -> Head:
