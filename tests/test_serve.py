@@ -222,19 +222,25 @@ TOOLS = [
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "buy"}}], ids=["any", "one"])
 def test_a_required_tool_is_called_with_arguments_of_its_schema(site, choice):
     got = site.client.chat.completions.create(
-        model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice=choice, max_tokens=48, seed=0
-    )
+        model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice=choice, max_tokens=48, seed=0,
+        extra_body={"block_length": 8},
+    )  # fmt: skip
     (call,) = got.choices[0].message.tool_calls
     assert got.choices[0].finish_reason == "tool_calls" and got.choices[0].message.content is None
     schema = SCHEMA if call.function.name == "buy" else {"type": "object"}
     jsonschema.validate(json.loads(call.function.arguments), schema)
     assert choice == "required" or call.function.name == "buy"
     parts = site.client.chat.completions.create(
-        model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice=choice, max_tokens=48, seed=0, stream=True
-    )
-    deltas = [d for c in parts for d in c.choices[0].delta.tool_calls or []]
-    assert deltas[0].id and deltas[0].function.name == call.function.name
-    assert "".join(d.function.arguments for d in deltas) == call.function.arguments
+        model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice=choice, max_tokens=48, seed=0, stream=True,
+        extra_body={"block_length": 8},
+    )  # fmt: skip
+    deltas = [(d, chunk.dllm["step"]) for chunk in parts for d in chunk.choices[0].delta.tool_calls or []]
+    first, more = deltas[0][0], deltas[1:]
+    assert first.id and first.function.name == call.function.name and first.function.arguments == ""
+    assert all((d.index, d.id, d.function.name) == (0, None, None) for d, _ in more)
+    assert "".join(d.function.arguments for d, _ in more) == call.function.arguments
+    if call.function.name == "buy":  # they come while later ones are decoded
+        assert more[0][1] < more[-1][1]
     again = [*MESSAGES, got.choices[0].message.model_dump(exclude_none=True)]
     again.append({"role": "tool", "tool_call_id": call.id, "content": "19"})
     assert site.client.chat.completions.create(model="tiny", messages=again, max_tokens=8).choices
@@ -274,8 +280,8 @@ CALL = '<tool_call>\n{"name": "buy", "arguments": {"n": 7}}\n</tool_call>'
     ("text", "kinds"),
     [
         ("plain < text", {"content": "plain < text"}),
-        (f"Yes.{CALL}", {"content": "Yes.", "call": '{"n": 7}'}),
-        (f"{CALL}{CALL}", {"call": '{"n": 7}{"n": 7}'}),
+        (f"Yes.{CALL}", {"content": "Yes.", "call": "buy", "arguments": '{"n": 7}'}),
+        (f"{CALL}{CALL}", {"call": "buybuy", "arguments": '{"n": 7}{"n": 7}'}),
         ("<tool_call>no JSON</tool_call>.", {"content": "<tool_call>no JSON</tool_call>."}),
         ('<tool_call>{"name": "other", "arguments": {}}', {"content": '<tool_call>{"name": "other", "arguments": {}}'}),
         ("<think>hm <</think>19", {"reasoning": "hm <", "content": "19"}),
@@ -294,7 +300,38 @@ def test_an_answer_is_split_alike_however_it_comes(text, kinds, size):
 
 def test_one_call_where_parallel_ones_are_not_wanted():
     splitter = Splitter(Tools({"buy": SCHEMA}, TOOLS, False, False, Template(True, True)), thinks=False)
-    assert [piece.kind for piece in splitter.feed(CALL + CALL, end=True)] == ["call"]
+    assert [piece.kind for piece in splitter.feed(CALL + CALL, end=True)] == ["call", "arguments"]
+
+
+BOUND = [
+    ('{"name": "buy", "arguments": {"n": 7}}', ["{", '"n": 7']),
+    ('{"name":"buy","arguments":{"a": {"b}": "} }"}, "c": [{}]} }', ["{", '"c"']),
+    ('{"name": "buy", "arguments": {}}', []),
+    ("no call", []),
+]
+
+
+@pytest.mark.parametrize(("text", "early"), BOUND)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("cut", [False, True])
+def test_arguments_of_a_call_that_an_answer_is_bound_to_come_as_they_are_final(text, early, size, cut):
+    """Where a stop string may cut the answer, only its end shows a call."""
+    splitter, found, before = (
+        Splitter(Tools({"buy": SCHEMA}, TOOLS, True, True, Template(True, True)), False, cut),
+        {},
+        "",
+    )
+    for at in range(0, len(text), size):
+        end = at + size >= len(text)
+        for piece in splitter.feed(text[at : at + size], end):
+            found[piece.kind] = found.get(piece.kind, "") + piece.text
+        before = before if end else found.get("arguments", "")
+    if text == "no call":
+        assert found == {"content": text}
+        return
+    assert list(found) == ["call", "arguments"] and found["call"] == "buy"
+    assert json.loads(found["arguments"]) == json.loads(text)["arguments"]
+    assert all((part in before) == (size < 1000 and not cut) for part in early)
 
 
 def test_a_stream_says_text_while_it_is_decoded_and_ends_with_its_usage(site):

@@ -114,7 +114,7 @@ class Reply:
                 row,
                 self.tokenizer,
                 "" if echoes is None else echoes[row // asked.n],
-                Splitter.of(asked.tools, self.tokenizer) if asked.chat else None,
+                Splitter.of(asked.tools, self.tokenizer, "stop" in asked.arguments) if asked.chat else None,
                 before=tuple(itertools.takewhile(lambda token: token != self.mask, ids)) if asked.holes else (),
             )
             for row, ids in enumerate(prompts)

@@ -21,7 +21,8 @@ from dllm.spec import Json
 OPEN, CLOSE = "<tool_call>", "</tool_call>"  # of Qwen's templates, which Dream, SDAR and Fast-dLLM have
 THINK, THOUGHT = "<think>", "</think>"
 MOST = 128  # functions of a request, as at OpenAI
-Kind: TypeAlias = Literal["content", "reasoning", "call"]
+HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"arguments"\s*:\s*(?=\S)', re.A)  # of a call
+Kind: TypeAlias = Literal["content", "reasoning", "call", "arguments"]
 
 
 class Template(NamedTuple):
@@ -127,22 +128,23 @@ def _wrong(message: str, param: str) -> ApiError:
 
 
 class Piece(NamedTuple):
-    """A stretch of an answer: text, or one whole call."""
+    """A stretch of an answer: text, the function of a call, or what comes next of its arguments."""
 
     kind: Kind
-    text: str  # of a call its arguments
-    name: str = ""
+    text: str
 
 
 @dataclass
 class Splitter:
     """Text goes in as it comes, pieces come out: however it is cut, they join to the same.
 
-    What may be the beginning of a marker is held back.
+    What may be the beginning of a marker is held back, and so is a call until it is whole: only its end shows that it
+    is one. Where the answer is bound to a call, and nothing may cut it, its arguments come as they become final.
     """
 
     tools: Tools | None
     thinks: bool
+    cut: bool = False  # whether a stop string may end the answer
     kind: Kind = "content"
     held: str = ""
     calls: int = 0
@@ -152,10 +154,10 @@ class Splitter:
             self.kind = "call"
 
     @classmethod
-    def of(cls, tools: Tools | None, tokenizer: Tokenizer | None) -> Splitter | None:
+    def of(cls, tools: Tools | None, tokenizer: Tokenizer | None, cut: bool = False) -> Splitter | None:
         """That of a request; None where there is nothing to split."""
         thinks = tokenizer is not None and {THINK, THOUGHT} <= tokenizer.get_vocab().keys()
-        return cls(tools, thinks) if thinks or tools is not None else None
+        return cls(tools, thinks, cut) if thinks or tools is not None else None
 
     @property
     def markers(self) -> dict[str, Kind]:
@@ -172,6 +174,9 @@ class Splitter:
     def feed(self, text: str, end: bool) -> Iterator[Piece]:
         """What is certain now; with `end` all that is left."""
         self.held += text
+        if self.tools is not None and self.tools.bound and not self.cut:
+            yield from self._bound(end)
+            return
         while hits := [(at, marker) for marker in self.markers if (at := self.held.find(marker)) >= 0]:
             at, marker = min(hits)
             stretch, after = self.held[:at], self.markers[marker]
@@ -185,6 +190,20 @@ class Splitter:
             rest, self.held = self.held[:size], self.held[size:]
             yield from self._said(rest, "")
 
+    def _bound(self, end: bool) -> Iterator[Piece]:
+        """What is certain of a call that is the whole answer."""
+        if not self.calls and (head := HEAD.match(self.held)) is not None:
+            self.calls, self.held = 1, self.held[head.end() :]
+            yield Piece("call", head[1])
+        if self.calls:
+            held = self.held
+            firm = held.rstrip()[:-1].rstrip() if end else held[: len(held.rstrip("} \n"))]  # the last } is the call's
+            self.held = held[len(firm) :]
+            if firm:
+                yield Piece("arguments", firm)
+        elif end and self.held:
+            yield Piece("content", self.held)
+
     def _said(self, text: str, marker: str) -> Iterator[Piece]:
         if self.kind != "call":
             if text:
@@ -197,17 +216,17 @@ class Splitter:
             yield Piece("content", f"{opening}{text}{marker}")
         elif self.tools.parallel or not self.calls:
             self.calls += 1
-            yield call
+            yield from call
 
 
-def _call(text: str, tools: Tools) -> Piece | None:
+def _call(text: str, tools: Tools) -> tuple[Piece, Piece] | None:
     try:
         said = json.loads(text)
     except (ValueError, RecursionError):
         return None
     match said:
         case {"name": str(name), "arguments": dict(arguments)} if name in tools.functions:
-            return Piece("call", json.dumps(arguments, ensure_ascii=False), name)
+            return Piece("call", name), Piece("arguments", json.dumps(arguments, ensure_ascii=False))
     return None
 
 
@@ -229,19 +248,21 @@ class Message:
     calls: list[Json] = field(default_factory=list)
 
     def deltas(self, piece: Piece) -> Iterator[Json]:
-        """Those of a piece; a call's name comes before its arguments."""
+        """Those of a piece."""
         if piece.kind == "content":
             self.content += piece.text
             yield {"content": piece.text}
         elif piece.kind == "reasoning":
             self.reasoning += piece.text
             yield {"reasoning_content": piece.text}
+        elif piece.kind == "call":
+            call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+            self.calls.append({**call, "function": {"name": piece.text, "arguments": ""}})
+            function = {"name": piece.text, "arguments": ""}
+            yield {"tool_calls": [{"index": len(self.calls) - 1, **call, "function": function}]}
         else:
-            call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": piece.name}}
-            index = len(self.calls)
-            self.calls.append({**call, "function": {"name": piece.name, "arguments": piece.text}})
-            yield {"tool_calls": [{"index": index, **call, "function": {"name": piece.name, "arguments": ""}}]}
-            yield {"tool_calls": [{"index": index, "function": {"arguments": piece.text}}]}
+            self.calls[-1]["function"]["arguments"] += piece.text
+            yield {"tool_calls": [{"index": len(self.calls) - 1, "function": {"arguments": piece.text}}]}
 
     @property
     def whole(self) -> Json:
