@@ -335,20 +335,45 @@ def test_an_answer_fills_in_and_is_what_the_api_says(page: Page, site: Any, tmp_
 
 
 @chromium
-def test_a_run_can_be_cancelled_and_its_lanes_are_free(page: Page, site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_can_be_cancelled_and_what_came_of_it_is_a_trace(
+    page: Page, site: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ready(page, site, sampler="confidence")
     gate = Gate(monkeypatch, site.backend.model)
-    gate.shut()
+    gate.shut(after=5)
     try:
         page.locator("#run").click()
         expect(page.locator("#following")).to_be_visible()
         assert gate.inside.wait(20)
+        expect(page.locator("#at")).to_have_text("step 5 of 5")
         page.locator("#cancel").click()
         expect(page.locator(".state")).to_have_text("cancelled")
         expect(page.locator("#run")).to_be_enabled()
     finally:
         gate.open.set()
     site.idle()
+    with page.expect_download() as download:
+        page.locator(".save").click()
+    download.value.save_as(tmp_path / "run.json")
+    saved = Trace.load(tmp_path / "run.json")
+    whole = dllm.generate("tiny", PROMPT, sampler="confidence", max_new_tokens=24, block_length=8, trace=True).trace
+    assert whole is not None and len(saved.commits) == 5
+    came, first = ([pair for pairs in trace.commits[:5] for pair in pairs] for trace in (saved, whole))
+    assert sorted(came) == sorted(first)  # steps may share an event
+    ids, size = {column: token for column, token in came}, len(whole.prompt)
+    assert saved.final == whole.prompt + [ids.get(column, whole.mask_id) for column in range(size, size + 24)]
+    same = ("prompt", "prompt_text", "sampler", "cache", "start", "mask_id")
+    assert [getattr(saved, name) for name in same] == [getattr(whole, name) for name in same]
+    assert (saved.windows[-1], saved.lengths[-1]) == (whole.windows[4], whole.lengths[4])
+
+
+@chromium
+def test_a_token_of_a_bound_answer_says_how_likely_it_was_there(page: Page, site: Any) -> None:
+    ready(page, site, sampler="confidence", bound="regex", rule="[A-C]x")
+    page.locator("#run").click()
+    expect(page.locator(".state")).to_have_text("done", timeout=60_000)
+    page.locator(".canvas span").nth(1).hover()
+    expect(page.locator(".token")).to_have_text(re.compile("confidence 0.* · under the constraint 1.000"))
 
 
 @chromium

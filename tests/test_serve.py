@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -192,6 +193,12 @@ def test_logprobs_are_those_of_generate(site, model):
     assert [e["token"] for part in parts for e in part["content"]] == [s.token for s in said]
     text = site.client.completions.create(model="tiny", prompt=PROMPT, logprobs=1, max_tokens=6, seed=1).choices[0]
     assert len(text.logprobs.tokens) == len(text.logprobs.token_logprobs) == len(text.logprobs.top_logprobs)
+    assert not said[0].model_extra
+    bound = site.client.chat.completions.create(
+        model="tiny", messages=MESSAGES, logprobs=True, max_tokens=8, extra_body={"regex": "[A-C]x"}
+    )
+    second = bound.choices[0].logprobs.content[1]
+    assert second.dllm["constrained_logprob"] == pytest.approx(0, abs=1e-6) and second.logprob < -1e-3
 
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
@@ -369,6 +376,19 @@ def test_draft_events_are_the_trace(site, model):
     closing = next(c for _, data in events[:-1] if (c := json.loads(data))["choices"][0]["finish_reason"])
     kept = Trace(**{**closing["choices"][0]["dllm"]["trace"], "pieces": {}})
     assert kept.commits == want.commits and "on_step" not in kept.arguments
+    assert (start["prompt"], start["start"]) == (want.prompt, first)
+    assert set(steps[0]) == {
+        "kind", "choice", "step", "nfe", "window", "length", "final", "writes", "masked_again", "ms"
+    }  # fmt: skip
+
+
+def test_drafts_of_a_bound_answer_have_the_posterior(site, model):
+    events = site.events(CHAT, {"messages": MESSAGES, "max_tokens": 8, "draft": True, "seed": 0, "regex": "[A-C]x"})
+    writes = [w for name, data in events if name == "draft" for w in json.loads(data)["dllm"].get("writes", ())]
+    want = dllm.generate(model, MESSAGES, max_new_tokens=8, seed=0, sampler="threshold", regex="[A-C]x", logprobs=0)
+    said = {column: (sure, bound) for column, _, _, sure, bound in writes}
+    for column, token in enumerate(want.logprobs):
+        assert said[column] == pytest.approx((math.exp(token.logprob), math.exp(token.constrained)), abs=1e-5)
 
 
 def test_the_official_client_reads_drafts_and_many_streams_at_once(site, model):

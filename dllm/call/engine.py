@@ -611,19 +611,17 @@ class Engine:
 
     def _failed(self, requests: Sequence[Request[object]], error: Exception) -> None:
         """An error ends these requests. Where memory ran out they begin anew among half as many rows, unless it ran out
-        for one row by itself."""
+        again for one row by itself."""
         short = out_of_memory(error)
-        if short and self._running <= 1:
-            error = DllmError(
-                f"out of memory on {self.model.device} with one row by itself: shorten its canvas, or give the engine "
-                "fewer kv_bytes"
-            )
         for request in reversed(requests):  # the first to the front of the line
-            if short and self._running > 1:
+            if short and (self._running > 1 or not request.retried):
                 request.again()
                 with self._change:
                     if request not in self._line:
                         self._line.appendleft(request)
+            elif short:
+                where = f"out of memory on {self.model.device} with one row by itself"
+                request.fail(DllmError(f"{where}: shorten its canvas, or give the engine fewer kv_bytes"))
             else:
                 request.fail(error)
         if short:

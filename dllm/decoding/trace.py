@@ -20,7 +20,8 @@ class Trace:
     """The history of one row. Columns are absolute: column 0 is the first prompt token.
 
     `commits[k]` lists the `[column, token]` pairs that forward k wrote; a pair with the mask id is a re-masking.
-    `confidence[k]` has the model's probability of each of these tokens, None where a closing forward filled it.
+    `confidence[k]` has the model's probability of each of these tokens, None where a closing forward filled it, and
+    `posterior[k]` that under the constraint of the answer; it is empty where there is none.
     `windows[k]` is the half-open window of that forward, [0, 0] of a closing one; `lengths[k]` the canvas length after.
     """
 
@@ -32,6 +33,7 @@ class Trace:
     lengths: list[int] = field(default_factory=list)
     final: list[int] = field(default_factory=list)  # the canvas at the end
     confidence: list[list[float | None]] = field(default_factory=list)
+    posterior: list[list[float | None]] = field(default_factory=list)
     start: int | None = None  # the first generated column; None: behind the prompt
     prompt_text: str = ""
     cache: str = ""

@@ -19,6 +19,7 @@ from dllm.serve.requests import Asked
 from dllm.serve.tools import Message, Piece, Splitter, hidden
 from dllm.spec import Json
 
+LEAST = -9999.0  # a logarithm: JSON has no infinity
 Said: TypeAlias = Sequence[tuple[int, TokenLogprob | None]]  # tokens, with what the model said of them
 
 
@@ -214,7 +215,7 @@ class Reply:
             piece = self.piece(token)
             return {
                 "token": piece,
-                "logprob": logprob,
+                "logprob": None if logprob is None else max(logprob, LEAST),
                 "bytes": None if UNFINISHED in piece else list(piece.encode()),
             }
 
@@ -223,8 +224,9 @@ class Reply:
                 {
                     **entry(token, None if one is None else one.logprob),
                     "top_logprobs": [entry(*pair) for pair in (one.top if one else ())],
+                    **({} if bound is None else {"dllm": {"constrained_logprob": max(bound, LEAST)}}),
                 }
-                for token, one in said
+                for token, one, bound in ((token, one, one and one.constrained) for token, one in said)
             ],
             "refusal": None,
         }
@@ -235,7 +237,7 @@ class Reply:
         top = [{self.piece(t): p for t, p in one.top} if one and one.top else None for _, one in said]
         return {
             "tokens": pieces,
-            "token_logprobs": [one and one.logprob for _, one in said],
+            "token_logprobs": [one and max(one.logprob, LEAST) for _, one in said],
             "top_logprobs": top if self.asked.top else None,
             "text_offset": offsets,
         }

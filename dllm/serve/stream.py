@@ -197,7 +197,8 @@ class Drafts:
         return self.reply.draft(choice, {
             "kind": "start", "choice": row, "length": self._length(row), "block_length": self.pending.block_length,
             "mask_id": trace.mask_id, "mask_piece": BLANK, "prompt_tokens": len(self.pending.prompts[row]),
-            "prompt_text": trace.prompt_text, "sampler": trace.sampler, "cache": trace.cache,
+            "prompt": self.pending.prompts[row], "prompt_text": trace.prompt_text, "start": self._start(row),
+            "sampler": trace.sampler, "cache": trace.cache,
             "seed": self.reply.asked.arguments["seed"] + row,
         })  # fmt: skip
 
@@ -209,11 +210,12 @@ class Drafts:
             return []
         self.told[row], self.at[row] = end, now
         start, last = self._start(row), steps[end - 1]
-        written = dict[int, tuple[int, float | None]]()
+        written = dict[int, tuple[int, tuple[float | None, ...]]]()
         for k in range(first, end):
-            for (column, token), confidence in zip(trace.commits[k], trace.confidence[k], strict=True):
+            sure = zip(*filter(None, (trace.confidence[k], trace.posterior[k])), strict=True)
+            for (column, token), said in zip(trace.commits[k], sure, strict=True):
                 written.pop(column, None)
-                written[column] = (token, confidence)
+                written[column] = (token, said)
         before = steps[first - 1].seconds if first else self.pending.tickets[row].entered
         lo, hi = trace.windows[end - 1]
         return [self.reply.draft(choice, {
@@ -221,11 +223,11 @@ class Drafts:
             "window": [max(0, lo - start), max(0, hi - start)],
             "length": last.length, "final": min(last.closed, last.lo) if self.pending.revises else last.closed,
             "writes": [
-                [column - start, token, self.reply.piece(token), confidence]
-                for column, (token, confidence) in written.items() if token != trace.mask_id
+                [column - start, token, self.reply.piece(token), *said]
+                for column, (token, said) in written.items() if token != trace.mask_id
             ],
             "masked_again": [column - start for column, (token, _) in written.items() if token == trace.mask_id],
-            "edits": [], "ms": round(1000 * (last.seconds - before), 3),
+            "ms": round(1000 * (last.seconds - before), 3),
         })]  # fmt: skip
 
     def end(self, choice: Choice) -> Json:
