@@ -38,6 +38,7 @@ installed() {
 
 train() { # a recipe
     local out=$folder/made/$1 given=() resume=()
+    [ -d "$out/model" ] || [ -d "$out/head" ] && echo "$1 is made" && return
     case $1 in # what names the steps
         smollm2-head) given=(${STEPS:+--set schedule.steps=$STEPS --set schedule.warmup=1 --set schedule.decay=1}) ;;
         smollm2-drafter) given=(${STEPS:+--set stages.0.steps=$((STEPS / 2)) --set stages.1.steps=$((STEPS / 2))}) ;;
