@@ -21,6 +21,7 @@ import dllm
 from dllm.errors import DllmError
 from dllm.serve.batch import Batch
 from dllm.serve.config import ServeConfig
+from dllm.serve.pair import Pair
 
 TOM = "Tom has 12 apples. He buys 7 more. How many apples does he have?"
 CONFIG = ServeConfig(max_rows=3, defaults={"max_new_tokens": 24, "block_length": 8, "sampler": "threshold"})
@@ -142,6 +143,44 @@ def test_a_run_that_was_ended_goes_on_where_it_was(tmp_path: Path, kill: signal.
     assert answer(source, target, config) == (len(rows), 0)
     assert [row["custom_id"] for row in read(target)] == [row["custom_id"] for row in rows]
     assert set(there.splitlines()) <= set(target.read_bytes().splitlines())  # none was answered twice
+
+
+def test_a_verifier_and_its_drafter_answer_a_file(tmp_path: Path) -> None:
+    """Each line is what `dllm.speculate` says alone; another drafter finds every answer there."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    text = {"prompt": ["12 + 7 =", "Ann has"], "max_tokens": 6, "stop": "19"}
+    rows = [
+        {"prompt": TOM, "max_tokens": 24},
+        {"messages": chat("Say 5."), "max_tokens": 8, "temperature": 0.8, "seed": 3, "n": 2},
+        {"prompt": TOM, "sampler": "klass"},
+        asked("t", "/v1/completions", **text),
+    ]
+    write(source, rows)
+    command = [sys.executable, "-m", "dllm", "run-batch", str(source), str(target), "--model", "tiny-ar", "--set"]
+    done = subprocess.run([*command, "speculate=suffix"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and "3 answers and 1 errors" in done.stderr, done.stderr
+    said = read(target)
+    error = said[2]["response"]["body"]["error"]
+    assert (error["param"], error["message"]) == (
+        "sampler", "sampler is for a masked-diffusion model that writes the text"
+    )  # fmt: skip
+    verifier = dllm.load_verifier("tiny-ar")
+    want = [
+        [dllm.speculate(verifier, None, TOM, max_new_tokens=24)],
+        [dllm.speculate(verifier, None, "Say 5.", max_new_tokens=8, temperature=0.8, seed=3 + i) for i in range(2)],
+        [dllm.speculate(verifier, None, p, max_new_tokens=6, stop="19", chat=False) for p in text["prompt"]],
+    ]
+    choices = [row["response"]["body"]["choices"] for i, row in enumerate(said) if i != 2]
+    got = [[c["message"]["content"] if "message" in c else c["text"] for c in some] for some in choices]
+    assert got == [[one.text for one in some] for some in want]
+    pair = Pair("tiny-ar", None)
+    try:
+        before = target.read_bytes().splitlines()
+        assert Batch(source, target, ServeConfig(speculate="none"), "tiny-ar").run(pair) == (3, 1)
+    finally:
+        pair.close(drain=False)
+    after = target.read_bytes().splitlines()
+    assert [after[i] for i in (0, 1, 3)] == [before[i] for i in (0, 1, 3)]
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

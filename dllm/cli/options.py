@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from dllm.call.arguments import DecodingArguments
     from dllm.models.arguments import Checkpoint
     from dllm.models.native import NativeModel
+    from dllm.serve.config import ServeConfig
 
 Command = Callable[..., None]
 
@@ -52,6 +54,16 @@ def loading(
     ] = "tiny",
 ) -> None:
     """A model, and the arguments of `dllm.load`."""
+
+
+def serving(
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings (docs/serve.md).")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One of them, such as max_rows=16; may be repeated."),
+    ] = None,
+) -> None:
+    """The settings of a server."""
 
 
 @takes(loading)
@@ -95,6 +107,14 @@ def located(common: Mapping[str, object]) -> tuple[Checkpoint, DecodingArguments
     model, texts = str(others.pop("model")), cast("list[str] | None", others.pop("model_arg"))
     given = {name: value for name in ("dtype", "device") if (value := others.pop(name)) is not None}
     return named(model, texts, given=given), cast("DecodingArguments", others)
+
+
+def configured(common: Mapping[str, object], **own: object) -> ServeConfig:
+    """The settings that the options of `serving` say, with a command's own ones over them."""
+    from dllm.serve.server import settings
+
+    path, sets = cast("Path | None", common["config"]), cast("list[str] | None", common["sets"])
+    return settings(path, sets or (), {name: value for name, value in own.items() if value is not None})
 
 
 @contextmanager

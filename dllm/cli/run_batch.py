@@ -7,18 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dllm.cli.options import loading, located, needing, takes
+from dllm.cli.options import configured, loading, located, needing, serving, takes
 
 
 @takes(loading)
+@takes(serving)
 def run_batch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Requests, a JSON object a line (docs/deployment.md).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Their answers, in the same order.")],
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings, as `dllm serve` takes it.")] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One of them, such as max_rows=32; may be repeated."),
-    ] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Let answers go that OUT has to requests which are no longer in IN.")
     ] = False,
@@ -31,8 +27,8 @@ def run_batch(
     """
     with needing("serve"):
         from dllm.serve.batch import Batch
-        from dllm.serve.server import hosted, settings
-    made, (checkpoint, _) = settings(config, sets or (), {}), located(common)
+        from dllm.serve.server import hosted
+    made, checkpoint = configured(common), located(common)[0]
     batch = Batch(source, target, made, Path(checkpoint.name).name)
     backend = hosted(checkpoint, made)
     try:

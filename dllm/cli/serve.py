@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dllm.cli.options import arguments, located, needing, takes
+from dllm.cli.options import arguments, configured, located, needing, serving, takes
 
 
 @takes(arguments)
+@takes(serving)
 def serve(
     model: Annotated[str, typer.Argument(help="tiny (embedded), a folder, or a Hugging Face id.")],
     host: Annotated[str | None, typer.Option(help="Address to listen at; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings (docs/serve.md).")] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One of them, such as max_rows=16; may be repeated."),
-    ] = None,
     speculate: Annotated[
         str | None, typer.Option(metavar="DRAFTER", help="MODEL is an autoregressive verifier, and this drafts for it.")
     ] = None,
@@ -35,9 +30,8 @@ def serve(
     """
     with needing("serve"):
         from dllm.serve.replicas import Scale, replicated
-        from dllm.serve.server import listen, settings
-    own = {"host": host, "port": port, "speculate": speculate}
-    made = settings(config, sets or (), {name: value for name, value in own.items() if value is not None})
+        from dllm.serve.server import listen
+    made = configured(common, host=host, port=port, speculate=speculate)
     checkpoint, scale = located({"model": model, **common})[0], Scale.read(replicas, autoscale)
     if scale is None:
         listen(checkpoint, made)

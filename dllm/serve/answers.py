@@ -128,7 +128,8 @@ class Reply:
         choices = self.choices(pending.prompts)
         said: list[tuple[list[Json | str], Said]] = [([], ())] * len(choices)
         for event, seconds in events:
-            said[event.request] = choices[event.request].feed(event, seconds)
+            (before, tokens), (new, more) = said[event.request], choices[event.request].feed(event, seconds)
+            said[event.request] = [*before, *new], [*tokens, *more]
         return self.whole(pending, choices, said), choices
 
     def whole(self, pending: Pending, choices: Sequence[Choice], said: Sequence[tuple[list[Json | str], Said]]) -> Json:
