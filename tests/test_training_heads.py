@@ -169,6 +169,13 @@ def test_memory_that_runs_out_names_a_batch_that_fits(data, mask, tmp_path, monk
         heads.run(recipe(data, tmp_path / "run", mask=mask))
 
 
+def test_a_head_of_few_ids_can_say_the_end():
+    data = [Pair([7, 7, 3], [5, 6, 5, 4]), Pair([7], [6, 5])]
+    assert heads.frequent(data, 3, 9).tolist() == [4, 5, 6]
+    assert heads.frequent(data, 3, 9, {8}).tolist() == [5, 6, 8]
+    assert heads.frequent(data, 6, 9, {8}).tolist() == [3, 4, 5, 6, 7, 8]
+
+
 def test_blocks_see_the_states_before_their_anchor():
     config = read_head(
         {

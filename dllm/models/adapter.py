@@ -62,7 +62,9 @@ def merge_adapter(model: Transformer, family: Family, config: ModelConfig, folde
         target = part(parameters, table[official])
         if update.shape != target.shape:
             shape, expected = tuple(update.shape), tuple(target.shape)
-            raise DllmError(f"the adapter's {official} has shape {shape}, the model's {expected}")
+            raise DllmError(
+                f"the adapter {folder} is of another base: its {official} has shape {shape}, not {expected}"
+            )
         target.copy_(target.cpu().double() + update if low_rank else update)
 
 

@@ -6,7 +6,8 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -71,14 +72,15 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
         _refuse(arguments, "not for an adapter that recasts its base", "backend", "device_map", "quantization",
                 "block_size", "shift", "mask_id")  # fmt: skip
         kept = {name: arguments.given()[name] for name in ("dtype", "device", "tokenizer") if name in arguments.given()}
-        base = load(base_of(folder), **kept)
-        model = recast.adapted(base, folder)
+        with _of_adapter(folder):
+            model = recast.adapted(load(base_of(folder), **kept), folder)
         model.sampler_settings = read_settings(folder)
         return model
     tokenizer = _tokenizer(folder, arguments)
     if is_adapter(folder):
         adapter, name_or_path = folder, base_of(folder)
-        folder = locate(name_or_path, **arguments.elsewhere)
+        with _of_adapter(adapter):
+            folder = locate(name_or_path, **arguments.elsewhere)
         tokenizer = _tokenizer(folder, arguments) if tokenizer is None else tokenizer
     raw = read_json_config(folder, str(name_or_path))
     if arguments.backend == "transformers":
@@ -120,6 +122,15 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
 _own, _arguments = (inspect.signature(made).parameters.values() for made in (load, LoadArguments))
 load.__signature__ = inspect.Signature([next(iter(_own)), *_arguments])  # type: ignore[attr-defined]
 load.__doc__ = f"{inspect.getdoc(load)}\n\n{(inspect.getdoc(LoadArguments) or '').partition('.')[2].strip()}"
+
+
+@contextmanager
+def _of_adapter(folder: Path) -> Iterator[None]:
+    """Errors inside say which adapter asks for the base."""
+    try:
+        yield
+    except DllmError as error:
+        raise DllmError(f"the adapter {folder} is of the base {base_of(folder)!r}: {error}") from error
 
 
 def _asked(name_or_path: object, given: Mapping[str, Any]) -> tuple[object, LoadArguments]:

@@ -17,7 +17,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,11 +197,12 @@ def moment(verifier: Verifier, data: Sequence[Pair]) -> Tensor:
     return total / n
 
 
-def frequent(data: Sequence[Pair], n: int, vocab: int) -> Tensor:
-    """(n,) the most frequent ids of answers, then of prompts, then the lowest: those that a tokenizer merged first."""
+def frequent(data: Sequence[Pair], n: int, vocab: int, always: Collection[int] = ()) -> Tensor:
+    """(n,) those of `always`, then the most frequent ids of answers, then of prompts, then the lowest: those that a
+    tokenizer merged first."""
     answers = Counter(t for pair in data for t in pair.answer)
     prompts = Counter(t for pair in data for t in pair.prompt)
-    ranked = sorted(range(vocab), key=lambda t: (-answers[t], -prompts[t], t))
+    ranked = sorted(range(vocab), key=lambda t: (t not in always, -answers[t], -prompts[t], t))
     return torch.tensor(sorted(ranked[:n]))
 
 
@@ -466,7 +467,8 @@ def run(recipe: HeadRecipe, resume: bool = False) -> Path:
     data = [pair for pair in answers_of(recipe, teacher) if len(pair.answer) > 1]
     if not data:
         raise DllmError(f"{recipe.answers} holds no answer of two tokens or more")
-    known = frequent(data, config.rows or verifier.vocab, verifier.vocab) if saved is None else saved["known"]
+    n, vocab = config.rows or verifier.vocab, verifier.vocab
+    known = frequent(data, n, vocab, verifier.eos) if saved is None else saved["known"]
     embed = embedding(verifier.model).detach().float()
     known = known.to(device)
     rows = verifier.model.get_output_embeddings().weight[known].detach().float()
