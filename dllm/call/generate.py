@@ -15,9 +15,7 @@ from dllm.call.job import MAX_NEW_TOKENS, Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
 from dllm.call.steering import StepView, Streamer, ending
-from dllm.decoding.canvas import Canvas
 from dllm.decoding.graphs import usable
-from dllm.decoding.logprobs import Logprobs
 from dllm.decoding.meter import Meter, Ticket, Watch
 from dllm.decoding.recording import record
 from dllm.decoding.runner import Tick
@@ -175,18 +173,17 @@ class Told:
             ticket.answered()
             if self.traces and not ticket.halted:
                 record(self.traces[ticket.index], tick, row, self.before[ticket.index])
-        own = [r for r in own if (self.live or self.watched or tick.facts[r].done) and not tick.request[r].halted]
-        canvas = tick.canvas(own) if own else self.start
-        for at, row in enumerate(own):
-            followed = self.followed[tick.request[row].index]
-            noted, trace = job.noted(tick.state, tick.rows[row]), self.traces.get(followed.request)
-            halted, most = followed.halted(tick, row, canvas, at)
+        for row in own:
+            done, followed = bool(tick.facts[row].done), self.followed[tick.request[row].index]
+            if followed.ticket.halted or not (self.live or self.watched or done):
+                continue
+            halted, most = followed.halted(tick, row)
             if halted:
                 followed.ticket.halt()
-            if halted or tick.facts[row].done:
-                output = job.output(followed.ticket, canvas, at, trace, noted, most)
-                yield followed.last(output, self.drafts)
-            elif self.live and (event := followed.event(tick, row, canvas, at, noted, self.drafts)):
+            if halted or done:
+                noted, trace = job.noted(tick.state, tick.rows[row]), self.traces.get(followed.request)
+                yield followed.last(job.output(followed.ticket, tick.canvas, row, trace, noted, most), self.drafts)
+            elif self.live and (event := followed.event(tick, row, self.drafts)):
                 yield event
 
 
@@ -198,6 +195,8 @@ class Followed:
     ticket: Ticket
     sent: str = ""  # its final text so far
     told: int = 0  # its tokens in that
+    reached: int = 0  # ids that write it
+    settled: int = 0  # ids that were final when it was looked at last
     asked: int = 0  # ids about which the criteria were asked
 
     @property
@@ -205,55 +204,67 @@ class Followed:
         """Which of the call."""
         return self.ticket.index
 
-    def halted(self, tick: Tick, row: int, canvas: Canvas, at: int) -> tuple[bool, int | None]:
+    def halted(self, tick: Tick, row: int) -> tuple[bool, int | None]:
         """Whether a row that goes on is ended from outside; and how many ids stand where a criterion first holds."""
         job, done = self.job, bool(tick.facts[row].done)
-        stop = job.args.on_step is not None and bool(job.args.on_step(self.view(tick, row, canvas, at)))
+        stop = job.args.on_step is not None and bool(job.args.on_step(self.view(tick, row)))
         if not (job.criteria.criteria and (done or job.args.early_stop)):
             return stop and not done, None
-        ids = job.written(self.request, canvas, at) if done else self.closed(tick, row, canvas, at)
+        ids = job.written(self.request, tick.canvas, row) if done else self.ids(tick, row, self.closed(tick, row))
         cut = job.stops.cut(ids)
         ids = ids[: cut.through - 1] if cut.stopped else ids
         most = job.criteria.first(job.prompts[self.request], ids, self.asked)
         self.asked = max(self.asked, len(ids))
         return (stop or most is not None) and not done, most
 
-    def view(self, tick: Tick, row: int, canvas: Canvas, at: int) -> StepView:
+    def view(self, tick: Tick, row: int) -> StepView:
         """The row after this step, as a callback sees it."""
-        f, was, end = tick.facts[row], tick.before[row], int(canvas.length[at]) - self.job.tails[self.request]
-        ids, masked = (tuple(leaf[at, :end].tolist()) for leaf in (canvas.ids, canvas.masked))
+        f, was, end = tick.facts[row], tick.before[row], self.length(tick, row)
+        ids, masked = (tuple(leaf[row, :end].tolist()) for leaf in (tick.canvas.ids, tick.canvas.masked))
         return StepView(self.request, f.step, self.ticket.nfe, ids, masked, f.start, (was.lo, was.hi))
 
-    def closed(self, tick: Tick, row: int, canvas: Canvas, at: int) -> list[int]:
-        """The ids of its text that change no more; what a sampler may revise is not among them."""
-        begin, length = self.job.begin(self.request), int(canvas.length[at]) - self.job.tails[self.request]
-        end = min(int(canvas.first_masked()[at]), length)
+    def length(self, tick: Tick, row: int) -> int:
+        """Columns of its prompt and its text."""
+        return tick.facts[row].length - self.job.tails[self.request]
+
+    def closed(self, tick: Tick, row: int) -> int:
+        """How many ids of its text change no more; what a sampler may revise is not among them."""
+        begin = self.job.begin(self.request)
+        end = min(tick.ends[row], self.length(tick, row))
         if self.job.sampler.needs.revises:
             end = min(end, max(begin, tick.before[row].lo))
-        return canvas.ids[at, begin:end].tolist()
+        return max(0, end - begin)
 
-    def event(
-        self, tick: Tick, row: int, canvas: Canvas, at: int, noted: Logprobs | None, drafts: bool
-    ) -> Event | None:
+    def ids(self, tick: Tick, row: int, count: int) -> list[int]:
+        """The first so many ids of its text."""
+        begin = self.job.begin(self.request)
+        return tick.canvas.ids[row, begin : begin + count].tolist()
+
+    def event(self, tick: Tick, row: int, drafts: bool) -> Event | None:
         """What became final in this step; None where nobody has to be told."""
-        job, closed = self.job, self.closed(tick, row, canvas, at)
+        job, count = self.job, self.closed(tick, row)
+        if count == self.settled and not drafts:
+            return None
+        closed, self.settled = self.ids(tick, row, count), count
         final = job.stops.settled(closed)
-        text, columns = final[len(self.sent) :], []
+        text, columns, noted = final[len(self.sent) :], [], None
         if text:
-            columns = job.columns(self.request, canvas, at, job.stops.reach(closed, len(final)))[self.told :]
+            self.reached = job.stops.reach(closed, len(final), least=self.reached)
+            columns = job.columns(self.request, tick.canvas, row, self.reached)[self.told :]
+            noted = job.noted(tick.state, tick.rows[row])
         elif not drafts:
             return None
         self.sent, self.told = self.sent + text, self.told + len(columns)
-        tokens, draft = canvas.ids[at, columns].tolist(), self.draft(canvas, at, closed) if drafts else None
+        tokens, draft = tick.canvas.ids[row, columns].tolist(), self.draft(tick, row, closed) if drafts else None
         return Event(self.request, text, draft, self.ticket.nfe, None, tokens, noted and noted.said(columns))
 
-    def draft(self, canvas: Canvas, at: int, closed: list[int]) -> str:
+    def draft(self, tick: Tick, row: int, closed: list[int]) -> str:
         """What is written behind the final text, and may still change."""
         job, end = self.job, self.job.begin(self.request) + len(closed)
         if job.stops.ended(closed):
             return ""
-        ids = canvas.ids[at, end : int(canvas.length[at]) - job.tails[self.request]].tolist()
-        behind = "".join(BLANK if t == canvas.mask_id else job.stops.decode([t]) for t in ids)
+        ids = tick.canvas.ids[row, end : self.length(tick, row)].tolist()
+        behind = "".join(BLANK if t == tick.canvas.mask_id else job.stops.decode([t]) for t in ids)
         return job.stops.decode(closed)[len(self.sent) :] + behind
 
     def last(self, output: Output, drafts: bool) -> Event:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -164,7 +165,8 @@ class Turn(NamedTuple):
     answer: Answer
 
 
-class Tick(NamedTuple):
+@dataclass(eq=False)
+class Tick:
     """What the loop shows to its observers: the rows that stepped and their new state. Copy what you keep of that."""
 
     rows: list[int]  # of the state
@@ -173,10 +175,15 @@ class Tick(NamedTuple):
     facts: list[Facts]  # what it knows now
     state: State
 
-    def canvas(self, some: list[int]) -> Canvas:
-        """The canvases of some of these rows on the host, in one copy."""
-        rows = [self.rows[i] for i in some]
-        return self.state.canvas.take(index(rows, self.state.step.device)).cpu()
+    @cached_property
+    def canvas(self) -> Canvas:
+        """The canvases of these rows on the host: one copy, for all who ask."""
+        return self.state.canvas.take(index(self.rows, self.state.step.device)).cpu()
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The first mask of each row, the width of the canvas where none is left."""
+        return self.canvas.first_masked().tolist()
 
 
 class Stepped(NamedTuple):

@@ -76,7 +76,7 @@ class Stops:
         cut = self.cut(ids)
         if cut.stopped or self.tokenizer is None:
             return cut.text
-        firm = self.decode(ids).rstrip(UNFINISHED)
+        firm = cut.text.rstrip(UNFINISHED)
         firm = firm[: max(firm.rfind(" "), 0)] if _joins_words(self.tokenizer) else firm
         for shows, strings in self._views:
             text = self.decode(ids, shows).rstrip(UNFINISHED)
@@ -88,10 +88,10 @@ class Stops:
         """Text of ids, without special tokens or with them; empty where there is no tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=not special)
 
-    def reach(self, ids: list[int], at: int, shows: bool = False, text: str | None = None) -> int:
-        """How many ids it takes to write the first `at` characters."""
+    def reach(self, ids: list[int], at: int, shows: bool = False, text: str | None = None, least: int = 0) -> int:
+        """How many ids it takes to write the first `at` characters, where it is known to be `least` or more."""
         wanted = (self.decode(ids, shows) if text is None else text)[:at]
-        low, high = 0, len(ids)
+        low, high = least, len(ids)
         while low < high:  # decode(ids[:i]) begins with `wanted` from some i on
             middle = (low + high) // 2
             low, high = (low, middle) if self.decode(ids[:middle], shows).startswith(wanted) else (middle + 1, high)
