@@ -1,8 +1,9 @@
 """A server at full queue, as long as you like: `python tests/soak_serve.py --minutes 20`.
 
 Clients on 127.0.0.1 ask at once for more than there is room: whole answers and streams, of several samplers and seeds,
-some of whom leave in the middle. Every answer is compared with that of `dllm.generate` alone, what the server counted
-with what the clients got, and memory and lanes are looked at. The suite runs a short one (tests/test_serve_soak.py).
+some of whom leave in the middle. The server is `dllm serve`, a process of its own. Every answer is compared with that
+of `dllm.generate` alone, what the server counted with what the clients got, and memory and lanes are looked at. The
+suite runs a short one (tests/test_serve_soak.py).
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from rough_kit import Served, served
 
 import dllm
-from dllm.serve.config import ServeConfig
 
 CHAT = "/v1/chat/completions"
 TOM = "Tom has 12 apples. He buys 7 more. How many apples does he have?"
@@ -38,10 +43,67 @@ CALL: dict[str, Any] = {"max_new_tokens": 24, "block_length": 8}
 
 
 @dataclass
+class Server:
+    """A server that is up."""
+
+    port: int
+    process: psutil.Process
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """Status and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+    @property
+    def load(self) -> dict[str, int]:
+        """What /health says that it does."""
+        load: dict[str, int] = json.loads(self.ask("/health")[1])["load"]
+        return load
+
+    def idle(self) -> bool:
+        """Whether it comes to rest."""
+        until = time.monotonic() + 60
+        while any(list(self.load.values())[:4]) and time.monotonic() < until:
+            time.sleep(0.05)
+        return not any(list(self.load.values())[:4])
+
+
+@contextmanager
+def served(max_rows: int, max_queue: int) -> Iterator[Server]:
+    """`dllm serve tiny`, with a thread to compute, ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"dllm serve tiny --port {port} --set max_rows={max_rows} --set max_queue={max_queue}"
+    made = subprocess.Popen(
+        [sys.executable, "-m", *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    server, until, ready = Server(port, psutil.Process(made.pid)), time.monotonic() + 120, False
+    try:
+        while not ready:
+            assert made.poll() is None and time.monotonic() < until, "the server did not become ready"
+            time.sleep(0.1)
+            try:
+                ready = server.ask("/health")[0] == 200
+            except OSError:
+                continue
+        yield server
+    finally:
+        made.terminate()
+        made.wait()
+
+
+@dataclass
 class Soak:
     """What the clients got."""
 
-    server: Served
+    server: Server
     expected: dict[tuple[int, int, int], str]
     until: float
     most: int
@@ -107,13 +169,12 @@ class Soak:
 
     def watch(self) -> None:
         """Health and memory."""
-        me = psutil.Process()
         while not self.over:
             began = time.monotonic()
             if self.server.ask("/health")[0] != 200:
                 self.wrong.append("not healthy")
             self.slowest = max(self.slowest, time.monotonic() - began)
-            self.memory.append(me.memory_info().rss)
+            self.memory.append(self.server.process.memory_info().rss)
             time.sleep(1)
 
 
@@ -124,7 +185,7 @@ def soak(seconds: float, most: int = 1 << 30, clients: int = 24) -> dict[str, An
         (p, s, seed): dllm.generate(model, PROMPTS[p], seed=seed, **CALL, **SETTINGS[s]).text
         for p in range(len(PROMPTS)) for s in range(len(SETTINGS)) for seed in range(3)
     }  # fmt: skip
-    with served(model, ServeConfig(max_rows=4, max_queue=8)) as server:
+    with served(max_rows=4, max_queue=8) as server:
         run = Soak(server, expected, time.monotonic() + seconds, most)
         began = time.monotonic()
         threads = [threading.Thread(target=run.client, args=(i,)) for i in range(clients)]
@@ -134,7 +195,7 @@ def soak(seconds: float, most: int = 1 << 30, clients: int = 24) -> dict[str, An
         for thread in threads:
             thread.join()
         seconds = time.monotonic() - began
-        idle, load = server.idle(), server.engine.load
+        idle, load = server.idle(), server.load
         time.sleep(0.5)  # the last streams tell their end
         families = text_string_to_metric_families(server.ask("/metrics")[1])
         told = {s.labels["outcome"]: int(s.value) for f in families if f.name == "dllm_requests" for s in f.samples}
@@ -142,7 +203,7 @@ def soak(seconds: float, most: int = 1 << 30, clients: int = 24) -> dict[str, An
     early, late = run.memory[quarter : 2 * quarter] or run.memory, run.memory[-quarter:]
     return {
         "seconds": round(seconds, 1), "clients": dict(run.counts), "server": told, "wrong": run.wrong[:5],
-        "answered twice": sum(n - 1 for n in run.ids.values()), "idle": idle, "load": load._asdict(),
+        "answered twice": sum(n - 1 for n in run.ids.values()), "idle": idle, "load": load,
         "slowest /health": round(run.slowest, 3),
         "rss MB, second and last quarter": [round(sum(m) / len(m) / 1e6, 1) for m in (early, late)],
     }  # fmt: skip

@@ -107,11 +107,18 @@ def told(port: int, body: Json, leave: float | None = None) -> Heard | None:
 
 
 def main(load: Load) -> Json:
-    """What was heard, and errors."""
+    """What was heard, and errors. The clock starts when all clients stand ready."""
     heard, errors, lock = dict[int, Heard | None](), list[str](), threading.Lock()
-    line, began = iter(range(len(load.bodies))), time.perf_counter()
+    line, began = iter(range(len(load.bodies))), 0.0
+
+    def go() -> None:
+        nonlocal began
+        began = time.perf_counter()
+
+    ready = threading.Barrier(load.clients, go)
 
     def client() -> None:
+        ready.wait()
         while True:
             with lock:
                 i = next(line, None)
