@@ -23,8 +23,10 @@ from scripted import tiny
 import dllm
 from dllm.bench.runtime import peak_extra, random_model
 from dllm.call import budget as budgets
+from dllm.call import engine as calls
 from dllm.call.engine import OVERTAKES, Cancelled, QueueFull, Request, TimedOut
 from dllm.decoding.canvas import Plan
+from dllm.decoding.facts import COLUMNS, Facts, matched
 from dllm.decoding.merging import together
 from dllm.errors import DllmError
 
@@ -121,6 +123,89 @@ def test_requests_of_one_setting_share_forwards_and_join_a_group_that_runs() -> 
     assert first.done and not any(r.done for r in others)  # 12 forwards, one token each
     engine.turns(5)
     assert all(r.done for r in others)
+
+
+def test_rows_of_other_widths_are_a_group() -> None:
+    """Their forwards are apart where padding would cost more than rounding up to COLUMNS does."""
+    net, prompts = counting(), [[1, 2, 3], [4] * 70, [5] * 200]
+    engine = ByHand(net, max_rows=4)
+    requests = [engine.submit(p, **CALL) for p in prompts]
+    engine.turns(1)
+    assert engine.load.groups == 1
+    assert sorted(net.fed) == [(1, 212), (2, 82)]
+    engine.finish()
+    for request, prompt in zip(requests, prompts, strict=True):
+        ours, theirs = request.result(), dllm.generate(network(), prompt, **CALL)
+        assert (ours.tokens, ours.nfe, ours.positions) == (theirs.tokens, theirs.nfe, theirs.positions)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([50, 68, 63], [[0, 1, 2]]),
+        ([64, 65, 64], [[0, 1, 2]]),
+        ([5, 100, 5], [[1], [0, 2]]),
+        ([200, 10, 190, 20], [[0, 2], [1, 3]]),
+    ],
+)
+def test_rows_of_a_group_pay_for_no_more_than_rounding_up(sizes: list[int], parts: list[list[int]]) -> None:
+    facts = [Facts._make([0] * len(Facts._fields))._replace(size=n) for n in sizes]
+    assert matched(range(len(sizes)), facts) == parts
+    for part in parts:
+        rounded = sum(-(-sizes[i] // COLUMNS) * COLUMNS for i in part)
+        assert len(part) * max(sizes[i] for i in part) <= rounded
+
+
+class Recording(ByHand):
+    """An engine that notes when its requests are passed on, and when forwards begin."""
+
+    def __init__(self, **given: Any) -> None:
+        self.order = list[str]()
+        super().__init__(network(), **given)
+
+    def _forward(self, asked: Any) -> None:
+        self.order.append("forward")
+        super()._forward(asked)
+
+
+def test_what_a_tick_told_is_passed_on_once_right_before_the_next_forward() -> None:
+    engine = Recording(max_rows=4)
+    heard = list[Any]()
+
+    def flush() -> None:
+        engine.order.append("flush")
+
+    requests = [engine.submit([i], **CALL) for i in range(3)]
+    for request in requests:
+        request.listen(heard.append, flush=flush)
+    engine.order.clear()
+    engine.turns(2)
+    assert engine.order == ["forward", "flush", "forward"]
+    engine.finish()
+    assert heard.count(None) == 3
+    assert engine.order == ["forward", *["flush", "forward"] * 11, "flush"]  # none follows the last
+    late = engine.submit([4], **CALL)
+    late.listen(heard.append, flush=flush)
+    engine.order.clear()
+    late.cancel()
+    assert engine.order == ["flush"]
+
+
+@pytest.mark.parametrize(("gather", "together"), [(60.0, True), (0.0, False)])
+def test_a_first_forward_waits_for_requests_that_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch, gather: float, together: bool
+) -> None:
+    """And not for ever."""
+    monkeypatch.setattr(calls, "GATHER", gather)
+    net = counting()
+    with dllm.Engine(net, max_rows=4) as engine:
+        with engine.expecting():
+            first = engine.submit([1], **CALL)
+            if not together:
+                first.result()
+            second = engine.submit([2], **CALL)
+        second.result()
+    assert [rows for rows, _ in net.fed] == ([2] * 12 if together else [1] * 24)
 
 
 @pytest.mark.parametrize("form", ["memo", "chain"])
@@ -460,7 +545,8 @@ def test_rows_are_halved_once_where_several_groups_fail_in_a_tick() -> None:
 def test_who_began_anew_waits_while_more_rows_run_than_fit() -> None:
     net = short(positions=200)
     engine = ByHand(net, max_rows=8)
-    calls = [([i], CALL) for i in range(6)] + [([i], {**CALL, "max_new_tokens": 120}) for i in range(2)]
+    calls = [([i], CALL) for i in range(6)]
+    calls += [([i], {**CALL, "max_new_tokens": 120, "sampler": "margin"}) for i in range(2)]
     requests = [engine.submit(p, **a) for p, a in calls]
     engine.turns(2)
     assert engine.load[:3] == (6, 2, 1) and engine.load.lanes == 4
@@ -546,7 +632,7 @@ def test_a_tick_stays_within_its_positions() -> None:
     while not all(r.done for r in requests):
         engine.turns(1)
         seats = engine._seats.values()
-        assert sum(s.rows * s.row_positions for s in seats) <= 200
+        assert sum(s.positions for s in seats) <= 200
         rows.add(sum(s.rows for s in seats))
     assert max(rows) == 3
     assert [r.result().tokens for r in requests] == [

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, Unpack, cast, overload
@@ -27,7 +27,7 @@ import torch
 from dllm.call.arguments import DecodingArguments
 from dllm.call.budget import Room, budget
 from dllm.call.generate import Told, answers
-from dllm.call.job import COLUMNS, Job, ModelLike, prepare, resolve_model
+from dllm.call.job import Job, ModelLike, prepare, resolve_model
 from dllm.call.output import Event, Output
 from dllm.call.prompts import One, Prompt, Several, joined
 from dllm.decoding.cache.prefix import Prefixes
@@ -43,6 +43,7 @@ from dllm.errors import DllmError, out_of_memory
 from dllm.models.transformer import Said
 
 log = logging.getLogger(__name__)
+GATHER = 0.01  # seconds that a first forward waits for requests that are on their way
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
 T = TypeVar("T")
 Answer_co = TypeVar("Answer_co", covariant=True)
@@ -98,6 +99,7 @@ class Request(Generic[Answer_co]):
         self._outputs: dict[int, Output] = {}
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
         self._tell: Callable[[Event | None], None] = self._events.put
+        self.flush: Callable[[], None] | None = None  # passes on what was told since the last time
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._wake, self._streamed = wake, False
@@ -160,17 +162,23 @@ class Request(Generic[Answer_co]):
         self._streamed, self.told.drafts, self.told.live = True, drafts, True
         return self._stream()
 
-    def listen(self, tell: Callable[[Event | None], None], *, live: bool = True) -> None:
+    def listen(
+        self, tell: Callable[[Event | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
+    ) -> None:
         """Pass the same events to a function, in the engine's thread, and None at the end, whatever it was (`error`).
 
-        live: in between, too, not only the last one of each answer. `tell` must not raise.
+        live: in between, too, not only the last one of each answer. flush: is called when the thread is about to wait
+        for the next forward, once for all requests that have been told something and have an equal one: what wakes
+        other threads costs nothing then. Neither may raise.
         """
         self.stream()
         self.told.live = live
         with self._lock:
             while not self._events.empty():
                 tell(self._events.get())
-            self._tell = tell
+            self._tell, self.flush = tell, flush
+        if flush is not None:
+            flush()
 
     def _stream(self) -> Iterator[Event]:
         while (event := self._events.get()) is not None:
@@ -201,6 +209,8 @@ class Request(Generic[Answer_co]):
     def fail(self, error: Exception) -> None:
         """End it by an error, unless it has ended."""
         self._end(error)
+        if self.flush is not None:
+            self.flush()
 
     def _end(self, error: Exception | None = None) -> None:
         with self._lock:  # a caller may cancel at the same time
@@ -226,7 +236,6 @@ class Seats:
     group: Group
     held: ExitStack  # what its runner holds
     row_bytes: int
-    row_positions: int
     counts: Counts | None  # of its graphs
     alone: bool  # its forwards are its own
     requests: list[Request[object]] = field(default_factory=list)
@@ -242,6 +251,12 @@ class Seats:
     def rows(self) -> int:
         """Rows that have a lane, or are about to get one."""
         return self.group.rows
+
+    @property
+    def positions(self) -> int:
+        """What a forward of these rows computes at most."""
+        each = {request.told.meter: request.row_positions for request in self.requests}
+        return sum(each.get(ticket.call, 0) for ticket in self.group.tickets)  # rows of a request that is done leave
 
 
 class Engine:
@@ -285,6 +300,8 @@ class Engine:
         self.prefixes = Prefixes(block, prefix_bytes) if block and prefix_bytes > 0 else None
         self.ticked = time.monotonic()  # when the last tick began, or work came for the next one
         self._works = deque[Callable[[], None]]()  # what is to be done between ticks
+        self._coming = 0  # requests that are on their way
+        self._flushes = dict[Callable[[], None], None]()  # of requests that were told something
         self.most = 0  # rows that have decoded at a time
         self._rows = Room(max_rows)  # as far as memory lets
         self._shared = Room(self.budget.positions)  # of a forward that serves several groups
@@ -354,24 +371,38 @@ class Engine:
         until = None if timeout is None else time.monotonic() + timeout
         alone = batch == "alone"
         given = {"n": n, **arguments}
-        job = prepare(self.model, joined(prompt, None, None), given, grain=1 if alone else COLUMNS)
-        watch = None if self.observer is None else self.observer.forward
-        request = Request[Output | list[Output]](job, alone, until, self._notify, watch)
-        if request.row_bytes > self.budget.kv_bytes:
-            raise DllmError(
-                f"a canvas of {job.queue.canvas.ids.shape[1]} columns needs {request.row_bytes} bytes for keys and "
-                f"values, and kv_bytes={self.budget.kv_bytes}: shorten it, or give the engine more"
-            )
-        with self._change:
-            if not self._change.wait_for(lambda: self._closing or len(self._line) < self.max_queue, wait):
-                raise QueueFull(f"{self.max_queue} requests wait already: try again later, or wait= for room")
-            if self._closing:
-                raise Cancelled("the engine is closed")
-            if not (self._line or self._seats):  # it had nothing to do, and is not late
-                self.ticked = time.monotonic()
-            self._line.append(request)
-            self._change.notify_all()
+        with self.expecting():
+            job = prepare(self.model, joined(prompt, None, None), given, shared=not alone)
+            watch = None if self.observer is None else self.observer.forward
+            request = Request[Output | list[Output]](job, alone, until, self._notify, watch)
+            if request.row_bytes > self.budget.kv_bytes:
+                raise DllmError(
+                    f"a canvas of {job.queue.canvas.ids.shape[1]} columns needs {request.row_bytes} bytes for keys and "
+                    f"values, and kv_bytes={self.budget.kv_bytes}: shorten it, or give the engine more"
+                )
+            with self._change:
+                if not self._change.wait_for(lambda: self._closing or len(self._line) < self.max_queue, wait):
+                    raise QueueFull(f"{self.max_queue} requests wait already: try again later, or wait= for room")
+                if self._closing:
+                    raise Cancelled("the engine is closed")
+                if not (self._line or self._seats):  # it had nothing to do, and is not late
+                    self.ticked = time.monotonic()
+                self._line.append(request)
+                self._change.notify_all()
         return request
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Meanwhile a request is on its way: if nothing is being decoded, the first forward waits for it, GATHER
+        seconds at most. Requests that come together so begin, and end, together."""
+        with self._change:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._coming -= 1
+                self._change.notify_all()
 
     def run(self, work: Callable[[], T]) -> T:
         """Do something with the model in the engine's thread, between two ticks, and return what it returns.
@@ -459,16 +490,26 @@ class Engine:
                 request.fail(error)
             for key in list(self._seats):
                 self._drop(key)
+            self._flush()
 
     def _await(self) -> bool:
         """Wait for something to do; whether the thread goes on."""
         with self._change:
             self._change.wait_for(lambda: self._closing or self._line or self._seats or self._works)
+            if self._line and not self._seats:
+                self._change.wait_for(lambda: self._closing or self._works or not self._coming or self._full, GATHER)
             return self._closing != "abort" and bool(self._line or self._seats or self._works)
+
+    @property
+    def _full(self) -> bool:
+        """Whether those in line are as many rows as may run."""
+        return sum(len(request.left) for request in self._line) >= self._rows.now
 
     def _turn(self) -> None:
         """One tick of every group, and what comes before and after it."""
         now = self.ticked = time.monotonic()
+        if self._works:
+            self._flush()
         while self._works:
             self._works.popleft()()
         with self._change:
@@ -484,12 +525,27 @@ class Engine:
         asked = list[tuple[Seats, int, Ask]]()
         for key in list(self._seats):
             self._guarded(key, partial(self._ask, asked))
+        self._flush()
         self._forward(asked)
         for key in list(self._seats):
             self._guarded(key, self._tick)
         self._shared.ticked()
         if not any(request.retried for request in known):  # more rows could end who has begun anew at fewer
             self._rows.ticked()
+        if not self._seats:  # no forward follows
+            self._flush()
+
+    def _hear(self, request: Request[object], events: Iterator[Event]) -> None:
+        """Pass events on to a request."""
+        request.hear(events)
+        if request.flush is not None:
+            self._flushes[request.flush] = None
+
+    def _flush(self) -> None:
+        """Have passed on what requests were told."""
+        flushes, self._flushes = self._flushes, {}
+        for flush in flushes:
+            flush()
 
     def _ask(self, asked: list[tuple[Seats, int, Ask]], seats: Seats) -> None:
         """Let rows of this group leave and enter, and note the forwards that others may share with it."""
@@ -527,13 +583,13 @@ class Engine:
             free = max(0, self._rows.now - sum(s.rows for s in self._seats.values()))  # more may run than fit by now
             lanes = {key: seats.room for key, seats in self._seats.items()}
             kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
-            taking = sum(s.row_positions * s.rows for s in self._seats.values())
+            taking = sum(s.positions for s in self._seats.values())
             for request in [r for r in self._line if r.done]:  # cancelled, or out of time: room for others
                 self._line.remove(request)
             for request in list(self._line):
                 if not request.told.open:
                     self._line.remove(request)
-                    request.hear(request.told.blank())
+                    self._hear(request, request.told.blank())
                     continue
                 if free == 0 or any(other.passed >= OVERTAKES for other in blocked):
                     break
@@ -590,9 +646,7 @@ class Engine:
                 self._failed([each for each, _ in several], error)
                 return
             with self._change:
-                self._seats[key] = Seats(
-                    group, held, request.row_bytes, request.row_positions, job.counts, request.alone
-                )
+                self._seats[key] = Seats(group, held, request.row_bytes, job.counts, request.alone)
         self._guarded(key, enter)
 
     def _guarded(self, key: Hashable, work: Callable[[Seats], None]) -> None:
@@ -653,4 +707,4 @@ class Engine:
             for call in dict.fromkeys(ticket.call for ticket in tick.request):
                 request = calls[call]
                 if not request.done:
-                    request.hear(request.told.events(tick))
+                    self._hear(request, request.told.events(tick))

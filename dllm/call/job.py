@@ -25,6 +25,7 @@ from dllm.decoding.canvas import Canvas, State, mapped
 from dllm.decoding.captured import CapturedRunner, setting
 from dllm.decoding.constraints.bound import Bound
 from dllm.decoding.engine import decode
+from dllm.decoding.facts import COLUMNS
 from dllm.decoding.graphs import Counts, forget, lent, usable
 from dllm.decoding.guidance import Guidance
 from dllm.decoding.logprobs import Logprobs, Noting
@@ -49,7 +50,7 @@ from dllm.samplers import Bundle, registry
 from dllm.samplers.eos_last import EosLast
 
 MAX_NEW_TOKENS = 128
-COLUMNS = 64  # captures and an engine's stores are shared by canvases whose width has the same multiple of it
+WIDE = 256  # what a group's canvases have a multiple of, where no store and no capture is laid out for their columns
 ModelLike: TypeAlias = Model | str | Path | None  # a loaded one, a folder, a hub id; None: the embedded one
 
 
@@ -68,6 +69,7 @@ class Job:
     single: bool
     tails: list[int]  # columns of each canvas that only complete its last block
     block_length: int  # columns decoded before the next ones
+    width: int  # columns of the widest canvas, which may have more padding
     lookahead: Lookahead | None = None
     criteria: Criteria = field(default_factory=Criteria)
     captured: NativeModel | None = None  # the model, where ticks become graphs
@@ -108,7 +110,7 @@ class Job:
         """What a forward of one row computes at most: its canvas, as often as inputs and a lookahead feed it."""
         copies, ahead = 1 if self.sampler.inputs is None else self.sampler.inputs.lanes, self.lookahead
         rows = 1 if ahead is None else ahead.max_rows or (max(ROWS) if ahead.rows == "auto" else int(ahead.rows))
-        return self.queue.canvas.ids.shape[1] * copies * rows
+        return self.width * copies * rows
 
     @property
     def reusable(self) -> bool:
@@ -252,11 +254,12 @@ class Job:
             trace.pieces = {i: self.model.tokenizer.decode([i]) for i in sorted(ids)}
 
 
-def prepare(model: object, prompt: object, given: Mapping[str, Any], grain: int = 1) -> Job:
-    """Check a call and lay out its canvases, their width a multiple of `grain`. Errors: every mistake that shows before
-    the first forward."""
+def prepare(model: object, prompt: object, given: Mapping[str, Any], shared: bool = False) -> Job:
+    """Check a call and lay out its canvases. shared: as wide as those of other calls that are like it, so that rows of
+    all may be a group. Errors: every mistake that shows before the first forward."""
     args, model = Arguments.parse(given), resolve_model(model)
-    captured, grain = (model, max(grain, COLUMNS)) if usable(model, args.graphs) else (None, grain)
+    captured = model if usable(model, args.graphs) else None
+    grain = COLUMNS if shared or captured is not None else 1
     prompts, single = prompt_ids(model, prompt, args.chat, args.n)
     canvas, windows, tails = lay_out(model, prompts, args, grain)
     if args.compile:
@@ -271,10 +274,13 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any], grain: int 
     if args.trace or args.logprobs is not None:
         notes = Noting(min(args.logprobs or 0, model.vocab_size), context.logits)
         sampler = sampler._replace(amend=(*sampler.amend, notes), starts=(*sampler.starts, (None, notes.columns)))
-    seeds = torch.arange(len(prompts), device=model.device) + args.seed
-    queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     spec = sampler.lookahead if args.lookahead is None else args.lookahead
     ahead = None if spec is None else Lookahead.parse(spec).settle(model, sampler)
+    width = canvas.ids.shape[1]
+    if shared and not policy.stored and ahead is None and captured is None:
+        canvas = canvas.widened(-(-width // WIDE) * WIDE)
+    seeds = torch.arange(len(prompts), device=model.device) + args.seed
+    queue = State.begin(canvas, seeds, torch.tensor(windows, device=model.device), *sampler.start(canvas))
     process, criteria = _steering(args, ahead is not None)
     options = _options(model, args, sampler.needs, context.eos_ids, prompts, process)
     if constrained := rule_of(model, args, options, canvas, windows, tails):
@@ -290,8 +296,8 @@ def prepare(model: object, prompt: object, given: Mapping[str, Any], grain: int 
     if args.check is not None or process is not None:  # they ask the device
         captured = None
     return Job(
-        model, args, sampler, policy, options, queue, prompts, stops, single, tails, context.block_length, ahead,
-        criteria, captured,
+        model, args, sampler, policy, options, queue, prompts, stops, single, tails, context.block_length, width,
+        ahead, criteria, captured,
     )  # fmt: skip
 
 

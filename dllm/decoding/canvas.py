@@ -83,6 +83,12 @@ class Canvas(NamedTuple):
         start, length = table[:, -2:].unbind(1)
         return self._replace(ids=ids, masked=masked.bool(), frozen=frozen.bool(), start=start, length=length)
 
+    def widened(self, columns: int) -> Canvas:
+        """The same with padding up to so many columns."""
+        ids, masked, frozen = self.ids, self.masked, self.frozen
+        more = (0, columns - ids.shape[1])
+        return self._replace(ids=F.pad(ids, more), masked=F.pad(masked, more), frozen=F.pad(frozen, more, value=True))
+
     def showing(self, masked: Tensor) -> Canvas:
         """The same tokens where these columns (B, L) count as open."""
         return self._replace(masked=masked)

@@ -98,7 +98,12 @@ class Group:
     @property
     def rows(self) -> int:
         """Rows that decode, or wait."""
-        return len(self.line) + (0 if self.batch is None else len(self.batch.busy))
+        return len(self.tickets)
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """Theirs."""
+        return [*(row.ticket for row in self.line), *(() if self.batch is None else self.batch.tickets)]
 
     @torch.inference_mode()
     def submit(self, queue: State, tickets: Sequence[Ticket]) -> None:

@@ -18,6 +18,8 @@ from dllm.decoding.columns import marked
 from dllm.decoding.constraints.bound import Bound, Reach
 from dllm.decoding.slots import Closed
 
+COLUMNS = 64  # what is laid out for rows of several calls counts columns in multiples of it
+
 
 class Facts(NamedTuple):
     """A row after a tick, its next window open; the truth values are 0 or 1."""
@@ -90,6 +92,20 @@ def kinds(rows: Sequence[int], facts: Sequence[Facts]) -> list[list[int]]:
     out; `facts` are those that the rows are the indices of."""
     parts = ([i for i in rows if facts[i].stale == stale] for stale in (1, 0))
     return [part for part in parts if part]
+
+
+def matched(rows: Sequence[int], facts: Sequence[Facts]) -> list[list[int]]:
+    """The rows of one kind in forwards that compute no more than if each row fed a multiple of COLUMNS: rows of few
+    columns do not pay for those of many."""
+    parts, taken = list[list[int]](), 0
+    for i in sorted(rows, key=lambda i: -facts[i].size):
+        taken += -(-facts[i].size // COLUMNS) * COLUMNS
+        if parts and (len(parts[-1]) + 1) * facts[parts[-1][0]].size <= taken:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+            taken = -(-facts[i].size // COLUMNS) * COLUMNS
+    return [sorted(part) for part in parts]
 
 
 class Shape(NamedTuple):

@@ -19,7 +19,7 @@ from dllm.decoding.canvas import Canvas, Fed, Plan, Span, State, mapped
 from dllm.decoding.columns import indices, scatter
 from dllm.decoding.constants import constant
 from dllm.decoding.constraints.bound import Bound, Reach, Rule
-from dllm.decoding.facts import Facts, Shape, flags, kinds
+from dllm.decoding.facts import Facts, Shape, flags, kinds, matched
 from dllm.decoding.graphs import index
 from dllm.decoding.logprobs import Logprobs
 from dllm.decoding.meter import Kind, Ticket, served
@@ -178,7 +178,8 @@ class Tick:
     @cached_property
     def canvas(self) -> Canvas:
         """The canvases of these rows on the host: one copy, for all who ask."""
-        return self.state.canvas.take(index(self.rows, self.state.step.device)).cpu()
+        canvas, whole = self.state.canvas, self.rows == list(range(self.state.rows))
+        return (canvas if whole else canvas.take(index(self.rows, canvas.ids.device))).cpu()
 
     @cached_property
     def ends(self) -> list[int]:
@@ -365,8 +366,8 @@ class Runner:
 
     def asks(self, batch: Batch) -> list[Ask]:
         """The forwards that the next step of every row waits for (`shares`)."""
-        parts = [batch.part(rows) for rows in kinds(batch.busy, batch.facts)]
-        return [self.pose(part, Shape.of(part.facts, part.fed)) for part in parts]
+        some = [part for rows in kinds(batch.busy, batch.facts) for part in matched(rows, batch.facts)]
+        return [self.pose(part, Shape.of(part.facts, part.fed)) for part in map(batch.part, some)]
 
     def work(self, part: Part, shape: Shape) -> Turn:
         """The same in these sizes: plan, forward, step, next window. It asks the device nothing: it can be captured."""

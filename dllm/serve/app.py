@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -32,12 +32,13 @@ from dllm.serve.limits import Guard
 from dllm.serve.metrics import PAGE, Ended, Metrics
 from dllm.serve.requests import Asked
 from dllm.serve.schema import Body, Chat, Completion, Read
-from dllm.serve.stream import Ear, Told, chunks, whole
+from dllm.serve.stream import Ear, Post, Told, chunks, whole
 from dllm.spec import Json
 
 log = logging.getLogger(__name__)
 SSE = "text/event-stream"
 THREADS = 32  # for what a request does before it is in line: templates, tokens, canvases
+PREPARING = 2  # of them at a time: one after the other they come to the engine sooner, as one interpreter does it all
 COMPILING = 4  # requests whose constraints are compiled at a time: each takes a process, and seconds
 CONSTRAINTS = {*KINDS, "constraint"}
 
@@ -54,7 +55,9 @@ class Serving:
     failed: str = ""  # why it will never answer
     draining: bool = False
     mean: float = 1.0  # seconds of an answer, the last ones the most
+    post: Post | None = None  # of the loop, from its start on
     counted: list[Callable[[Ended], None]] = field(default_factory=list)
+    preparing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PREPARING))
     compiling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMPILING))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -104,6 +107,7 @@ def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), na
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
+        serving.post = Post()
         warming = asyncio.create_task(asyncio.to_thread(_warm, serving))
         yield
         serving.draining = True
@@ -218,7 +222,7 @@ def _answers(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/reads", openapi_extra=body_of(Read), **said)
     async def reads(http: Request) -> Response:
         """Probabilities of labels at the open slots of an answer, in one forward."""
-        ear, given = Ear(serving.config.event_buffer), Read.read(await http.body())
+        ear, given = Ear(serving.config.event_buffer, serving.post), Read.read(await http.body())
         try:
             serving.check(given.model)
             found = await asyncio.to_thread(serving.backend.read, requests.reading(given, serving.backend))
@@ -235,19 +239,31 @@ def _answers(app: FastAPI, serving: Serving) -> None:
 
 async def _answered(serving: Serving, http: Request, kind: type[Body], reader: Callable[..., Asked]) -> Response:
     """The answer to a request, as one object or as a stream."""
-    body, ear, route = await http.body(), Ear(serving.config.event_buffer), http.url.path
+    body, ear, route = await http.body(), Ear(serving.config.event_buffer, serving.post), http.url.path
     fields = Body()
+
+    def submit(asked: Asked) -> Pending:
+        arguments = {**asked.arguments, "on_step": ear.step} if asked.drafts else asked.arguments
+        timeout = serving.config.request_timeout
+        return serving.backend.submit(asked.prompt, asked.n, timeout, asked.batch, arguments)
+
+    def prepared(coming: ExitStack, fields: Body) -> tuple[Asked, Pending | None]:
+        """A request, read, and put in line unless its constraint is to be compiled."""
+        with coming:
+            asked = reader(fields, serving.backend, serving.config)
+            return asked, None if asked.arguments.keys() & CONSTRAINTS else submit(asked)
+
     try:
         fields = kind.read(body)
         serving.check(fields.model)
-        asked = await asyncio.to_thread(reader, fields, serving.backend, serving.config)
-        arguments = {**asked.arguments, "on_step": ear.step} if asked.drafts else asked.arguments
-        free = not arguments.keys() & CONSTRAINTS
-        line: AbstractAsyncContextManager[None] = nullcontext() if free else serving.compiling
-        async with line:
-            pending = await asyncio.to_thread(
-                serving.backend.submit, asked.prompt, asked.n, serving.config.request_timeout, asked.batch, arguments
-            )
+        with ExitStack() as coming:
+            coming.enter_context(serving.backend.expecting())
+            async with serving.preparing:
+                asked, submitted = await asyncio.to_thread(prepared, coming, fields)
+        if submitted is None:
+            async with serving.compiling:
+                submitted = await asyncio.to_thread(submit, asked)
+        pending = submitted
     except Exception as error:
         refused = told(error, fields.given, requests.NAMES)
         if refused.code == "queue_full":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import dllm
@@ -53,8 +54,11 @@ class Pending(Protocol):
     def traces(self) -> Mapping[int, Trace]:
         """Those of answers that are traced."""
 
-    def listen(self, tell: Callable[[Event | None], None], *, live: bool = True) -> None:
-        """Pass its events to a function, in another thread, and None at the end."""
+    def listen(
+        self, tell: Callable[[Event | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
+    ) -> None:
+        """Pass its events to a function, in another thread, and None at the end; `flush` is called some time after
+        that, once for several."""
 
     def cancel(self) -> None:
         """End it."""
@@ -84,6 +88,9 @@ class Backend(Protocol):
 
     def fingerprint(self) -> str:
         """What decides an answer beside the request."""
+
+    def expecting(self) -> AbstractContextManager[None]:
+        """Meanwhile a request is being read, and is put in line soon."""
 
     def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Pending:
         """Put a request in line. Errors: those of `Engine.submit`."""
@@ -155,6 +162,10 @@ class Hosted:
         weights = model.fingerprint() if isinstance(model, NativeModel) else str(model)
         words = "" if model.tokenizer is None else repr(sorted(model.tokenizer.get_vocab().items()))
         return printed(weights, words, dllm.__version__, str(model.dtype), model.device.type)
+
+    def expecting(self) -> AbstractContextManager[None]:
+        """The engine's."""
+        return self.engine.expecting()
 
     def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Pending:
         """Put a request in line."""

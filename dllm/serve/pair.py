@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -56,6 +57,7 @@ class Draft:
         self.meter = Meter(len(self.prompts))
         self.lock = threading.Lock()
         self.tell: Callable[[Event | None], None] = self.heard.append
+        self.flush: Callable[[], None] = lambda: None
 
     @property
     def columns(self) -> list[int]:
@@ -72,18 +74,22 @@ class Draft:
         """There is no canvas."""
         return {}
 
-    def listen(self, tell: Callable[[Event | None], None], *, live: bool = True) -> None:
-        """Pass its events to a function, in the pair's thread, and None at the end."""
+    def listen(
+        self, tell: Callable[[Event | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
+    ) -> None:
+        """Pass its events to a function, in the pair's thread, and None at the end, each with a `flush`."""
         with self.lock:
             for event in self.heard:
                 tell(event)
-            self.tell = tell
+            self.tell, self.flush = tell, flush or self.flush
+            self.flush()
 
     def hear(self, event: Event) -> None:
         """Pass an event on."""
         with self.lock:
             if not self.done:
                 self.tell(event)
+                self.flush()
 
     def end(self, error: Exception | None = None) -> None:
         """End it, unless it has ended."""
@@ -91,6 +97,7 @@ class Draft:
             if not self.done:
                 self.done, self.error = True, error
                 self.tell(None)
+                self.flush()
 
     def cancel(self) -> None:
         """End it: its place in line is free, and the verifier's next token is its last."""
@@ -171,6 +178,10 @@ class Pair:
         assert isinstance(network, Module)
         weight = next(network.parameters())
         return printed(fingerprint(network), dllm.__version__, str(weight.dtype), weight.device.type)
+
+    def expecting(self) -> AbstractContextManager[None]:
+        """Nobody waits for others."""
+        return nullcontext()
 
     def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Draft:
         """Put a request in line. Errors: arguments that a verifier does not take, a full line."""

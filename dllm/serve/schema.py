@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 from dllm.errors import DllmError, first_line, unknown
@@ -30,6 +31,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
+hints_of = cache(get_type_hints)  # a request needs them, and to find them takes most of the time that it is read
+
+
 @dataclass(frozen=True, kw_only=True)
 class Body:
     """What a route reads."""
@@ -50,7 +54,7 @@ class Body:
             value = given.pop(name)
             if isinstance(value, bool) != (name == "store") or value not in NEUTRAL[name]:
                 raise ApiError(400, "unsupported", f"{name}={value!r} is not supported: leave it out", name)
-        hints, read = get_type_hints(cls), Json()
+        hints, read = hints_of(cls), Json()
         for name, value in given.items():
             if name not in known:
                 raise ApiError(400, "unknown_parameter", str(unknown("field", name, (*known, *NEUTRAL))), name)

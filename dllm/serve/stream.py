@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from sse_starlette import ServerSentEvent
@@ -36,11 +37,31 @@ class Stepped(NamedTuple):
     seconds: float
 
 
+class Post:
+    """What other threads have an event loop do, in their order: it is woken up once for all of a tick."""
+
+    def __init__(self) -> None:
+        self.loop, self.calls = asyncio.get_running_loop(), deque[Callable[[], None]]()
+
+    def put(self, call: Callable[[], None]) -> None:
+        """Something to do at the next `flush`."""
+        self.calls.append(call)
+
+    def flush(self) -> None:
+        """Wake the loop up."""
+        with suppress(RuntimeError):  # it is closed
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self.calls:
+            self.calls.popleft()()
+
+
 class Ear:
     """What an event loop hears of a request. The engine's thread never waits for it."""
 
-    def __init__(self, most: int) -> None:
-        self.loop, self.wake = asyncio.get_running_loop(), asyncio.Event()
+    def __init__(self, most: int, post: Post | None = None) -> None:
+        self.post, self.wake = post or Post(), asyncio.Event()
         self.most, self.size = most, 0
         self.events = deque[tuple[Event, float]]()
         self.steps = dict[int, list[Stepped]]()
@@ -56,7 +77,7 @@ class Ear:
     def follow(self, pending: Pending, live: bool) -> None:
         """Hear this request."""
         self.pending = pending
-        pending.listen(self._tell, live=live)
+        pending.listen(self._tell, live=live, flush=self.post.flush)
 
     def step(self, view: StepView) -> None:
         """A step of a row, in the engine's thread."""
@@ -66,12 +87,10 @@ class Ear:
         closed = view.masked.index(True) if True in view.masked else size
         closed, lo = (max(0, at - view.start) for at in (closed, view.window[0]))
         steps.append(Stepped(view.step, view.nfe, closed, lo, size - view.start, self.seconds))
-        with suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(self.wake.set)
+        self.post.put(self.wake.set)
 
     def _tell(self, event: Event | None) -> None:
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._put, event, self.seconds)
+        self.post.put(partial(self._put, event, self.seconds))
 
     def _put(self, event: Event | None, seconds: float) -> None:
         if event is None:
