@@ -46,7 +46,7 @@ class Choice:
     times: list[tuple[float, int]] = field(default_factory=list)  # seconds, and tokens that were final then
     shown: Detokenizer | None = field(init=False, default=None)  # where its text is not the engine's: that of its ids
     plain: Detokenizer | None = field(init=False, default=None)  # and the engine's
-    ends: frozenset[int] = field(init=False, default=frozenset())  # tokens that are never shown
+    ends: frozenset[int | None] = field(init=False, default=frozenset())  # tokens that are never shown
 
     def __post_init__(self) -> None:
         self.offset, holes = len(self.echo), self.asked.holes
@@ -227,7 +227,7 @@ class Reply:
                     "top_logprobs": [entry(*pair) for pair in (one.top if one else ())],
                     **({} if bound is None else {"dllm": {"constrained_logprob": max(bound, LEAST)}}),
                 }
-                for token, one, bound in ((token, one, one and one.constrained) for token, one in said)
+                for token, one, bound in ((token, one, None if one is None else one.constrained) for token, one in said)
             ],
             "refusal": None,
         }

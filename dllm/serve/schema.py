@@ -54,7 +54,7 @@ class Body:
             value = given.pop(name)
             if isinstance(value, bool) != (name == "store") or value not in NEUTRAL[name]:
                 raise ApiError(400, "unsupported", f"{name}={value!r} is not supported: leave it out", name)
-        hints, read = hints_of(cls), Json()
+        hints, read = hints_of(cls), Json()  # type: ignore[arg-type]  # a class is hashable
         for name, value in given.items():
             if name not in known:
                 raise ApiError(400, "unknown_parameter", str(unknown("field", name, (*known, *NEUTRAL))), name)

@@ -112,7 +112,8 @@ def _lines(path: Path) -> tuple[list[str], Torn | None]:
         return [], None
     content = path.read_bytes()
     try:
-        text, whole, known = _members(content) if path.suffix == ".gz" else (content, *[content.rfind(b"\n") + 1] * 2)
+        lines = content.rfind(b"\n") + 1
+        text, whole, known = _members(content) if path.suffix == ".gz" else (content, lines, lines)
         end = text.rfind(b"\n") + 1
         if _ends(text[end:]):
             text, end = text + b"\n", len(text) + 1
