@@ -1,9 +1,9 @@
 """A server at full queue, as long as you like: `python tests/soak_serve.py --minutes 20`.
 
 Clients on 127.0.0.1 ask at once for more than there is room: whole answers and streams, of several samplers and seeds,
-some of whom leave in the middle. The server is `dllm serve`, a process of its own. Every answer is compared with that
-of `dllm.generate` alone, what the server counted with what the clients got, and memory and lanes are looked at. The
-suite runs a short one (tests/test_serve_soak.py).
+some of whom leave in the middle. The server is `dllm serve`, a process of its own, and so is who asks for /health every
+second and looks at the memory. Every answer is compared with that of `dllm.generate` alone, and what the server counted
+with what the clients got. The suite runs a short one (tests/test_serve_soak.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import random
+import select
 import socket
 import subprocess
 import sys
@@ -110,8 +111,6 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     ids: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    slowest: float = 0.0  # answer of /health
-    memory: list[int] = field(default_factory=list)  # bytes, by second
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -167,15 +166,18 @@ class Soak:
         finally:
             connection.close()
 
-    def watch(self) -> None:
-        """Health and memory."""
-        while not self.over:
-            began = time.monotonic()
-            if self.server.ask("/health")[0] != 200:
-                self.wrong.append("not healthy")
-            self.slowest = max(self.slowest, time.monotonic() - began)
-            self.memory.append(self.server.process.memory_info().rss)
-            time.sleep(1)
+
+def watch(port: int, process: psutil.Process) -> dict[str, Any]:
+    """Health and memory in bytes, every second until the standard input ends."""
+    server, slowest, memory, wrong = Server(port, process), 0.0, list[int](), list[str]()
+    while True:
+        began = time.monotonic()
+        if server.ask("/health")[0] != 200:
+            wrong.append("not healthy")
+        slowest = max(slowest, time.monotonic() - began)
+        memory.append(process.memory_info().rss)
+        if select.select([sys.stdin], [], [], 1.0)[0]:
+            return {"slowest": slowest, "memory": memory, "wrong": wrong[:1]}
 
 
 def soak(seconds: float, most: int = 1 << 30, clients: int = 24) -> dict[str, Any]:
@@ -189,22 +191,28 @@ def soak(seconds: float, most: int = 1 << 30, clients: int = 24) -> dict[str, An
         run = Soak(server, expected, time.monotonic() + seconds, most)
         began = time.monotonic()
         threads = [threading.Thread(target=run.client, args=(i,)) for i in range(clients)]
-        threads.append(threading.Thread(target=run.watch))
+        watching = subprocess.Popen(
+            [sys.executable, __file__, "--watch", f"{server.port}:{server.process.pid}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         seconds = time.monotonic() - began
+        seen = json.loads(watching.communicate()[0])
         idle, load = server.idle(), server.load
         time.sleep(0.5)  # the last streams tell their end
         families = text_string_to_metric_families(server.ask("/metrics")[1])
         told = {s.labels["outcome"]: int(s.value) for f in families if f.name == "dllm_requests" for s in f.samples}
-    quarter = max(1, len(run.memory) // 4)
-    early, late = run.memory[quarter : 2 * quarter] or run.memory, run.memory[-quarter:]
+    memory = seen["memory"]
+    quarter = max(1, len(memory) // 4)
+    early, late = memory[quarter : 2 * quarter] or memory, memory[-quarter:]
     return {
-        "seconds": round(seconds, 1), "clients": dict(run.counts), "server": told, "wrong": run.wrong[:5],
+        "seconds": round(seconds, 1), "clients": dict(run.counts), "server": told,
+        "wrong": run.wrong[:5] + seen["wrong"],
         "answered twice": sum(n - 1 for n in run.ids.values()), "idle": idle, "load": load,
-        "slowest /health": round(run.slowest, 3),
+        "slowest /health": round(seen["slowest"], 3),
         "rss MB, second and last quarter": [round(sum(m) / len(m) / 1e6, 1) for m in (early, late)],
     }  # fmt: skip
 
@@ -214,7 +222,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=24)
+    parser.add_argument("--watch", metavar="PORT:PID", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.watch:
+        port, pid = map(int, given.watch.split(":"))
+        print(json.dumps(watch(port, psutil.Process(pid))))
+        return
     torch.set_num_threads(1)
     print(json.dumps(soak(60 * given.minutes, clients=given.clients), indent=1))
 
