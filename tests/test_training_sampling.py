@@ -150,3 +150,15 @@ def test_other_verifiers_are_asked_by_their_own_generate(caplog):
         ids = torch.tensor([ask.prompt])
         text = verifier.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.limit)
         assert text[0, len(ask.prompt) :].tolist() == answer
+
+
+def test_lanes_share_the_tensors_that_are_the_verifiers():
+    verifier = verifier_of("tiny-ar")
+    lanes = answerer(verifier, 2)
+    assert isinstance(lanes, Lanes)
+    theirs = {p.data_ptr() for p in verifier.model.parameters()}
+    sizes = [(p.data_ptr() in theirs, p.nbytes) for p in lanes.model.transformer.parameters()]
+    assert sum(n for own, n in sizes if own) > 0.39 * sum(n for _, n in sizes)
+    before = verifier.model.lm_head.weight.clone()
+    lanes.model.to(torch.float32)  # what is done with the one changes nothing of the other
+    assert verifier.model.lm_head.weight.dtype == torch.float64 and torch.equal(verifier.model.lm_head.weight, before)

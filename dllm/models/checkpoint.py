@@ -66,9 +66,11 @@ def fill(
     dtype: torch.dtype | None,
     place: Place,
     source: object,
+    shared: bool = False,
 ) -> None:
     """Put official tensors in their places of a model on the meta device; those that `table` lacks are passed over.
 
+    shared   a tensor that is a whole parameter, in its dtype and place, becomes it, and is not copied.
     Errors: a wrong shape, NaN or infinite values, by the name of their `source`.
     """
     parameters = dict(model.named_parameters())
@@ -81,10 +83,12 @@ def fill(
         _check_shape(name, tensor, part(parameters, piece))
         if not _finite(tensor):
             broken.append(name)
+        kind, device = _dtype(piece.parameter, dtype or tensor.dtype), place(piece.parameter)
+        if shared and not piece.part and not piece.turned and (tensor.dtype, tensor.device) == (kind, device):
+            filled[piece.parameter] = tensor.detach()
+            continue
         if piece.parameter not in filled:
-            kind = _dtype(piece.parameter, dtype or tensor.dtype)
-            shape = parameters[piece.parameter].shape
-            filled[piece.parameter] = torch.empty(shape, dtype=kind, device=place(piece.parameter))
+            filled[piece.parameter] = torch.empty(parameters[piece.parameter].shape, dtype=kind, device=device)
         part(filled, piece).copy_(tensor)
     if broken:
         raise DllmError(f"NaN or infinite values in {_some(broken)} of {source}")

@@ -280,8 +280,8 @@ def rebuilt(
     tokenizer: Tokenizer | None = None,
     eos_ids: int | Sequence[int] | None = None,
 ) -> NativeModel:
-    """A loaded autoregressive model of transformers in the backbone of this package, with weights of its own; by
-    default in the dtype and on the device that it has.
+    """A loaded autoregressive model of transformers in the backbone of this package, by default in the dtype and on the
+    device that it has: then tensors that are the same in both are shared, about half of the bytes.
 
     Errors: an architecture that the backbone is not, weights that are not exactly those of the architecture.
     """
@@ -293,7 +293,7 @@ def rebuilt(
     place = network.device if device is None else device
     transformer, table, found = build(config), family.layout(config), network.state_dict()
     account(name, found, table, "lm_head.weight" if config.tied else None)
-    fill(transformer, table, found.items(), dtype, lambda _: place, name)
+    fill(transformer, table, found.items(), dtype, lambda _: place, name, shared=True)
     return NativeModel(config, transformer.eval(), tokenizer)
 
 
