@@ -23,6 +23,18 @@ class TooLarge(DllmError):
     """A constraint takes more states, edges, bytes or time than it may."""
 
 
+class Cancelled(DllmError):
+    """The request was cancelled, or the engine closed before it was done."""
+
+
+class QueueFull(DllmError):
+    """No room in the line."""
+
+
+class TimedOut(DllmError, TimeoutError):
+    """The request was not done in its time, or nobody waits any longer."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` is most likely a slip of."""
     return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.65)), None)

@@ -24,11 +24,11 @@ import dllm
 from dllm.bench.runtime import peak_extra, random_model
 from dllm.call import budget as budgets
 from dllm.call import engine as calls
-from dllm.call.engine import OVERTAKES, Cancelled, QueueFull, Request, TimedOut
+from dllm.call.engine import OVERTAKES, Request
 from dllm.decoding.canvas import Plan
 from dllm.decoding.facts import COLUMNS, Facts, matched
 from dllm.decoding.merging import together
-from dllm.errors import DllmError
+from dllm.errors import Cancelled, DllmError, QueueFull, TimedOut
 
 PROMPTS = ("Tom has 12 apples.", "Ann has 3 cats and buys 4 more cats.", "5", "Say a number.")
 LONG = "Tom has 12 apples. He buys 7 more."  # its answer comes in several pieces

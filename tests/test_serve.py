@@ -463,8 +463,9 @@ REFUSED = [  # body, status, code, param
         ask(response_format={"type": "json_schema", "json_schema": {"schema": {"minimum": 1}}}),
         400,
         "invalid_value",
-        None,
+        "response_format",
     ),
+    (ask(sampler="klass+wino"), 400, "invalid_value", "sampler"),  # the message speaks of samplers
     (ask(tools=[{"type": "web"}]), 400, "invalid_value", "tools"),
     (
         ask(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "x"}}),

@@ -15,9 +15,9 @@ import pytest
 from serve_kit import CHAT, MESSAGES, TEXT, Gate, serving
 
 import dllm
-from dllm.call.engine import Engine, QueueFull, TimedOut
+from dllm.call.engine import Engine
 from dllm.drafting.registry import as_verifier
-from dllm.errors import DllmError
+from dllm.errors import DllmError, QueueFull, TimedOut
 from dllm.models.arguments import Checkpoint
 from dllm.serve import stream
 from dllm.serve.answers import Choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ pytest.importorskip("fastapi")
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
 from dllm.serve.config import ServeConfig
+from dllm.serve.ingress import Shaped
 from dllm.serve.replicas import Scale, deploy
 
 CHAT = "/v1/chat/completions"
@@ -39,6 +42,39 @@ def test_a_scale_that_is_none_is_one_line(replicas: int | None, autoscale: str |
 
 def test_scales_are_numbers_and_ranges() -> None:
     assert (Scale.read(None, None), Scale.read(3, None), Scale.read(None, "1:8")) == (None, Scale(3, 3), Scale(1, 8))
+
+
+def passed(app: Any) -> list[Any]:
+    """What a client gets of an app behind the middleware."""
+    sent = list[Any]()
+
+    async def told(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Shaped(app)({"type": "http"}, None, told))  # type: ignore[arg-type]
+    return sent
+
+
+def test_errors_of_the_router_have_the_shape_of_ours_and_answers_pass() -> None:
+    def answers(status: int, kind: bytes, body: bytes, again: bytes = b"3") -> Any:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            headers = [(b"content-type", kind), (b"retry-after", again)]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+
+        return app
+
+    async def nobody(scope: Any, receive: Any, send: Any) -> None:
+        pass
+
+    for status, code in ((429, "queue_full"), (503, "unavailable"), (408, "timeout")):
+        start, body = passed(answers(status, b"text/plain", b"Request dropped"))
+        assert start["status"] == status and dict(start["headers"])[b"retry-after"] == b"3"
+        assert json.loads(body["body"])["error"]["code"] == code
+    for status, kind in ((429, b"application/json"), (200, b"text/plain"), (404, b"text/plain")):
+        assert [m.get("body") for m in passed(answers(status, kind, b"ours"))] == [None, b"ours"]
+    start, body = passed(nobody)
+    assert (start["status"], json.loads(body["body"])["error"]["type"]) == (503, "server_error")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +112,10 @@ def opened(port: int, tokens: int, stream: bool = False) -> http.client.HTTPResp
     return connection.getresponse()
 
 
-def ask(port: int, tokens: int) -> tuple[int, str]:
+def ask(port: int, tokens: int) -> tuple[int, str, dict[str, Any]]:
     response = opened(port, tokens)
-    response.read()
-    return response.status, response.getheader("Retry-After") or ""
+    body = json.loads(response.read())
+    return response.status, response.getheader("Retry-After") or "", body
 
 
 @pytest.mark.ray
@@ -105,12 +141,54 @@ def test_a_replica_that_dies_breaks_its_streams_and_a_retry_succeeds(port: int) 
 
 @pytest.mark.ray
 def test_who_finds_no_room_is_told_when_to_come_again(port: int) -> None:
-    said = list[tuple[int, str]]()
+    said = list[tuple[int, str, dict[str, Any]]]()
     threads = [threading.Thread(target=lambda: said.append(ask(port, 64))) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    codes = {code for code, _ in said}
-    assert codes == {200, 429}
-    assert all(again.isdecimal() and int(again) > 0 for code, again in said if code == 429)
+    assert {code for code, *_ in said} == {200, 429}
+    for code, again, body in said:
+        if code == 429:
+            assert again.isdecimal() and int(again) > 0
+            error = body["error"]
+            assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, "queue_full")
+
+
+@pytest.mark.ray
+def test_replicas_come_with_waiting_requests_and_go_without(port: int) -> None:
+    """The same deployment, from one replica on: a burst of requests brings another one, and its end ends it."""
+    from ray import serve
+
+    def replicas() -> int:
+        states = serve.status().applications["dllm"].deployments["dllm"].replica_states
+        return int(states.get("RUNNING", 0))
+
+    def until(count: int, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while replicas() != count:
+            assert time.monotonic() < end, (replicas(), count)
+            time.sleep(0.5)
+
+    config = ServeConfig(port=port, max_rows=1, max_queue=50, defaults={"block_length": 4})
+    pace = {"metrics_interval_s": 1, "look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 2}
+    deploy(Checkpoint("tiny", device="cpu"), config, Scale(1, 2), pace)
+    until(1, 120)
+    said, over = list[int](), threading.Event()
+
+    def asking() -> None:
+        while not over.is_set():
+            said.append(ask(port, 32)[0])
+
+    threads = [threading.Thread(target=asking) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(2, 180)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert set(said) == {200}
+    until(1, 120)
+    assert ask(port, 4)[0] == 200

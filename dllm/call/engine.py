@@ -39,7 +39,7 @@ from dllm.decoding.merging import merged, parted, together
 from dllm.decoding.meter import Kind, Ticket, Watch, served
 from dllm.decoding.runner import Ask, Tick
 from dllm.decoding.trace import Trace
-from dllm.errors import DllmError, out_of_memory
+from dllm.errors import Cancelled, DllmError, QueueFull, TimedOut, out_of_memory
 from dllm.models.transformer import Said
 
 log = logging.getLogger(__name__)
@@ -47,18 +47,6 @@ GATHER = 0.01  # seconds that a first forward waits for requests that are on the
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
 T = TypeVar("T")
 Answer_co = TypeVar("Answer_co", covariant=True)
-
-
-class Cancelled(DllmError):
-    """The request was cancelled, or the engine closed before it was done."""
-
-
-class QueueFull(DllmError):
-    """No room in the line."""
-
-
-class TimedOut(DllmError, TimeoutError):
-    """The request was not done in its time, or nobody waits any longer."""
 
 
 class Load(NamedTuple):

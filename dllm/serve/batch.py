@@ -20,9 +20,9 @@ from typing import NoReturn
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from dllm.call.engine import Cancelled, Engine
+from dllm.call.engine import Engine
 from dllm.call.output import Event
-from dllm.errors import DllmError
+from dllm.errors import Cancelled, DllmError
 from dllm.models.files import replaced
 from dllm.models.lines import append, as_lines, disk_errors, mend
 from dllm.serve import requests

@@ -12,12 +12,21 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from dllm.call.engine import Cancelled, QueueFull, TimedOut
-from dllm.errors import DllmError, TooLarge, TooLong, Unsatisfiable, out_of_memory
+from dllm.errors import (
+    Cancelled,
+    DllmError,
+    QueueFull,
+    TimedOut,
+    TooLarge,
+    TooLong,
+    Unsatisfiable,
+    out_of_memory,
+)
 
 log = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}  # of a status; else by its hundred
+RULES = ("regex", "choices", "grammar", "constraint", "response_format", "tool_choice")  # fields that bind an answer
 NO_RETRY = {"x-should-retry": "false"}  # the official client would decode it all again
 
 
@@ -80,7 +89,10 @@ def told(error: BaseException, fields: Collection[str] = (), names: Mapping[str,
     if isinstance(error, DllmError):
         for argument, field in (names or {}).items():
             message = re.sub(rf"\b{argument}\b", field, message)
-        param = next((word for word in re.findall(r"\w+", message) if word in fields), None)
+        words = re.findall(r"\w+", message)
+        bound = RULES if {"constraint", "json_schema"} & set(words) else ()
+        named = (*words, *(word.removesuffix("s") for word in words), *bound)
+        param = next((word for word in named if word in fields), None)
         codes = {
             TooLong: "context_length_exceeded",
             Unsatisfiable: "constraint_unsatisfiable",

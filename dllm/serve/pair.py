@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import dllm
-from dllm.call.engine import Cancelled, Load, QueueFull, TimedOut
+from dllm.call.engine import Load
 from dllm.call.output import Event, Output
 from dllm.call.reads import Reading
 from dllm.decoding.meter import Meter, Ticket
@@ -27,7 +27,7 @@ from dllm.drafting.front import SpecOptions, encode, speculate
 from dllm.drafting.registry import DrafterLike, VerifierLike, as_drafter, as_verifier
 from dllm.drafting.request import SpecResult
 from dllm.drafting.verifier import Verifier
-from dllm.errors import DllmError
+from dllm.errors import Cancelled, DllmError, QueueFull, TimedOut
 from dllm.models.native import fingerprint
 from dllm.models.tokenizer import Tokenizer
 from dllm.serve.backend import printed

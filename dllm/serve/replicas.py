@@ -6,8 +6,10 @@ Ray starts the replicas, routes, restarts what dies and scales with the requests
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +20,7 @@ from fastapi import FastAPI
 
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
+from dllm.serve import ingress
 from dllm.serve.app import create_app
 from dllm.serve.config import ServeConfig
 from dllm.serve.server import hosted
@@ -44,11 +47,14 @@ class Scale:
         return cls(int(least), int(most))
 
 
-def deploy(checkpoint: Checkpoint, config: ServeConfig, scale: Scale, **cluster: Any) -> None:
+def deploy(
+    checkpoint: Checkpoint, config: ServeConfig, scale: Scale, pace: Mapping[str, Any] | None = None, **cluster: Any
+) -> None:
     """Start replicas behind `config.host`:`config.port`; returns when they are up.
 
-    cluster: arguments of `ray.init` where Ray is not connected yet. A request that finds `max_queue` others waiting
-    gets status 429. Errors: Ray is not installed.
+    pace: seconds of Ray's `AutoscalingConfig` until it adds and ends replicas. cluster: arguments of `ray.init` where
+    Ray is not connected yet. A request that finds `max_queue` others waiting gets status 429. Errors: Ray is not
+    installed.
     """
     try:
         import ray
@@ -57,6 +63,7 @@ def deploy(checkpoint: Checkpoint, config: ServeConfig, scale: Scale, **cluster:
     except ImportError:
         raise DllmError("replicas need Ray Serve: pip install 'dllm-toolkit[ray]'") from None
     if not ray.is_initialized():
+        os.environ.setdefault(ingress.VARIABLE, ingress.PATH)  # its proxies have our environment
         ray.init(**{"include_dashboard": False, "logging_level": logging.WARNING, **cluster})
     name, gpu = Path(checkpoint.name).name, checkpoint.device != "cpu" and torch.cuda.is_available()
 
@@ -78,6 +85,7 @@ def deploy(checkpoint: Checkpoint, config: ServeConfig, scale: Scale, **cluster:
     if scale.most > scale.least:
         size = {"autoscaling_config": AutoscalingConfig(
             min_replicas=scale.least, max_replicas=scale.most, target_ongoing_requests=lanes,
+            **(pace or {}),
         )}  # fmt: skip
     deployment = serve.deployment(
         name="dllm", max_ongoing_requests=lanes + line, max_queued_requests=config.max_queue,
