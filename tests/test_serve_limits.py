@@ -289,7 +289,10 @@ def test_a_pair_serves_the_verifiers_own_text(monkeypatch):
         text = "".join(p.choices[0].delta.content or "" for p in parts)
         assert text == dllm.speculate(verifier, None, MESSAGES, max_new_tokens=10).text
         for odd in ({"sampler": "klass"}, {"regex": "a"}, {"draft": True, "stream": True}):
-            assert site.post(CHAT, {**ASK, **odd}).json()["error"]["code"] == "unsupported"
+            error = site.post(CHAT, {**ASK, **odd}).json()["error"]
+            assert (error["code"], error["param"]) == ("unsupported", next(iter(odd)))
+        plain = dllm.speculate(verifier, None, "12 + 7 =", max_new_tokens=4, chat=False).text
+        assert site.post(TEXT, {"prompt": "12 + 7 =", "max_tokens": 4}).json()["choices"][0]["text"] == plain
         assert site.post("/v1/reads", {"prompt": "a", "template": "{b}", "slots": {"b": ["c"]}}).status_code == 400
         assert site.client.models.list().data[0].model_extra["dllm"]["drafter"] == "tiny"
 

@@ -35,6 +35,7 @@ from dllm.serve.errors import ApiError
 from dllm.spec import Json
 
 TAKEN = {"max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed", "chat"}
+FIELDS = {"on_step": "draft", "trace": "return_trace"}  # what a request calls these arguments
 NEW = 128  # tokens of an answer that says nothing
 
 
@@ -186,7 +187,8 @@ class Pair:
     def submit(self, prompt: object, n: int, timeout: float, batch: str, arguments: Json) -> Draft:
         """Put a request in line. Errors: arguments that a verifier does not take, a full line."""
         if odd := sorted(arguments.keys() - TAKEN):
-            raise ApiError(400, "unsupported", f"{odd[0]} is for a masked-diffusion model that writes the text", odd[0])
+            field = FIELDS.get(odd[0], odd[0])
+            raise ApiError(400, "unsupported", f"{field} is for a masked-diffusion model that writes the text", field)
         given = {"max_new_tokens": NEW, **arguments}
         ids, _ = encode(self.verifier, prompt, given.pop("chat", None))
         stops = Stops.of(self.verifier.eos, given.get("stop"), self.tokenizer)
