@@ -26,6 +26,7 @@ from dllm.call import budget as budgets
 from dllm.call import engine as calls
 from dllm.call.engine import OVERTAKES, Request
 from dllm.decoding.canvas import Plan
+from dllm.decoding.engine import Waiting
 from dllm.decoding.facts import COLUMNS, Facts, matched
 from dllm.decoding.merging import together
 from dllm.errors import Cancelled, DllmError, QueueFull, TimedOut
@@ -521,6 +522,43 @@ def test_requests_begin_anew_with_half_the_rows_where_memory_runs_out() -> None:
         assert (request.result().tokens, request.result().nfe) == (plain.tokens, plain.nfe)
         assert request.result().trace == plain.trace
     assert net.times == 0 and engine.load.lanes == 2
+
+
+def test_load_is_told_while_rows_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ByHand(network(), max_rows=2)
+    engine.submit([[1], [2]], **CALL)
+    engine._seat(engine._admitted())
+    (seats,) = engine._seats.values()
+    ticket = Waiting.ticket.fget
+    assert ticket is not None
+
+    def asked(row: Waiting) -> Any:
+        monkeypatch.undo()
+        seats.group.turnover()  # of the engine's thread, while another asks
+        return ticket(row)
+
+    monkeypatch.setattr(Waiting, "ticket", property(asked))
+    assert engine.load.running == 2
+    monkeypatch.undo()
+    engine.finish()
+
+
+def test_all_who_enter_together_begin_anew_where_memory_runs_out_at_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, taken, times = network(), calls.index, [1]
+
+    def index(rows: list[int], device: object) -> Any:
+        if rows == [2] and times:  # the first request's last row, before the second one's
+            times.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return taken(rows, device)
+
+    monkeypatch.setattr(calls, "index", index)
+    engine = ByHand(net, max_rows=2)
+    first, second = engine.submit([[1], [2], [3]], **CALL), engine.submit([4], **CALL)
+    engine.finish()
+    assert not times and first.done and second.done
+    assert [r.tokens for r in first.result()] == [dllm.generate(net, [i], **CALL).tokens for i in (1, 2, 3)]
+    assert second.result().tokens == dllm.generate(net, [4], **CALL).tokens
 
 
 def test_rows_are_halved_until_they_fit() -> None:

@@ -614,9 +614,8 @@ class Engine:
 
         def enter(seats: Seats) -> None:
             queues, tickets = list[State](), list[Ticket]()
+            seats.requests += [each for each, _ in several if each not in seats.requests]  # an error is told to all
             for each, rows in several:
-                if each not in seats.requests:
-                    seats.requests.append(each)
                 queue, own = each.job.queue, each.told.meter.rows
                 each.job.counts = seats.counts
                 queues.append(queue if len(rows) == queue.rows else queue.take(index(rows, job.model.device)))

@@ -97,8 +97,8 @@ class Group:
 
     @property
     def rows(self) -> int:
-        """Rows that decode, or wait."""
-        return len(self.tickets)
+        """Rows that decode, or wait. Other threads may ask while some enter and leave."""
+        return len(self.line) + (0 if self.batch is None else len(self.batch.busy))
 
     @property
     def tickets(self) -> list[Ticket]:
