@@ -51,6 +51,16 @@ def test_the_head_that_ships_drafts_and_changes_nothing(smollm, options):
         assert out.tau > 1.2
 
 
+def test_the_diffusion_model_that_ships_answers_in_english_and_ahead_of_time_the_same(smollm):
+    model = dllm.load("smollm2-diffusion", dtype="float32")
+    assert (model.block_size, model.shift) == (32, 1)
+    call = {"sampler": "confidence", "max_new_tokens": 12}
+    plain = dllm.generate(model, "What is the capital of France?", **call)
+    assert "Paris" in plain.text and model.mask_id not in plain.sequences
+    ahead = dllm.generate(model, "What is the capital of France?", **call, lookahead=4)
+    assert ahead.tokens == plain.tokens and ahead.nfe <= plain.nfe
+
+
 def test_generate_hook_and_assisted_generation(smollm):
     model, _, ids, text = smollm
     call = dict(attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=N, do_sample=False)

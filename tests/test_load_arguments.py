@@ -314,3 +314,10 @@ def test_the_head_that_ships_is_small_and_fits_the_verifier_it_is_for() -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     config = read_head(json.loads((folder / "config.json").read_text()))
     assert (config.hidden_size, config.block, config.reach) == (576, 4, 16)
+
+
+def test_the_diffusion_model_that_ships_is_an_adapter_of_its_base_alone() -> None:
+    folder = locate("smollm2-diffusion")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
+    recast = json.loads((folder / "recast.json").read_text())
+    assert (recast["base"], recast["block_size"], recast["shift"]) == ("smollm2", 32, 1)
