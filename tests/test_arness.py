@@ -59,6 +59,10 @@ def test_only_the_answer_counts() -> None:
     assert trace().arness() is None and trace([0]).local_arness() is None and trace([3]).arness(tokens=2) is None
 
 
+def test_arguments_of_a_trace_keep_their_order() -> None:
+    assert Trace([1], MASK, "x", [], [], [], [], [], 1, "a prompt").prompt_text == "a prompt"
+
+
 @given(st.permutations(range(6)), st.integers(1, 6))
 def test_it_grows_with_k_to_one(order: list[int], k: int) -> None:
     made = trace(*([c] for c in order))

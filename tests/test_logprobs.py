@@ -226,13 +226,13 @@ def test_what_a_length_edit_brings_in_is_not_known() -> None:
     assert after.said([1, 2]) == [None, TokenLogprob(-0.5, ((0, 0.0),))]
 
 
-@pytest.mark.parametrize("stop", [None, ["apples"]])
-def test_the_pieces_of_a_stream_join_to_those_of_the_output(stop: Any) -> None:
+@pytest.mark.parametrize(("stop", "drafts"), [(None, False), (["apples"], False), (None, True)])
+def test_the_pieces_of_a_stream_join_to_those_of_the_output(stop: Any, drafts: bool) -> None:
     prompt = "Tom has 12 apples. He buys 7 more. How many apples does Tom have?"
     call = dict(max_new_tokens=32, block_length=4, logprobs=2, stop=stop)
     pieces, told, tokens = [], [], []
-    for event in dllm.stream("tiny", prompt, **call):
-        assert event.logprobs is not None
+    for event in dllm.stream("tiny", prompt, drafts=drafts, **call):
+        assert event.logprobs is not None  # of a draft that brings no text, either
         told += event.logprobs
         tokens += event.tokens
         pieces.append(event.text)

@@ -16,6 +16,7 @@ from dllm.call.output import Event, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
 from dllm.call.steering import StepView, Streamer, ending
 from dllm.decoding.graphs import usable
+from dllm.decoding.logprobs import TokenLogprob
 from dllm.decoding.meter import Meter, Ticket, Watch
 from dllm.decoding.recording import record
 from dllm.decoding.runner import Tick
@@ -247,16 +248,18 @@ class Followed:
             return None
         closed, self.settled = self.ids(tick, row, count), count
         final = job.stops.settled(closed)
-        text, columns, noted = final[len(self.sent) :], [], None
+        text, columns = final[len(self.sent) :], list[int]()
+        said: list[TokenLogprob | None] | None = None if job.args.logprobs is None else []
         if text:
             self.reached = job.stops.reach(closed, len(final), least=self.reached)
             columns = job.columns(self.request, tick.canvas, row, self.reached)[self.told :]
             noted = job.noted(tick.state, tick.rows[row])
+            said = said if noted is None else noted.said(columns)
         elif not drafts:
             return None
         self.sent, self.told = self.sent + text, self.told + len(columns)
         tokens, draft = tick.canvas.ids[row, columns].tolist(), self.draft(tick, row, closed) if drafts else None
-        return Event(self.request, text, draft, self.ticket.nfe, None, tokens, noted and noted.said(columns))
+        return Event(self.request, text, draft, self.ticket.nfe, None, tokens, said)
 
     def draft(self, tick: Tick, row: int, closed: list[int]) -> str:
         """What is written behind the final text, and may still change."""

@@ -33,7 +33,6 @@ class Trace:
     lengths: list[int] = field(default_factory=list)
     final: list[int] = field(default_factory=list)  # the canvas at the end
     confidence: list[list[float | None]] = field(default_factory=list)
-    posterior: list[list[float | None]] = field(default_factory=list)
     start: int | None = None  # the first generated column; None: behind the prompt
     prompt_text: str = ""
     cache: str = ""
@@ -41,6 +40,7 @@ class Trace:
     pieces: dict[int, str] = field(default_factory=dict)  # text of each token id, where a tokenizer is known
     text: str = ""  # the answer, as it was returned
     seconds: list[float] = field(default_factory=list, compare=False)  # in its lane, at each forward's end
+    posterior: list[list[float | None]] = field(default_factory=list)
 
     @property
     def order(self) -> dict[int, int]:
