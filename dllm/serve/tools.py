@@ -197,7 +197,7 @@ class Splitter:
             yield Piece("call", head[1])
         if self.calls:
             held = self.held
-            firm = held.rstrip()[:-1].rstrip() if end else held[: len(held.rstrip("} \n"))]  # the last } is the call's
+            firm = held.rstrip().removesuffix("}").rstrip() if end else held[: len(held.rstrip("} \n"))]  # the last } is the call's
             self.held = held[len(firm) :]
             if firm:
                 yield Piece("arguments", firm)
