@@ -196,8 +196,8 @@ class Splitter:
             self.calls, self.held = 1, self.held[head.end() :]
             yield Piece("call", head[1])
         if self.calls:
-            held = self.held
-            firm = held.rstrip().removesuffix("}").rstrip() if end else held[: len(held.rstrip("} \n"))]  # the last } is the call's
+            held, whole = self.held, self.held.rstrip().removesuffix("}")  # the last } is the call's
+            firm = whole.rstrip() if end else held[: len(held.rstrip("} \n"))]
             self.held = held[len(firm) :]
             if firm:
                 yield Piece("arguments", firm)
