@@ -25,7 +25,7 @@ from dllm.lookahead.setting import Lookahead
 from dllm.models.arguments import LoadArguments
 from dllm.samplers import registry
 from dllm.spec import Loader, keys_of, named, render, settings, show, split, value
-from dllm.training.config import load_config
+from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, load_config, load_recipe
 
 WORDS = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -161,10 +161,9 @@ def validator(kind: str) -> Draft202012Validator:
 
 
 def kind_of(path: Path) -> str:
-    kinds, text = {"train": "train", "align": "align"}, path.read_text()
-    if named := next((kind for kind in ("pair-head", "head") if f"--{kind}" in text), None):
-        return named
-    return "tune" if "tune:" in text else kinds.get(path.parent.name, "eval")
+    if path.parent.name == "align":
+        return {AlignConfig: "align", PairHeadConfig: "pair-head", HeadRecipe: "head"}[type(load_recipe(path))]
+    return "tune" if "tune:" in path.read_text() else {"train": "train"}.get(path.parent.name, "eval")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
