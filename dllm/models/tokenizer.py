@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,15 +106,16 @@ class Detokenizer:
         return whole
 
     def _settle(self, text: str) -> None:
-        """Let ids go, if the text shows that those behind them are written alike without them."""
-        cut = len(self.ids) - NEAR
-        front, rest = self.ids[:cut], self.ids[cut - NEAR :]
-        names = self.tokenizer.convert_ids_to_tokens(rest[NEAR:])
-        head, near, end = self._decode(front), self._decode(rest[:NEAR]), self._decode(rest)
-        apart = near and text == head + end[len(near) :] and end.startswith(near)
-        if apart and not all(map(is_byte, names)):
-            self.settled += head[self.known :]
-            self.ids, self.known = rest, len(near)
+        """Let ids go, at a place where the text shows that those behind it are written alike without them."""
+        byte = [is_byte(name) for name in self.tokenizer.convert_ids_to_tokens(self.ids)]
+        places = (i for i in range(len(byte) - NEAR, NEAR, -1) if not (byte[i - 1] and byte[i]))
+        for cut in islice(places, 4):  # a character is of four ids at most
+            rest = self.ids[cut - NEAR :]
+            head, near, end = self._decode(self.ids[:cut]), self._decode(rest[:NEAR]), self._decode(rest)
+            if near and text == head + end[len(near) :] and end.startswith(near):
+                self.settled += head[self.known :]
+                self.ids, self.known = rest, len(near)
+                return
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=not self.special))
