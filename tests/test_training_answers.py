@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +84,30 @@ def test_lines_of_a_gzip_file_of_somebodys_own_are_kept_whatever_its_end(tmp_pat
     file = AnswerFile(path)
     file.add([((9,), [9])])
     assert file.pairs == {(1,): [2], (3,): [4], (9,): [9]} == AnswerFile(path).pairs
+
+
+def test_members_of_a_gzip_file_are_read_in_time_that_grows_with_the_file(tmp_path, monkeypatch):
+    """Each byte is unpacked a bounded number of times, however many members there are."""
+    path, drawn, given = tmp_path / "a.jsonl.gz", random.Random(0), []
+
+    class Counted:
+        def __init__(self, *how, **more):
+            self.inner = inflate(*how, **more)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def decompress(self, piece):
+            given.append(len(piece))
+            return self.inner.decompress(piece)
+
+    inflate = zlib.decompressobj
+    pairs = {(i,): [drawn.randrange(50_000) for _ in range(4000)] for i in range(60)}
+    file = kept(path)
+    for pair in pairs.items():
+        file.add([pair])
+    monkeypatch.setattr(zlib, "decompressobj", Counted)
+    assert kept(path).pairs == pairs and sum(given) < 3 * path.stat().st_size
 
 
 def test_a_torn_end_that_cannot_be_mended_stays(tmp_path, monkeypatch):

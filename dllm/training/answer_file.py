@@ -21,6 +21,7 @@ from dllm.training.data import Pair
 
 log = logging.getLogger(__name__)
 NAMED = "verifier"  # what the object of a first line holds at least
+PIECE = 1 << 14  # bytes that are unpacked at once: what is behind the end of a gzip member is read again with the next
 Prompt = tuple[int, ...]
 
 
@@ -138,14 +139,15 @@ def _members(content: bytes) -> tuple[bytes, int, int]:
     """The text of all gzip members, of one that is cut what can be read; the end of the last member that is whole and
     ends with a line; and of its text."""
     text, at, whole, known = bytearray(), 0, 0, 0
+    member = zlib.decompressobj(wbits=31)
     while at < len(content):
-        member = zlib.decompressobj(wbits=31)
-        text += member.decompress(content[at:])
-        if not member.eof:
-            break
-        at = len(content) - len(member.unused_data)
-        if text.endswith(b"\n"):
-            whole, known = at, len(text)
+        piece = content[at : at + PIECE]
+        text += member.decompress(piece)
+        at += len(piece) - len(member.unused_data)
+        if member.eof:
+            member = zlib.decompressobj(wbits=31)
+            if text.endswith(b"\n"):
+                whole, known = at, len(text)
     return bytes(text), whole, known
 
 
