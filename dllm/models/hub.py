@@ -20,7 +20,7 @@ from dllm.models.adapter import base_of, is_adapter, merge_adapter, merge_by_pef
 from dllm.models.arguments import Checkpoint, LoadArguments, LoadOptions
 from dllm.models.checkpoint import account, build, fill, load_weights
 from dllm.models.config import ModelConfig
-from dllm.models.families import read_config
+from dllm.models.families import FAMILIES, read_config
 from dllm.models.family import Family, RawConfig
 from dllm.models.files import current, optional_json
 from dllm.models.foreign import describe, load_network, wrap
@@ -73,7 +73,9 @@ def load(name_or_path: object, **given: Unpack[LoadOptions]) -> NativeModel:
                 "block_size", "shift", "mask_id")  # fmt: skip
         kept = {name: arguments.given()[name] for name in ("dtype", "device", "tokenizer") if name in arguments.given()}
         with _of_adapter(folder):
-            model = recast.adapted(load(base_of(folder), **kept), folder)
+            base = load(base_of(folder), **kept)
+            model = recast.apply(base)  # shares its weights
+        merge_adapter(base.transformer, FAMILIES[base.family], base.config, folder)
         model.sampler_settings = read_settings(folder)
         return model
     tokenizer = _tokenizer(folder, arguments)

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from dllm import spec
 from dllm.errors import DllmError
-from dllm.models.adapter import merge_adapter
 from dllm.models.config import ModelConfig
-from dllm.models.families import FAMILIES
 from dllm.models.files import optional_json, write_json
 from dllm.models.native import NativeModel
 from dllm.models.transformer import Transformer
@@ -90,12 +88,6 @@ class Recast:
         made = NativeModel(config, network.eval(), base.tokenizer)
         made.generation_config = base.generation_config
         return made
-
-    def adapted(self, base: NativeModel, folder: Path) -> NativeModel:
-        """The same with the adapter of `folder`, which is merged into the base in place."""
-        self.apply(base)  # another base is an error before anything is changed
-        merge_adapter(base.transformer, FAMILIES[base.family], base.config, folder)
-        return self.apply(base)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
