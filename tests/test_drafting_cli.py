@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import dllm
 from dllm.cli import main
 from dllm.cli.speculate import CORRECTION, coloured
 from dllm.drafting.registry import as_verifier
+from dllm.tasks.registry import generate
 from dllm.training.online import OnlineDrafter
 
 torch.set_num_threads(1)
@@ -138,3 +140,12 @@ def test_align_trains_and_measures(run, tmp_path):
     code, _, error = run("speculate", PROMPT, "--drafter", str(tmp_path / "out" / "model"))
     assert code == 1 and "sufix_token_id" in error.strip().splitlines()[-1]
     assert run("align", str(tmp_path / "none.yaml"))[0] == 1
+
+
+def test_align_measures_nothing_for_a_recipe_that_is_refused(run, tmp_path):
+    measured = generate("word_problems", "train", 2, 0)[1].prompt
+    (tmp_path / "m.json").write_text(json.dumps([measured]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output: {tmp_path}/out\ntasks: {{word_problems: 2}}\nholdout: {tmp_path}/m.json\n")
+    code, shown, error = run("align", str(recipe), "--problems", "2")
+    assert code == 1 and "prompt 2 of tasks" in error and not shown and not (tmp_path / "out").exists()

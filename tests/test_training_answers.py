@@ -19,10 +19,11 @@ from dllm.decoding.prediction import Law
 from dllm.drafting.registry import as_verifier
 from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
-from dllm.training import answers
+from dllm.training import answers, heads, pair_heads
+from dllm.training.alignment import recipe
 from dllm.training.answer_file import AnswerFile, read_answers
 from dllm.training.answers import Kept, Style, Turn, Users, continuations, make
-from dllm.training.config import AlignConfig, load_config
+from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, load_config
 from dllm.training.holdout import Holdout, user_reader
 
 torch.set_num_threads(1)
@@ -230,6 +231,31 @@ def test_what_is_held_out_is_never_learned_from(tmp_path, monkeypatch):
         config_of(tmp_path, prompts=str(measured), **held)
     with pytest.raises(DllmError, match="holdout: cannot read"):
         Holdout.of(["nowhere.jsonl"])
+
+
+@pytest.mark.parametrize("kind", [AlignConfig, PairHeadConfig, HeadRecipe])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("prompts", r"p\.txt \('Tom has 3 apples\.'\) is held out"),
+        ("answers", r"a\.jsonl \('Tom has 3 apples\.'\) is held out"),
+        ("lengths", r"longer than|no answer that fits|no answer of two tokens"),
+    ],
+)
+def test_a_recipe_that_is_refused_has_written_nothing(tmp_path, kind, where, said):
+    measured, file, made = (tmp_path / name for name in ("m.txt", "p.txt", "a.jsonl"))
+    file.write_text("Tom has 3 apples.\n")
+    measured.write_text("Ann has 5.\n" if where == "lengths" else file.read_text())
+    verifier, length = as_verifier("tiny-ar"), 1 if kind is HeadRecipe else 9999
+    (ids,), _ = answers.encode(verifier, ["Tom has 3 apples."])
+    made.write_text(json.dumps([ids, [5] * (length if where == "lengths" else 2)]) + "\n")
+    given = {"prompts": str(file)} if where == "prompts" else {"data": str(made)}
+    run = {AlignConfig: recipe.run, PairHeadConfig: pair_heads.run, HeadRecipe: heads.run}[kind]
+    more = {"taps": (1,), "mask": verifier.tokenizer.mask_token} if kind is HeadRecipe else {}
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(DllmError, match=said):
+        run(kind(str(tmp_path / "out"), holdout=(str(measured),), **given, **more))
+    assert {*tmp_path.iterdir()} == before
 
 
 class Played:

@@ -242,10 +242,12 @@ def _drafter(config: AlignConfig, problems: int, length: str, resume: bool) -> N
     from dllm.bench.drafting import held_out, tau_rows
     from dllm.drafting.registry import as_verifier
     from dllm.training.alignment.recipe import parts_of, run
+    from dllm.training.answers import checked
     from dllm.training.checkpoint import begin
 
     begin(config, resume)  # refused before anything is measured
-    parts = parts_of(config)  # the same for a vocabulary that does not fit
+    checked(config)  # the same for prompts that are held out
+    parts = parts_of(config)  # and for a vocabulary that does not fit
     first, v = parts.model, as_verifier(cast("CausalLM", parts.verifier))
     prompts = {task: held_out(first, task, problems) for task in config.tasks if problems}
     if problems and not prompts:

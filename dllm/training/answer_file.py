@@ -62,6 +62,7 @@ class AnswerFile:
         lines += [[list(prompt), answer] for prompt, answer in new.items()]
         text = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines).encode()
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(self.path, text)
         except OSError as error:
             raise DllmError(f"could not write {self.path}: {error}; what is in it stays, run again") from error

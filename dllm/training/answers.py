@@ -48,13 +48,10 @@ def answers_of(config: Answers, verifier: PreTrainedModel) -> list[Pair]:
 
     Errors: neither a file nor prompts to make it from; a prompt that is held out; a file that was made otherwise.
     """
-    path, holdout = config.answers, Holdout.of(config.holdout)
-    holdout.check("openings", config.openings)
+    path, (holdout, lines) = config.answers, checked(config)
     known = as_verifier(cast("CausalLM", verifier))
     making = bool(config.tasks or config.prompts)
-    if making:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    elif not path.exists():
+    if not making and not path.exists():
         return read_answers(path)
     file = AnswerFile(path, settings_of(config), compared(config))
     if holdout:
@@ -67,10 +64,17 @@ def answers_of(config: Answers, verifier: PreTrainedModel) -> list[Pair]:
         if len(file.pairs) < config.count:
             Users(known, config.openings, holdout, file, style).make(config.count, width)
         return file.of()
-    lines = prompts_of(config)
-    holdout.check(config.prompts or "tasks", (line if isinstance(line, str) else _said(line) for line in lines))
     ids, _ = encode(known, list(lines))
     return continuations(known, ids, style, width, file)
+
+
+def checked(config: Answers) -> tuple[Holdout, Sequence[str] | Sequence[list[Message]]]:
+    """What a recipe must not learn from, and the prompts that it names. Errors: one of them, or an opening, is held
+    out; a file that cannot be read."""
+    holdout, lines = Holdout.of(config.holdout), prompts_of(config)
+    holdout.check("openings", config.openings)
+    holdout.check(config.prompts or "tasks", (line if isinstance(line, str) else _said(line) for line in lines))
+    return holdout, lines
 
 
 def settings_of(config: Answers) -> dict[str, object]:
@@ -99,8 +103,9 @@ def make(config: Answers) -> list[Pair]:
 
 
 def prompts_of(config: Answers) -> Sequence[str] | Sequence[list[Message]]:
-    """Problems of the built-in tasks, the lines of a file, or its conversations. Errors: a line that is none."""
-    if not config.prompts:
+    """Problems of the built-in tasks, the lines of a file, or its conversations; none of those that are made up.
+    Errors: a line that is none."""
+    if config.prompts in ("", FREE):
         return [e.prompt for name, n in config.tasks.items() for e in generate(name, "train", n, config.seed)]
     lines = read_prompts(config.prompts)
     if not config.prompts.endswith(".jsonl"):

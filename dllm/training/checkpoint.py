@@ -26,6 +26,7 @@ FREE = (
 def save_atomically(value: object, path: Path) -> None:
     """Write `value` to `path`; whatever fails, `path` holds the old content or the new, never a part of it."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as draft, draft.open("wb") as file:
             torch.save(value, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into RuntimeError
@@ -46,15 +47,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def begin(config: TrainConfig | Answers, resume: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from, None for a new run. Errors: none to resume, one of another recipe or in the way."""
-    folder = Path(config.output)
-    path = folder / CHECKPOINT
+    path = Path(config.output) / CHECKPOINT
     if resume:
         saved = read(path)
         _check_recipe(config, saved["recipe"], saved["step"])
         return saved
     if path.exists():
         raise DllmError(f"{path} exists: go on with --resume, or choose another output")
-    folder.mkdir(parents=True, exist_ok=True)
     return None
 
 

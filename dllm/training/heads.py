@@ -226,7 +226,7 @@ class Stored:
 def told(verifier: Verifier, data: Sequence[Pair], taps: Sequence[int], folder: Path) -> list[Stored]:
     """What the verifier says of every text, in the files of `folder`; what they lack is added. The states, kilobytes a
     token, stay on the disk: a step reads those of its texts."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     files = sorted(folder.glob("*.safetensors"))
     first = max((int(file.stem) for file in files), default=-1) + 1  # files may have been removed
     found = [text for file in files for text in _stored(file)]
@@ -414,7 +414,7 @@ def train(
     """Every step's loss. A step depends on its number and the state alone, so a run that goes on equals an
     uninterrupted one."""
     optimizers, first, losses = build_optimizers(head, recipe.optimizer, recipe.schedule), 0, list[float]()
-    if saved is not None and saved["step"]:
+    if saved is not None:
         first = saved["step"]
         optimizers.load_state_dict(saved["optimizer"])
     device = head.embed.device
@@ -475,18 +475,14 @@ def run(recipe: HeadRecipe, resume: bool = False) -> Path:
     seen = moment(verifier, data) if config.slim is not None and saved is None else None
     head = Trained(config, embed, rows, known, seen).to(device)
 
-    def save(step: int, optimizers: Optimizers | None) -> None:
-        state = [] if optimizers is None else optimizers.state_dict()
+    def save(step: int, optimizers: Optimizers) -> None:
         weights = {name: p.detach() for name, p in head.named_parameters()}
-        values = {"recipe": checkpoint.recipe(recipe), "step": step, "optimizer": state, "weights": weights}
-        checkpoint.save_atomically({**values, "known": known}, path)
-        if step:
-            write(head, raw, made)
+        values = {"recipe": checkpoint.recipe(recipe), "step": step, "optimizer": optimizers.state_dict()}
+        checkpoint.save_atomically({**values, "weights": weights, "known": known}, path)
+        write(head, raw, made)
         log.info("step %d saved in %s", step, path)
 
-    if saved is None:
-        save(0, None)
-    else:
+    if saved is not None:
         head.load_state_dict(saved["weights"])
     texts = told(verifier, data, config.taps, folder / "states")
     left = [held_out(text, recipe.held_out) for text in texts]

@@ -20,6 +20,7 @@ class Curve:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "curve.csv"
         rows = [row for row in read_curve(self.path) if row["step"] <= step]
+        folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()

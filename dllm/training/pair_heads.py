@@ -91,7 +91,7 @@ def train(
     weights = [head.predecessor.requires_grad_(), head.successor.requires_grad_()]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     first, losses = 0, list[float]()
-    if saved is not None and saved["step"]:
+    if saved is not None:
         first = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
         with torch.no_grad():
@@ -150,15 +150,12 @@ def run(config: PairHeadConfig, resume: bool = False) -> Path:
         torch.set_num_threads(config.threads)
     drafter, verifier = parts(config)
 
-    def save(step: int, head: PairHead | None, optimizer: torch.optim.Optimizer | None) -> None:
-        weights = [] if head is None else [head.predecessor.detach(), head.successor.detach()]
-        state = {} if optimizer is None else optimizer.state_dict()
+    def save(step: int, head: PairHead, optimizer: torch.optim.Optimizer) -> None:
+        weights, state = [head.predecessor.detach(), head.successor.detach()], optimizer.state_dict()
         values = {"recipe": checkpoint.recipe(config), "step": step, "optimizer": state, "weights": weights}
         checkpoint.save_atomically(values, path)
         log.info("step %d saved in %s", step, path)
 
-    if saved is None:
-        save(0, None, None)
     data = answers_of(config, verifier.model)  # type: ignore[arg-type]
     log.info("%d teacher answers, %d tokens", len(data), sum(len(c.answer) for c in data))
     head, _ = train(drafter, data, config, saved, save)

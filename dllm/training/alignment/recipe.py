@@ -78,9 +78,7 @@ def run(config: AlignConfig, resume: bool = False) -> NativeModel:
             log.info("stage %d, step %d saved in %s", place.stage + 1, place.step, path)
 
     start = START if saved is None else Place(*(saved[name] for name in Place._fields))
-    if saved is None:
-        save(start)
-    else:
+    if saved is not None:
         network.load_state_dict(saved["weights"], strict=False)
     if team.first:
         data = answers_of(config, parts.verifier)
