@@ -14,7 +14,7 @@ from scripted import Scripted, peaks
 from tokenizers import Tokenizer, decoders, models
 
 import dllm
-from dllm.decoding.stopping import Stops
+from dllm.decoding.stopping import Stops, special_tokens
 from dllm.errors import DllmError
 from dllm.models.tokenizer import NEAR, Detokenizer, is_byte
 
@@ -119,12 +119,16 @@ SPACED = words(
     ]),
 )  # fmt: skip
 
+TURNS = words("?", "I", "do", "n", "'", "t", ".", "##s", "[A]", special=("[A]",), decoder=decoders.WordPiece())
+TURNS.clean_up_tokenization_spaces = True
+
 
 @pytest.mark.parametrize(
     ("tokenizer", "vocabulary"),
-    [(SIGNS, range(9)), (BYTES, RUNS), (PIECES, range(1, 8)), (SPACED, range(13)), ("tiny", range(280))],
-    ids=["plain", "byte runs", "words joined", "spaces", "characters of several ids"],
-)
+    [(SIGNS, range(9)), (BYTES, RUNS), (PIECES, range(1, 8)), (TURNS, range(1, 9)), (SPACED, range(13)),
+     ("tiny", range(280))],
+    ids=["plain", "byte runs", "words joined", "special tokens between words", "spaces", "characters of several ids"],
+)  # fmt: skip
 @pytest.mark.parametrize("special", [False, True])
 @settings(max_examples=15, deadline=None, phases=[Phase.generate])
 @given(seed=st.integers(0, 999), cut=st.sampled_from([1, 3, 40, 99]))
@@ -132,12 +136,16 @@ def test_text_of_pieces_is_that_of_all_ids(tokenizer: Any, vocabulary: Any, spec
     """However they are cut; and an id is decoded a bounded number of times."""
     tokenizer = dllm.load("tiny").tokenizer if tokenizer == "tiny" else tokenizer
     drawn = random.Random(seed)
-    ids = [drawn.choice(vocabulary) for _ in range(400)]
+    names = special_tokens(tokenizer)
+    hidden = {i for i in vocabulary if tokenizer.convert_ids_to_tokens(i) in names}
+    several = [[i] * drawn.choice([1, 1, 40] if i in hidden else [1]) for i in drawn.choices(vocabulary, k=400)]
+    ids = list(itertools.chain(*several))[:400]
     counted = Counted(tokenizer)
     text = Detokenizer(counted, special)
     for i in range(0, len(ids), cut):
         assert text.feed(ids[i : i + cut]) == tokenizer.decode(ids[: i + cut], skip_special_tokens=not special)
-    runs = itertools.groupby(tokenizer.convert_ids_to_tokens(ids), is_byte)
+    written = [i for i in ids if special or i not in hidden]
+    runs = itertools.groupby(tokenizer.convert_ids_to_tokens(written), is_byte)
     longest = max((len(list(run)) for byte, run in runs if byte), default=0)  # a run of bytes is decoded as a whole
     assert counted.most <= longest + 5 * NEAR + cut
 

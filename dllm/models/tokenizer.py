@@ -98,7 +98,7 @@ class Detokenizer:
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text, with these ids behind the others."""
-        self.ids += ids
+        self.ids += self._written(list(ids))
         text = self._decode(self.ids)
         whole = self.settled + text[self.known :]
         if len(self.ids) >= 4 * NEAR:
@@ -116,6 +116,12 @@ class Detokenizer:
                 self.settled += head[self.known :]
                 self.ids, self.known = rest, len(near)
                 return
+
+    def _written(self, ids: list[int]) -> list[int]:
+        """Those that the text has: special tokens between them, as many as there may be, would only part them."""
+        if self.special or self._decode(ids) == self.tokenizer.decode(ids):
+            return ids
+        return [i for i in ids if self._decode([i]) or not self.tokenizer.decode([i])]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=not self.special))
