@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from functools import cache
@@ -158,14 +159,14 @@ def test_rows_of_a_group_pay_for_no_more_than_rounding_up(sizes: list[int], part
 
 
 class Recording(ByHand):
-    """An engine that notes when its requests are passed on, and when forwards begin."""
+    """An engine that notes when there are news (n), when they are passed on (p), and when forwards begin (f)."""
 
     def __init__(self, **given: Any) -> None:
-        self.order = list[str]()
+        self.order = ""
         super().__init__(network(), **given)
 
     def _forward(self, asked: Any) -> None:
-        self.order.append("forward")
+        self.order += "f"
         super()._forward(asked)
 
 
@@ -173,23 +174,74 @@ def test_what_a_tick_told_is_passed_on_once_right_before_the_next_forward() -> N
     engine = Recording(max_rows=4)
     heard = list[Any]()
 
+    def tell(news: Any) -> None:
+        engine.order += "n"
+        heard.append(news)
+
     def flush() -> None:
-        engine.order.append("flush")
+        engine.order += "p"
 
     requests = [engine.submit([i], **CALL) for i in range(3)]
     for request in requests:
-        request.listen(heard.append, flush=flush)
-    engine.order.clear()
-    engine.turns(2)
-    assert engine.order == ["forward", "flush", "forward"]
+        request.listen(tell, flush=flush)
+    engine.order = ""
     engine.finish()
-    assert heard.count(None) == 3
-    assert engine.order == ["forward", *["flush", "forward"] * 11, "flush"]  # none follows the last
+    assert heard.count(None) == 3 and engine.order.count("f") == 12
+    assert re.fullmatch("(f(n+p)?)+", engine.order) and "ff" in engine.order  # a tick without news wakes nobody
+    assert engine.order.endswith("p")  # no forward follows the last
     late = engine.submit([4], **CALL)
-    late.listen(heard.append, flush=flush)
-    engine.order.clear()
+    late.listen(tell, flush=flush)
+    engine.order = ""
     late.cancel()
-    assert engine.order == ["flush"]
+    assert engine.order == "np"
+
+
+def test_news_at_the_end_of_a_group_wait_for_the_next_one() -> None:
+    """Who is woken up would take the interpreter from those who enter."""
+    engine = Recording(max_rows=1)
+
+    def flush() -> None:
+        engine.order += "p"
+
+    first, second = requests = [engine.submit([i], **CALL) for i in range(2)]
+    for request in requests:
+        request.listen(lambda news: None, flush=flush)
+    while not first.done:
+        engine.turns(1)
+    assert engine.order.endswith("f") and not second.done
+    engine.turns(1)
+    assert engine.order.endswith("fpf")
+
+
+def test_a_stream_that_is_read_late_is_the_same() -> None:
+    """Its events are made when they are read, of what was noted then."""
+    engine = ByHand(embedded(), max_rows=2)
+    call: dict[str, Any] = {"block_length": 4, "sampler": "confidence", "logprobs": 1}
+    requests = [engine.submit(LONG, batch="alone", **call) for _ in range(2)]
+    streams = [request.stream(drafts=drafts) for request, drafts in zip(requests, (False, True), strict=True)]
+    engine.finish()
+    for stream, drafts in zip(streams, (False, True), strict=True):
+        want = [e._replace(output=None) for e in dllm.stream(embedded(), LONG, drafts=drafts, **call)]
+        assert [e._replace(output=None) for e in stream] == want and len(want) > 2
+
+
+def test_an_error_of_a_tokenizer_ends_the_request_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ByHand(embedded())
+    request = engine.submit(LONG, block_length=4, sampler="confidence")
+    stream = request.stream()
+    engine.turns(5)
+    assert not request.done
+
+    def broken(*_: object) -> str:
+        raise OverflowError("no such id")
+
+    monkeypatch.setattr(type(request.job.stops), "settled", broken)
+    with pytest.raises(OverflowError):
+        next(stream)
+    assert request.done
+    engine.finish()
+    with pytest.raises(OverflowError):
+        request.result()
 
 
 @pytest.mark.parametrize(("gather", "together"), [(60.0, True), (0.0, False)])

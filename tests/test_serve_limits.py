@@ -19,8 +19,9 @@ from dllm.call.engine import Engine
 from dllm.drafting.registry import as_verifier
 from dllm.errors import DllmError, QueueFull, TimedOut
 from dllm.models.arguments import Checkpoint
-from dllm.serve import stream
+from dllm.serve import requests, stream
 from dllm.serve.answers import Choice
+from dllm.serve.app import LONG
 from dllm.serve.config import KEY, ServeConfig
 from dllm.serve.errors import told
 from dllm.serve.pair import Pair
@@ -70,6 +71,27 @@ def test_keys_come_from_the_environment_and_a_file(model, monkeypatch, tmp_path)
     (tmp_path / "none").write_text("\n")
     with pytest.raises(DllmError, match="holds no API key"):
         ServeConfig(key_file=tmp_path / "none").keys()
+
+
+def test_a_long_body_that_takes_its_time_is_passed(model, monkeypatch):
+    """Others that are long wait behind it."""
+    inside, go, read = threading.Event(), threading.Event(), requests.completion
+
+    def slow(fields, *rest):
+        if len(fields.prompt) > LONG:
+            inside.set()
+            assert go.wait(20)
+        return read(fields, *rest)
+
+    monkeypatch.setattr(requests, "completion", slow)
+    with serving(Engine(model)) as site:
+        long = threading.Thread(target=site.post, args=(TEXT, {"prompt": "a" * (LONG + 1), "max_tokens": 4}))
+        long.start()
+        assert inside.wait(20)
+        assert site.post(TEXT, {"prompt": "a", "max_tokens": 4}).status_code == 200
+        assert long.is_alive()
+        go.set()
+        long.join()
 
 
 @settled(body_bytes=300, body_seconds=0.3)
@@ -303,7 +325,7 @@ def test_no_event_is_lost_to_a_listener_that_comes_late(model):
         request = engine.submit(MESSAGES, max_new_tokens=8, sampler="threshold")
         output, heard = request.result(), []
         request.listen(heard.append)
-        assert heard[-1] is None and "".join(event.text for event in heard[:-1]) == output.text
+        assert heard[-1] is None and "".join(news.read().text for news in heard[:-1]) == output.text
         assert engine.run(lambda: 3) == 3
         with pytest.raises(ZeroDivisionError):
             engine.run(lambda: 1 / 0)

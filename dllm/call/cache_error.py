@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm.call.arguments import DecodingArguments
-from dllm.call.job import ModelLike, prepare
+from dllm.call.job import ModelLike, prepare, resolve_model
 from dllm.call.prompts import One, Prompt, Several
 from dllm.decoding.cache.policy import planned
 from dllm.decoding.meter import Meter
@@ -80,7 +80,7 @@ def cache_error(
     """
     if arguments.get("lookahead") is not None:
         raise DllmError("cache_error compares each forward with a full one, and lookahead leaves forwards out: drop it")
-    job = prepare(model, prompt, {"n": n, **arguments})
+    job = prepare(resolve_model(model), prompt, {"n": n, **arguments})
     errors: list[list[StepError]] = [[] for _ in job.prompts]
     for _ in job.ticks(Meter(len(errors)), partial(Compared, errors=errors)):
         pass

@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -28,7 +28,7 @@ from dllm.call.arguments import DecodingArguments
 from dllm.call.budget import Room, budget
 from dllm.call.generate import Told, answers
 from dllm.call.job import Job, ModelLike, prepare, resolve_model
-from dllm.call.output import Event, Output
+from dllm.call.output import Event, News, Output
 from dllm.call.prompts import One, Prompt, Several, joined
 from dllm.decoding.cache.prefix import Prefixes
 from dllm.decoding.canvas import State
@@ -36,14 +36,14 @@ from dllm.decoding.canvas import joined as stacked
 from dllm.decoding.engine import BROKEN, Group
 from dllm.decoding.graphs import Counts, forget, index
 from dllm.decoding.merging import merged, parted, together
-from dllm.decoding.meter import Kind, Ticket, Watch, served
+from dllm.decoding.meter import Kind, Meter, Ticket, Watch, served
 from dllm.decoding.runner import Ask, Tick
 from dllm.decoding.trace import Trace
 from dllm.errors import Cancelled, DllmError, QueueFull, TimedOut, out_of_memory
 from dllm.models.transformer import Said
 
 log = logging.getLogger(__name__)
-GATHER = 0.01  # seconds that a first forward waits for requests that are on their way
+GATHER = 0.02  # seconds that a first forward waits for requests that are on their way
 OVERTAKES = 8  # younger requests that may pass one that does not fit yet
 T = TypeVar("T")
 Answer_co = TypeVar("Answer_co", covariant=True)
@@ -85,8 +85,8 @@ class Request(Generic[Answer_co]):
         self.retried = False  # memory ran out
         self.error: Exception | None = None
         self._outputs: dict[int, Output] = {}
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
-        self._tell: Callable[[Event | None], None] = self._events.put
+        self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()  # None: the end
+        self._tell: Callable[[News | None], None] = self._news.put
         self.flush: Callable[[], None] | None = None  # passes on what was told since the last time
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -151,9 +151,9 @@ class Request(Generic[Answer_co]):
         return self._stream()
 
     def listen(
-        self, tell: Callable[[Event | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
+        self, tell: Callable[[News | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
     ) -> None:
-        """Pass the same events to a function, in the engine's thread, and None at the end, whatever it was (`error`).
+        """Pass news of the same to a function, in the engine's thread, and None at the end, whatever it was (`error`).
 
         live: in between, too, not only the last one of each answer. flush: is called when the thread is about to wait
         for the next forward, once for all requests that have been told something and have an equal one: what wakes
@@ -162,15 +162,21 @@ class Request(Generic[Answer_co]):
         self.stream()
         self.told.live = live
         with self._lock:
-            while not self._events.empty():
-                tell(self._events.get())
+            while not self._news.empty():
+                tell(self._news.get())
             self._tell, self.flush = tell, flush
         if flush is not None:
             flush()
 
     def _stream(self) -> Iterator[Event]:
-        while (event := self._events.get()) is not None:
-            yield event
+        while (news := self._news.get()) is not None:
+            try:
+                event = news.read()
+            except Exception as error:  # of a tokenizer
+                self.fail(error)
+                raise
+            if event is not None:
+                yield event
         if self.error is not None:
             raise self.error
 
@@ -181,18 +187,21 @@ class Request(Generic[Answer_co]):
 
     # -- the engine's side --------------------------------------------------------------------------------------------
 
-    def hear(self, events: Iterator[Event]) -> None:
-        """Pass events on. What a callback of the request raises ends it."""
+    def hear(self, several: Iterator[News]) -> bool:
+        """Pass news on; whether there was any. What a callback of the request raises ends it."""
+        told = False
         try:
-            for event in events:
+            for news in several:
+                told = True
                 with self._lock:
-                    self._tell(event)
-                if event.output is not None:
-                    self._outputs[event.request] = event.output
+                    self._tell(news)
+                if news.output is not None:
+                    self._outputs[news.request] = news.output
         except Exception as error:
             self.fail(error)
         if len(self._outputs) == len(self.job.prompts):
             self._end()
+        return told
 
     def fail(self, error: Exception) -> None:
         """End it by an error, unless it has ended."""
@@ -373,6 +382,9 @@ class Engine:
                     raise QueueFull(f"{self.max_queue} requests wait already: try again later, or wait= for room")
                 if self._closing:
                     raise Cancelled("the engine is closed")
+                if not request.told.open:
+                    request.hear(request.told.blank())
+                    return request
                 if not (self._line or self._seats):  # it had nothing to do, and is not late
                     self.ticked = time.monotonic()
                 self._line.append(request)
@@ -520,13 +532,12 @@ class Engine:
         self._shared.ticked()
         if not any(request.retried for request in known):  # more rows could end who has begun anew at fewer
             self._rows.ticked()
-        if not self._seats:  # no forward follows
+        if not (self._seats or self._line):  # no forward follows
             self._flush()
 
-    def _hear(self, request: Request[object], events: Iterator[Event]) -> None:
-        """Pass events on to a request."""
-        request.hear(events)
-        if request.flush is not None:
+    def _hear(self, request: Request[object], several: Iterator[News]) -> None:
+        """Pass news on to a request."""
+        if request.hear(several) and request.flush is not None:
             self._flushes[request.flush] = None
 
     def _flush(self) -> None:
@@ -564,42 +575,43 @@ class Engine:
                 seats.said[place] = part
 
     def _admitted(self) -> list[tuple[Request[object], list[int]]]:
-        """Rows that get a lane now, in the order of the line; who does not fit is passed by others a few times."""
-        taken = list[tuple[Request[object], list[int]]]()
+        """Rows that get a lane now, in the order of the line."""
         with self._change:
-            blocked = list[Request[object]]()
-            free = max(0, self._rows.now - sum(s.rows for s in self._seats.values()))  # more may run than fit by now
-            lanes = {key: seats.room for key, seats in self._seats.items()}
-            kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
-            taking = sum(s.positions for s in self._seats.values())
             for request in [r for r in self._line if r.done]:  # cancelled, or out of time: room for others
                 self._line.remove(request)
-            for request in list(self._line):
-                if not request.told.open:
-                    self._line.remove(request)
-                    self._hear(request, request.told.blank())
-                    continue
-                if free == 0 or any(other.passed >= OVERTAKES for other in blocked):
-                    break
-                if request.setting not in lanes:
-                    lanes[request.setting] = self._lanes(request, kv)
-                    kv += lanes[request.setting] * request.row_bytes
-                fits = (self.budget.positions - taking) // request.row_positions
-                fits = fits if taking else max(1, fits)  # a row that no tick has room for decodes by itself
-                count = min(free, lanes[request.setting], len(request.left), max(0, fits))
-                if count:
-                    taking += count * request.row_positions
-                    taken.append((request, [request.left.popleft() for _ in range(count)]))
-                    free, lanes[request.setting] = free - count, lanes[request.setting] - count
-                    for other in blocked:
-                        other.passed += 1
-                if request.left:
-                    blocked.append(request)
-                else:
-                    self._line.remove(request)
-            self._change.notify_all()  # the line may have room
-            self._running = sum(s.rows for s in self._seats.values()) + sum(len(rows) for _, rows in taken)
+            running = sum(s.rows for s in self._seats.values())
+            free = self._rows.now - running  # more may run than fit by now
+            taken = self._fitting(free) if self._line and free > 0 else []
+            self._running = running + sum(len(rows) for _, rows in taken)
             self.most = max(self.most, self._running)
+            self._change.notify_all()  # the line may have room
+        return taken
+
+    def _fitting(self, free: int) -> list[tuple[Request[object], list[int]]]:
+        """At most so many of them, as far as they fit; who does not is passed by others a few times."""
+        taken, blocked = list[tuple[Request[object], list[int]]](), list[Request[object]]()
+        lanes = {key: seats.room for key, seats in self._seats.items()}
+        kv = sum(s.row_bytes * s.group.lanes for s in self._seats.values())
+        taking = sum(s.positions for s in self._seats.values())
+        for request in list(self._line):
+            if free == 0 or any(other.passed >= OVERTAKES for other in blocked):
+                break
+            if request.setting not in lanes:
+                lanes[request.setting] = self._lanes(request, kv)
+                kv += lanes[request.setting] * request.row_bytes
+            fits = (self.budget.positions - taking) // request.row_positions
+            fits = fits if taking else max(1, fits)  # a row that no tick has room for decodes by itself
+            count = min(free, lanes[request.setting], len(request.left), max(0, fits))
+            if count:
+                taking += count * request.row_positions
+                taken.append((request, [request.left.popleft() for _ in range(count)]))
+                free, lanes[request.setting] = free - count, lanes[request.setting] - count
+                for other in blocked:
+                    other.passed += 1
+            if request.left:
+                blocked.append(request)
+            else:
+                self._line.remove(request)
         return taken
 
     def _lanes(self, request: Request[object], kv: int) -> int:
@@ -691,7 +703,10 @@ class Engine:
             if any(ticket.broken for ticket in request.told.meter.rows):
                 request.fail(DllmError(BROKEN))
         for tick in ticks:
-            for call in dict.fromkeys(ticket.call for ticket in tick.request):
+            own = defaultdict[Meter, list[int]](list)
+            for row, ticket in enumerate(tick.request):
+                own[ticket.call].append(row)
+            for call, rows in own.items():
                 request = calls[call]
                 if not request.done:
-                    self._hear(request, request.told.events(tick))
+                    self._hear(request, request.told.news(tick, rows))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 
 from dllm.call.arguments import Arguments, DecodingArguments
 from dllm.call.job import MAX_NEW_TOKENS, Job, ModelLike, prepare, resolve_model
-from dllm.call.output import Event, Output
+from dllm.call.output import Event, News, Output
 from dllm.call.prompts import Ids, One, Prompt, Several, joined, prompt_ids
 from dllm.call.steering import StepView, Streamer, ending
 from dllm.decoding.graphs import usable
@@ -130,9 +133,11 @@ def _events(
 
 def _decoded(job: Job, drafts: bool, live: bool) -> Iterator[Event]:
     told = Told(job, drafts, live)
-    yield from told.blank()
-    for tick in job.ticks(told.meter) if told.open else ():
-        yield from told.events(tick)
+    ticks = job.ticks(told.meter) if told.open else ()
+    decoded = (news for tick in ticks for news in told.news(tick, range(len(tick.rows))))
+    for news in chain(told.blank(), decoded):
+        if (event := news.read()) is not None:
+            yield event
 
 
 class Told:
@@ -152,11 +157,11 @@ class Told:
         """Whether there is anything to decode; max_new_tokens=0 leaves nothing."""
         return bool(self.start.masked.any())
 
-    def blank(self) -> Iterator[Event]:
+    def blank(self) -> Iterator[News]:
         """The answers where nothing is to be decoded: the prompts come back as they are."""
         for row in () if self.open else self.meter.rows:
             output = self.job.output(row, self.start, row.index, noted=self.job.noted(self.job.queue, row.index))
-            yield Event(row.index, output.text, None, 0, output, output.tokens, output.logprobs)
+            yield News(row.index, partial(self.followed[row.index].last, output, False), output)
 
     def again(self, rows: Iterable[int]) -> None:
         """These rows begin anew. What was told of their text stands, as they come to the same; a trace begins anew."""
@@ -166,15 +171,15 @@ class Told:
             if traces:
                 self.traces[row], self.before[row] = traces[row], ids[row]
 
-    def events(self, tick: Tick) -> Iterator[Event]:
-        """Those of this call's rows in a tick that rows of others may share."""
-        job, own = self.job, [r for r, ticket in enumerate(tick.request) if ticket.call is self.meter]
-        for row in own:
+    def news(self, tick: Tick, rows: Sequence[int]) -> Iterator[News]:
+        """Of rows of this call in a tick, which rows of others may share, by their places in it."""
+        job = self.job
+        for row in rows:
             ticket = tick.request[row]
             ticket.answered()
             if self.traces and not ticket.halted:
                 record(self.traces[ticket.index], tick, row, self.before[ticket.index])
-        for row in own:
+        for row in rows:
             done, followed = bool(tick.facts[row].done), self.followed[tick.request[row].index]
             if followed.ticket.halted or not (self.live or self.watched or done):
                 continue
@@ -183,22 +188,37 @@ class Told:
                 followed.ticket.halt()
             if halted or done:
                 noted, trace = job.noted(tick.state, tick.rows[row]), self.traces.get(followed.request)
-                yield followed.last(job.output(followed.ticket, tick.canvas, row, trace, noted, most), self.drafts)
-            elif self.live and (event := followed.event(tick, row, self.drafts)):
-                yield event
+                output = job.output(followed.ticket, tick.canvas, row, trace, noted, most)
+                yield News(followed.request, partial(followed.last, output, self.drafts), output)
+            elif self.live and (final := followed.final(tick, row, self.drafts)):
+                yield News(followed.request, partial(followed.event, final))
+
+
+class Final(NamedTuple):
+    """What a step made final in a row's text, on the host."""
+
+    ids: list[int]
+    own: list[int]  # places in the text of those that the answer's tokens are: an infilled one has others
+    said: list[TokenLogprob | None] | None  # of these, where the call asked
+    behind: list[int] | None  # ids that may still change; None: nobody asks for drafts
+    nfe: int
 
 
 @dataclass
 class Followed:
-    """What was told of a row while it is decoded."""
+    """A row while it is decoded. What becomes final is noted at once, and made an event by whoever follows the row."""
 
     job: Job
     ticket: Ticket
-    sent: str = ""  # its final text so far
-    told: int = 0  # its tokens in that
-    reached: int = 0  # ids that write it
     settled: int = 0  # ids that were final when it was looked at last
     asked: int = 0  # ids about which the criteria were asked
+    # of those who follow
+    ids: list[int] = field(default_factory=list)  # of its text so far
+    own: list[int] = field(default_factory=list)  # places of its tokens in these
+    said: list[TokenLogprob | None] = field(default_factory=list)  # of these tokens
+    sent: str = ""  # its text in the events so far
+    reached: int = 0  # ids that write it
+    told: int = 0  # tokens among them
 
     @property
     def request(self) -> int:
@@ -211,7 +231,7 @@ class Followed:
         stop = job.args.on_step is not None and bool(job.args.on_step(self.view(tick, row)))
         if not (job.criteria.criteria and (done or job.args.early_stop)):
             return stop and not done, None
-        ids = job.written(self.request, tick.canvas, row) if done else self.ids(tick, row, self.closed(tick, row))
+        ids = job.written(self.request, tick.canvas, row) if done else self.first(tick, row, self.closed(tick, row))
         cut = job.stops.cut(ids)
         ids = ids[: cut.through - 1] if cut.stopped else ids
         most = job.criteria.first(job.prompts[self.request], ids, self.asked)
@@ -236,39 +256,49 @@ class Followed:
             end = min(end, max(begin, tick.before[row].lo))
         return max(0, end - begin)
 
-    def ids(self, tick: Tick, row: int, count: int) -> list[int]:
+    def first(self, tick: Tick, row: int, count: int) -> list[int]:
         """The first so many ids of its text."""
         begin = self.job.begin(self.request)
         return tick.canvas.ids[row, begin : begin + count].tolist()
 
-    def event(self, tick: Tick, row: int, drafts: bool) -> Event | None:
-        """What became final in this step; None where nobody has to be told."""
-        job, count = self.job, self.closed(tick, row)
-        if count == self.settled and not drafts:
+    def final(self, tick: Tick, row: int, drafts: bool) -> Final | None:
+        """What this step made final; None where nobody has to be told."""
+        job, begin, lo = self.job, self.job.begin(self.request), self.settled
+        hi = max(lo, self.closed(tick, row))  # a row that began anew comes to the same
+        if lo == hi and not drafts:
             return None
-        closed, self.settled = self.ids(tick, row, count), count
-        final = job.stops.settled(closed)
-        text, columns = final[len(self.sent) :], list[int]()
-        said: list[TokenLogprob | None] | None = None if job.args.logprobs is None else []
-        if text:
-            self.reached = job.stops.reach(closed, len(final), least=self.reached)
-            columns = job.columns(self.request, tick.canvas, row, self.reached)[self.told :]
-            noted = job.noted(tick.state, tick.rows[row])
-            said = said if noted is None else noted.said(columns)
-        elif not drafts:
-            return None
-        self.sent, self.told = self.sent + text, self.told + len(columns)
-        tokens, draft = tick.canvas.ids[row, columns].tolist(), self.draft(tick, row, closed) if drafts else None
-        return Event(self.request, text, draft, self.ticket.nfe, None, tokens, said)
+        ids, columns = tick.canvas.ids[row], job.columns(self.request, tick.canvas, row, lo, hi)
+        noted = job.noted(tick.state, tick.rows[row])
+        said = None if noted is None else noted.said(columns)
+        behind = ids[begin + hi : self.length(tick, row)].tolist() if drafts else None
+        self.settled = hi
+        return Final(ids[begin + lo : begin + hi].tolist(), [c - begin for c in columns], said, behind, self.ticket.nfe)
 
-    def draft(self, tick: Tick, row: int, closed: list[int]) -> str:
-        """What is written behind the final text, and may still change."""
-        job, end = self.job, self.job.begin(self.request) + len(closed)
-        if job.stops.ended(closed):
+    def event(self, final: Final) -> Event | None:
+        """The next piece of its text; None where nobody has to be told."""
+        stops, end = self.job.stops, self.told
+        self.ids += final.ids
+        self.own += final.own
+        self.said += final.said or ()
+        text = stops.settled(self.ids)
+        new = text[len(self.sent) :]
+        if new:
+            self.reached = stops.reach(self.ids, len(text), least=self.reached)
+            end = bisect_left(self.own, self.reached)
+        elif final.behind is None:
+            return None
+        draft = None if final.behind is None else self.draft(len(text), final.behind)
+        tokens = [self.ids[i] for i in self.own[self.told : end]]
+        said = None if final.said is None else self.said[self.told : end]
+        self.sent, self.told = text, end
+        return Event(self.request, new, draft, final.nfe, None, tokens, said)
+
+    def draft(self, known: int, behind: list[int]) -> str:
+        """What is written behind so many characters of its text, and may still change."""
+        stops, mask = self.job.stops, self.job.queue.canvas.mask_id
+        if stops.ended(self.ids):
             return ""
-        ids = tick.canvas.ids[row, end : self.length(tick, row)].tolist()
-        behind = "".join(BLANK if t == tick.canvas.mask_id else job.stops.decode([t]) for t in ids)
-        return job.stops.decode(closed)[len(self.sent) :] + behind
+        return stops.decode(self.ids)[known:] + "".join(BLANK if t == mask else stops.decode([t]) for t in behind)
 
     def last(self, output: Output, drafts: bool) -> Event:
         """The last event of a request."""

@@ -157,7 +157,7 @@ class Job:
         stopped = stopped or most is not None or ticket.halted
         if self.args.early_stop and stopped:
             ids = ids[: begin + through]
-        columns = self.columns(request, canvas, row, len(tokens))
+        columns = self.columns(request, canvas, row, 0, len(tokens))
         tokens = [ids[c] for c in columns]
         if trace is not None:
             hidden = self.tails[request] if self.args.early_stop else 0
@@ -222,13 +222,14 @@ class Job:
         noted = None if self.args.logprobs is None else state.columns.get(Logprobs)
         return noted and mapped(lambda x: x[row : row + 1].cpu(), noted)
 
-    def columns(self, request: int, canvas: Canvas, row: int, count: int) -> list[int]:
-        """The columns of a request's tokens among the first `count` of its text: all, of an infilled one the holes."""
+    def columns(self, request: int, canvas: Canvas, row: int, lo: int, hi: int) -> list[int]:
+        """The columns of a request's tokens among ids `lo` to `hi` of its text: all, of an infilled one the holes."""
         begin = self.begin(request)
-        columns = range(begin, begin + count)
+        columns = range(begin + lo, begin + hi)
         if not self.args.infill:
             return [*columns]
-        return [c for c, given in zip(columns, canvas.frozen[row, begin:].tolist(), strict=False) if not given]
+        given = canvas.frozen[row, begin + lo : begin + hi].tolist()
+        return [c for c, was in zip(columns, given, strict=True) if not was]
 
     def new_traces(self) -> dict[int, Trace]:
         """The trace of each request, where they are asked for."""
@@ -254,10 +255,10 @@ class Job:
             trace.pieces = {i: self.model.tokenizer.decode([i]) for i in sorted(ids)}
 
 
-def prepare(model: object, prompt: object, given: Mapping[str, Any], shared: bool = False) -> Job:
+def prepare(model: Model, prompt: object, given: Mapping[str, Any], shared: bool = False) -> Job:
     """Check a call and lay out its canvases. shared: as wide as those of other calls that are like it, so that rows of
     all may be a group. Errors: every mistake that shows before the first forward."""
-    args, model = Arguments.parse(given), resolve_model(model)
+    args = Arguments.parse(given)
     captured = model if usable(model, args.graphs) else None
     grain = COLUMNS if shared or captured is not None else 1
     prompts, single = prompt_ids(model, prompt, args.chat, args.n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,3 +66,12 @@ class Event(NamedTuple):
     output: Output | None  # with the last event of a prompt
     tokens: Sequence[int] = ()  # that `text` takes; those of a prompt's events join to `output.tokens`
     logprobs: list[TokenLogprob | None] | None = None  # of these tokens, where the call asked
+
+
+class News(NamedTuple):
+    """What happened to a row. Whoever follows it makes the event of it, each once and in their order: decoding does not
+    wait for the text."""
+
+    request: int  # which prompt of the call
+    read: Callable[[], Event | None]  # None: nothing has to be told
+    output: Output | None = None  # with the last news of a prompt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import time
@@ -38,7 +39,7 @@ from dllm.spec import Json
 log = logging.getLogger(__name__)
 SSE = "text/event-stream"
 THREADS = 32  # for what a request does before it is in line: templates, tokens, canvases
-PREPARING = 2  # of them at a time: one after the other they come to the engine sooner, as one interpreter does it all
+LONG = 1 << 16  # bytes of a body whose tokens take their time: short ones pass it
 COMPILING = 4  # requests whose constraints are compiled at a time: each takes a process, and seconds
 CONSTRAINTS = {*KINDS, "constraint"}
 
@@ -57,7 +58,9 @@ class Serving:
     mean: float = 1.0  # seconds of an answer, the last ones the most
     post: Post | None = None  # of the loop, from its start on
     counted: list[Callable[[Ended], None]] = field(default_factory=list)
-    preparing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PREPARING))
+    # one request after the other comes to the engine sooner, as one interpreter does it all
+    preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    preparing_long: asyncio.Lock = field(default_factory=asyncio.Lock)
     compiling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMPILING))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -143,6 +146,8 @@ def _warm(serving: Serving) -> None:
     try:
         serving.backend.warm()
         serving.fingerprint = serving.backend.fingerprint()
+        gc.collect()
+        gc.freeze()  # a collection that walks over all that was imported stops every stream for a tenth of a second
         serving.warm = True
     except Exception as error:
         log.exception("the model gives no answer")
@@ -258,7 +263,7 @@ async def _answered(serving: Serving, http: Request, kind: type[Body], reader: C
         serving.check(fields.model)
         with ExitStack() as coming:
             coming.enter_context(serving.backend.expecting())
-            async with serving.preparing:
+            async with serving.preparing if len(body) < LONG else serving.preparing_long:
                 asked, submitted = await asyncio.to_thread(prepared, coming, fields)
         if submitted is None:
             async with serving.compiling:

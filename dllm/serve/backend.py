@@ -11,7 +11,7 @@ from typing import Protocol
 import dllm
 from dllm.call.engine import Engine, Load
 from dllm.call.job import defaults
-from dllm.call.output import Event
+from dllm.call.output import News
 from dllm.call.reads import Reading, read
 from dllm.decoding.cache import registry as caches
 from dllm.decoding.meter import Ticket
@@ -55,10 +55,10 @@ class Pending(Protocol):
         """Those of answers that are traced."""
 
     def listen(
-        self, tell: Callable[[Event | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
+        self, tell: Callable[[News | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
     ) -> None:
-        """Pass its events to a function, in another thread, and None at the end; `flush` is called some time after
-        that, once for several."""
+        """Pass its news to a function, in another thread, and None at the end; `flush` is called some time after that,
+        once for several."""
 
     def cancel(self) -> None:
         """End it."""

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dllm.call.engine import Engine
-from dllm.call.output import Event
+from dllm.call.output import News
 from dllm.errors import Cancelled, DllmError
 from dllm.models.files import replaced
 from dllm.models.lines import append, as_lines, disk_errors, mend
@@ -58,7 +58,7 @@ class Started:
     asked: Asked | None = None
     pending: Pending | None = None
     refused: ApiError | None = None
-    events: list[Event] = field(default_factory=list)
+    news: list[News] = field(default_factory=list)
 
     @property
     def error(self) -> Exception | None:
@@ -175,11 +175,11 @@ class Batch:
             self.done.put(one)
             return
 
-        def tell(event: Event | None) -> None:
-            if event is None:
+        def tell(news: News | None) -> None:
+            if news is None:
                 self.done.put(one)
             else:
-                one.events.append(event)
+                one.news.append(news)
 
         one.pending.listen(tell, live=False)
 
@@ -201,7 +201,9 @@ class Batch:
         else:
             assert one.asked is not None and one.pending is not None
             reply = Reply(one.asked, self.name, self.fingerprint, self.backend)
-            body, _ = reply.answered(one.pending, [(event, 0.0) for event in one.events])
+            body, _ = reply.answered(
+                one.pending, [(event, 0.0) for news in one.news if (event := news.read()) is not None]
+            )
             status, error = 200, None
         request = one.line.key.removeprefix("batch_")
         return {

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 import dllm
 from dllm.call.engine import Load
-from dllm.call.output import Event, Output
+from dllm.call.output import Event, News, Output
 from dllm.call.reads import Reading
 from dllm.decoding.meter import Meter, Ticket
 from dllm.decoding.stopping import Stops
@@ -50,14 +50,14 @@ class Draft:
     error: Exception | None = None
     meter: Meter = field(init=False)
     done: bool = False
-    heard: list[Event | None] = field(default_factory=list)
+    heard: list[News | None] = field(default_factory=list)
     block_length: int = 1
     revises: bool = False
 
     def __post_init__(self) -> None:
         self.meter = Meter(len(self.prompts))
         self.lock = threading.Lock()
-        self.tell: Callable[[Event | None], None] = self.heard.append
+        self.tell: Callable[[News | None], None] = self.heard.append
         self.flush: Callable[[], None] = lambda: None
 
     @property
@@ -76,12 +76,12 @@ class Draft:
         return {}
 
     def listen(
-        self, tell: Callable[[Event | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
+        self, tell: Callable[[News | None], None], *, live: bool = True, flush: Callable[[], None] | None = None
     ) -> None:
-        """Pass its events to a function, in the pair's thread, and None at the end, each with a `flush`."""
+        """Pass its news to a function, in the pair's thread, and None at the end, each with a `flush`."""
         with self.lock:
-            for event in self.heard:
-                tell(event)
+            for news in self.heard:
+                tell(news)
             self.tell, self.flush = tell, flush or self.flush
             self.flush()
 
@@ -89,7 +89,7 @@ class Draft:
         """Pass an event on."""
         with self.lock:
             if not self.done:
-                self.tell(event)
+                self.tell(News(event.request, lambda: event, event.output))
                 self.flush()
 
     def end(self, error: Exception | None = None) -> None:

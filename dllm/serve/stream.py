@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from sse_starlette import ServerSentEvent
 
-from dllm.call.output import Event
+from dllm.call.output import Event, News
 from dllm.call.steering import StepView
 from dllm.decoding.trace import BLANK, Trace
 from dllm.serve.answers import Choice, Reply, about
@@ -68,6 +68,7 @@ class Ear:
         self.ended = self.late = False
         self.began = time.perf_counter()
         self.pending: Pending | None = None
+        self.error: Exception | None = None  # of a tokenizer
 
     @property
     def seconds(self) -> float:
@@ -89,17 +90,23 @@ class Ear:
         steps.append(Stepped(view.step, view.nfe, closed, lo, size - view.start, self.seconds))
         self.post.put(self.wake.set)
 
-    def _tell(self, event: Event | None) -> None:
-        self.post.put(partial(self._put, event, self.seconds))
+    def _tell(self, news: News | None) -> None:
+        self.post.put(partial(self._put, news, self.seconds))
 
-    def _put(self, event: Event | None, seconds: float) -> None:
-        if event is None:
+    def _put(self, news: News | None, seconds: float) -> None:
+        """In the loop's thread."""
+        if news is None:
             self.ended = True
-        elif not self.late:
-            self.events.append((event, seconds))
-            self.size += _size(event)
-            if self.size > self.most and event.output is None and self.pending is not None:
-                self.late = True
+        elif not (self.late or self.error):
+            try:
+                event = news.read()
+            except Exception as error:
+                self.error, event = error, None
+            if event is not None:
+                self.events.append((event, seconds))
+                self.size += _size(event)
+                self.late = self.size > self.most and event.output is None
+            if (self.late or self.error) and self.pending is not None:
                 self.pending.cancel()
         self.wake.set()
 
@@ -117,7 +124,7 @@ class Ear:
             return ApiError(
                 408, "slow_reader", f"the reader is more than {self.most} bytes behind: the answer was cancelled"
             )
-        error = None if self.pending is None else self.pending.error
+        error = self.error or (None if self.pending is None else self.pending.error)
         return None if error is None else told(error)
 
 
