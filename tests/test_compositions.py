@@ -237,7 +237,7 @@ def specified(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @pytest.mark.sweep
-@settings(max_examples=size(3000, 60), deadline=None)
+@settings(max_examples=size(3000, 60))
 @given(
     specified(),
     st.sampled_from(EVERY_CACHE),

@@ -446,14 +446,14 @@ TEXTS = st.lists(st.text("abé😀0\n", max_size=7), min_size=8, max_size=8)
 
 
 @given(PATTERNS, TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_patterns_against_llguidance_and_re(pattern, texts):
     agree(pattern, texts)
 
 
 @pytest.mark.sweep
 def test_many_patterns_against_llguidance_and_re():
-    given(PATTERNS, TEXTS)(settings(max_examples=sweeps.size(3000, 200), deadline=None)(agree))()
+    given(PATTERNS, TEXTS)(settings(max_examples=sweeps.size(3000, 200))(agree))()
 
 
 def agree(pattern, texts):
@@ -470,7 +470,7 @@ VOCABULARY = ["a", "b", "ab", "ba", "é", "bé", "0", ""]
 
 
 @given(PATTERNS, st.lists(st.integers(0, 6), max_size=5))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_tokens_spell_what_bytes_do(pattern, word):
     automaton = of_pattern(pattern)
     tokens = lifted(automaton, Vocabulary.of([t.encode() for t in VOCABULARY]), [7])
@@ -479,7 +479,7 @@ def test_tokens_spell_what_bytes_do(pattern, word):
 
 
 @given(PATTERNS, st.integers(1, 5), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_no_dead_canvas_after_commits_and_remasks(pattern, columns, data):
     """Whatever subset of a member is committed, and whatever is masked again, a member is still possible."""
     rule = rule_of(pattern, VOCABULARY, columns, [7])

@@ -77,7 +77,7 @@ def length(steps):
     return sum(math.prod(steps[: i + 1]) for i in range(len(steps)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from(["candidates", "mass"]))
 def test_searches_over_pairs_equal_all_paths(seed, law):
     lat, eos = random_pairs(seed, law=law)
@@ -96,7 +96,7 @@ def test_searches_over_pairs_equal_all_paths(seed, law):
     assert tree.survival() == pytest.approx(sorted(nodes.values(), reverse=True)[:11])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6))
 def test_the_ngram_proxy_tempers_pairs_as_it_tempers_marginals(seed):
     """One socket: the table's context of two tokens and the pair's of one are states of one graph."""

@@ -231,7 +231,7 @@ def accepted_length(weights):
     return sum(math.exp(sum(weights[: i + 1])) for i in range(len(weights)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem)
 def test_viterbi_and_eal_equal_brute_force_and_the_beam_is_below(seed):
     lat, proxy, eos, ctx = random_problem(seed)
@@ -250,7 +250,7 @@ def test_viterbi_and_eal_equal_brute_force_and_the_beam_is_below(seed):
     assert accepted_length(weights[path.tokens]) == pytest.approx(value)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem)
 def test_longer_lattices_never_lower_the_expected_length(seed):
     lat, proxy, eos, ctx = random_problem(seed)
@@ -258,7 +258,7 @@ def test_longer_lattices_never_lower_the_expected_length(seed):
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(values))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem, st.integers(1, 14))
 def test_tree_is_the_most_probable_prefix_set(seed, budget):
     lat, proxy, eos, ctx = random_problem(seed, k=3)
@@ -276,7 +276,7 @@ def test_tree_is_the_most_probable_prefix_set(seed, budget):
     assert larger[: len(prefixes)] == prefixes
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problem)
 def test_no_fanout_by_slot_beats_the_tree(seed):
     """However many children the nodes of each slot get, and whichever paths have more: a head that ranks slots or nodes
@@ -304,7 +304,7 @@ def node_paths(tree):
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problem)
 def test_a_proxy_that_knows_nothing_changes_nothing(seed):
     lat, _, _, ctx = random_problem(seed)
@@ -435,7 +435,7 @@ def test_configured_searches():
 # -- the n-gram table
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 4), st.sampled_from([1.0, 0.9]))
 def test_ngram_rows_are_distributions(text, order, decay):
     table = NgramTable(5, order, decay=decay)
@@ -464,7 +464,7 @@ def test_ngram_learns_backs_off_and_forgets():
 # -- retrieval
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 2), max_size=40))
 def test_suffix_automaton_finds_the_longest_repeated_suffix(text):
     sam = SuffixAutomaton()

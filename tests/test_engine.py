@@ -161,7 +161,7 @@ def test_caches_are_exact_where_they_must_be() -> None:
     st.sampled_from([None, 1, 3, 20]),
     st.sampled_from([0.0, 0.9]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_invariants(
     prompts: list, sampler: str, cache: str, new: int, block: int, steps: int | None, temperature: float
 ) -> None:

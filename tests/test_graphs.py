@@ -257,7 +257,7 @@ WRITES: list[Callable[[Tensor, Tensor], object]] = [
 ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(OPS)), st.sampled_from(range(5)), st.integers(0, 2)), max_size=6),
     st.integers(0, 99),

@@ -43,7 +43,7 @@ def tables(draw: st.DrawFn) -> tuple[Joint, torch.Tensor, torch.Tensor]:
     return Joint(torch.tensor(rows, dtype=torch.int16), mass / mass.sum()), tokens, masked
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tables())
 def test_conditionals_are_bayes_rule_by_enumeration(case: tuple[Joint, torch.Tensor, torch.Tensor]) -> None:
     joint, tokens, masked = case
@@ -55,7 +55,7 @@ def test_conditionals_are_bayes_rule_by_enumeration(case: tuple[Joint, torch.Ten
         assert found[column, token].item() == pytest.approx(expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tables())
 def test_information_and_product_by_enumeration(case: tuple[Joint, torch.Tensor, torch.Tensor]) -> None:
     joint, *_ = case

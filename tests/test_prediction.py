@@ -32,7 +32,7 @@ def sorted_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     st.floats(0.01, 0.999),
     st.sampled_from([torch.float32, torch.float64]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nucleus_equals_the_sorted_rule(seed: int, scale: float, top_p: float, dtype: torch.dtype) -> None:
     logits = torch.randn(3, 700, dtype=dtype, generator=torch.Generator().manual_seed(seed)) * scale
     logits[1] = logits[1].round()  # many ties
@@ -89,7 +89,7 @@ def test_first_argmax_is_the_lowest_best_id(size: int) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 1500))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_inverse_cdf_picks_the_interval_that_holds_u(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     probs = (torch.randn(4, size, dtype=torch.float64, generator=generator) * 3).softmax(-1)

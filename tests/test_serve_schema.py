@@ -35,7 +35,6 @@ def fuzz(site, examples, light):
             max_examples=examples,
             derandomize=True,
             database=None,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         )
         @given(case=operation.as_strategy())

@@ -130,7 +130,7 @@ TURNS.clean_up_tokenization_spaces = True
     ids=["plain", "byte runs", "words joined", "special tokens between words", "spaces", "characters of several ids"],
 )  # fmt: skip
 @pytest.mark.parametrize("special", [False, True])
-@settings(max_examples=15, deadline=None, phases=[Phase.generate])
+@settings(max_examples=15, phases=[Phase.generate])
 @given(seed=st.integers(0, 999), cut=st.sampled_from([1, 3, 40, 99]))
 def test_text_of_pieces_is_that_of_all_ids(tokenizer: Any, vocabulary: Any, special: bool, seed: int, cut: int) -> None:
     """However they are cut; and an id is decoded a bounded number of times."""

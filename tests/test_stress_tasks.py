@@ -21,7 +21,7 @@ def problem(name: str, seed: int):  # type: ignore[no-untyped-def]
     return next(task(name).stream("test", seed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(names, seeds)
 def test_every_right_answer_passes(name: str, seed: int) -> None:
     example = problem(name, seed)
@@ -31,7 +31,7 @@ def test_every_right_answer_passes(name: str, seed: int) -> None:
     assert name == "waiting_line" or tuple(example.answer.split()) in answers
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(names, seeds, st.data())
 def test_a_text_passes_where_and_only_where_it_is_a_right_answer(name: str, seed: int, data: st.DataObject) -> None:
     """One word of a right answer is another one of the problem or of the names, or two words change places."""
@@ -47,7 +47,7 @@ def test_a_text_passes_where_and_only_where_it_is_a_right_answer(name: str, seed
     assert grade(name, example, " ".join(words)) == right
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(names, seeds)
 def test_a_text_that_is_too_short_or_too_long_fails(name: str, seed: int) -> None:
     example = problem(name, seed)

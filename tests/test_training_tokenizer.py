@@ -26,7 +26,7 @@ def test_shipped_tokenizer_is_the_one_the_generators_give(tokenizer) -> None:  #
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL)) == [0, 1, 2, 3]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=40))
 def test_any_text_survives(text: str) -> None:
     tokenizer = load_tokenizer_once()
