@@ -8,11 +8,14 @@ import math
 import socket
 import threading
 import time
+from contextlib import contextmanager
+from itertools import count
+from queue import SimpleQueue
 
 import httpx2
 import openai
 import pytest
-from serve_kit import CHAT, MESSAGES, TEXT, Gate, serving
+from serve_kit import CHAT, MESSAGES, PATIENCE, TEXT, Gate, serving
 
 import dllm
 from dllm.call.engine import Engine
@@ -28,6 +31,7 @@ from dllm.serve.pair import Pair
 from dllm.serve.server import hosted, settings
 
 ASK = {"messages": MESSAGES, "max_tokens": 4}
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +51,18 @@ def settled(**given):
     return pytest.mark.parametrize("site", [given], indirect=True, ids=[""])
 
 
-def raw(site, text, wait=5.0):
-    """What comes back for bytes that are sent as they are."""
+@contextmanager
+def sent(site, text):
+    """A connection over which some text went as it is."""
     host, port = site.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as link:
-        link.sendall(text)
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as link:
+        link.sendall(text.encode())
+        yield link
+
+
+def raw(site, text):
+    """What comes back for it."""
+    with sent(site, text) as link:
         return link.recv(1 << 16).decode()
 
 
@@ -80,29 +91,32 @@ def test_a_long_body_that_takes_its_time_is_passed(model, monkeypatch):
     def slow(fields, *rest):
         if len(fields.prompt) > LONG:
             inside.set()
-            assert go.wait(20)
+            assert go.wait(PATIENCE)
         return read(fields, *rest)
 
     monkeypatch.setattr(requests, "completion", slow)
     with serving(Engine(model)) as site:
         long = threading.Thread(target=site.post, args=(TEXT, {"prompt": "a" * (LONG + 1), "max_tokens": 4}))
         long.start()
-        assert inside.wait(20)
+        assert inside.wait(PATIENCE)
         assert site.post(TEXT, {"prompt": "a", "max_tokens": 4}).status_code == 200
         assert long.is_alive()
         go.set()
         long.join()
 
 
-@settled(body_bytes=300, body_seconds=0.3)
-def test_bodies_are_bounded_in_size_and_time(site):
+@settled(body_bytes=300)
+def test_bodies_are_bounded_in_size(site):
     assert site.post(TEXT, {"prompt": "a" * 300}).json()["error"]["code"] == "request_too_large"
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    assert raw(site, f"{head}Content-Length: 10000000000\r\n\r\n".encode()).startswith("HTTP/1.1 413")
-    chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n" + "40\r\n" + "a" * 64 + "\r\n"
-    assert raw(site, chunked.encode() + b"ff\r\n" + b"a" * 255 + b"\r\n").startswith("HTTP/1.1 413")
-    assert raw(site, f"{head}Content-Length: 50\r\n\r\n".encode() + b'{"a').startswith("HTTP/1.1 408")
+    assert raw(site, f"{HEAD}Content-Length: 10000000000\r\n\r\n").startswith("HTTP/1.1 413")
+    chunked = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n" + "40\r\n" + "a" * 64 + "\r\n"
+    assert raw(site, chunked + "ff\r\n" + "a" * 255 + "\r\n").startswith("HTTP/1.1 413")
     assert site.post(TEXT, {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+@settled(body_seconds=0.3)
+def test_bodies_are_bounded_in_time(site):
+    assert raw(site, HEAD + 'Content-Length: 50\r\n\r\n{"a').startswith("HTTP/1.1 408")
 
 
 def test_a_body_of_another_type_is_refused(site):
@@ -118,7 +132,7 @@ def together(site, count, body=None):
         return answer.status_code, answer.headers.get("retry-after"), answer.json()
 
     async def every():
-        async with httpx2.AsyncClient(timeout=30, limits=httpx2.Limits(max_connections=count)) as client:
+        async with httpx2.AsyncClient(timeout=PATIENCE, limits=httpx2.Limits(max_connections=count)) as client:
             return await asyncio.gather(*(one(client) for _ in range(count)))
 
     return asyncio.run(every())
@@ -128,33 +142,33 @@ def together(site, count, body=None):
 def test_one_key_has_so_many_requests_at_a_time(site, model, monkeypatch):
     gate = Gate(monkeypatch, model)
     gate.shut()
-    release = _later(gate)
+    opened_after(3, site, gate)
     answers = together(site, 5)
-    release.join()
     assert sorted(status for status, *_ in answers) == [200, 200, 429, 429, 429]
     refused = next(answer for answer in answers if answer[0] == 429)
     assert refused[1] == "1" and refused[2]["error"]["type"] == "rate_limit_error"
 
 
-def _later(gate, seconds=0.7):
-    thread = threading.Timer(seconds, gate.open.set)
-    thread.start()
-    return thread
+def opened_after(refusals, site, gate):
+    """Open the gate once so many requests have been refused."""
+    refused = count(1)
+    site.app.state.serving.counted.append(
+        lambda ended: ended.code != "ok" and next(refused) == refusals and gate.open.set()
+    )
 
 
 @settled(max_rows=1, max_queue=2)
 def test_a_full_line_says_when_to_come_again_and_the_client_does(site, model, monkeypatch):
     gate = Gate(monkeypatch, model)
     gate.shut()
-    release = _later(gate)
+    opened_after(3, site, gate)
     answers = together(site, 6)
-    release.join()
     counts = [status for status, *_ in answers]
     assert set(counts) == {200, 429} and counts.count(200) in (2, 3)
     refused = next(answer for answer in answers if answer[0] == 429)
     assert int(refused[1]) >= 1 and refused[2]["error"]["code"] == "queue_full"
     gate.shut()
-    release = _later(gate, 0.3)
+    opened_after(3, site, gate)
     client = openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=5)
 
     async def every():
@@ -165,37 +179,33 @@ def test_a_full_line_says_when_to_come_again_and_the_client_does(site, model, mo
 
 
 def test_an_answer_is_cancelled_when_its_client_leaves_streamed_or_not(site, model, monkeypatch):
-    counted = []
-    site.app.state.serving.counted.append(counted.append)
+    counted = SimpleQueue()
+    site.app.state.serving.counted.append(counted.put)
     gate = Gate(monkeypatch, model)
     for live in (True, False):
         gate.shut()
-        with pytest.raises(httpx2.TimeoutException):
-            httpx2.post(site.url + CHAT, json={"messages": MESSAGES, "stream": live}, timeout=0.4)
-        assert gate.inside.wait(5)
-        until = time.monotonic() + 5
-        while not counted or counted[-1].code != "client_closed_request":
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        counted.clear()
+        body = json.dumps({"messages": MESSAGES, "stream": live})
+        with sent(site, f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}"):
+            assert gate.inside.wait(PATIENCE)
+        assert counted.get(timeout=PATIENCE).code == "client_closed_request"
         gate.open.set()
         site.idle()
 
 
 @settled(request_timeout=0.2)
 def test_an_answer_that_takes_too_long_is_no_answer(site, model, monkeypatch):
-    gate = Gate(monkeypatch, model)
-    gate.shut()
-    release = _later(gate, 0.5)
+    forward = model.forward
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.3)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", slowly)
     answer = site.post(CHAT, ASK)
-    release.join()
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
     assert answer.headers["x-should-retry"] == "false"
-    gate.shut()
-    release = _later(gate, 0.5)
     with pytest.raises(openai.APIError, match="not done in its time"):
         list(site.client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
-    release.join()
 
 
 @settled(event_buffer=500, defaults={"sampler": "confidence", "block_length": 1})
@@ -285,15 +295,15 @@ def test_in_the_line_of_a_pair_time_runs_and_who_leaves_has_no_place(monkeypatch
     def submit(timeout):
         return pair.submit("Tom has", 1, timeout, "shared", {"max_new_tokens": 4, "seed": 0, "chat": False})
 
-    running = submit(60)
-    assert gate.inside.wait(5)
-    late, left = submit(0.1), submit(60)
+    running = submit(math.inf)
+    assert gate.inside.wait(PATIENCE)
+    last, left = submit(math.inf), submit(math.inf)
     with pytest.raises(QueueFull):
-        submit(60)
+        submit(math.inf)
     left.cancel()
-    last, ended = submit(math.inf), threading.Event()
+    late, ended = submit(0.1), threading.Event()
     late.listen(lambda event: ended.set() if event is None else None)
-    assert ended.wait(5) and isinstance(late.error, TimedOut) and pair.load.waiting == 1
+    assert ended.wait(PATIENCE) and isinstance(late.error, TimedOut) and pair.load.waiting == 1
     gate.open.set()
     pair.close(drain=True)
     assert running.error is None and last.error is None and last.heard[-1] is None
