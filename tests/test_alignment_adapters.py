@@ -164,7 +164,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     script.write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": "tests", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     found = {}
-    for name, start in {"one": [], "two": [torchrun, "--nproc-per-node", "2", "--master-port", "29517"]}.items():
+    for name, start in {"one": [], "two": [torchrun, "--nproc-per-node", "2", "--standalone"]}.items():
         (tmp_path / name).mkdir()
         command = [sys.executable, *start, str(script), str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
