@@ -46,6 +46,15 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker("fast")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test and its fixtures draw does not depend on the tests before them."""
+    torch.manual_seed(0)
+
+
+pytest_runtest_call = pytest_runtest_setup
+
+
 def pytest_collection_finish() -> None:
     """A full collection walks what torch and transformers made at import: a tenth of the suite's time."""
     gc.collect()
