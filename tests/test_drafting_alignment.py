@@ -25,7 +25,7 @@ from dllm.training.alignment.recipe import separator
 from dllm.training.alignment.refinement import Refinement
 from dllm.training.alignment.registry import as_objective
 from dllm.training.answers import Style, continuations
-from dllm.training.config import AlignConfig, Stage, load_config
+from dllm.training.config import AlignConfig, Stage, load_recipe
 from dllm.training.data import Pair
 
 torch.set_num_threads(1)
@@ -147,15 +147,15 @@ def test_acceptance_rises_on_the_verifiers_own_outputs(model):
 
 
 def test_recipes_and_mistakes(model, tmp_path):
-    tiny = load_config("configs/align/tiny.yaml", kind=AlignConfig)
+    tiny = load_recipe("configs/align/tiny.yaml")
     assert tiny.verifier.name == "tiny-ar" and tiny.stages[0].steps > 0
     assert as_objective(tiny.stages[1].objective) == Refinement(alpha=1.01, max_suffix=24)
     path = tmp_path / "r.yaml"
-    path.write_text("output: x\ntasks: {word_problems: 2}\nblok: 8\n")
+    path.write_text("kind: drafter\noutput: x\ntasks: {word_problems: 2}\nblok: 8\n")
     with pytest.raises(DllmError, match="block"):
-        load_config(path, kind=AlignConfig)
+        load_recipe(path)
     with pytest.raises(DllmError, match="no recipe"):
-        load_config(tmp_path / "none.yaml", kind=AlignConfig)
+        load_recipe(tmp_path / "none.yaml")
     with pytest.raises(DllmError, match="prompts once"):
         AlignConfig("x")
     with pytest.raises(DllmError, match="save_every=0 must be at least 1"):
@@ -256,4 +256,4 @@ def test_the_dtype_of_a_recipe_is_that_of_teacher_and_saved_drafter(tmp_path, mo
     assert teachers == [torch.bfloat16] and made.dtype == torch.bfloat16
     assert dllm.load(str(tmp_path / "out" / "model"), dtype="auto").dtype == torch.bfloat16
     with pytest.raises(DllmError, match="dtype"):
-        load_config("configs/align/tiny.yaml", ["dtype=float8"], kind=AlignConfig)
+        load_recipe("configs/align/tiny.yaml", ["dtype=float8"])

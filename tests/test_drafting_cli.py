@@ -118,7 +118,8 @@ def test_signs_of_several_tokens_keep_their_colour():
 def test_align_trains_and_measures(run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"output: {tmp_path}/out\nlayers: 1\ntasks: {{word_problems: 4}}\nmax_new_tokens: 12\nbatch_size: 2\n"
+        f"kind: drafter\noutput: {tmp_path}/out\nlayers: 1\n"
+        "tasks: {word_problems: 4}\nmax_new_tokens: 12\nbatch_size: 2\n"
         "stages: [{objective: continuation, steps: 1, lr: 1e-3}, {objective: refinement, steps: 1, lr: 1e-3}]\n"
         "block: 4\n"
     )
@@ -146,6 +147,8 @@ def test_align_measures_nothing_for_a_recipe_that_is_refused(run, tmp_path):
     measured = generate("word_problems", "train", 2, 0)[1].prompt
     (tmp_path / "m.json").write_text(json.dumps([measured]))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"output: {tmp_path}/out\ntasks: {{word_problems: 2}}\nholdout: {tmp_path}/m.json\n")
+    recipe.write_text(
+        f"kind: drafter\noutput: {tmp_path}/out\ntasks: {{word_problems: 2}}\nholdout: {tmp_path}/m.json\n"
+    )
     code, shown, error = run("align", str(recipe), "--problems", "2")
     assert code == 1 and "prompt 2 of tasks" in error and not shown and not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from dllm.training import answers, heads, pair_heads
 from dllm.training.alignment import recipe
 from dllm.training.answer_file import AnswerFile, read_answers
 from dllm.training.answers import Kept, Style, Turn, Users, continuations, make
-from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, load_config
+from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, load_recipe
 from dllm.training.holdout import Holdout, user_reader
 
 torch.set_num_threads(1)
@@ -356,7 +356,7 @@ def test_the_recipes_for_smollm2_run_on_a_small_stand_in(tmp_path, monkeypatch, 
         "batch_size": 4, "pack": 128, "lora.rank": 4, "threads": 1,
     }  # fmt: skip
     recipe = f"configs/align/{name}.yaml"
-    known = load_config(recipe, kind=AlignConfig)
+    known = load_recipe(recipe)
     for i, _ in enumerate(known.stages):
         changes[f"stages.{i}.steps"] = 10 // len(known.stages)
     if known.layers:

@@ -231,16 +231,33 @@ def test_recipes_that_cannot_be_trained_are_refused(data, mask, tmp_path, other,
     [("tiny", AlignConfig), ("smollm2-diffusion", AlignConfig), ("tiny-pairs", PairHeadConfig),
      ("smollm2-head", HeadRecipe)],
 )  # fmt: skip
-def test_a_recipe_says_itself_what_it_is_of(name, kind):
+def test_a_shipped_recipe_says_itself_what_it_is_of(name, kind):
     assert type(load_recipe(f"configs/align/{name}.yaml", ["count=3", "batch_size=2"])) is kind
+
+
+def test_a_recipe_is_of_what_it_says_whichever_keys_it_has(tmp_path):
+    (tmp_path / "base.yaml").write_text("output: x\ndata: a.jsonl\nkind: pair-head\n")
+    (tmp_path / "r.yaml").write_text("extends: base.yaml\nblock: 4\n")
+    assert type(load_recipe(tmp_path / "r.yaml")) is PairHeadConfig
+    assert type(load_recipe(tmp_path / "r.yaml", ["kind=drafter"])) is AlignConfig
+    with pytest.raises(DllmError, match=r"--set kind=heads: kind: unknown kind of recipe 'heads'; did you mean 'head'"):
+        load_recipe(tmp_path / "r.yaml", ["kind=heads"])
+    with pytest.raises(DllmError, match="--set kind=\\[\\]: kind: unknown kind of recipe"):
+        load_recipe(tmp_path / "r.yaml", ["kind=[]"])
+    with pytest.raises(DllmError, match=r"--set rank=3: rank: unknown key 'rank'"):
+        load_recipe(tmp_path / "r.yaml", ["kind=drafter", "rank=3"])
+    (tmp_path / "r.yaml").write_text("output: x\ndata: a.jsonl\ntaps: [1]\nmask: <mask>\n")
+    with pytest.raises(DllmError) as found:
+        load_recipe(tmp_path / "r.yaml")
+    assert str(found.value) == f"{tmp_path / 'r.yaml'}: 'kind' is missing: drafter, pair-head or head"
 
 
 def test_the_command_line_reads_such_a_recipe(tmp_path, data):
     file = tmp_path / "recipe.yaml"
-    file.write_text("output: x\nverifier: tiny-ar\ndata: nowhere.jsonl\ntaps: [1]\n")
+    file.write_text("kind: head\noutput: x\nverifier: tiny-ar\ndata: nowhere.jsonl\ntaps: [1]\n")
     out = CliRunner().invoke(app, ["align", str(file)])
     assert out.exit_code and "taps" in str(out.exception) + out.output
-    file.write_text(f"output: x\nverifier: tiny-ar\ndata: {data}\ntaps: [1]\nmask: <mask>\n")
+    file.write_text(f"kind: head\noutput: x\nverifier: tiny-ar\ndata: {data}\ntaps: [1]\nmask: <mask>\n")
     out = CliRunner().invoke(app, ["data", "make", str(file)])
     assert not out.exit_code and f"{ANSWERS} answers" in out.output
 

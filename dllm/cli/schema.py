@@ -28,15 +28,15 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Files of a command, or spe
     from dllm.samplers import registry
     from dllm.serve.config import ServeConfig
     from dllm.spec import document, keys_of
-    from dllm.training.config import AlignConfig, HeadRecipe, PairHeadConfig, TrainConfig
+    from dllm.training.config import TrainConfig, recipe_schema
 
     found = {
         Kind.EVAL: config.schema,
         Kind.TUNE: tuning.schema,
         Kind.TRAIN: lambda: document(keys_of(TrainConfig)),
-        Kind.ALIGN: lambda: document(keys_of(AlignConfig)),
-        Kind.PAIR_HEAD: lambda: document(keys_of(PairHeadConfig)),
-        Kind.HEAD: lambda: document(keys_of(HeadRecipe)),
+        Kind.ALIGN: lambda: recipe_schema("drafter"),
+        Kind.PAIR_HEAD: lambda: recipe_schema("pair-head"),
+        Kind.HEAD: lambda: recipe_schema("head"),
         Kind.SERVE: lambda: document(keys_of(ServeConfig)),
         Kind.SAMPLERS: registry.schema,
     }

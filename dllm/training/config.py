@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias
 
 from dllm import spec
-from dllm.errors import DllmError
+from dllm.errors import DllmError, unknown
 from dllm.models.arguments import Checkpoint
 from dllm.spec import param
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -294,17 +292,32 @@ class HeadRecipe(Answers):
             raise DllmError("a recipe of a head names the layers that it reads (taps) and its mask token (mask)")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
-    """The recipe in a YAML file, a TrainConfig or another `kind`, with `a.b=value` overrides applied."""
-    return spec.build(kind, *_read(path, overrides))
+Recipe: TypeAlias = AlignConfig | PairHeadConfig | HeadRecipe
+# what `dllm align` takes, by the `kind` that a file says
+RECIPES: dict[str, type[Recipe]] = {"drafter": AlignConfig, "pair-head": PairHeadConfig, "head": HeadRecipe}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AlignConfig | PairHeadConfig | HeadRecipe:
-    """The recipe of `dllm align` in a YAML file: of a drafter, of pair scores or of a head, whichever knows the most of
-    its keys."""
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The recipe of `dllm train` in a YAML file, with `a.b=value` overrides applied."""
+    return spec.build(TrainConfig, *_read(path, overrides))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of `dllm align` in a YAML file, of what its `kind` says. Errors: it says none, or an unknown one."""
     data, source = _read(path, overrides)
-    kinds = AlignConfig, PairHeadConfig, HeadRecipe
-    return spec.build(max(kinds, key=lambda kind: len(data.keys() & {f.name for f in fields(kind)})), data, source)
+    if "kind" not in data:
+        raise source.error((), f"'kind' is missing: {', '.join([*RECIPES][:-1])} or {[*RECIPES][-1]}")
+    kind = str(data.pop("kind"))
+    if kind not in RECIPES:
+        raise source.error(("kind",), unknown("kind of recipe", kind, RECIPES))
+    return spec.build(RECIPES[kind], data, source)
+
+
+def recipe_schema(kind: str) -> spec.Json:
+    """The JSON Schema of such a file."""
+    known = spec.keys_of(RECIPES[kind])
+    said = {"kind": {"const": kind, "description": "what the recipe is of"}}
+    return spec.document({**known, "properties": said | known["properties"], "required": ["kind", *known["required"]]})
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[spec.Json, spec.Source]:
