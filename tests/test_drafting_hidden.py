@@ -114,6 +114,19 @@ def test_states_logits_and_drafts_are_those_of_the_public_code(name):
 
 
 @pytest.mark.parametrize("name", [n for n in HEADS if "gated" in n or "dflash2" in n])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pair_scores_are_those_of_the_heads_weights_in_every_dtype(name, dtype):
+    """A head in bfloat16 has other weights; what is computed with them is not rounded once more."""
+    head = as_drafter(folder(name)).made.at(torch.device("cpu"), dtype)
+    exact, generator = deepcopy(head).double(), torch.Generator().manual_seed(0)
+    hidden = 3 * torch.randn(8, head.config.hidden_size, generator=generator).to(dtype)
+    ids, columns = torch.randint(0, head.config.vocab, (2, 8, 16), generator=generator)
+    found, right = (h.order.scores(hidden.to(h.order.right), h.order.right, ids, columns) for h in (head, exact))
+    assert right.abs().max() > 3
+    torch.testing.assert_close(found.double(), right, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in HEADS if "gated" in n or "dflash2" in n])
 def test_pair_scores_on_a_lattice_are_those_of_the_public_code(name):
     known = {case["entry"] for case in read(name, "forward")}
     for case in (case for case in read(name, "lattice") if case["entry"] in known):

@@ -16,6 +16,17 @@ from torch import Tensor, nn
 
 from dllm.drafting.hidden.config import HeadConfig, Order
 from dllm.drafting.pairs import Law
+from dllm.models.linear import linear
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in what is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def widely(layer: nn.Linear, x: Tensor) -> Tensor:
+    """What the layer makes of x, likewise."""
+    return linear(wide(x), wide(layer.weight), None if layer.bias is None else wide(layer.bias))
 
 
 class OrderHead(nn.Module):
@@ -44,19 +55,22 @@ class PairHead(OrderHead):
     law: Law = "mass"
 
     def left(self, prev: Tensor, hidden: Tensor) -> Tensor:
-        """(m, r)."""
+        """(m, r), float32 at least."""
         raise NotImplementedError
 
     def scores(self, hidden: Tensor, right: Tensor, before: Tensor, columns: Tensor) -> Tensor:
-        """w of slots (k, H): ids before (k, A), and rows `columns` (k, M) of right (n, r) -> (k, A, M)."""
+        """w of slots (k, H): ids before (k, A), and rows `columns` (k, M) of right (n, r) -> (k, A, M).
+
+        It is float32 at least: a bfloat16 is up to 0.06 from a score of 16, and so would be the law of a slot.
+        """
         left = self.left(before.flatten(), hidden.repeat_interleave(before.shape[1], 0)).view(*before.shape, -1)
-        return torch.einsum("kar,kmr->kam", left, right[columns])
+        return torch.einsum("kar,kmr->kam", left, wide(right[columns]))
 
     def step(
         self, prev: Tensor, embedded: Tensor, hidden: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `OrderHead`."""
-        return self.left(prev, hidden), None
+        return self.left(prev, hidden).to(hidden.dtype), None
 
 
 class Markov(PairHead):
@@ -74,7 +88,8 @@ class Markov(PairHead):
     def left(self, prev: Tensor, hidden: Tensor) -> Tensor:
         """W1[a], or sigmoid(gate [h; W1[a]]) W1[a]."""
         w1: Tensor = self.markov_w1(prev)
-        return torch.sigmoid(self.gate_proj(torch.cat([hidden, w1], -1))) * w1 if self.gated else w1
+        gate = torch.sigmoid(widely(self.gate_proj, torch.cat([hidden, w1], -1))) if self.gated else 1.0
+        return gate * wide(w1)
 
     @property
     def right(self) -> Tensor:
@@ -124,8 +139,7 @@ class Selector(PairHead):
 
     def left(self, prev: Tensor, hidden: Tensor) -> Tensor:
         """P[a] (U h)."""
-        product: Tensor = self.predecessor_codebook[prev] * self.hidden_projection(hidden)
-        return product
+        return wide(self.predecessor_codebook[prev]) * widely(self.hidden_projection, hidden)
 
     @property
     def right(self) -> Tensor:
