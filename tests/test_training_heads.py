@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def slim(data, mask, tmp_path_factory):
     """A head whose own output head of all ids has two factors."""
     output = tmp_path_factory.mktemp("slim") / "run"
     return heads.run(recipe(data, output, mask=mask, head_rank=24, vocabulary=1000))
+
+
+def test_answers_that_are_all_held_out_are_refused(data, mask, tmp_path):
+    one = tmp_path / "one.jsonl"
+    for line in data.read_text().splitlines(keepends=True):  # whether an answer is held out, its prompt says
+        one.write_text(line)
+        asked = recipe(one, tmp_path / "run", mask=mask, held_out=0.5, schedule=ScheduleSpec(1, 1, 1))
+        try:
+            heads.run(asked)
+        except DllmError as error:
+            assert str(error) == "held_out=0.5 leaves none of 1 answers to train on: make more of them"
+            return
+        shutil.rmtree(tmp_path / "run")
+    pytest.fail("none of the answers is held out")
 
 
 @pytest.mark.parametrize("kind", ["trained", "slim"])

@@ -488,6 +488,8 @@ def run(recipe: HeadRecipe, resume: bool = False) -> Path:
     left = [held_out(text, recipe.held_out) for text in texts]
     held = [text for text, out in zip(texts, left, strict=True) if out]
     texts = [text for text, out in zip(texts, left, strict=True) if not out]
+    if not texts:
+        raise DllmError(f"held_out={recipe.held_out} leaves none of {len(held)} answers to train on: make more of them")
     log.info("%d answers, %d tokens; %d held out", len(texts), sum(len(t.ids) - t.answer for t in texts), len(held))
     train(head, texts, held or texts, recipe, saved, save)
     return made
