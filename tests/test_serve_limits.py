@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import socket
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from itertools import count
 from queue import SimpleQueue
@@ -82,6 +84,16 @@ def test_keys_come_from_the_environment_and_a_file(model, monkeypatch, tmp_path)
     (tmp_path / "none").write_text("\n")
     with pytest.raises(DllmError, match="holds no API key"):
         ServeConfig(key_file=tmp_path / "none").keys()
+
+
+def test_a_process_that_goes_on_lets_go_of_what_there_was(model):
+    """Of objects in a circle, too, which the collector leaves alone while the server is up."""
+    circle = threading.Event()
+    circle.own, gone = circle, weakref.ref(circle)
+    with serving(Engine(model)):
+        del circle
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_long_body_that_takes_its_time_is_passed(model, monkeypatch):

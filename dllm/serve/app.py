@@ -116,6 +116,7 @@ def create_app(engine: Engine | Backend, config: ServeConfig = ServeConfig(), na
         serving.draining = True
         await warming
         await asyncio.to_thread(backend.close, False)
+        gc.unfreeze()  # the process may go on without this server
 
     app = FastAPI(
         title="dllm", version=dllm.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
