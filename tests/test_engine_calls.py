@@ -27,7 +27,7 @@ from dllm.call import budget as budgets
 from dllm.call import engine as calls
 from dllm.call.engine import OVERTAKES, Request
 from dllm.decoding.canvas import Plan
-from dllm.decoding.engine import Waiting
+from dllm.decoding.engine import Group, Waiting
 from dllm.decoding.facts import COLUMNS, Facts, matched
 from dllm.decoding.merging import together
 from dllm.errors import Cancelled, DllmError, QueueFull, TimedOut
@@ -223,6 +223,22 @@ def test_a_stream_that_is_read_late_is_the_same() -> None:
     for stream, drafts in zip(streams, (False, True), strict=True):
         want = [e._replace(output=None) for e in dllm.stream(embedded(), LONG, drafts=drafts, **call)]
         assert [e._replace(output=None) for e in stream] == want and len(want) > 2
+
+
+def test_who_is_cancelled_in_the_middle_of_a_tick_takes_nobody_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """His row has its lane for this tick already."""
+    engine = ByHand(network(), max_rows=2)
+    out, other = (engine.submit([i], **CALL) for i in range(2))
+    ask = Group.ask
+
+    def cancelling(group: Group) -> Any:
+        out.cancel()
+        return ask(group)
+
+    monkeypatch.setattr(Group, "ask", cancelling)
+    engine.finish()
+    assert isinstance(out.error, Cancelled)
+    assert other.result(0).tokens == dllm.generate(network(), [1], **CALL).tokens
 
 
 def test_an_error_of_a_tokenizer_ends_the_request_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -707,6 +707,6 @@ class Engine:
             for row, ticket in enumerate(tick.request):
                 own[ticket.call].append(row)
             for call, rows in own.items():
-                request = calls[call]
-                if not request.done:
+                request = calls.get(call)  # None: it was cancelled after its rows had taken their lanes for this tick
+                if request is not None and not request.done:
                     self._hear(request, request.told.news(tick, rows))
