@@ -26,6 +26,7 @@ from dllm.bench.runtime import peak_extra, random_model
 from dllm.call import budget as budgets
 from dllm.call import engine as calls
 from dllm.call.engine import OVERTAKES, Request
+from dllm.call.job import Job
 from dllm.decoding.canvas import Plan
 from dllm.decoding.engine import Group, Waiting
 from dllm.decoding.facts import COLUMNS, Facts, matched
@@ -223,6 +224,15 @@ def test_a_stream_that_is_read_late_is_the_same() -> None:
     for stream, drafts in zip(streams, (False, True), strict=True):
         want = [e._replace(output=None) for e in dllm.stream(embedded(), LONG, drafts=drafts, **call)]
         assert [e._replace(output=None) for e in stream] == want and len(want) > 2
+
+
+@pytest.mark.parametrize("new", [0, 128])
+def test_drafts_may_be_asked_for_when_all_is_over(new: int) -> None:
+    engine = ByHand(embedded())
+    request = engine.submit(LONG, block_length=4, sampler="confidence", max_new_tokens=new)
+    engine.finish()
+    want = [e.draft for e in dllm.stream(embedded(), LONG, drafts=True, block_length=4, max_new_tokens=new)]
+    assert [e.draft for e in request.stream(drafts=True)] == want[-1:] == [""]
 
 
 def test_who_is_cancelled_in_the_middle_of_a_tick_takes_nobody_along(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -864,8 +874,31 @@ def test_bounds_are_at_least_one() -> None:
 def test_nothing_to_decode_comes_back_at_once() -> None:
     engine = ByHand(network())
     request = engine.submit([1, 2], max_new_tokens=0)
-    engine.finish()
-    assert request.result().sequences == [1, 2]
+    assert request.result(0).sequences == [1, 2]
+    several = engine.submit([[1, 2], [3]], n=2, max_new_tokens=0, logprobs=1, trace=True)
+    assert [output.sequences for output in several.result(0)] == [[1, 2], [1, 2], [3], [3]]
+    assert [(event.request, event.text, event.logprobs) for event in several.stream()] == [
+        (row, "", []) for row in range(4)
+    ]
+    heard = list[Any]()
+    request.listen(heard.append, flush=lambda: heard.append("passed on"))
+    assert heard[0].read().output == request.result(0) and heard[1:] == [None, "passed on"]
+
+
+def test_an_answer_without_decoding_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made while others may submit, and the engine may tick."""
+    engine, output = ByHand(network()), Job.output
+
+    def slow(*given: Any, **named: Any) -> Any:
+        other = threading.Thread(target=engine.submit, args=([3],), kwargs=CALL)
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+        return output(*given, **named)
+
+    monkeypatch.setattr(Job, "output", slow)
+    assert engine.submit([1, 2], max_new_tokens=0).result(0).sequences == [1, 2]
+    assert engine.load.waiting == 1
 
 
 # -- prompts that begin alike -----------------------------------------------------------------------------------------

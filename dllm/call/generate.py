@@ -161,7 +161,7 @@ class Told:
         """The answers where nothing is to be decoded: the prompts come back as they are."""
         for row in () if self.open else self.meter.rows:
             output = self.job.output(row, self.start, row.index, noted=self.job.noted(self.job.queue, row.index))
-            yield News(row.index, partial(self.followed[row.index].last, output, False), output)
+            yield News(row.index, partial(self.last, self.followed[row.index], output), output)
 
     def again(self, rows: Iterable[int]) -> None:
         """These rows begin anew. What was told of their text stands, as they come to the same; a trace begins anew."""
@@ -189,9 +189,13 @@ class Told:
             if halted or done:
                 noted, trace = job.noted(tick.state, tick.rows[row]), self.traces.get(followed.request)
                 output = job.output(followed.ticket, tick.canvas, row, trace, noted, most)
-                yield News(followed.request, partial(followed.last, output, self.drafts), output)
+                yield News(followed.request, partial(self.last, followed, output), output)
             elif self.live and (final := followed.final(tick, row, self.drafts)):
                 yield News(followed.request, partial(followed.event, final))
+
+    def last(self, followed: Followed, output: Output) -> Event:
+        """The last event of a row. Whoever reads it may have asked for drafts after the row had ended."""
+        return followed.last(output, self.drafts)
 
 
 class Final(NamedTuple):
