@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ import dllm
 from dllm.serve.config import ServeConfig
 
 CHAT = "/v1/chat/completions"
+ROUTES = (CHAT, "/v1/completions", "/v1/reads", "other")
+PAGE = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
 
 
 def figures(server: Served) -> dict[tuple[str, ...], float]:
@@ -34,6 +38,7 @@ def test_figures_are_those_of_the_answers() -> None:
     asked |= {"max_tokens": 24, "block_length": 8, "sampler": "threshold", "cache": "dual"}
     with served(dllm.load("tiny"), ServeConfig(max_rows=2)) as server:
         before = figures(server)
+        listed = server.ask("/metrics")[1]
         code, answer = server.ask(CHAT, {**asked, "n": 2})
         assert code == 200
         assert server.ask(CHAT, {**asked, "regex": "["})[0] == 400
@@ -66,5 +71,22 @@ def test_figures_are_those_of_the_answers() -> None:
     assert new["request_seconds_count",] == 1 and new["request_seconds_sum",] > 0
     assert new["block_seconds_count",] >= 2 and new["tick_seconds_sum",] > 0
     assert new["commits_per_forward_sum",] > 0
-    assert (after["lanes_total",], after["lanes_used",], after["requests_running",]) == (2, 0, 0)
+    assert (after["lanes",], after["lanes_used",], after["requests_running",]) == (2, 0, 0)
     assert any(key[0] == "build_info" and "tiny" in key for key in after)
+    # `rate` sees no series begin: what the first scrape does not have, the first requests are lost of
+    assert before.keys() == after.keys()
+    for route in ROUTES:
+        assert {before["requests_total", outcome, route] for outcome in ("ok", "cancelled", "error")} == {0}
+    # as promtool asks it: a name that ends in _total is a counter's
+    assert [f.name for f in text_string_to_metric_families(listed) if f.type != "counter" and "_total" in f.name] == []
+
+
+def test_every_code_of_an_error_is_there_from_the_start() -> None:
+    from dllm.serve.metrics import CODES
+
+    table = PAGE.partition("| status | code |")[2].partition("\n\n")[0]
+    routing = {"not_found", "method_not_allowed"}  # of no route
+    assert {*re.findall(r"`([a-z_]+)`", table)} - routing == {*CODES}
+    with served(dllm.load("tiny"), ServeConfig()) as server:
+        found = figures(server)
+    assert {key[1]: value for key, value in found.items() if key[0] == "errors_total"} == dict.fromkeys(CODES, 0)

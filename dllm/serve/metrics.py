@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import product
+from typing import NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 from prometheus_client import (
@@ -37,6 +38,13 @@ COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEFT = "client_closed_request"
 PAGE = CONTENT_TYPE_LATEST
+OUTCOMES = ("ok", "cancelled", "error")
+CODES = (
+    "invalid_value", "invalid_json", "unknown_parameter", "missing_required_parameter", "unsupported",
+    "context_length_exceeded", "constraint_unsatisfiable", "constraint_too_large", "invalid_api_key",
+    "model_not_found", "timeout", "request_too_large", "unsupported_media_type", "queue_full", "too_many_requests",
+    "internal_error", "loading", "draining", "out_of_memory", "unavailable",
+)  # fmt: skip
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/reads")  # whatever else a client may ask for is "other"
 
 
@@ -64,19 +72,23 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.labels: dict[str, str] = {}  # of every figure
 
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"dllm_{name}", what, labels, registry=registry)
+        def counter(name: str, what: str, **labels: Sequence[str]) -> Counter:
+            made = Counter(f"dllm_{name}", what, list(labels), registry=registry)
+            for values in product(*labels.values()) if labels else ():
+                made.labels(*values)  # at 0: `rate` does not see what a series begins with
+            return made
 
         def histogram(name: str, what: str, buckets: Sequence[float] = SECONDS) -> Histogram:
             return Histogram(f"dllm_{name}", what, buckets=buckets, registry=registry)
 
         self.requests = counter(
-            "requests", "Requests by route, and how they ended: ok, cancelled, error", "route", "outcome"
+            "requests", "Requests by route, and how they ended", route=(*ROUTES, "other"), outcome=OUTCOMES
         )
-        self.errors = counter("errors", "Requests that ended in an error, by its code", "code")
-        self.tokens = counter("tokens", "Tokens: of prompts, of answers (final), and written in all (decoded)", "kind")
-        self.forwards = counter("forwards", "Batched forwards: refresh, step, closing", "kind")
-        self.rows = counter("rows", "Rows that forwards served", "kind")
+        self.errors = counter("errors", "Requests that ended in an error, by its code", code=CODES)
+        written = "Tokens: of prompts, of answers (final), and written in all (decoded)"
+        self.tokens = counter("tokens", written, kind=("prompt", "final", "decoded"))
+        self.forwards = counter("forwards", "Batched forwards: refresh, step, closing", kind=get_args(Kind))
+        self.rows = counter("rows", "Rows that forwards served", kind=get_args(Kind))
         self.positions = counter("positions", "Positions that forwards computed")
         self.queue = histogram("queue_seconds", "From a request to its lane")
         self.first_forward = histogram(
@@ -95,7 +107,7 @@ class Metrics:
             ("requests_running", "requests", "Requests with rows in lanes"),
             ("requests_waiting", "waiting", "Requests that are not all in lanes"),
             ("lanes_used", "running", "Rows that are being decoded"),
-            ("lanes_total", "lanes", "Rows that may be decoded at a time, as far as memory lets"),
+            ("lanes", "lanes", "Rows that may be decoded at a time, as far as memory lets"),
             ("kv_bytes", "kv_bytes", "Of stored keys and values"),
             ("groups", "groups", "Settings that are being decoded"),
         ):
