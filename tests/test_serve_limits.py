@@ -159,6 +159,17 @@ def test_one_key_has_so_many_requests_at_a_time(site, model, monkeypatch):
     assert sorted(status for status, *_ in answers) == [200, 200, 429, 429, 429]
     refused = next(answer for answer in answers if answer[0] == 429)
     assert refused[1] == "1" and refused[2]["error"]["type"] == "rate_limit_error"
+    assert refused[2]["error"]["message"].startswith("2 requests are under way")  # nobody has a key here
+
+
+@settled(per_key=1)
+def test_what_is_not_under_v1_is_no_request_of_a_key(site):
+    with socket.create_connection(("127.0.0.1", int(site.url.rpartition(":")[2]))) as slow:
+        slow.sendall(
+            b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        time.sleep(0.3)
+        assert site.post(CHAT, ASK).status_code == 200
 
 
 def opened_after(refusals, site, gate):

@@ -40,7 +40,7 @@ class ServeConfig:
     max_stops: int = param(4, "stop strings of a request, as at OpenAI", low=1)
     stop_length: int = param(256, "characters of a stop string", low=1)
     request_timeout: float = param(600.0, "seconds until an answer has to be done, waiting included", above=0)
-    per_key: int = param(256, "requests that one API key has at a time", low=1)
+    per_key: int = param(256, "requests that one API key has at a time; without keys: all", low=1)
     connections: int = param(1024, "open ones; the next one gets status 503", low=1)
     # streams
     event_buffer: int = param(256 << 10, "bytes that a slow reader may be behind; then its answer is cancelled", low=1)

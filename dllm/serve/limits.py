@@ -48,22 +48,23 @@ class Guard:
                 MutableHeaders(scope=message)["X-Request-Id"] = identity
             await send(message)
 
-        key = b""
+        key, asks = b"", routed(scope).startswith("/v1/") and scope["method"] != "OPTIONS"
         try:
-            if routed(scope).startswith("/v1/") and scope["method"] != "OPTIONS":
+            if asks:
                 key = self._key(headers)
                 if self.busy[key] >= self.config.per_key:
+                    whose = " of this key" if self.keys else ""
                     raise ApiError(
-                        429, "too_many_requests", f"{self.config.per_key} requests of this key are under way: "
+                        429, "too_many_requests", f"{self.config.per_key} requests{whose} are under way: "
                         "wait for one of them", headers={"Retry-After": "1"},
                     )  # fmt: skip
-            self.busy[key] += 1
+            self.busy[key] += asks
             try:
                 if scope["method"] in ("POST", "PUT", "PATCH"):
                     receive = replayed(await self._body(headers, receive), receive)
                 await self.app(scope, receive, marked)
             finally:
-                self.busy[key] -= 1
+                self.busy[key] -= asks
                 if not self.busy[key]:
                     del self.busy[key]
         except ApiError as error:
