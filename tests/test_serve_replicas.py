@@ -21,7 +21,7 @@ from dllm.errors import DllmError
 from dllm.models.arguments import Checkpoint
 from dllm.serve.config import ServeConfig
 from dllm.serve.ingress import Shaped
-from dllm.serve.replicas import Scale, deploy
+from dllm.serve.replicas import Scale, deploy, remove
 
 CHAT = "/v1/chat/completions"
 
@@ -73,8 +73,24 @@ def test_errors_of_the_router_have_the_shape_of_ours_and_answers_pass() -> None:
         assert json.loads(body["body"])["error"]["code"] == code
     for status, kind in ((429, b"application/json"), (200, b"text/plain"), (404, b"text/plain")):
         assert [m.get("body") for m in passed(answers(status, kind, b"ours"))] == [None, b"ours"]
+    # a path that Ray knows nothing of: the model's application is not there yet, or is being ended
+    routeless = b"Path '/health' not found. Ping http://.../-/routes for available routes."
+    start, body = passed(answers(404, b"text/plain", routeless))
+    assert (start["status"], json.loads(body["body"])["error"]["code"]) == (503, "unavailable")
     start, body = passed(nobody)
     assert (start["status"], json.loads(body["body"])["error"]["type"]) == (503, "server_error")
+
+
+def test_an_answer_has_one_id() -> None:
+    """The replica's; Ray puts its own beside it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"x-request-id", b"mine"), (b"content-length", b"0"), (b"x-request-id", b"of Ray")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    start, _ = passed(app)
+    assert sorted(start["headers"]) == [(b"content-length", b"0"), (b"x-request-id", b"mine")]
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +208,27 @@ def test_replicas_come_with_waiting_requests_and_go_without(port: int) -> None:
     assert set(said) == {200}
     until(1, 120)
     assert ask(port, 4)[0] == 200
+
+
+@pytest.mark.ray
+def test_at_the_end_answers_that_have_begun_are_finished(port: int) -> None:
+    from ray import serve
+
+    deploy(Checkpoint("tiny", device="cpu"), ServeConfig(port=port, max_rows=1), Scale(1, 1))
+    assert ask(port, 4)[0] == 200
+    rest, refused = list[bytes](), list[int]()
+    response = opened(port, 400, stream=True)
+    reader = threading.Thread(target=lambda: rest.append(response.read()))
+    reader.start()
+    ending = threading.Thread(target=remove)
+    ending.start()
+    while not (refused and refused[-1] != 200):
+        try:
+            refused.append(ask(port, 4)[0])
+        except OSError:
+            break  # it has ended
+    ending.join()
+    reader.join()
+    assert rest[0].rstrip().endswith(b"data: [DONE]")
+    assert refused[-1] == 503
+    assert not serve.status().applications

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,8 @@ from dllm.serve import ingress
 from dllm.serve.app import create_app
 from dllm.serve.config import ServeConfig
 from dllm.serve.server import hosted
+
+NAME = "dllm"  # of the application, and its deployment
 
 
 @dataclass(frozen=True)
@@ -88,21 +91,40 @@ def deploy(
             **(pace or {}),
         )}  # fmt: skip
     deployment = serve.deployment(
-        name="dllm", max_ongoing_requests=lanes + line, max_queued_requests=config.max_queue,
+        name=NAME, max_ongoing_requests=lanes + line, max_queued_requests=config.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
         graceful_shutdown_timeout_s=config.drain_seconds, ray_actor_options={"num_cpus": 1, "num_gpus": int(gpu)},
         **size,
     )(serve.ingress(build)(Replica))  # fmt: skip
     serve.start(http_options=HTTPOptions(host=config.host, port=config.port, keep_alive_timeout_s=90))
-    serve.run(deployment.bind(), name="dllm", route_prefix="/")
+    serve.run(deployment.bind(), name=NAME, route_prefix="/")
 
 
 def replicated(checkpoint: Checkpoint, config: ServeConfig, scale: Scale) -> None:
-    """The same until a signal comes; then running answers get `drain_seconds`."""
+    """The same until a signal comes; then running answers get `drain_seconds`, or end at a second one."""
     config.keys()  # an error now, before Ray starts
     deploy(checkpoint, config, scale)
     over = threading.Event()
+
+    def end(*_: object) -> None:
+        if over.is_set():  # the second signal
+            raise KeyboardInterrupt
+        over.set()
+
     for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: over.set())
+        signal.signal(sign, end)
     over.wait()
-    import_module("ray.serve").shutdown()
+    remove()
+
+
+def remove() -> None:
+    """End the replicas: nothing new is taken, and running answers get `drain_seconds`. Ray Serve ends with its last
+    application."""
+    serve = import_module("ray.serve")
+    try:
+        while NAME in serve.status().applications:
+            with suppress(TimeoutError):  # Ray waits for a minute
+                serve.delete(NAME)
+    finally:
+        if not serve.status().applications.keys() - {NAME}:
+            serve.shutdown()
