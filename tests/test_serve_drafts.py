@@ -55,3 +55,22 @@ def test_drafts_of_a_row_that_begins_anew_go_on_where_they_were(at: int, every: 
     assert len(written) == len({column for column, _ in written}) == 12
     assert [token for _, token in sorted(written)] == output.tokens
     assert [event["step"] for event in told] == sorted({event["step"] for event in told})
+
+
+def test_every_step_wakes_who_watches_a_canvas() -> None:
+    """One that makes no text final, too."""
+    engine, woken = ByHand(tiny(), max_rows=1), list[bool]()
+
+    async def followed() -> None:
+        ear = Ear(1 << 20)
+        request = engine.submit([1, 2, 3], trace=True, on_step=ear.step, **{**CALL, "sampler": "wino"})
+        ear.follow(request, True)
+        while not request.done:
+            await asyncio.sleep(0)
+            ear.wake.clear()
+            engine.turns(1)
+            await asyncio.sleep(0)
+            woken.append(ear.wake.is_set())
+
+    asyncio.run(followed())
+    assert len(woken) > 5 and all(woken[1:])  # of a step before the next forward

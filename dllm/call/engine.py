@@ -188,8 +188,8 @@ class Request(Generic[Answer_co]):
     # -- the engine's side --------------------------------------------------------------------------------------------
 
     def hear(self, several: Iterator[News]) -> bool:
-        """Pass news on; whether there was any. What a callback of the request raises ends it."""
-        told = False
+        """Pass news on; whether it was told anything. What a callback of the request raises ends it."""
+        told = self.job.args.on_step is not None
         try:
             for news in several:
                 told = True
