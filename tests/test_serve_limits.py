@@ -30,7 +30,7 @@ from dllm.serve.app import LONG
 from dllm.serve.config import KEY, ServeConfig
 from dllm.serve.errors import told
 from dllm.serve.pair import Pair
-from dllm.serve.server import hosted, settings
+from dllm.serve.server import hosted, listen, settings
 
 ASK = {"messages": MESSAGES, "max_tokens": 4}
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -362,3 +362,12 @@ def test_no_event_is_lost_to_a_listener_that_comes_late(model):
         assert engine.run(lambda: 3) == 3
         with pytest.raises(ZeroDivisionError):
             engine.run(lambda: 1 / 0)
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(DllmError, match=f"cannot listen at 127.0.0.1:{port}: Address already in use"):
+            listen(Checkpoint("no/model"), ServeConfig(port=port))
+    with pytest.raises(DllmError, match=r"cannot listen at nowhere\.invalid:1: "):
+        listen(Checkpoint("no/model"), ServeConfig(host="nowhere.invalid", port=1))

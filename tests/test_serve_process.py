@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,32 @@ def test_the_page_serves_and_a_signal_lets_answers_end():
                     made.send_signal(signal.SIGTERM)
         assert lines[-1] == "data: [DONE]" or lines[-2] == "data: [DONE]"
         assert made.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_signal_ends_running_answers_and_is_no_fault_of_ours(stream):
+    with process(COMMAND) as (made, url):
+        answers = []
+
+        def ask():
+            body = {**LONG, "max_tokens": 500, "min_new_tokens": 500, "stream": stream}
+            answers.append(httpx2.post(url + CHAT, json=body, timeout=60))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not httpx2.get(f"{url}/health").json()["load"]["running"]:
+            time.sleep(0.02)
+        made.send_signal(signal.SIGINT)
+        while httpx2.get(f"{url}/health").status_code == 200:
+            time.sleep(0.02)
+        made.send_signal(signal.SIGINT)
+        assert made.wait(20) in (130, -signal.SIGINT)
+        asking.join()
+        (answer,) = answers
+        assert answer.status_code == (200 if stream else 503)
+        said = answer.text.strip().splitlines()[-1].removeprefix("data: ")  # the last event, or all
+        assert json.loads(said)["error"]["code"] == "draining"
+        assert "Traceback" not in made.stdout.read()
 
 
 @pytest.mark.sweep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -47,6 +48,7 @@ def hosted(checkpoint: Checkpoint, config: ServeConfig) -> Engine | Pair:
 def listen(checkpoint: Checkpoint, config: ServeConfig) -> None:
     """Serve a checkpoint until a signal comes."""
     config.keys()  # an error now, before a model is loaded
+    available(config.host, config.port)
     app = create_app(hosted(checkpoint, config), config, Path(checkpoint.name).name)
     Server(app.state.serving, uvicorn.Config(
         app, host=config.host, port=config.port, limit_concurrency=config.connections, timeout_graceful_shutdown=5,
@@ -54,19 +56,35 @@ def listen(checkpoint: Checkpoint, config: ServeConfig) -> None:
     )).run()  # fmt: skip
 
 
+def available(host: str, port: int) -> None:
+    """Errors: an address that nothing can listen at now."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+            tried.bind(address)
+    except OSError as error:
+        raise DllmError(f"cannot listen at {host}:{port}: {error.strerror}") from None
+
+
 class Server(uvicorn.Server):
-    """uvicorn, which at the first signal lets running answers end, and ends them at the second."""
+    """uvicorn, which at the first signal lets running answers end, ends them at the second, and waits for nothing at
+    the third."""
 
     def __init__(self, serving: Serving, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.serving = serving
         self.draining: asyncio.Task[None] | None = None
+        self.hurried = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal."""
-        if self.serving.draining:
+        if self.hurried:
             self.force_exit = True
             super().handle_exit(sig, frame)
+            return
+        if self.serving.draining:
+            self.hurried = True
             return
         self.serving.draining = True
         self._captured_signals.append(sig)
@@ -78,7 +96,7 @@ class Server(uvicorn.Server):
         loop, backend = asyncio.get_running_loop(), self.serving.backend
         until = loop.time() + self.serving.config.drain_seconds
         log.info("no more requests; those that run get %g s", self.serving.config.drain_seconds)
-        while loop.time() < until and (backend.load.running or backend.load.waiting):
+        while not self.hurried and loop.time() < until and (backend.load.running or backend.load.waiting):
             await asyncio.sleep(0.1)
         await asyncio.to_thread(backend.close, False)
         self.should_exit = True
