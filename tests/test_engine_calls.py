@@ -31,6 +31,7 @@ from dllm.decoding.canvas import Plan
 from dllm.decoding.engine import Group, Waiting
 from dllm.decoding.facts import COLUMNS, Facts, matched
 from dllm.decoding.merging import together
+from dllm.decoding.trace import BLANK
 from dllm.errors import Cancelled, DllmError, QueueFull, TimedOut
 
 PROMPTS = ("Tom has 12 apples.", "Ann has 3 cats and buys 4 more cats.", "5", "Say a number.")
@@ -224,6 +225,49 @@ def test_a_stream_that_is_read_late_is_the_same() -> None:
     for stream, drafts in zip(streams, (False, True), strict=True):
         want = [e._replace(output=None) for e in dllm.stream(embedded(), LONG, drafts=drafts, **call)]
         assert [e._replace(output=None) for e in stream] == want and len(want) > 2
+
+
+def test_the_stream_of_a_row_that_begins_anew_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, call = embedded(), {"block_length": 4, "sampler": "confidence", "logprobs": 1}
+    want = [(e.text, e.tokens, e.logprobs) for e in dllm.stream(net, LONG, **call)]
+    forward, left = net.forward, iter(range(10))
+
+    def short(*given: Any, **options: Any) -> Any:
+        if next(left, None) == 9:
+            raise torch.OutOfMemoryError("no memory is left")
+        return forward(*given, **options)
+
+    monkeypatch.setattr(net, "forward", short)
+    engine = ByHand(net)
+    request = engine.submit(LONG, batch="alone", **call)
+    stream = request.stream()
+    engine.finish()
+    assert request.retried
+    assert [(e.text, e.tokens, e.logprobs) for e in stream] == want
+
+
+@pytest.mark.parametrize("infill", [False, True])
+def test_an_event_has_the_tokens_that_its_text_takes_and_what_is_behind_it(infill: bool) -> None:
+    net, views, sent, told = embedded(), list[Any](), "", 0
+    prompt = list(net.tokenizer(LONG)["input_ids"])
+    if infill:
+        prompt[3:3] = prompt[8:8] = prompt[10:10] = [net.mask_id]
+    begin, holes = (0, [i for i, t in enumerate(prompt) if t == net.mask_id]) if infill else (len(prompt), None)
+
+    def text(ids: Any) -> str:
+        return str(net.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    call: dict[str, Any] = {"sampler": "confidence", "block_length": 4, "infill": infill, "on_step": views.append}
+    for event in dllm.stream(net, prompt, drafts=True, **call):
+        if event.output is not None:
+            break
+        ids, sent, told = views[-1].ids[begin:], sent + event.text, told + len(event.tokens)
+        closed = next(i for i, token in enumerate(ids) if token == net.mask_id)
+        behind = "".join(BLANK if token == net.mask_id else text([token]) for token in ids[closed:])
+        assert sent + str(event.draft) == text(ids[:closed]) + behind
+        least = next(n for n in range(closed + 1) if text(ids[:n]).startswith(sent))
+        assert told == (least if holes is None else sum(at < least for at in holes))
+    assert len(views) > 2
 
 
 @pytest.mark.parametrize("new", [0, 128])
