@@ -21,6 +21,7 @@ from serve_kit import CHAT, MESSAGES, PATIENCE, TEXT, Gate, serving
 
 import dllm
 from dllm.call.engine import Engine
+from dllm.decoding.stopping import Stops
 from dllm.drafting.registry import as_verifier
 from dllm.errors import DllmError, QueueFull, TimedOut
 from dllm.models.arguments import Checkpoint
@@ -371,3 +372,22 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded():
             listen(Checkpoint("no/model"), ServeConfig(port=port))
     with pytest.raises(DllmError, match=r"cannot listen at nowhere\.invalid:1: "):
         listen(Checkpoint("no/model"), ServeConfig(host="nowhere.invalid", port=1))
+
+
+def test_an_error_of_a_tokenizer_ends_the_stream_that_is_read(model, monkeypatch):
+    """At once, and no other."""
+    settled = Stops.settled
+
+    def broken(self, ids):
+        if "no such thing" in self.strings:
+            raise OverflowError("no such id")
+        return settled(self, ids)
+
+    monkeypatch.setattr(Stops, "settled", broken)
+    gate, ask = Gate(monkeypatch, model), {"messages": MESSAGES, "max_tokens": 8, "stop": "no such thing"}
+    with serving(Engine(model), ServeConfig(defaults={"sampler": "confidence", "block_length": 1})) as site:
+        gate.shut(after=2)
+        assert json.loads(site.events(CHAT, ask)[-1][1])["error"]["code"] == "internal_error"
+        gate.open.set()
+        site.idle()
+        assert site.events(CHAT, ASK)[-1][1] == "[DONE]"
