@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from scripted import Scripted, peaks
-from serve_kit import MESSAGES, PROMPT, Gate, serving
+from serve_kit import MESSAGES, PATIENCE, PROMPT, Gate, serving
 
 import dllm
 from dllm.decoding.page import policy, source
@@ -40,6 +40,7 @@ REVISED = Trace(  # a canvas of four columns behind two of the prompt; one is ta
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        expect.set_options(timeout=1000 * PATIENCE)  # its own 5 s are short on a busy machine
         yield browser
         browser.close()
 
@@ -48,7 +49,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     """A page that may complain of nothing: no error of its script, nothing that its policy forbids."""
     page, complaints = browser.new_page(), []
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(1000 * PATIENCE)
     page.on("console", lambda message: complaints.append(message.text))  # refused requests belong to the tests
     page.on("pageerror", lambda error: complaints.append(str(error)))
     yield page
@@ -309,7 +310,7 @@ def asked(page: Page) -> dict[str, Any]:
 def test_an_answer_fills_in_and_is_what_the_api_says(page: Page, site: Any, tmp_path: Path, capsys: Any) -> None:
     ready(page, site, sampler="klass:kappa=0.9", rival="confidence", top="2")
     page.locator("#run").click()
-    expect(page.locator(".state")).to_have_text(["done", "done"], timeout=60_000)
+    expect(page.locator(".state")).to_have_text(["done", "done"])
     site.client.api_key = KEY
     common = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "seed": 0, "temperature": 0}
     for panel, sampler in enumerate(("klass:kappa=0.9", "confidence")):
@@ -344,7 +345,7 @@ def test_a_run_can_be_cancelled_and_what_came_of_it_is_a_trace(
     try:
         page.locator("#run").click()
         expect(page.locator("#following")).to_be_visible()
-        assert gate.inside.wait(20)
+        assert gate.inside.wait(PATIENCE)
         expect(page.locator("#at")).to_have_text("step 5 of 5")
         page.locator("#cancel").click()
         expect(page.locator(".state")).to_have_text("cancelled")
@@ -371,7 +372,7 @@ def test_a_run_can_be_cancelled_and_what_came_of_it_is_a_trace(
 def test_a_token_of_a_bound_answer_says_how_likely_it_was_there(page: Page, site: Any) -> None:
     ready(page, site, sampler="confidence", bound="regex", rule="[A-C]x")
     page.locator("#run").click()
-    expect(page.locator(".state")).to_have_text("done", timeout=60_000)
+    expect(page.locator(".state")).to_have_text("done")
     page.locator(".canvas span").nth(1).hover()
     expect(page.locator(".token")).to_have_text(re.compile("confidence 0.* · under the constraint 1.000"))
 
