@@ -156,6 +156,8 @@ def test_an_answer_ends_where_a_criterion_first_holds_whatever_a_step_writes(emb
             stopped
         )
     whole = dllm.generate(embedded, PROBLEM, stopping_criteria=own, early_stop=False, **call)
+    pieces = dllm.stream(embedded, PROBLEM, stopping_criteria=own, early_stop=False, **call)
+    assert "".join(event.text for event in pieces) == whole.text
     assert whole.tokens == stopped.tokens
     assert len(whole.sequences) == prompt + 32
 

@@ -216,6 +216,7 @@ class Followed:
     ticket: Ticket
     settled: int = 0  # ids that were final when it was looked at last
     asked: int = 0  # ids about which the criteria were asked
+    most: int | None = None  # ids that stand where one of them holds first
     # of those who follow
     ids: list[int] = field(default_factory=list)  # of its text so far
     own: list[int] = field(default_factory=list)  # places of its tokens in these
@@ -233,14 +234,14 @@ class Followed:
         """Whether a row that goes on is ended from outside; and how many ids stand where a criterion first holds."""
         job, done = self.job, bool(tick.facts[row].done)
         stop = job.args.on_step is not None and bool(job.args.on_step(self.view(tick, row)))
-        if not (job.criteria.criteria and (done or job.args.early_stop)):
-            return stop and not done, None
-        ids = job.written(self.request, tick.canvas, row) if done else self.first(tick, row, self.closed(tick, row))
-        cut = job.stops.cut(ids)
-        ids = ids[: cut.through - 1] if cut.stopped else ids
-        most = job.criteria.first(job.prompts[self.request], ids, self.asked)
-        self.asked = max(self.asked, len(ids))
-        return (stop or most is not None) and not done, most
+        if job.criteria.criteria and self.most is None:
+            ids = job.written(self.request, tick.canvas, row) if done else self.first(tick, row, self.closed(tick, row))
+            cut = job.stops.cut(ids)
+            ids = ids[: cut.through - 1] if cut.stopped else ids
+            self.most = job.criteria.first(job.prompts[self.request], ids, self.asked)
+            self.asked = max(self.asked, len(ids))
+        ends = stop or (self.most is not None and job.args.early_stop)
+        return ends and not done, self.most
 
     def view(self, tick: Tick, row: int) -> StepView:
         """The row after this step, as a callback sees it."""
@@ -268,7 +269,8 @@ class Followed:
     def final(self, tick: Tick, row: int, drafts: bool) -> Final | None:
         """What this step made final; None where nobody has to be told."""
         job, begin, lo = self.job, self.job.begin(self.request), self.settled
-        hi = max(lo, self.closed(tick, row))  # a row that began anew comes to the same
+        hi = self.closed(tick, row) if self.most is None else self.most
+        hi = max(lo, hi)  # a row that began anew comes to the same
         if lo == hi and not drafts:
             return None
         ids, columns = tick.canvas.ids[row], job.columns(self.request, tick.canvas, row, lo, hi)
