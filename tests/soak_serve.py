@@ -204,12 +204,14 @@ def soak(seconds: float, most: int = 1 << 30, clients: int = 24) -> dict[str, An
         idle, load = server.idle(), server.load
         time.sleep(0.5)  # the last streams tell their end
         families = text_string_to_metric_families(server.ask("/metrics")[1])
-        told = {s.labels["outcome"]: int(s.value) for f in families if f.name == "dllm_requests" for s in f.samples}
+        told = Counter[str]()  # of all routes
+        for sample in (s for f in families if f.name == "dllm_requests" for s in f.samples):
+            told[sample.labels["outcome"]] += int(sample.value)
     memory = seen["memory"]
     quarter = max(1, len(memory) // 4)
     early, late = memory[quarter : 2 * quarter] or memory, memory[-quarter:]
     return {
-        "seconds": round(seconds, 1), "clients": dict(run.counts), "server": told,
+        "seconds": round(seconds, 1), "clients": dict(run.counts), "server": dict(told),
         "wrong": run.wrong[:5] + seen["wrong"],
         "answered twice": sum(n - 1 for n in run.ids.values()), "idle": idle, "load": load,
         "slowest /health": round(seen["slowest"], 3),

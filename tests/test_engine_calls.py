@@ -762,11 +762,15 @@ def test_an_error_in_a_callback_ends_its_own_request() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_an_engine_whose_thread_was_ended() -> None:
+    submitted = threading.Event()
+
     def leaves(view: Any) -> bool:
+        submitted.wait()
         raise SystemExit
 
     with dllm.Engine(network()) as engine:
         requests = [engine.submit([1], on_step=f, **CALL) for f in (leaves, None)]
+        submitted.set()
         for request in requests:
             with pytest.raises(Cancelled, match="closed"):
                 request.result(60)
