@@ -707,6 +707,6 @@ class Engine:
             for row, ticket in enumerate(tick.request):
                 own[ticket.call].append(row)
             for call, rows in own.items():
-                request = calls.get(call)  # None: it was cancelled after its rows had taken their lanes for this tick
-                if request is not None and not request.done:
-                    self._hear(request, request.told.news(tick, rows))
+                owner = calls.get(call)  # None: it was cancelled after its rows had taken their lanes for this tick
+                if owner is not None and not owner.done:
+                    self._hear(owner, owner.told.news(tick, rows))
