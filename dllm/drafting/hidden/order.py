@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from dllm.drafting.hidden.config import HeadConfig, Order
 from dllm.drafting.pairs import Law
 from dllm.models.linear import linear
+from dllm.models.moe import wide
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32, or in what is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def raised(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(wide(x.dtype))
 
 
 def widely(layer: nn.Linear, x: Tensor) -> Tensor:
     """What the layer makes of x, likewise."""
-    return linear(wide(x), wide(layer.weight), None if layer.bias is None else wide(layer.bias))
+    return linear(raised(x), raised(layer.weight), None if layer.bias is None else raised(layer.bias))
 
 
 class OrderHead(nn.Module):
@@ -64,7 +65,7 @@ class PairHead(OrderHead):
         It is float32 at least: a bfloat16 is up to 0.06 from a score of 16, and so would be the law of a slot.
         """
         left = self.left(before.flatten(), hidden.repeat_interleave(before.shape[1], 0)).view(*before.shape, -1)
-        return torch.einsum("kar,kmr->kam", left, wide(right[columns]))
+        return torch.einsum("kar,kmr->kam", left, raised(right[columns]))
 
     def step(
         self, prev: Tensor, embedded: Tensor, hidden: Tensor, state: Tensor | None
@@ -89,7 +90,7 @@ class Markov(PairHead):
         """W1[a], or sigmoid(gate [h; W1[a]]) W1[a]."""
         w1: Tensor = self.markov_w1(prev)
         gate = torch.sigmoid(widely(self.gate_proj, torch.cat([hidden, w1], -1))) if self.gated else 1.0
-        return gate * wide(w1)
+        return gate * raised(w1)
 
     @property
     def right(self) -> Tensor:
@@ -139,7 +140,7 @@ class Selector(PairHead):
 
     def left(self, prev: Tensor, hidden: Tensor) -> Tensor:
         """P[a] (U h)."""
-        return wide(self.predecessor_codebook[prev]) * widely(self.hidden_projection, hidden)
+        return raised(self.predecessor_codebook[prev]) * widely(self.hidden_projection, hidden)
 
     @property
     def right(self) -> Tensor:
