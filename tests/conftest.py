@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-# No test asserts a time, nor does Hypothesis: an example that a busy machine is slow at is no fault.
+# An example that a busy machine is slow at is no fault.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 

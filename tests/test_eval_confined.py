@@ -40,7 +40,7 @@ def processes(mark: str) -> list[int]:
     return found
 
 
-def gone(mark: str, seconds: float = 60.0) -> bool:
+def gone(mark: str, seconds: float = 5.0) -> bool:
     end = time.monotonic() + seconds
     while processes(mark) and time.monotonic() < end:
         time.sleep(0.05)
@@ -358,7 +358,7 @@ import time; time.sleep(1000)
 """
     start = time.monotonic()
     assert run(program, limits=Limits(seconds=1)).status == "timeout"
-    assert time.monotonic() - start < 500  # while the program would sleep
+    assert time.monotonic() - start < 4
     assert gone(mark)
 
 
